@@ -1,0 +1,1 @@
+"""A nanochat-style GPT on Ray: from raw text to a served chat model."""

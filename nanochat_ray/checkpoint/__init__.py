@@ -1,0 +1,1 @@
+"""Snapshots of a run, and the way to and from other formats."""

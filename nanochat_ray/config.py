@@ -1,0 +1,224 @@
+"""Every knob of the program, as frozen dataclasses that are checked when they are made.
+
+A configuration is composed, never inherited, and never changed after it was made: to vary one,
+call ``dataclasses.replace``. ``to_json`` and ``from_json`` are the form in which a checkpoint
+keeps it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, TypeVar
+
+T = TypeVar("T")
+
+Precision = Literal["fp32", "bf16"]
+
+
+def _require(ok: bool, field: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{field}={value!r} is not allowed: {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape and features of one transformer.
+
+    ``modern()`` is nanochat of July 2026, ``classic()`` nanochat of October 2025 (the
+    architecture of transformers' ``NanoChatForCausalLM``); each field may be set by itself too.
+    """
+
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    sequence_len: int
+    """Positions that training sees, and the length of a full ("L") window."""
+    window_pattern: str = "L"
+    """One letter a layer, tiled: L = all earlier positions, S = a quarter. The last is always L."""
+    value_embeds: bool = True
+    """A second embedding table mixed into the values of every other layer (ResFormer)."""
+    residual_scalars: bool = True
+    """Learned scale of the residual stream, and share of the first embedding, for each layer."""
+    smear: bool = True
+    """Mix the previous token's embedding into each token's."""
+    backout: bool = True
+    """Subtract a learned share of the middle layer's residual before the head."""
+    qk_scale: float = 1.2
+    """Factor on normalised queries and on keys (attention is sharpened by its square)."""
+    softcap: float = 15.0
+    """Logits are softcap * tanh(logits / softcap); 0 turns it off."""
+    rope_base: float = 100_000.0
+    norm_eps: float | None = None
+    """Epsilon of RMSNorm; None is the machine epsilon of the activations' dtype."""
+    pad_vocab_to: int = 64
+    """Embedding and head tables are padded to a multiple of this many rows."""
+
+    @classmethod
+    def modern(cls, **fields: Any) -> Self:
+        return cls(**fields)
+
+    @classmethod
+    def classic(cls, **fields: Any) -> Self:
+        off = dict.fromkeys(("value_embeds", "residual_scalars", "smear", "backout"), False)
+        rest = {"qk_scale": 1.0, "rope_base": 10_000.0, "norm_eps": 1e-6, "pad_vocab_to": 1}
+        return cls(**{**off, **rest, **fields})
+
+    @classmethod
+    def preset(cls, name: str, **fields: Any) -> Self:
+        makers = {"modern": cls.modern, "classic": cls.classic}
+        _require(name in makers, "preset", name, f"one of {sorted(makers)}")
+        return makers[name](**fields)
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.pad_vocab_to) * self.pad_vocab_to
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
+        _require(self.pad_vocab_to >= 1, "pad_vocab_to", self.pad_vocab_to, "from 1")
+        _require(
+            self.n_embd % (2 * self.n_head) == 0,
+            "n_embd",
+            self.n_embd,
+            f"an even multiple of n_head={self.n_head}, since RoPE turns pairs",
+        )
+        _require(
+            self.n_head % self.n_kv_head == 0,
+            "n_kv_head",
+            self.n_kv_head,
+            f"a divisor of n_head={self.n_head}",
+        )
+        _require(
+            bool(self.window_pattern) and set(self.window_pattern) <= {"L", "S"},
+            "window_pattern",
+            self.window_pattern,
+            "letters L and S",
+        )
+        _require(self.softcap >= 0, "softcap", self.softcap, "0 (off) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Learning rates and what belongs to them; absolute values, already scaled for the run."""
+
+    matrix_lr: float = 0.02
+    """Muon, for every matrix inside a block."""
+    embedding_lr: float = 0.3
+    unembedding_lr: float = 0.008
+    scalar_lr: float = 0.5
+    weight_decay: float = 0.0
+    """Cautious decay of the matrices, tied to the rate."""
+    momentum: float = 0.95
+    warmup: float = 0.02
+    """Share of the steps in which the rates rise."""
+    warmdown: float = 0.5
+    """Share of the steps in which the rates fall to ``final_lr``."""
+    final_lr: float = 0.05
+    """Last rate as a share of the full one."""
+    grad_clip: float = 0.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("warmup", "warmdown", "final_lr"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One stage of training: what is trained, on how much, and when it is looked at."""
+
+    stage: Literal["base", "sft"] = "base"
+    steps: int
+    batch_rows: int
+    """Rows of the global batch, whatever the number of workers."""
+    micro_rows: int
+    """Rows of one forward and backward pass of one worker."""
+    seed: int = 0
+    precision: Precision = "fp32"
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    eval_every: int = 0
+    """Steps between validations; 0 validates only at the first and last step."""
+    eval_rows: int = 256
+    """Validation rows that are looked at, at most."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_rows", "micro_rows", "keep"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
+        for name in ("eval_every", "save_every", "eval_rows"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
+        _require(self.stage in ("base", "sft"), "stage", self.stage, "base or sft")
+        _require(
+            self.batch_rows % self.micro_rows == 0,
+            "batch_rows",
+            self.batch_rows,
+            f"a multiple of micro_rows={self.micro_rows}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Memory and scheduling of one inference engine."""
+
+    max_slots: int = 32
+    """Sequences that are decoded together."""
+    max_len: int = 0
+    """Longest prompt plus answer, in tokens; 0 is the model's sequence_len."""
+    token_budget: int = 256
+    """Tokens of one step: decodes first, what is left goes to prompts."""
+    max_waiting: int = 256
+    """Requests that may wait for a slot; one more is refused."""
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("max_slots", "token_budget", "max_waiting"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
+        _require(self.max_len >= 0, "max_len", self.max_len, "0 or more")
+        _require(
+            self.token_budget > self.max_slots,
+            "token_budget",
+            self.token_budget,
+            f"more than max_slots={self.max_slots}, or prompts would starve",
+        )
+        _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values; nested configurations become nested objects."""
+    return dataclasses.asdict(config)
+
+
+def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The configuration that ``to_json`` wrote. ValueError names a missing or unknown field."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {sorted(fields)}")
+    nested = {"optim": OptimConfig}
+    made = {
+        name: from_json(nested[name], value)
+        if name in nested and isinstance(value, Mapping)
+        else value
+        for name, value in values.items()
+    }
+    try:
+        return kind(**made)
+    except TypeError as error:
+        raise ValueError(f"{kind.__name__}: {error}") from None

@@ -1,0 +1,1 @@
+"""Raw text to packed rows in Arrow shards. No torch."""

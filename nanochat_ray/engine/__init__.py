@@ -1,0 +1,1 @@
+"""Continuously batched inference over token ids, in plain torch."""

@@ -1,0 +1,1 @@
+"""The OpenAI protocol and the chat page over an engine client."""
