@@ -1,0 +1,70 @@
+"""Which optimizer and which rates each parameter of the model gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from nanochat_ray.config import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters that share a rule. A "muon" group holds matrices of one shape."""
+
+    kind: Literal["muon", "adamw"]
+    names: tuple[str, ...]
+    lr: float
+    weight_decay: float = 0.0
+    beta1: float = 0.8
+    beta2: float = 0.95
+    eps: float = 1e-10
+
+
+# betas and decays: nanochat's gpt.py (July 2026), which tuned them at depth 12.
+_ADAMW: tuple[tuple[str, str, float, float, float, float], ...] = (
+    # prefix of the name, rate in OptimConfig, factor on it, beta1, beta2, weight decay
+    ("lm_head.", "unembedding_lr", 1.0, 0.8, 0.96, 0.01),
+    ("transformer.wte.", "embedding_lr", 1.0, 0.8, 0.995, 0.001),
+    ("value_embeds.", "embedding_lr", 0.5, 0.8, 0.995, 0.01),
+    ("resid_lambdas", "scalar_lr", 0.01, 0.8, 0.95, 0.05),
+    ("x0_lambdas", "scalar_lr", 1.0, 0.96, 0.95, 0.0),
+    ("smear_", "scalar_lr", 0.4, 0.8, 0.95, 0.0),
+    ("backout_lambda", "scalar_lr", 0.4, 0.8, 0.95, 0.0),
+)
+
+
+def build_groups(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
+) -> tuple[Group, ...]:
+    """Groups in an order that depends on the names alone. ValueError for an unknown parameter."""
+    matrices: dict[tuple[int, ...], list[str]] = {}
+    others: dict[tuple[float, float, float, float], list[str]] = {}
+    for name, parameter in sorted(named, key=lambda item: item[0]):
+        if name.startswith("transformer.h."):
+            matrices.setdefault(tuple(parameter.shape), []).append(name)
+            continue
+        rule = next((r for r in _ADAMW if name.startswith(r[0])), None)
+        if rule is None:
+            raise ValueError(f"parameter {name!r} has no learning rate; see optim/groups.py")
+        _, rate, factor, beta1, beta2, decay = rule
+        others.setdefault((getattr(config, rate) * factor, beta1, beta2, decay), []).append(name)
+    adamw = [
+        Group(kind="adamw", names=tuple(names), lr=k[0], beta1=k[1], beta2=k[2], weight_decay=k[3])
+        for k, names in sorted(others.items())
+    ]
+    muon = [
+        Group(
+            kind="muon",
+            names=tuple(names),
+            lr=config.matrix_lr,
+            weight_decay=config.weight_decay,
+            beta1=config.momentum,
+            beta2=0.9,
+        )
+        for _, names in sorted(matrices.items())
+    ]
+    return (*adamw, *muon)

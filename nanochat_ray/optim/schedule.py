@@ -1,0 +1,24 @@
+"""How the learning rate and what hangs on it move over a run: pure functions of the step."""
+
+from __future__ import annotations
+
+from nanochat_ray.config import OptimConfig
+
+
+def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
+    """Share of the full rate at ``step`` (from 0) of ``steps``: linear up, flat, linear down."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    warmdown = round(config.warmdown * steps)
+    left = steps - step
+    if left >= warmdown:
+        return 1.0
+    return config.final_lr + (1 - config.final_lr) * left / warmdown
+
+
+def momentum(step: int, steps: int, config: OptimConfig) -> float:
+    """Muon's momentum: from 0.85 up to its full value in the first tenth, at most 300 steps."""
+    rise = max(1, min(300, steps // 10))
+    share = min(1.0, step / rise)
+    return 0.85 + (config.momentum - 0.85) * share

@@ -1,0 +1,186 @@
+"""The one dial: from depth to width, heads, context, batch, horizon and learning rates.
+
+Each number has its source beside it. "nanochat" is karpathy/nanochat of July 2026; "measured" is
+``optim/NOTES.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat_ray.config import ModelConfig, OptimConfig, Precision, TrainConfig
+
+ASPECT = 64
+"""Width per layer (nanochat)."""
+TOKENS_PER_PARAMETER = 12.0
+"""Compute-optimal tokens per parameter of blocks and head (nanochat's own scaling runs)."""
+REFERENCE_BATCH = 2**19
+"""Tokens of a batch at which nanochat tuned its rates, at depth 12."""
+REFERENCE_TOKENS = 1.32e9
+"""Compute-optimal tokens of depth 12 with a vocabulary of 32,768."""
+
+
+def head_dim(width: int) -> int:
+    """128 as in nanochat; narrow models need more than two heads more than they need wide ones."""
+    return 128 if width >= 768 else 64
+
+
+def model_config(
+    depth: int, vocab_size: int, *, preset: str = "modern", sequence_len: int = 0, **fields: Any
+) -> ModelConfig:
+    """The transformer of a depth. ValueError if ``depth`` is below 1."""
+    if depth < 1:
+        raise ValueError(f"depth={depth} is not allowed: a whole number from 1")
+    dim = head_dim(depth * ASPECT)
+    width = -(-depth * ASPECT // dim) * dim
+    length = sequence_len or (512 if depth < 8 else 2048)
+    shape = {
+        "vocab_size": vocab_size,
+        "n_layer": depth,
+        "n_head": width // dim,
+        "n_kv_head": width // dim,
+        "n_embd": width,
+        "sequence_len": length,
+        # Windows save work only where the context is long (measured: none at 512).
+        "window_pattern": "SSSL" if length >= 2048 else "L",
+    }
+    return ModelConfig.preset(preset, **{**shape, **fields})
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters by what they do."""
+
+    embedding: int
+    value_embedding: int
+    head: int
+    matrices: int
+    scalars: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.value_embedding + self.head + self.matrices + self.scalars
+
+
+def has_value_embedding(layer: int, n_layer: int) -> bool:
+    """Every other layer, the last one always (ResFormer, arXiv 2410.17897; nanochat's choice)."""
+    return layer % 2 == (n_layer - 1) % 2
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    c, kv = config.n_embd, config.n_kv_head * config.head_dim
+    with_ve = sum(has_value_embedding(i, config.n_layer) for i in range(config.n_layer))
+    with_ve *= config.value_embeds
+    block = 2 * c * c + 2 * c * kv + 8 * c * c
+    gates = with_ve * min(12, c) * config.n_kv_head
+    scalars = 2 * config.n_layer * config.residual_scalars
+    scalars += (min(24, c) + 1) * config.smear + config.backout
+    return Parameters(
+        embedding=config.padded_vocab_size * c,
+        value_embedding=with_ve * config.padded_vocab_size * kv,
+        head=config.padded_vocab_size * c,
+        matrices=config.n_layer * block + gates,
+        scalars=scalars,
+    )
+
+
+def windows(config: ModelConfig) -> tuple[int, ...]:
+    """For each layer, how many earlier tokens a token sees; -1 is all of them.
+
+    "S" is a quarter of the context rounded up to 128 (nanochat: the tile of FlashAttention 3).
+    """
+    short = -(-config.sequence_len // 4 // 128) * 128
+    letters = [config.window_pattern[i % len(config.window_pattern)] for i in range(config.n_layer)]
+    letters[-1] = "L"
+    return tuple(short if letter == "S" else -1 for letter in letters)
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """Forward and backward of one token in training (PaLM's count, arXiv 2204.02311)."""
+    counts = parameters(config)
+    seen = [config.sequence_len if w < 0 else min(w, config.sequence_len) for w in windows(config)]
+    return 6.0 * (counts.matrices + counts.head) + 12.0 * config.n_embd * sum(seen)
+
+
+def horizon(config: ModelConfig, ratio: float = TOKENS_PER_PARAMETER) -> int:
+    """Tokens to train on."""
+    counts = parameters(config)
+    return int(ratio * (counts.matrices + counts.head))
+
+
+def batch_tokens(tokens: int) -> int:
+    """Tokens of a global batch for a run of ``tokens``: a power of two.
+
+    nanochat: ∝ tokens^0.383 (Power Lines, arXiv 2505.13738) through its reference. Measured: runs
+    of some ten million tokens want fewer, so below the reference the exponent is steeper.
+    """
+    ratio = tokens / REFERENCE_TOKENS
+    wanted = REFERENCE_BATCH * ratio ** (0.383 if ratio >= 1 else 0.75)
+    return int(min(max(2 ** round(math.log2(wanted)), 2**11), 2**21))
+
+
+def lr_scale(batch: int) -> float:
+    """Factor on all rates for a batch of that many tokens; see optim/NOTES.md."""
+    return (batch / REFERENCE_BATCH) ** 0.5 if batch > REFERENCE_BATCH else 1.0
+
+
+def optim_config(config: ModelConfig, batch: int, tokens: int) -> OptimConfig:
+    """Rates for a model, a batch and a horizon in tokens."""
+    scale = lr_scale(batch)
+    # AdamW's rates fall with the square root of the width (nanochat, tuned at 768).
+    narrow = (config.n_embd / 768) ** -0.5
+    # Decay so that the averaging time in tokens stays (Wang and Aitchison, arXiv 2405.13698).
+    decay = 0.28 * (batch / REFERENCE_BATCH) ** 0.5 * REFERENCE_TOKENS / max(tokens, 1)
+    return OptimConfig(
+        matrix_lr=0.02 * scale,
+        embedding_lr=0.3 * scale * narrow,
+        unembedding_lr=0.008 * scale * narrow,
+        scalar_lr=0.5 * scale,
+        weight_decay=min(decay, 0.2),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    model: ModelConfig
+    train: TrainConfig
+    tokens: int
+
+
+def base_plan(
+    model: ModelConfig,
+    *,
+    tokens: int = 0,
+    ratio: float = TOKENS_PER_PARAMETER,
+    batch: int = 0,
+    micro_rows: int = 0,
+    workers: int = 1,
+    precision: Precision = "bf16",
+    seed: int = 0,
+) -> Plan:
+    """A whole run from a model; ``tokens`` and ``batch`` (in tokens) overrule the rules."""
+    wanted = tokens or horizon(model, ratio)
+    rows = max(1, (batch or batch_tokens(wanted)) // model.sequence_len)
+    rows = -(-rows // workers) * workers
+    micro = micro_rows or min(rows // workers, max(1, 2**14 // model.sequence_len))
+    while rows // workers % micro:
+        micro -= 1
+    size = rows * model.sequence_len
+    steps = max(1, round(wanted / size))
+    return Plan(
+        model=model,
+        train=TrainConfig(
+            stage="base",
+            steps=steps,
+            batch_rows=rows,
+            micro_rows=micro,
+            seed=seed,
+            precision=precision,
+            optim=optim_config(model, size, steps * size),
+            eval_every=max(1, steps // 5),
+            save_every=max(1, steps // 4),
+        ),
+        tokens=steps * size,
+    )
