@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Checks everything: format, lint, types, import contracts, tests. The same by hand and in CI.
+#
+#   bash cluster/check.sh [pytest arguments]    for example: -m "not ray and not browser"
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$REPO"
+environment dev
+export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
+# Spinning OpenMP threads on shared cores cost more than they give.
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0
+
+# The page is tested in a real browser, from the system's packages where they are to be had.
+if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+  say "installing chromium"
+  { apt-get update && apt-get install -y --no-install-recommends chromium; } \
+    >"$VENV/chromium.log" 2>&1 || say "chromium is not to be had: its tests are skipped"
+fi
+
+say "format and lint"
+ruff format --check .
+ruff check .
+say "types"
+mypy
+say "import contracts"
+lint-imports --no-cache
+say "tests"
+pytest "$@"

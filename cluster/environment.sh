@@ -1,0 +1,38 @@
+# Makes the virtual environment that the scripts of this folder share; to be sourced.
+#
+#   environment EXTRAS   installs the project with these extras, unless that was done before
+#
+# NANOCHAT_VENV names another folder than .venv; PYTHON another interpreter.
+
+REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="${NANOCHAT_VENV:-$REPO/.venv}"
+
+say() { printf '\033[1m[%s] %s\033[0m\n' "$(date +%H:%M:%S)" "$*"; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+find_python() {
+  local name
+  for name in "${PYTHON:-}" python3.11 python3.12 python3; do
+    [ -n "$name" ] && command -v "$name" >/dev/null || continue
+    if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))'; then
+      command -v "$name"; return
+    fi
+  done
+  fail "Python 3.11 or 3.12 is needed; PYTHON=/path/to/python names one"
+}
+
+environment() {
+  local extras="$1" stamp="$VENV/.installed-$1" log="$VENV/install.log"
+  if [ -f "$stamp" ] && cmp -s "$stamp" "$REPO/pyproject.toml"; then return; fi
+  say "making the environment in $VENV (log: $log)"
+  [ -x "$VENV/bin/python" ] || "$(find_python)" -m venv "$VENV"
+  # torch first and by its exact version, so that an index with a CPU build is free to give it.
+  local torch
+  torch="$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' "$REPO/pyproject.toml")"
+  if ! { "$VENV/bin/python" -m pip install "$torch" &&
+         "$VENV/bin/python" -m pip install -e "$REPO[$extras]"; } >"$log" 2>&1; then
+    tail -n 20 "$log" >&2
+    fail "the installation failed; its log is $log"
+  fi
+  cp "$REPO/pyproject.toml" "$stamp"
+}

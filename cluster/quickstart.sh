@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# From raw text to a chat answer over HTTP, on Ray, with one command.
+#
+#   bash cluster/quickstart.sh [options]
+#
+#   --text URI...    files, folders, globs, s3:// or hf:// to train on
+#                    (default: the documentation that is on this machine)
+#   --storage URI    where data and checkpoints are kept: a folder, s3://, gs://
+#   --depth D        layers of the model; all else follows from it (default 4)
+#   --gpus N         train on N GPUs (default 0: two workers on the CPU)
+#   --port P         of the HTTP endpoint (default 8000)
+#   --stay | --leave wait for Ctrl-C at the end, or leave the endpoint up and return
+#                    (default: wait if a person is at the terminal)
+#
+# Run it again and it goes on where it was: what is done is not done twice.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/local.sh"
+
+BEGAN=$SECONDS
+TEXT=() STORAGE="" DEPTH=4 GPUS=0 PORT=8000 STAY=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --text)
+      shift
+      while [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; do
+        case "$1" in *://*|/*) TEXT+=("$1") ;; *) TEXT+=("$PWD/$1") ;; esac
+        shift
+      done
+      [ ${#TEXT[@]} -gt 0 ] || fail "--text needs at least one file, folder, glob or URI" ;;
+    --storage|--depth|--gpus|--port)
+      [ $# -ge 2 ] || fail "$1 needs a value"
+      case "$1" in
+        --storage) STORAGE="$2" ;; --depth) DEPTH="$2" ;; --gpus) GPUS="$2" ;; --port) PORT="$2" ;;
+      esac
+      shift 2 ;;
+    --stay) STAY=1; shift ;;
+    --leave) STAY=0; shift ;;
+    -h|--help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) fail "unknown argument $1; see --help" ;;
+  esac
+done
+for pair in "depth=$DEPTH" "gpus=$GPUS" "port=$PORT"; do
+  case "${pair#*=}" in ''|*[!0-9]*) fail "--${pair%%=*} must be a whole number, not '${pair#*=}'" ;; esac
+done
+[ "$DEPTH" -ge 1 ] || fail "--depth must be 1 or more"
+[ -n "$STAY" ] || { [ -t 0 ] && [ -t 1 ] && STAY=1 || STAY=0; }
+case "$STORAGE" in ''|/*|*://*) ;; *) STORAGE="$PWD/$STORAGE" ;; esac
+
+environment tasks
+export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
+[ -n "$STORAGE" ] || STORAGE="$(python -c 'from nanochat_ray.storage import default_root as d; print(d())')"
+local_state "$PORT"
+mkdir -p "$LOGS"
+trap 'trap - INT TERM; echo; local_stop; exit 130' INT TERM
+
+# Other text or another depth is another run, with a name of its own.
+TAG="d$DEPTH"
+[ ${#TEXT[@]} -eq 0 ] || TAG="$TAG-$(printf '%s\n' "${TEXT[@]}" | cksum | cut -d' ' -f1)"
+BASE="base-$TAG" CHAT="chat-$TAG"
+if [ "$GPUS" -gt 0 ]; then
+  PREPARE=(--vocab-size 32768 --sequence-len 2048) TRAIN=(--workers "$GPUS" --gpus)
+else
+  PREPARE=() TRAIN=(--workers 2)
+fi
+
+job() {  # NAME COMMAND...: one Ray job, its output here and in its log
+  local name="$1"; shift
+  local log="$LOGS/$name.log" code=0
+  ray job submit --log-style=record --log-color=false -- "$@" 2>&1 | tee "$log" \
+    | grep --line-buffered -vE '^(Job submission server|-------|Job .*submitted|Job .*succeeded|Next steps|  Query the|  Request the|    ray job|Tailing logs|Running entrypoint|$|.*(INFO|WARNING) (cli|dashboard_sdk|job_manager|worker)\.py)' \
+    || code=${PIPESTATUS[0]}
+  [ "$code" -eq 0 ] || { say "$name failed; its log is $log"; exit "$code"; }
+}
+
+done_run() {  # NAME: true if that run has reached its last step
+  python - "$STORAGE" "$1" <<'PY'
+import json, sys
+from nanochat_ray.storage import Store
+
+run = Store.at(sys.argv[1]).child("runs", sys.argv[2])
+if not run.exists("latest"):
+    sys.exit(1)
+trainer = json.loads(run.read_text(run.read_text("latest").strip() + "/trainer.json"))
+sys.exit(trainer["step"] < trainer["train_config"]["steps"])
+PY
+}
+
+local_start "$GPUS"
+if ! done_run "$CHAT"; then
+  if ! done_run "$BASE"; then
+    say "1/5 preparing the text (log: $LOGS/prepare-base.log)"
+    job prepare-base python "$REPO/jobs/prepare.py" --stage base --storage "$STORAGE" \
+      --dataset "$BASE" "${PREPARE[@]}" ${TEXT[@]+--text "${TEXT[@]}"}
+    say "2/5 training the base model (log: $LOGS/train-base.log)"
+    job train-base python "$REPO/jobs/train.py" --stage base --storage "$STORAGE" \
+      --dataset "$BASE" --run "$BASE" --depth "$DEPTH" "${TRAIN[@]}"
+  fi
+  say "3/5 preparing conversations (log: $LOGS/prepare-sft.log)"
+  job prepare-sft python "$REPO/jobs/prepare.py" --stage sft --storage "$STORAGE" \
+    --dataset "$CHAT" --tokenizer "$BASE"
+  say "4/5 fine-tuning to chat (log: $LOGS/train-sft.log)"
+  job train-sft python "$REPO/jobs/train.py" --stage sft --storage "$STORAGE" \
+    --dataset "$CHAT" --run "$CHAT" --parent "$BASE" "${TRAIN[@]}"
+else
+  say "1–4/5 run $CHAT is trained already"
+fi
+say "5/5 serving (log: $LOGS/serve.log)"
+job serve python "$REPO/jobs/serve.py" --storage "$STORAGE" --run "$CHAT" --name "$CHAT" \
+  --port "$PORT" --no-block
+URL="http://127.0.0.1:$PORT"
+say "asking"
+for question in "Who are you?" "What is 47 + 38 - 9?"; do
+  printf '\n> %s\n' "$question"
+  python "$REPO/jobs/chat.py" --url "$URL" --once "$question"
+done
+echo
+if ! [ -f "$LOGS/eval-$CHAT.log" ]; then
+  say "measuring on fresh questions (log: $LOGS/eval-$CHAT.log)"
+  job "eval-$CHAT" python "$REPO/jobs/eval.py" --storage "$STORAGE" --run "$CHAT" --count 200
+fi
+say "done in $(((SECONDS - BEGAN) / 60)):$(printf %02d $(((SECONDS - BEGAN) % 60))); the chat page: $URL"
+echo "OpenAI clients: base_url=$URL/v1, model=$CHAT. Stop all of it: bash cluster/stop.sh --port $PORT"
+if [ "$STAY" = 1 ]; then
+  say "Ctrl-C stops it"
+  while local_alive; do sleep 5; done
+  fail "Ray has ended by itself; see $LOGS"
+fi

@@ -1,0 +1,104 @@
+"""Measure which factor on the learning rates is best at which batch size.
+
+    python jobs/bench_rates.py --storage DIR --dataset base --batches 2048 16384 --scales 0.5 1 2
+
+For each batch and factor a small model is trained on the same number of tokens; the table shows
+the validation bits per byte. ``scaling.lr_scale`` rests on this table (optim/NOTES.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import tyro
+
+from nanochat_ray import scaling
+from nanochat_ray.data.shards import RowReader
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.optim.sharded import ShardedOptimizer
+from nanochat_ray.storage import default_root
+from nanochat_ray.train.feed import from_shards
+from nanochat_ray.train.job import DTYPES, open_dataset
+from nanochat_ray.train.step import train_step
+from nanochat_ray.train.validation import bits_per_byte
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    storage: str = field(default_factory=default_root)
+    dataset: str = "base"
+    depth: int = 4
+    width: int = 128
+    tokens: int = 1_000_000
+    """Tokens that every run sees."""
+    batches: tuple[int, ...] = (2048, 8192, 32768)
+    """Tokens of a batch."""
+    scales: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
+    """Factors on all learning rates."""
+    seeds: int = 1
+    preset: str = "modern"
+    precision: str = "bf16"
+    eval_rows: int = 128
+
+
+def one_run(args: Args, batch: int, scale: float, seed: int) -> tuple[float, float]:
+    """Validation bits per byte after the run, and the seconds it took."""
+    dataset, manifest, tokenizer = open_dataset(args.storage, args.dataset)
+    model_config = scaling.model_config(
+        args.depth,
+        tokenizer.vocab_size,
+        preset=args.preset,
+        sequence_len=manifest.sequence_len,
+        n_embd=args.width,
+        n_head=max(1, args.width // 64),
+        n_kv_head=max(1, args.width // 64),
+    )
+    plan = scaling.base_plan(model_config, tokens=args.tokens, batch=batch, seed=seed)
+    optim = plan.train.optim
+    now = scaling.lr_scale(batch)
+    rates = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
+    optim = dataclasses.replace(
+        optim, **{name: getattr(optim, name) / now * scale for name in rates}
+    )
+    train = dataclasses.replace(plan.train, optim=optim)
+    model = GPT(model_config, compute_dtype=DTYPES[args.precision])
+    model.init_weights(torch.Generator().manual_seed(seed))
+    optimizer = ShardedOptimizer(model, train.optim)
+    began = time.perf_counter()
+    feed = from_shards(RowReader(dataset, manifest, "train"), train, 0, 1)(0)
+    for step, rows in enumerate(feed):
+        train_step(model, optimizer, rows, step, train)
+    seconds = time.perf_counter() - began
+    reader = RowReader(dataset, manifest, "val")
+    ids, _ = reader.rows(np.arange(min(args.eval_rows, len(reader)), dtype=np.int64))
+    model.eval()
+    bpb = bits_per_byte(model, ids, tokenizer.byte_lengths(), micro_rows=train.micro_rows)
+    return bpb, seconds
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(1)
+    table: dict[str, dict[str, float]] = {}
+    print("batch      " + "".join(f"  ×{scale:<7g}" for scale in args.scales), flush=True)
+    for batch in args.batches:
+        row = {}
+        for scale in args.scales:
+            found = [one_run(args, batch, scale, seed)[0] for seed in range(args.seeds)]
+            row[f"{scale:g}"] = float(np.mean(found))
+        table[str(batch)] = row
+        print(f"{batch:<10d} " + "".join(f"  {v:<8.4f}" for v in row.values()), flush=True)
+    print(json.dumps({"bits_per_byte": table, "args": dataclasses.asdict(args)}))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,252 @@
+"""The transformer, on a page: one forward for training and for cached inference.
+
+Parameter names are nanochat's, so that its checkpoints load. Dimensions: B rows, T tokens,
+C = n_embd, H heads, Hkv key/value heads, D = C / H.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat_ray.config import ModelConfig
+from nanochat_ray.model.attention import AttentionContext, causal_attention
+from nanochat_ray.model.loss import softcap_cross_entropy
+from nanochat_ray.model.rotary import rotary_tables, rotate
+from nanochat_ray.scaling import has_value_embedding, windows
+
+VALUE_GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
+"""Channels of the residual stream that the gates look at (nanochat)."""
+
+
+class Linear(nn.Linear):
+    """Without bias; float32 weights, cast to the activations' dtype where they are used."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.config = layer, config
+        self.window = windows(config)[layer]
+        C, D = config.n_embd, config.head_dim
+        self.c_q = Linear(C, config.n_head * D)
+        self.c_k = Linear(C, config.n_kv_head * D)
+        self.c_v = Linear(C, config.n_kv_head * D)
+        self.c_proj = Linear(C, C)
+        self.gate_channels = min(VALUE_GATE_CHANNELS, C)
+        gated = config.value_embeds and has_value_embedding(layer, config.n_layer)
+        self.ve_gate = Linear(self.gate_channels, config.n_kv_head) if gated else None
+
+    def forward(
+        self,
+        x: Tensor,
+        value: Tensor | None,
+        angles: tuple[Tensor, Tensor],
+        context: AttentionContext | None,
+    ) -> Tensor:
+        B, T, _ = x.shape
+        c = self.config
+        q = self.c_q(x).view(B, T, c.n_head, c.head_dim)
+        k = self.c_k(x).view(B, T, c.n_kv_head, c.head_dim)
+        v = self.c_v(x).view(B, T, c.n_kv_head, c.head_dim)
+        if value is not None and self.ve_gate is not None:
+            gate = 3 * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # [B, T, Hkv]
+            v = v + gate.unsqueeze(-1) * value.view_as(v)
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        q, k = norm(q, c.norm_eps), norm(k, c.norm_eps)
+        if c.qk_scale != 1.0:
+            q, k = q * c.qk_scale, k * c.qk_scale
+        if context is None:
+            y = causal_attention(q, k, v, self.window)
+        else:
+            y = context.attend(self.layer, q, k, v, self.window)
+        return self.c_proj(y.reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # ReLU², So et al., arXiv 2109.08668
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+
+def norm(x: Tensor, eps: float | None) -> Tensor:
+    """RMSNorm without parameters (Zhang and Sennrich, arXiv 1910.07467) over the last axis."""
+    return F.rms_norm(x, (x.size(-1),), eps=eps)
+
+
+class GPT(nn.Module):
+    """Weights are float32; activations have ``compute_dtype``; logits and losses are float32."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        rows, C, n = config.padded_vocab_size, config.n_embd, config.n_layer
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(rows, C),
+                "h": nn.ModuleList([Block(config, layer) for layer in range(n)]),
+            }
+        )
+        self.lm_head = Linear(C, rows)
+        if config.residual_scalars:
+            self.resid_lambdas = nn.Parameter(torch.ones(n))
+            self.x0_lambdas = nn.Parameter(torch.zeros(n))
+        if config.smear:
+            self.smear_gate = Linear(min(SMEAR_GATE_CHANNELS, C), 1)
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
+        if config.backout:
+            self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
+        if config.value_embeds:
+            kv = config.n_kv_head * config.head_dim
+            layers = [i for i in range(n) if has_value_embedding(i, n)]
+            self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, kv) for i in layers})
+        self._angles: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Random weights in nanochat's scheme, equal for equal CPU generators on any device."""
+        C, n = self.config.n_embd, self.config.n_layer
+
+        def fill(p: Tensor, low: float, high: float) -> None:
+            p.copy_(torch.empty(p.shape).uniform_(low, high, generator=generator))
+
+        def normal(p: Tensor, std: float) -> None:
+            p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+
+        bound = (3 / C) ** 0.5  # a uniform of standard deviation 1 / sqrt(C), without outliers
+        normal(self.transformer["wte"].weight, 0.8)
+        normal(self.lm_head.weight, 0.001)
+        for block in self.transformer["h"]:
+            for layer in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                fill(layer.weight, -bound, bound)
+            fill(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
+            # Each block begins as the identity.
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+            if block.attn.ve_gate is not None:
+                fill(block.attn.ve_gate.weight, 0.0, 0.02)
+        share = torch.arange(n) / max(n - 1, 1)
+        if self.config.residual_scalars:
+            self.resid_lambdas.copy_(1.15 - 0.10 * share)
+            self.x0_lambdas.copy_(0.20 - 0.15 * share)
+        if self.config.smear:
+            fill(self.smear_gate.weight, 0.0, 0.02)
+            self.smear_lambda.zero_()
+        if self.config.backout:
+            self.backout_lambda.fill_(0.2)
+        if self.config.value_embeds:
+            for table in self.value_embeds.values():
+                fill(table.weight, -bound, bound)
+
+    def _rotary(self, T: int, context: AttentionContext | None) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[B or 1, T, 1, D/2]`` for the new tokens."""
+        device = self.lm_head.weight.device
+        last = T if context is None else int(context.positions.max()) + 1
+        angles = self._angles
+        if angles is None or angles[0].size(0) < last or angles[0].device != device:
+            length = max(last, self.config.sequence_len)
+            cos, sin = rotary_tables(length, self.config.head_dim, self.config.rope_base)
+            angles = self._angles = (cos.to(device), sin.to(device))
+        cos, sin = (table.to(self.compute_dtype) for table in angles)
+        if context is None:
+            return cos[None, :T, None], sin[None, :T, None]
+        return cos[context.positions].unsqueeze(2), sin[context.positions].unsqueeze(2)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return norm(self.transformer["wte"](ids).to(self.compute_dtype), self.config.norm_eps)
+
+    def _smear(self, x: Tensor, prev_ids: Tensor | None) -> Tensor:
+        """Adds a gated share of the token before; ``prev_ids [B]`` stand before the first ones."""
+        before = x[:, :-1]
+        if prev_ids is not None:
+            first = self._embed(prev_ids.clamp_min(0)) * (prev_ids >= 0).to(x.dtype)[:, None]
+            before = torch.cat((first[:, None], before), dim=1)
+        after = x[:, x.size(1) - before.size(1) :]
+        gate = torch.sigmoid(self.smear_gate(after[..., : self.smear_gate.in_features]))
+        mixed = after + self.smear_lambda.to(x.dtype) * gate * before
+        return mixed if prev_ids is not None else torch.cat((x[:, :1], mixed), dim=1)
+
+    def hidden(
+        self, ids: Tensor, context: AttentionContext | None = None, prev_ids: Tensor | None = None
+    ) -> Tensor:
+        """Final normalised activations ``[B, T, C]`` of ``ids [B, T]`` int64.
+
+        Without a context the rows start at position 0. With one, ``prev_ids [B]`` is the token
+        before each row's first (-1 at the start of a sequence): all that a layer needs of earlier
+        tokens beside keys and values.
+        """
+        config = self.config
+        angles = self._rotary(ids.size(1), context)
+        x = self._embed(ids)
+        if config.smear:
+            x = self._smear(x, prev_ids)
+        x0, middle = x, None
+        for i, block in enumerate(self.transformer["h"]):
+            if config.residual_scalars:
+                # In float32 scalars the product would be promoted: cast them, not the stream.
+                resid, first = self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype)
+                x = resid * x + first * x0
+            value = None
+            if config.value_embeds and str(i) in self.value_embeds:
+                value = self.value_embeds[str(i)](ids).to(x.dtype)
+            x = x + block.attn(norm(x, config.norm_eps), value, angles, context)
+            x = x + block.mlp(norm(x, config.norm_eps))
+            if config.backout and i == config.n_layer // 2:
+                middle = x
+        if middle is not None:
+            x = x - self.backout_lambda.to(x.dtype) * middle
+        return norm(x, config.norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 ``[..., vocab_size]`` from ``hidden [..., C]``, soft-capped (Gemma 2)."""
+        logits = self.lm_head(hidden)[..., : self.config.vocab_size].float()
+        cap = self.config.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def forward(
+        self, ids: Tensor, context: AttentionContext | None = None, prev_ids: Tensor | None = None
+    ) -> Tensor:
+        """Logits, float32 ``[B, T, vocab_size]``."""
+        return self.logits(self.hidden(ids, context, prev_ids))
+
+    def loss(
+        self, ids: Tensor, targets: Tensor, reduction: Literal["sum", "mean", "none"] = "mean"
+    ) -> Tensor:
+        """Cross-entropy in nats of ``targets [B, T]`` int64; those that are -1 do not count.
+
+        "none" gives ``[B, T]`` with 0 where nothing counts.
+        """
+        hidden = self.hidden(ids)
+        if reduction == "none":
+            logits = self.logits(hidden).flatten(0, 1)
+            each = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
+            return each.view_as(targets)
+        total = softcap_cross_entropy(
+            hidden.flatten(0, 1),
+            self.lm_head.weight,
+            targets.flatten(),
+            cap=self.config.softcap,
+            vocab=self.config.vocab_size,
+        )
+        return total if reduction == "sum" else total / (targets >= 0).sum().clamp_min(1)

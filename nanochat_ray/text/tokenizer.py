@@ -1,0 +1,164 @@
+"""Text to token ids and back: a byte-level BPE that rustbpe trains and tiktoken runs.
+
+The file is JSON: token bytes in rank order (base64), the split pattern and the special tokens.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tiktoken
+
+from nanochat_ray.storage import Store
+
+SPECIAL_TOKENS = (
+    "<|bos|>",  # before every document
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",  # the assistant calls the calculator
+    "<|python_end|>",
+    "<|output_start|>",  # and is answered
+    "<|output_end|>",
+)
+
+# GPT-4's split (tiktoken's cl100k_base) with one change of nanochat's: numbers fall into groups of
+# one or two digits instead of three, which spends less of a small vocabulary on them.
+SPLIT_PATTERN = "|".join(
+    (
+        r"'(?i:[sdmt]|ll|ve|re)",
+        r"[^\r\n\p{L}\p{N}]?+\p{L}+",
+        r"\p{N}{1,2}",
+        r" ?[^\s\p{L}\p{N}]++[\r\n]*",
+        r"\s*[\r\n]",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+
+class Tokenizer:
+    """Immutable; safe to share between threads. Special tokens have the last nine ids.
+
+    ``encode`` never yields a special token, whatever the text holds: those come only from
+    ``special`` and from ``text.chat``.
+    """
+
+    def __init__(self, ranks: Sequence[bytes], pattern: str = SPLIT_PATTERN):
+        missing = {bytes([b]) for b in range(256)} - set(ranks)
+        if missing or len(set(ranks)) != len(ranks):
+            raise ValueError("tokenizer: every byte must be a token, and none may come twice")
+        self.ranks = tuple(ranks)
+        self.pattern = pattern
+        self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self._encoding = tiktoken.Encoding(
+            name="nanochat_ray",
+            pat_str=pattern,
+            mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
+            special_tokens=self.specials,
+        )
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """BPE on ``texts``, ``vocab_size`` counting bytes and specials; smaller if text runs out.
+
+        Raises ValueError if ``vocab_size`` leaves no room for every byte and special token.
+        """
+        import rustbpe
+
+        least = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < least:
+            raise ValueError(f"vocab_size={vocab_size} is not allowed: {least} or more")
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(
+            iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
+        )
+        ranked = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+        return cls([bytes(token) for token, _ in ranked])
+
+    @classmethod
+    def bytes_only(cls) -> Tokenizer:
+        """One token for each byte: needs no training, for tests and odd data."""
+        return cls([bytes([b]) for b in range(256)])
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.ranks) + len(self.specials)
+
+    @property
+    def bos(self) -> int:
+        return self.specials["<|bos|>"]
+
+    def special(self, name: str) -> int:
+        return self.specials[name]
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._encoding.encode_ordinary(text) for text in texts]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._encoding.decode_bytes(list(ids))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text; bytes that are no UTF-8 (half a character, say) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._encoding.decode_single_token_bytes(token)
+
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of text that each token stands for, int32 ``[vocab_size]``; 0 for specials."""
+        lengths = [len(token) for token in self.ranks] + [0] * len(self.specials)
+        return np.asarray(lengths, dtype=np.int32)
+
+    def to_json(self) -> str:
+        """Canonical: equal tokenizers give equal text."""
+        return json.dumps(
+            {
+                "format": "nanochat_ray tokenizer 1",
+                "pattern": self.pattern,
+                "specials": list(SPECIAL_TOKENS),
+                "tokens": [base64.b64encode(token).decode() for token in self.ranks],
+            },
+            indent=0,
+            sort_keys=True,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """Raises ValueError if ``text`` is not what ``to_json`` writes."""
+        try:
+            found = json.loads(text)
+            if found["format"] != "nanochat_ray tokenizer 1":
+                raise ValueError(f"its format is {found['format']!r}")
+            if tuple(found["specials"]) != SPECIAL_TOKENS:
+                raise ValueError(f"its special tokens are {found['specials']}")
+            tokens = [base64.b64decode(token, validate=True) for token in found["tokens"]]
+            return cls(tokens, found["pattern"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"tokenizer.json cannot be read: {error}") from None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def save(self, store: Store) -> None:
+        store.write_text("tokenizer.json", self.to_json())
+
+    @classmethod
+    def load(cls, store: Store) -> Tokenizer:
+        """Raises FileNotFoundError or ValueError."""
+        return cls.from_json(store.read_text("tokenizer.json"))
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[tuple[bytes, ...], str]]:
+        # Ray ships tokenizers between its own processes; tiktoken's part is built anew there.
+        return Tokenizer, (self.ranks, self.pattern)
