@@ -1,0 +1,38 @@
+"""One way to reach Ray for every job."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+import ray.data
+
+
+def connect() -> None:
+    """Joins the cluster that this process was submitted to or RAY_ADDRESS names, else starts one.
+
+    A cluster of its own lasts as long as the process, listens on loopback and has at least 8
+    logical CPUs, since tasks of Ray Data must find a place beside training workers.
+    """
+    if not ray.is_initialized():
+        if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+            ray.init(address="auto", logging_level=logging.WARNING)
+        else:
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            ray.init(
+                address="local",
+                num_cpus=max(8, os.cpu_count() or 1),
+                object_store_memory=500 << 20,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+            )
+    quiet_data()
+
+
+def quiet_data() -> None:
+    """Ray Data's bars and plan dumps do not belong into the log of a job."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
