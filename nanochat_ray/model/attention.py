@@ -37,17 +37,20 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance <= window)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Self-attention inside rows that start at position 0; shapes as in ``attend``."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+    """Self-attention inside rows that start at position 0; shapes as in ``attend``.
+
+    ``scale`` multiplies the scores before the softmax.
+    """
     T, grouped = q.size(1), q.size(2) != k.size(2)
     q_BHTD, k_BHTD, v_BHTD = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if window < 0 or window >= T - 1:
         y = F.scaled_dot_product_attention(
-            q_BHTD, k_BHTD, v_BHTD, is_causal=True, enable_gqa=grouped
+            q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=scale, enable_gqa=grouped
         )
     else:
         mask = _band(T, window, q.device)
         y = F.scaled_dot_product_attention(
-            q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, enable_gqa=grouped
+            q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, scale=scale, enable_gqa=grouped
         )
     return y.transpose(1, 2)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.attention import AttentionContext, causal_attention
+from nanochat_ray.model.fused import relu_squared, rms_norm
 from nanochat_ray.model.loss import softcap_cross_entropy
 from nanochat_ray.model.rotary import rotary_tables, rotate
 from nanochat_ray.scaling import has_value_embedding, windows
@@ -62,13 +63,13 @@ class Attention(nn.Module):
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # [B, T, Hkv]
             v = v + gate.unsqueeze(-1) * value.view_as(v)
         q, k = rotate(q, *angles), rotate(k, *angles)
-        q, k = norm(q, c.norm_eps), norm(k, c.norm_eps)
-        if c.qk_scale != 1.0:
-            q, k = q * c.qk_scale, k * c.qk_scale
+        q, k = rms_norm(q, c.norm_eps), rms_norm(k, c.norm_eps)
+        # The scale on q and on k acts through their product alone.
+        sharpen = c.qk_scale**2
         if context is None:
-            y = causal_attention(q, k, v, self.window)
+            y = causal_attention(q, k, v, self.window, sharpen / c.head_dim**0.5)
         else:
-            y = context.attend(self.layer, q, k, v, self.window)
+            y = context.attend(self.layer, q * sharpen, k, v, self.window)
         return self.c_proj(y.reshape(B, T, -1))
 
 
@@ -79,8 +80,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        # ReLU², So et al., arXiv 2109.08668
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(relu_squared(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -88,11 +88,6 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
-
-
-def norm(x: Tensor, eps: float | None) -> Tensor:
-    """RMSNorm without parameters (Zhang and Sennrich, arXiv 1910.07467) over the last axis."""
-    return F.rms_norm(x, (x.size(-1),), eps=eps)
 
 
 class GPT(nn.Module):
@@ -174,7 +169,7 @@ class GPT(nn.Module):
         return cos[context.positions].unsqueeze(2), sin[context.positions].unsqueeze(2)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return norm(self.transformer["wte"](ids).to(self.compute_dtype), self.config.norm_eps)
+        return rms_norm(self.transformer["wte"](ids).to(self.compute_dtype), self.config.norm_eps)
 
     def _smear(self, x: Tensor, prev_ids: Tensor | None) -> Tensor:
         """Adds a gated share of the token before; ``prev_ids [B]`` stand before the first ones."""
@@ -210,13 +205,13 @@ class GPT(nn.Module):
             value = None
             if config.value_embeds and str(i) in self.value_embeds:
                 value = self.value_embeds[str(i)](ids).to(x.dtype)
-            x = x + block.attn(norm(x, config.norm_eps), value, angles, context)
-            x = x + block.mlp(norm(x, config.norm_eps))
+            x = x + block.attn(rms_norm(x, config.norm_eps), value, angles, context)
+            x = x + block.mlp(rms_norm(x, config.norm_eps))
             if config.backout and i == config.n_layer // 2:
                 middle = x
         if middle is not None:
             x = x - self.backout_lambda.to(x.dtype) * middle
-        return norm(x, config.norm_eps)
+        return rms_norm(x, config.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``[..., vocab_size]`` from ``hidden [..., C]``, soft-capped (Gemma 2)."""

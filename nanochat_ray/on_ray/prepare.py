@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,6 @@ from nanochat_ray.data.order import permute
 from nanochat_ray.data.packing import pack, pack_whole
 from nanochat_ray.data.shards import Manifest, RowReader, Shard, Split, token_dtype, write_shard
 from nanochat_ray.storage import Store
-from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.text.chat import render_conversation
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -52,14 +53,18 @@ def _mapped(plan: Sequence[Any], work: Callable[[Any], Row], cores: int) -> Iter
         found = work(json.loads(batch["item"][0]))
         return {name: np.asarray([value]) for name, value in found.items()}
 
+    pool = ray.data.TaskPoolStrategy(size=min(cores, len(plan)))
     items = [{"item": json.dumps(item)} for item in plan]
     data = ray.data.from_items(items, override_num_blocks=len(items))
-    yield from data.map_batches(one, batch_size=1, concurrency=cores).iter_rows()
+    try:
+        yield from data.map_batches(one, batch_size=1, compute=pool).iter_rows()
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ValueError):
+            raise ValueError(str(error.cause)) from None
+        raise
 
 
 def _cores() -> int:
-    import os
-
     # On a laptop Ray is told of more CPUs than there are; more tasks than cores only queue.
     nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
     total = int(ray.cluster_resources().get("CPU", 1))
@@ -70,42 +75,42 @@ def _cores() -> int:
 
 
 def documentation_corpus(root: Store) -> str:
-    """URI of the default corpus below ``root``, made by Ray Data if it is not there yet."""
-    store, name = root.child("corpora"), f"documentation-{documentation.key()}.arrow"
-    uri = store.child(name).uri
-    if store.exists(name):
-        _say(f"corpus: {uri} (made before)")
-        return uri
+    """URI of the default corpus below ``root``, a folder that Ray Data fills if it is not there."""
+    folder = f"documentation-{documentation.key()}"
+    store = root.child("corpora", folder)
+    if store.exists("done"):
+        _say(f"corpus: {store.uri} (made before)")
+        return store.uri
     began = time.perf_counter()
     files = [str(path) for path in documentation.files()]
-    chunks = [files[at : at + 200] for at in range(0, len(files), 200)]
+    chunks = [files[at : at + 100] for at in range(0, len(files), 100)]
 
     def extract(item: list[Any]) -> Row:
-        from pathlib import Path
-
         found = [documentation.docstrings(Path(path)) for path in item[1]]
         return {"at": item[0], "modules": json.dumps(found)}
 
     found: dict[int, list[list[str]]] = {}
+    progress = _Progress(len(chunks), "read source files, group")
     for row in _mapped(list(enumerate(chunks)), extract, _cores()):
         found[int(row["at"])] = json.loads(row["modules"])
-        if len(found) % 10 == 0 or len(found) == len(chunks):
-            _say(f"  read {len(found)}/{len(chunks)} groups of source files")
+        progress.add(0)
     documents = documentation.documents(module for at in sorted(found) for module in found[at])
-    table = pa.table({"text": documents})
-    with (
-        store.writing(name) as stream,
-        pa.ipc.new_file(
-            stream, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
-        ) as writer,
-    ):
-        writer.write_table(table, max_chunksize=256)
     size = sum(len(document) for document in documents)
+    # Spread over files, so that units of work mix the packages.
+    count = max(1, round(size / corpus.UNIT_BYTES))
+    for number in range(count):
+        table = pa.table({"text": documents[number::count]})
+        with (
+            store.writing(f"{number:02d}.arrow") as stream,
+            pa.ipc.new_file(stream, table.schema) as writer,
+        ):
+            writer.write_table(table, max_chunksize=256)
+    store.write_text("done", "")
     _say(
         f"corpus: {len(documents):,} documents, {size / 1e6:.1f} MB from {len(files):,} files "
-        f"in {time.perf_counter() - began:.0f} s; {uri}"
+        f"in {time.perf_counter() - began:.0f} s; {store.uri}"
     )
-    return uri
+    return store.uri
 
 
 # --- parts and shards ---------------------------------------------------------------------------
@@ -197,9 +202,9 @@ class _Progress:
         if now - self.shown > 2 or self.done == self.total:
             self.shown, spent = now, now - self.began
             left = spent / self.done * (self.total - self.done)
+            rate = f": {self.tokens / 1e6:.2f} M tokens, {self.tokens / spent:,.0f} tokens/s"
             _say(
-                f"  {self.what} {self.done}/{self.total}: {self.tokens / 1e6:.2f} M tokens, "
-                f"{self.tokens / spent:,.0f} tokens/s, left {left:.0f} s"
+                f"  {self.what} {self.done}/{self.total}{rate if self.tokens else ''}, left {left:.0f} s"
             )
 
 
@@ -335,6 +340,8 @@ def prepare_sft(
     seed: int = 0,
 ) -> Manifest:
     """Prepares ``datasets/<name>`` from tasks, given as (name, number of conversations)."""
+    from nanochat_ray.tasks.registry import make_task
+
     root = Store.at(storage)
     dataset = root.child("datasets", name)
     key = _hash([FORMAT, "sft", list(tasks), tokenizer.fingerprint, sequence_len, seed])
@@ -347,8 +354,7 @@ def prepare_sft(
         for split, size in sizes.items():
             size = len(make_task(task, split, size=size, seed=seed))
             plan += [
-                [len(plan) + i, task, split, size, at]
-                for i, at in enumerate(range(0, size, chunk))
+                [len(plan) + i, task, split, size, at] for i, at in enumerate(range(0, size, chunk))
             ]
     dtype = token_dtype(tokenizer.vocab_size)
     uri, shared = dataset.uri, ray.put(tokenizer)

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from nanochat_ray import config as configs
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import TrainConfig
@@ -63,7 +61,9 @@ class Checkpointer:
         state = self.optimizer.state_dict()
         if self.optimizer.rank != 0:
             return
-        weights = {name: t.detach().to("cpu", copy=True) for name, t in self.model.named_parameters()}
+        weights = {
+            name: t.detach().to("cpu", copy=True) for name, t in self.model.named_parameters()
+        }
         trainer = {
             "step": step,
             "train_config": configs.to_json(self.run.config),
@@ -174,4 +174,3 @@ def run(model: GPT, run: Run) -> dict[str, Any]:
             break
     checkpointer.wait()
     return {**metrics.summary(), "step": step, "done": step >= config.steps}
-

@@ -1,0 +1,56 @@
+"""RMSNorm and ReLU² with hand-written gradients.
+
+Eager torch makes about ten passes over memory for an RMSNorm and its gradient and six for a ReLU²;
+these make five and four. On a CPU, where a small model waits for memory more than for its
+matrix products, that is worth a tenth of the training step (optim/NOTES.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = length.square_().div_(x.size(-1)).add_(eps).rsqrt_().to(x.dtype)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        y, scale = ctx.saved_tensors
+        # dL/dx = (g - y · mean(g · y)) / rms(x)
+        share = torch.linalg.vecdot(grads[0], y).unsqueeze(-1) / -y.size(-1)
+        return torch.addcmul(grads[0], y, share).mul_(scale), None
+
+
+class _ReluSquared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (positive * grads[0]).mul_(2)
+
+
+def rms_norm(x: Tensor, eps: float | None) -> Tensor:
+    """``x / sqrt(mean(x²) + eps)`` over the last axis, without parameters (arXiv 1910.07467).
+
+    ``eps`` None is the machine epsilon of the dtype of ``x``.
+    """
+    return _RMSNorm.apply(x, torch.finfo(x.dtype).eps if eps is None else eps)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)² (So et al., arXiv 2109.08668)."""
+    return _ReluSquared.apply(x)
