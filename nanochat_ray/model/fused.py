@@ -35,7 +35,7 @@ class _ReluSquared(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         positive = x.relu()
         ctx.save_for_backward(positive)
-        return positive.square()
+        return positive * positive
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
