@@ -1,8 +1,8 @@
 """Prepare a dataset: text into shuffled rows of tokens, or tasks into rows of conversations.
 
-    python jobs/prepare.py --storage DIR --dataset base --text folder/ books/*.txt
-    python jobs/prepare.py --storage DIR --stage sft --dataset sft --tokenizer base
-    ray job submit -- python jobs/prepare.py ...
+python jobs/prepare.py --storage DIR --dataset base --text folder/ books/*.txt
+python jobs/prepare.py --storage DIR --stage sft --dataset sft --tokenizer base
+ray job submit -- python jobs/prepare.py ...
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import tyro
+from nanochat_ray.tasks.registry import DEFAULT_MIXTURE
 
 from nanochat_ray.storage import default_root
-from nanochat_ray.tasks.registry import DEFAULT_MIXTURE
 
 TaskCount = str
 
@@ -44,7 +44,9 @@ def mixture(tasks: tuple[str, ...]) -> list[tuple[str, int]]:
     for task in tasks:
         name, mark, count = task.rpartition(":")
         if not mark or not count.isdigit() or int(count) < 1:
-            raise ValueError(f"tasks={task!r} is not allowed: write task:count, for example gsm8k:5000")
+            raise ValueError(
+                f"tasks={task!r} is not allowed: write task:count, for example gsm8k:5000"
+            )
         found.append((name, int(count)))
     return found
 

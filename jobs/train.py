@@ -1,10 +1,10 @@
 """Train a base model, or fine-tune one to chat.
 
-    python jobs/train.py --storage DIR --dataset base --run base --depth 4
-    python jobs/train.py --storage DIR --stage sft --dataset sft --run chat --parent base
-    ray job submit -- python jobs/train.py ...          # on a cluster: Ray Train and Ray Data
-    torchrun --nproc-per-node 2 jobs/train.py ...       # the same loop without Ray
-    python jobs/train.py --no-ray ...                   # and in this process
+python jobs/train.py --storage DIR --dataset base --run base --depth 4
+python jobs/train.py --storage DIR --stage sft --dataset sft --run chat --parent base
+ray job submit -- python jobs/train.py ...          # on a cluster: Ray Train and Ray Data
+torchrun --nproc-per-node 2 jobs/train.py ...       # the same loop without Ray
+python jobs/train.py --no-ray ...                   # and in this process
 """
 
 from __future__ import annotations

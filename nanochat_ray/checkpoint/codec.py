@@ -49,9 +49,7 @@ def write_tensors(stream: Any, tensors: Mapping[str, Tensor]) -> None:
         head = {"name": name, "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
         stream.write(pack({**head, "chunks": chunks}))
         for at in range(0, len(data), CHUNK):
-            piece = data[at : at + CHUNK]
-            stream.write(msgpack.Packer().pack_bin_header(len(piece)))
-            stream.write(piece)
+            stream.write(pack(data[at : at + CHUNK]))
 
 
 def _head(found: Any, size: int) -> tuple[str, torch.dtype, tuple[int, ...], int]:

@@ -42,7 +42,7 @@ class _Hashed:
         self.stream.write(self._pass(data))
 
     def read(self, size: int = -1) -> bytes:
-        return self._pass(self.stream.read(size))
+        return self._pass(self.stream.read(None if size < 0 else size))
 
 
 @dataclass(frozen=True)

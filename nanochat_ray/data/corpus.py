@@ -114,7 +114,9 @@ def find(text: Sequence[str]) -> list[Source]:
     for uri in text:
         matched = _expand(uri)
         if not matched:
-            raise ValueError(f"text={uri!r} names no file of a known format (.{', .'.join(FORMATS)})")
+            raise ValueError(
+                f"text={uri!r} names no file of a known format (.{', .'.join(FORMATS)})"
+            )
         found.update(matched)
     sources = []
     for uri in sorted(found):
@@ -164,7 +166,9 @@ def _decode(data: bytes, uri: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"text file {uri} is not UTF-8 text (byte {error.start})") from None
     if "\0" in text:
-        raise ValueError(f"text file {uri} is binary: it holds a NUL at character {text.index(chr(0))}")
+        raise ValueError(
+            f"text file {uri} is binary: it holds a NUL at character {text.index(chr(0))}"
+        )
     return text
 
 
@@ -177,7 +181,9 @@ def _json_texts(text: str, uri: str) -> Iterator[str]:
         except (ValueError, KeyError, TypeError):
             found = None
         if not isinstance(found, str):
-            raise ValueError(f"text file {uri}, line {number}: not a JSON object with a text in 'text'")
+            raise ValueError(
+                f"text file {uri}, line {number}: not a JSON object with a text in 'text'"
+            )
         yield found
 
 

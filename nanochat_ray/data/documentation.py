@@ -101,7 +101,9 @@ def documents(modules: Iterable[list[str]]) -> list[str]:
     for module in modules:
         fresh = []
         for text in module:
-            body = text.partition("\n")[2] if text.startswith(("def ", "class ", "async ")) else text
+            body = (
+                text.partition("\n")[2] if text.startswith(("def ", "class ", "async ")) else text
+            )
             mark = hashlib.sha256(body.encode("utf-8", "replace")).digest()
             if mark not in seen:
                 seen.add(mark)

@@ -39,7 +39,7 @@ def rank_dataset(
     uri, text = dataset.uri, manifest.to_json()
     num_rows = manifest.rows("train")
     row_bytes = 4 * (manifest.sequence_len + 1)
-    rows = -(-(config.batch_rows - rank) // world)
+    rows = len(rank_rows(config, num_rows, start, rank, world))
     stride = max(1, min(BLOCK_BYTES // (rows * row_bytes), -(-(config.steps - start) // 4)))
 
     def read(block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -86,7 +86,7 @@ def from_iterator(
     """Batches of one rank from its iterator, checked against the step that the loop is at."""
 
     def batches(start: int) -> Iterator[Batch]:
-        rows = -(-(config.batch_rows - rank) // world)
+        rows = len(np.array_split(np.arange(config.batch_rows), world)[rank])
         stream = shard.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)
         for step, block in enumerate(stream, start):
             if (block["step"] != step).any():

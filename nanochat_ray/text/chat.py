@@ -64,9 +64,7 @@ def _assistant(tok: Tokenizer, content: Any) -> tuple[list[int], list[int]]:
     return ids, mask
 
 
-def render_conversation(
-    tok: Tokenizer, messages: Sequence[Message]
-) -> tuple[list[int], list[int]]:
+def render_conversation(tok: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Ids, and a mask of equal length with 1 where the assistant's own tokens stand.
 
     Raises ValueError for an unknown role or part, or for turns out of order.

@@ -14,8 +14,12 @@ from nanochat_ray.train.step import Batch
 
 
 def rank_rows(config: TrainConfig, num_rows: int, step: int, rank: int, world: int) -> np.ndarray:
-    """Row numbers (int64) that ``rank`` of ``world`` trains on in ``step``."""
-    return batch_rows(num_rows, config.seed, config.batch_rows, step)[rank::world]
+    """Row numbers (int64) that ``rank`` of ``world`` trains on in ``step``: a run of the batch.
+
+    Where the sizes divide, the micro-batches of all ranks are those that one rank would make.
+    """
+    rows = batch_rows(num_rows, config.seed, config.batch_rows, step)
+    return np.array_split(rows, world)[rank]
 
 
 def from_shards(

@@ -143,8 +143,8 @@ def validator(
 ) -> Callable[[GPT], dict[str, float]]:
     """Validation on the first ``eval_rows`` rows of the "val" split, shared by the ranks."""
     reader = RowReader(dataset, manifest, "val")
-    rows = np.arange(min(job.train.eval_rows, len(reader)), dtype=np.int64)[rank::world]
-    ids, mask = reader.rows(rows)
+    rows = np.arange(min(job.train.eval_rows, len(reader)), dtype=np.int64)
+    ids, mask = reader.rows(np.array_split(rows, world)[rank])
     lengths = tokenizer.byte_lengths()
 
     def evaluate(model: GPT) -> dict[str, float]:

@@ -23,9 +23,7 @@ def test_update_against_a_reference_written_with_svd_free_loops() -> None:
     W, G = torch.randn(3, 8, 4), torch.randn(3, 8, 4)
     momentum, second = torch.randn(3, 8, 4) * 0.1, torch.rand(3, 8, 1)
     expected = []
-    for w, g, m, v in zip(
-        W.double(), G.double(), momentum.double(), second.double(), strict=True
-    ):
+    for w, g, m, v in zip(W.double(), G.double(), momentum.double(), second.double(), strict=True):
         m = 0.9 * m + 0.1 * g
         u = polar_express(0.1 * g + 0.9 * m)
         rows = (u**2).mean(dim=1, keepdim=True)

@@ -1,0 +1,141 @@
+"""Serve a run with OpenAI's API and a chat page.
+
+    python jobs/serve.py --run chat                     # http://127.0.0.1:8000
+    ray job submit -- python jobs/serve.py --no-block   # on a cluster; stays when the job has ended
+    serve deploy cluster/serve.yaml                     # the same from a file
+
+API keys, if clients shall need one: NANOCHAT_API_KEYS=key1,key2 in the environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+
+import ray
+import tyro
+from ray import serve
+
+from nanochat_ray.config import EngineConfig, Precision
+from nanochat_ray.on_ray import session
+from nanochat_ray.on_ray.serve import ServeConfig, build_application
+from nanochat_ray.storage import default_root
+
+APP = "nanochat"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    storage: str = field(default_factory=default_root)
+    """Folder, s3:// or gs:// that holds the runs."""
+    run: str = "chat"
+    snapshot: str = ""
+    """Name of a checkpoint; by default the run's latest."""
+    name: str = ""
+    """The model's name for clients; by default that of the run."""
+    host: str = "127.0.0.1"
+    """0.0.0.0 answers every interface: set NANOCHAT_API_KEYS then."""
+    port: int = 8000
+    engines: int = 1
+    """Engine replicas, each with the whole model."""
+    ingresses: int = 1
+    """HTTP replicas."""
+    gpus: float = 0.0
+    """GPUs of each engine."""
+    threads: int = 1
+    """Torch threads of an engine on the CPU."""
+    precision: Precision | None = None
+    """By default bf16 on a GPU, else fp32."""
+    max_slots: int = EngineConfig.max_slots
+    """Answers that an engine makes at a time."""
+    max_len: int = 0
+    """Longest prompt plus answer; 0 is what the model was trained with."""
+    token_budget: int = EngineConfig.token_budget
+    max_waiting: int = EngineConfig.max_waiting
+    block: bool = True
+    """Stay until Ctrl-C; --no-block returns once the model answers."""
+
+
+def config_of(args: Args) -> ServeConfig:
+    return ServeConfig(
+        storage=args.storage,
+        run=args.run,
+        snapshot=args.snapshot,
+        name=args.name,
+        engines=args.engines,
+        ingresses=args.ingresses,
+        gpus=args.gpus,
+        threads=args.threads,
+        engine=EngineConfig(
+            max_slots=args.max_slots,
+            max_len=args.max_len,
+            token_budget=args.token_budget,
+            max_waiting=args.max_waiting,
+            precision=args.precision or ("bf16" if args.gpus else "fp32"),
+        ),
+    )
+
+
+def check_port(args: Args) -> None:
+    """ValueError if something else has the port. A Serve that runs already keeps its own."""
+    if not 1 <= args.port <= 65535:
+        raise ValueError(f"port={args.port} is not allowed: from 1 to 65535")
+    with contextlib.suppress(ValueError):
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        return
+    try:
+        socket.create_server((args.host, args.port)).close()
+    except OSError as error:
+        raise ValueError(f"port={args.port} on {args.host} cannot be had: {error}") from None
+
+
+def wait_until_up(url: str, name: str, seconds: float = 60.0) -> None:
+    """ValueError if ``url`` does not serve ``name`` in time."""
+    until = time.monotonic() + seconds
+    found = "nothing answers"
+    while time.monotonic() < until:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+                model = json.load(response).get("model")
+            if model == name:
+                return
+            found = f"it serves {model!r}"
+        except (OSError, ValueError) as error:
+            found = str(error)
+        time.sleep(0.2)
+    raise ValueError(
+        f"{url} does not serve {name!r} ({found}); does Serve already run on another port?"
+    )
+
+
+def main(args: Args) -> None:
+    config = config_of(args)
+    app = build_application(config)
+    name = config.name or config.run
+    session.connect()
+    check_port(args)
+    serve.start(http_options={"host": args.host, "port": args.port})
+    serve.run(app, name=APP, route_prefix="/")
+    url = f"http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}"
+    wait_until_up(url, name)
+    print(f"{name} is served\n  chat page:     {url}\n  OpenAI client: base_url={url}/v1")
+    print(f"  terminal:      python jobs/chat.py --url {url}", flush=True)
+    if args.block:
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+        serve.delete(APP)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
