@@ -183,12 +183,14 @@ class EngineConfig:
     """Longest prompt plus answer, in tokens; 0 is the model's sequence_len."""
     token_budget: int = 256
     """Tokens of one step: decodes first, what is left goes to prompts."""
+    prefill_chunk: int = 64
+    """Prompt tokens of a step in which others decode, at most: what bounds their delay."""
     max_waiting: int = 256
     """Requests that may wait for a slot; one more is refused."""
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        for name in ("max_slots", "token_budget", "max_waiting"):
+        for name in ("max_slots", "token_budget", "prefill_chunk", "max_waiting"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
         _require(self.max_len >= 0, "max_len", self.max_len, "0 or more")
         _require(

@@ -1,0 +1,257 @@
+"""The engine: requests join and leave the running batch at every step.
+
+The way of one request: ``add`` checks it and queues a ``Sequence``; a ``step`` lets the scheduler
+plan chunks, the runner compute them, the sampler choose one token for each sequence whose tokens
+are all computed, and ``_append`` decides what that token means (go on, a tool's turn, the end).
+Not thread-safe: ``loop.EngineLoop`` is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanochat_ray.config import EngineConfig
+from nanochat_ray.engine import sampler
+from nanochat_ray.engine.request import Finish, Output, Request, TokenLogprob
+from nanochat_ray.engine.runner import Runner
+from nanochat_ray.engine.sampling_state import SamplingState
+from nanochat_ray.engine.scheduler import Chunk, Scheduler, Sequence
+from nanochat_ray.engine.tools import Tool, ToolState
+from nanochat_ray.model.gpt import GPT
+
+
+@dataclass
+class Stats:
+    """Gauges of the moment and counters since the start."""
+
+    running: int = 0
+    waiting: int = 0
+    slots: int = 0
+    kv_used: float = 0.0
+    """Share of the cache's tokens that are in use."""
+    steps: int = 0
+    step_seconds: float = 0.0
+    """Time spent in steps, in all."""
+    prompt_tokens: int = 0
+    """Tokens computed in prompt chunks (recomputation included)."""
+    generated_tokens: int = 0
+    preemptions: int = 0
+    finished: int = 0
+
+
+class Engine:
+    """Answers requests over one model, which it takes over (dtype and memory layout may change).
+
+    Equal requests with equal seeds get equal tokens, whatever runs beside them, however prompts
+    are cut into chunks, and after preemption or a move to another engine.
+    """
+
+    def __init__(self, model: GPT, config: EngineConfig, tool: Tool | None = None):
+        self.config, self.tool = config, tool
+        self.max_len = config.max_len or model.config.sequence_len
+        self.vocab_size = model.config.vocab_size
+        self.runner = Runner(model, config.max_slots, self.max_len, config.precision)
+        self.scheduler = Scheduler(
+            slots=config.max_slots,
+            token_budget=config.token_budget,
+            prefill_chunk=config.prefill_chunk,
+            max_waiting=config.max_waiting,
+        )
+        self._sampling = SamplingState(config.max_slots, self.vocab_size, self.runner.device)
+        self._sequences: dict[str, Sequence] = {}
+        self._ready: list[Output] = []
+        self._stats = Stats(slots=config.max_slots)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences or self._ready)
+
+    def validate(self, request: Request) -> None:
+        """ValueError if this engine can never answer it. Reads constants only, so any thread may
+        call it."""
+        tokens = (*request.prompt, *request.generated)
+        if not request.prompt:
+            raise ValueError("prompt: it must hold at least one token")
+        if len(tokens) >= self.max_len:
+            raise ValueError(
+                f"prompt has {len(tokens)} tokens, but the context holds {self.max_len} together "
+                "with at least one token of the answer"
+            )
+        for name, ids in (
+            ("prompt", tokens),
+            ("logit_bias", tuple(request.params.logit_bias)),
+            ("stop_ids", request.params.stop_ids),
+            ("eos_ids", request.params.eos_ids),
+        ):
+            wrong = next((t for t in ids if not 0 <= t < self.vocab_size), None)
+            if wrong is not None:
+                allowed = f"token ids from 0 to {self.vocab_size - 1}"
+                raise ValueError(f"{name}={wrong} is not allowed: {allowed}")
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises ValueError (see ``validate``; or its id is in use) or
+        EngineFull."""
+        self.validate(request)
+        if request.id in self._sequences:
+            raise ValueError(f"id={request.id!r} is in use by another request")
+        request = request.seeded()
+        params = request.params
+        sequence = Sequence(
+            request=request,
+            tokens=[*request.prompt, *request.generated],
+            seed=params.seed or 0,
+            limit=min(self.max_len, len(request.prompt) + params.max_tokens),
+            tool=ToolState(self.tool) if self.tool else None,
+            ending=params.ending,
+        )
+        sequence.prefill_until = len(sequence.tokens)
+        due = sequence.tool.replay(request.generated) if sequence.tool else []
+        finish = self._finish(sequence, request.generated[-1]) if request.generated else None
+        if finish is None and due:
+            # The engine before this one was lost while it wrote a tool's output.
+            due = due[: sequence.limit - len(sequence.tokens)]
+            sequence.tokens += due
+            sequence.prefill_until = len(sequence.tokens)
+            finish = "length" if len(sequence.tokens) >= sequence.limit else None
+        if finish is None:
+            self.scheduler.add(sequence)
+            self._sequences[request.id] = sequence
+        if finish or due:
+            self._ready.append(
+                Output(
+                    request_id=request.id, tokens=due, forced=list(range(len(due))), finish=finish
+                )
+            )
+
+    def abort(self, request_id: str) -> bool:
+        """Frees what the request holds, at once; False if there is no such request."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return False
+        self.scheduler.remove(sequence)
+        self._ready = [o for o in self._ready if o.request_id != request_id]
+        self._ready.append(Output(request_id=request_id, finish="abort"))
+        return True
+
+    def preempt(self, request_id: str) -> None:
+        """Makes a running request give its slot back and wait; its tokens will be the same."""
+        sequence = self._sequences[request_id]
+        if sequence.slot >= 0:
+            self.scheduler.preempt(sequence)
+
+    def reset(self) -> list[str]:
+        """Forgets every request; returns their ids."""
+        lost = list(self._sequences)
+        for sequence in self._sequences.values():
+            self.scheduler.remove(sequence)
+        self._sequences.clear()
+        self._ready.clear()
+        return lost
+
+    def step(self) -> list[Output]:
+        """One forward of the batch. At most one output for each request that got tokens or ended
+        (a continued one may have another, earlier in the list)."""
+        began = time.perf_counter()
+        outputs, self._ready = self._ready, []
+        chunks, admitted = self.scheduler.plan()
+        for sequence in admitted:
+            self._sampling.admit(sequence)
+        if chunks:
+            outputs += self._run(chunks)
+            self._stats.steps += 1
+            self._stats.step_seconds += time.perf_counter() - began
+        return outputs
+
+    @torch.inference_mode()
+    def _run(self, chunks: list[Chunk]) -> list[Output]:
+        logits = self.runner.run(chunks)
+        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
+        for chunk in chunks:
+            chunk.sequence.computed += chunk.count
+            self._stats.prompt_tokens += 0 if chunk.decode else chunk.count
+        if not sampled:
+            return []
+        slots = [s.slot for s in sampled]
+        chosen = self._sampling.choose(logits, slots, [len(s.tokens) for s in sampled])
+        logprobs = self._logprobs(sampled, logits, chosen)
+        outputs = [
+            self._append(sequence, token, logprobs.get(i))
+            for i, (sequence, token) in enumerate(zip(sampled, chosen.tolist(), strict=True))
+        ]
+        pairs = [(slot, t) for slot, o in zip(slots, outputs, strict=True) for t in o.tokens]
+        self._sampling.count([slot for slot, _ in pairs], [token for _, token in pairs])
+        self._stats.generated_tokens += len(pairs)
+        return outputs
+
+    def _logprobs(
+        self, sampled: SequenceOf[Sequence], logits: Tensor, chosen: Tensor
+    ) -> dict[int, TokenLogprob]:
+        """By row, for the rows that asked."""
+        asked = {
+            i: s.request.params.logprobs
+            for i, s in enumerate(sampled)
+            if s.request.params.logprobs is not None
+        }
+        if not asked:
+            return {}
+        at = torch.tensor(list(asked), device=logits.device)
+        top = min(max(asked.values()), self.vocab_size)
+        own, ids, values = (
+            t.tolist() for t in sampler.log_probabilities(logits[at], chosen[at], top)
+        )
+        return {
+            i: TokenLogprob(
+                logprob=own[row], top=list(zip(ids[row][:n], values[row][:n], strict=True))
+            )
+            for row, (i, n) in enumerate(asked.items())
+        }
+
+    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Output:
+        sequence.tokens.append(token)
+        finish, tokens = self._finish(sequence, token), [token]
+        if finish is None and sequence.tool is not None:
+            forced = sequence.tool.feed(token)[: sequence.limit - len(sequence.tokens)]
+            if forced:
+                sequence.tokens += forced
+                sequence.prefill_until = len(sequence.tokens)
+                tokens += forced
+                finish = "length" if len(sequence.tokens) >= sequence.limit else None
+        if finish is not None:
+            self.scheduler.remove(sequence)
+            del self._sequences[sequence.request.id]
+            self._stats.finished += 1
+        asked = sequence.request.params.logprobs is not None
+        return Output(
+            request_id=sequence.request.id,
+            tokens=tokens,
+            forced=list(range(1, len(tokens))),
+            finish=finish,
+            logprobs=[logprob, *[None] * (len(tokens) - 1)] if asked else None,
+        )
+
+    @staticmethod
+    def _finish(sequence: Sequence, token: int) -> Finish | None:
+        if token in sequence.ending:
+            return "stop"
+        return "length" if len(sequence.tokens) >= sequence.limit else None
+
+    def stats(self) -> Stats:
+        stats, scheduler = self._stats, self.scheduler
+        stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
+        held = sum(s.computed for s in scheduler.running)
+        stats.kv_used = held / (self.config.max_slots * self.max_len)
+        stats.preemptions = scheduler.preemptions
+        return stats
+
+    def check_integrity(self) -> None:
+        """AssertionError if a slot or a request has leaked. Cheap; meant for when idle."""
+        self.scheduler.check_integrity()
+        known = {*self.scheduler.running, *self.scheduler.waiting}
+        assert known == set(self._sequences.values()), "a sequence is queued but unknown, or lost"
+        for sequence in self.scheduler.running:
+            assert 0 <= sequence.computed < len(sequence.tokens) < sequence.limit

@@ -1,0 +1,202 @@
+"""Keys and values by slot, and attention over them.
+
+Each running sequence has one slot: a contiguous stretch of memory for ``max_len`` tokens. On a CPU
+that decodes fastest, since a batch of neighbouring slots is one view: nothing is gathered.
+
+The forward is flat: N rows of one token each, decodes first, then the prompt chunks. What a row
+yields does not depend, to the bit, on the rows beside it:
+
+- keys beyond a row's own are masked, and a masked tail of zeros changes no bit as long as the
+  length is a multiple of 16 and not between 256 and 512 modulo 512, where MKL would split the
+  sum over keys at another place (``padded_length``);
+- queries of a prompt chunk are at least 8 at a time (``MIN_QUERIES``): with fewer, MKL takes
+  another kernel. So a prompt may be cut into chunks anywhere.
+
+Legend: N rows, H heads, Hkv key/value heads, G = H / Hkv, D head size, L length of the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat_ray.config import ModelConfig
+
+MIN_ROWS = 4
+"""A linear layer of fewer rows takes other kernels; 12 → 1 gates need all four."""
+MIN_QUERIES = 8
+CALL_BYTES = 150_000
+"""Reading as much from memory takes about as long as one more call of attention (15 µs)."""
+
+
+def padded_length(n: int) -> int:
+    """Length of keys to attend to, of which ``n`` count: see above."""
+    n = -(-n // 16) * 16
+    rest = n % 512
+    return n if rest <= 256 else n - rest + 512
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens ``[start, start + count)`` of the sequence in ``slot``."""
+
+    slot: int
+    start: int
+    count: int
+    decode: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Decoding rows ``[first, last)`` that sit in neighbouring slots from ``slot`` on."""
+
+    first: int
+    last: int
+    slot: int
+    length: int
+
+
+class SlotCache:
+    """Implements ``AttentionContext``. Call ``begin`` before each forward."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        slots: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        length = padded_length(max_len)
+        shape = (config.n_layer, slots, config.n_kv_head, length, config.head_dim)
+        # Zeros, not garbage: a masked value is multiplied by 0, and 0 * nan is nan.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.positions = torch.zeros((0, 1), dtype=torch.int64, device=device)
+        self._columns = torch.arange(length, device=device)
+        self._row_bytes = 2 * config.n_kv_head * config.head_dim * dtype.itemsize
+        self._decodes = 0
+        self._runs: list[_Run] = []
+        self._prefills: list[Span] = []
+        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._write = self.positions[:, 0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def begin(self, spans: Sequence[Span]) -> int:
+        """Lays out a step: decodes, by ascending slot, and then prompt chunks.
+
+        Returns N, the rows of the forward, of which the last few may be padding. ``positions`` is
+        ready after it.
+        """
+        counts = np.array([span.count for span in spans])
+        starts = np.array([span.start for span in spans])
+        slots = np.repeat([span.slot for span in spans], counts)
+        total = int(counts.sum())
+        offset = np.arange(total) - np.repeat(counts.cumsum() - counts, counts)
+        positions = np.repeat(starts, counts) + offset
+        rows = max(total, MIN_ROWS)
+        padded = np.zeros((rows, 1), dtype=np.int64)
+        padded[:total, 0] = positions
+        device = self.keys.device
+        self.positions = torch.from_numpy(padded).to(device)
+        heads, length = self.keys.shape[2:4]
+        write = (slots[:, None] * heads + np.arange(heads)) * length + positions[:, None]
+        self._write = torch.from_numpy(write.reshape(-1)).to(device)
+        self._decodes = sum(span.decode for span in spans)
+        self._runs = self._find_runs(spans[: self._decodes])
+        self._prefills = list(spans[self._decodes :])
+        self._masks.clear()
+        return rows
+
+    def _find_runs(self, decodes: Sequence[Span]) -> list[_Run]:
+        runs: list[_Run] = []
+        total = 0  # length that the last run's rows have of themselves
+        for row, span in enumerate(decodes):
+            length = padded_length(span.start + 1)
+            if runs and span.slot == runs[-1].slot + row - runs[-1].first:
+                last = runs[-1]
+                longest = max(last.length, length)
+                waste = longest * (row + 1 - last.first) - total - length
+                if waste * self._row_bytes <= CALL_BYTES:
+                    runs[-1] = _Run(last.first, row + 1, last.slot, longest)
+                    total += length
+                    continue
+            runs.append(_Run(row, row + 1, span.slot, length))
+            total = length
+        return runs
+
+    def _mask(self, first: int, last: int, length: int, window: int) -> Tensor:
+        """``[last - first, length]`` of 0 where rows ``first`` to ``last`` see a key, else -inf.
+
+        Built once for all layers of a step that have the same window.
+        """
+        mask = self._masks.get((first, window))
+        if mask is None:
+            places = self.positions[first:last]
+            columns = self._columns[:length]
+            hidden = columns > places
+            if window >= 0:
+                hidden |= columns < places - window
+            mask = torch.zeros(hidden.shape, dtype=self.keys.dtype, device=hidden.device)
+            mask.masked_fill_(hidden, -torch.inf)
+            self._masks[(first, window)] = mask
+        return mask
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """``q [N, 1, H, D]``, ``k`` and ``v [N, 1, Hkv, D]`` → ``[N, 1, H, D]``."""
+        N, _, H, D = q.shape
+        keys, values = self.keys[layer], self.values[layer]  # [slots, Hkv, max_len, D]
+        Hkv, places = keys.size(1), self._write.size(0)
+        keys.view(-1, D).index_copy_(0, self._write, k.reshape(-1, D)[:places])
+        values.view(-1, D).index_copy_(0, self._write, v.reshape(-1, D)[:places])
+        q_NhgD = q.view(N, Hkv, H // Hkv, D)
+        parts = []
+        for run in self._runs:
+            mask = self._mask(run.first, run.last, run.length, window)
+            place = slice(run.slot, run.slot + run.last - run.first)
+            y_NhgD = F.scaled_dot_product_attention(
+                q_NhgD[run.first : run.last],
+                keys[place, :, : run.length],
+                values[place, :, : run.length],
+                attn_mask=mask[:, None, None],
+            )
+            parts.append(y_NhgD)
+        row = self._decodes
+        for span in self._prefills:
+            held = keys[span.slot], values[span.slot]
+            parts.append(self._prefill(span, row, q_NhgD, *held, window))
+            row += span.count
+        if row < N:
+            parts.append(torch.zeros_like(q_NhgD[row:]))
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return y.reshape(N, 1, H, D)
+
+    def _prefill(
+        self, span: Span, row: int, q_NhgD: Tensor, keys: Tensor, values: Tensor, window: int
+    ) -> Tensor:
+        """``[T, Hkv, G, D]`` for the T rows of a prompt chunk that begin at ``row``."""
+        T, (_, Hkv, G, D) = span.count, q_NhgD.shape
+        length = padded_length(span.start + T)
+        mask = self._mask(row, row + T, length, window)
+        q_hgTD = q_NhgD[row : row + T].permute(1, 2, 0, 3)
+        short = max(0, MIN_QUERIES - T)
+        if short:
+            q_hgTD, mask = F.pad(q_hgTD, (0, 0, 0, short)), F.pad(mask, (0, 0, 0, short))
+        if G > 1:
+            mask = mask.repeat(G, 1)
+        y_hQD = F.scaled_dot_product_attention(
+            q_hgTD.reshape(1, Hkv, G * (T + short), D),
+            keys[None, :, :length],
+            values[None, :, :length],
+            attn_mask=mask,
+        )[0]
+        y_hgTD = y_hQD.view(Hkv, G, T + short, D)[:, :, :T]
+        return y_hgTD.permute(2, 0, 1, 3)

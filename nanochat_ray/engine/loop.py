@@ -1,0 +1,149 @@
+"""A thread that steps an engine, so that others can submit and abort at any time."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from nanochat_ray.engine.engine import Engine, Stats
+from nanochat_ray.engine.request import EngineFull, Output, Request
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 3
+"""Steps in a row that may raise before the loop gives up."""
+
+
+class EngineLoop:
+    """Owns an engine and the one thread that touches it.
+
+    ``on_step`` is called in that thread once for each step that has outputs, with all of them.
+    Every request that ``submit`` took ends in exactly one output with ``finish`` set, also when a
+    step raises ("error") or the loop is stopped ("abort").
+    """
+
+    def __init__(self, engine: Engine, on_step: Callable[[list[Output]], None]):
+        self._engine, self._on_step = engine, on_step
+        self._changed = threading.Condition()
+        # Under the condition:
+        self._inbox: list[Request] = []
+        self._aborts: list[str] = []
+        self._ids: set[str] = set()
+        self._stopping = self._dropping = False
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the loop is dead, or None while it lives."""
+        return self._failure
+
+    def submit(self, request: Request) -> None:
+        """Raises ValueError (the engine can never answer it), EngineFull, or RuntimeError (the
+        loop is dead or stopping)."""
+        self._engine.validate(request)
+        with self._changed:
+            if self._failure is not None:
+                raise RuntimeError(f"the engine is dead: {self._failure}")
+            if self._stopping:
+                raise RuntimeError("the engine is stopping")
+            if request.id in self._ids:
+                raise ValueError(f"id={request.id!r} is in use by another request")
+            if self._engine.scheduler.room - len(self._inbox) <= 0:
+                waiting = self._engine.config.max_waiting
+                raise EngineFull(f"max_waiting={waiting} requests are waiting already")
+            self._ids.add(request.id)
+            self._inbox.append(request)
+            self._changed.notify()
+
+    def abort(self, request_id: str) -> None:
+        """Its slot is free before the next step; unknown ids are ignored."""
+        with self._changed:
+            self._aborts.append(request_id)
+            self._changed.notify()
+
+    def stats(self) -> Stats:
+        """Taken between two moments of a step: good for metrics, not for decisions."""
+        stats = self._engine.stats()
+        stats.waiting += len(self._inbox)
+        return stats
+
+    def stop(self, deadline: float = 0.0) -> None:
+        """Takes no more requests, lets those that it has finish for ``deadline`` seconds, aborts
+        the rest, and ends the thread. RuntimeError if the thread does not end."""
+        until = time.monotonic() + deadline
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._ids, timeout=deadline)
+            self._dropping = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join(timeout=max(0.0, until - time.monotonic()) + 30)
+            if self._thread.is_alive():
+                raise RuntimeError("the engine's thread hangs in a step")
+
+    def _run(self) -> None:
+        failures = 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._inbox or self._aborts or self._stopping or self._engine.has_work
+                )
+                inbox, self._inbox = self._inbox, []
+                aborts, self._aborts = self._aborts, []
+                if self._dropping or (self._stopping and not self._ids):
+                    break
+            try:
+                outputs = self._take(inbox, aborts) + self._engine.step()
+                failures = 0
+            except Exception as error:
+                logger.exception("a step of the engine failed")
+                failures += 1
+                outputs = self._fail(f"{type(error).__name__}: {error}")
+                if failures >= MAX_FAILURES:
+                    self._failure = f"{failures} steps in a row failed, the last with {error!r}"
+            self._deliver(outputs)
+            if self._failure is not None:
+                self._deliver(self._fail(self._failure))
+                return
+        self._engine.reset()
+        with self._changed:
+            left = sorted(self._ids)
+        self._deliver([Output(request_id=i, finish="abort") for i in left])
+
+    def _take(self, inbox: list[Request], aborts: list[str]) -> list[Output]:
+        refused = []
+        for request in inbox:
+            try:
+                self._engine.add(request)
+            except (ValueError, EngineFull) as error:
+                refused.append(Output(request_id=request.id, finish="error", error=str(error)))
+        for request_id in aborts:
+            self._engine.abort(request_id)
+        return refused
+
+    def _fail(self, reason: str) -> list[Output]:
+        """Ends every request that was submitted."""
+        self._engine.reset()
+        with self._changed:
+            lost, self._inbox = sorted(self._ids), []
+        return [Output(request_id=i, finish="error", error=reason) for i in lost]
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        if not outputs:
+            return
+        with self._changed:
+            self._ids.difference_update(o.request_id for o in outputs if o.finish)
+            if not self._ids:
+                self._changed.notify_all()
+        try:
+            self._on_step(outputs)
+        except Exception as error:
+            logger.exception("the receiver of the engine's outputs failed")
+            self._failure = f"its receiver failed with {error!r}"

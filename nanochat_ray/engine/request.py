@@ -1,0 +1,196 @@
+"""What goes into the engine and what comes out: plain data, token ids only, no torch.
+
+``to_wire`` and ``from_wire`` turn each into values that JSON and MessagePack can carry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+Finish = Literal["stop", "length", "abort", "error"]
+MAX_LOGPROBS = 20
+"""Alternatives that may be asked for at each position (OpenAI's limit)."""
+
+
+class EngineFull(RuntimeError):  # noqa: N818 - a state of the engine, not a fault
+    """The queue has reached its bound: try again later, or elsewhere."""
+
+
+def _require(ok: bool, field: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{field}={value!r} is not allowed: {allowed}")
+
+
+def _finite(value: float) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when to end. ValueError names a field that is out of range.
+
+    Order, as in vLLM: bias and penalties, temperature, min-p, then top-k, then top-p.
+    """
+
+    temperature: float = 1.0
+    """0 is greedy: the most likely token."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0 is off."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Only tokens at least this likely, as a share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Divides (multiplies, if negative) logits of tokens in prompt or answer (Keskar et al.,
+    arXiv 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token that the answer holds."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit once for each time that the answer holds it."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
+    seed: int | None = None
+    """Equal seeds give equal tokens; None draws one when the request is admitted."""
+    max_tokens: int = 256
+    """Tokens of the answer, forced ones (a tool's output) included."""
+    min_tokens: int = 0
+    """Until the answer has as many, nothing in ``stop_ids`` or ``eos_ids`` is chosen."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer. The engine knows no text: ``stream.TextStream`` looks."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the answer."""
+    eos_ids: tuple[int, ...] = ()
+    """Tokens that end a turn; with ``ignore_eos`` they do not end the answer."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Report the log-probability of each chosen token and of this many likeliest ones."""
+
+    def __post_init__(self) -> None:
+        req = _require
+        for name in ("stop", "stop_ids", "eos_ids"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        bias = {int(k): float(v) for k, v in self.logit_bias.items()}
+        object.__setattr__(self, "logit_bias", bias)
+        for name in ("top_k", "max_tokens", "min_tokens"):
+            req(isinstance(getattr(self, name), int), name, getattr(self, name), "a whole number")
+        t = self.temperature
+        req(_finite(t) and t >= 0, "temperature", t, "0 or more")
+        req(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        req(_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
+        req(_finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
+        rep = self.repetition_penalty
+        req(_finite(rep) and rep > 0, "repetition_penalty", rep, "above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            req(_finite(value) and -2 <= value <= 2, name, value, "from -2 to 2")
+        for token, value in bias.items():
+            req(token >= 0, "logit_bias", token, "token ids from 0")
+            req(_finite(value) and -100 <= value <= 100, "logit_bias", value, "from -100 to 100")
+        seed = self.seed
+        ok = seed is None or (isinstance(seed, int) and -(2**63) <= seed < 2**64)
+        req(ok, "seed", seed, "a 64-bit whole number or None")
+        req(self.max_tokens >= 1, "max_tokens", self.max_tokens, "from 1")
+        req(
+            0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            self.min_tokens,
+            f"from 0 to max_tokens={self.max_tokens}",
+        )
+        req(all(self.stop), "stop", self.stop, "strings that are not empty")
+        n = self.logprobs
+        req(n is None or 0 <= n <= MAX_LOGPROBS, "logprobs", n, f"0 to {MAX_LOGPROBS} or None")
+
+    @property
+    def ending(self) -> frozenset[int]:
+        """Tokens that end the answer."""
+        return frozenset(self.stop_ids) | (frozenset() if self.ignore_eos else set(self.eos_ids))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and how to answer it.
+
+    ``generated`` are tokens that another engine has made already: the answer continues after
+    them as if it had never stopped, provided that ``params.seed`` is set (or the temperature 0).
+    """
+
+    id: str
+    prompt: Sequence[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    generated: Sequence[int] = ()
+    priority: int = 0
+    """Lower goes first, and may push out a running request of a higher number."""
+    client: str = ""
+    """Requests of one client share a turn with those of each other client."""
+
+    def seeded(self) -> Self:
+        """The same with a seed drawn for it, if it has none: what may have to continue elsewhere
+        must be seeded before it is sent anywhere."""
+        if self.params.seed is not None:
+            return self
+        seed = int.from_bytes(os.urandom(8), "little")
+        return dataclasses.replace(self, params=dataclasses.replace(self.params, seed=seed))
+
+    def to_wire(self) -> dict[str, Any]:
+        wire = dataclasses.asdict(self)
+        wire["prompt"], wire["generated"] = list(self.prompt), list(self.generated)
+        # Pairs, since JSON would turn the ids into strings.
+        wire["params"]["logit_bias"] = [[k, v] for k, v in self.params.logit_bias.items()]
+        return wire
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> Self:
+        params = dict(wire["params"])
+        params["logit_bias"] = {int(k): float(v) for k, v in params.get("logit_bias", ())}
+        return cls(**{**wire, "params": SamplingParams(**params)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """Natural log-probability of a chosen token and of the likeliest ones, before any penalty."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What one step did for one request."""
+
+    request_id: str
+    tokens: list[int] = field(default_factory=list)
+    """New tokens. With finish "stop" the last one is the token that ended the answer."""
+    forced: list[int] = field(default_factory=list)
+    """Which of ``tokens`` (indices) a tool wrote, rather than the model."""
+    finish: Finish | None = None
+    error: str | None = None
+    """Why, if ``finish`` is "error"."""
+    logprobs: list[TokenLogprob | None] | None = None
+    """One for each of ``tokens`` where the request asked; None for forced ones."""
+    cached_tokens: int = 0
+    """Prompt tokens that needed no computation, told with the first token."""
+
+    def to_wire(self) -> dict[str, Any]:
+        """Only what differs from an empty output, since thousands travel each second."""
+        wire: dict[str, Any] = {"id": self.request_id, "tokens": self.tokens}
+        for name in ("forced", "finish", "error", "cached_tokens"):
+            if value := getattr(self, name):
+                wire[name] = value
+        if self.logprobs is not None:
+            wire["logprobs"] = [p and [p.logprob, p.top] for p in self.logprobs]
+        return wire
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> Self:
+        rest = {k: v for k, v in wire.items() if k not in ("id", "logprobs")}
+        found = wire.get("logprobs")
+        logprobs = found and [
+            p and TokenLogprob(logprob=p[0], top=[(int(t), float(x)) for t, x in p[1]])
+            for p in found
+        ]
+        return cls(request_id=wire["id"], logprobs=logprobs, **rest)

@@ -1,0 +1,70 @@
+"""One forward of the model for one plan of the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nanochat_ray.config import Precision
+from nanochat_ray.engine.kv_cache import MIN_ROWS, SlotCache, Span
+from nanochat_ray.engine.scheduler import Chunk
+from nanochat_ray.model.gpt import GPT
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def lay_out(model: nn.Module) -> None:
+    """Stores the weights of linear layers column by column; values and shapes stay.
+
+    MKL then multiplies 4 to 16 rows up to 1.8 times faster, and, what is more, a row's result is
+    the same to the bit with 2 rows or 272. Stored row by row, it changes at 16 rows.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.t().contiguous().t()
+
+
+class Runner:
+    """Holds the model and its cache. Takes the model over: dtype and memory layout may change."""
+
+    def __init__(self, model: GPT, slots: int, max_len: int, precision: Precision):
+        dtype = DTYPES[precision]
+        self.model = model.to(dtype).eval()
+        model.compute_dtype = dtype
+        self.device = model.lm_head.weight.device
+        if self.device.type == "cpu":
+            lay_out(model)
+        self.cache = SlotCache(model.config, slots, max_len, dtype, self.device)
+
+    @torch.inference_mode()
+    def run(self, chunks: SequenceOf[Chunk]) -> Tensor:
+        """float32 logits ``[S, V]`` after each of the S chunks that sample, in their order."""
+        ids: list[int] = []
+        before: list[int] = []
+        spans, last = [], []
+        for chunk in chunks:
+            tokens, end = chunk.sequence.tokens, chunk.start + chunk.count
+            spans.append(Span(chunk.sequence.slot, chunk.start, chunk.count, chunk.decode))
+            if chunk.count == 1:
+                ids.append(tokens[chunk.start])
+                before.append(tokens[chunk.start - 1] if chunk.start else -1)
+            else:
+                ids += tokens[chunk.start : end]
+                before.append(tokens[chunk.start - 1] if chunk.start else -1)
+                before += tokens[chunk.start : end - 1]
+            if chunk.samples:
+                last.append(len(ids) - 1)
+        rows = self.cache.begin(spans)
+        table = np.zeros((2, rows), dtype=np.int64)
+        table[0, : len(ids)], table[1, : len(ids)] = ids, before
+        ids_N, before_N = torch.from_numpy(table).to(self.device)
+        hidden = self.model.hidden(ids_N[:, None], self.cache, before_N)[:, 0]
+        if not last:
+            return hidden.new_empty((0, self.model.config.vocab_size), dtype=torch.float32)
+        if last != list(range(rows)):
+            wanted = last + [last[0]] * (MIN_ROWS - len(last))
+            hidden = hidden[torch.tensor(wanted, device=self.device)]
+        return self.model.logits(hidden)[: len(last)]

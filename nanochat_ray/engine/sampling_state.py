@@ -1,0 +1,139 @@
+"""Sampling parameters and token counts by slot, so that a step gathers them with one index.
+
+What a feature needs per token of the vocabulary (counts, bias, bans) is allocated when the first
+request uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+from torch import Tensor
+
+from nanochat_ray.engine import sampler
+from nanochat_ray.engine.sampler import Rows
+from nanochat_ray.engine.scheduler import Sequence
+
+PENALTY, BIAS, BAN = 16, 32, 64
+"""Features beyond those of the sampler."""
+
+
+class SamplingState:
+    """One row of parameters for each slot."""
+
+    def __init__(self, slots: int, vocab_size: int, device: torch.device):
+        self.vocab_size, self.device, self.slots = vocab_size, device, slots
+
+        def column(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(slots, dtype=dtype, device=device)
+
+        self._rows = Rows(
+            temperature=column(torch.float32),
+            top_k=column(torch.int64),
+            top_p=column(torch.float64),
+            min_p=column(torch.float32),
+            seed=column(torch.int64),
+        )
+        # repetition, presence, frequency
+        self._penalties = torch.zeros((slots, 3), device=device)
+        self._ban_before = column(torch.int64)
+        self._features = [0] * slots
+        self._seen: Tensor | None = None
+        self._counts: Tensor | None = None
+        self._bias: Tensor | None = None
+        self._bans: Tensor | None = None
+
+    def admit(self, sequence: Sequence) -> None:
+        """Fills the row of the sequence's slot."""
+        p, slot, features = sequence.request.params, sequence.slot, 0
+        if p.temperature > 0:
+            features |= sampler.SAMPLED
+            features |= sampler.TOP_K if 0 < p.top_k < self.vocab_size else 0
+            features |= sampler.TOP_P if p.top_p < 1 else 0
+            features |= sampler.MIN_P if p.min_p > 0 else 0
+        rows = self._rows
+        rows.temperature[slot], rows.top_k[slot] = p.temperature, p.top_k
+        rows.top_p[slot], rows.min_p[slot] = p.top_p, p.min_p
+        rows.seed[slot] = sampler.signed(sequence.seed)
+        if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
+            features |= PENALTY
+            self._admit_penalties(sequence)
+        if p.logit_bias:
+            features |= BIAS
+            if self._bias is None:
+                self._bias = self._table(torch.float32)
+            self._bias[slot] = 0
+            self._bias[slot, self._ids(list(p.logit_bias))] = torch.tensor(
+                list(p.logit_bias.values()), device=self.device
+            )
+        if p.min_tokens and sequence.ending:
+            features |= BAN
+            if self._bans is None:
+                self._bans = self._table(torch.bool)
+            self._bans[slot] = False
+            self._bans[slot, self._ids(list(sequence.ending))] = True
+            self._ban_before[slot] = len(sequence.request.prompt) + p.min_tokens
+        self._features[slot] = features
+
+    def _admit_penalties(self, sequence: Sequence) -> None:
+        p, slot = sequence.request.params, sequence.slot
+        if self._seen is None or self._counts is None:
+            self._seen, self._counts = self._table(torch.bool), self._table(torch.float32)
+        self._seen[slot], self._counts[slot] = False, 0
+        self._seen[slot, self._ids(sequence.tokens)] = True
+        answer = self._ids(sequence.tokens[len(sequence.request.prompt) :])
+        self._counts[slot].index_add_(0, answer, torch.ones(len(answer), device=self.device))
+        self._penalties[slot] = torch.tensor(
+            (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+        )
+
+    def _table(self, dtype: torch.dtype) -> Tensor:
+        return torch.zeros((self.slots, self.vocab_size), dtype=dtype, device=self.device)
+
+    def _ids(self, tokens: list[int]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.int64, device=self.device)
+
+    def choose(self, logits: Tensor, slots: SequenceOf[int], positions: SequenceOf[int]) -> Tensor:
+        """Tokens int64 ``[S]`` for ``logits [S, V]`` of the sequences in ``slots``, which will
+        stand at ``positions``."""
+        features = 0
+        for slot in slots:
+            features |= self._features[slot]
+        if not features:
+            return logits.argmax(dim=-1)
+        at, where = self._ids(list(slots)), self._ids(list(positions))
+        if features & BIAS and self._bias is not None:
+            logits = logits + self._used(BIAS, slots) * self._bias[at]
+        if features & PENALTY and self._seen is not None and self._counts is not None:
+            use = self._used(PENALTY, slots)
+            repetition, presence, frequency = self._penalties[at].unbind(1)
+            changed = sampler.penalise(
+                logits, self._seen[at], self._counts[at], repetition, presence, frequency
+            )
+            logits = torch.where(use > 0, changed, logits)
+        if features & BAN and self._bans is not None:
+            early = (where < self._ban_before[at])[:, None] & (self._used(BAN, slots) > 0)
+            logits = logits.masked_fill(self._bans[at] & early, -torch.inf)
+        rows = Rows(
+            **{
+                name: getattr(self._rows, name)[at]
+                for name in ("temperature", "top_k", "top_p", "min_p", "seed")
+            }
+        )
+        return sampler.choose(logits, rows, where, features)
+
+    def _used(self, feature: int, slots: SequenceOf[int]) -> Tensor:
+        """float32 ``[S, 1]``: 1 where the row uses the feature."""
+        used = [float(bool(self._features[slot] & feature)) for slot in slots]
+        return torch.tensor(used, device=self.device)[:, None]
+
+    def count(self, slots: SequenceOf[int], tokens: SequenceOf[int]) -> None:
+        """Notes new tokens of the answers in ``slots``, forced ones too."""
+        pairs = [(s, t) for s, t in zip(slots, tokens, strict=True) if self._features[s] & PENALTY]
+        if not pairs or self._seen is None or self._counts is None:
+            return
+        at, ids = self._ids(list(pairs)).unbind(1)  # type: ignore[arg-type]
+        self._seen[at, ids] = True
+        ones = torch.ones(len(pairs), device=self.device)
+        self._counts.index_put_((at, ids), ones, accumulate=True)
