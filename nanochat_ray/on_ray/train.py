@@ -74,6 +74,8 @@ def fit(
 
     # The controller asks its workers this often whether they are alive, and a report waits for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # Ray Train would print every line of a worker a second time.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     own = Store.at(job.storage).child("runs", job.run, "ray")
     trainer = TorchTrainer(
         _worker,

@@ -47,8 +47,8 @@ def losses(job: TrainJob, **kwargs: Any) -> list[float]:
 @pytest.mark.parametrize("stage", ["base", "sft"])
 def test_accumulation_equals_one_big_micro_batch(root: Store, stage: str) -> None:
     write_dataset(root, stage, stage)
-    one = losses(job(root, "one", stage, micro_rows=8))
-    four = losses(job(root, "four", stage, micro_rows=2))
+    one = losses(job(root, "one", stage, micro_rows=8, steps=5))
+    four = losses(job(root, "four", stage, micro_rows=2, steps=5))
     assert one == pytest.approx(four, abs=1e-5)
     assert one[-1] < one[0]
 

@@ -1,0 +1,163 @@
+"""Procedural tasks with verifiable answers, from reasoning-gym (Stojanovski et al., arXiv
+2505.24760). They need no network, and there are as many fresh questions as one wants.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanochat_ray.tasks.task import Split, calculated
+from nanochat_ray.text.chat import Message
+
+Solve = Callable[[str, str], Any]
+"""(question, right answer) → content of the assistant's message."""
+
+
+def _plain(question: str, answer: str) -> Any:
+    return answer
+
+
+def _sum(question: str, answer: str) -> Any:
+    expression = question.split(":", 1)[1].rstrip("= ").strip()
+    return calculated(expression, answer, answer)
+
+
+def _product(question: str, answer: str) -> Any:
+    expression = question.split(":", 1)[1].split(".")[0].strip()
+    return calculated(expression, answer, answer)
+
+
+def _letters(question: str, answer: str) -> Any:
+    found = re.search(r'letter "(.)" appear in the text: "(.*)"\?', question, re.DOTALL)
+    assert found is not None
+    letter, text = found.groups()
+    return calculated(f'"{text}".count("{letter}")', answer, answer)
+
+
+@functools.lru_cache(maxsize=1)
+def _legs() -> dict[str, int]:
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    return {animal: int(legs) for animal, legs in ANIMALS.items()}
+
+
+def _leg_sum(question: str, answer: str) -> Any:
+    listed = re.findall(r"(\d+) ([a-z ]+?)(?:,|\?)", question.rsplit("if you have ", 1)[1])
+    legs = _legs()
+    terms = []
+    for count, animal in listed:
+        singular = animal if animal in legs else animal.removesuffix("s")
+        terms.append(f"{count} * {legs[singular]}")
+    return calculated(" + ".join(terms), answer, answer)
+
+
+def _equation(question: str, answer: str) -> Any:
+    found = re.fullmatch(r"Solve for \w: (\d+)\*\w = (\d+)", question.strip())
+    if found is None:
+        return answer
+    return calculated(f"{found[2]} // {found[1]}", answer, answer)
+
+
+@dataclass(frozen=True)
+class Kind:
+    dataset: str
+    solve: Solve = _plain
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+_DIGITS = {"min_digits": 1, "max_digits": 2}
+KINDS = {
+    "chain_sum": Kind("chain_sum", _sum, {"min_terms": 2, "max_terms": 3, **_DIGITS}),
+    "products": Kind("products", _product, {"min_terms": 2, "max_terms": 2, **_DIGITS}),
+    "leg_counting": Kind("leg_counting", _leg_sum, {"min_animals": 1, "max_animals": 3}),
+    "letter_counting": Kind("letter_counting", _letters, {"min_words": 1, "max_words": 3}),
+    "simple_equations": Kind("simple_equations", _equation),
+    "spell_backward": Kind("spell_backward", _plain, {"min_word_len": 3, "max_word_len": 6}),
+}
+
+
+def _split_of(question: str) -> Split:
+    """By the question itself, so that no question can be in two splits."""
+    bucket = hashlib.sha256(question.encode()).digest()[0] % 16
+    return "test" if bucket == 0 else "val" if bucket == 1 else "train"
+
+
+@functools.lru_cache(maxsize=16)
+def _items(name: str, split: Split, size: int, seed: int) -> tuple[tuple[str, str], ...]:
+    """(question, answer); in "val" and "test" each question comes once."""
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise ValueError(
+            f"task={name!r} needs reasoning-gym: pip install 'nanochat_ray[tasks]'"
+        ) from None
+    kind = KINDS[name]
+    # Far more than can be needed: an item is made only when it is asked for.
+    source = reasoning_gym.create_dataset(kind.dataset, seed=seed, size=size * 400, **kind.config)
+    found: list[tuple[str, str]] = []
+    seen: set[str] = set()
+    for number in range(size * 400):
+        item = source[number]
+        question, answer = item["question"], str(item["answer"])
+        if _split_of(question) != split or (split != "train" and question in seen):
+            continue
+        seen.add(question)
+        found.append((question, answer))
+        if len(found) == size:
+            break
+    return tuple(found)
+
+
+class ReasoningTask:
+    """One of ``KINDS``; the answer is exact, and computed where a calculator can."""
+
+    def __init__(self, name: str, split: Split, size: int, seed: int):
+        self.name = name
+        self._kind = KINDS[name]
+        self._items = _items(name, split, size, seed)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def question(self, index: int) -> list[Message]:
+        return [{"role": "user", "content": self._items[index][0].strip()}]
+
+    def example(self, index: int) -> list[Message]:
+        question, answer = self._items[index]
+        content = self._kind.solve(question, answer)
+        return [*self.question(index), {"role": "assistant", "content": content}]
+
+    def grade(self, index: int, answer: str) -> bool:
+        return answer.strip() == self._items[index][1].strip()
+
+
+class SpokenSums:
+    """The sums of ``chain_sum`` as a person would ask for them."""
+
+    name = "spoken_sums"
+    _ASK = ("What is {}?", "what is {}", "Compute {}.", "How much is {}?", "{} = ?", "{}", "{} =")
+
+    def __init__(self, split: Split, size: int, seed: int):
+        # Questions are told apart by the sum, so the splits of chain_sum are those of this task.
+        self._inner = ReasoningTask("chain_sum", split, size, seed + 1)
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def _expression(self, index: int) -> str:
+        return self._inner.example(index)[1]["content"][0]["text"]
+
+    def question(self, index: int) -> list[Message]:
+        ask = self._ASK[index % len(self._ASK)]
+        return [{"role": "user", "content": ask.format(self._expression(index))}]
+
+    def example(self, index: int) -> list[Message]:
+        return [*self.question(index), self._inner.example(index)[1]]
+
+    def grade(self, index: int, answer: str) -> bool:
+        return self._inner.grade(index, answer)
