@@ -1,0 +1,86 @@
+"""Measure a chat model on fresh questions of tasks, and a base model's text on held-out rows.
+
+    python jobs/eval.py --storage DIR --run chat --tasks chain_sum products --count 200
+
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+import tyro
+
+from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.config import EngineConfig, Precision
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.tools import calculator_tool
+from nanochat_ray.evals.tasks import evaluate
+from nanochat_ray.storage import Store, default_root
+from nanochat_ray.tasks.registry import make_task
+from nanochat_ray.train.job import DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    storage: str = field(default_factory=default_root)
+    run: str = "chat"
+    tasks: tuple[str, ...] = ("chain_sum", "leg_counting", "products")
+    count: int = 200
+    """Questions of each task, none of which was trained on."""
+    seed: int = 1
+    precision: Precision = "fp32"
+    device: str = "cpu"
+    threads: int = 2
+    slots: int = 32
+    show_wrong: int = 2
+    """Wrong answers that are shown for each task."""
+
+
+def text_figures(args: Args) -> dict[str, float]:
+    """Bits per byte, before training and after, of the base model that the run came from."""
+    root = Store.at(args.storage)
+    parent = snapshot.load_trainer(root.child("runs", args.run))["about"]["parent"]
+    metrics = snapshot.load_trainer(root.child("runs", parent or args.run))["metrics"]
+    if "bits_per_byte" not in metrics:
+        return {}
+    before, after = metrics["first_bits_per_byte"], metrics["bits_per_byte"]
+    print(f"base model, bits per byte of held-out text: {before:.3f} before, {after:.3f} after")
+    return {"bits_per_byte_before": before, "bits_per_byte": after}
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(args.threads)
+    store = Store.at(args.storage).child("runs", args.run)
+    tasks = [make_task(name, "test", size=args.count, seed=args.seed) for name in args.tasks]
+    dtype = DTYPES[args.precision]
+    model, tokenizer = snapshot.load_model(store, device=args.device, dtype=dtype)
+    config = EngineConfig(max_slots=args.slots, precision=args.precision)
+    engine = Engine(model, config, calculator_tool(tokenizer))
+    found = text_figures(args)
+    accuracy = {}
+    for task in tasks:
+        began = time.perf_counter()
+        score = evaluate(engine, tokenizer, task, count=args.count)
+        accuracy[score.name] = score.accuracy
+        print(
+            f"{score.name:<18} {score.correct}/{score.total} right ({score.accuracy:.1%}) in "
+            f"{time.perf_counter() - began:.1f} s",
+            flush=True,
+        )
+        for question, answer in score.wrong[: args.show_wrong]:
+            print(f"    wrong: {question!r} → {answer!r}")
+    engine.check_integrity()
+    print(json.dumps({"run": args.run, **found, "accuracy": accuracy, "questions": args.count}))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
