@@ -1,0 +1,159 @@
+"""A model on Ray Serve: ingress replicas speak HTTP, engine replicas make tokens.
+
+    serve deploy cluster/serve.yaml        # args: the fields of ServeConfig
+    python jobs/serve.py --run chat        # the same, from flags
+
+Ingress and engine are told apart so that each scales by itself and an engine's death does not cut
+the connections of those who wait: see ``engine_client``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.config import EngineConfig, from_json, to_json
+from nanochat_ray.on_ray.engine_client import RayEngineClient
+from nanochat_ray.on_ray.engine_replica import EngineReplica
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.storage import Store, default_root
+from nanochat_ray.text.tokenizer import Tokenizer
+
+KEYS_VARIABLE = "NANOCHAT_API_KEYS"
+"""Comma-separated API keys; without it nobody needs one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """What is served and by how many. All plain JSON values, as a Serve config file holds them."""
+
+    storage: str = field(default_factory=default_root)
+    run: str = "chat"
+    snapshot: str = ""
+    """Empty: the run's latest, as of the deployment. All engines have the same one."""
+    name: str = ""
+    """The model's name for clients; by default that of the run."""
+    engines: int = 1
+    ingresses: int = 1
+    gpus: float = 0.0
+    """GPUs of each engine."""
+    cpus: float = 1.0
+    """Logical CPUs of each engine."""
+    threads: int = 1
+    """Torch threads of an engine on the CPU."""
+    ingress_cpus: float = 0.1
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    deadline_s: float = 60.0
+    """How long a request may wait for an engine after its own has died."""
+
+    def __post_init__(self) -> None:
+        for name in ("engines", "ingresses", "threads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} is not allowed: a whole number from 1")
+        if not re.fullmatch(r"[\w.-]+", self.run):
+            raise ValueError(f"run={self.run!r} is not allowed: letters, digits, '.', '_' and '-'")
+
+
+class Ingress:
+    """HTTP, templates and tokenizing; holds no model."""
+
+    def __init__(
+        self,
+        engines: DeploymentHandle,
+        storage: str,
+        tokenizer: str,
+        name: str,
+        max_len: int,
+        keys: list[str],
+        deadline_s: float,
+    ):
+        self.tokenizer = Tokenizer.load(Store.at(storage).child(*tokenizer.split("/")))
+        self.name, self.max_len, self.keys = name, max_len, keys
+        self.client = RayEngineClient(engines, deadline_s=deadline_s)
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        self.client.start()
+        return build_app(self.client, self.tokenizer, self.name, self.max_len, keys=self.keys)
+
+    async def __del__(self) -> None:
+        await self.client.close()
+
+
+def build_application(config: ServeConfig, *, keys: list[str] | None = None) -> Application:
+    """The Serve application. ValueError names a run, snapshot or setting that does not do."""
+    root = Store.at(config.storage)
+    run = root.child("runs", config.run)
+    name = config.snapshot or snapshot.latest(run)
+    if name is None:
+        raise ValueError(f"run={config.run!r} has no checkpoint in {config.storage}")
+    found = snapshot.load_config(run, name)
+    max_len = config.engine.max_len or found.model.sequence_len
+    # Serve restarts an ingress whose arguments change. A path that stays when the snapshot changes
+    # lets new weights in without that.
+    tokenizer = f"tokenizers/{found.tokenizer[:16]}"
+    if not root.child(tokenizer).exists("tokenizer.json"):
+        tokenizer = f"runs/{config.run}/{name}"
+    engine = serve.deployment(
+        name="engine",
+        num_replicas=config.engines,
+        user_config={"snapshot": name},
+        request_router_config=RequestRouterConfig(
+            request_router_class="nanochat_ray.on_ray.routing.AddressedRouter"  # type: ignore[arg-type]
+        ),
+        # Calls are short or are streams; the engine has its own bound on what may wait.
+        max_ongoing_requests=10_000,
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=30,
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
+    )(EngineReplica)
+    ingress = serve.deployment(
+        name="ingress",
+        num_replicas=config.ingresses,
+        max_ongoing_requests=1_000,
+        graceful_shutdown_timeout_s=30,
+        ray_actor_options={"num_cpus": config.ingress_cpus},
+    )(serve.ingress()(Ingress))
+    engines = engine.bind(
+        storage=config.storage,
+        run=config.run,
+        engine=to_json(config.engine),
+        device="cuda" if config.gpus else "cpu",
+        threads=config.threads,
+    )
+    return ingress.bind(
+        engines,
+        storage=config.storage,
+        tokenizer=tokenizer,
+        name=config.name or config.run,
+        max_len=max_len,
+        keys=environment_keys() if keys is None else keys,
+        deadline_s=config.deadline_s,
+    )
+
+
+def environment_keys() -> list[str]:
+    return [key for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key]
+
+
+def build(args: Mapping[str, Any]) -> Application:
+    """For ``import_path`` of a Serve config file; ``args`` has the fields of ServeConfig."""
+    values = dict(args)
+    values["engine"] = from_json(EngineConfig, values.get("engine", {}))
+    return build_application(from_json(ServeConfig, values))
+
+
+def settings(config: ServeConfig) -> dict[str, Any]:
+    """``config`` as ``args`` of a Serve config file."""
+    return dataclasses.asdict(config)

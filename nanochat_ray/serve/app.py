@@ -1,0 +1,216 @@
+"""The HTTP server: OpenAI's API and the chat page, over any ``EngineClient``.
+
+A request's way: ``protocol`` checks its shape, ``Service`` turns it into engine requests,
+``completions`` turns tokens into text, and the routes here give that its OpenAI form, whole or as
+events. Nothing here knows where the engine runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import re
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from importlib import resources
+
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+
+from nanochat_ray.engine.request import EngineFull
+from nanochat_ray.serve import errors
+from nanochat_ray.serve.client import EngineClient, UnavailableError
+from nanochat_ray.serve.completions import EngineFailedError, Piece, all_pieces
+from nanochat_ray.serve.errors import ApiError
+from nanochat_ray.serve.guard import Guard
+from nanochat_ray.serve.protocol import (
+    ChatRequest,
+    ChatResponse,
+    CompletionRequest,
+    CompletionResponse,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    ModelCard,
+    ModelList,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from nanochat_ray.serve.service import Job, Limits, Service
+from nanochat_ray.serve.shapes import ChatShape, CompletionShape, Shape
+from nanochat_ray.serve.sse import DONE, ClientGoneError, EventStream, unless_gone
+from nanochat_ray.text.tokenizer import Tokenizer
+
+
+def build_app(
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    name: str,
+    max_len: int,
+    *,
+    limits: Limits | None = None,
+    keys: Sequence[str] = (),
+) -> FastAPI:
+    """The application. ``name`` is the model's, ``max_len`` the engine's longest sequence in
+    tokens, ``keys`` the API keys of which one is then needed."""
+    service = Service(client, tokenizer, name, max_len, limits or Limits())
+    # FastAPI's documentation pages load scripts from elsewhere; /openapi.json remains.
+    app = FastAPI(title="nanochat_ray", docs_url=None, redoc_url=None)
+    errors.install(app)
+    app.add_middleware(Guard, max_body_bytes=service.limits.max_body_bytes, keys=keys)
+    _add_pages(app, service)
+    _add_models(app, service)
+    _add_tokens(app, service)
+    _add_generation(app, service)
+    return app
+
+
+def _page() -> tuple[str, dict[str, str]]:
+    """The chat page, and headers that let it run its own script and style and nothing else."""
+    html = resources.files(__package__).joinpath("chat.html").read_text(encoding="utf-8")
+
+    def allowed(tag: str) -> str:
+        (inside,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        return f"'sha256-{digest}'"
+
+    policy = (
+        f"default-src 'none'; script-src {allowed('script')}; style-src {allowed('style')}; "
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+    return html, {
+        "Content-Security-Policy": policy,
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-cache",
+    }
+
+
+def _add_pages(app: FastAPI, service: Service) -> None:
+    html, headers = _page()
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(html, headers=headers)
+
+    @app.get("/health")
+    async def health() -> Response:
+        try:
+            figures = await service.client.health()
+        except UnavailableError as error:
+            return errors.unavailable(str(error)).response()
+        return JSONResponse({"status": "ok", "model": service.name, **figures})
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    card = ModelCard(id=service.name, created=int(time.time()), max_model_len=service.max_len)
+
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        return ModelList(data=[card])
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> ModelCard:
+        service.check_model(model)
+        return card
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+        service.check_model(body.model)
+        if body.messages is not None:
+            ids = await service.chat_prompt(ChatRequest(messages=body.messages))
+        else:
+            ids = await service.encode(body.prompt or "")
+        return TokenizeResponse(count=len(ids), max_model_len=service.max_len, tokens=ids)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+        service.check_model(body.model)
+        service.check_ids(body.tokens, "tokens")
+        return DetokenizeResponse(prompt=service.tokenizer.decode(body.tokens))
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions", response_model=CompletionResponse)
+    async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
+        job = await service.completion_job(body)
+        shape = CompletionShape(service, job, f"cmpl-{secrets.token_hex(12)}")
+        return await _respond(service, job, shape, http)
+
+    @app.post("/v1/chat/completions", response_model=ChatResponse)
+    async def chat(body: ChatRequest, http: HttpRequest) -> Response:
+        job = await service.chat_job(body)
+        shape = ChatShape(service, job, f"chatcmpl-{secrets.token_hex(12)}")
+        return await _respond(service, job, shape, http)
+
+
+async def _respond(service: Service, job: Job, shape: Shape, http: HttpRequest) -> Response:
+    pieces = all_pieces(service.client, service.tokenizer, job.requests, job.stop)
+    try:
+        # The empty first piece comes when the engine has the requests: refusals get their status.
+        await unless_gone(http, _translated(pieces.__anext__))
+        if job.stream:
+            return EventStream(_events(pieces, shape, job.include_usage))
+        try:
+            await unless_gone(http, _gather(pieces, shape))
+        finally:
+            await pieces.aclose()
+    except ClientGoneError:
+        await pieces.aclose()
+        return Response(status_code=499)
+    body = shape.whole().model_dump(exclude={"choices": {"__all__": {"message": {"calculator"}}}})
+    for i, found in enumerate(shape.calculations):
+        if found:
+            body["choices"][i]["message"]["calculator"] = [c.model_dump() for c in found]
+    return JSONResponse(body)
+
+
+async def _translated(step: Callable[[], Awaitable[Piece]]) -> Piece:
+    """The next piece; failures of the engine as the errors that clients see."""
+    try:
+        return await step()
+    except EngineFull as error:
+        raise errors.overloaded(str(error)) from error
+    except UnavailableError as error:
+        raise errors.unavailable(str(error)) from error
+    except EngineFailedError as error:
+        raise ApiError(500, str(error), kind="server_error", code="engine_failed") from error
+    except ValueError as error:
+        raise errors.invalid(str(error)) from error
+
+
+async def _gather(pieces: AsyncGenerator[Piece, None], shape: Shape) -> None:
+    with contextlib.suppress(StopAsyncIteration):
+        while True:
+            shape.take(await _translated(pieces.__anext__))
+
+
+async def _events(
+    pieces: AsyncGenerator[Piece, None], shape: Shape, include_usage: bool
+) -> AsyncGenerator[str, None]:
+    """The events of a streamed answer. An error after its begin is an event of its own."""
+    try:
+        for data in shape.opening():
+            yield data
+        with contextlib.suppress(StopAsyncIteration):
+            while True:
+                piece = await _translated(pieces.__anext__)
+                shape.take(piece)
+                # Half a character or half a stop string: nothing to show yet.
+                if piece.text or piece.calculations or piece.finish or piece.scored:
+                    yield shape.delta(piece)
+        if include_usage:
+            yield shape.usage_chunk()
+        yield DONE
+    except asyncio.CancelledError:
+        raise
+    except ApiError as error:
+        yield errors.event(error)
+    finally:
+        await pieces.aclose()

@@ -1,0 +1,150 @@
+"""From an engine's tokens to what a client reads: text, calculations, why it ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.engine.stream import TextStream
+from nanochat_ray.serve.client import EngineClient, OutputStream
+from nanochat_ray.serve.logprobs import Scored
+from nanochat_ray.serve.protocol import Calculation, FinishReason
+from nanochat_ray.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Piece:
+    """What one turn of the engine added to one choice."""
+
+    index: int
+    text: str = ""
+    calculations: list[Calculation] = field(default_factory=list)
+    scored: list[Scored] = field(default_factory=list)
+    """Tokens of the text with their log-probabilities, if those were asked for."""
+    tokens: int = 0
+    finish: FinishReason | None = None
+
+
+class EngineFailedError(Exception):
+    """The engine gave a request up."""
+
+
+class Answer:
+    """Turns one choice's token ids into pieces.
+
+    A calculator turn, ``<|python_start|> … <|output_end|>``, leaves the text and becomes one
+    ``Calculation``; other special tokens have no text. ``text`` of all pieces together never
+    splits a character and ends before a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, index: int, stop: Sequence[str]):
+        self.index = index
+        self._tokenizer = tokenizer
+        self._text = TextStream(tokenizer, stop)
+        self._marks = {tokenizer.special(name): name for name in tokenizer.specials}
+        self._inside = ""
+        self._held: list[int] = []
+        self._expression = ""
+
+    def feed(self, outputs: Sequence[Output]) -> Piece:
+        piece = Piece(self.index)
+        for output in outputs:
+            piece.tokens += len(output.tokens)
+            # The token that ended the answer is no part of its text.
+            tokens = output.tokens[:-1] if output.finish == "stop" else output.tokens
+            for i, token in enumerate(tokens):
+                mark = self._marks.get(token)
+                if mark is not None:
+                    self._mark(mark, piece)
+                elif self._inside:
+                    self._held.append(token)
+                else:
+                    if output.logprobs is not None and (found := output.logprobs[i]) is not None:
+                        piece.scored.append((token, found))
+                    piece.text += self._text.push([token])
+                    if self._text.stopped:
+                        piece.finish = "stop"
+                        return piece
+        return piece
+
+    def end(self, piece: Piece, finish: FinishReason) -> None:
+        """Adds what was held back in case a stop string or a character would follow."""
+        if piece.finish is None:
+            piece.text += self._text.flush()
+            piece.finish = finish
+
+    def _mark(self, mark: str, piece: Piece) -> None:
+        held = self._tokenizer.decode(self._held)
+        self._held.clear()
+        if mark in ("<|python_start|>", "<|output_start|>"):
+            self._inside = mark
+            return
+        if mark == "<|python_end|>":
+            self._expression = held
+        elif mark == "<|output_end|>":
+            piece.calculations.append(Calculation(expression=self._expression, result=held))
+        self._inside = ""
+
+
+async def answer_pieces(stream: OutputStream, answer: Answer) -> AsyncGenerator[Piece, None]:
+    """The pieces of one choice, until its last, which has ``finish``. Raises EngineFailedError."""
+    try:
+        async for outputs in stream:
+            piece = answer.feed(outputs)
+            reason = outputs[-1].finish
+            if reason in ("stop", "length"):
+                answer.end(piece, reason)
+            elif reason is not None and piece.finish is None:
+                raise EngineFailedError(
+                    outputs[-1].error or f"the engine ended the answer ({reason})"
+                )
+            yield piece
+            if piece.finish is not None:
+                return
+    finally:
+        stream.close()
+
+
+async def all_pieces(
+    client: EngineClient, tokenizer: Tokenizer, requests: Sequence[Request], stop: Sequence[str]
+) -> AsyncGenerator[Piece, None]:
+    """Pieces of several choices as they come; the requests run together.
+
+    The first piece of all is an empty one, once the engine has accepted every request. Closing the
+    generator aborts what still runs. Raises EngineFailedError and what ``submit`` raises.
+    """
+    streams: list[OutputStream] = []
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        for request in requests:
+            streams.append(await client.submit(request))
+        yield Piece(-1)
+        answers = [Answer(tokenizer, i, stop) for i in range(len(requests))]
+        if len(requests) == 1:
+            async for piece in answer_pieces(streams[0], answers[0]):
+                yield piece
+            return
+        queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+
+        async def pump(stream: OutputStream, answer: Answer) -> None:
+            try:
+                async for piece in answer_pieces(stream, answer):
+                    queue.put_nowait(piece)
+            except Exception as error:  # handed to the reader below
+                queue.put_nowait(error)
+
+        tasks += [asyncio.ensure_future(pump(*pair)) for pair in zip(streams, answers, strict=True)]
+        left = len(requests)
+        while left:
+            found = await queue.get()
+            if isinstance(found, Exception):
+                raise found
+            left -= found.finish is not None
+            yield found
+    finally:
+        for task in tasks:
+            task.cancel()
+        for stream in streams:
+            stream.close()

@@ -1,0 +1,68 @@
+"""What is asked of a request before anybody reads it: its size, and a key where one is needed."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanochat_ray.serve.errors import ApiError
+
+OPEN_PATHS = ("/", "/health", "/openapi.json")
+"""Answered without a key: the page asks for one itself."""
+
+
+class Guard:
+    """ASGI middleware. ``keys`` empty: nobody needs one."""
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, keys: Sequence[str] = ()):
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+        self.keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        refusal = None
+        if self.keys and scope["path"] not in OPEN_PATHS and not self._knows(headers):
+            refusal = ApiError(
+                401,
+                "The API key is missing or wrong: send 'Authorization: Bearer <key>'.",
+                kind="authentication_error",
+                code="invalid_api_key",
+            )
+        elif self._declared(headers) > self.max_body_bytes:
+            refusal = self._too_large()
+        if refusal is not None:
+            await refusal.response()(scope, receive, send)
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.max_body_bytes:  # a chunked body declares no length
+                raise HTTPException(413, self._too_large().message)
+            return message
+
+        await self.app(scope, counted, send)
+
+    def _knows(self, headers: dict[bytes, bytes]) -> bool:
+        given = headers.get(b"authorization", b"")
+        scheme, _, key = given.partition(b" ")
+        # Every key is compared, in constant time, so that timing tells nothing about them.
+        found = [hmac.compare_digest(key.strip(), known) for known in self.keys]
+        return scheme.lower() == b"bearer" and any(found)
+
+    @staticmethod
+    def _declared(headers: dict[bytes, bytes]) -> int:
+        length = headers.get(b"content-length", b"0")
+        return int(length) if length.isdigit() else 0
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"The body is larger than {self.max_body_bytes:,} bytes.")

@@ -1,0 +1,66 @@
+"""An engine in this process behind the client's interface: for tests, notebooks and plain uvicorn.
+
+client = LocalClient(Engine(model, EngineConfig(), calculator_tool(tokenizer)))
+uvicorn.run(build_app(client, tokenizer, "my-model", client.max_len))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from typing import Any
+
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.loop import EngineLoop
+from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.serve.client import OutputStream, UnavailableError
+
+
+class LocalClient:
+    """Owns the engine from now on. ``submit`` belongs to one event loop."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.max_len = engine.max_len
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._streams: dict[str, OutputStream] = {}
+        self._engine_loop = EngineLoop(engine, self._on_step)
+        self._engine_loop.start()
+
+    async def submit(self, request: Request) -> OutputStream:
+        self._loop = asyncio.get_running_loop()
+
+        def abort() -> None:
+            self._streams.pop(request.id, None)
+            self._engine_loop.abort(request.id)
+
+        stream = self._streams[request.id] = OutputStream(abort)
+        try:
+            self._engine_loop.submit(request)
+        except BaseException as error:
+            del self._streams[request.id]
+            if self._engine_loop.failure is not None:
+                raise UnavailableError(str(error)) from error
+            raise
+        return stream
+
+    async def health(self) -> dict[str, Any]:
+        if self._engine_loop.failure is not None:
+            raise UnavailableError(self._engine_loop.failure)
+        return {"engines": [dataclasses.asdict(self._engine_loop.stats())]}
+
+    def close(self) -> None:
+        self._engine_loop.stop()
+
+    def _on_step(self, outputs: list[Output]) -> None:  # in the engine's thread
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the server has ended, and its event loop with it
+            self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            ended = output.finish is not None
+            stream = (self._streams.pop if ended else self._streams.get)(output.request_id, None)
+            if stream is not None:
+                stream.push(output)

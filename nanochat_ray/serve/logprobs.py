@@ -1,0 +1,55 @@
+"""Log-probabilities in OpenAI's two forms: one for chat, an older one for completions."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Any
+
+from nanochat_ray.engine.request import TokenLogprob
+from nanochat_ray.text.tokenizer import Tokenizer
+
+Scored = tuple[int, TokenLogprob]
+"""A token of the answer and what the engine says of it."""
+
+
+def _name(tokenizer: Tokenizer, token: int) -> str:
+    """The token's text; OpenAI's ``bytes:\\xe2\\x82`` if it is no whole text by itself."""
+    raw = tokenizer.decode_bytes([token])
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def for_chat(tokenizer: Tokenizer, scored: Sequence[Scored]) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        raw = list(tokenizer.decode_bytes([token]))
+        return {"token": _name(tokenizer, token), "logprob": logprob, "bytes": raw}
+
+    content = [
+        {**entry(token, found.logprob), "top_logprobs": [entry(*pair) for pair in found.top]}
+        for token, found in scored
+    ]
+    return {"content": content, "refusal": None}
+
+
+def for_completion(
+    tokenizer: Tokenizer, scored: Sequence[Scored], offset: int
+) -> dict[str, list[Any]]:
+    """``offset``: characters of the text before the first of these tokens."""
+    tokens = [_name(tokenizer, token) for token, _ in scored]
+    offsets = []
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token, _ in scored:
+        offsets.append(offset)
+        offset += len(decoder.decode(tokenizer.decode_bytes([token])))
+    return {
+        "tokens": tokens,
+        "token_logprobs": [found.logprob for _, found in scored],
+        "top_logprobs": [
+            {_name(tokenizer, token): logprob for token, logprob in found.top}
+            for _, found in scored
+        ],
+        "text_offset": offsets,
+    }

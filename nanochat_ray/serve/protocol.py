@@ -1,0 +1,248 @@
+"""OpenAI's requests and responses, as far as this server goes.
+
+Fields that change nothing here (``user``, ``store``, ``metadata``, …) are accepted and ignored, as
+vLLM does; what would change the answer and is not built is refused by name. vLLM's extra sampling
+fields (``top_k``, ``min_p``, ``ignore_eos``) are taken.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+
+from nanochat_ray.engine.request import MAX_LOGPROBS
+
+TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+FinishReason = Literal["stop", "length"]
+MAX_STOPS = 16
+
+
+class _Body(BaseModel):
+    # A validator's message begins with its field's name, which ``errors`` reports as ``param``.
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class StreamOptions(_Body):
+    include_usage: StrictBool = False
+
+
+class SamplingBody(_Body):
+    """What both kinds of request share; ``None`` everywhere is as good as an absent field."""
+
+    model: StrictStr | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1, lt=2**31)] | None = None
+    """0 and -1 turn it off."""
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[StrictInt, Field(ge=1)] | None = None
+    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
+    ignore_eos: StrictBool | None = None
+    min_tokens: Annotated[StrictInt, Field(ge=0, lt=2**31)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias] | None = None
+
+    @model_validator(mode="after")
+    def _refuse(self) -> SamplingBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed together with stream=true")
+        if "" in self.stops:
+            raise ValueError("stop must not be an empty string")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(SamplingBody):
+    prompt: (
+        StrictStr
+        | Annotated[list[StrictStr], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    )
+    echo: StrictBool | None = None
+    suffix: StrictStr | None = None
+    best_of: StrictInt | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_more(self) -> CompletionRequest:
+        if self.logprobs is not None and self.echo:
+            raise ValueError("logprobs of an echoed prompt are not supported")
+        if self.suffix:
+            raise ValueError("suffix is not supported")
+        if self.best_of not in (None, 1, self.n):
+            raise ValueError(f"best_of={self.best_of} is not supported")
+        return self
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+
+class ContentPart(_Body):
+    type: StrictStr
+    text: StrictStr | None = None
+
+
+class ChatMessage(_Body):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: StrictStr | list[ContentPart] | None = None
+
+    def text(self, at: str) -> str:
+        """The message's text. ValueError names a part that is no text."""
+        if self.content is None:
+            raise ValueError(f"{at}.content: a string or a list of text parts is needed")
+        if isinstance(self.content, str):
+            return self.content
+        for i, part in enumerate(self.content):
+            if part.type != "text" or part.text is None:
+                raise ValueError(
+                    f"{at}.content[{i}]: type {part.type!r} is not supported, only 'text'"
+                )
+        return "".join(part.text or "" for part in self.content)
+
+
+class ChatRequest(SamplingBody):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
+    """OpenAI's newer name of ``max_tokens``; it wins."""
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    response_format: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_more(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed together with logprobs=true")
+        if self.tools and self.tool_choice != "none":
+            raise ValueError("tools is not supported; the model calls its calculator by itself")
+        if self.response_format and self.response_format.get("type") != "text":
+            raise ValueError("response_format: only {'type': 'text'} is supported")
+        return self
+
+    def turns(self) -> list[dict[str, Any]]:
+        """Messages as ``text.chat`` takes them. ValueError names the message."""
+        turns = []
+        for i, message in enumerate(self.messages):
+            at = f"messages[{i}]"
+            if message.role in ("tool", "function"):
+                raise ValueError(f"{at}.role={message.role!r} is not supported")
+            role = "system" if message.role == "developer" else message.role
+            turns.append({"role": role, "content": message.text(at)})
+        return turns
+
+
+class TokenizeRequest(_Body):
+    """vLLM's: text or a conversation to token ids."""
+
+    model: StrictStr | None = None
+    prompt: StrictStr | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(_Body):
+    model: StrictStr | None = None
+    tokens: list[TokenId]
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None = None
+    finish_reason: FinishReason | None
+
+
+class CompletionResponse(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class Calculation(BaseModel):
+    """One use of the calculator inside an answer; an addition of ours, which clients ignore."""
+
+    expression: str
+    result: str
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+    calculator: list[Calculation] | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: dict[str, Any] | None = None
+    finish_reason: FinishReason | None
+
+
+class ChatResponse(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "nanochat_ray"
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class TokenizeResponse(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str

@@ -1,0 +1,175 @@
+"""From a checked request to engine requests: templates, tokenizing, limits."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanochat_ray.engine.request import Request, SamplingParams
+from nanochat_ray.serve import errors
+from nanochat_ray.serve.client import EngineClient
+from nanochat_ray.serve.protocol import ChatRequest, CompletionRequest, SamplingBody
+from nanochat_ray.text.chat import render_prompt
+from nanochat_ray.text.tokenizer import Tokenizer
+
+# Longer texts are tokenized beside the event loop: at some MB/s they would hold up every stream.
+ASIDE_CHARACTERS = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    max_body_bytes: int = 2 << 20
+    max_choices: int = 128
+    """Prompts times ``n`` of one request."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One HTTP request as engine requests, ``n`` for each prompt, in order of their index."""
+
+    requests: list[Request]
+    prefixes: list[str]
+    """What each choice's text begins with: the prompt, if it is echoed."""
+    stop: list[str]
+    stream: bool
+    include_usage: bool
+    logprobs: bool
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Service:
+    client: EngineClient
+    tokenizer: Tokenizer
+    name: str
+    max_len: int
+    """Longest prompt plus answer, in tokens."""
+    limits: Limits
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.name:
+            raise errors.unknown_model(name, self.name)
+
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        size = self.tokenizer.vocab_size
+        for i, token in enumerate(ids):
+            if token >= size:
+                raise errors.invalid(
+                    f"{param}[{i}]={token} is no token: the vocabulary has {size}", param
+                )
+
+    async def encode(self, text: str) -> list[int]:
+        if len(text) > ASIDE_CHARACTERS:
+            return await asyncio.to_thread(self.tokenizer.encode, text)
+        return self.tokenizer.encode(text)
+
+    async def chat_prompt(self, body: ChatRequest) -> list[int]:
+        try:
+            turns = body.turns()
+            if sum(len(turn["content"]) for turn in turns) > ASIDE_CHARACTERS:
+                return await asyncio.to_thread(render_prompt, self.tokenizer, turns)
+            return render_prompt(self.tokenizer, turns)
+        except ValueError as error:
+            raise errors.invalid(str(error), "messages") from None
+
+    async def chat_job(self, body: ChatRequest) -> Job:
+        self.check_model(body.model)
+        ids = await self.chat_prompt(body)
+        limit = body.max_completion_tokens or body.max_tokens or self.max_len - len(ids)
+        return self._job(body, "messages", [ids], [""], limit)
+
+    async def completion_job(self, body: CompletionRequest) -> Job:
+        self.check_model(body.model)
+        prompts: list[list[int]] = []
+        echoes: list[str] = []
+        for prompt in body.prompts():
+            if isinstance(prompt, str):
+                # The model has seen every document begin with it.
+                prompts.append([self.tokenizer.bos, *await self.encode(prompt)])
+                echoes.append(prompt)
+            else:
+                self.check_ids(prompt, "prompt")
+                prompts.append(prompt)
+                echoes.append(self.tokenizer.decode(prompt) if body.echo else "")
+        echoes = echoes if body.echo else [""] * len(prompts)
+        # 16 is OpenAI's default.
+        return self._job(body, "prompt", prompts, echoes, body.max_tokens or 16)
+
+    def _job(
+        self,
+        body: SamplingBody,
+        param: str,
+        prompts: list[list[int]],
+        echoes: list[str],
+        max_tokens: int,
+    ) -> Job:
+        n = body.n or 1
+        if n * len(prompts) > self.limits.max_choices:
+            raise errors.invalid(
+                f"n={n} for {len(prompts)} prompts is more than {self.limits.max_choices} choices",
+                "n",
+            )
+        for ids in prompts:
+            self._check_length(ids, param, max_tokens)
+        # Without a seed of its own, each request draws another one; choices differ by their place.
+        seed = secrets.randbits(62) if body.seed is None else body.seed
+        requests = [
+            Request(
+                id=secrets.token_hex(8),
+                prompt=ids,
+                params=self._params(body, max_tokens, (seed + i) % 2**63),
+            )
+            for ids in prompts
+            for i in range(n)
+        ]
+        return Job(
+            requests=requests,
+            prefixes=[echo for echo in echoes for _ in range(n)],
+            stop=body.stops,
+            stream=bool(body.stream),
+            include_usage=body.include_usage,
+            logprobs=_logprobs(body) is not None,
+            prompt_tokens=sum(map(len, prompts)),
+        )
+
+    def _check_length(self, ids: Sequence[int], param: str, max_tokens: int) -> None:
+        asked = f"the prompt has {len(ids)} tokens"
+        if len(ids) >= self.max_len:
+            message = f"This model's longest sequence is {self.max_len} tokens, but {asked}."
+        elif len(ids) + max_tokens > self.max_len:
+            message = (
+                f"This model's longest sequence is {self.max_len} tokens, but {asked} and "
+                f"max_tokens is {max_tokens}."
+            )
+            param = "max_tokens"
+        else:
+            return
+        raise errors.invalid(message, param, "context_length_exceeded")
+
+    def _params(self, body: SamplingBody, max_tokens: int, seed: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_k=max(0, body.top_k or 0),
+            top_p=1.0 if body.top_p is None else body.top_p,
+            min_p=body.min_p or 0.0,
+            repetition_penalty=body.repetition_penalty or 1.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
+            max_tokens=max_tokens,
+            min_tokens=min(body.min_tokens or 0, max_tokens),
+            stop_ids=tuple(body.stop_token_ids or ()),
+            # Both a new document and the end of the assistant's turn end an answer.
+            eos_ids=(self.tokenizer.bos, self.tokenizer.special("<|assistant_end|>")),
+            ignore_eos=bool(body.ignore_eos),
+            seed=seed,
+            logprobs=_logprobs(body),
+        )
+
+
+def _logprobs(body: SamplingBody) -> int | None:
+    if isinstance(body, ChatRequest):
+        return (body.top_logprobs or 0) if body.logprobs else None
+    return body.logprobs if isinstance(body, CompletionRequest) else None

@@ -1,0 +1,163 @@
+"""How answers look in OpenAI's protocol: whole, or in chunks as they come."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat_ray.serve import logprobs
+from nanochat_ray.serve.completions import Piece
+from nanochat_ray.serve.logprobs import Scored
+from nanochat_ray.serve.protocol import (
+    AnswerMessage,
+    Calculation,
+    ChatChoice,
+    ChatResponse,
+    CompletionChoice,
+    CompletionResponse,
+    Usage,
+)
+from nanochat_ray.serve.service import Job, Service
+
+
+@dataclass
+class Shape:
+    """How one kind of answer looks. Choices gather here while it runs."""
+
+    service: Service
+    job: Job
+    id: str
+    kind = ""
+
+    def __post_init__(self) -> None:
+        self.created = int(time.time())
+        self.text = list(self.job.prefixes)
+        self.calculations: list[list[Calculation]] = [[] for _ in self.job.requests]
+        self.scored: list[list[Scored]] = [[] for _ in self.job.requests]
+        self.finish: list[Any] = [None] * len(self.job.requests)
+        self.tokens = 0
+        # All of a chunk that never changes is written once: it is most of each event.
+        head = {"id": self.id, "object": self.kind, "created": self.created}
+        self._head = json.dumps({**head, "model": self.service.name})[:-1] + ', "choices": ['
+        self._tail = '], "usage": null}' if self.job.include_usage else "]}"
+
+    def take(self, piece: Piece) -> None:
+        self.tokens += piece.tokens
+        self.text[piece.index] += piece.text
+        self.calculations[piece.index] += piece.calculations
+        self.finish[piece.index] = piece.finish
+        self.scored[piece.index] += piece.scored
+
+    def usage(self) -> Usage:
+        prompt = self.job.prompt_tokens
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=self.tokens,
+            total_tokens=prompt + self.tokens,
+        )
+
+    def logprobs(self, scored: list[Scored], offset: int = 0) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+    def chunk(self, choice: dict[str, Any]) -> str:
+        return self._head + json.dumps(choice) + self._tail
+
+    def usage_chunk(self) -> str:
+        return f'{self._head}], "usage": {self.usage().model_dump_json()}}}'
+
+    def opening(self) -> list[str]:
+        raise NotImplementedError
+
+    def delta(self, piece: Piece) -> str:
+        raise NotImplementedError
+
+    def whole(self) -> CompletionResponse | ChatResponse:
+        raise NotImplementedError
+
+
+class CompletionShape(Shape):
+    kind = "text_completion"
+
+    def logprobs(self, scored: list[Scored], offset: int = 0) -> dict[str, Any] | None:
+        if not self.job.logprobs:
+            return None
+        return logprobs.for_completion(self.service.tokenizer, scored, offset)
+
+    def opening(self) -> list[str]:
+        return [self.delta(Piece(i, text)) for i, text in enumerate(self.job.prefixes) if text]
+
+    def delta(self, piece: Piece) -> str:
+        offset = len(self.text[piece.index]) - len(piece.text)
+        return self.chunk(
+            {
+                "index": piece.index,
+                "text": piece.text,
+                "logprobs": self.logprobs(piece.scored, offset) if piece.tokens else None,
+                "finish_reason": piece.finish,
+            }
+        )
+
+    def whole(self) -> CompletionResponse:
+        return CompletionResponse(
+            id=self.id,
+            created=self.created,
+            model=self.service.name,
+            choices=[
+                CompletionChoice(
+                    index=i,
+                    text=text,
+                    logprobs=self.logprobs(self.scored[i]),
+                    finish_reason=self.finish[i],
+                )
+                for i, text in enumerate(self.text)
+            ],
+            usage=self.usage(),
+        )
+
+
+class ChatShape(Shape):
+    kind = "chat.completion.chunk"
+
+    def logprobs(self, scored: list[Scored], offset: int = 0) -> dict[str, Any] | None:
+        return logprobs.for_chat(self.service.tokenizer, scored) if self.job.logprobs else None
+
+    def opening(self) -> list[str]:
+        delta = {"role": "assistant", "content": ""}
+        return [
+            self.chunk({"index": i, "delta": delta, "logprobs": None, "finish_reason": None})
+            for i in range(len(self.job.requests))
+        ]
+
+    def delta(self, piece: Piece) -> str:
+        delta: dict[str, Any] = {}
+        if piece.calculations:
+            delta["calculator"] = [c.model_dump() for c in piece.calculations]
+        if piece.text:
+            delta["content"] = piece.text
+        return self.chunk(
+            {
+                "index": piece.index,
+                "delta": delta,
+                "logprobs": self.logprobs(piece.scored),
+                "finish_reason": piece.finish,
+            }
+        )
+
+    def whole(self) -> ChatResponse:
+        return ChatResponse(
+            id=self.id,
+            created=self.created,
+            model=self.service.name,
+            choices=[
+                ChatChoice(
+                    index=i,
+                    message=AnswerMessage(content=text, calculator=self.calculations[i] or None),
+                    logprobs=self.logprobs(self.scored[i]),
+                    finish_reason=self.finish[i],
+                )
+                for i, text in enumerate(self.text)
+            ],
+            usage=self.usage(),
+        )

@@ -1,0 +1,84 @@
+"""Server-sent events, and an end to the work behind them when the client has gone.
+
+Starlette notices a lost client only while it sends, or not at all, depending on the server's
+version; here both kinds of response watch for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+DONE = "[DONE]"
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection; nobody waits for a response."""
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of ``work``, which is cancelled, raising ClientGoneError, if the client leaves."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        for each in (task, watch):
+            each.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Each string of ``events`` as one ``data:`` event.
+
+    The generator is always closed before the response ends, whoever ends it.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None]):
+        self.events = events
+        self.status_code = 200
+        self.background = None
+        # "no" keeps nginx from collecting events into larger answers.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        self.init_headers(headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send(send))
+        watch = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait((sending, watch), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                with contextlib.suppress(OSError):  # the connection broke while sending
+                    sending.result()
+        finally:
+            for each in (sending, watch):
+                each.cancel()
+            await asyncio.gather(sending, watch, return_exceptions=True)
+            await self.events.aclose()
+
+    async def _send(self, send: Send) -> None:
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": self.raw_headers},
+        )
+        async for data in self.events:
+            body = f"data: {data}\n\n".encode()
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,63 @@
+"""The one double of an engine client: it answers every request with tokens given beforehand."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from nanochat_ray.engine.request import EngineFull, Output, Request
+from nanochat_ray.serve.client import OutputStream, UnavailableError
+
+
+class ScriptedClient:
+    """``tokens`` one at a time, ``delay`` seconds apart; finished by ``finish``, or never."""
+
+    def __init__(self, tokens: list[int], *, delay: float = 0.0, finish: Any = "stop"):
+        self.tokens, self.delay, self.finish = tokens, delay, finish
+        self.refuse: Exception | None = None
+        self.break_after: int | None = None
+        self.requests: list[Request] = []
+        self.running: set[str] = set()
+        self.aborted: list[str] = []
+
+    async def submit(self, request: Request) -> OutputStream:
+        if self.refuse is not None:
+            raise self.refuse
+        self.requests.append(request)
+        self.running.add(request.id)
+
+        def abort() -> None:
+            self.aborted.append(request.id)
+            self.running.discard(request.id)
+
+        stream = OutputStream(abort)
+        task = asyncio.ensure_future(self._play(request, stream))
+        stream.task = task  # type: ignore[attr-defined]  # keeps it alive
+        return stream
+
+    async def _play(self, request: Request, stream: OutputStream) -> None:
+        for i, token in enumerate(self.tokens[: request.params.max_tokens]):
+            await asyncio.sleep(self.delay)
+            if request.id not in self.running:
+                return
+            if i == self.break_after:
+                stream.fail(UnavailableError("the engine was lost"))
+                return
+            stream.push(Output(request_id=request.id, tokens=[token]))
+        if self.finish is None:
+            return
+        self.running.discard(request.id)
+        short = len(self.tokens) > request.params.max_tokens
+        # A real engine's "stop" comes with the token that stopped it.
+        last = [] if short or self.finish != "stop" else [max(request.params.eos_ids)]
+        finish = "length" if short else self.finish
+        stream.push(Output(request_id=request.id, tokens=last, finish=finish))
+
+    async def health(self) -> dict[str, Any]:
+        if isinstance(self.refuse, UnavailableError):
+            raise self.refuse
+        return {"engines": [{"requests": len(self.running)}]}
+
+
+def full() -> EngineFull:
+    return EngineFull("512 requests are waiting")

@@ -1,0 +1,290 @@
+"""The protocol over a scripted engine: shapes, streams, errors, clients that leave."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from scripted import ScriptedClient, full
+from serving import serving, wait_for
+
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.serve.client import UnavailableError
+from nanochat_ray.serve.service import Limits
+from nanochat_ray.text.tokenizer import Tokenizer
+
+TOK = Tokenizer.bytes_only()
+USER = [{"role": "user", "content": "hello"}]
+
+
+def ids(text: str) -> list[int]:
+    """Ids of ``text``, in which ``[`` … ``=`` … ``]`` is a use of the calculator."""
+    marks = {"[": ["<|python_start|>"], "=": ["<|python_end|>", "<|output_start|>"]}
+    marks["]"] = ["<|output_end|>"]
+    found: list[int] = []
+    for char in text:
+        found += [TOK.special(m) for m in marks[char]] if char in marks else TOK.encode(char)
+    return found
+
+
+@pytest.fixture
+def engine() -> ScriptedClient:
+    return ScriptedClient(ids("Grüße, 12+7 is [12+7=19]19! 🙂"))
+
+
+@pytest.fixture
+def url(engine: ScriptedClient) -> Iterator[str]:
+    app = build_app(engine, TOK, "tiny", 256, limits=Limits(max_body_bytes=5000, max_choices=8))
+    with serving(app) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+TEXT = "Grüße, 12+7 is 19! 🙂"
+
+
+def test_models(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert model.id == "tiny"
+    assert client.models.retrieve("tiny").model_dump()["max_model_len"] == 256
+    with pytest.raises(openai.NotFoundError, match="gpt-5"):
+        client.models.retrieve("gpt-5")
+
+
+def test_chat(client: openai.OpenAI, engine: ScriptedClient) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=USER)
+    choice = answer.choices[0]
+    assert choice.message.content == TEXT
+    assert choice.finish_reason == "stop"
+    assert choice.message.calculator == [{"expression": "12+7", "result": "19"}]
+    assert answer.usage.prompt_tokens == len(engine.requests[0].prompt) == 9
+    assert answer.usage.completion_tokens == len(engine.tokens) + 1
+    assert not engine.running
+
+
+def test_chat_stream(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="tiny", messages=USER, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == TEXT
+    assert [c.choices[0].finish_reason for c in chunks[:-1] if c.choices[0].finish_reason] == [
+        "stop"
+    ]
+    assert all(c.usage is None for c in chunks[:-1])
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens > 20
+    found = [c.choices[0].delta for c in chunks[:-1] if hasattr(c.choices[0].delta, "calculator")]
+    assert found[0].calculator == [{"expression": "12+7", "result": "19"}]
+
+
+def test_raw_events(url: str) -> None:
+    body = {"messages": USER, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in response.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    assert all("\ufffd" not in line for line in lines)
+
+
+def test_completions(client: openai.OpenAI, engine: ScriptedClient) -> None:
+    engine.tokens = ids("abc")
+    one = client.completions.create(model="tiny", prompt="x", echo=True, max_tokens=5)
+    assert one.choices[0].text == "xabc"
+    assert engine.requests[0].prompt[0] == TOK.bos
+    many = client.completions.create(model="tiny", prompt=["x", "y"], n=2, seed=5)
+    assert [c.index for c in many.choices] == [0, 1, 2, 3]
+    assert [c.text for c in many.choices] == ["abc"] * 4
+    assert [r.params.seed for r in engine.requests[1:]] == [5, 6, 5, 6]
+    tokens = client.completions.create(model="tiny", prompt=[65, 66], max_tokens=2, echo=True)
+    assert tokens.choices[0].text == "ABab"
+    assert tokens.choices[0].finish_reason == "length"
+    chunks = list(client.completions.create(model="tiny", prompt="x", n=2, stream=True, echo=True))
+    texts = ["".join(c.choices[0].text for c in chunks if c.choices[0].index == i) for i in (0, 1)]
+    assert texts == ["xabc", "xabc"]
+
+
+def test_stop_string_across_tokens_frees_the_slot(
+    client: openai.OpenAI, engine: ScriptedClient
+) -> None:
+    engine.tokens, engine.finish = ids("one two END three"), None
+    answer = client.completions.create(model="tiny", prompt="x", stop=["END"], max_tokens=99)
+    assert answer.choices[0].text == "one two "
+    assert answer.choices[0].finish_reason == "stop"
+    assert len(engine.aborted) == 1
+
+
+def test_sampling_fields_reach_the_engine(client: openai.OpenAI, engine: ScriptedClient) -> None:
+    extra = {"top_k": 7, "min_p": 0.1, "ignore_eos": True, "min_tokens": 2, "user": "me"}
+    client.chat.completions.create(
+        model="tiny",
+        messages=[
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+        ],
+        temperature=0.5,
+        top_p=0.9,
+        max_completion_tokens=33,
+        logit_bias={"65": -100},
+        frequency_penalty=0.5,
+        extra_body=extra,
+    )
+    params = engine.requests[0].params
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 7, 0.1)
+    assert (params.max_tokens, params.min_tokens, params.ignore_eos) == (33, 2, True)
+    assert params.logit_bias == {65: -100.0}
+    assert "Be brief.\n\nhi" in TOK.decode(engine.requests[0].prompt)
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "messages": USER, **fields}
+
+
+REFUSED: list[tuple[str, Any, int, str | None, str | None]] = [
+    ("chat/completions", b"{", 400, None, "invalid_json"),
+    ("chat/completions", b"[1]", 400, None, None),
+    ("chat/completions", {}, 400, "messages", None),
+    ("chat/completions", chat(model="gpt-5"), 404, "model", "model_not_found"),
+    ("chat/completions", chat(messages=[]), 400, "messages", None),
+    ("chat/completions", chat(messages="hi"), 400, "messages", None),
+    ("chat/completions", chat(messages=[{"role": "king"}]), 400, "messages[0].role", None),
+    ("chat/completions", chat(messages=[*USER, *USER]), 400, "messages", None),
+    ("chat/completions", chat(messages=[{"role": "user", "content": 3}]), 400, None, None),
+    (
+        "chat/completions",
+        chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
+        400,
+        "messages",
+        None,
+    ),
+    ("chat/completions", chat(temperature=3), 400, "temperature", None),
+    ("chat/completions", chat(temperature="hot"), 400, "temperature", None),
+    ("chat/completions", b'{"messages": [], "temperature": NaN}', 400, None, None),
+    ("chat/completions", chat(top_p=0), 400, "top_p", None),
+    ("chat/completions", chat(seed=2**70), 400, "seed", None),
+    ("chat/completions", chat(n=9), 400, "n", None),
+    ("chat/completions", chat(max_tokens=0), 400, "max_tokens", None),
+    ("chat/completions", chat(max_tokens=250), 400, "max_tokens", "context_length_exceeded"),
+    ("chat/completions", chat(stop=["a"] * 17), 400, "stop", None),
+    ("chat/completions", chat(stream_options={}), 400, "stream_options", None),
+    ("chat/completions", chat(tools=[{}]), 400, "tools", None),
+    ("chat/completions", chat(response_format={"type": "x"}), 400, "response_format", None),
+    (
+        "chat/completions",
+        chat(messages=[{"role": "user", "content": "long " * 60}]),
+        400,
+        "messages",
+        "context_length_exceeded",
+    ),
+    ("chat/completions", b"x" * 5001, 413, None, None),
+    ("completions", {"prompt": []}, 400, "prompt", None),
+    ("completions", {"prompt": [999]}, 400, "prompt", None),
+    ("completions", {"prompt": [[1], []]}, 400, None, None),
+    ("completions", {"prompt": "x", "max_tokens": 1.5}, 400, "max_tokens", None),
+    ("completions", {"prompt": "x" * 300}, 400, "prompt", "context_length_exceeded"),
+    ("nothing", {}, 404, None, "not_found"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "param", "code"), REFUSED)
+def test_refusals(
+    url: str, path: str, body: Any, status: int, param: str | None, code: str | None
+) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = httpx.post(
+        f"{url}/v1/{path}", content=content, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert param is None or error["param"] == param
+    assert error["code"] == code
+
+
+def test_full_queue_and_no_engine(url: str, engine: ScriptedClient) -> None:
+    engine.refuse = full()
+    response = httpx.post(f"{url}/v1/chat/completions", json=chat(stream=True))
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+    engine.refuse = UnavailableError("no engine is running")
+    response = httpx.post(f"{url}/v1/chat/completions", json=chat())
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "engine_unavailable"
+    assert httpx.get(f"{url}/health").status_code == 503
+
+
+def test_error_after_the_stream_began_is_an_event(
+    client: openai.OpenAI, engine: ScriptedClient
+) -> None:
+    engine.break_after = 3
+    with pytest.raises(openai.APIError, match="engine was lost"):
+        list(client.chat.completions.create(model="tiny", messages=USER, stream=True))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_client_that_leaves_frees_its_slots(
+    url: str, engine: ScriptedClient, stream: bool, n: int
+) -> None:
+    engine.delay, engine.tokens = 0.02, ids("x" * 10_000)
+    body = json.dumps(chat(stream=stream, n=n, max_tokens=200)).encode()
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            + f"Content-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        wait_for(lambda: len(engine.running) == n)
+        if stream:
+            assert b"assistant" in connection.recv(65536)
+    wait_for(lambda: not engine.running, 1.0)
+    assert len(engine.aborted) == n
+
+
+def test_keys(engine: ScriptedClient) -> None:
+    app = build_app(engine, TOK, "tiny", 256, keys=["one", "two"])
+    with serving(app) as url:
+        good = {"Authorization": "Bearer two"}
+        assert httpx.get(f"{url}/v1/models", headers=good).status_code == 200
+        for headers in ({}, {"Authorization": "Bearer three"}, {"Authorization": "Basic one"}):
+            response = httpx.get(f"{url}/v1/models", headers=headers)
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(url).status_code == 200
+
+
+def test_chunked_body_that_is_too_large(url: str) -> None:
+    response = httpx.post(
+        f"{url}/v1/completions",
+        content=iter([b" " * 4000, b" " * 4000]),
+        headers={"content-type": "application/json"},
+    )
+    assert response.status_code == 413
+    assert "5,000" in response.json()["error"]["message"]
+
+
+def test_tokenize(url: str) -> None:
+    found = httpx.post(f"{url}/tokenize", json={"prompt": "AB"}).json()
+    assert found == {"count": 2, "max_model_len": 256, "tokens": [65, 66]}
+    back = httpx.post(f"{url}/detokenize", json={"tokens": [65, 66]}).json()
+    assert back == {"prompt": "AB"}
+    assert httpx.post(f"{url}/tokenize", json={"messages": USER}).json()["count"] == 9
+
+
+def test_page_carries_its_policy(url: str) -> None:
+    response = httpx.get(url)
+    assert "script-src 'sha256-" in response.headers["content-security-policy"]
+    assert "http" not in response.text.split("<body>")[1]

@@ -1,0 +1,137 @@
+"""The protocol over a real engine with a real (untrained) model."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+import torch
+from serving import serving, wait_for
+
+from nanochat_ray.config import EngineConfig, ModelConfig
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.tools import calculator_tool
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.serve.local import LocalClient
+from nanochat_ray.text.tokenizer import Tokenizer
+
+TOK = Tokenizer.bytes_only()
+USER = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[LocalClient]:
+    shape = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "sequence_len": 512}
+    model = GPT(ModelConfig.modern(vocab_size=TOK.vocab_size, **shape))
+    model.init_weights(torch.Generator().manual_seed(0))
+    config = EngineConfig(max_slots=4, token_budget=64, max_waiting=8)
+    client = LocalClient(Engine(model.eval(), config, calculator_tool(TOK)))
+    yield client
+    client.close()
+    client.engine.check_integrity()
+
+
+@pytest.fixture(scope="module")
+def url(local: LocalClient) -> Iterator[str]:
+    with serving(build_app(local, TOK, "tiny", local.max_len)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def test_seeds_reproduce_alone_and_together(client: openai.OpenAI) -> None:
+    def ask(seed: int) -> str:
+        answer = client.chat.completions.create(
+            model="tiny", messages=USER, seed=seed, max_tokens=20, extra_body={"ignore_eos": True}
+        )
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 20
+        assert answer.choices[0].finish_reason == "length"
+        return answer.choices[0].message.content or ""
+
+    alone = [ask(seed) for seed in range(4)]
+    assert len(set(alone)) == 4
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == alone
+    many = client.chat.completions.create(
+        model="tiny", messages=USER, seed=0, n=4, max_tokens=20, extra_body={"ignore_eos": True}
+    )
+    assert [c.message.content for c in many.choices] == alone
+
+
+def test_stream_says_what_the_whole_says(client: openai.OpenAI) -> None:
+    fields = {"model": "tiny", "messages": USER, "seed": 3, "max_tokens": 40}
+    whole = client.chat.completions.create(**fields)
+    chunks = list(client.chat.completions.create(**fields, stream=True))
+    streamed = "".join(c.choices[0].delta.content or "" for c in chunks)
+    assert streamed == whole.choices[0].message.content
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="tiny", prompt="ab", temperature=0, max_tokens=4, logprobs=2
+    )
+    found = answer.choices[0].logprobs
+    assert found is not None
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.text_offset) == 4
+    assert all(len(top) <= 2 for top in found.top_logprobs)
+    greedy = [max(top.values()) for top in found.top_logprobs]
+    assert found.token_logprobs == pytest.approx(greedy)
+    chat = client.chat.completions.create(
+        model="tiny", messages=USER, max_tokens=3, logprobs=True, top_logprobs=1, seed=1
+    )
+    assert chat.choices[0].logprobs is not None
+    assert all(len(t.top_logprobs) == 1 for t in chat.choices[0].logprobs.content)
+    assert all(t.logprob <= 0 for t in chat.choices[0].logprobs.content)
+
+
+def test_penalties_and_bias_are_taken(client: openai.OpenAI) -> None:
+    text = client.completions.create(
+        model="tiny", prompt="x", temperature=0, max_tokens=5, logit_bias={"65": 100}
+    )
+    assert text.choices[0].text == "AAAAA"
+    text = client.completions.create(
+        model="tiny",
+        prompt="x",
+        temperature=0,
+        max_tokens=50,
+        presence_penalty=2,
+        frequency_penalty=2,
+    )
+    assert len(set(text.choices[0].text)) > 5
+
+
+def test_leaving_frees_the_slot(url: str, local: LocalClient) -> None:
+    fields = {"messages": USER, "stream": True, "max_tokens": 450, "ignore_eos": True}
+    body = json.dumps(fields).encode()
+    host, port = url.removeprefix("http://").split(":")
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert b"200 OK" in connection.recv(65536)
+        assert local.engine.stats().running == 1
+    wait_for(lambda: not local.engine.has_work, 2.0)
+    local.engine.check_integrity()
+
+
+def test_a_full_queue_is_said_so(url: str, local: LocalClient) -> None:
+    body = {"prompt": ["x"] * 20, "max_tokens": 100, "ignore_eos": True}
+    response = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+    assert response.status_code == 429
+    assert response.json()["error"]["code"] == "queue_full"
+    wait_for(lambda: not local.engine.has_work, 5.0)  # what was accepted is given up
+
+
+def test_health_tells_the_load(url: str) -> None:
+    found = httpx.get(f"{url}/health").json()
+    assert found["status"] == "ok"
+    assert found["engines"][0]["slots"] == 4
