@@ -61,7 +61,7 @@ def one_run(args: Args, batch: int, scale: float, seed: int) -> tuple[float, flo
     )
     plan = scaling.base_plan(model_config, tokens=args.tokens, batch=batch, seed=seed)
     optim = plan.train.optim
-    now = scaling.lr_scale(batch)
+    now = scaling.lr_scale(plan.train.steps)
     rates = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
     optim = dataclasses.replace(
         optim, **{name: getattr(optim, name) / now * scale for name in rates}

@@ -18,6 +18,8 @@ TOKENS_PER_PARAMETER = 12.0
 """Compute-optimal tokens per parameter of blocks and head (nanochat's own scaling runs)."""
 REFERENCE_BATCH = 2**19
 """Tokens of a batch at which nanochat tuned its rates, at depth 12."""
+REFERENCE_STEPS = 2_500
+"""Steps of that run."""
 REFERENCE_TOKENS = 1.32e9
 """Compute-optimal tokens of depth 12 with a vocabulary of 32,768."""
 
@@ -121,14 +123,19 @@ def batch_tokens(tokens: int) -> int:
     return int(min(max(2 ** round(math.log2(wanted)), 2**11), 2**21))
 
 
-def lr_scale(batch: int) -> float:
-    """Factor on all rates for a batch of that many tokens; see optim/NOTES.md."""
-    return (batch / REFERENCE_BATCH) ** 0.5 if batch > REFERENCE_BATCH else 1.0
+def lr_scale(steps: int) -> float:
+    """Factor on all rates for a run of that many steps; see optim/NOTES.md.
+
+    nanochat scales by the square root of the batch, which starves small batches. What the best
+    rate follows, measured, is how many steps it has to get there: 1 at the 2,500 steps for which
+    the rates were tuned, more for shorter runs, less for longer ones.
+    """
+    return float(min(max((steps / REFERENCE_STEPS) ** -0.3, 0.3), 3.0))
 
 
 def optim_config(config: ModelConfig, batch: int, tokens: int) -> OptimConfig:
     """Rates for a model, a batch and a horizon in tokens."""
-    scale = lr_scale(batch)
+    scale = lr_scale(max(1, tokens // batch))
     # AdamW's rates fall with the square root of the width (nanochat, tuned at 768).
     narrow = (config.n_embd / 768) ** -0.5
     # Decay so that the averaging time in tokens stays (Wang and Aitchison, arXiv 2405.13698).
