@@ -1,0 +1,191 @@
+"""A snapshot is whole or it is not there; what is damaged is refused by name."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+from conftest import TOKENIZER, tiny_config
+
+from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint.codec import read_tensors, write_tensors
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.storage import Store
+from nanochat_ray.text.tokenizer import Tokenizer
+
+
+def save(run: Store, step: int) -> GPT:
+    model = GPT(tiny_config())
+    model.init_weights(torch.Generator().manual_seed(step))
+    snapshot.save(
+        run,
+        step,
+        model_config=model.config,
+        weights=dict(model.named_parameters()),
+        optimizer={"x/momentum": torch.full((3,), float(step))},
+        trainer={"step": step},
+        tokenizer=TOKENIZER,
+    )
+    return model
+
+
+def same(run: Store, model: GPT) -> None:
+    loaded, tokenizer = snapshot.load_model(run)
+    assert tokenizer.fingerprint == TOKENIZER.fingerprint
+    for name, weight in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), weight)
+
+
+def test_what_is_saved_comes_back(root: Store) -> None:
+    assert snapshot.latest(root) is None
+    save(root, 5)
+    model = save(root, 10)
+    same(root, model)
+    found = snapshot.load(root, optimizer=True)
+    assert (found.step, found.trainer) == (10, {"step": 10})
+    assert found.optimizer is not None
+    assert found.optimizer["x/momentum"].tolist() == [10, 10, 10]
+    assert snapshot.load(root, "step-000005", optimizer=False).step == 5
+
+
+def test_the_same_on_s3(s3: str) -> None:
+    run = Store.at(s3).child("runs", "snapshot")
+    save(run, 1)
+    model = save(run, 2)
+    same(run, model)
+    snapshot.prune(run, 1)
+    assert [name for name in run.list() if name.startswith("step")] == ["step-000002"]
+    same(run, model)
+
+
+def test_a_crash_while_saving_leaves_the_last_one(
+    root: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save(root, 5)
+    real, writes = Store.write_bytes, 0
+
+    def dying(self: Store, name: str, data: bytes) -> None:
+        nonlocal writes
+        writes += 1
+        if writes > allowed:
+            raise OSError("the machine is gone")
+        real(self, name, data)
+
+    monkeypatch.setattr(Store, "write_bytes", dying)
+    for allowed in range(5):
+        writes = 0
+        with pytest.raises(OSError, match="gone"):
+            save(root, 6)
+        same(root, model)
+    monkeypatch.undo()
+    snapshot.prune(root, 3)
+    same(root, save(root, 6))
+
+
+def test_prune_keeps_the_newest(root: Store) -> None:
+    for step in range(1, 6):
+        save(root, step)
+    root.child("step-000002").delete("manifest.json")
+    root.write_text("step-000009/config.json", "{}")  # under way somewhere else
+    snapshot.prune(root, 2)
+    steps = [name for name in root.list() if name.startswith("step")]
+    assert steps == ["step-000004", "step-000005", "step-000009"]
+
+
+FILES = ("config.json", "weights.msgpack", "optimizer.msgpack", "trainer.json", "tokenizer.json")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_or_damaged_file_is_named(root: Store, file: str) -> None:
+    save(root, 3)
+    path = Path(root.root) / "step-000003" / file
+    whole = path.read_bytes()
+    for at in (0, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=rf"{file} is damaged"):
+            snapshot.load(root, optimizer=True)
+            snapshot.load_trainer(root)
+    path.write_bytes(whole[:-7])
+    with pytest.raises(ValueError, match=rf"{file} is damaged"):
+        snapshot.load(root, optimizer=True)
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{file} is missing"):
+        snapshot.load(root, optimizer=True)
+
+
+def test_a_snapshot_of_another_tokenizer_is_refused(root: Store) -> None:
+    other = Tokenizer.train(["some other text " * 50], 300)
+    model = GPT(tiny_config())
+    model.init_weights(torch.Generator().manual_seed(0))
+    arguments = {"model_config": model.config, "weights": dict(model.named_parameters())}
+    for tokenizer, run in ((TOKENIZER, "one"), (other, "two")):
+        snapshot.save(
+            root.child(run), 1, **arguments, optimizer=None, trainer={}, tokenizer=tokenizer
+        )
+    folder, source = root.child("one", "step-000001"), root.child("two", "step-000001")
+    manifest = folder.read_text("manifest.json")
+    theirs = snapshot._manifest(root.child("two"), "step-000001")["tokenizer.json"]
+    ours = snapshot._manifest(root.child("one"), "step-000001")["tokenizer.json"]
+    folder.write_text("tokenizer.json", source.read_text("tokenizer.json"))
+    manifest = manifest.replace(ours["sha256"], theirs["sha256"])
+    manifest = manifest.replace(f'"size": {ours["size"]}', f'"size": {theirs["size"]}')
+    folder.write_text("manifest.json", manifest)
+    with pytest.raises(ValueError, match="is not the one that the weights were trained with"):
+        snapshot.load(root.child("one"), optimizer=False)
+
+
+def test_tensors_of_every_dtype(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    floats = {str(d): torch.randn(3, 5).to(d) for d in (torch.float32, torch.bfloat16)}
+    tensors = {
+        **floats,
+        "half": torch.randn(7).half(),
+        "ints": torch.arange(6).view(2, 3),
+        "bools": torch.tensor([True, False]),
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(3.5),
+        "turned": torch.randn(4, 6).T,
+    }
+    stream = io.BytesIO()
+    write_tensors(stream, tensors)
+    size = stream.tell()
+    stream.seek(0)
+    found = read_tensors(stream, size)
+    assert list(found) == list(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    with pytest.raises(ValueError, match="complex64 cannot be stored"):
+        write_tensors(io.BytesIO(), {"x": torch.zeros(1, dtype=torch.complex64)})
+
+
+def test_rubbish_is_a_value_error() -> None:
+    stream = io.BytesIO()
+    write_tensors(stream, {"a": torch.randn(20, 20), "b": torch.arange(9)})
+    good = stream.getvalue()
+    rng = np.random.default_rng(0)
+    for number in range(400):
+        bad = bytearray(good)
+        kind = number % 4
+        if kind == 0:
+            bad = bad[: rng.integers(len(bad))]
+        elif kind == 1:
+            for at in rng.integers(0, 120, size=3):
+                bad[at] = rng.integers(256)
+        elif kind == 2:
+            bad = bytearray(rng.bytes(int(rng.integers(200))))
+        else:
+            at = int(rng.integers(len(bad)))
+            bad[at:at] = rng.bytes(5)
+        try:
+            read_tensors(io.BytesIO(bytes(bad)), len(bad))
+        except ValueError:
+            continue
+    huge = {"name": "a", "dtype": "float32", "shape": [1 << 40], "chunks": 1 << 18}
+    head = {"format": "nanochat_ray tensors 1", "tensors": 1}
+    with pytest.raises(ValueError, match="does not fit into its file"):
+        read_tensors(io.BytesIO(msgpack.packb(head) + msgpack.packb(huge)), 1000)
