@@ -1,0 +1,126 @@
+"""Packing, order and shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_dataset
+
+from nanochat_ray.data.order import batch_rows, permute
+from nanochat_ray.data.packing import pack, pack_whole
+from nanochat_ray.data.shards import Manifest, RowReader
+from nanochat_ray.storage import Store
+
+BOS = 999
+
+
+@pytest.mark.parametrize("length", [8, 33, 257])
+def test_rows_are_full_and_nothing_is_lost_but_the_rest(length: int) -> None:
+    rng = np.random.default_rng(length)
+    sizes = [*rng.integers(0, 60, 300), *rng.integers(500, 3000, 5)]
+    # Each token names its document, so that what is kept can be counted.
+    documents = [np.full(size, number, dtype=np.uint16) for number, size in enumerate(sizes)]
+    packed = pack(documents, length=length, bos=BOS, dtype=np.dtype(np.uint16))
+    assert packed.rows.shape[1] == length
+    assert (packed.rows[:, 0] == BOS).all()
+    kept = packed.rows[packed.rows != BOS]
+    assert packed.tokens_in == sum(sizes)
+    assert packed.tokens_kept == len(kept)
+    assert packed.tokens_in - len(kept) < length
+    found = np.bincount(kept, minlength=len(sizes))
+    assert (found <= np.asarray(sizes)).all()
+    # One document's piece ends where BOS begins the next: no two touch without it.
+    inside = packed.rows[:, 1:], packed.rows[:, :-1]
+    changes = (inside[0] != inside[1]) & (inside[0] != BOS) & (inside[1] != BOS)
+    assert not changes.any()
+    again = pack(documents, length=length, bos=BOS, dtype=np.dtype(np.uint16))
+    assert np.array_equal(again.rows, packed.rows)
+
+
+def test_conversations_stay_whole() -> None:
+    rng = np.random.default_rng(0)
+    conversations = [
+        ([BOS, *[number] * size], [0, *[1] * size])
+        for number, size in enumerate(rng.integers(1, 50, 200))
+    ]
+    packed = pack_whole(conversations, length=41, bos=BOS, dtype=np.dtype(np.uint16))
+    too_long = [c for c in conversations if len(c[0]) > 41]
+    assert packed.dropped == len(too_long) > 0
+    assert packed.mask.sum() == sum(len(c[0]) - 1 for c in conversations if len(c[0]) <= 41)
+    rows = [",".join(map(str, row)) for row in packed.ids]
+    for ids, _ in conversations:
+        if len(ids) <= 41:
+            assert any(",".join(map(str, ids)) in row for row in rows)
+    assert (packed.ids[packed.mask == 1] != BOS).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 1000, 4097])
+def test_permutations(size: int) -> None:
+    index = np.arange(size, dtype=np.int64)
+    seen = [tuple(permute(index, size, key)) for key in range(3)]
+    for order in seen:
+        assert sorted(order) == list(range(size))
+    assert size < 64 or len(set(seen)) == 3
+
+
+def test_the_order_is_a_pure_function_and_visits_each_row_once_an_epoch() -> None:
+    flat = np.concatenate([batch_rows(50, 3, 8, step) for step in range(25)])
+    assert np.array_equal(flat[:50], np.arange(50))
+    for epoch in range(4):
+        assert sorted(flat[epoch * 50 : epoch * 50 + 50]) == list(range(50))
+    assert not np.array_equal(flat[50:100], flat[100:150])
+    assert np.array_equal(batch_rows(50, 3, 8, 17), flat[17 * 8 : 18 * 8])
+    assert not np.array_equal(batch_rows(50, 4, 8, 17), flat[17 * 8 : 18 * 8])
+
+
+def reader(root: Store, kind: str = "base") -> RowReader:
+    store = root.child("datasets", kind)
+    return RowReader(store, Manifest.load(store), "train")
+
+
+def test_rows_come_back_by_number(root: Store) -> None:
+    write_dataset(root, "sft", "sft", rows=21)
+    rows = reader(root, "sft")
+    ids, mask = rows.rows(np.arange(21))
+    assert mask is not None
+    some = np.asarray([20, 3, 3, 11])
+    again, learned = rows.rows(some)
+    assert np.array_equal(again, ids[some])
+    assert np.array_equal(learned, mask[some])
+
+
+def test_a_flipped_byte_is_refused_by_name(root: Store) -> None:
+    write_dataset(root, "base")
+    path = Path(root.root) / "datasets" / "base" / "train-1.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    rows = reader(root)
+    rows.rows(np.asarray([0]))
+    with pytest.raises(ValueError, match=r"shard train-1\.arrow of .* is damaged"):
+        rows.rows(np.asarray([40]))
+    path.unlink()
+    with pytest.raises(ValueError, match=r"shard train-1\.arrow of .* is missing"):
+        reader(root).rows(np.asarray([40]))
+
+
+def test_a_shard_of_another_width_is_refused(root: Store) -> None:
+    write_dataset(root, "base")
+    store = root.child("datasets", "base")
+    store.write_text("manifest.json", store.read_text("manifest.json").replace("32", "48", 1))
+    with pytest.raises(ValueError, match=r"has rows of 33 uint16; the manifest says 49"):
+        reader(root).rows(np.asarray([0]))
+
+
+def test_shards_on_s3_are_read_and_checked_too(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOCHAT_SHARD_CACHE", str(tmp_path))
+    root = Store.at(s3).child("rows")
+    write_dataset(root, "base")
+    local = Store.at(str(tmp_path / "local"))
+    write_dataset(local, "base")
+    numbers = np.asarray([3, 49, 0])
+    assert np.array_equal(reader(root).rows(numbers)[0], reader(local).rows(numbers)[0])

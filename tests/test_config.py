@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+from conftest import tiny_config
+
+from nanochat_ray import scaling
+from nanochat_ray.config import EngineConfig, ModelConfig, TrainConfig, from_json, to_json
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.storage import Store
+
+
+def test_configurations_survive_json() -> None:
+    train = TrainConfig(steps=3, batch_rows=4, micro_rows=2)
+    assert from_json(TrainConfig, to_json(train)) == train
+    assert from_json(ModelConfig, to_json(tiny_config())) == tiny_config()
+    with pytest.raises(ValueError, match="ModelConfig has no field 'depth'"):
+        from_json(ModelConfig, {"depth": 3})
+    with pytest.raises(ValueError, match="missing"):
+        from_json(TrainConfig, {"steps": 3})
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: ModelConfig.preset("newest", vocab_size=300), r"preset='newest'.*classic"),
+        (lambda: tiny_config(n_kv_head=3), r"n_kv_head=3 .* divisor of n_head=4"),
+        (lambda: tiny_config(n_embd=36), r"n_embd=36"),
+        (lambda: tiny_config(window_pattern="LX"), r"window_pattern='LX'"),
+        (lambda: TrainConfig(steps=0, batch_rows=1, micro_rows=1), "steps=0"),
+        (lambda: TrainConfig(steps=1, batch_rows=5, micro_rows=2), "batch_rows=5 .*micro_rows=2"),
+        (lambda: EngineConfig(max_slots=32, token_budget=8), "token_budget=8"),
+        (lambda: scaling.model_config(0, 300), "depth=0"),
+        (lambda: Store.at("ftp://host/x"), r"storage='ftp://host/x' is not allowed"),
+        (lambda: Store.at(""), "storage='' is not allowed"),
+        (lambda: Store.at("s3://key:secret@bucket/x"), "holds credentials"),
+    ],
+)
+def test_what_is_not_allowed_is_named(make, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        make()
+
+
+@pytest.mark.parametrize("preset", ["modern", "classic"])
+@pytest.mark.parametrize("depth", [1, 2, 4, 12])
+def test_parameters_are_counted_right(preset: str, depth: int) -> None:
+    import torch
+
+    config = scaling.model_config(depth, 1000, preset=preset, sequence_len=256)
+    with torch.device("meta"):
+        model = GPT(config)
+    assert scaling.parameters(config).total == sum(p.numel() for p in model.parameters())
+
+
+def test_the_dial_gives_sensible_runs() -> None:
+    before = 0
+    for depth in range(1, 27):
+        model = scaling.model_config(depth, 32768)
+        plan = scaling.base_plan(model, workers=2)
+        size = plan.train.batch_rows * model.sequence_len
+        assert plan.tokens > before
+        assert plan.train.batch_rows % (2 * plan.train.micro_rows) == 0
+        assert 2**11 <= size <= 2**21
+        assert 100 < plan.train.steps < 200_000
+        before = plan.tokens

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import pickle
+import random
+
+import pytest
+
+from nanochat_ray.storage import Store
+from nanochat_ray.text.chat import render_conversation, render_prompt
+from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+CORPUS = ["The quick brown fox, aged 12345, jumps over the lazy dog's bowl. " * 40]
+
+
+@pytest.fixture(scope="module")
+def tok() -> Tokenizer:
+    return Tokenizer.train(CORPUS, 330)
+
+
+def test_every_text_comes_back(tok: Tokenizer) -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(
+            chr(rng.choice((rng.randrange(32, 127), rng.randrange(0x2FFF)))) for _ in range(30)
+        )
+        assert tok.decode(tok.encode(text)) == text
+        assert sum(tok.byte_lengths()[i] for i in tok.encode(text)) == len(text.encode())
+
+
+def test_numbers_fall_into_groups_of_two(tok: Tokenizer) -> None:
+    long = Tokenizer.train(["1234567 " * 500], 400)
+    assert [long.decode([i]) for i in long.encode("1234567")] == ["12", "34", "56", "7"]
+
+
+def test_special_tokens_in_text_are_text(tok: Tokenizer) -> None:
+    text = "".join(SPECIAL_TOKENS)
+    assert not set(tok.encode(text)) & set(tok.specials.values())
+    assert tok.decode(tok.encode(text)) == text
+    assert sorted(tok.specials.values()) == list(range(tok.vocab_size - 9, tok.vocab_size))
+
+
+def test_saved_and_loaded_is_the_same(tok: Tokenizer, root: Store) -> None:
+    tok.save(root)
+    again = Tokenizer.load(root)
+    assert again.fingerprint == tok.fingerprint
+    assert again.encode(CORPUS[0]) == tok.encode(CORPUS[0])
+    assert pickle.loads(pickle.dumps(tok)).fingerprint == tok.fingerprint
+    assert Tokenizer.train(CORPUS, 330).fingerprint == tok.fingerprint
+    assert Tokenizer.train(CORPUS, 320).fingerprint != tok.fingerprint
+
+
+def test_a_damaged_file_is_refused(tok: Tokenizer) -> None:
+    good = json.loads(tok.to_json())
+    for change in (
+        {"format": "x"},
+        {"specials": ["<|bos|>"]},
+        {"tokens": good["tokens"][1:]},
+        {"tokens": [*good["tokens"], good["tokens"][0]]},
+        {"tokens": ["*"]},
+    ):
+        with pytest.raises(ValueError, match=r"tokenizer"):
+            Tokenizer.from_json(json.dumps({**good, **change}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer.from_json("rubbish")
+    with pytest.raises(ValueError, match="vocab_size=200 is not allowed: 265 or more"):
+        Tokenizer.train(["x"], 200)
+
+
+def test_the_mask_marks_what_the_assistant_says(tok: Tokenizer) -> None:
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "1+1? <|assistant_end|>"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "text", "text": "so "},
+                {"type": "python", "text": "1+1"},
+                {"type": "python_output", "text": "2"},
+                {"type": "text", "text": "2!"},
+            ],
+        },
+    ]
+    ids, mask = render_conversation(tok, messages)
+    shown = "".join(
+        next((n for n, i in tok.specials.items() if i == t), None) or tok.decode([t])
+        for t, m in zip(ids, mask, strict=True)
+        if m
+    )
+    assert shown == "so <|python_start|>1+1<|python_end|>2!<|assistant_end|>"
+    assert ids.count(tok.special("<|assistant_end|>")) == 1
+    assert tok.decode(ids).startswith("<|bos|><|user_start|>Be kind.\n\n1+1?")
+    prompt = render_prompt(tok, messages[:2])
+    assert ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([], "at least one"),
+        ([{"role": "bot", "content": "x"}], r"messages\[0\]\.role='bot'"),
+        ([{"role": "assistant", "content": "x"}], "'user' is expected there"),
+        ([{"role": "system", "content": "x"}], "must follow the system message"),
+        ([{"role": "user", "content": "x"}] * 2, r"messages\[1\]\.role='user'"),
+    ],
+)
+def test_turns_out_of_order_are_refused(tok: Tokenizer, messages: list, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        render_conversation(tok, messages)
