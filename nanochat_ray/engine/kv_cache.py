@@ -9,8 +9,9 @@ yields does not depend, to the bit, on the rows beside it:
 - keys beyond a row's own are masked, and a masked tail of zeros changes no bit as long as the
   length is a multiple of 16 and not between 256 and 512 modulo 512, where MKL would split the
   sum over keys at another place (``padded_length``);
-- queries of a prompt chunk are at least 8 at a time (``MIN_QUERIES``): with fewer, MKL takes
-  another kernel. So a prompt may be cut into chunks anywhere.
+- queries of a prompt chunk are at least 8 at a time, since with fewer MKL takes another kernel;
+  torch takes them by the 32, so what is left over counts (``padded_queries``). So a prompt may be
+  cut into chunks anywhere.
 
 Legend: N rows, H heads, Hkv key/value heads, G = H / Hkv, D head size, L length of the keys.
 """
@@ -29,7 +30,6 @@ from nanochat_ray.config import ModelConfig
 
 MIN_ROWS = 4
 """A linear layer of fewer rows takes other kernels; 12 → 1 gates need all four."""
-MIN_QUERIES = 8
 CALL_BYTES = 150_000
 """Reading as much from memory takes about as long as one more call of attention (15 µs)."""
 
@@ -39,6 +39,11 @@ def padded_length(n: int) -> int:
     n = -(-n // 16) * 16
     rest = n % 512
     return n if rest <= 256 else n - rest + 512
+
+
+def padded_queries(n: int) -> int:
+    """Number of queries to run ``n`` as: see above."""
+    return n + max(0, 8 - n % 32) if n % 32 else n
 
 
 @dataclass(frozen=True)
@@ -187,16 +192,12 @@ class SlotCache:
         length = padded_length(span.start + T)
         mask = self._mask(row, row + T, length, window)
         q_hgTD = q_NhgD[row : row + T].permute(1, 2, 0, 3)
-        short = max(0, MIN_QUERIES - T)
-        if short:
-            q_hgTD, mask = F.pad(q_hgTD, (0, 0, 0, short)), F.pad(mask, (0, 0, 0, short))
+        q_hQD, Q = q_hgTD.reshape(Hkv, G * T, D), G * T
         if G > 1:
             mask = mask.repeat(G, 1)
+        if short := padded_queries(Q) - Q:
+            q_hQD, mask = F.pad(q_hQD, (0, 0, 0, short)), F.pad(mask, (0, 0, 0, short))
         y_hQD = F.scaled_dot_product_attention(
-            q_hgTD.reshape(1, Hkv, G * (T + short), D),
-            keys[None, :, :length],
-            values[None, :, :length],
-            attn_mask=mask,
-        )[0]
-        y_hgTD = y_hQD.view(Hkv, G, T + short, D)[:, :, :T]
-        return y_hgTD.permute(2, 0, 1, 3)
+            q_hQD[None], keys[None, :, :length], values[None, :, :length], attn_mask=mask
+        )[0, :, :Q]
+        return y_hQD.view(Hkv, G, T, D).permute(2, 0, 1, 3)

@@ -1,0 +1,84 @@
+"""Tiny models with weights that make every part of the network count."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from nanochat_ray.config import EngineConfig, ModelConfig
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.request import Output, Request, SamplingParams
+from nanochat_ray.engine.tools import Tool
+from nanochat_ray.model.gpt import GPT
+
+VOCAB = 300
+
+
+PRESETS = ("classic", "modern")
+
+
+@functools.cache
+def make_model(preset: str, **fields: Any) -> GPT:
+    """Grouped heads, one short and one full window; not the zeros of a fresh initialisation."""
+    shape: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "n_embd": 64,
+    }
+    shape |= {"sequence_len": 128, "window_pattern": "SL"}
+    model = GPT(ModelConfig.preset(preset, **shape | fields))
+    model.init_weights(torch.Generator().manual_seed(0))
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=noise) * 0.15)
+    return model
+
+
+@torch.inference_mode()
+def uncached_greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
+    """The definition: one full forward for each token, nothing kept."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def make_engine(model: GPT, tool: Tool | None = None, **fields: Any) -> Engine:
+    settings: dict[str, Any] = {"max_slots": 4, "token_budget": 24, "prefill_chunk": 8} | fields
+    return Engine(model, EngineConfig(**settings), tool)
+
+
+def ask(id: str, prompt: list[int], generated: Iterable[int] = (), **params: Any) -> Request:
+    known = {name: params.pop(name) for name in ("priority", "client") if name in params}
+    return Request(
+        id=id,
+        prompt=prompt,
+        generated=list(generated),
+        params=SamplingParams(**{"temperature": 0.0, "max_tokens": 16} | params),
+        **known,
+    )
+
+
+def finish(engine: Engine, into: dict[str, list[Output]] | None = None) -> dict[str, list[Output]]:
+    """Steps until idle; outputs by request."""
+    found = {} if into is None else into
+    while engine.has_work:
+        for output in engine.step():
+            found.setdefault(output.request_id, []).append(output)
+    engine.check_integrity()
+    return found
+
+
+def tokens(outputs: list[Output]) -> list[int]:
+    return [token for output in outputs for token in output.tokens]
+
+
+def answer(engine: Engine, request: Request) -> list[int]:
+    engine.add(request)
+    return tokens(finish(engine)[request.id])

@@ -1,0 +1,290 @@
+"""The engine equals the definition, whatever else it does at the time."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from engine_kit import (
+    PRESETS,
+    VOCAB,
+    answer,
+    ask,
+    finish,
+    make_engine,
+    make_model,
+    tokens,
+    uncached_greedy,
+)
+
+from nanochat_ray.engine.request import EngineFull, Output, Request
+from nanochat_ray.engine.tools import Tool
+from nanochat_ray.model.gpt import GPT
+
+
+def prompts(rng: random.Random, count: int, longest: int = 60) -> list[list[int]]:
+    return [[rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def random_requests(rng: random.Random, count: int, **params: object) -> list[Request]:
+    """A mixture of every way to sample."""
+    requests = []
+    for i, prompt in enumerate(prompts(rng, count)):
+        kind = rng.choice(["greedy", "plain", "k", "p", "min_p", "all", "penalties"])
+        made: dict[str, object] = {"max_tokens": rng.randint(1, 24), "seed": rng.randrange(2**63)}
+        if kind != "greedy":
+            made["temperature"] = rng.choice([0.5, 1.0, 1.7])
+        if kind in ("k", "all"):
+            made["top_k"] = rng.randint(1, 50)
+        if kind in ("p", "all"):
+            made["top_p"] = rng.choice([0.3, 0.9])
+        if kind in ("min_p", "all"):
+            made["min_p"] = 0.05
+        if kind == "penalties":
+            made |= {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2}
+            made |= {"logit_bias": {7: 3.0, 9: -100.0}, "stop_ids": (3, 5), "min_tokens": 1}
+        requests.append(ask(f"r{i}", prompt, **made | params))
+    return requests
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_equals_uncached_greedy_under_random_admission_abort_and_preemption(preset: str) -> None:
+    rng, model = random.Random(3), make_model(preset)
+    engine = make_engine(model)
+    asked = [ask(f"r{i}", p, max_tokens=rng.randint(1, 20)) for i, p in enumerate(prompts(rng, 24))]
+    want = {r.id: uncached_greedy(model, list(r.prompt), r.params.max_tokens) for r in asked}
+    got: dict[str, list[Output]] = {r.id: [] for r in asked}
+    coming, aborted = list(asked), set()
+    while coming or engine.has_work:
+        for _ in range(rng.randint(0, 3)):
+            if coming:
+                engine.add(coming.pop())
+        live = [r.id for r in asked if r not in coming and not any(o.finish for o in got[r.id])]
+        if live and rng.random() < 0.1:
+            victim = rng.choice(live)
+            if engine.abort(victim):
+                aborted.add(victim)
+        elif live and rng.random() < 0.2:
+            engine.preempt(rng.choice(live))
+        for output in engine.step():
+            got[output.request_id].append(output)
+        engine.check_integrity()
+    assert aborted
+    assert engine.stats().preemptions > 3
+    for request in asked:
+        made, ends = tokens(got[request.id]), [o.finish for o in got[request.id] if o.finish]
+        if request.id in aborted:
+            assert ends == ["abort"]
+            assert made == want[request.id][: len(made)]
+        else:
+            assert ends == ["length"]
+            assert made == want[request.id]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_seeded_tokens_do_not_depend_on_company_order_chunks_or_preemption(preset: str) -> None:
+    rng, model = random.Random(5), make_model(preset)
+    asked = random_requests(rng, 16)
+    alone = {r.id: answer(make_engine(model, max_slots=1), r) for r in asked}
+
+    together = make_engine(model, max_slots=16, token_budget=256)
+    for request in asked:
+        together.add(request)
+    assert {k: tokens(v) for k, v in finish(together).items()} == alone
+
+    shuffled = make_engine(model, max_slots=3, token_budget=5, prefill_chunk=2)
+    got: dict[str, list[Output]] = {}
+    for request in rng.sample(asked, len(asked)):
+        shuffled.add(request)
+        for output in shuffled.step():
+            got.setdefault(output.request_id, []).append(output)
+        running = [s.request.id for s in shuffled.scheduler.running]
+        if running and rng.random() < 0.5:
+            shuffled.preempt(rng.choice(running))
+    assert {k: tokens(v) for k, v in finish(shuffled, got).items()} == alone
+
+
+@torch.inference_mode()
+def logits_of(model: GPT, prompt: list[int], budget: int, company: int) -> torch.Tensor:
+    """Logits after the prompt and after one decode, beside other requests."""
+    engine = make_engine(model, max_slots=32, token_budget=32 + budget, prefill_chunk=budget)
+    rng = random.Random(company)
+    for i, other in enumerate(prompts(rng, company)):
+        engine.add(ask(f"other{i}", other, max_tokens=40))
+    for _ in range(3):
+        engine.step()
+    seen: list[torch.Tensor] = []
+    run = engine.runner.run
+
+    def spy(chunks):  # type: ignore[no-untyped-def]
+        logits = run(chunks)
+        sampled = [c.sequence.request.id for c in chunks if c.samples]
+        if "me" in sampled:
+            seen.append(logits[sampled.index("me")].clone())
+        return logits
+
+    engine.runner.run = spy  # type: ignore[method-assign]
+    engine.add(ask("me", prompt, max_tokens=4))
+    finish(engine)
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"n_kv_head": 4}, {"n_embd": 384, "n_head": 3, "n_kv_head": 3}]
+)
+def test_logits_are_the_same_to_the_bit_alone_and_in_company(shape: dict[str, int]) -> None:
+    model = make_model("modern", sequence_len=640, **shape)
+    prompt = prompts(random.Random(8), 1)[0] * 12
+    prompt = prompt[:300]
+    alone = logits_of(model, prompt, budget=600, company=0)
+    for budget, company in ((600, 3), (7, 17), (33, 0)):
+        assert torch.equal(logits_of(model, prompt, budget, company), alone)
+
+
+def test_chunked_prefill_equals_the_plain_forward(subtests: pytest.Subtests) -> None:
+    for preset in PRESETS:
+        model = make_model(preset)
+        prompt = prompts(random.Random(2), 1, 100)[0]
+        with torch.inference_mode():
+            want = model(torch.tensor([prompt]))[0, -1]
+        for budget in (1, 5, 16, 200):
+            with subtests.test(preset=preset, budget=budget):
+                got = logits_of(model, prompt, budget, 0)[0]
+                torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_continuation_on_another_engine_gives_the_same_tokens(temperature: float) -> None:
+    model = make_model("modern")
+    request = ask("r", [5, 6, 7], max_tokens=20, temperature=temperature, seed=11, top_p=0.9)
+    whole = answer(make_engine(model), request)
+    for cut in range(1, 20):
+        later = dataclasses.replace(request, generated=whole[:cut])
+        assert whole[:cut] + answer(make_engine(model), later) == whole
+    ended = make_engine(model)
+    ended.add(dataclasses.replace(request, generated=whole))
+    assert [(o.tokens, o.finish) for o in ended.step()] == [([], "length")]
+
+
+def test_tool_output_is_forced_and_survives_a_continuation_at_any_place() -> None:
+    model, prompt = make_model("modern"), [1, 2, 3]
+    params: dict[str, float] = {"temperature": 1.5, "seed": 4}
+    free = answer(make_engine(model), ask("free", prompt, max_tokens=6, **params))
+    assert len(set(free)) == 6
+    # Tokens that the model happens to write serve as the marks of the tool.
+    tool = Tool(free[2], free[5], 290, 291, lambda ids: [*reversed(ids), 50])
+    request = ask("r", prompt, max_tokens=16, **params)
+    engine = make_engine(model, tool)
+    engine.add(request)
+    outputs = finish(engine)["r"]
+    whole, output = tokens(outputs), [290, *reversed(free[3:5]), 50, 291]
+    assert whole[:11] == [*free, *output]
+    assert [o.tokens[i] for o in outputs for i in o.forced][:5] == output
+    # After the output the model goes on as if it had been in the prompt.
+    after = dataclasses.replace(request, prompt=prompt + whole[:11], generated=[])
+    assert whole[11:] == answer(make_engine(model), after)[: len(whole) - 11]
+    for cut in range(1, 16):
+        later = dataclasses.replace(request, generated=whole[:cut])
+        assert whole[:cut] + answer(make_engine(model, tool), later) == whole
+    short = dataclasses.replace(request, params=dataclasses.replace(request.params, max_tokens=8))
+    assert answer(make_engine(model, tool), short) == whole[:8]
+
+
+def test_stop_eos_min_tokens_and_lengths() -> None:
+    model, prompt = make_model("modern"), [9, 8]
+    free = uncached_greedy(model, prompt, 16)
+    engine = make_engine(model)
+    stop = free[4]
+    first = free.index(stop)
+    assert answer(engine, ask("a", prompt, stop_ids=(stop,))) == free[: first + 1]
+    assert answer(engine, ask("b", prompt, eos_ids=(stop,))) == free[: first + 1]
+    assert answer(engine, ask("c", prompt, eos_ids=(stop,), ignore_eos=True)) == free
+    later = answer(engine, ask("d", prompt, stop_ids=(free[0],), min_tokens=5))
+    assert len(later) >= 5
+    assert free[0] not in later[:4]
+    engine.add(ask("e", [1] * 127, max_tokens=50))
+    (last,) = finish(engine)["e"]
+    assert (len(last.tokens), last.finish) == (1, "length")
+
+
+def test_logprobs_are_those_of_the_model() -> None:
+    model, prompt = make_model("modern"), [4, 5, 6]
+    engine = make_engine(model)
+    engine.add(ask("r", prompt, max_tokens=3, logprobs=2, temperature=1.0, seed=1))
+    engine.add(ask("other", prompt, max_tokens=3))
+    found = finish(engine)
+    made = tokens(found["r"])
+    with torch.inference_mode():
+        logs = model(torch.tensor([prompt + made]))[0].log_softmax(-1)
+    for i, output in enumerate(found["r"]):
+        assert output.logprobs is not None
+        reported = output.logprobs[0]
+        assert reported is not None
+        want = logs[len(prompt) + i - 1]
+        assert reported.logprob == pytest.approx(float(want[made[i]]), abs=1e-4)
+        assert [t for t, _ in reported.top] == want.topk(2).indices.tolist()
+    assert found["other"][0].logprobs is None
+    assert Output.from_wire(found["r"][0].to_wire()) == found["r"][0]
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (ask("r", [1] * 128), ["128 tokens", "holds 128"]),
+        (ask("r", []), ["prompt"]),
+        (ask("r", [1, VOCAB]), ["prompt=300", "299"]),
+        (ask("r", [1], stop_ids=(-1,)), ["stop_ids=-1"]),
+    ],
+)
+def test_what_can_never_be_answered_is_refused_by_name(request_: Request, words: list[str]) -> None:
+    engine = make_engine(make_model("classic"))
+    with pytest.raises(ValueError, match=r"prompt|stop_ids") as caught:
+        engine.add(request_)
+    assert all(word in str(caught.value) for word in words)
+    assert not engine.has_work
+
+
+def test_a_full_queue_and_a_used_id_are_refused() -> None:
+    engine = make_engine(make_model("classic"), max_slots=1, max_waiting=2)
+    for i in range(3):
+        engine.add(ask(f"r{i}", [1]))
+    with pytest.raises(EngineFull, match="max_waiting=2"):
+        engine.add(ask("r3", [1]))
+    with pytest.raises(ValueError, match="'r0'"):
+        engine.add(ask("r0", [1]))
+    assert engine.abort("r2")
+    assert not engine.abort("r2")
+    engine.add(ask("r3", [1]))
+    finish(engine)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_k", -1),
+        ("min_p", 1.5),
+        ("max_tokens", 0),
+        ("min_tokens", 99),
+        ("seed", 2**64),
+        ("stop", ("",)),
+        ("logprobs", 21),
+        ("logit_bias", {1: 200.0}),
+        ("presence_penalty", 3.0),
+        ("repetition_penalty", 0.0),
+    ],
+)
+def test_parameters_out_of_range_are_named(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{field}="):
+        ask("r", [1], **{field: value})
+
+
+def test_requests_survive_the_wire() -> None:
+    import json
+
+    request = ask("r", [1, 2], generated=[3], logit_bias={4: 1.5}, stop=("a",), stop_ids=(7,))
+    assert Request.from_wire(json.loads(json.dumps(request.to_wire()))) == request

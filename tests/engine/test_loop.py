@@ -1,0 +1,156 @@
+"""The engine's thread: every request ends exactly once, whatever happens."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from engine_kit import answer, ask, make_engine, make_model
+
+from nanochat_ray.engine.loop import EngineLoop
+from nanochat_ray.engine.request import EngineFull, Output
+
+
+class Collector:
+    """Outputs by request, and a way to wait for them."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[Output]] = {}
+        self.steps = 0
+        self._changed = threading.Condition()
+
+    def __call__(self, outputs: list[Output]) -> None:
+        with self._changed:
+            self.steps += 1
+            for output in outputs:
+                self.found.setdefault(output.request_id, []).append(output)
+            self._changed.notify_all()
+
+    def wait(self, condition: Callable[[], bool], seconds: float = 20) -> None:
+        with self._changed:
+            assert self._changed.wait_for(condition, timeout=seconds), self.found
+
+    def ends(self, name: str) -> list[str]:
+        return [o.finish for o in self.found.get(name, []) if o.finish]
+
+    def tokens(self, name: str) -> list[int]:
+        return [t for o in self.found[name] for t in o.tokens]
+
+
+@pytest.fixture
+def loop() -> Iterator[tuple[EngineLoop, Collector]]:
+    collector = Collector()
+    made = EngineLoop(make_engine(make_model("modern")), collector)
+    made.start()
+    yield made, collector
+    made.stop()
+
+
+def test_many_threads_submit_and_abort(loop: tuple[EngineLoop, Collector]) -> None:
+    engine, out = loop
+    want = answer(make_engine(make_model("modern")), ask("r", [1, 2, 3], max_tokens=12))
+
+    def client(n: int) -> None:
+        for i in range(4):
+            engine.submit(ask(f"{n}-{i}", [1, 2, 3], max_tokens=12))
+            if i == 2:
+                engine.abort(f"{n}-{i}")
+
+    threads = [threading.Thread(target=client, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = [f"{n}-{i}" for n in range(6) for i in range(4)]
+    out.wait(lambda: all(out.ends(name) for name in names))
+    for name in names:
+        (end,) = out.ends(name)
+        if end == "length":
+            assert out.tokens(name) == want
+        else:
+            assert (end, name[-1]) == ("abort", "2")
+    engine.stop()
+    engine._engine.check_integrity()
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.kv_used) == (0, 0, 0.0)
+    assert stats.generated_tokens >= 12 * 18
+    assert stats.steps > 0
+    assert stats.step_seconds > 0
+
+
+def test_refusals_come_at_once(loop: tuple[EngineLoop, Collector]) -> None:
+    engine, _ = loop
+    with pytest.raises(ValueError, match="128 tokens"):
+        engine.submit(ask("long", [1] * 128))
+    engine.submit(ask("r", [1], max_tokens=100))
+    with pytest.raises(ValueError, match="'r'"):
+        engine.submit(ask("r", [1]))
+    engine.abort("nobody")
+
+
+def test_a_full_queue_is_refused() -> None:
+    engine = make_engine(make_model("modern"), max_slots=1, max_waiting=1)
+    loop = EngineLoop(engine, lambda outputs: None)  # not started: nothing leaves the queue
+    loop.submit(ask("a", [1]))
+    loop.submit(ask("b", [1]))
+    with pytest.raises(EngineFull, match="max_waiting=1"):
+        loop.submit(ask("c", [1]))
+
+
+def test_stop_lets_requests_finish_or_aborts_them() -> None:
+    for deadline, end in ((20.0, "length"), (0.0, "abort")):
+        out = Collector()
+        loop = EngineLoop(make_engine(make_model("modern")), out)
+        loop.start()
+        for i in range(6):
+            loop.submit(ask(f"r{i}", [1, 2], max_tokens=100))
+        loop.stop(deadline)
+        assert [out.ends(f"r{i}") for i in range(6)] == [[end]] * 6
+        with pytest.raises(RuntimeError, match="stopping"):
+            loop.submit(ask("late", [1]))
+
+
+def test_a_step_that_raises_ends_its_requests_and_the_loop_goes_on(
+    loop: tuple[EngineLoop, Collector],
+) -> None:
+    engine, out = loop
+    run, fail = engine._engine.runner.run, [True]
+
+    def broken(chunks):  # type: ignore[no-untyped-def]
+        if fail:
+            fail.pop()
+            raise MemoryError("no memory for this step")
+        return run(chunks)
+
+    engine._engine.runner.run = broken  # type: ignore[method-assign]
+    engine.submit(ask("a", [1, 2]))
+    out.wait(lambda: bool(out.ends("a")))
+    assert out.ends("a") == ["error"]
+    assert "no memory" in str(out.found["a"][-1].error)
+    engine.submit(ask("b", [1, 2]))
+    out.wait(lambda: bool(out.ends("b")))
+    assert out.ends("b") == ["length"]
+    assert engine.failure is None
+
+
+def test_a_loop_that_keeps_failing_says_that_it_is_dead() -> None:
+    out = Collector()
+    loop = EngineLoop(make_engine(make_model("modern")), out)
+
+    def broken(chunks):  # type: ignore[no-untyped-def]
+        raise RuntimeError("device lost")
+
+    loop._engine.runner.run = broken  # type: ignore[method-assign]
+    loop.start()
+    for i in range(3):
+        loop.submit(ask(f"r{i}", [1]))
+        out.wait(lambda name=f"r{i}": out.ends(name) == ["error"])  # type: ignore[misc]
+    until = time.monotonic() + 10
+    while loop.failure is None and time.monotonic() < until:
+        time.sleep(0.01)
+    assert "device lost" in str(loop.failure)
+    with pytest.raises(RuntimeError, match="dead"):
+        loop.submit(ask("late", [1]))
+    loop.stop()

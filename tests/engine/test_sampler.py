@@ -1,0 +1,145 @@
+"""The batched sampler against a slow one, and its noise against chance."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanochat_ray.engine import sampler
+from nanochat_ray.engine.request import SamplingParams
+from nanochat_ray.engine.sampler import MIN_P, SAMPLED, TOP_K, TOP_P, Rows, choose, uniform
+
+ALL = SAMPLED | TOP_K | TOP_P | MIN_P
+
+
+def rows(params: list[SamplingParams]) -> Rows:
+    return Rows(
+        temperature=torch.tensor([p.temperature for p in params]),
+        top_k=torch.tensor([p.top_k for p in params]),
+        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64),
+        min_p=torch.tensor([p.min_p for p in params]),
+        seed=torch.tensor([sampler.signed(p.seed or 0) for p in params]),
+    )
+
+
+def splitmix(x: int) -> int:
+    mask = 2**64 - 1
+    x &= mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
+
+
+def slow_uniform(seed: int, position: int) -> float:
+    return (splitmix(splitmix(seed) + position * 0x9E3779B97F4A7C15) >> 12) * 2.0**-52
+
+
+def slow_choice(logits: Tensor, p: SamplingParams, position: int) -> int:
+    """One row, by the book, in float64: temperature, min-p, top-k, top-p, inverse CDF."""
+    values = logits.tolist()
+    if p.temperature == 0:
+        return values.index(max(values))
+    top = max(values)
+    weights = {i: math.exp((v - top) / p.temperature) for i, v in enumerate(values)}
+    weights = {i: w for i, w in weights.items() if w >= p.min_p}
+    ranked = sorted(weights, key=lambda i: -weights[i])
+    if p.top_k:
+        ranked = ranked[: p.top_k]
+    if p.top_p < 1:
+        total, reached, nucleus = sum(weights[i] for i in ranked), 0.0, []
+        for i in ranked:
+            if reached >= p.top_p * total:
+                break
+            nucleus.append(i)
+            reached += weights[i]
+        ranked = nucleus
+    target = slow_uniform((p.seed or 0) & (2**64 - 1), position) * sum(weights[i] for i in ranked)
+    reached = 0.0
+    for i in sorted(ranked):
+        reached += weights[i]
+        if reached > target:
+            return i
+    raise AssertionError("no token")
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    return SamplingParams(
+        temperature=rng.choice([0.0, 0.3, 1.0, 2.0]),
+        top_k=rng.choice([0, 0, 1, 5, 200, 10_000]),
+        top_p=rng.choice([1.0, 0.01, 0.5, 0.95, 0.9999]),
+        min_p=rng.choice([0.0, 0.0, 0.01, 0.3, 1.0]),
+        seed=rng.randrange(-(2**63), 2**64),
+    )
+
+
+@pytest.mark.parametrize("vocab", [7, 300, 5000])
+def test_equals_the_slow_sampler_row_by_row(vocab: int) -> None:
+    rng = random.Random(vocab)
+    generator = torch.Generator().manual_seed(vocab)
+    for scale in (0.1, 3.0):
+        params = [random_params(rng) for _ in range(40)]
+        positions = torch.tensor([rng.randrange(100_000) for _ in params])
+        logits = torch.randn(len(params), vocab, generator=generator) * scale
+        got = choose(logits, rows(params), positions, ALL).tolist()
+        want = [
+            slow_choice(row, p, int(at))
+            for row, p, at in zip(logits, params, positions, strict=True)
+        ]
+        assert got == want
+        # A row by itself, with only the features that it uses.
+        for i, p in enumerate(params):
+            used = SAMPLED * (p.temperature > 0) | TOP_K * (0 < p.top_k < vocab)
+            used |= TOP_P * (p.top_p < 1) | MIN_P * (p.min_p > 0)
+            alone = choose(logits[i : i + 1], rows([p]), positions[i : i + 1], used)
+            assert alone.tolist() == [got[i]]
+
+
+def test_tokens_that_tie_with_the_last_kept_one_are_kept() -> None:
+    logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0, -5.0]])
+    for params, kept in (
+        (SamplingParams(top_k=1), {1, 3}),
+        (SamplingParams(top_k=3), {0, 1, 2, 3, 4}),
+        (SamplingParams(top_p=0.2), {1, 3}),
+    ):
+        seen = {int(choose(logits, rows([params]), torch.tensor([at]), ALL)) for at in range(200)}
+        assert seen == kept
+
+
+def test_noise_is_uniform_over_positions_and_over_seeds() -> None:
+    n, bins = 100_000, 100
+    count = torch.arange(n)
+    fixed = torch.full((n,), 7)
+    for u in (uniform(fixed, count), uniform(count, fixed), uniform(count, count)):
+        assert u.dtype == torch.float64
+        assert float(u.min()) >= 0
+        assert float(u.max()) < 1
+        found = torch.bincount((u * bins).long(), minlength=bins).double()
+        chi2 = float(((found - n / bins) ** 2 / (n / bins)).sum())
+        assert chi2 < 148  # 99 degrees of freedom, p = 0.001
+        assert abs(float(torch.corrcoef(torch.stack((u[1:], u[:-1])))[0, 1])) < 0.01
+    assert float(uniform(torch.tensor(5), torch.tensor(9))) == slow_uniform(5, 9)
+
+
+def test_drawn_tokens_follow_the_softmax() -> None:
+    n = 20_000
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -torch.inf])
+    p = SamplingParams(temperature=0.8, seed=3)
+    drawn = choose(logits.expand(n, -1), rows([p] * n), torch.arange(n), SAMPLED)
+    want = (logits / 0.8).softmax(-1) * n
+    found = torch.bincount(drawn, minlength=6)
+    assert found[5] == 0
+    chi2 = float(((found - want) ** 2 / want)[:5].sum())
+    assert chi2 < 18.5  # 4 degrees of freedom, p = 0.001
+
+
+def test_penalties_follow_their_definitions() -> None:
+    logits = torch.tensor([[2.0, -2.0, 1.0, 0.5]])
+    seen = torch.tensor([[True, True, False, False]])
+    counts = torch.tensor([[3.0, 0.0, 0.0, 0.0]])
+    one = torch.ones(1)
+    got = sampler.penalise(logits, seen, counts, 2 * one, 0.5 * one, 0.25 * one)
+    torch.testing.assert_close(got, torch.tensor([[1.0 - 0.75 - 0.5, -4.0, 1.0, 0.5]]))

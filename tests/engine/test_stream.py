@@ -1,0 +1,87 @@
+"""Text as it comes is the text as a whole, however it is cut."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from nanochat_ray.engine.request import Output
+from nanochat_ray.engine.stream import TextStream
+from nanochat_ray.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.bytes_only()
+ALPHABET = ["a", "b", "ab", "aab", "é", "€", "😀", "👩‍👩‍👧‍👦", "stop", "\n", " "]
+
+
+def cut_at_first_end(text: str, stops: list[str]) -> tuple[str, bool]:
+    """The definition: read character by character, and end when a stop string is complete."""
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            return text[: end - max(map(len, found))], True
+    return text, False
+
+
+def split(rng: random.Random, tokens: list[int]) -> list[list[int]]:
+    pieces = []
+    while tokens:
+        n = rng.randint(0, 4)
+        pieces.append(tokens[:n])
+        tokens = tokens[n:]
+    return pieces
+
+
+def test_any_split_gives_the_same_text() -> None:
+    rng = random.Random(0)
+    for _ in range(1500):
+        text = "".join(rng.choices(ALPHABET, k=rng.randint(0, 12)))
+        stops = [
+            "".join(rng.choices(ALPHABET, k=rng.randint(1, 3))) for _ in range(rng.randint(0, 3))
+        ]
+        raw = bytearray(text.encode())
+        if rng.random() < 0.3:  # bytes that are no UTF-8
+            raw.insert(rng.randint(0, len(raw)), rng.choice([0xFF, 0xC3, 0xF0, 0x80]))
+        tokens = TOKENIZER.encode("")
+        tokens = [TOKENIZER.ranks.index(bytes([b])) for b in raw]
+        stream, made = TextStream(TOKENIZER, stops), []
+        for piece in split(rng, tokens):
+            made.append(stream.push(piece))
+        made.append(stream.flush())
+        want, stopped = cut_at_first_end(bytes(raw).decode(errors="replace"), stops)
+        assert ("".join(made), stream.stopped) == (want, stopped)
+
+
+def test_nothing_is_held_back_without_need() -> None:
+    stream = TextStream(TOKENIZER, ["</end>"])
+    assert stream.push(TOKENIZER.encode("a < b, a <")) == "a < b, a "
+    assert stream.push(TOKENIZER.encode("/en")) == ""
+    assert stream.push(TOKENIZER.encode("glish")) == "</english"
+    assert stream.push(TOKENIZER.encode("x</end>y")) == "x"
+    assert stream.stopped
+    assert stream.push(TOKENIZER.encode("z")) + stream.flush() == ""
+
+
+def test_a_character_is_never_split() -> None:
+    stream = TextStream(TOKENIZER)
+    pieces = [stream.push([token]) for token in TOKENIZER.encode("é😀")]
+    assert pieces == ["", "é", "", "", "", "😀"]
+    assert stream.push(TOKENIZER.encode("😀")[:2]) == ""
+    assert stream.flush() == "�"
+
+
+@pytest.mark.parametrize(("show", "want"), [(False, "3+4=7."), (True, "3+4=3+477.")])
+def test_special_tokens_and_tool_turns(show: bool, want: str) -> None:
+    t = TOKENIZER
+    tokens = [*t.encode("3+4="), t.special("<|python_start|>"), *t.encode("3+4")]
+    tokens += [t.special("<|python_end|>"), t.special("<|output_start|>"), *t.encode("7")]
+    tokens += [t.special("<|output_end|>"), *t.encode("7.")]
+    stream = TextStream(t, show_tools=show)
+    assert "".join(stream.push([token]) for token in tokens) == want
+
+
+def test_the_token_that_ended_the_answer_is_no_text() -> None:
+    stream = TextStream(TOKENIZER, ["zzz"])
+    assert stream.add(Output(request_id="r", tokens=TOKENIZER.encode("abz"))) == "ab"
+    ended = Output(request_id="r", tokens=TOKENIZER.encode("c;"), finish="stop")
+    assert stream.add(ended) == "zc"
