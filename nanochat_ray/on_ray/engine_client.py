@@ -24,7 +24,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from nanochat_ray.engine.request import EngineFull, Output, Request
-from nanochat_ray.on_ray.engine_replica import ACCEPTED, QUEUE_FULL
+from nanochat_ray.on_ray.routing import ACCEPTED, QUEUE_FULL
 from nanochat_ray.serve.client import OutputStream, UnavailableError
 
 logger = logging.getLogger(__name__)

@@ -22,16 +22,11 @@ from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Output, Request
 from nanochat_ray.engine.tools import calculator_tool
+from nanochat_ray.on_ray.routing import ACCEPTED, NOT_HERE, QUEUE_FULL
 from nanochat_ray.storage import Store
 
 # An ingress asks for the status every second; one that is silent for so long has died.
 INGRESS_SILENCE_S = 30.0
-
-# What ``submit`` answers.
-ACCEPTED = "accepted"
-QUEUE_FULL = "queue full"
-NOT_HERE = "not here"
-"""Another replica was meant, or the caller has no stream: nothing was done."""
 
 
 class Outlet:
@@ -72,12 +67,20 @@ class EngineReplica:
     what it has begun while the new one takes what comes.
     """
 
-    def __init__(self, storage: str, run: str, engine: dict[str, Any], device: str, threads: int):
+    def __init__(
+        self,
+        storage: str,
+        run: str,
+        engine: dict[str, Any],
+        device: str,
+        threads: int,
+        name: str = "",
+    ):
         self.run = Store.at(storage).child("runs", run)
         self.config = from_json(EngineConfig, engine)
         self.device = device
         self.threads = threads
-        self.name = serve.get_replica_context().replica_tag
+        self.name = name or serve.get_replica_context().replica_tag
         self.snapshot = ""
         self.engine: EngineLoop | None = None
         self.outlets: dict[str, Outlet] = {}

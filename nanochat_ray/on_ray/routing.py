@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+# What an engine's ``submit`` answers.
+ACCEPTED = "accepted"
+QUEUE_FULL = "queue full"
+NOT_HERE = "not here"
+"""Another replica was meant, or the caller has no stream there: nothing was done."""
+
 
 class AddressedRouter(RequestRouter):
     """Routes a call with ``replica=<unique id>`` to that replica, any other call to anyone.
 
     A replica that is gone is no reason to wait for it: the call then goes to another, which
-    sees that it was not meant and refuses (see ``on_ray.serve.Engine``).
+    sees that it was not meant and refuses (``NOT_HERE``).
     """
 
     async def choose_replicas(

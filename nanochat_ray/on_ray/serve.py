@@ -16,19 +16,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
-from ray.serve.handle import DeploymentHandle
 
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import EngineConfig, from_json, to_json
-from nanochat_ray.on_ray.engine_client import RayEngineClient
 from nanochat_ray.on_ray.engine_replica import EngineReplica
-from nanochat_ray.serve.app import build_app
+from nanochat_ray.on_ray.ingress import Ingress
 from nanochat_ray.storage import Store, default_root
-from nanochat_ray.text.tokenizer import Tokenizer
 
 KEYS_VARIABLE = "NANOCHAT_API_KEYS"
 """Comma-separated API keys; without it nobody needs one."""
@@ -66,31 +62,6 @@ class ServeConfig:
             raise ValueError(f"run={self.run!r} is not allowed: letters, digits, '.', '_' and '-'")
 
 
-class Ingress:
-    """HTTP, templates and tokenizing; holds no model."""
-
-    def __init__(
-        self,
-        engines: DeploymentHandle,
-        storage: str,
-        tokenizer: str,
-        name: str,
-        max_len: int,
-        keys: list[str],
-        deadline_s: float,
-    ):
-        self.tokenizer = Tokenizer.load(Store.at(storage).child(*tokenizer.split("/")))
-        self.name, self.max_len, self.keys = name, max_len, keys
-        self.client = RayEngineClient(engines, deadline_s=deadline_s)
-
-    async def __serve_build_asgi_app__(self) -> FastAPI:
-        self.client.start()
-        return build_app(self.client, self.tokenizer, self.name, self.max_len, keys=self.keys)
-
-    async def __del__(self) -> None:
-        await self.client.close()
-
-
 def build_application(config: ServeConfig, *, keys: list[str] | None = None) -> Application:
     """The Serve application. ValueError names a run, snapshot or setting that does not do."""
     root = Store.at(config.storage)
@@ -124,7 +95,7 @@ def build_application(config: ServeConfig, *, keys: list[str] | None = None) -> 
         max_ongoing_requests=1_000,
         graceful_shutdown_timeout_s=30,
         ray_actor_options={"num_cpus": config.ingress_cpus},
-    )(serve.ingress()(Ingress))
+    )(Ingress)
     engines = engine.bind(
         storage=config.storage,
         run=config.run,

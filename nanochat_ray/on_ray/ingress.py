@@ -1,0 +1,38 @@
+"""The HTTP side of Serve; imports no torch, so that an ingress is small and starts quickly."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from nanochat_ray.on_ray.engine_client import RayEngineClient
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.storage import Store
+from nanochat_ray.text.tokenizer import Tokenizer
+
+
+@serve.ingress()
+class Ingress:
+    """HTTP, templates and tokenizing; holds no model."""
+
+    def __init__(
+        self,
+        engines: DeploymentHandle,
+        storage: str,
+        tokenizer: str,
+        name: str,
+        max_len: int,
+        keys: list[str],
+        deadline_s: float,
+    ):
+        self.tokenizer = Tokenizer.load(Store.at(storage).child(*tokenizer.split("/")))
+        self.name, self.max_len, self.keys = name, max_len, keys
+        self.client = RayEngineClient(engines, deadline_s=deadline_s)
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        self.client.start()
+        return build_app(self.client, self.tokenizer, self.name, self.max_len, keys=self.keys)
+
+    async def __del__(self) -> None:
+        await self.client.close()

@@ -1,0 +1,222 @@
+"""A tiny real model on a real Ray Serve: two engines, two ingresses, the official client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import msgpack
+import openai
+import pytest
+import torch
+from ray import serve
+
+from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.config import EngineConfig, ModelConfig, to_json
+from nanochat_ray.engine.request import Request, SamplingParams
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.on_ray.engine_replica import EngineReplica
+from nanochat_ray.on_ray.routing import ACCEPTED, NOT_HERE
+from nanochat_ray.on_ray.serve import ServeConfig, build, settings
+from nanochat_ray.storage import Store
+from nanochat_ray.text.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.ray
+
+TOK = Tokenizer.bytes_only()
+USER = [{"role": "user", "content": "hello"}]
+LONG = {"max_tokens": 900, "seed": 7, "extra_body": {"ignore_eos": True}}
+
+
+def write_snapshot(root: Store, seed: int) -> None:
+    config = ModelConfig.modern(
+        vocab_size=TOK.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, sequence_len=1024
+    )
+    model = GPT(config)
+    # Larger than a fresh model's, so that what it says depends on all that was said before.
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3, generator=torch.Generator().manual_seed(seed))
+    snapshot.save(
+        root.child("runs", "tiny"),
+        100 + seed,
+        model_config=config,
+        weights=model.state_dict(),
+        optimizer=None,
+        trainer={"step": 100 + seed},
+        tokenizer=TOK,
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
+    root = Store.at(str(tmp_path_factory.mktemp("serve")))
+    write_snapshot(root, 0)
+    TOK.save(root.child("tokenizers", TOK.fingerprint[:16]))
+    return ServeConfig(
+        storage=root.uri,
+        run="tiny",
+        engines=2,
+        ingresses=2,
+        cpus=0.5,
+        engine=EngineConfig(max_slots=8, token_budget=64, max_waiting=16),
+    )
+
+
+@pytest.fixture(scope="module")
+def url(ray_session: None, config: ServeConfig) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(build(settings(config)), name="tiny", route_prefix="/")
+    url = f"http://127.0.0.1:{port}"
+    wait_for(lambda: len(engines(url)) == 2, 20)
+    yield url
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def wait_for(ready: Callable[[], Any], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def engines(url: str) -> list[dict[str, Any]]:
+    response = httpx.get(f"{url}/health", timeout=10)
+    return response.json().get("engines", [])
+
+
+def running(url: str) -> int:
+    return sum(engine["requests"] for engine in engines(url))
+
+
+def test_client_lists_completes_chats_and_streams(client: openai.OpenAI, url: str) -> None:
+    assert [m.id for m in client.models.list().data] == ["tiny"]
+    one = client.completions.create(model="tiny", prompt="x", max_tokens=8, seed=1)
+    assert one.usage is not None
+    assert one.usage.prompt_tokens == 2
+    whole = client.chat.completions.create(model="tiny", messages=USER, max_tokens=40, seed=3)
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny", messages=USER, max_tokens=40, seed=3, stream=True
+        )
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks)
+    assert text == whole.choices[0].message.content
+    assert "<textarea" in httpx.get(url).text
+    assert httpx.post(f"{url}/v1/completions", content=b"{").status_code == 400
+
+
+def test_unknown_model_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="gpt-5", messages=USER)
+    assert caught.value.code == "model_not_found"
+
+
+def test_leaving_frees_the_slot(url: str) -> None:
+    wait_for(lambda: running(url) == 0, 5)
+    body = json.dumps({"messages": USER, "stream": True, "ignore_eos": True}).encode()
+    host, port = url.removeprefix("http://").split(":")
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert b"200 OK" in connection.recv(65536)
+    wait_for(lambda: running(url) == 0, 2.5)
+
+
+def test_a_killed_engine_is_not_noticed_by_those_who_wait(client: openai.OpenAI, url: str) -> None:
+    def ask() -> Any:
+        return client.chat.completions.create(model="tiny", messages=USER, stream=True, **LONG)
+
+    undisturbed = "".join(c.choices[0].delta.content or "" for c in ask())
+    assert len(undisturbed) > 300
+    victims = [ask() for _ in range(4)]
+    texts = ["".join(next(v).choices[0].delta.content or "" for _ in range(8)) for v in victims]
+    killed = engine_processes()[0]
+    os.kill(killed, signal.SIGKILL)
+    began = time.monotonic()
+    for i, victim in enumerate(victims):
+        texts[i] += "".join(c.choices[0].delta.content or "" for c in victim)
+    assert time.monotonic() - began < 20
+    assert texts == [undisturbed] * 4
+    wait_for(lambda: len(engines(url)) == 2 and killed not in engine_processes(), 30)
+
+
+def engine_processes() -> list[int]:
+    """Process ids of the engine replicas, which Ray names after their deployment."""
+    import psutil
+
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            line = child.cmdline()
+        except psutil.Error:
+            continue
+        if any("ServeReplica:tiny:engine" in part for part in line):
+            found.append(child.pid)
+    return sorted(found)
+
+
+def test_a_new_snapshot_is_taken_in_place(config: ServeConfig) -> None:
+    """What Serve does with a replica when it is deployed again, but without Serve."""
+    root = Store.at(config.storage)
+    write_snapshot(root, 1)
+
+    async def run() -> None:
+        engine = to_json(config.engine)
+        replica = EngineReplica(config.storage, "tiny", engine, "cpu", 1, name="r")
+        await replica.reconfigure({"snapshot": "step-000100"})
+        stream = replica.connect(ingress="i", replica="r")
+        assert msgpack.unpackb(await anext(stream)) == []
+        texts: dict[str, list[int]] = {}
+
+        async def submit(name: str, tokens: int) -> None:
+            params = SamplingParams(max_tokens=tokens, seed=1)
+            request = msgpack.packb(Request(id=name, prompt=[65], params=params).to_wire())
+            texts[name] = []
+            assert await replica.submit(ingress="i", replica="r", request=request) == ACCEPTED
+
+        async def read(until: str) -> None:
+            while True:
+                for output in msgpack.unpackb(await anext(stream)):
+                    texts[output["id"]] += output["tokens"]
+                    if output.get("finish") and output["id"] == until:
+                        return
+
+        await submit("before", 200)
+        await read("before")
+        await submit("during", 200)
+        old = replica.engine
+        await replica.reconfigure({"snapshot": "step-000101"})
+        await submit("after", 200)
+        await read("after")
+        while len(texts["during"]) < 200:
+            await read("during")
+        assert texts["during"] == texts["before"] != texts["after"]
+        assert old is not replica.engine
+        assert await replica.submit(ingress="i", replica="other", request=b"") == NOT_HERE
+        with pytest.raises(ValueError, match="step-000999"):
+            await replica.reconfigure({"snapshot": "step-000999"})
+        assert replica.snapshot == "step-000101"  # it goes on with what it has
+        await replica.__del__()
+
+    asyncio.run(run())
+
+
+def test_a_run_that_is_not_there_is_named(config: ServeConfig) -> None:
+    with pytest.raises(ValueError, match="run='other' has no checkpoint"):
+        build({**settings(config), "run": "other"})
+    with pytest.raises(ValueError, match="no field 'engine_count'"):
+        build({**settings(config), "engine_count": 2})
