@@ -54,7 +54,8 @@ def rank_dataset(
     plan = ray.data.from_items(firsts, override_num_blocks=len(firsts))
     plan.context.execution_options = ExecutionOptions(preserve_order=True)
     plan.context.enable_progress_bars = False
-    return plan.map_batches(read, batch_size=1, batch_format="numpy", concurrency=1, num_cpus=0.5)
+    one = ray.data.TaskPoolStrategy(size=1)
+    return plan.map_batches(read, batch_size=1, batch_format="numpy", compute=one, num_cpus=0.5)
 
 
 class RankedRows(ray.train.DataConfig):
