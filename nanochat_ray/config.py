@@ -185,6 +185,8 @@ class EngineConfig:
     """Tokens of one step: decodes first, what is left goes to prompts."""
     prefill_chunk: int = 64
     """Prompt tokens of a step in which others decode, at most: what bounds their delay."""
+    prefix_tokens: int = 4096
+    """Tokens of prompt beginnings that are kept for later prompts that begin the same; 0 is off."""
     max_waiting: int = 256
     """Requests that may wait for a slot; one more is refused."""
     precision: Precision = "fp32"
@@ -192,7 +194,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("max_slots", "token_budget", "prefill_chunk", "max_waiting"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
-        _require(self.max_len >= 0, "max_len", self.max_len, "0 or more")
+        for name in ("max_len", "prefix_tokens"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(
             self.token_budget > self.max_slots,
             "token_budget",

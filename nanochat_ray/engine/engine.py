@@ -17,6 +17,8 @@ from torch import Tensor
 
 from nanochat_ray.config import EngineConfig
 from nanochat_ray.engine import sampler
+from nanochat_ray.engine.blocks import BLOCK, PrefixBlocks
+from nanochat_ray.engine.kv_cache import BlockStore
 from nanochat_ray.engine.request import Finish, Output, Request, TokenLogprob
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
@@ -40,6 +42,9 @@ class Stats:
     prompt_tokens: int = 0
     """Tokens computed in prompt chunks (recomputation included)."""
     generated_tokens: int = 0
+    prefix_queried: int = 0
+    """Prompt tokens that were looked up in the prefix cache, and those found there."""
+    prefix_hit: int = 0
     preemptions: int = 0
     finished: int = 0
 
@@ -61,7 +66,10 @@ class Engine:
             token_budget=config.token_budget,
             prefill_chunk=config.prefill_chunk,
             max_waiting=config.max_waiting,
+            on_admit=self._admit,
         )
+        self._prefixes = PrefixBlocks(config.prefix_tokens // BLOCK)
+        self._store = BlockStore(self.runner.cache, self._prefixes.capacity)
         self._sampling = SamplingState(config.max_slots, self.vocab_size, self.runner.device)
         self._sequences: dict[str, Sequence] = {}
         self._ready: list[Output] = []
@@ -158,14 +166,29 @@ class Engine:
         (a continued one may have another, earlier in the list)."""
         began = time.perf_counter()
         outputs, self._ready = self._ready, []
-        chunks, admitted = self.scheduler.plan()
-        for sequence in admitted:
-            self._sampling.admit(sequence)
+        chunks = self.scheduler.plan()
         if chunks:
             outputs += self._run(chunks)
             self._stats.steps += 1
             self._stats.step_seconds += time.perf_counter() - began
         return outputs
+
+    @torch.inference_mode()
+    def _admit(self, sequence: Sequence) -> None:
+        self._sampling.admit(sequence)
+        # The last token is always computed, since its logits are wanted.
+        places = self._prefixes.match(sequence.tokens, len(sequence.tokens) - 1)
+        sequence.cached = sequence.computed = len(places) * BLOCK
+        if places:
+            self._store.load(places, sequence.slot)
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Keeps what was computed as a prompt for others that begin the same. Not what was
+        decoded: its keys differ in the last bit, and answers must not depend on who came before.
+        """
+        wanted = self._prefixes.keep(sequence.tokens, sequence.prefill_until)
+        if wanted:
+            self._store.save(sequence.slot, wanted)
 
     @torch.inference_mode()
     def _run(self, chunks: list[Chunk]) -> list[Output]:
@@ -174,6 +197,8 @@ class Engine:
         for chunk in chunks:
             chunk.sequence.computed += chunk.count
             self._stats.prompt_tokens += 0 if chunk.decode else chunk.count
+            if chunk.samples and not chunk.sequence.decoded:
+                self._keep(chunk.sequence)
         if not sampled:
             return []
         slots = [s.slot for s in sampled]
@@ -212,6 +237,8 @@ class Engine:
         }
 
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Output:
+        first = len(sequence.tokens) == len(sequence.request.prompt)
+        sequence.decoded = True
         sequence.tokens.append(token)
         finish, tokens = self._finish(sequence, token), [token]
         if finish is None and sequence.tool is not None:
@@ -231,6 +258,7 @@ class Engine:
             tokens=tokens,
             forced=list(range(1, len(tokens))),
             finish=finish,
+            cached_tokens=sequence.cached if first else 0,
             logprobs=[logprob, *[None] * (len(tokens) - 1)] if asked else None,
         )
 
@@ -246,11 +274,13 @@ class Engine:
         held = sum(s.computed for s in scheduler.running)
         stats.kv_used = held / (self.config.max_slots * self.max_len)
         stats.preemptions = scheduler.preemptions
+        stats.prefix_queried, stats.prefix_hit = self._prefixes.queried, self._prefixes.hit
         return stats
 
     def check_integrity(self) -> None:
         """AssertionError if a slot or a request has leaked. Cheap; meant for when idle."""
         self.scheduler.check_integrity()
+        self._prefixes.check_integrity()
         known = {*self.scheduler.running, *self.scheduler.waiting}
         assert known == set(self._sequences.values()), "a sequence is queued but unknown, or lost"
         for sequence in self.scheduler.running:

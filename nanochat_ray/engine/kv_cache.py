@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_ray.config import ModelConfig
+from nanochat_ray.engine.blocks import BLOCK
 
 MIN_ROWS = 4
 """A linear layer of fewer rows takes other kernels; 12 → 1 gates need all four."""
@@ -201,3 +202,33 @@ class SlotCache:
             q_hQD[None], keys[None, :, :length], values[None, :, :length], attn_mask=mask
         )[0, :, :Q]
         return y_hQD.view(Hkv, G, T, D).permute(2, 0, 1, 3)
+
+
+class BlockStore:
+    """Keys and values of kept prompt beginnings, in blocks that ``blocks.PrefixBlocks`` numbers.
+
+    Copies instead of shared pages: reading 512 tokens back costs a hundredth of computing them,
+    and decoding stays on contiguous memory.
+    """
+
+    def __init__(self, cache: SlotCache, blocks: int):
+        layers, _, heads, _, size = cache.keys.shape
+        shape = (layers, heads, blocks, BLOCK, size)
+        self._pairs = [
+            (held, torch.zeros(shape, dtype=held.dtype, device=held.device))
+            for held in (cache.keys, cache.values)
+        ]
+
+    def load(self, places: Sequence[int], slot: int) -> None:
+        """Copies blocks to the beginning of a slot."""
+        at = torch.tensor(places, device=self._pairs[0][0].device)
+        for slots, kept in self._pairs:
+            slots[:, slot, :, : len(places) * BLOCK] = kept[:, :, at].flatten(2, 3)
+
+    def save(self, slot: int, wanted: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks of a slot, (index in the slot, place), to their places."""
+        first, count = wanted[0][0], len(wanted)
+        at = torch.tensor([place for _, place in wanted], device=self._pairs[0][0].device)
+        for slots, kept in self._pairs:
+            held = slots[:, slot, :, first * BLOCK : (first + count) * BLOCK]
+            kept[:, :, at] = held.unflatten(2, (count, BLOCK))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nanochat_ray.engine.request import EngineFull, Request
@@ -30,12 +31,14 @@ class Sequence:
     prefill_until: int = 0
     """Tokens before this place are run as a prompt, not as a decode. Which of the two it is must
     not depend on how chunks fall, since they differ in the last bit."""
+    decoded: bool = False
+    """Whether a token was sampled since it got its slot."""
     slot: int = -1
     order: int = 0
     """Admission goes by it; it survives preemption."""
     ending: frozenset[int] = frozenset()
     cached: int = 0
-    told_cached: bool = False
+    """Prompt tokens that were found computed when it was admitted last."""
 
     @property
     def pending(self) -> int:
@@ -75,6 +78,8 @@ class Scheduler:
     token_budget: int
     prefill_chunk: int
     max_waiting: int
+    on_admit: Callable[[Sequence], None] = lambda sequence: None
+    """Called when a sequence has got its slot; may set ``computed`` to what it found of it."""
     running: list[Sequence] = field(default_factory=list)
     waiting: list[Sequence] = field(default_factory=list)
     preemptions: int = 0
@@ -97,12 +102,9 @@ class Scheduler:
         self._orders += 1
         self.waiting.append(sequence)
 
-    def plan(self) -> tuple[list[Chunk], list[Sequence]]:
-        """Chunks of the next step, decodes first, and the sequences admitted in it.
-
-        ``admitted`` have a slot but may have no chunk yet, if the budget is spent.
-        """
-        admitted = self._admit()
+    def plan(self) -> list[Chunk]:
+        """Admits whom there is room for; chunks of the next step, decodes first, by slot."""
+        self._admit()
         chunks = [Chunk(s, s.computed, 1, True) for s in self.running if s.decoding]
         chunks.sort(key=lambda chunk: chunk.sequence.slot)
         budget = self.token_budget - len(chunks)
@@ -115,10 +117,9 @@ class Scheduler:
                 count = min(s.pending, budget)
                 chunks.append(Chunk(s, s.computed, count))
                 budget -= count
-        return chunks, admitted
+        return chunks
 
-    def _admit(self) -> list[Sequence]:
-        admitted = []
+    def _admit(self) -> None:
         while self.waiting:
             shares = Counter(s.request.client for s in self.running)
             # Among equals the client that runs least goes first, then who came first.
@@ -134,13 +135,13 @@ class Scheduler:
             self.waiting.remove(first)
             first.slot = heapq.heappop(self._free)
             self.running.append(first)
-            admitted.append(first)
-        return admitted
+            self.on_admit(first)
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes its slot; it waits again and its tokens are recomputed, with the same outcome."""
         self._release(sequence)
         sequence.computed, sequence.prefill_until = 0, len(sequence.tokens)
+        sequence.decoded = False
         self.preemptions += 1
         self.waiting.append(sequence)
 

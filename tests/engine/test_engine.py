@@ -192,6 +192,28 @@ def test_tool_output_is_forced_and_survives_a_continuation_at_any_place() -> Non
     assert answer(make_engine(model, tool), short) == whole[:8]
 
 
+def test_prefix_hits_change_nothing_but_the_work() -> None:
+    rng, model = random.Random(6), make_model("modern")
+    shared = [rng.randrange(VOCAB) for _ in range(70)]
+    asked = [
+        ask(f"r{i}", shared[: rng.randint(1, 70)] + tail, temperature=1.0, seed=i)
+        for i, tail in enumerate(prompts(rng, 20, 30))
+    ]
+    results = []
+    for kept in (0, 64, 4096):
+        engine = make_engine(model, prefix_tokens=kept)
+        found: dict[str, list[Output]] = {}
+        for request in asked:
+            engine.add(request)
+            found |= {k: found.get(k, []) + v for k, v in finish(engine).items()}
+        results.append({k: tokens(v) for k, v in found.items()})
+        stats = engine.stats()
+        assert stats.prefix_hit == sum(o.cached_tokens for v in found.values() for o in v)
+        assert (stats.prefix_hit > 300) == (kept > 0)
+        assert stats.prompt_tokens == sum(len(r.prompt) for r in asked) - stats.prefix_hit
+    assert results[0] == results[1] == results[2]
+
+
 def test_stop_eos_min_tokens_and_lengths() -> None:
     model, prompt = make_model("modern"), [9, 8]
     free = uncached_greedy(model, prompt, 16)

@@ -18,7 +18,7 @@ def scheduler(**fields: int) -> Scheduler:
 
 def run(s: Scheduler) -> dict[str, int]:
     """One step: tokens by request; whoever is done with its prompt gets one more token."""
-    chunks, _ = s.plan()
+    chunks = s.plan()
     for chunk in chunks:
         samples = chunk.samples
         chunk.sequence.computed += chunk.count
