@@ -114,7 +114,8 @@ class Store:
         if not self.is_local:
             # pyarrow cannot abandon an upload: after an error a short object may remain, which no
             # manifest names. ``write_bytes`` sends its data in one piece and has no such gap.
-            with self.fs.open_output_stream(target) as stream:
+            # Without compression=None it would gzip whatever is called .gz.
+            with self.fs.open_output_stream(target, compression=None) as stream:
                 yield stream
             return
         self.fs.create_dir(os.path.dirname(target), recursive=True)

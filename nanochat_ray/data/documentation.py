@@ -1,8 +1,9 @@
 """The default corpus: the documentation that lies on any machine which can run this program.
 
 Docstrings of the standard library and of the packages that the project depends on: English about
-code, about 20 MB. A document is one module: its docstrings in the order of the source, each led by
-the line that defines what it describes. Test files are left out.
+code, up to 25 MB. A document is one module: its docstrings in the order of the source, each led by
+the signature of what it describes. Test files and files with little documentation are left out.
+Nothing is imported: the sources are parsed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import inspect
 import re
 import sys
 import sysconfig
@@ -18,6 +20,12 @@ from pathlib import Path
 
 MIN_DOCSTRING = 40
 """Characters below which a docstring says too little."""
+MIN_SHARE = 0.2
+"""Share of a source file that is in triple quotes, below which it is not parsed: those files hold
+a sixth of the docstrings, and parsing them took over half of the time."""
+MAX_BYTES = 25_000_000
+MAX_SIGNATURE = 400
+_QUOTED = re.compile(r'"""(.*?)"""|\'\'\'(.*?)\'\'\'', re.DOTALL)
 _SKIP = re.compile(r"(^|/)(tests?|testing|idlelib|lib2to3|_vendor|__pycache__)/|(^|/)test_[^/]*$")
 
 
@@ -45,7 +53,7 @@ def packages() -> list[tuple[str, str]]:
 
 def key() -> str:
     """Equal for equal interpreters and packages."""
-    text = repr((sys.version_info[:3], packages(), MIN_DOCSTRING, "1"))
+    text = repr((sys.version_info[:3], packages(), MIN_DOCSTRING, MIN_SHARE, MAX_BYTES, "2"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -62,7 +70,10 @@ def files() -> list[Path]:
     return [kept[name] for name in sorted(kept)]
 
 
-def _definitions(body: Iterable[ast.stmt]) -> Iterator[tuple[ast.stmt, str]]:
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _definitions(body: Iterable[ast.stmt]) -> Iterator[tuple[Definition, str]]:
     """Classes and functions of a module with their docstrings, methods after their class."""
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -73,13 +84,33 @@ def _definitions(body: Iterable[ast.stmt]) -> Iterator[tuple[ast.stmt, str]]:
                 yield from _definitions(node.body)
 
 
+def _signature(node: Definition, lines: list[str]) -> str:
+    """``def name(...) -> ...:`` on one line."""
+    header = lines[node.lineno - 1 : max(node.lineno, node.body[0].lineno - 1)]
+    text = " ".join(" ".join(line.split()) for line in header)
+    text = re.sub(r",? \)", ")", text.replace("( ", "("))
+    return text if len(text) <= MAX_SIGNATURE else header[0].strip()
+
+
+def _handed_over(body: Iterable[ast.stmt]) -> Iterator[str]:
+    """Texts that a module gives to C code as its documentation, as numpy's ``add_newdoc``."""
+    for node in body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and node.value.args:
+            last = node.value.args[-1]
+            if isinstance(last, ast.Tuple) and last.elts:
+                last = last.elts[-1]
+            if isinstance(last, ast.Constant) and isinstance(last.value, str):
+                yield inspect.cleandoc(last.value)
+
+
 def docstrings(path: Path) -> list[str]:
     """The docstrings of a source file worth reading; none if it does not parse."""
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return []
-    if '"""' not in source and "'''" not in source:
+    quoted = sum(len(a or b) for a, b in _QUOTED.findall(source))
+    if quoted <= MIN_SHARE * len(source):
         return []
     try:
         tree = ast.parse(source)
@@ -90,24 +121,39 @@ def docstrings(path: Path) -> list[str]:
     found = [first] if first and len(first) >= MIN_DOCSTRING else []
     for node, text in _definitions(tree.body):
         if len(text) >= MIN_DOCSTRING:
-            found.append(f"{lines[node.lineno - 1].strip()}\n{text}")
-    return [text.rstrip() for text in found]
+            found.append(f"{_signature(node, lines)}\n{text}")
+    found += [text for text in _handed_over(tree.body) if len(text) >= 5 * MIN_DOCSTRING]
+    # A sequence such as "\\ud800" in a docstring is half a character, which no encoder takes.
+    return [text.rstrip().encode("utf-8", "replace").decode() for text in found]
 
 
 def documents(modules: Iterable[list[str]]) -> list[str]:
-    """One document for each module, docstrings that stood in an earlier one left out."""
+    """One document for each module, docstrings that stood in an earlier one left out.
+
+    If that is more than ``MAX_BYTES``, those with the lowest hashes are kept, in their order, so
+    that every package keeps its share.
+    """
     seen: set[bytes] = set()
-    made = []
+    made: list[tuple[bytes, int, str]] = []
     for module in modules:
         fresh = []
         for text in module:
-            body = (
-                text.partition("\n")[2] if text.startswith(("def ", "class ", "async ")) else text
-            )
-            mark = hashlib.sha256(body.encode("utf-8", "replace")).digest()
+            signature, _, body = text.partition("\n")
+            if not signature.startswith(("def ", "class ", "async ")):
+                body = text
+            mark = hashlib.sha256(body.encode()).digest()
             if mark not in seen:
                 seen.add(mark)
                 fresh.append(text)
         if fresh:
-            made.append("\n\n".join(fresh).encode("utf-8", "replace").decode() + "\n")
-    return made
+            document = "\n\n".join(fresh) + "\n"
+            data = document.encode()
+            made.append((hashlib.sha256(data).digest(), len(data), document))
+    kept: set[bytes] = set()
+    total = 0
+    for mark, size, _ in sorted(made):
+        total += size
+        if total > MAX_BYTES:
+            break
+        kept.add(mark)
+    return [document for mark, _, document in made if mark in kept]

@@ -12,11 +12,19 @@ import numpy as np
 _ROUNDS = 4
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea, Flood, 2014) on uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def stream(*numbers: int) -> int:
+    """A key of 64 bits for a place such as (seed, epoch); other places, unrelated keys."""
+    key = np.zeros(1, dtype=np.uint64)
+    for number in numbers:
+        key = mix((key ^ np.uint64(number % 2**64)) + np.uint64(0x9E3779B97F4A7C15))
+    return int(key[0])
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
@@ -27,14 +35,14 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
-    keys = _mix(np.arange(1, _ROUNDS + 1, dtype=np.uint64) + np.uint64(key % 2**64))
+    keys = mix(np.arange(1, _ROUNDS + 1, dtype=np.uint64) + np.uint64(key % 2**64))
     out = index.astype(np.uint64)
     todo = np.ones(len(out), dtype=bool)
     while todo.any():
         x = out[todo]
         left, right = x >> half, x & low
         for k in keys:
-            left, right = right, left ^ (_mix(right + k) & low)
+            left, right = right, left ^ (mix(right + k) & low)
         out[todo] = (left << half) | right
         todo[todo] = out[todo] >= size
     return out.astype(np.int64)
@@ -52,6 +60,5 @@ def batch_rows(num_rows: int, seed: int, batch: int, step: int) -> np.ndarray:
     for e in np.unique(epoch):
         if e > 0:
             chosen = epoch == e
-            key = int(_mix(np.asarray([seed * 0x9E3779B9 + int(e)], dtype=np.uint64))[0])
-            index[chosen] = permute(index[chosen], num_rows, key)
+            index[chosen] = permute(index[chosen], num_rows, stream(seed, int(e)))
     return index

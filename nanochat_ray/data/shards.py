@@ -23,6 +23,7 @@ import pyarrow as pa
 from nanochat_ray.storage import Store
 
 Split = Literal["train", "val"]
+_TOKENIZER = b"tokenizer"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -100,17 +101,27 @@ class _Hashing:
         pass
 
 
-def write_shard(store: Store, name: str, ids: np.ndarray, mask: np.ndarray | None) -> Shard:
-    """Writes rows ``ids [n, T + 1]`` (and ``mask``) as one file."""
+def record_batch(ids: np.ndarray, mask: np.ndarray | None, tokenizer: str) -> pa.RecordBatch:
+    """Rows as Arrow has them; the schema carries the tokenizer's fingerprint."""
     columns = {"ids": ids} if mask is None else {"ids": ids, "mask": mask}
-    batch = pa.record_batch(
-        {
-            key: pa.FixedSizeListArray.from_arrays(
-                pa.array(np.ascontiguousarray(value).reshape(-1)), value.shape[1]
-            )
-            for key, value in columns.items()
-        }
-    )
+    arrays = [
+        pa.FixedSizeListArray.from_arrays(
+            pa.array(np.ascontiguousarray(value).reshape(-1)), value.shape[1]
+        )
+        for value in columns.values()
+    ]
+    batch = pa.record_batch(arrays, names=list(columns))
+    return batch.replace_schema_metadata({_TOKENIZER: tokenizer})
+
+
+def write_shard(
+    store: Store, name: str, ids: np.ndarray, mask: np.ndarray | None, tokenizer: str = ""
+) -> Shard:
+    """Writes rows ``ids [n, T + 1]`` (and ``mask``, uint8 of the same shape) as one file.
+
+    ``tokenizer`` is the fingerprint of the one that made the ids, if it is known.
+    """
+    batch = record_batch(ids, mask, tokenizer)
     with store.writing(name) as stream:
         out = _Hashing(stream)
         with pa.ipc.new_file(pa.PythonFile(out, "wb"), batch.schema) as writer:
@@ -164,22 +175,45 @@ class RowReader:
                     f"{where} is damaged: its SHA-256 is {found[:16]}…, the manifest says "
                     f"{shard.sha256[:16]}…; prepare the dataset again"
                 )
-            batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-            width, dtype = self.manifest.sequence_len + 1, np.dtype(self.manifest.dtype)
-            ids = batch.column("ids")
-            if ids.type.list_size != width or ids.values.type != pa.from_numpy_dtype(dtype):
-                raise ValueError(
-                    f"{where} has rows of {ids.type.list_size} {ids.values.type}; the manifest "
-                    f"says {width} {dtype}"
-                )
-            mask = None
-            if "mask" in batch.schema.names:
-                mask = batch.column("mask").values.to_numpy().reshape(-1, width)
-            self._open[number] = (ids.values.to_numpy().reshape(-1, width), mask)
+            self._open[number] = self._mapped(path, where, shard)
         return self._open[number]
 
+    def _mapped(self, path: Path, where: str, shard: Shard) -> tuple[np.ndarray, np.ndarray | None]:
+        manifest = self.manifest
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        made_by = (batch.schema.metadata or {}).get(_TOKENIZER, b"").decode()
+        if made_by and made_by != manifest.tokenizer:
+            raise ValueError(
+                f"{where} was made with tokenizer {made_by[:16]}; the manifest says "
+                f"{manifest.tokenizer[:16]}"
+            )
+        width, columns = manifest.sequence_len + 1, {"ids": np.dtype(manifest.dtype)}
+        if manifest.kind == "sft":
+            columns["mask"] = np.dtype(np.uint8)
+        found = []
+        for name, dtype in columns.items():
+            if name not in batch.schema.names:
+                raise ValueError(f"{where} has no column {name!r}, only {batch.schema.names}")
+            column = batch.column(name)
+            size, kind = column.type.list_size, column.type.value_type
+            if size != width or kind != pa.from_numpy_dtype(dtype):
+                raise ValueError(
+                    f"{where} has rows of {size} {kind}; the manifest says {width} {dtype}"
+                )
+            found.append(column.values.to_numpy().reshape(-1, width))
+        if len(batch) != shard.rows:
+            raise ValueError(f"{where} has {len(batch)} rows, the manifest says {shard.rows}")
+        return found[0], found[1] if len(found) > 1 else None
+
     def rows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """``ids [n, T + 1]`` in the stored dtype, and ``mask`` (uint8) if the split has one."""
+        """``ids [n, T + 1]`` in the stored dtype, and for fine-tuning ``mask`` (uint8).
+
+        ``numbers`` is int64 ``[n]``, each from 0 to below ``len(self)``.
+        """
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
+            raise IndexError(
+                f"row {numbers.max()} of the {self.split} split, which has {len(self)}"
+            )
         width = self.manifest.sequence_len + 1
         ids = np.empty((len(numbers), width), dtype=self.manifest.dtype)
         masked = self.manifest.kind == "sft"

@@ -35,4 +35,5 @@ def quiet_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # Only errors: that its bars are off is a warning to it.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -1,0 +1,99 @@
+"""From the parts that tasks wrote to a dataset: shuffle, write the shards, then the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from nanochat_ray.data.order import stream
+from nanochat_ray.data.shards import Manifest, Shard, Split, write_shard
+from nanochat_ray.data.shuffle import gather
+from nanochat_ray.on_ray.mapping import Row, mapped, say
+from nanochat_ray.storage import Store
+
+SPLITS: tuple[Split, ...] = ("train", "val")
+SHARD_BYTES = 64 << 20
+"""What a shard is to have, about."""
+FORMAT = "2"
+"""Part of every key: a change of what is written makes old datasets stale."""
+
+
+def key_of(*values: Any) -> str:
+    """A hash (hex) of JSON values, of which everything in a dataset is a function."""
+    text = json.dumps([FORMAT, *values], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def shards_for(size: float) -> int:
+    """Shards for about ``size`` bytes of rows."""
+    return max(1, round(size / SHARD_BYTES))
+
+
+def check_name(field: str, name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        raise ValueError(f"{field}={name!r} is not allowed: letters, digits, '.', '_' and '-'")
+
+
+def unchanged(dataset: Store, key: str) -> Manifest | None:
+    """The manifest, if the dataset was prepared from the same input before."""
+    if not dataset.exists("manifest.json"):
+        return None
+    manifest = Manifest.load(dataset)
+    if manifest.key != key:
+        return None
+    say(f"dataset {dataset.uri} is up to date: {summary(manifest)}")
+    return manifest
+
+
+def summary(manifest: Manifest) -> str:
+    a = manifest.about
+    return (
+        f"{manifest.rows('train'):,} rows to train on and {manifest.rows('val'):,} to validate, "
+        f"{manifest.sequence_len:,} tokens each; {a['tokens'] / 1e6:.2f} M tokens from "
+        f"{a['documents']:,} documents, {a['share_kept']:.2%} of them kept"
+    )
+
+
+def publish(
+    dataset: Store, draft: Manifest, parts: Mapping[Split, Sequence[str]], shards: int, seed: int
+) -> Manifest:
+    """Gathers the shards from ``parts`` (files of ``dataset``'s folder ``parts``), in parallel.
+
+    Returns ``draft`` with the shards in it; once that is written, the dataset is the new one, and
+    what the manifest does not name is cleared away. Raises ValueError if a split has no row.
+    """
+    for split in SPLITS:
+        if not parts[split]:
+            raise ValueError(
+                f"there is too little input: not one row of {draft.sequence_len + 1} tokens for "
+                f"the {split} split; give more, or a smaller sequence_len"
+            )
+    uri, prefix, fingerprint = dataset.uri, draft.key[:12], draft.tokenizer
+
+    def make(item: list[Any]) -> Row:
+        split, number = item
+        store = Store.at(uri)
+        key = stream(seed, SPLITS.index(split))
+        ids, mask = gather(store.child("parts"), parts[split], number, key)
+        name = f"{prefix}-{split}-{number:05d}.arrow"
+        shard = write_shard(store, name, ids, mask, fingerprint)
+        return {"split": split, "number": number, "shard": json.dumps(asdict(shard))}
+
+    # Validation is a small share of any dataset: one shard.
+    plan = [["train", number] for number in range(shards)] + [["val", 0]]
+    made = sorted(mapped(plan, make), key=lambda row: int(row["number"]))
+    splits: dict[str, list[Shard]] = {}
+    for split in SPLITS:
+        found = [Shard(**json.loads(row["shard"])) for row in made if row["split"] == split]
+        splits[split] = [shard for shard in found if shard.rows]
+    manifest = replace(draft, splits=splits)
+    dataset.write_text("manifest.json", manifest.to_json())
+    named = {shard.name for shards in splits.values() for shard in shards} | {"manifest.json"}
+    for name in dataset.list():
+        if name not in named:
+            dataset.delete(name)
+    return manifest
