@@ -52,8 +52,8 @@ local_start() {  # GPUS: a Ray head on loopback, unless it runs already
   if local_alive; then say "Ray is up at $RAY_API_SERVER_ADDRESS"; return; fi
   local_stop quietly
   mkdir -p "$LOGS"
-  local gcs dashboard agent metrics cores
-  read -r gcs dashboard agent metrics <<<"$(free_ports 4)"
+  local gcs dashboard agent metrics client cores
+  read -r gcs dashboard agent metrics client <<<"$(free_ports 5)"
   cores="$("$VENV/bin/python" -c 'import os; print(max(8, os.cpu_count() or 1))')"
   # The dashboard binds loopback, but Ray's other ports bind every interface: a token guards them.
   (umask 077; cat >"$STATE/address" <<ADDRESS
@@ -69,7 +69,7 @@ ADDRESS
   (unset RAY_ADDRESS; ray start --head --node-ip-address=127.0.0.1 --port="$gcs" \
     --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
     --dashboard-agent-listen-port="$agent" --metrics-export-port="$metrics" \
-    --ray-client-server-port=0 --num-cpus="$cores" ${1:+--num-gpus="$1"} \
+    --ray-client-server-port="$client" --num-cpus="$cores" ${1:+--num-gpus="$1"} \
     --object-store-memory="${NANOCHAT_OBJECT_STORE:-500000000}" --disable-usage-stats) \
     >"$LOGS/ray.log" 2>&1 </dev/null || { tail -n 20 "$LOGS/ray.log" >&2; fail "Ray did not start"; }
 }
