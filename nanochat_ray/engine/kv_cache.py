@@ -7,8 +7,8 @@ The forward is flat: N rows of one token each, decodes first, then the prompt ch
 yields does not depend, to the bit, on the rows beside it:
 
 - keys beyond a row's own are masked, and a masked tail of zeros changes no bit as long as the
-  length is a multiple of 16 and not between 256 and 512 modulo 512, where MKL would split the
-  sum over keys at another place (``padded_length``);
+  length is a multiple of 16 and, with several queries to a head, not between 256 and 512 modulo
+  512, where MKL would split the sum over keys at another place (``padded_length``);
 - queries of a prompt chunk are at least 8 at a time, since with fewer MKL takes another kernel;
   torch takes them by the 32, so what is left over counts (``padded_queries``). So a prompt may be
   cut into chunks anywhere.
@@ -35,11 +35,11 @@ CALL_BYTES = 150_000
 """Reading as much from memory takes about as long as one more call of attention (15 µs)."""
 
 
-def padded_length(n: int) -> int:
+def padded_length(n: int, queries: int) -> int:
     """Length of keys to attend to, of which ``n`` count: see above."""
     n = -(-n // 16) * 16
     rest = n % 512
-    return n if rest <= 256 else n - rest + 512
+    return n if queries == 1 or rest <= 256 else n - rest + 512
 
 
 def padded_queries(n: int) -> int:
@@ -78,13 +78,14 @@ class SlotCache:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        length = padded_length(max_len)
+        length = padded_length(max_len, 2)
         shape = (config.n_layer, slots, config.n_kv_head, length, config.head_dim)
         # Zeros, not garbage: a masked value is multiplied by 0, and 0 * nan is nan.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.positions = torch.zeros((0, 1), dtype=torch.int64, device=device)
         self._columns = torch.arange(length, device=device)
+        self._group = config.n_head // config.n_kv_head
         self._row_bytes = 2 * config.n_kv_head * config.head_dim * dtype.itemsize
         self._decodes = 0
         self._runs: list[_Run] = []
@@ -126,7 +127,7 @@ class SlotCache:
         runs: list[_Run] = []
         total = 0  # length that the last run's rows have of themselves
         for row, span in enumerate(decodes):
-            length = padded_length(span.start + 1)
+            length = padded_length(span.start + 1, self._group)
             if runs and span.slot == runs[-1].slot + row - runs[-1].first:
                 last = runs[-1]
                 longest = max(last.length, length)
@@ -190,7 +191,7 @@ class SlotCache:
     ) -> Tensor:
         """``[T, Hkv, G, D]`` for the T rows of a prompt chunk that begin at ``row``."""
         T, (_, Hkv, G, D) = span.count, q_NhgD.shape
-        length = padded_length(span.start + T)
+        length = padded_length(span.start + T, 2)
         mask = self._mask(row, row + T, length, window)
         q_hgTD = q_NhgD[row : row + T].permute(1, 2, 0, 3)
         q_hQD, Q = q_hgTD.reshape(Hkv, G * T, D), G * T
