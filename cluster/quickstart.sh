@@ -62,15 +62,20 @@ BASE="base-$TAG" CHAT="chat-$TAG"
 if [ "$GPUS" -gt 0 ]; then
   PREPARE=(--vocab-size 32768 --sequence-len 2048) TRAIN=(--workers "$GPUS" --gpus)
 else
-  PREPARE=() TRAIN=(--workers 2)
+  # A few minutes instead of the compute-optimal hours: this is a first look.
+  PREPARE=() TRAIN=(--workers 2 --cpu-minutes 4.5)
 fi
 
-job() {  # NAME COMMAND...: one Ray job, its output here and in its log
+job() {  # NAME COMMAND...: one Ray job, what it prints here, and all of it in its log
   local name="$1"; shift
   local log="$LOGS/$name.log" code=0
+  # Ray's own notices stay in the log; the mark of the process is taken off our workers' lines.
   ray job submit --log-style=record --log-color=false -- "$@" 2>&1 | tee "$log" \
-    | grep --line-buffered -vE '^(Job submission server|-------|Job .*submitted|Job .*succeeded|Next steps|  Query the|  Request the|    ray job|Tailing logs|Running entrypoint|$|.*(INFO|WARNING) (cli|dashboard_sdk|job_manager|worker)\.py)' \
-    || code=${PIPESTATUS[0]}
+    | sed -u -E 's/\x1b\[[0-9;]*m//g; /^[0-9]{4}-[0-9-]+ [0-9:,]+[[:space:]]+(INFO|SUCC|WARN)/d
+                 s/^\(RayTrainWorker [^)]*\) (step [0-9])/\1/; /^\([A-Za-z_:]+ [^)]*(pid|ip)=/d
+                 /^(Tailing logs|Job submission|Running entrypoint|[- ]*$)/d' \
+    || true
+  code="${PIPESTATUS[0]}"
   [ "$code" -eq 0 ] || { say "$name failed; its log is $log"; exit "$code"; }
 }
 

@@ -45,6 +45,8 @@ class Args:
     """Tokens to train on for each parameter of blocks and head."""
     tokens: int = 0
     """Tokens to train on; 0 follows the ratio."""
+    cpu_minutes: float = 0.0
+    """On a CPU: no more tokens than about so many minutes take; 0 is no bound."""
     batch_tokens: int = 0
     """Tokens of a global batch; 0 follows the scaling rule."""
     epochs: float = 1.0
@@ -124,9 +126,13 @@ def build(args: Args) -> TrainJob:
             preset=args.preset,
             sequence_len=manifest.sequence_len,
         )
+        tokens = args.tokens
+        if args.cpu_minutes and not args.gpus and not tokens:
+            bound = scaling.tokens_in_minutes(model, args.cpu_minutes, args.workers)
+            tokens = min(bound, scaling.horizon(model, args.ratio))
         plan = scaling.base_plan(
             model,
-            tokens=args.tokens,
+            tokens=tokens,
             ratio=args.ratio,
             batch=args.batch_tokens,
             micro_rows=args.micro_rows,
