@@ -56,7 +56,8 @@ class Args:
     """Answers that an engine makes at a time."""
     max_len: int = 0
     """Longest prompt plus answer; 0 is what the model was trained with."""
-    token_budget: int = EngineConfig.token_budget
+    token_budget: int = 0
+    """Tokens of one step; 0 is twice max_slots, and at least 256."""
     max_waiting: int = EngineConfig.max_waiting
     block: bool = True
     """Stay until Ctrl-C; --no-block returns once the model answers."""
@@ -75,7 +76,7 @@ def config_of(args: Args) -> ServeConfig:
         engine=EngineConfig(
             max_slots=args.max_slots,
             max_len=args.max_len,
-            token_budget=args.token_budget,
+            token_budget=args.token_budget or max(EngineConfig.token_budget, 2 * args.max_slots),
             max_waiting=args.max_waiting,
             precision=args.precision or ("bf16" if args.gpus else "fp32"),
         ),

@@ -119,14 +119,19 @@ class RayEngineClient:
     # ---- finding the engines
 
     async def _poll(self) -> None:
+        warned = False
         while True:
             try:
                 answers = await self.handle.broadcast("status", ingress=self.name).results_async(
                     timeout_s=CALL_TIMEOUT_S, return_exceptions=True
                 )
                 self._found([a for a in answers if isinstance(a, dict)])
+                warned = False
             except LOST[:3] as error:
-                logger.warning("the engines cannot be asked: %s", error)
+                # At the start that is how it is: the engines load their model.
+                if not warned:
+                    logger.info("the engines cannot be asked: %s", error)
+                warned = True
             ready = any(link.open for link in self.links.values())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._poll_now.wait(), POLL_S if ready else POLL_S / 5)
@@ -192,7 +197,7 @@ class RayEngineClient:
         live.placing = True
         assert live.stream is not None
         try:
-            await self._place(live)
+            await self._place(live, patient=True)
         except (UnavailableError, EngineFull) as error:
             live.stream.fail(
                 UnavailableError(f"the engine was lost and no other took over: {error}")
@@ -201,15 +206,16 @@ class RayEngineClient:
             logger.exception("request %s could not be moved", live.request.id)
             live.stream.fail(UnavailableError(f"the engine was lost: {error}"))
 
-    async def _place(self, live: Live) -> None:
+    async def _place(self, live: Live, patient: bool = False) -> None:
         """Hands a request to the least busy engine, another if that one fails, until the deadline.
 
-        Raises UnavailableError, EngineFull when every engine is full, or ValueError.
+        Raises UnavailableError, ValueError, or EngineFull when every engine is full; ``patient``
+        waits for room instead, since somebody has read the beginning of that answer.
         """
         until = time.monotonic() + self.deadline_s
         full: set[str] = set()
         while not live.closed:
-            link = await self._choose(full, until)
+            link = await self._choose(full, until, patient)
             live.link, live.placing = link, True
             link.live[live.wire_id] = live
             request = dataclasses.replace(
@@ -239,14 +245,18 @@ class RayEngineClient:
                 link.listed = False
                 await asyncio.sleep(0.05)
 
-    async def _choose(self, full: set[str], until: float) -> Link:
+    async def _choose(self, full: set[str], until: float, patient: bool) -> Link:
         while True:
             usable = [link for link in self.links.values() if link.open and link.listed]
             if usable:
                 free = [link for link in usable if link.replica not in full]
-                if not free:
+                if free:
+                    return min(free, key=lambda link: link.load)
+                if not patient or time.monotonic() > until:
                     raise EngineFull("every engine's queue is full")
-                return min(free, key=lambda link: link.load)
+                full.clear()
+                await asyncio.sleep(0.2)
+                continue
             left = until - time.monotonic()
             if left <= 0:
                 raise UnavailableError(f"no engine was found within {self.deadline_s:.0f} s")

@@ -82,6 +82,7 @@ class EngineReplica:
         self.threads = threads
         self.name = name or serve.get_replica_context().replica_tag
         self.snapshot = ""
+        self.tokenizer = ""
         self.engine: EngineLoop | None = None
         self.outlets: dict[str, Outlet] = {}
         self.owners: dict[str, Outlet] = {}
@@ -105,6 +106,9 @@ class EngineReplica:
         torch.set_num_threads(self.threads)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.precision]
         model, tokenizer = snapshot.load_model(self.run, name, device=self.device, dtype=dtype)
+        if self.tokenizer not in ("", tokenizer.fingerprint):
+            raise ValueError(f"snapshot={name!r} has another tokenizer than {self.snapshot!r}")
+        self.tokenizer = tokenizer.fingerprint
         engine = Engine(model, self.config, calculator_tool(tokenizer))
 
         def on_step(outputs: list[Output]) -> None:  # in the engine's thread

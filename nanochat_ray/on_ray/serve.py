@@ -19,6 +19,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import EngineConfig, from_json, to_json
@@ -37,7 +38,8 @@ class ServeConfig:
     storage: str = field(default_factory=default_root)
     run: str = "chat"
     snapshot: str = ""
-    """Empty: the run's latest, as of the deployment. All engines have the same one."""
+    """Empty: the run's latest, as of the deployment. All engines have the same one, and a replica
+    that is restarted takes that one again: keep it for as long as it is served."""
     name: str = ""
     """The model's name for clients; by default that of the run."""
     engines: int = 1
@@ -87,6 +89,8 @@ def build_application(config: ServeConfig, *, keys: list[str] | None = None) -> 
         max_ongoing_requests=10_000,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=30,
+        # Every second each ingress asks each engine for its status.
+        logging_config=LoggingConfig(enable_access_log=False),
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
     )(EngineReplica)
     ingress = serve.deployment(
@@ -94,6 +98,7 @@ def build_application(config: ServeConfig, *, keys: list[str] | None = None) -> 
         num_replicas=config.ingresses,
         max_ongoing_requests=1_000,
         graceful_shutdown_timeout_s=30,
+        logging_config=LoggingConfig(enable_access_log=False),
         ray_actor_options={"num_cpus": config.ingress_cpus},
     )(Ingress)
     engines = engine.bind(
