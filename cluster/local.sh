@@ -75,19 +75,19 @@ ADDRESS
 }
 
 local_stop() {  # ends the cluster's processes and waits until they are gone
-  local pids signal=TERM
+  local pids round signal=TERM
   pids="$(local_processes)"
   if [ -z "$pids" ]; then
     [ "${1:-}" = quietly ] || say "nothing runs for port $PORT"
     return 0
   fi
   [ "${1:-}" = quietly ] || say "stopping $(wc -w <<<"$pids") processes of port $PORT"
-  for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do
+  for round in $(seq 20); do
     kill -"$signal" $pids 2>/dev/null || true
     sleep 0.5
     pids="$(local_processes)"
     [ -n "$pids" ] || return 0
-    [ "$_" -lt 8 ] || signal=KILL
+    [ "$round" -lt 10 ] || signal=KILL
   done
   fail "these processes would not end: $pids"
 }

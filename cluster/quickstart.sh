@@ -68,14 +68,15 @@ fi
 
 job() {  # NAME COMMAND...: one Ray job, what it prints here, and all of it in its log
   local name="$1"; shift
-  local log="$LOGS/$name.log" code=0
+  local log="$LOGS/$name.log" code
   # Ray's own notices stay in the log; the mark of the process is taken off our workers' lines.
+  set +e
   ray job submit --log-style=record --log-color=false -- "$@" 2>&1 | tee "$log" \
     | sed -u -E 's/\x1b\[[0-9;]*m//g; /^[0-9]{4}-[0-9-]+ [0-9:,]+[[:space:]]+(INFO|SUCC|WARN)/d
                  s/^\(RayTrainWorker [^)]*\) (step [0-9])/\1/; /^\([A-Za-z_:]+ [^)]*(pid|ip)=/d
-                 /^(Tailing logs|Job submission|Running entrypoint|[- ]*$)/d' \
-    || true
+                 /^(Tailing logs|Job submission|Running entrypoint|[- ]*$)/d'
   code="${PIPESTATUS[0]}"
+  set -e
   [ "$code" -eq 0 ] || { say "$name failed; its log is $log"; exit "$code"; }
 }
 
