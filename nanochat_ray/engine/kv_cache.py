@@ -30,7 +30,7 @@ from nanochat_ray.config import ModelConfig
 from nanochat_ray.engine.blocks import BLOCK
 
 MIN_ROWS = 4
-"""A linear layer of fewer rows takes other kernels; 12 → 1 gates need all four."""
+"""A linear layer of one row (on some CPUs, of up to three) takes another kernel."""
 CALL_BYTES = 150_000
 """Reading as much from memory takes about as long as one more call of attention (15 µs)."""
 
