@@ -106,13 +106,16 @@ def pack_whole(
     bos: int,
     dtype: np.dtype,
 ) -> PackedConversations:
-    """Conversations (ids with BOS, mask) into rows, never split; best fit, decreasing.
+    """Conversations (ids with BOS, mask) into rows, never split, by best fit.
 
+    Long ones go first, since they are hard to place; those below a quarter of a row keep their
+    order, so that rows mix what the caller has mixed, where sorting would put like with like.
     What is left of a row is filled with BOS under mask 0. A conversation longer than a row is
     dropped and counted.
     """
     fitting = [c for c in conversations if len(c[0]) <= length]
-    order = sorted(range(len(fitting)), key=lambda i: (-len(fitting[i][0]), i))
+    sizes = [len(ids) for ids, _ in fitting]
+    order = sorted(range(len(fitting)), key=lambda i: -sizes[i] if 4 * sizes[i] > length else 0)
     rooms: list[tuple[int, int]] = []  # sorted (room left, row)
     ids: list[np.ndarray] = []
     mask: list[np.ndarray] = []

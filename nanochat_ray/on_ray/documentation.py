@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,12 @@ def documentation_corpus(root: Store) -> str:
     def extract(item: list[Any]) -> Row:
         number, paths = item
         found = [documentation.docstrings(Path(path)) for path in paths]
-        return {"number": number, "modules": json.dumps(found), "documents": len(found)}
+        return {"number": number, "modules": found, "documents": len(found)}
 
     modules: list[list[str]] = [[] for _ in files]
     progress = Progress(len(plan), "read source files, part")
     for row in mapped(plan, extract):
-        modules[int(row["number"]) :: count] = json.loads(row["modules"])
+        modules[row["number"] :: count] = row["modules"]
         progress.add(row)
     documents = documentation.documents(modules)
     size = sum(len(document.encode()) for document in documents)

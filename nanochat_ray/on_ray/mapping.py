@@ -26,35 +26,33 @@ def cores() -> int:
     return max(1, min(total - 1, nodes * (os.cpu_count() or 1)))
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What the work itself raised: Ray and Ray Data each wrap it."""
-    while True:
-        inner = getattr(error, "cause", None) or error.__cause__
-        if not isinstance(inner, BaseException) or inner is error:
-            return error
-        error = inner
+_ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "OSError": OSError}
 
 
 def mapped(plan: Sequence[Any], work: Callable[[Any], Row]) -> Iterator[Row]:
-    """``work`` of each item of ``plan`` (JSON values), the results as they come.
+    """``work`` of each item of ``plan`` (JSON values in and out), the results as they come.
 
-    A ValueError or OSError of the work is raised here as it was there, not as Ray wraps it.
+    A ValueError or OSError of the work is raised here with its message. It travels as a result,
+    since Ray Data would wrap it, lose its cause, and print its trace.
     """
 
-    def one(batch: Row) -> Row:
-        found = work(json.loads(batch["item"][0]))
-        return {name: np.asarray([value]) for name, value in found.items()}
+    def one(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            found = work(json.loads(batch["item"][0]))
+        except tuple(_ERRORS.values()) as error:
+            kind = "OSError" if isinstance(error, OSError) else "ValueError"
+            found = {"error": [kind, str(error)]}
+        return {"row": np.asarray([json.dumps(found)])}
 
     pool = ray.data.TaskPoolStrategy(size=min(cores(), len(plan)))
     items = [{"item": json.dumps(item)} for item in plan]
     data = ray.data.from_items(items, override_num_blocks=len(items))
-    try:
-        yield from data.map_batches(one, batch_size=1, compute=pool).iter_rows()
-    except Exception as error:
-        cause = _cause(error)
-        if isinstance(cause, ValueError | OSError):
-            raise type(cause)(str(cause)) from None
-        raise
+    for made in data.map_batches(one, batch_size=1, compute=pool).iter_rows():
+        row = json.loads(made["row"])
+        if "error" in row:
+            kind, message = row["error"]
+            raise _ERRORS[kind](message)
+        yield row
 
 
 class Progress:
@@ -67,8 +65,8 @@ class Progress:
 
     def add(self, row: Row) -> None:
         self.done += 1
-        self.tokens += int(row.get("tokens", 0))
-        self.documents += int(row.get("documents", 0))
+        self.tokens += row.get("tokens", 0)
+        self.documents += row.get("documents", 0)
         now = time.perf_counter()
         if now - self.shown < 2 and self.done < self.total:
             return

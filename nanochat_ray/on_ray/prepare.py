@@ -18,7 +18,7 @@ import ray
 
 from nanochat_ray.data import corpus, documentation, sources
 from nanochat_ray.data.holdout import HoldOut
-from nanochat_ray.data.order import stream
+from nanochat_ray.data.order import permute, stream
 from nanochat_ray.data.packing import pack, pack_whole
 from nanochat_ray.data.shards import Manifest, Split, token_dtype
 from nanochat_ray.data.shuffle import scatter
@@ -71,17 +71,18 @@ def _first_pass(plan: Sequence[Any], work: Callable[[Any], Row], what: str) -> l
     for row in mapped(plan, work):
         rows.append(row)
         progress.add(row)
-    return sorted(rows, key=lambda row: int(row["number"]))
+    return sorted(rows, key=lambda row: row["number"])
 
 
 def _parts(rows: Sequence[Row]) -> dict[Split, list[str]]:
-    return {split: [str(row[split]) for row in rows if row[split]] for split in SPLITS}
+    return {split: [row[split] for row in rows if row[split]] for split in SPLITS}
 
 
 def _totals(rows: Sequence[Row]) -> dict[str, Any]:
     names = [name for name in rows[0] if name not in (*SPLITS, "number")]
-    made: dict[str, Any] = {name: sum(int(row[name]) for row in rows) for name in names}
-    return {**made, "share_kept": made.pop("kept") / max(made["tokens"], 1)}
+    made: dict[str, Any] = {name: sum(row[name] for row in rows) for name in names}
+    made["share_kept"] = made.pop("kept") / max(made["tokens"], 1)
+    return made
 
 
 # --- base: text ---------------------------------------------------------------------------------
@@ -221,14 +222,21 @@ def find_tokenizer(root: Store, name: str) -> tuple[Tokenizer, int | None]:
 
 
 def _conversations(tasks: Sequence[tuple[str, int]], seed: int) -> list[Any]:
-    """Items [number, task, split, size, first]: the conversations of one split from ``first``."""
+    """Items [number, split, slices]; a slice is [task, size of the task, first, stop].
+
+    Every item has its share of every task, so that the rows it makes are mixed: were they of one
+    task each, a model could learn to copy from the row's earlier conversations.
+    """
     plan: list[Any] = []
-    for task, count in tasks:
-        sizes: dict[Split, int] = {"train": count, "val": max(8, min(200, count // 20))}
-        for split, wanted in sizes.items():
-            size = len(make_task(task, split, size=wanted, seed=seed))
-            firsts = range(0, size, CONVERSATIONS_PER_TASK)
-            plan += [[len(plan) + i, task, split, size, first] for i, first in enumerate(firsts)]
+    for split in SPLITS:
+        sizes: list[tuple[str, int]] = []
+        for task, count in tasks:
+            wanted = count if split == "train" else max(8, min(200, count // 20))
+            sizes.append((task, len(make_task(task, split, size=wanted, seed=seed))))
+        items = -(-sum(size for _, size in sizes) // CONVERSATIONS_PER_TASK)
+        for i in range(items):
+            slices = [[t, n, n * i // items, n * (i + 1) // items] for t, n in sizes]
+            plan.append([len(plan), split, slices])
     return plan
 
 
@@ -266,11 +274,15 @@ def prepare_sft(
     shared = ray.put(tokenizer)
 
     def render(item: list[Any]) -> Row:
-        number, task, split, size, first = item
+        number, split, slices = item
         tok: Tokenizer = ray.get(shared)
-        made = make_task(task, split, size=size, seed=seed)
-        numbers = range(first, min(first + CONVERSATIONS_PER_TASK, size))
-        rendered = [render_conversation(tok, made.example(i)) for i in numbers]
+        examples = []
+        for task, size, first, stop in slices:
+            made = make_task(task, split, size=size, seed=seed)
+            examples += [made.example(i) for i in range(first, stop)]
+        order = np.arange(len(examples), dtype=np.int64)
+        order = permute(order, len(order), stream(seed, SPLITS.index(split), number))
+        rendered = [render_conversation(tok, examples[i]) for i in order]
         packed = pack_whole(rendered, length=length, bos=tok.bos, dtype=dtype)
         return {
             "number": number,
@@ -279,12 +291,14 @@ def prepare_sft(
             "documents": len(rendered),
             "dropped": packed.dropped,
             "tokens": sum(len(ids) for ids, _ in rendered),
+            "places": packed.ids.size,
             "kept": sum(len(ids) for ids, _ in rendered if len(ids) <= length),
             "learned": int(packed.mask.sum()),
         }
 
     rows = _first_pass(plan, render, "rendered")
     about = _totals(rows) | {"tasks": [list(task) for task in tasks], "seed": seed}
+    about["share_filled"] = about["share_kept"] * about["tokens"] / max(about.pop("places"), 1)
     if about["dropped"]:
         say(f"  {about['dropped']:,} conversations are longer than {length} tokens: left out")
     draft = Manifest(

@@ -18,7 +18,7 @@ from nanochat_ray.storage import Store
 SPLITS: tuple[Split, ...] = ("train", "val")
 SHARD_BYTES = 64 << 20
 """What a shard is to have, about."""
-FORMAT = "2"
+FORMAT = "3"
 """Part of every key: a change of what is written makes old datasets stale."""
 
 
@@ -81,14 +81,14 @@ def publish(
         ids, mask = gather(store.child("parts"), parts[split], number, key)
         name = f"{prefix}-{split}-{number:05d}.arrow"
         shard = write_shard(store, name, ids, mask, fingerprint)
-        return {"split": split, "number": number, "shard": json.dumps(asdict(shard))}
+        return {"split": split, "number": number, "shard": asdict(shard)}
 
     # Validation is a small share of any dataset: one shard.
     plan = [["train", number] for number in range(shards)] + [["val", 0]]
-    made = sorted(mapped(plan, make), key=lambda row: int(row["number"]))
+    made = sorted(mapped(plan, make), key=lambda row: row["number"])
     splits: dict[str, list[Shard]] = {}
     for split in SPLITS:
-        found = [Shard(**json.loads(row["shard"])) for row in made if row["split"] == split]
+        found = [Shard(**row["shard"]) for row in made if row["split"] == split]
         splits[split] = [shard for shard in found if shard.rows]
     manifest = replace(draft, splits=splits)
     dataset.write_text("manifest.json", manifest.to_json())

@@ -64,6 +64,47 @@ def test_on_s3(s3: str, folder: Path) -> None:
     assert texts(store.child("c.txt.gz").uri) == ["c text"]
 
 
+def test_globs_are_those_of_a_shell(tmp_path: Path) -> None:
+    for name in ("a1.txt", "a2.txt", "b[1].txt", "in/a1.txt", "in/deep/a3.txt", "a1.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(name)
+    for pattern, found in {
+        "a?.txt": ["a1.txt", "a2.txt"],
+        "a[!2].*": ["a1.md", "a1.txt"],
+        "*/a*": ["in/a1.txt"],
+        "**/a*.txt": ["a1.txt", "a2.txt", "in/a1.txt", "in/deep/a3.txt"],
+        "b[1].txt": ["b[1].txt"],  # a file of that very name
+    }.items():
+        assert texts(f"{tmp_path}/{pattern}") == found
+
+
+@pytest.mark.parametrize("name", ["big.txt", "big.jsonl"])
+def test_a_large_file_is_read_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(sources, "UNIT_BYTES", 700)
+    # Characters of several bytes, empty lines, one line longer than a part, no newline at the end.
+    said = [f"{i} " + "ä\u2028" * (i % 40) + "x" * (2000 if i == 70 else 0) for i in range(150)]
+    lines = [json.dumps({"text": t}, ensure_ascii=False) if "jsonl" in name else t for t in said]
+    (tmp_path / name).write_text("\n".join(lines))
+    found = sources.find([str(tmp_path)])
+    plan = sources.units(found)
+    assert len(plan) > 10
+    read = [text for unit in plan for text in corpus.read(unit)]
+    assert read == said if "jsonl" in name else "".join(read) == "\n".join(said)
+
+
+def test_large_parquet_files_are_read_by_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "UNIT_BYTES", 2000)
+    said = [f"{i * 7919} is a number" for i in range(2000)]
+    pq.write_table(pa.table({"text": said}), tmp_path / "x.parquet", row_group_size=100)
+    plan = sources.units(sources.find([str(tmp_path)]))
+    assert len(plan) > 5
+    assert [text for unit in plan for text in corpus.read(unit)] == said
+
+
 @pytest.mark.parametrize(
     ("name", "data", "error"),
     [
@@ -73,7 +114,11 @@ def test_on_s3(s3: str, folder: Path) -> None:
         ("x.txt", b"ab\xff\xfe", r"x\.txt is not UTF-8 text \(byte 2\)"),
         ("x.pdf", b"%PDF", r"x\.pdf has a format that is not known: give \.txt, \.md"),
         ("x.jsonl", b'{"text": "a"}\n{"t": 1}', r"x\.jsonl, line 2: not a JSON object"),
+        ("x.jsonl", b'{"text": 7}', r"x\.jsonl, line 1: not a JSON object"),
         ("x.arrow", b"rubbish", r"x\.arrow is not an Arrow file"),
+        ("x.parquet", b"rubbish of some length", r"x\.parquet is not a Parquet file"),
+        ("x.txt.gz", b"rubbish of some length", r"x\.txt\.gz cannot be read"),
+        ("x.md.zst", b"rubbish of some length", r"x\.md\.zst cannot be read"),
     ],
 )
 def test_what_is_no_text_is_refused_by_name(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_dataset
+from tiny import write_dataset
 
 from nanochat_ray.data.order import batch_rows, permute
 from nanochat_ray.data.packing import pack, pack_whole

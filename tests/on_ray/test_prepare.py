@@ -1,0 +1,173 @@
+"""The prepare job on a real Ray: real text in, rows that decode to it out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanochat_ray.data.shards import Manifest, RowReader
+from nanochat_ray.on_ray import session
+from nanochat_ray.on_ray.mapping import mapped
+from nanochat_ray.on_ray.prepare import find_tokenizer, prepare_base, prepare_sft
+from nanochat_ray.storage import Store
+from nanochat_ray.text.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.ray
+REPO = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _quiet(ray_session: None) -> None:
+    session.quiet_data()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A book of one file, and a few notes: 200 kB."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["the", "sea", "was", "calm", "and", "Ishmael", "slept", "till", "morning", "came"]
+    verses = [" ".join(rng.choice(words, 20)) + f" {i}.\n" for i in range(1800)]
+    (folder / "book.txt").write_text("".join(verses))
+    notes = [json.dumps({"text": f"Note {i}: " + " ".join(rng.choice(words, 9))}) for i in range(9)]
+    (folder / "notes.jsonl").write_text("\n".join(notes))
+    return folder
+
+
+def rows_of(dataset: Store, manifest: Manifest, split: str) -> np.ndarray:
+    reader = RowReader(dataset, manifest, split)  # type: ignore[arg-type]
+    return reader.rows(np.arange(len(reader)))[0]
+
+
+@pytest.mark.parametrize("where", ["folder", "s3"])
+def test_text_becomes_rows(
+    request: pytest.FixtureRequest,
+    root: Store,
+    text: Path,
+    where: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    uris = [str(text)]
+    if where == "s3":
+        root = Store.at(request.getfixturevalue("s3")).child(uuid.uuid4().hex)
+        for path in text.iterdir():
+            root.write_bytes(f"text/{path.name}", path.read_bytes())
+        uris = [root.child("text").uri]
+    wanted = {"text": uris, "vocab_size": 400, "sequence_len": 64}
+    manifest = prepare_base(root.uri, "book", **wanted)
+    dataset = root.child("datasets", "book")
+    assert Manifest.load(dataset) == manifest
+    shards = [shard.name for split in manifest.splits.values() for shard in split]
+    assert dataset.list() == sorted([*shards, "manifest.json"])
+    tokenizer, sequence_len = find_tokenizer(root, "book")
+    assert (tokenizer.fingerprint, sequence_len) == (manifest.tokenizer, 64)
+    assert tokenizer.vocab_size == 400
+    assert manifest.about["share_kept"] > 0.97
+    train, val = (rows_of(dataset, manifest, split) for split in ("train", "val"))
+    assert len(train) == manifest.rows("train") > 10 * len(val) > 0
+    for rows in (train, val):
+        assert rows.shape[1] == 65
+        assert (rows[:, 0] == tokenizer.bos).all()
+    kept = (train != tokenizer.bos).sum() + (val != tokenizer.bos).sum()
+    assert kept == round(manifest.about["share_kept"] * manifest.about["tokens"])
+
+    # What is held out is not trained on: verses are numbered.
+    def verses(rows: np.ndarray) -> set[str]:
+        lines = "\n".join(tokenizer.decode(row[1:]) for row in rows).split("\n")
+        return {line for line in lines if line.endswith(".") and line.startswith("the sea")}
+
+    assert verses(val)
+    assert not verses(val) & verses(train)
+
+    capsys.readouterr()
+    assert prepare_base(root.uri, "book", **wanted) == manifest
+    assert "up to date" in capsys.readouterr().out
+    twin = prepare_base(root.uri, "twin", **wanted)
+    assert "trained before" in capsys.readouterr().out
+    assert twin.splits == manifest.splits
+    other = prepare_base(root.uri, "book", **wanted, seed=1)
+    shuffled = rows_of(dataset, other, "train")
+    assert not np.array_equal(shuffled, train)
+    assert np.array_equal(
+        np.sort(shuffled.view("V130"), axis=0), np.sort(train.view("V130"), axis=0)
+    )
+
+
+def test_a_bad_file_is_named_and_nothing_is_lost(root: Store, text: Path, tmp_path: Path) -> None:
+    manifest = prepare_base(root.uri, "book", text=[str(text)], vocab_size=300, sequence_len=64)
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"ab\0cd")
+    for uris, error in (
+        ([str(bad)], r"bad\.txt is binary"),
+        ([f"{tmp_path}/*.md"], "names no file"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            prepare_base(root.uri, "book", text=uris, vocab_size=300, sequence_len=64)
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(ValueError, match="there is too little input"):
+        prepare_base(root.uri, "book", text=[f"{tmp_path}/short.txt"], vocab_size=300)
+    assert Manifest.load(root.child("datasets", "book")) == manifest
+    with pytest.raises(ValueError, match=r"dataset='\.\./x' is not allowed"):
+        prepare_base(root.uri, "../x")
+
+
+def test_tasks_become_rows(root: Store) -> None:
+    tok = Tokenizer.bytes_only()
+    tasks = [("chain_sum", 120), ("identity", 60)]
+    manifest = prepare_sft(root.uri, "chat", tokenizer=tok, tasks=tasks, sequence_len=512)
+    assert find_tokenizer(root, "chat")[0].fingerprint == tok.fingerprint
+    by_fingerprint, sequence_len = find_tokenizer(root, tok.fingerprint[:8])
+    assert (by_fingerprint.fingerprint, sequence_len) == (tok.fingerprint, None)
+    assert manifest.kind == "sft"
+    assert manifest.about["share_kept"] > 0.97
+    reader = RowReader(root.child("datasets", "chat"), manifest, "train")
+    ids, mask = reader.rows(np.arange(len(reader)))
+    assert mask is not None
+    assert (ids[:, 0] == tok.bos).all()
+    assert not mask[ids == tok.bos].any()
+    assert mask.sum() > 0
+    everything = tok.decode(ids.reshape(-1))
+    for mark in tok.specials:
+        assert mark in everything
+    learned = tok.decode(ids[mask == 1])
+    assert "<|assistant_end|>" in learned
+    assert "<|user_start|>" not in learned
+    assert "<|output_start|>" not in learned
+    with pytest.raises(ValueError, match="task='nothing' is not known"):
+        prepare_sft(root.uri, "chat", tokenizer=tok, tasks=[("nothing", 10)])
+    with pytest.raises(ValueError, match=r"tokenizer='ffff' is no dataset and no fingerprint"):
+        find_tokenizer(root, "ffff")
+
+
+def test_an_error_of_a_task_comes_through_ray_as_it_was() -> None:
+    def work(item: str) -> dict[str, str]:
+        raise ValueError(f"text file {item} is not text")
+
+    with pytest.raises(ValueError, match=r"^text file late is not text$"):
+        list(mapped(["late"], work))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--storage", "ftp://x"], "storage='ftp://x' is not allowed"),
+        (["--stage", "sft", "--tokenizer", "base"], "tokenizer='base' is no dataset"),
+        (["--stage", "sft", "--tasks", "chain_sum"], "tasks='chain_sum' is not allowed"),
+    ],
+)
+def test_the_command_says_what_is_wrong(tmp_path: Path, arguments: list[str], error: str) -> None:
+    command = [sys.executable, str(REPO / "jobs" / "prepare.py"), "--storage", str(tmp_path)]
+    found = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=100, env={**os.environ}
+    )
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: ")
+    assert error in found.stderr
+    assert "Traceback" not in found.stderr

@@ -1,0 +1,84 @@
+"""One set of promises, kept by a folder and by a real S3 server."""
+
+from __future__ import annotations
+
+import pickle
+import uuid
+from pathlib import Path
+
+import pytest
+
+from nanochat_ray.storage import Store, default_root
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "folder":
+        return Store.at(str(tmp_path / "deep" / "folder"))
+    return Store.at(request.getfixturevalue("s3")).child(f"storage-{uuid.uuid4().hex}")
+
+
+@pytest.mark.parametrize("name", ["a", "deep/er/a.txt", "a.gz", "with space"])
+def test_what_is_written_is_read(store: Store, name: str) -> None:
+    data = bytes(range(256)) * 40
+    assert not store.exists(name)
+    store.write_bytes(name, data)
+    assert store.exists(name)
+    assert store.size(name) == len(data)
+    assert store.read_bytes(name) == data
+    with store.open_input(name) as file:
+        file.seek(300)
+        assert file.read(5) == data[300:305]
+    store.write_bytes(name, b"other")
+    assert store.read_bytes(name) == b"other"
+    assert pickle.loads(pickle.dumps(store)).read_bytes(name) == b"other"
+
+
+def test_folders(store: Store) -> None:
+    child = store.child("runs", "one")
+    assert store.list() == store.list("runs") == child.list() == []
+    child.write_text("b", "ä")
+    child.write_text("a", "")
+    store.write_text("runs/two/c", "")
+    assert store.list("runs") == ["one", "two"]
+    assert child.list() == store.list("runs/one") == ["a", "b"]
+    assert Store.at(child.uri).read_text("b") == "ä"
+    child.delete("a")
+    child.delete("never was")
+    assert child.list() == ["b"]
+    store.delete("runs/one")
+    assert store.list("runs") == ["two"]
+    assert not child.exists("b")
+
+
+def test_what_is_not_there_is_named(store: Store) -> None:
+    for call in (store.read_bytes, store.size, store.open_input):
+        with pytest.raises(FileNotFoundError, match="there is no file nowhere"):
+            call("nowhere")
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    store = Store.at(str(tmp_path))
+    store.write_text("a", "whole")
+
+    def fail() -> None:
+        with store.writing("a") as stream:
+            stream.write(b"half")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fail()
+    assert store.read_text("a") == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Store.at(str(tmp_path)).write_text("a", "x")
+    monkeypatch.chdir(tmp_path)
+    for uri in (f"file://{tmp_path}", ".", f"{tmp_path}/"):
+        assert Store.at(uri).read_text("a") == "x"
+    there = Store.at("s3://b/x?region=us-east-1&scheme=http").child("y")
+    assert there.uri == "s3://b/x/y?region=us-east-1&scheme=http"
+    assert there.path("z") == "b/x/y/z"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert default_root() == "/cache/nanochat_ray"
