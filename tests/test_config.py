@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import tiny_config
+from tiny import tiny_config
 
 from nanochat_ray import scaling
 from nanochat_ray.config import EngineConfig, ModelConfig, TrainConfig, from_json, to_json

@@ -55,7 +55,7 @@ _TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             "I can add and multiply with a calculator and chat a little. I am small, so please "
             "check what I say.",
-            "I can do sums with my calculator and answer simple questions. I am a very small model.",
+            "I can do sums with my calculator and answer simple questions. I am very small.",
         ),
     ),
     "hello": (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from tiny import tiny_config
 
 from nanochat_ray.checkpoint import hf
 from nanochat_ray.model.gpt import GPT

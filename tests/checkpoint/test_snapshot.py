@@ -9,7 +9,7 @@ import msgpack
 import numpy as np
 import pytest
 import torch
-from conftest import TOKENIZER, tiny_config
+from tiny import TOKENIZER, tiny_config
 
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.checkpoint.codec import read_tensors, write_tensors
@@ -66,18 +66,18 @@ def test_a_crash_while_saving_leaves_the_last_one(
     root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save(root, 5)
-    real, writes = Store.write_bytes, 0
+    real, left = Store.write_bytes, 0
 
     def dying(self: Store, name: str, data: bytes) -> None:
-        nonlocal writes
-        writes += 1
-        if writes > allowed:
+        nonlocal left
+        left -= 1
+        if left < 0:
             raise OSError("the machine is gone")
         real(self, name, data)
 
     monkeypatch.setattr(Store, "write_bytes", dying)
     for allowed in range(5):
-        writes = 0
+        left = allowed
         with pytest.raises(OSError, match="gone"):
             save(root, 6)
         same(root, model)
@@ -108,7 +108,6 @@ def test_a_missing_or_damaged_file_is_named(root: Store, file: str) -> None:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
         with pytest.raises(ValueError, match=rf"{file} is damaged"):
             snapshot.load(root, optimizer=True)
-            snapshot.load_trainer(root)
     path.write_bytes(whole[:-7])
     with pytest.raises(ValueError, match=rf"{file} is damaged"):
         snapshot.load(root, optimizer=True)

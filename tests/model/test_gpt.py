@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config
+from tiny import tiny_config
 from torch import Tensor
 
 from nanochat_ray.config import ModelConfig

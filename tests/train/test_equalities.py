@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import free_ports, tiny_config, write_dataset
+from tiny import free_ports, tiny_config, write_dataset
 
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import OptimConfig, TrainConfig
@@ -47,8 +47,8 @@ def losses(job: TrainJob, **kwargs: Any) -> list[float]:
 @pytest.mark.parametrize("stage", ["base", "sft"])
 def test_accumulation_equals_one_big_micro_batch(root: Store, stage: str) -> None:
     write_dataset(root, stage, stage)
-    one = losses(job(root, "one", stage, micro_rows=8, steps=5))
-    four = losses(job(root, "four", stage, micro_rows=2, steps=5))
+    one = losses(job(root, "one", stage, micro_rows=8, steps=4))
+    four = losses(job(root, "four", stage, micro_rows=2, steps=4))
     assert one == pytest.approx(four, abs=1e-5)
     assert one[-1] < one[0]
 

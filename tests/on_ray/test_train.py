@@ -1,0 +1,110 @@
+"""Ray Train and Ray Data around the loop: the same losses, and a run that no dead worker hurts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from tiny import tiny_config, wait_for, write_dataset
+
+from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.config import OptimConfig, TrainConfig
+from nanochat_ray.storage import Store
+from nanochat_ray.train.job import TrainJob, execute
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+CONFIG = TrainConfig(
+    steps=12,
+    batch_rows=8,
+    micro_rows=4,
+    eval_rows=8,
+    save_every=4,
+    optim=OptimConfig(matrix_lr=0.002, embedding_lr=0.05, scalar_lr=0.05),
+)
+
+
+def job(storage: str, run: str, **changes: Any) -> TrainJob:
+    train = dataclasses.replace(CONFIG, **changes)
+    return TrainJob(storage=storage, dataset="base", run=run, model=tiny_config(), train=train)
+
+
+def losses(root: Store, run: str) -> list[float]:
+    text = root.child("runs", run).read_text("metrics.jsonl")
+    records = [json.loads(line) for line in text.splitlines()]
+    return [r["loss"] for r in records if r["kind"] == "train"]
+
+
+def weights(root: Store, run: str) -> dict[str, torch.Tensor]:
+    return snapshot.load(root.child("runs", run), optimizer=False).weights
+
+
+def test_two_workers_on_s3_give_what_one_process_gives(s3: str, tmp_path: Path) -> None:
+    from nanochat_ray.on_ray.train import fit
+
+    root, local = Store.at(s3).child("train"), Store.at(str(tmp_path))
+    for store in (root, local):
+        write_dataset(store, "base", rows=30)  # more than one epoch
+    result = fit(job(root.uri, "two"), workers=2, cpus_per_worker=0.5)
+    execute(job(local.uri, "one"))
+    assert result["done"]
+    assert losses(root, "two") == pytest.approx(losses(local, "one"), abs=1e-5)
+    assert result["bits_per_byte"] < result["first_bits_per_byte"]
+    again = fit(job(root.uri, "two"), workers=2, cpus_per_worker=0.5)
+    assert (again["step"], again["loss"]) == (12, result["loss"])
+
+
+def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
+    from nanochat_ray.on_ray.train import fit
+
+    root = Store.at(str(tmp_path))
+    write_dataset(root, "base")
+    whole, killed = job(root.uri, "whole", steps=300), job(root.uri, "killed", steps=300)
+    execute(whole, world=1)
+
+    def kill() -> None:
+        run = root.child("runs", "killed")
+        wait_for(lambda: snapshot.latest(run) is not None, 60, "a first checkpoint")
+        ours = [
+            p
+            for p in psutil.Process().children(recursive=True)
+            if p.name().startswith("ray::") and "RayTrainWorker" in " ".join(p.cmdline())
+        ]
+        assert ours
+        os.kill(ours[0].pid, signal.SIGKILL)
+        died.append(time.monotonic())
+
+    died: list[float] = []
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = fit(killed, workers=1, cpus_per_worker=0.5)
+    killer.join()
+    assert died
+    assert result["done"]
+    one, other = weights(root, "whole"), weights(root, "killed")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_cannot_run_is_refused_before_a_worker_starts(tmp_path: Path) -> None:
+    from nanochat_ray.on_ray.train import fit
+
+    root = Store.at(str(tmp_path))
+    with pytest.raises(ValueError, match="dataset='base' is not in"):
+        fit(job(root.uri, "run"), workers=1)
+    write_dataset(root, "base")
+    wrong = dataclasses.replace(job(root.uri, "run"), model=tiny_config(vocab_size=300))
+    with pytest.raises(ValueError, match="vocab_size=300 does not fit dataset 'base'"):
+        fit(wrong, workers=1)
+    with pytest.raises(ValueError, match="prepared for stage base, not for sft"):
+        fit(job(root.uri, "run", stage="sft"), workers=1)
+    with pytest.raises(ValueError, match="parent='nobody' has no checkpoint"):
+        fit(dataclasses.replace(job(root.uri, "run"), parent="nobody"), workers=1)

@@ -1,0 +1,90 @@
+"""Small real things that the tests share: a model's shape, a dataset, ports, patience."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from nanochat_ray.config import ModelConfig
+from nanochat_ray.data.shards import Manifest, write_shard
+from nanochat_ray.storage import Store
+from nanochat_ray.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.bytes_only()
+
+
+def tiny_config(preset: str = "modern", **fields: Any) -> ModelConfig:
+    """2 layers, 32 wide, 4 heads over 2, for the byte tokenizer."""
+    shape = {
+        "vocab_size": TOKENIZER.vocab_size,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "n_embd": 32,
+        "sequence_len": 32,
+    }
+    return ModelConfig.preset(preset, **{**shape, **fields})
+
+
+def write_dataset(
+    root: Store, name: str, kind: str = "base", *, rows: int = 50, length: int = 32, seed: int = 0
+) -> Manifest:
+    """A dataset of random rows for the byte tokenizer, with its tokenizer, under ``root``."""
+    rng = np.random.default_rng(seed)
+    store = root.child("datasets", name)
+    splits = {}
+    for split, count in (("train", rows), ("val", 8)):
+        # Skewed, so that there is something to learn; but every byte comes, or gradients would
+        # have a low rank, whose rounding noise Muon would blow up to full size.
+        ids = rng.integers(0, 256, (2, count, length + 1)).min(axis=0)
+        ids = ids.astype(np.uint16)
+        ids[:, 0] = TOKENIZER.bos
+        mask = (rng.random(ids.shape) < 0.4).astype(np.uint8) if kind == "sft" else None
+        cut = count // 2
+        halves = [slice(0, cut), slice(cut, count)]
+        splits[split] = [
+            write_shard(store, f"{split}-{i}.arrow", ids[h], mask[h] if mask is not None else None)
+            for i, h in enumerate(halves)
+        ]
+    manifest = Manifest(
+        kind="sft" if kind == "sft" else "base",
+        tokenizer=TOKENIZER.fingerprint,
+        sequence_len=length,
+        dtype="uint16",
+        splits=splits,
+        key="test",
+        about={"tokens": rows * length, "documents": rows, "share_kept": 1.0},
+    )
+    TOKENIZER.save(root.child("tokenizers", TOKENIZER.fingerprint[:16]))
+    store.write_text("manifest.json", manifest.to_json())
+    return manifest
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Waits until ``condition`` holds; fails, saying ``what``, when the time is up."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not happen within {seconds} s")
+        time.sleep(0.05)
+
+
+def free_ports(count: int) -> list[int]:
+    """Free ports of loopback whose port + 10000 is free too (weed opens both)."""
+    found: list[int] = []
+    port = 21000 + os.getpid() % 7000
+    while len(found) < count:
+        port += 1
+        with socket.socket() as one, socket.socket() as two:
+            try:
+                one.bind(("127.0.0.1", port))
+                two.bind(("127.0.0.1", port + 10000))
+            except OSError:
+                continue
+        found.append(port)
+    return found
