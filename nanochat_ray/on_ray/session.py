@@ -13,10 +13,17 @@ def connect() -> None:
     """Joins the cluster that this process was submitted to or RAY_ADDRESS names, else starts one.
 
     A cluster of its own lasts as long as the process, listens on loopback and has at least 8
-    logical CPUs, since tasks of Ray Data must find a place beside training workers.
+    logical CPUs, since tasks of Ray Data must find a place beside training workers. Raises
+    ValueError or ConnectionError if the cluster that is named cannot be joined.
     """
     if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        address = os.environ.get("RAY_ADDRESS", "")
+        if address.startswith("http"):
+            raise ValueError(
+                f"RAY_ADDRESS={address!r} is a dashboard, which takes submitted jobs only: "
+                "use ray job submit, or give host:port of the head node"
+            )
+        if address or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
             ray.init(address="auto", logging_level=logging.WARNING)
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")

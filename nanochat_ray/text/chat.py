@@ -26,6 +26,9 @@ def _turns(messages: Sequence[Message]) -> list[Message]:
     for i, message in enumerate(messages):
         if message.get("role") not in ROLES:
             raise ValueError(f"messages[{i}].role={message.get('role')!r}: one of {list(ROLES)}")
+        content = message.get("content")
+        if not isinstance(content, str) and (message["role"] != "assistant" or content is None):
+            raise ValueError(f"messages[{i}].content: a text is expected, not {content!r:.60}")
     turns = list(messages)
     if turns[0]["role"] == "system":
         if len(turns) < 2 or turns[1]["role"] != "user":
@@ -51,14 +54,15 @@ def _assistant(tok: Tokenizer, content: Any) -> tuple[list[int], list[int]]:
     # The calculator writes its answers itself: the model does not learn them.
     marks["python_output"] = ("<|output_start|>", "<|output_end|>", 0)
     for part in parts:
-        piece = tok.encode(part["text"])
-        if part["type"] == "text":
-            learned = 1
-        elif part["type"] in marks:
-            start, end, learned = marks[part["type"]]
+        kind, text = part.get("type"), part.get("text")
+        if kind != "text" and kind not in marks:
+            raise ValueError(f"content part type={kind!r}: one of text, {', '.join(marks)}")
+        if not isinstance(text, str):
+            raise ValueError(f"content part text={text!r:.60}: a text is expected")
+        piece, learned = tok.encode(text), 1
+        if kind in marks:
+            start, end, learned = marks[kind]
             piece = [tok.special(start), *piece, tok.special(end)]
-        else:
-            raise ValueError(f"content part type={part['type']!r}: one of text, {', '.join(marks)}")
         ids += piece
         mask += [learned] * len(piece)
     return ids, mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from tiny import write_dataset
 
 from nanochat_ray.data.order import batch_rows, permute
 from nanochat_ray.data.packing import pack, pack_whole
-from nanochat_ray.data.shards import Manifest, RowReader
+from nanochat_ray.data.shards import Manifest, RowReader, write_shard
 from nanochat_ray.storage import Store
 
 BOS = 999
@@ -112,6 +113,19 @@ def test_a_shard_of_another_width_is_refused(root: Store) -> None:
     store.write_text("manifest.json", store.read_text("manifest.json").replace("32", "48", 1))
     with pytest.raises(ValueError, match=r"has rows of 33 uint16; the manifest says 49"):
         reader(root).rows(np.asarray([0]))
+
+
+def test_a_shard_of_another_kind_or_tokenizer_is_refused(root: Store) -> None:
+    manifest = write_dataset(root, "base")
+    store = root.child("datasets", "base")
+    with pytest.raises(ValueError, match=r"shard train-0\.arrow .* has no column 'mask'"):
+        RowReader(store, replace(manifest, kind="sft"), "train").rows(np.asarray([0]))
+    shard = write_shard(store, "other.arrow", np.zeros((3, 33), np.uint16), None, "f" * 64)
+    strange = replace(manifest, splits={"train": [shard]})
+    with pytest.raises(ValueError, match=r"other\.arrow .* was made with tokenizer ffff"):
+        RowReader(store, strange, "train").rows(np.asarray([0]))
+    with pytest.raises(IndexError, match="row 50 of the train split, which has 50"):
+        RowReader(store, manifest, "train").rows(np.asarray([50]))
 
 
 def test_shards_on_s3_are_read_and_checked_too(

@@ -11,6 +11,7 @@ from nanochat_ray.text.chat import render_conversation, render_prompt
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 CORPUS = ["The quick brown fox, aged 12345, jumps over the lazy dog's bowl. " * 40]
+USER = {"role": "user", "content": "x"}
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,10 @@ def test_the_mask_marks_what_the_assistant_says(tok: Tokenizer) -> None:
         ([{"role": "assistant", "content": "x"}], "'user' is expected there"),
         ([{"role": "system", "content": "x"}], "must follow the system message"),
         ([{"role": "user", "content": "x"}] * 2, r"messages\[1\]\.role='user'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\.content: a text"),
+        ([USER, {"role": "assistant"}], r"messages\[1\]\.content: a text is expected, not None"),
+        ([USER, {"role": "assistant", "content": [{"type": "image"}]}], "type='image': one of"),
+        ([USER, {"role": "assistant", "content": [{"type": "python"}]}], "text=None: a text"),
     ],
 )
 def test_turns_out_of_order_are_refused(tok: Tokenizer, messages: list, error: str) -> None:
