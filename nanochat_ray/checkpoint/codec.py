@@ -32,7 +32,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def write_tensors(stream: Any, tensors: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,8 @@ C = n_embd, H heads, Hkv key/value heads, D = C / H.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,14 @@ class GPT(nn.Module):
             self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, kv) for i in layers})
         self._angles: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def wte(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.transformer["wte"])
+
+    @property
+    def blocks(self) -> Iterable[Block]:
+        return cast(Iterable[Block], self.transformer["h"])
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Random weights in nanochat's scheme, equal for equal CPU generators on any device."""
@@ -130,9 +139,9 @@ class GPT(nn.Module):
             p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
 
         bound = (3 / C) ** 0.5  # a uniform of standard deviation 1 / sqrt(C), without outliers
-        normal(self.transformer["wte"].weight, 0.8)
+        normal(self.wte.weight, 0.8)
         normal(self.lm_head.weight, 0.001)
-        for block in self.transformer["h"]:
+        for block in self.blocks:
             for layer in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
                 fill(layer.weight, -bound, bound)
             fill(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
@@ -152,7 +161,7 @@ class GPT(nn.Module):
             self.backout_lambda.fill_(0.2)
         if self.config.value_embeds:
             for table in self.value_embeds.values():
-                fill(table.weight, -bound, bound)
+                fill(cast(nn.Embedding, table).weight, -bound, bound)
 
     def _rotary(self, T: int, context: AttentionContext | None) -> tuple[Tensor, Tensor]:
         """cos and sin ``[B or 1, T, 1, D/2]`` for the new tokens."""
@@ -169,7 +178,7 @@ class GPT(nn.Module):
         return cos[context.positions].unsqueeze(2), sin[context.positions].unsqueeze(2)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return rms_norm(self.transformer["wte"](ids).to(self.compute_dtype), self.config.norm_eps)
+        return rms_norm(self.wte(ids).to(self.compute_dtype), self.config.norm_eps)
 
     def _smear(self, x: Tensor, prev_ids: Tensor | None) -> Tensor:
         """Adds a gated share of the token before; ``prev_ids [B]`` stand before the first ones."""
@@ -197,7 +206,7 @@ class GPT(nn.Module):
         if config.smear:
             x = self._smear(x, prev_ids)
         x0, middle = x, None
-        for i, block in enumerate(self.transformer["h"]):
+        for i, block in enumerate(self.blocks):
             if config.residual_scalars:
                 # In float32 scalars the product would be promoted: cast them, not the stream.
                 resid, first = self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype)

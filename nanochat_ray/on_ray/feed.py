@@ -17,7 +17,7 @@ import ray.train
 from ray.data import DataIterator, ExecutionOptions
 
 from nanochat_ray.config import TrainConfig
-from nanochat_ray.data.shards import Manifest, RowReader
+from nanochat_ray.data.shards import Manifest, RowReader, Split
 from nanochat_ray.storage import Store
 from nanochat_ray.train.feed import rank_rows
 from nanochat_ray.train.step import Batch
@@ -27,7 +27,7 @@ BLOCK_BYTES = 8 << 20
 
 
 @functools.lru_cache(maxsize=4)
-def _reader(uri: str, manifest_json: str, split: str) -> RowReader:
+def _reader(uri: str, manifest_json: str, split: Split) -> RowReader:
     # One reader for each process: its shards are checked once, then stay mapped.
     return RowReader(Store.at(uri), Manifest.from_json(manifest_json), split)
 

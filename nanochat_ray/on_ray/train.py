@@ -21,6 +21,7 @@ from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.on_ray.feed import RankedRows, from_iterator
 from nanochat_ray.storage import Store
 from nanochat_ray.train.job import TrainJob, check, execute, open_dataset
+from nanochat_ray.train.loop import same_run
 from nanochat_ray.train.metrics import progress_line
 
 
@@ -67,10 +68,17 @@ def fit(
     dataset, manifest, _ = open_dataset(job.storage, job.dataset)
     run = Store.at(job.storage).child("runs", job.run)
 
-    def first_step() -> ray.data.Dataset:
+    def reached() -> int:
         name = snapshot.latest(run)
-        step = snapshot.step_of(name) if name else 0
-        return ray.data.from_items([{"start": min(step, job.train.steps)}])
+        return snapshot.step_of(name) if name else 0
+
+    def result() -> dict[str, Any]:
+        saved = snapshot.load_trainer(run)
+        return {**saved["metrics"], "step": saved["step"], "done": reached() >= job.train.steps}
+
+    if reached() >= job.train.steps:
+        same_run(snapshot.load_trainer(run)["train_config"], job.train)
+        return result()
 
     # The controller asks its workers this often whether they are alive, and a report waits for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -86,7 +94,7 @@ def fit(
             use_gpu=gpus,
             resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpus else {})},
         ),
-        datasets={"train": first_step},
+        datasets={"train": lambda: ray.data.from_items([{"start": reached()}])},
         dataset_config=RankedRows(dataset.uri, manifest, job.train),
         run_config=RunConfig(
             name="train",
@@ -96,5 +104,4 @@ def fit(
         ),
     )
     trainer.fit()
-    saved = snapshot.load_trainer(run)
-    return {**saved["metrics"], "step": saved["step"], "done": saved["step"] >= job.train.steps}
+    return result()

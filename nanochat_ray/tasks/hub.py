@@ -32,7 +32,7 @@ def mmlu(row: dict[str, Any]) -> list[Message]:
 
 
 def gsm8k(row: dict[str, Any]) -> list[Message]:
-    """openai/gsm8k: its ``<<12*3=36>>`` marks become calculator turns (Cobbe et al., 2110.14168)."""
+    """openai/gsm8k (Cobbe et al., arXiv 2110.14168): ``<<12*3=36>>`` is a calculator turn."""
     parts: list[Message] = []
     for piece in re.split(r"(<<[^>]*>>)", row["answer"]):
         if piece.startswith("<<") and piece.endswith(">>"):
