@@ -12,7 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from nanochat_ray.data.sources import Source, Unit, format_of, open_filesystem, open_parquet
+from nanochat_ray.data.sources import (
+    Source,
+    Unit,
+    format_of,
+    is_outside,
+    open_filesystem,
+    open_parquet,
+)
 
 
 def _text_column(table: pa.Table, uri: str) -> Iterator[str]:
@@ -113,8 +120,10 @@ def read(unit: Unit) -> Iterator[str]:
     for source in unit:
         try:
             yield from _documents(source)
-        except OSError as error:
-            raise ValueError(f"text file {source.uri} cannot be read: {error}") from None
+        except Exception as error:
+            if is_outside(error, source.uri):
+                raise ValueError(f"text file {source.uri} cannot be read: {error}") from None
+            raise
 
 
 def _arrow_table(data: bytes, uri: str) -> pa.Table:

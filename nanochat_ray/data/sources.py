@@ -73,6 +73,13 @@ def format_of(name: str) -> tuple[str, str | None]:
     return parts[-1], compression
 
 
+def is_outside(error: Exception, uri: str) -> bool:
+    """Whether an error came from disk or network, not from what was found there."""
+    # The Hub's client lets the errors of its HTTP library through, which are no OSErrors.
+    hub = uri.startswith("hf://") and not isinstance(error, ValueError)
+    return isinstance(error, OSError) or hub
+
+
 def _known(name: str) -> bool:
     try:
         format_of(name)
@@ -125,8 +132,10 @@ def _expand(uri: str) -> list[tuple[str, pafs.FileInfo]]:
         matches = _matches(path)
         found = below(path[: wild.start()].rpartition("/")[0])
         return [named(i) for i in found if matches.fullmatch(i.path)]
-    except OSError as error:
-        raise ValueError(f"text={uri!r} cannot be listed: {error}") from None
+    except Exception as error:
+        if is_outside(error, uri):
+            raise ValueError(f"text={uri!r} cannot be listed: {error}") from None
+        raise
 
 
 def find(text: Sequence[str]) -> list[Source]:
