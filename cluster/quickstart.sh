@@ -74,6 +74,7 @@ job() {  # NAME COMMAND...: one Ray job, what it prints here, and all of it in i
   ray job submit --log-style=record --log-color=false -- "$@" 2>&1 | tee "$log" \
     | sed -u -E 's/\x1b\[[0-9;]*m//g; /^[0-9]{4}-[0-9-]+ [0-9:,]+[[:space:]]+(INFO|SUCC|WARN)/d
                  s/^\(RayTrainWorker [^)]*\) (step [0-9])/\1/; /^\([A-Za-z_:]+ [^)]*(pid|ip)=/d
+                 /^(INFO|WARNING) [0-9-]+ /d
                  /^(Tailing logs|Job submission|Running entrypoint|[- ]*$)/d'
   code="${PIPESTATUS[0]}"
   set -e

@@ -91,8 +91,8 @@ def sft_train(args: Args, parent: snapshot.RunConfigFile, rows: int) -> TrainCon
         seed=args.seed,
         precision=args.precision,
         optim=optim,
-        eval_every=max(1, steps // 4),
-        save_every=args.save_every or max(1, steps // 2),
+        eval_every=-(-steps // 3),
+        save_every=args.save_every or -(-steps // 2),
     )
 
 

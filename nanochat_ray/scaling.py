@@ -198,8 +198,8 @@ def base_plan(
             seed=seed,
             precision=precision,
             optim=optim_config(model, size, steps * size),
-            eval_every=max(1, steps // 3),
-            save_every=max(1, steps // 4),
+            eval_every=-(-steps // 3),
+            save_every=-(-steps // 4),
         ),
         tokens=steps * size,
     )

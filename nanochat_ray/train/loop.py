@@ -7,11 +7,15 @@ steps since the last checkpoint, and those are repeated bit for bit on the same 
 
 from __future__ import annotations
 
+import os
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from nanochat_ray import config as configs
 from nanochat_ray.checkpoint import snapshot
@@ -21,6 +25,7 @@ from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train.metrics import Metrics
+from nanochat_ray.train.report import render
 from nanochat_ray.train.step import Batch, train_step
 
 MAX_SKIPPED = 5
@@ -55,6 +60,10 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
+    def _device(self) -> str:
+        device = self.optimizer.flats[0].weights.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
     def save(self, step: int, metrics: Metrics) -> None:
         """Starts a snapshot after ``step`` steps. Collective. Raises what the last one raised."""
         self.wait()
@@ -64,17 +73,28 @@ class Checkpointer:
         weights = {
             name: t.detach().to("cpu", copy=True) for name, t in self.model.named_parameters()
         }
-        trainer = {
+        trainer: dict[str, Any] = {
             "step": step,
             "train_config": configs.to_json(self.run.config),
             "about": self.run.about,
             "metrics": metrics.summary(),
         }
         text = metrics.to_jsonl()
+        shown = {
+            "torch": torch.__version__,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {self._device()}",
+            "ranks": self.optimizer.world,
+            "model": configs.to_json(self.model.config),
+            **trainer,
+        }
+        page = render(
+            self.run.store.root.rpartition("/")[2], metrics.records, trainer["metrics"], shown
+        )
 
         def write() -> None:
             try:
                 self.run.store.write_text("metrics.jsonl", text)
+                self.run.store.write_text("report.html", page)
                 snapshot.save(
                     self.run.store,
                     step,

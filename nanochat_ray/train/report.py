@@ -1,0 +1,102 @@
+"""A run as one self-contained page: its curves, its figures, its configuration."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nanochat_ray.train.metrics import duration
+
+WIDTH, HEIGHT, LEFT, BOTTOM = 640, 240, 56, 28
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:720px;margin:2rem auto;padding:0 1rem;
+color:#1c1b19;background:#fcfbf9}h1{font-size:1.3rem}h2{font-size:1rem;margin:1.6rem 0 .3rem}
+table{border-collapse:collapse}td{padding:.1rem 1rem .1rem 0;vertical-align:top}
+td:first-child{color:#6b6862}svg{width:100%;height:auto}text{font-size:11px;fill:#6b6862}
+pre{white-space:pre-wrap;font-size:12px;color:#6b6862}
+"""
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two bounds, about four."""
+    span = max(high - low, 1e-9)
+    step = 10.0 ** np.floor(np.log10(span / 3))
+    for factor in (5, 2):
+        if span / (step * factor) >= 3:
+            step *= factor
+            break
+    return [float(t) for t in np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step]
+
+
+def curve(title: str, points: Sequence[tuple[float, float]], *, dots: bool = False) -> str:
+    """An SVG of (step, value) pairs, drawn as a line, with dots where they are few."""
+    xs, ys = (np.asarray(column, dtype=float) for column in zip(*points, strict=True))
+    # The first steps of a loss would flatten all that comes after.
+    low, high = float(ys.min()), float(np.quantile(ys, 0.98) if len(ys) > 50 else ys.max())
+    pad = 0.05 * max(high - low, 1e-6)
+    low, high = low - pad, high + pad
+    across = (WIDTH - LEFT - 8) / max(xs.max() - xs.min(), 1)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        up = (min(y, high) - low) / (high - low)
+        return LEFT + (x - xs.min()) * across, (HEIGHT - BOTTOM) * (1 - up)
+
+    grid = "".join(
+        f'<line x1="{LEFT}" x2="{WIDTH}" y1="{at(0, t)[1]:.1f}" y2="{at(0, t)[1]:.1f}" '
+        f'stroke="#e5e2dc"/><text x="{LEFT - 6}" y="{at(0, t)[1] + 4:.1f}" '
+        f'text-anchor="end">{t:g}</text>'
+        for t in _ticks(low, high)
+    )
+    labels = "".join(
+        f'<text x="{at(t, low)[0]:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{t:g}</text>'
+        for t in _ticks(float(xs.min()), float(xs.max()))
+    )
+    places = [at(x, y) for x, y in zip(xs, ys, strict=True)]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="#2f6f62"/>' for x, y in places)
+    return (
+        f'<h2>{html.escape(title)}</h2><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{html.escape(title)}">{grid}{labels}<polyline points="{line}" fill="none" '
+        f'stroke="#2f6f62" stroke-width="1.5"/>{marks if dots else ""}</svg>'
+    )
+
+
+def render(
+    name: str, records: Sequence[dict[str, Any]], summary: dict[str, Any], about: dict[str, Any]
+) -> str:
+    """HTML of a run from its metrics' records; ``about`` is shown as it is."""
+    steps = [r for r in records if r["kind"] == "train"]
+    evals = [r for r in records if r["kind"] == "eval"]
+    parts = []
+    for key in [k for k in (evals[-1] if evals else {}) if k in ("bits_per_byte", "val_loss")]:
+        title = f"validation, {key.replace('_', ' ')}"
+        parts.append(curve(title, [(r["step"], r[key]) for r in evals], dots=True))
+    if steps:
+        parts.append(
+            curve("training loss (nats per token)", [(r["step"], r["loss"]) for r in steps])
+        )
+        rate = [(r["step"], r["tokens_per_s"]) for r in steps]
+        parts.append(curve("tokens per second", rate))
+    shown = {
+        "tokens": f"{summary.get('tokens', 0):,}",
+        "time in steps": duration(summary.get("train_seconds", 0.0)),
+        "tokens per second": f"{summary.get('tokens_per_s', 0.0):,.0f}",
+        "waiting for data": f"{summary.get('data_wait_share', 0.0):.2%}",
+        **{
+            k.replace("_", " "): f"{v:.4f}"
+            for k, v in summary.items()
+            if k.endswith(("byte", "loss"))
+        },
+    }
+    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{v}</td></tr>" for k, v in shown.items())
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width"><title>{html.escape(name)}</title><style>{_STYLE}</style>'
+        f"<h1>Run {html.escape(name)}</h1><table>{rows}</table>{''.join(parts)}"
+        f"<h2>Configuration</h2><pre>{html.escape(json.dumps(about, indent=1))}</pre></html>\n"
+    )
