@@ -44,7 +44,7 @@ class Args:
 def text_figures(args: Args) -> dict[str, float]:
     """Bits per byte, before training and after, of the base model that the run came from."""
     root = Store.at(args.storage)
-    parent = snapshot.load_trainer(root.child("runs", args.run))["about"]["parent"]
+    parent = snapshot.load_trainer(root.child("runs", args.run))["about"].get("parent")
     metrics = snapshot.load_trainer(root.child("runs", parent or args.run))["metrics"]
     if "bits_per_byte" not in metrics:
         return {}

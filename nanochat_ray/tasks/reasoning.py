@@ -36,7 +36,8 @@ def _letters(question: str, answer: str) -> Any:
     found = re.search(r'letter "(.)" appear in the text: "(.*)"\?', question, re.DOTALL)
     assert found is not None
     letter, text = found.groups()
-    return calculated(f'"{text}".count("{letter}")', answer, answer)
+    # reasoning-gym counts without regard to case.
+    return calculated(f'"{text.lower()}".count("{letter}")', answer, answer)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,0 +1,65 @@
+"""Write a run as a Hugging Face folder, or take such a folder in as a run.
+
+    python jobs/export.py --run chat --out my/folder        # for transformers and vLLM
+    python jobs/export.py --run theirs --take my/folder     # to serve or fine-tune it here
+
+Only models of the classic preset can go out: transformers' NanoChatForCausalLM is that nanochat.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from nanochat_ray.checkpoint import hf, snapshot
+from nanochat_ray.config import Precision
+from nanochat_ray.storage import Store, default_root
+from nanochat_ray.train.job import DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    storage: str = field(default_factory=default_root)
+    run: str = "chat"
+    out: Path | None = None
+    """Folder to write."""
+    take: Path | None = None
+    """Folder to read into the run, which must not exist yet."""
+    precision: Precision = "fp32"
+    """Of the weights that are written."""
+
+
+def main(args: Args) -> None:
+    run = Store.at(args.storage).child("runs", args.run)
+    if (args.out is None) == (args.take is None):
+        raise ValueError("give either --out, to write a folder, or --take, to read one")
+    if args.out is not None:
+        model, tokenizer = snapshot.load_model(run)
+        hf.export(model, tokenizer, args.out, dtype=DTYPES[args.precision])
+        print(f"{args.out} holds run {args.run} for transformers")
+    elif args.take is not None:
+        if (name := snapshot.latest(run)) is not None:
+            raise ValueError(f"run={args.run!r} exists already, with {name}")
+        model, tokenizer = hf.import_folder(args.take)
+        tokenizer.save(Store.at(args.storage).child("tokenizers", tokenizer.fingerprint[:16]))
+        snapshot.save(
+            run,
+            0,
+            model_config=model.config,
+            weights=dict(model.named_parameters()),
+            optimizer=None,
+            trainer={"step": 0, "metrics": {}, "about": {"taken_from": args.take.name}},
+            tokenizer=tokenizer,
+        )
+        print(f"run {args.run} holds {args.take}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,61 @@
+"""A real engine answers; the score counts what the grader accepts."""
+
+from __future__ import annotations
+
+import torch
+from tiny import TOKENIZER, tiny_config
+
+from nanochat_ray.config import EngineConfig
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.tools import calculator_tool
+from nanochat_ray.evals.tasks import evaluate
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.text.chat import Message
+
+
+class FirstLetter:
+    """Right if the answer begins with the letter that the tiny model happens to say."""
+
+    name = "letters"
+
+    def __init__(self, accept: set[int], long: int = -1):
+        self.accept, self.long = accept, long
+        self.seen: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return 30
+
+    def question(self, index: int) -> list[Message]:
+        return [{"role": "user", "content": "x" * (200 if index == self.long else index)}]
+
+    def example(self, index: int) -> list[Message]:
+        return [*self.question(index), {"role": "assistant", "content": "y"}]
+
+    def grade(self, index: int, answer: str) -> bool:
+        self.seen[index] = answer
+        return index in self.accept
+
+
+def engine() -> Engine:
+    model = GPT(tiny_config(sequence_len=64))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    return Engine(model, EngineConfig(max_slots=4), calculator_tool(TOKENIZER))
+
+
+def test_accuracy_is_counted_over_all_questions() -> None:
+    task, shared = FirstLetter({1, 3, 25}, long=7), engine()
+    done = []
+    score = evaluate(
+        shared, TOKENIZER, task, count=26, max_tokens=12, progress=lambda d, t: done.append((d, t))
+    )
+    assert (score.correct, score.total) == (3, 26)
+    assert len(score.wrong) == 10
+    assert done[-1] == (26, 26)
+    assert task.seen[7] == ""  # it does not fit into the context: asked, not answered, wrong
+    assert any(task.seen.values())
+    shared.check_integrity()
+    again = FirstLetter({1})
+    evaluate(shared, TOKENIZER, again, count=5, max_tokens=12)
+    assert all(again.seen[i] == task.seen[i] for i in range(5))

@@ -1,0 +1,126 @@
+"""Tasks: answers that are right, calculator turns that compute them, splits that never meet."""
+
+from __future__ import annotations
+
+import pytest
+import reasoning_gym
+
+from nanochat_ray.engine.tools import calculate
+from nanochat_ray.tasks import hub
+from nanochat_ray.tasks.reasoning import KINDS
+from nanochat_ray.tasks.registry import DEFAULT_MIXTURE, make_task, names
+from nanochat_ray.text.chat import render_conversation
+from nanochat_ray.text.tokenizer import Tokenizer
+
+OFFLINE = [*KINDS, "spoken_sums", "identity"]
+TOK = Tokenizer.bytes_only()
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_examples_are_right_and_calculated(name: str) -> None:
+    task = make_task(name, "train", size=150)
+    assert (task.name, len(task)) == (name, 150)
+    for index in range(150):
+        *question, answer = task.example(index)
+        assert question == task.question(index)
+        content = answer["content"]
+        if isinstance(content, str):
+            said = content
+        else:
+            expression, result, last = (part["text"] for part in content)
+            assert calculate(expression) == result
+            said = last
+        assert task.grade(index, f" {said}\n")
+        assert not task.grade(index, said + "0")
+        render_conversation(TOK, [*question, answer])
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_splits_never_share_a_question(name: str) -> None:
+    questions = {}
+    for split in ("train", "val", "test"):
+        task = make_task(name, split, size=300, seed=5)
+        questions[split] = [task.question(i)[-1]["content"] for i in range(len(task))]
+    assert not set(questions["train"]) & set(questions["test"])
+    assert not set(questions["train"]) & set(questions["val"])
+    assert not set(questions["val"]) & set(questions["test"])
+    # Another seed, as the measurement uses, does not leak either.
+    other = make_task(name, "test", size=300, seed=1)
+    asked = {other.question(i)[-1]["content"] for i in range(len(other))}
+    assert not set(questions["train"]) & asked
+    if name != "identity":
+        assert len(asked) == len(other)
+
+
+def test_spoken_sums_never_ask_a_test_sum_of_chain_sum() -> None:
+    train, test = (
+        make_task("spoken_sums", "train", size=2000),
+        make_task("chain_sum", "test", size=200),
+    )
+    spoken = {train.example(i)[1]["content"][0]["text"] for i in range(2000)}
+    assert not spoken & {test.example(i)[1]["content"][0]["text"] for i in range(200)}
+
+
+def test_equal_arguments_give_equal_examples() -> None:
+    for name in OFFLINE:
+        one, two = (make_task(name, "train", size=20, seed=3) for _ in range(2))
+        assert [one.example(i) for i in range(20)] == [two.example(i) for i in range(20)]
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_reasoning_gym_itself_agrees(name: str) -> None:
+    kind = KINDS[name]
+    source = reasoning_gym.create_dataset(kind.dataset, seed=9, size=50, **kind.config)
+    for item in source:
+        content = kind.solve(item["question"], item["answer"])
+        said = content if isinstance(content, str) else content[-1]["text"]
+        assert source.score_answer(said, item) == 1.0
+
+
+def test_the_default_mixture_is_offline_and_known() -> None:
+    assert {entry.split(":")[0] for entry in DEFAULT_MIXTURE} <= set(OFFLINE) <= set(names())
+    with pytest.raises(ValueError, match=r"task='nothing' is not known: one of chain_sum, gsm8k"):
+        make_task("nothing", "train")
+
+
+ROWS = {
+    "smoltalk": {
+        "messages": [
+            {"role": "user", "content": "Hi", "extra": 1},
+            {"role": "assistant", "content": "Hello."},
+        ]
+    },
+    "mmlu": {"question": "2+2?", "choices": ["1", "2", "3", "4"], "answer": 3},
+    "gsm8k": {
+        "question": "Six bags of 12?",
+        "answer": "There are 6*12=<<6*12=72>>72 in all.\n#### 72",
+    },
+}
+
+
+@pytest.mark.parametrize("name", hub.NAMES)
+def test_hub_rows_become_conversations(name: str) -> None:
+    task = hub.HubTask(name, "train", 5, 0, data=[ROWS[name]])
+    assert len(task) == 1
+    question, answer = task.example(0)
+    assert (question["role"], answer["role"]) == ("user", "assistant")
+    render_conversation(TOK, [question, answer])
+    right = {"smoltalk": "Hello.", "mmlu": "D", "gsm8k": "so\n#### 72"}[name]
+    assert task.grade(0, right)
+    assert not task.grade(0, "####")
+    if name == "gsm8k":
+        assert [part["type"] for part in answer["content"]] == [
+            *("text", "python", "python_output", "text")
+        ]
+        assert calculate(answer["content"][1]["text"]) == answer["content"][2]["text"]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(*_args: object, **_kwargs: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ValueError, match=r"task='mmlu' cannot be had from the Hub .*no network"):
+        make_task("mmlu", "train")

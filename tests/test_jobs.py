@@ -1,0 +1,153 @@
+"""The jobs as a person runs them: what is wrong gives one line and status 2; README's commands."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import TOKENIZER, tiny_config, write_dataset
+
+from nanochat_ray.storage import Store
+
+REPO = Path(__file__).parents[1]
+
+
+def run(job: str, *flags: str, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, str(REPO / "jobs" / f"{job}.py"), *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"},
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stderr if code else done.stdout
+
+
+def refused(job: str, *flags: str) -> str:
+    """The one line that a job says when it refuses."""
+    lines = run(job, *flags, code=2).strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_training_without_ray_and_out_to_hugging_face_and_back(root: Store, tmp_path: Path) -> None:
+    write_dataset(root, "base")
+    train = ("--no-ray", "--storage", root.uri, "--depth", "1", "--tokens", "640")
+    train += ("--batch-tokens", "128", "--precision", "fp32", "--preset", "classic")
+    printed = run("train", *train)
+    assert '"done": true' in printed.splitlines()[-1]
+    assert root.child("runs", "base").exists("report.html")
+    assert '"done": true' in run("train", *train).splitlines()[-1]
+    folder = tmp_path / "hf"
+    run("export", "--storage", root.uri, "--run", "base", "--out", str(folder))
+    run("export", "--storage", root.uri, "--run", "back", "--take", str(folder))
+    assert "exists already" in refused(
+        "export", "--storage", root.uri, "--run", "back", "--take", str(folder)
+    )
+    from nanochat_ray.checkpoint import snapshot
+
+    one, two = (snapshot.load_model(root.child("runs", r))[0] for r in ("base", "back"))
+    for (_, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
+        assert a.equal(b)
+
+
+def test_what_cannot_be_trained_is_refused(root: Store) -> None:
+    at = ("--no-ray", "--storage", root.uri)
+    assert "dataset='base' is not in" in refused("train", *at)
+    write_dataset(root, "base")
+    assert "preset='newest' is not allowed" in refused("train", *at, "--preset", "newest")
+    assert "storage='ftp://x' is not allowed" in refused("train", "--storage", "ftp://x")
+    assert "parent='base' has no checkpoint" in refused(
+        "train", *at, "--stage", "sft", "--dataset", "base"
+    )
+    assert "depth=0" in refused("train", *at, "--depth", "0")
+    path = Path(root.root) / "datasets" / "base" / "train-0.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    flags = ("--depth", "1", "--tokens", "640", "--batch-tokens", "128", "--precision", "fp32")
+    assert "shard train-0.arrow" in refused("train", *at, *flags)
+
+
+def test_what_cannot_be_measured_or_exported_is_refused(root: Store) -> None:
+    assert "has no checkpoint" in refused("eval", "--storage", root.uri)
+    assert "task='nothing' is not known" in refused(
+        "eval", "--storage", root.uri, "--tasks", "nothing"
+    )
+    assert "either --out" in refused("export", "--storage", root.uri)
+    assert "has no checkpoint" in refused("export", "--storage", root.uri, "--out", "x")
+
+
+def _saved(root: Store) -> Path:
+    from nanochat_ray.checkpoint import snapshot
+    from nanochat_ray.model.gpt import GPT
+
+    model = GPT(tiny_config())
+    snapshot.save(
+        root.child("runs", "chat"),
+        1,
+        model_config=model.config,
+        weights=dict(model.named_parameters()),
+        optimizer=None,
+        trainer={"step": 1, "metrics": {}, "about": {"parent": ""}},
+        tokenizer=TOKENIZER,
+    )
+    return Path(root.root) / "runs" / "chat" / "step-000001"
+
+
+def test_a_checkpoint_that_misses_a_file_is_refused(root: Store) -> None:
+    folder = _saved(root)
+    (folder / "weights.msgpack").unlink()
+    assert "weights.msgpack is missing" in refused(
+        "eval", "--storage", root.uri, "--tasks", "identity"
+    )
+    (folder / "manifest.json").unlink()
+    assert "is not whole" in refused("eval", "--storage", root.uri, "--tasks", "identity")
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"```sh\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_readme_commands_exist(command: list[str]) -> None:
+    """Scripts are there and take the flags that README gives them."""
+    script = REPO / command[1]
+    assert script.exists()
+    used = {word for word in command if word.startswith("--")}
+    if command[0] == "bash":
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        known = set(re.findall(r"--[a-z-]+", script.read_text()))
+    else:
+        fields = importlib.import_module(f"jobs.{script.stem}").Args.__dataclass_fields__
+        known = {"--" + name.replace("_", "-") for name in fields}
+    assert used <= known
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--depth", "x"], "--depth must be a whole number, not 'x'"),
+        (["--colour"], "unknown argument --colour"),
+        (["--port"], "--port needs a value"),
+        (["--text"], "--text needs at least one"),
+    ],
+)
+def test_the_quickstart_refuses_what_it_does_not_know(flags: list[str], error: str) -> None:
+    script = str(REPO / "cluster" / "quickstart.sh")
+    done = subprocess.run(
+        ["bash", script, *flags], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.returncode == 2
+    assert error in done.stderr
