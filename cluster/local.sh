@@ -29,10 +29,19 @@ PY
 
 free_ports() {  # N: prints N free ports of the loopback interface
   "$VENV/bin/python" - "$1" <<'PY'
-import socket, sys
+import random, socket, sys
 
-taken = [socket.create_server(("127.0.0.1", 0)) for _ in range(int(sys.argv[1]))]
-print(*(s.getsockname()[1] for s in taken))
+# Below the range from which the system takes ports for outgoing connections, and above the one
+# that Ray gives to its workers: a port found free there stays free until Ray binds it.
+found = []
+for port in random.sample(range(20100, 32000), 2000):
+    try:
+        found.append(socket.create_server(("", port)))
+    except OSError:
+        continue
+    if len(found) == int(sys.argv[1]):
+        break
+print(*(s.getsockname()[1] for s in found))
 PY
 }
 
@@ -50,29 +59,44 @@ PY
 
 local_start() {  # GPUS: a Ray head on loopback, unless it runs already
   if local_alive; then say "Ray is up at $RAY_API_SERVER_ADDRESS"; return; fi
-  local_stop quietly
   mkdir -p "$LOGS"
-  local gcs dashboard agent metrics client cores
-  read -r gcs dashboard agent metrics client <<<"$(free_ports 5)"
-  cores="$("$VENV/bin/python" -c 'import os; print(max(8, os.cpu_count() or 1))')"
+  local try
+  for try in 1 2 3; do
+    local_stop quietly
+    local_address
+    . "$STATE/address"
+    say "starting Ray (log: $LOGS/ray.log, dashboard: $RAY_API_SERVER_ADDRESS)"
+    if local_head "$1" >"$LOGS/ray.log" 2>&1 </dev/null; then return; fi
+    say "Ray did not start at try $try of 3"
+  done
+  tail -n 20 "$LOGS/ray.log" >&2
+  fail "Ray did not start; its log is $LOGS/ray.log"
+}
+
+local_address() {  # chooses ports and a token, and notes them
+  local ports token
+  read -r -a ports <<<"$(free_ports 5)"
+  token="$("$VENV/bin/python" -c 'import secrets; print(secrets.token_hex(32))')"
   # The dashboard binds loopback, but Ray's other ports bind every interface: a token guards them.
   (umask 077; cat >"$STATE/address" <<ADDRESS
-export RAY_ADDRESS=127.0.0.1:$gcs
-export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$dashboard
+export RAY_ADDRESS=127.0.0.1:${ports[0]}
+export RAY_API_SERVER_ADDRESS=http://127.0.0.1:${ports[1]}
 export RAY_AUTH_MODE=token
-export RAY_AUTH_TOKEN=$("$VENV/bin/python" -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_TOKEN=$token
+RAY_PORTS=(--port=${ports[0]} --dashboard-port=${ports[1]} --ray-client-server-port=${ports[2]}
+  --metrics-export-port=${ports[3]} --dashboard-agent-listen-port=${ports[4]})
 ADDRESS
   )
-  . "$STATE/address"
-  say "starting Ray (log: $LOGS/ray.log, dashboard: $RAY_API_SERVER_ADDRESS)"
-  # More logical CPUs than cores: the tasks of Ray Data must find a place beside the workers.
-  (unset RAY_ADDRESS; ray start --head --node-ip-address=127.0.0.1 --port="$gcs" \
-    --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
-    --dashboard-agent-listen-port="$agent" --metrics-export-port="$metrics" \
-    --ray-client-server-port="$client" --num-cpus="$cores" ${1:+--num-gpus="$1"} \
-    --object-store-memory="${NANOCHAT_OBJECT_STORE:-500000000}" --disable-usage-stats) \
-    >"$LOGS/ray.log" 2>&1 </dev/null || { tail -n 20 "$LOGS/ray.log" >&2; fail "Ray did not start"; }
 }
+
+local_head() (  # GPUS
+  unset RAY_ADDRESS
+  # More logical CPUs than cores: the tasks of Ray Data must find a place beside the workers.
+  cores="$("$VENV/bin/python" -c 'import os; print(max(8, os.cpu_count() or 1))')"
+  ray start --head --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 "${RAY_PORTS[@]}" \
+    --num-cpus="$cores" --num-gpus="$1" --disable-usage-stats \
+    --object-store-memory="${NANOCHAT_OBJECT_STORE:-500000000}"
+)
 
 local_stop() {  # ends the cluster's processes and waits until they are gone
   local pids round signal=TERM

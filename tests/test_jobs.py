@@ -60,6 +60,18 @@ def test_training_without_ray_and_out_to_hugging_face_and_back(root: Store, tmp_
         assert a.equal(b)
 
 
+def test_the_same_jobs_on_s3(s3: str, tmp_path: Path) -> None:
+    root = Store.at(s3).child("jobs")
+    for stage in ("base", "sft"):
+        write_dataset(root, stage, stage, length=64)
+    at = ("--storage", root.uri, "--batch-tokens", "256", "--precision", "fp32", "--no-ray")
+    run("train", *at, "--depth", "1", "--tokens", "1280")
+    run("train", *at, "--stage", "sft", "--dataset", "sft")
+    assert root.child("runs", "chat").exists("latest")
+    flags = ("--tasks", "identity", "--count", "3", "--show-wrong", "0")
+    assert '"identity": 0.0' in run("eval", "--storage", root.uri, *flags)
+
+
 def test_what_cannot_be_trained_is_refused(root: Store) -> None:
     at = ("--no-ray", "--storage", root.uri)
     assert "dataset='base' is not in" in refused("train", *at)

@@ -163,6 +163,15 @@ class RowReader:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def check(self, limit: int) -> None:
+        """Opens, and so checks, every shard if they hold at most ``limit`` bytes together.
+
+        Raises ValueError that names the first one that is damaged, missing or of another kind.
+        """
+        if sum(shard.size for shard in self.shards) <= limit:
+            for number in range(len(self.shards)):
+                self._arrays(number)
+
     def _arrays(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
         if number not in self._open:
             shard = self.shards[number]

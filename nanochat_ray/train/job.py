@@ -24,6 +24,8 @@ from nanochat_ray.train import loop, validation
 from nanochat_ray.train.feed import from_shards
 from nanochat_ray.train.step import Batch
 
+CHECKED_BYTES = 512 << 20
+"""Shards up to this size together are checked before a job starts, larger ones when opened."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -68,7 +70,7 @@ def open_dataset(storage: str, name: str) -> tuple[Store, Manifest, Tokenizer]:
 
 def check(job: TrainJob) -> None:
     """Refuses what cannot train, before any worker starts. Raises ValueError."""
-    _, manifest, tokenizer = open_dataset(job.storage, job.dataset)
+    dataset, manifest, tokenizer = open_dataset(job.storage, job.dataset)
     if manifest.kind != job.train.stage:
         raise ValueError(
             f"dataset={job.dataset!r} was prepared for stage {manifest.kind}, "
@@ -95,6 +97,9 @@ def check(job: TrainJob) -> None:
                 f"parent={job.parent!r} was trained with another tokenizer than dataset "
                 f"{job.dataset!r}"
             )
+    # A damaged shard is better found now than by a worker in the middle of a run.
+    RowReader(dataset, manifest, "val").check(CHECKED_BYTES)
+    RowReader(dataset, manifest, "train").check(CHECKED_BYTES)
 
 
 def execute(

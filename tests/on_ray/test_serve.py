@@ -1,4 +1,5 @@
-"""A tiny real model on a real Ray Serve: two engines, two ingresses, the official client."""
+"""A tiny real model in S3, on a real Ray Serve with two engines and two ingresses, and the
+official client."""
 
 from __future__ import annotations
 
@@ -55,8 +56,8 @@ def write_snapshot(root: Store, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
-    root = Store.at(str(tmp_path_factory.mktemp("serve")))
+def config(s3: str) -> ServeConfig:
+    root = Store.at(s3).child("serve")
     write_snapshot(root, 0)
     TOK.save(root.child("tokenizers", TOK.fingerprint[:16]))
     return ServeConfig(

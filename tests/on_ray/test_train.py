@@ -108,3 +108,9 @@ def test_what_cannot_run_is_refused_before_a_worker_starts(tmp_path: Path) -> No
         fit(job(root.uri, "run", stage="sft"), workers=1)
     with pytest.raises(ValueError, match="parent='nobody' has no checkpoint"):
         fit(dataclasses.replace(job(root.uri, "run"), parent="nobody"), workers=1)
+    path = Path(root.root) / "datasets" / "base" / "train-1.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"shard train-1\.arrow of .* is damaged"):
+        fit(job(root.uri, "run"), workers=1)
