@@ -3,7 +3,7 @@
 python jobs/train.py --storage DIR --dataset base --run base --depth 4
 python jobs/train.py --storage DIR --stage sft --dataset sft --run chat --parent base
 ray job submit -- python jobs/train.py ...          # on a cluster: Ray Train and Ray Data
-torchrun --nproc-per-node 2 jobs/train.py ...       # the same loop without Ray
+torchrun --nproc-per-node 2 -- jobs/train.py ...      # the same loop without Ray
 python jobs/train.py --no-ray ...                   # and in this process
 """
 

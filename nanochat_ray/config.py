@@ -156,7 +156,6 @@ class TrainConfig:
     """Steps between checkpoints; 0 saves only at the end."""
     keep: int = 2
     """Checkpoints that are kept."""
-    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_rows", "micro_rows", "keep"):

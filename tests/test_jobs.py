@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -58,6 +59,35 @@ def test_training_without_ray_and_out_to_hugging_face_and_back(root: Store, tmp_
     one, two = (snapshot.load_model(root.child("runs", r))[0] for r in ("base", "back"))
     for (_, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
         assert a.equal(b)
+
+
+def test_torchrun_gives_what_one_process_gives(root: Store) -> None:
+    write_dataset(root, "base")
+    flags = ("--storage", root.uri, "--depth", "1", "--tokens", "640", "--batch-tokens", "128")
+    flags += ("--precision", "fp32", "--lr-scale", "0.1", "--micro-rows", "2")
+    run("train", "--no-ray", "--run", "one", *flags)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--",
+    ]
+    subprocess.run(
+        [*torchrun, str(REPO / "jobs" / "train.py"), "--run", "two", *flags],
+        check=True,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    one, two = (
+        [json.loads(line) for line in root.child("runs", r).read_text("metrics.jsonl").splitlines()]
+        for r in ("one", "two")
+    )
+    for a, b in zip(one, two, strict=True):
+        key = "loss" if a["kind"] == "train" else "bits_per_byte"
+        assert a[key] == pytest.approx(b[key], abs=1e-5)
 
 
 def test_the_same_jobs_on_s3(s3: str, tmp_path: Path) -> None:

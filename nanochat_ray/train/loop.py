@@ -123,7 +123,7 @@ class Checkpointer:
 
 def same_run(old: dict[str, Any], new: TrainConfig) -> None:
     """ValueError if a checkpoint's configuration would give other steps than ``new``."""
-    free = {"micro_rows", "eval_every", "eval_rows", "save_every", "keep", "compile"}
+    free = {"micro_rows", "eval_every", "eval_rows", "save_every", "keep"}
     for name, value in configs.to_json(new).items():
         if name not in free and old.get(name) != value:
             raise ValueError(
