@@ -24,8 +24,8 @@ REFERENCE_TOKENS = 1.32e9
 """Compute-optimal tokens of depth 12 with a vocabulary of 32,768."""
 
 
-CPU_FLOPS = 1.9e11
-"""FLOP/s that one thread reaches in training in bf16 at depth 4 (measured, AVX512-BF16)."""
+CPU_FLOPS = 1.4e11
+"""FLOP/s of one of two training workers at depth 4 in bf16 (measured, 2 cores, AVX512-BF16)."""
 
 
 def head_dim(width: int) -> int:
