@@ -69,7 +69,7 @@ def one_run(args: Args, batch: int, scale: float, seed: int) -> tuple[float, flo
     train = dataclasses.replace(plan.train, optim=optim)
     model = GPT(model_config, compute_dtype=DTYPES[args.precision])
     model.init_weights(torch.Generator().manual_seed(seed))
-    optimizer = ShardedOptimizer(model, train.optim)
+    optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
     began = time.perf_counter()
     feed = from_shards(RowReader(dataset, manifest, "train"), train, 0, 1)(0)
     for step, rows in enumerate(feed):

@@ -25,17 +25,16 @@ POLAR_EXPRESS = (
 def polar_express(G: Tensor) -> Tensor:
     """The semi-orthogonal factor of each matrix of ``G [..., m, n]``, to a few per cent.
 
-    Singular values go to about 1; those below a thousandth of the norm stay smaller. On CUDA the
-    work is done in bfloat16, for which the iteration is stable; the result has the dtype of ``G``.
+    Singular values go to about 1; those below a thousandth of the norm stay smaller. Works in
+    the dtype of ``G``; the iteration is stable in bfloat16.
     """
     X = G if G.size(-2) <= G.size(-1) else G.mT
-    X = X.bfloat16() if G.is_cuda else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c) if A.ndim == 3 else b * A + c * (A @ A)
         X = torch.baddbmm(X, B, X, beta=a) if X.ndim == 3 else a * X + B @ X
-    return (X if G.size(-2) <= G.size(-1) else X.mT).to(G.dtype)
+    return X if G.size(-2) <= G.size(-1) else X.mT
 
 
 def muon_update_(
@@ -48,15 +47,18 @@ def muon_update_(
     momentum: float,
     beta2: float,
     weight_decay: float,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """One step on a stack of matrices, in place.
 
     ``weights``, ``grads`` and ``momentum_buffer`` are ``[K, m, n]`` float32, ``second_moment`` is
     ``[K, m, 1]`` (or ``[K, 1, n]`` for wide matrices) float32. The step of an m×n matrix is
-    ``lr * sqrt(max(1, m / n))`` times a matrix of spectral norm about 1.
+    ``lr * sqrt(max(1, m / n))`` times a matrix of spectral norm about 1. ``dtype`` is that of the
+    orthogonalisation, which is nearly all of the work.
     """
     momentum_buffer.lerp_(grads, 1 - momentum)
-    update = polar_express(grads.lerp(momentum_buffer, momentum))  # Nesterov
+    nesterov = grads.lerp(momentum_buffer, momentum)
+    update = polar_express(nesterov.to(dtype)).float()
     # NorMuon: even out the neurons, keep the norm of the whole.
     along = -1 if update.size(-2) >= update.size(-1) else -2
     mean_square = update.square().mean(dim=along, keepdim=True)

@@ -81,7 +81,9 @@ class FlatGroup:
         }
 
     @torch.no_grad()
-    def update(self, step: int, lr_factor: float, momentum: float) -> None:
+    def update(
+        self, step: int, lr_factor: float, momentum: float, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Moves the owned weights by the owned, reduced gradients."""
         group, lr = self.group, self.group.lr * lr_factor
         weights, grads = self.weights[self.owned], self.grads[self.owned]
@@ -96,6 +98,7 @@ class FlatGroup:
                 momentum=momentum,
                 beta2=group.beta2,
                 weight_decay=group.weight_decay * lr_factor,
+                dtype=dtype,
             )
             return
         # AdamW: Loshchilov and Hutter, arXiv 1711.05101.
@@ -113,13 +116,17 @@ class ShardedOptimizer:
 
     After construction the model's parameters are views into flat buffers and their gradients are
     allocated: call ``zero_grad`` of this class, never ``set_to_none``. With an initialised
-    process group of more than one rank every method is collective.
+    process group of more than one rank every method is collective. ``compute_dtype`` is that of
+    Muon's orthogonalisation; weights and state are float32.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig):
+    def __init__(
+        self, model: nn.Module, config: OptimConfig, compute_dtype: torch.dtype = torch.float32
+    ):
         grouped = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if grouped else 0
         self.world = dist.get_world_size() if grouped else 1
+        self.compute_dtype = compute_dtype
         self._scatters = grouped and dist.get_backend() == "nccl"
         named = dict(model.named_parameters())
         groups = build_groups(named.items(), config)
@@ -173,7 +180,7 @@ class ShardedOptimizer:
                 flat.grads[flat.owned].mul_(clip / norm)
         gathers = []
         for flat in self.flats:
-            flat.update(step, lr_factor, momentum)
+            flat.update(step, lr_factor, momentum, self.compute_dtype)
             if self.world > 1:
                 owned = flat.weights[flat.owned]
                 source = owned if self._scatters else owned.clone()

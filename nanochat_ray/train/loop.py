@@ -149,7 +149,7 @@ def run(model: GPT, run: Run) -> dict[str, Any]:
         start = saved.step
         if run.store.exists("metrics.jsonl"):
             metrics = Metrics.from_jsonl(run.store.read_text("metrics.jsonl"), before=start)
-    optimizer = ShardedOptimizer(model, config.optim)
+    optimizer = ShardedOptimizer(model, config.optim, model.compute_dtype)
     if saved is not None and saved.optimizer is not None:
         optimizer.load_state_dict(saved.optimizer)
     del saved
