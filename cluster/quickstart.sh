@@ -63,7 +63,7 @@ if [ "$GPUS" -gt 0 ]; then
   PREPARE=(--vocab-size 32768 --sequence-len 2048) TRAIN=(--workers "$GPUS" --gpus)
 else
   # A few minutes instead of the compute-optimal hours: this is a first look.
-  PREPARE=() TRAIN=(--workers 2 --cpu-minutes 4)
+  PREPARE=() TRAIN=(--workers 2 --cpu-minutes 5.2)
 fi
 
 job() {  # NAME COMMAND...: one Ray job, what it prints here, and all of it in its log

@@ -8,11 +8,11 @@ from nanochat_ray.tasks.reasoning import KINDS, ReasoningTask, SpokenSums
 from nanochat_ray.tasks.task import Split, Task
 
 DEFAULT_MIXTURE = (
-    "chain_sum:6000",
-    "spoken_sums:2500",
-    "leg_counting:5000",
-    "products:3000",
-    "identity:2000",
+    "chain_sum:4500",
+    "spoken_sums:1500",
+    "leg_counting:3000",
+    "products:2000",
+    "identity:1500",
 )
 """Conversations of the default fine-tuning, as task:count; all made offline."""
 
