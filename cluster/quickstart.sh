@@ -53,7 +53,18 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1 RAY_USAGE_ST
 [ -n "$STORAGE" ] || STORAGE="$(python -c 'from nanochat_ray.storage import default_root as d; print(d())')"
 local_state "$PORT"
 mkdir -p "$LOGS"
-trap 'trap - INT TERM; echo; local_stop; exit 130' INT TERM
+# What this call has started ends with it, unless it comes to its end; an endpoint that was up
+# before stays up.
+STARTED=""
+finish() {
+  local code=$?
+  trap - EXIT
+  if [ "$code" -ne 0 ] && [ -n "$STARTED" ]; then local_stop; fi
+  exit "$code"
+}
+trap finish EXIT
+trap 'echo; exit 130' INT
+trap 'exit 143' TERM
 
 # Other text or another depth is another run, with a name of its own.
 TAG="d$DEPTH"
@@ -94,6 +105,7 @@ sys.exit(trainer["step"] < trainer["train_config"]["steps"])
 PY
 }
 
+local_alive || STARTED=1
 local_start "$GPUS"
 if ! done_run "$CHAT"; then
   if ! done_run "$BASE"; then
