@@ -1,0 +1,358 @@
+"""Measure training: the step against nanochat's, two workers against one, Ray's share, the feed.
+
+    python jobs/bench_train.py --only step --nanochat ../nanochat
+    python jobs/bench_train.py --only workers,ray,feed
+
+Every figure is the median of interleaved repeats in processes of their own, one thread each. The
+last line is one JSON object; what was not measured is null in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from nanochat_ray import scaling
+from nanochat_ray.config import ModelConfig, TrainConfig
+from nanochat_ray.data.shards import Manifest, RowReader, write_shard
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.optim.sharded import ShardedOptimizer
+from nanochat_ray.storage import Store
+from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.train.feed import from_shards
+from nanochat_ray.train.job import DTYPES, TrainJob
+from nanochat_ray.train.step import Batch, train_step
+
+KEYS = (
+    *("step_vs_nanochat", "two_workers", "tokens_vs_adamw", "tokens_vs_nanochat"),
+    *("ray_step_ratio", "feed_tokens_per_s", "data_wait_share"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    only: str = "step,workers,ray,feed"
+    """Parts to measure, separated by commas."""
+    nanochat: Path | None = None
+    """Checkout of nanochat; without it the step is not compared."""
+    repeats: int = 3
+    steps: int = 20
+    depth: int = 4
+    width: int = 256
+    vocab: int = 2048
+    length: int = 256
+    batch: int = 2048
+    """Tokens of a batch."""
+    child: str = ""
+    """Internal: what a process of its own is to measure, as JSON."""
+
+
+def shape(args: Args) -> ModelConfig:
+    heads = max(1, args.width // 64)
+    return ModelConfig.modern(
+        vocab_size=args.vocab,
+        n_layer=args.depth,
+        n_head=heads,
+        n_kv_head=heads,
+        n_embd=args.width,
+        sequence_len=args.length,
+    )
+
+
+def by_formula(named: Any) -> None:
+    """Equal weights for equal names, whoever the model is from."""
+    with torch.no_grad():
+        for number, (_, p) in enumerate(sorted(named)):
+            n = torch.arange(p.numel(), dtype=torch.float64)
+            p.copy_((0.05 * torch.sin(0.7 * n + number)).view(p.shape).to(p.dtype))
+
+
+def batch_of(args: Args) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(
+        args.vocab, (args.batch // args.length, args.length + 1), generator=generator
+    )
+
+
+def ours(args: Args, precision: str) -> dict[str, Any]:
+    config = shape(args)
+    model = GPT(config, DTYPES[precision])
+    by_formula(model.named_parameters())
+    ids = batch_of(args)
+    with torch.no_grad():
+        probe = model(ids[:1, :-1])[0, -1, :16].tolist()
+    rows = len(ids)
+    train = TrainConfig(
+        steps=10**6,
+        batch_rows=rows,
+        micro_rows=rows,
+        optim=scaling.optim_config(config, args.batch, 10**7),
+    )
+    optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
+    batch = Batch(ids.numpy())
+    seconds = timed(lambda k: train_step(model, optimizer, batch, k, train), args.steps)
+    return {"tokens_per_s": args.batch / seconds, "probe": probe}
+
+
+def theirs(args: Args, precision: str) -> dict[str, Any]:
+    # Their names are read at import, and their optimizer compiles, which took longer than it gave.
+    os.environ["NANOCHAT_DTYPE"] = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    sys.path.insert(0, str(args.nanochat))
+    import types
+
+    for name in ("wandb", "kernels", "filelock"):
+        try:
+            __import__(name)
+        except ImportError:
+            sys.modules[name] = types.ModuleType(name)
+    from nanochat import gpt as peer
+
+    fields = (
+        "vocab_size",
+        "n_layer",
+        "n_head",
+        "n_kv_head",
+        "n_embd",
+        "sequence_len",
+        "window_pattern",
+    )
+    model = peer.GPT(peer.GPTConfig(**{name: getattr(shape(args), name) for name in fields}))
+    model.init_weights()
+    by_formula(model.named_parameters())
+    ids = batch_of(args)
+    with torch.no_grad():
+        probe = model(ids[:1, :-1])[0, -1, :16].tolist()
+    optimizer = model.setup_optimizer()
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def step(_: int) -> None:
+        loss = model(inputs, targets)
+        loss.backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        loss.item()
+
+    seconds = timed(step, args.steps)
+    return {"tokens_per_s": args.batch / seconds, "probe": probe}
+
+
+def timed(step: Any, steps: int) -> float:
+    """Median seconds of a step, after three that warm up."""
+    for k in range(3):
+        step(k)
+    spent = []
+    for k in range(3, 3 + steps):
+        began = time.perf_counter()
+        step(k)
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent)
+
+
+def apart(args: Args, **what: Any) -> dict[str, Any]:
+    """Runs ``what`` in a process of its own and returns what it measured."""
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name != "child"}
+    flags: list[str] = []
+    for name, value in values.items():
+        if value is not None:
+            flags += [f"--{name}", str(value)]
+    done = subprocess.run(
+        [sys.executable, __file__, *flags, "--child", json.dumps(what)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{what} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def part_step(args: Args) -> dict[str, float | None]:
+    sides = ["ours"] + (["nanochat"] if args.nanochat else [])
+    found: dict[tuple[str, str], list[float]] = {}
+    probes: dict[str, list[float]] = {}
+    for _ in range(args.repeats):
+        for precision in ("fp32", "bf16"):
+            for side in sides:
+                result = apart(args, side=side, precision=precision)
+                found.setdefault((side, precision), []).append(result["tokens_per_s"])
+                if precision == "fp32":
+                    probes[side] = result["probe"]
+    for (side, precision), rates in found.items():
+        each = ", ".join(f"{rate:,.0f}" for rate in rates)
+        print(f"step  {side:<9} {precision}  {statistics.median(rates):8,.0f} tokens/s  ({each})")
+    if not args.nanochat:
+        return {"step_vs_nanochat": None}
+    off = max(abs(a - b) for a, b in zip(probes["ours"], probes["nanochat"], strict=True))
+    print(f"step  largest difference of logits (fp32, same weights): {off:.1e}")
+    if off > 1e-3:
+        raise RuntimeError("the two models do not compute the same: no comparison")
+    best = {s: max(statistics.median(found[s, p]) for p in ("fp32", "bf16")) for s in sides}
+    return {"step_vs_nanochat": best["ours"] / best["nanochat"]}
+
+
+def dataset(args: Args, folder: Path, rows: int = 4096) -> TrainJob:
+    """Random rows as a real dataset on disk, and a job that trains on them."""
+    root, tokenizer = Store.at(str(folder)), Tokenizer.bytes_only()
+    rng = np.random.default_rng(0)
+    store = root.child("datasets", "bench")
+    splits = {}
+    for split, count in (("train", rows), ("val", 8)):
+        ids = rng.integers(0, 256, (count, args.length + 1)).astype(np.uint16)
+        splits[split] = [write_shard(store, f"{split}-0.arrow", ids, None)]
+    manifest = Manifest(
+        kind="base",
+        tokenizer=tokenizer.fingerprint,
+        sequence_len=args.length,
+        dtype="uint16",
+        splits=splits,
+        key="bench",
+    )
+    tokenizer.save(root.child("tokenizers", tokenizer.fingerprint[:16]))
+    store.write_text("manifest.json", manifest.to_json())
+    model = dataclasses.replace(shape(args), vocab_size=tokenizer.vocab_size)
+    batch = 2 * args.batch // args.length
+    train = TrainConfig(
+        steps=args.steps,
+        batch_rows=batch,
+        micro_rows=batch // 2,
+        precision="bf16",
+        eval_rows=2,
+        optim=scaling.optim_config(model, 2 * args.batch, 10**7),
+    )
+    return TrainJob(storage=root.uri, dataset="bench", run="bench", model=model, train=train)
+
+
+def steady(storage: str, run: str) -> tuple[float, float]:
+    """Median tokens/s of a run's later steps, and its share of waiting for data."""
+    text = Store.at(storage).child("runs", run).read_text("metrics.jsonl")
+    steps = [r for r in map(json.loads, text.splitlines()) if r["kind"] == "train"][3:]
+    wait = sum(r["data_wait"] for r in steps) / sum(r["seconds"] for r in steps)
+    return statistics.median(r["tokens_per_s"] for r in steps), wait
+
+
+def torchrun(job: TrainJob, workers: int) -> None:
+    """The job under torchrun; its configuration travels in a file."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(job.to_json(), file)
+        file.flush()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={workers}", "--", __file__, "--child"]
+        command.append(json.dumps({"job": file.name}))
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, capture_output=True, env=env)
+
+
+def part_workers(args: Args) -> dict[str, float | None]:
+    """Two processes with a batch shared between them against one with half the batch."""
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as folder:
+        whole = dataset(args, Path(folder))
+        half = dataclasses.replace(whole.train, batch_rows=whole.train.micro_rows)
+        for repeat in range(args.repeats):
+            for workers, train in ((1, half), (2, whole.train)):
+                run = f"workers-{workers}-{repeat}"
+                torchrun(dataclasses.replace(whole, train=train, run=run), workers)
+                rates[workers].append(steady(whole.storage, run)[0])
+    one, two = (statistics.median(rates[n]) for n in (1, 2))
+    print(f"workers  one {one:,.0f} tokens/s, two {two:,.0f} tokens/s")
+    return {"two_workers": two / one}
+
+
+def part_ray(args: Args) -> dict[str, float | None]:
+    """The steady step under Ray Train with Ray Data against torchrun, two workers each."""
+    from nanochat_ray.on_ray import session
+    from nanochat_ray.on_ray.train import fit
+
+    session.connect()
+    rates: dict[str, list[float]] = {"torchrun": [], "ray": []}
+    waits, starts = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        job = dataset(args, Path(folder))
+        for repeat in range(args.repeats):
+            torchrun(dataclasses.replace(job, run=f"torchrun-{repeat}"), 2)
+            rates["torchrun"].append(steady(job.storage, f"torchrun-{repeat}")[0])
+            began = time.perf_counter()
+            fit(dataclasses.replace(job, run=f"ray-{repeat}"), workers=2, print_every=10**6)
+            rate, wait = steady(job.storage, f"ray-{repeat}")
+            rates["ray"].append(rate)
+            waits.append(wait)
+            work = args.steps * 2 * args.batch / rate
+            starts.append(time.perf_counter() - began - work)
+    plain, ray = (statistics.median(rates[side]) for side in ("torchrun", "ray"))
+    print(
+        f"ray  torchrun {plain:,.0f} tokens/s, Ray Train + Ray Data {ray:,.0f} tokens/s; start, "
+        f"checkpoint and shutdown {statistics.median(starts):.1f} s"
+    )
+    return {"ray_step_ratio": plain / ray, "data_wait_share": statistics.median(waits)}
+
+
+def part_feed(args: Args) -> dict[str, float | None]:
+    """Rows from shards on this disk to batches, with nothing that trains."""
+    rates = []
+    with tempfile.TemporaryDirectory() as folder:
+        job = dataset(dataclasses.replace(args, length=1024), Path(folder), rows=32768)
+        config = dataclasses.replace(job.train, steps=400, batch_rows=128, micro_rows=128)
+        store = Store.at(job.storage).child("datasets", "bench")
+        reader = RowReader(store, Manifest.load(store), "train")
+        for _ in range(args.repeats):
+            began, tokens = time.perf_counter(), 0
+            for batch in from_shards(reader, config, 0, 1)(0):
+                tokens += batch.ids.size
+            rates.append(tokens / (time.perf_counter() - began))
+    print(f"feed  {statistics.median(rates) / 1e6:,.0f} million tokens/s")
+    return {"feed_tokens_per_s": statistics.median(rates)}
+
+
+def run_child(args: Args) -> None:
+    torch.set_num_threads(1)
+    what = json.loads(args.child)
+    if "job" in what:
+        import torch.distributed as dist
+
+        from nanochat_ray.train.job import execute
+
+        job = TrainJob.from_json(json.loads(Path(what["job"]).read_text()))
+        dist.init_process_group("gloo")
+        execute(job, rank=dist.get_rank(), world=dist.get_world_size())
+        dist.destroy_process_group()
+        return
+    measure = {"ours": ours, "nanochat": theirs}[what["side"]]
+    print(json.dumps(measure(args, what["precision"])))
+
+
+def main(args: Args) -> None:
+    if args.child:
+        run_child(args)
+        return
+    parts = {"step": part_step, "workers": part_workers, "ray": part_ray, "feed": part_feed}
+    chosen = [part.strip() for part in args.only.split(",")]
+    unknown = [part for part in chosen if part not in parts]
+    if unknown:
+        raise ValueError(f"only={args.only!r} is not allowed: some of {', '.join(parts)}")
+    found: dict[str, float | None] = dict.fromkeys(KEYS)
+    for part in chosen:
+        found.update(parts[part](args))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
