@@ -39,6 +39,8 @@ class ModelConfig:
     """Positions that training sees, and the length of a full ("L") window."""
     window_pattern: str = "L"
     """One letter a layer, tiled: L = all earlier positions, S = a quarter. The last is always L."""
+    document_start: int = -1
+    """Token that begins a document, which attention and smear then do not cross; -1 lets them."""
     value_embeds: bool = True
     """A second embedding table mixed into the values of every other layer (ResFormer)."""
     residual_scalars: bool = True
@@ -47,11 +49,22 @@ class ModelConfig:
     """Mix the previous token's embedding into each token's."""
     backout: bool = True
     """Subtract a learned share of the middle layer's residual before the head."""
+    skips: bool = False
+    """U-Net: a layer of the second half adds a gated share of its mirror image in the first."""
+    attention_gate: bool = False
+    """Scale each head's output by a gate that looks at a few channels of the layer's input."""
+    residual_decay: float = 0.0
+    """Start of every residual scale: above 1, the share of earlier layers decays exponentially with
+    depth; 0 is nanochat's ramp from 1.15 to 1.05."""
+    dropout: float = 0.0
+    """Share of the embedding's and of each sublayer's outputs that training zeroes."""
     qk_scale: float = 1.2
     """Factor on normalised queries and on keys (attention is sharpened by its square)."""
     softcap: float = 15.0
     """Logits are softcap * tanh(logits / softcap); 0 turns it off."""
     rope_base: float = 100_000.0
+    rope_factor: float = 1.0
+    """Serve this many times ``sequence_len`` positions, by YaRN's interpolation of frequencies."""
     norm_eps: float | None = None
     """Epsilon of RMSNorm; None is the machine epsilon of the activations' dtype."""
     pad_vocab_to: int = 64
@@ -76,6 +89,11 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
+
+    @property
+    def context_len(self) -> int:
+        """Positions that the model can serve."""
+        return int(self.sequence_len * self.rope_factor)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -103,7 +121,18 @@ class ModelConfig:
             self.window_pattern,
             "letters L and S",
         )
-        _require(self.softcap >= 0, "softcap", self.softcap, "0 (off) or more")
+        for name in ("softcap", "residual_decay"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 (off) or more")
+        _require(
+            not self.residual_decay or self.residual_scalars,
+            "residual_decay",
+            self.residual_decay,
+            "0 without residual_scalars",
+        )
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 to below 1")
+        _require(self.rope_factor >= 1, "rope_factor", self.rope_factor, "1 (off) or more")
+        start = self.document_start
+        _require(-1 <= start < self.vocab_size, "document_start", start, "a token, or -1 for none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +177,10 @@ class TrainConfig:
     seed: int = 0
     precision: Precision = "fp32"
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    fp8: bool = False
+    """The blocks' large matrix products in 8-bit floating point (Hopper; bf16 for the rest)."""
+    window_warmup: float = 0.0
+    """Share of the steps in which attention windows grow, in three stages, to their full size."""
     eval_every: int = 0
     """Steps between validations; 0 validates only at the first and last step."""
     eval_rows: int = 256
@@ -164,6 +197,8 @@ class TrainConfig:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
         _require(self.stage in ("base", "sft"), "stage", self.stage, "base or sft")
+        _require(not self.fp8 or self.precision == "bf16", "fp8", self.fp8, "only in bf16")
+        _require(0 <= self.window_warmup <= 1, "window_warmup", self.window_warmup, "from 0 to 1")
         _require(
             self.batch_rows % self.micro_rows == 0,
             "batch_rows",

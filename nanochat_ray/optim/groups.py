@@ -34,6 +34,8 @@ _ADAMW: tuple[tuple[str, str, float, float, float, float], ...] = (
     ("x0_lambdas", "scalar_lr", 1.0, 0.96, 0.95, 0.0),
     ("smear_", "scalar_lr", 0.4, 0.8, 0.95, 0.0),
     ("backout_lambda", "scalar_lr", 0.4, 0.8, 0.95, 0.0),
+    ("skip_", "scalar_lr", 0.1, 0.8, 0.95, 0.0),
+    ("head_gate", "scalar_lr", 0.1, 0.8, 0.95, 0.0),
 )
 
 
@@ -44,10 +46,10 @@ def build_groups(
     matrices: dict[tuple[int, ...], list[str]] = {}
     others: dict[tuple[float, float, float, float], list[str]] = {}
     for name, parameter in sorted(named, key=lambda item: item[0]):
-        if name.startswith("transformer.h."):
+        if name.startswith("transformer.h.") and "head_gate" not in name:
             matrices.setdefault(tuple(parameter.shape), []).append(name)
             continue
-        rule = next((r for r in _ADAMW if name.startswith(r[0])), None)
+        rule = next((r for r in _ADAMW if name.startswith(r[0]) or f".{r[0]}." in name), None)
         if rule is None:
             raise ValueError(f"parameter {name!r} has no learning rate; see optim/groups.py")
         _, rate, factor, beta1, beta2, decay = rule
