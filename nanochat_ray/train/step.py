@@ -76,6 +76,8 @@ def train_step(
             place = np.random.SeedSequence((config.seed, step, micro))
             torch.manual_seed(int(place.generate_state(1)[0]))
         loss = model.loss(inputs, targets, reduction="sum")
+        if (micro - first_micro + 1) * config.micro_rows >= len(batch.ids):
+            optimizer.last_backward()
         (loss / nominal).backward()
         nats += loss.detach()
         count += (targets >= 0).sum()
