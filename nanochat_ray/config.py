@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, TypeVar
 T = TypeVar("T")
 
 Precision = Literal["fp32", "bf16"]
+Orthogonalizer = Literal["polar_express", "newton_schulz"]
 
 
 def _require(ok: bool, field: str, value: object, allowed: str) -> None:
@@ -146,6 +147,14 @@ class OptimConfig:
     scalar_lr: float = 0.5
     weight_decay: float = 0.0
     """Cautious decay of the matrices, tied to the rate."""
+    orthogonalizer: Orthogonalizer = "polar_express"
+    """Muon's iteration towards the nearest semi-orthogonal matrix."""
+    normuon: bool = True
+    """Even out the sizes of a Muon update's neurons by their running second moments."""
+    equilibrate: bool = True
+    """Give the rows of a gradient equal norms before it is made orthogonal."""
+    cautious: bool = True
+    """Decay a weight only where that agrees with its update."""
     momentum: float = 0.95
     warmup: float = 0.02
     """Share of the steps in which the rates rise."""
@@ -159,6 +168,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        iterations = ("polar_express", "newton_schulz")
+        allowed = f"one of {iterations}"
+        _require(self.orthogonalizer in iterations, "orthogonalizer", self.orthogonalizer, allowed)
         for name in ("warmup", "warmdown", "final_lr"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "from 0 to below 1")

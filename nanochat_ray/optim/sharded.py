@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nanochat_ray.config import OptimConfig
 from nanochat_ray.optim.groups import Group, build_groups
-from nanochat_ray.optim.muon import muon_update_
+from nanochat_ray.optim.muon import MuonRule, muon_update_
 
 BUCKET = 1 << 18
 """Elements that one reduction of a Muon group carries, at least: small ones cost latency."""
@@ -60,8 +60,15 @@ class Bucket:
 class FlatGroup:
     """One group's buffers. ``weights`` and ``grads`` are whole, the rest is this rank's share."""
 
-    def __init__(self, group: Group, named: Mapping[str, nn.Parameter], rank: int, world: int):
-        self.group = group
+    def __init__(
+        self,
+        group: Group,
+        named: Mapping[str, nn.Parameter],
+        rank: int,
+        world: int,
+        rule: MuonRule = MuonRule(),  # noqa: B008 (frozen)
+    ):
+        self.group, self.rule = group, rule
         parameters = [named[name] for name in group.names]
         self.spans: list[Span] = []
         at = 0
@@ -132,6 +139,7 @@ class FlatGroup:
                 momentum=momentum,
                 beta2=group.beta2,
                 weight_decay=group.weight_decay * lr_factor,
+                rule=self.rule,
                 dtype=dtype,
             )
             return
@@ -164,7 +172,13 @@ class ShardedOptimizer:
         self._scatters = grouped and dist.get_backend() == "nccl"
         named = dict(model.named_parameters())
         groups = build_groups(named.items(), config)
-        self.flats = [FlatGroup(group, named, self.rank, self.world) for group in groups]
+        rule = MuonRule(
+            orthogonalizer=config.orthogonalizer,
+            normuon=config.normuon,
+            equilibrate=config.equilibrate,
+            cautious=config.cautious,
+        )
+        self.flats = [FlatGroup(group, named, self.rank, self.world, rule) for group in groups]
         self._buckets: list[Bucket] = []
         self._last_backward = False
         if self.world > 1:
