@@ -12,6 +12,7 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.attention import AttentionContext, causal_attention
@@ -118,6 +119,8 @@ class GPT(nn.Module):
             layers = [i for i in range(n) if has_value_embedding(i, n)]
             self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, kv) for i in layers})
         self._angles: tuple[Tensor, Tensor] | None = None
+        self.checkpoint_activations = False
+        """In training keep only the inputs of blocks, and compute the rest again when needed."""
 
     @property
     def wte(self) -> nn.Embedding:
@@ -191,6 +194,28 @@ class GPT(nn.Module):
         mixed = after + self.smear_lambda.to(x.dtype) * gate * before
         return mixed if prev_ids is not None else torch.cat((x[:, :1], mixed), dim=1)
 
+    def _block(
+        self,
+        i: int,
+        block: Block,
+        x: Tensor,
+        x0: Tensor,
+        ids: Tensor,
+        angles: tuple[Tensor, Tensor],
+        context: AttentionContext | None = None,
+    ) -> Tensor:
+        """Layer ``i`` on the residual stream ``x [B, T, C]``; ``x0`` is the stream's beginning."""
+        config = self.config
+        if config.residual_scalars:
+            # In float32 scalars the product would be promoted: cast them, not the stream.
+            resid, first = self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype)
+            x = resid * x + first * x0
+        value = None
+        if config.value_embeds and str(i) in self.value_embeds:
+            value = self.value_embeds[str(i)](ids).to(x.dtype)
+        x = x + block.attn(rms_norm(x, config.norm_eps), value, angles, context)
+        return x + block.mlp(rms_norm(x, config.norm_eps))
+
     def hidden(
         self, ids: Tensor, context: AttentionContext | None = None, prev_ids: Tensor | None = None
     ) -> Tensor:
@@ -207,15 +232,10 @@ class GPT(nn.Module):
             x = self._smear(x, prev_ids)
         x0, middle = x, None
         for i, block in enumerate(self.blocks):
-            if config.residual_scalars:
-                # In float32 scalars the product would be promoted: cast them, not the stream.
-                resid, first = self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype)
-                x = resid * x + first * x0
-            value = None
-            if config.value_embeds and str(i) in self.value_embeds:
-                value = self.value_embeds[str(i)](ids).to(x.dtype)
-            x = x + block.attn(rms_norm(x, config.norm_eps), value, angles, context)
-            x = x + block.mlp(rms_norm(x, config.norm_eps))
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(self._block, i, block, x, x0, ids, angles, use_reentrant=False)
+            else:
+                x = self._block(i, block, x, x0, ids, angles, context)
             if config.backout and i == config.n_layer // 2:
                 middle = x
         if middle is not None:
