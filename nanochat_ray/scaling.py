@@ -182,9 +182,9 @@ def base_plan(
 ) -> Plan:
     """A whole run from a model; ``tokens`` and ``batch`` (in tokens) overrule the rules."""
     wanted = tokens or horizon(model, ratio)
-    rows = max(1, (batch or batch_tokens(wanted)) // model.sequence_len)
-    rows = -(-rows // workers) * workers
-    micro = largest_micro(rows // workers, micro_rows or 2**14 // model.sequence_len)
+    # Not rounded to the workers: the same run goes on with another number of them.
+    rows = max(workers, (batch or batch_tokens(wanted)) // model.sequence_len)
+    micro = largest_micro(rows, workers, micro_rows or 2**14 // model.sequence_len)
     size = rows * model.sequence_len
     steps = max(1, round(wanted / size))
     return Plan(
@@ -222,14 +222,13 @@ def sft_config(
     length = model.sequence_len
     size = batch or min(2**14, batch_tokens(rows * length))
     batch_rows = max(workers, size // length)
-    batch_rows = -(-batch_rows // workers) * workers
     steps = max(1, round(epochs * rows / batch_rows))
     optim = optim_config(model, batch_rows * length, rows * length)
     return TrainConfig(
         stage="sft",
         steps=steps,
         batch_rows=batch_rows,
-        micro_rows=micro_rows or largest_micro(batch_rows // workers, 2**14 // length),
+        micro_rows=largest_micro(batch_rows, workers, micro_rows or 2**14 // length),
         seed=seed,
         precision=precision,
         optim=dataclasses.replace(
@@ -246,6 +245,7 @@ def scaled(optim: OptimConfig, factor: float) -> OptimConfig:
     return dataclasses.replace(optim, **{name: getattr(optim, name) * factor for name in rates})
 
 
-def largest_micro(rows: int, most: int) -> int:
-    """The largest divisor of ``rows`` that is at most ``most`` (at least 1)."""
-    return next(n for n in range(max(1, min(rows, most)), 0, -1) if rows % n == 0)
+def largest_micro(rows: int, workers: int, most: int) -> int:
+    """The largest divisor of a batch of ``rows`` that is at most ``most`` and a worker's share."""
+    most = max(1, min(most, -(-rows // workers)))
+    return next(n for n in range(most, 0, -1) if rows % n == 0)

@@ -131,7 +131,7 @@ def refuse(
         return estimate(model, tried, world=world, on_gpu=on_gpu).total <= MARGIN * free
 
     ways = []
-    smaller = [n for n in range(train.micro_rows - 1, 0, -1) if train.batch_rows % (world * n) == 0]
+    smaller = (n for n in range(train.micro_rows - 1, 0, -1) if train.batch_rows % n == 0)
     found = next((n for n in smaller if fits(world, micro_rows=n)), 0)
     if found:
         ways.append(f"micro_rows={found}")

@@ -71,13 +71,14 @@ def fitted(
     """
     if not hardware.memory:
         return train
-    rows = train.batch_rows // workers
     most = 2**16 // model.sequence_len
-    for micro in (n for n in range(min(rows, most), train.micro_rows, -1) if rows % n == 0):
+    while most > train.micro_rows:
+        micro = scaling.largest_micro(train.batch_rows, workers, most)
         larger = dataclasses.replace(train, micro_rows=micro)
         needed = memory.estimate(model, larger, world=workers, on_gpu=True)
         if needed.total <= 0.8 * hardware.memory:
             return larger
+        most = micro - 1
     return train
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -79,3 +80,40 @@ def test_the_estimate_is_near_what_a_process_takes(
     wanted = memory.estimate(shape, train, world=1, on_gpu=False)
     print(f"measured {measured / 2**30:.2f} GiB, estimated {wanted.total / 2**30:.2f}", wanted)
     assert wanted.total == pytest.approx(measured, rel=0.25)
+
+
+def test_what_cannot_fit_is_refused_with_what_would() -> None:
+    model = scaling.model_config(12, 32_768)
+    train = train_config(batch_rows=256, micro_rows=32)
+    needed = memory.refuse(model, train, world=1, on_gpu=True, free=80 << 30)
+    assert needed.total < 80 << 30
+    with pytest.raises(memory.DoesNotFitError) as error:
+        memory.refuse(model, train, world=1, on_gpu=True, free=24 << 30)
+    text = str(error.value)
+    assert "micro_rows=32 needs about 32" in text
+    assert "24.0 GiB are free: what would fit: micro_rows=16 or checkpoint_activations" in text
+    for changes in ({"micro_rows": 16}, {"checkpoint_activations": True}):
+        memory.refuse(
+            model, dataclasses.replace(train, **changes), world=1, on_gpu=True, free=24 << 30
+        )
+    # The state alone is too much for one, not for many.
+    deep = scaling.model_config(26, 32_768)
+    with pytest.raises(memory.DoesNotFitError, match=r"would fit: workers=2$"):
+        memory.refuse(
+            deep,
+            train_config(batch_rows=64, micro_rows=1, checkpoint_activations=True),
+            world=1,
+            on_gpu=True,
+            free=24 << 30,
+        )
+    with pytest.raises(memory.DoesNotFitError, match="a smaller depth would fit"):
+        memory.refuse(deep, train, world=1, on_gpu=True, free=4 << 30)
+
+
+def test_more_workers_share_the_optimizer_and_rows_the_rest() -> None:
+    model = scaling.model_config(12, 32_768)
+    one, eight = (memory.estimate(model, train_config(), world=n, on_gpu=True) for n in (1, 8))
+    assert eight.optimizer == pytest.approx(one.optimizer / 8, rel=0.01)
+    assert eight.weights == one.weights
+    half = memory.estimate(model, train_config(micro_rows=8), world=1, on_gpu=True)
+    assert half.activations < 0.6 * one.activations
