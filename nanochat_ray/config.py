@@ -200,17 +200,35 @@ class TrainConfig:
     save_every: int = 0
     """Steps between checkpoints; 0 saves only at the end."""
     keep: int = 2
-    """Checkpoints that are kept."""
+    """Newest checkpoints that are kept."""
+    keep_best: bool = True
+    """Also save where a validation is the best so far, and keep that checkpoint."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of blocks and compute the rest again in the backward pass (Chen et al.,
+    arXiv 1604.06174): a third more work for a fraction of the memory."""
+    deterministic: bool = False
+    """Only operations whose result is the same bits each time; slower on a GPU."""
+    spike_clip: float = 0.0
+    """A gradient norm above this many times the median of the last 100 is cut down to that; 0 is
+    off."""
+    sample_tokens: int = 48
+    """Tokens of the texts that are written at each validation, for a person to read; 0 is none."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_rows", "micro_rows", "keep"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
-        for name in ("eval_every", "save_every", "eval_rows"):
+        for name in ("eval_every", "save_every", "eval_rows", "sample_tokens"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
         _require(self.stage in ("base", "sft"), "stage", self.stage, "base or sft")
         _require(not self.fp8 or self.precision == "bf16", "fp8", self.fp8, "only in bf16")
         _require(0 <= self.window_warmup <= 1, "window_warmup", self.window_warmup, "from 0 to 1")
+        _require(
+            self.spike_clip == 0 or self.spike_clip > 1,
+            "spike_clip",
+            self.spike_clip,
+            "0 (off) or more than 1",
+        )
         _require(
             self.batch_rows % self.micro_rows == 0,
             "batch_rows",

@@ -12,6 +12,7 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.attention import AttentionContext, TrainingAttention
@@ -136,6 +137,8 @@ class GPT(nn.Module):
         self._angles: tuple[Tensor, Tensor] | None = None
         self.window_share = 1.0
         """Share of the windows that training sees; a schedule may let it grow."""
+        self.checkpoint_activations = False
+        """In training keep only the inputs of blocks, and compute the rest again when needed."""
 
     @property
     def wte(self) -> nn.Embedding:
@@ -236,6 +239,33 @@ class GPT(nn.Module):
         mixed = after + self.smear_lambda.to(x.dtype) * gate * before
         return mixed if prev_ids is not None else torch.cat((x[:, :1], mixed), dim=1)
 
+    def _block(
+        self,
+        i: int,
+        block: Block,
+        x: Tensor,
+        x0: Tensor,
+        skip: Tensor | None,
+        ids: Tensor,
+        angles: tuple[Tensor, Tensor],
+        attend: TrainingAttention | AttentionContext,
+    ) -> Tensor:
+        """Layer ``i`` on the residual stream ``x [B, T, C]``; ``x0`` is what it began with."""
+        config = self.config
+        if config.residual_scalars:
+            # In float32 scalars the product would be promoted: cast them, not the stream.
+            resid, first = self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype)
+            x = resid * x + first * x0
+        if skip is not None:
+            x = x + self._skip(config.n_layer - 1 - i, x0) * skip
+        value = None
+        if config.value_embeds and str(i) in self.value_embeds:
+            value = self.value_embeds[str(i)](ids).to(x.dtype)
+        window = self._window(block.attn, ids.size(1))
+        attended = block.attn(rms_norm(x, config.norm_eps), value, angles, attend, window)
+        x = x + self._drop(attended)
+        return x + self._drop(block.mlp(rms_norm(x, config.norm_eps)))
+
     def hidden(
         self, ids: Tensor, context: AttentionContext | None = None, prev_ids: Tensor | None = None
     ) -> Tensor:
@@ -261,19 +291,14 @@ class GPT(nn.Module):
         x0, middle = x, None
         mirrored: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            if config.residual_scalars:
-                # In float32 scalars the product would be promoted: cast them, not the stream.
-                resid, first = self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype)
-                x = resid * x + first * x0
+            skip = None
             if config.skips and i >= config.n_layer - len(self.skip_gates):
-                x = x + self._skip(len(mirrored) - 1, x0) * mirrored.pop()
-            value = None
-            if config.value_embeds and str(i) in self.value_embeds:
-                value = self.value_embeds[str(i)](ids).to(x.dtype)
-            window = self._window(block.attn, ids.size(1)) if context is None else block.attn.window
-            normed = rms_norm(x, config.norm_eps)
-            x = x + self._drop(block.attn(normed, value, angles, attend, window))
-            x = x + self._drop(block.mlp(rms_norm(x, config.norm_eps)))
+                skip = mirrored.pop()
+            args = (i, block, x, x0, skip, ids, angles, attend)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(self._block, *args, use_reentrant=False)
+            else:
+                x = self._block(*args)
             if config.skips and i < len(self.skip_gates):
                 mirrored.append(x)
             if config.backout and i == config.n_layer // 2:
