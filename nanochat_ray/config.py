@@ -158,7 +158,9 @@ class OptimConfig:
     momentum: float = 0.95
     warmup: float = 0.02
     """Share of the steps in which the rates rise."""
-    warmdown: float = 0.5
+    embedding_beta2: float = 0.995
+    """Decay of the second moment of AdamW for the embeddings."""
+    warmdown: float = 0.8
     """Share of the steps in which the rates fall to ``final_lr``."""
     final_lr: float = 0.05
     """Last rate as a share of the full one."""
@@ -173,7 +175,8 @@ class OptimConfig:
         _require(self.orthogonalizer in iterations, "orthogonalizer", self.orthogonalizer, allowed)
         for name in ("warmup", "warmdown", "final_lr"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "from 0 to below 1")
+        for name in ("momentum", "embedding_beta2"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,11 @@ class Group:
 
 # betas and decays: nanochat's gpt.py (July 2026), which tuned them at depth 12.
 _ADAMW: tuple[tuple[str, str, float, float, float, float], ...] = (
-    # prefix of the name, rate in OptimConfig, factor on it, beta1, beta2, weight decay
+    # prefix of the name, rate in OptimConfig, factor on it, beta1, beta2 (0: that of the
+    # embeddings, from OptimConfig), weight decay
     ("lm_head.", "unembedding_lr", 1.0, 0.8, 0.96, 0.01),
-    ("transformer.wte.", "embedding_lr", 1.0, 0.8, 0.995, 0.001),
-    ("value_embeds.", "embedding_lr", 0.5, 0.8, 0.995, 0.01),
+    ("transformer.wte.", "embedding_lr", 1.0, 0.8, 0.0, 0.001),
+    ("value_embeds.", "embedding_lr", 0.5, 0.8, 0.0, 0.01),
     ("resid_lambdas", "scalar_lr", 0.01, 0.8, 0.95, 0.05),
     ("x0_lambdas", "scalar_lr", 1.0, 0.96, 0.95, 0.0),
     ("smear_", "scalar_lr", 0.4, 0.8, 0.95, 0.0),
@@ -53,6 +54,7 @@ def build_groups(
         if rule is None:
             raise ValueError(f"parameter {name!r} has no learning rate; see optim/groups.py")
         _, rate, factor, beta1, beta2, decay = rule
+        beta2 = beta2 or config.embedding_beta2
         others.setdefault((getattr(config, rate) * factor, beta1, beta2, decay), []).append(name)
     adamw = [
         Group(kind="adamw", names=tuple(names), lr=k[0], beta1=k[1], beta2=k[2], weight_decay=k[3])
