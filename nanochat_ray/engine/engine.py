@@ -12,12 +12,14 @@ import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanochat_ray.config import EngineConfig
 from nanochat_ray.engine import sampler
 from nanochat_ray.engine.blocks import BLOCK, PrefixBlocks
+from nanochat_ray.engine.grammar import Grammars, GrammarState
 from nanochat_ray.engine.kv_cache import BlockStore
 from nanochat_ray.engine.request import Finish, Output, Request, TokenLogprob
 from nanochat_ray.engine.runner import Runner
@@ -56,7 +58,15 @@ class Engine:
     are cut into chunks, and after preemption or a move to another engine.
     """
 
-    def __init__(self, model: GPT, config: EngineConfig, tool: Tool | None = None):
+    def __init__(
+        self,
+        model: GPT,
+        config: EngineConfig,
+        tool: Tool | None = None,
+        token_bytes: SequenceOf[bytes] | None = None,
+    ):
+        """``token_bytes[t]`` is the text of token t (empty: none), as ``Tokenizer.byte_table``
+        gives it; without it, requests with a grammar are refused."""
         self.config, self.tool = config, tool
         self.max_len = config.max_len or model.config.sequence_len
         self.vocab_size = model.config.vocab_size
@@ -71,6 +81,7 @@ class Engine:
         self._prefixes = PrefixBlocks(config.prefix_tokens // BLOCK)
         self._store = BlockStore(self.runner.cache, self._prefixes.capacity)
         self._sampling = SamplingState(config.max_slots, self.vocab_size, self.runner.device)
+        self._grammars = Grammars(token_bytes, self.vocab_size) if token_bytes else None
         self._sequences: dict[str, Sequence] = {}
         self._ready: list[Output] = []
         self._stats = Stats(slots=config.max_slots)
@@ -80,8 +91,7 @@ class Engine:
         return bool(self._sequences or self._ready)
 
     def validate(self, request: Request) -> None:
-        """ValueError if this engine can never answer it. Reads constants only, so any thread may
-        call it."""
+        """ValueError if this engine can never answer it. Any thread may call it."""
         tokens = (*request.prompt, *request.generated)
         if not request.prompt:
             raise ValueError("prompt: it must hold at least one token")
@@ -100,6 +110,10 @@ class Engine:
             if wrong is not None:
                 allowed = f"token ids from 0 to {self.vocab_size - 1}"
                 raise ValueError(f"{name}={wrong} is not allowed: {allowed}")
+        if request.params.grammar is not None:
+            if self._grammars is None:
+                raise ValueError("grammar: this engine does not know the text of its tokens")
+            self._grammars.check(request.params.grammar)
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises ValueError (see ``validate``; or its id is in use) or
@@ -114,12 +128,16 @@ class Engine:
             tokens=[*request.prompt, *request.generated],
             seed=params.seed or 0,
             limit=min(self.max_len, len(request.prompt) + params.max_tokens),
-            tool=ToolState(self.tool) if self.tool else None,
+            # What a tool writes would not follow the grammar.
+            tool=ToolState(self.tool) if self.tool and params.grammar is None else None,
+            grammar=self._start_grammar(request),
             ending=params.ending,
         )
         sequence.prefill_until = len(sequence.tokens)
         due = sequence.tool.replay(request.generated) if sequence.tool else []
         finish = self._finish(sequence, request.generated[-1]) if request.generated else None
+        complete = finish is None and sequence.grammar is not None and sequence.grammar.finished
+        finish = "stop" if complete else finish
         if finish is None and due:
             # The engine before this one was lost while it wrote a tool's output.
             due = due[: sequence.limit - len(sequence.tokens)]
@@ -132,9 +150,24 @@ class Engine:
         if finish or due:
             self._ready.append(
                 Output(
-                    request_id=request.id, tokens=due, forced=list(range(len(due))), finish=finish
+                    request_id=request.id,
+                    tokens=due,
+                    forced=list(range(len(due))),
+                    finish=finish,
+                    complete=complete,
                 )
             )
+
+    def _start_grammar(self, request: Request) -> GrammarState | None:
+        if self._grammars is None or request.params.grammar is None:
+            return None
+        ending = request.params.ending
+        state = self._grammars.start(request.params.grammar, ending)
+        made = request.generated
+        # The token that ended the answer is not part of its text.
+        if not state.feed(made[:-1] if made and made[-1] in ending else made):
+            raise ValueError(f"generated: it does not follow the grammar: {state.error}")
+        return state
 
     def abort(self, request_id: str) -> bool:
         """Frees what the request holds, at once; False if there is no such request."""
@@ -202,7 +235,8 @@ class Engine:
         if not sampled:
             return []
         slots = [s.slot for s in sampled]
-        chosen = self._sampling.choose(logits, slots, [len(s.tokens) for s in sampled])
+        positions = [len(s.tokens) for s in sampled]
+        chosen = self._sampling.choose(logits, slots, positions, self._allowed(sampled))
         logprobs = self._logprobs(sampled, logits, chosen)
         outputs = [
             self._append(sequence, token, logprobs.get(i))
@@ -212,6 +246,13 @@ class Engine:
         self._sampling.count([slot for slot, _ in pairs], [token for _, token in pairs])
         self._stats.generated_tokens += len(pairs)
         return outputs
+
+    def _allowed(self, sampled: SequenceOf[Sequence]) -> tuple[list[int], np.ndarray] | None:
+        """Rows that follow a grammar, and their masks int32 ``[G, W]``."""
+        found = [(i, s.grammar) for i, s in enumerate(sampled) if s.grammar is not None]
+        if self._grammars is None or not found:
+            return None
+        return [i for i, _ in found], self._grammars.allowed([(g, ()) for _, g in found])
 
     def _logprobs(
         self, sampled: SequenceOf[Sequence], logits: Tensor, chosen: Tensor
@@ -240,7 +281,13 @@ class Engine:
         first = len(sequence.tokens) == len(sequence.request.prompt)
         sequence.decoded = True
         sequence.tokens.append(token)
-        finish, tokens = self._finish(sequence, token), [token]
+        finish, tokens, complete, error = self._finish(sequence, token), [token], False, None
+        if finish != "stop" and (grammar := sequence.grammar) is not None:
+            grammar.feed([token])
+            if (error := grammar.error) is not None:
+                error, finish = f"grammar: {error}", "error"
+            elif complete := grammar.finished:
+                finish = "stop"
         if finish is None and sequence.tool is not None:
             forced = sequence.tool.feed(token)[: sequence.limit - len(sequence.tokens)]
             if forced:
@@ -258,6 +305,8 @@ class Engine:
             tokens=tokens,
             forced=list(range(1, len(tokens))),
             finish=finish,
+            error=error,
+            complete=complete,
             cached_tokens=sequence.cached if first else 0,
             logprobs=[logprob, *[None] * (len(tokens) - 1)] if asked else None,
         )

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 Finish = Literal["stop", "length", "abort", "error"]
+GRAMMARS = ("json_schema", "json_object", "regex", "choice", "lark")
+"""Kinds of grammar that an answer may follow."""
 MAX_LOGPROBS = 20
 """Alternatives that may be asked for at each position (OpenAI's limit)."""
 
@@ -67,6 +69,10 @@ class SamplingParams:
     eos_ids: tuple[int, ...] = ()
     """Tokens that end a turn; with ``ignore_eos`` they do not end the answer."""
     ignore_eos: bool = False
+    grammar: Mapping[str, Any] | None = None
+    """What the answer must follow, as one of ``{"json_schema": {...}}``, ``{"json_object": True}``,
+    ``{"regex": "..."}``, ``{"choice": ["a", "b"]}`` and ``{"lark": "..."}``. The answer ends where
+    nothing can be added; where it may end, ``stop_ids`` and ``eos_ids`` may end it."""
     logprobs: int | None = None
     """Report the log-probability of each chosen token and of this many likeliest ones."""
 
@@ -102,6 +108,7 @@ class SamplingParams:
             f"from 0 to max_tokens={self.max_tokens}",
         )
         req(all(self.stop), "stop", self.stop, "strings that are not empty")
+        _check_grammar(self.grammar)
         n = self.logprobs
         req(n is None or 0 <= n <= MAX_LOGPROBS, "logprobs", n, f"0 to {MAX_LOGPROBS} or None")
 
@@ -109,6 +116,23 @@ class SamplingParams:
     def ending(self) -> frozenset[int]:
         """Tokens that end the answer."""
         return frozenset(self.stop_ids) | (frozenset() if self.ignore_eos else set(self.eos_ids))
+
+
+def _check_grammar(grammar: object) -> None:
+    """Its shape alone: whether it compiles is seen by the engine, which has the vocabulary."""
+    if grammar is None:
+        return
+    one = isinstance(grammar, Mapping) and len(grammar) == 1 and next(iter(grammar)) in GRAMMARS
+    _require(one, "grammar", grammar, f"one of {', '.join(GRAMMARS)} with its value, or None")
+    assert isinstance(grammar, Mapping)
+    ((kind, value),) = grammar.items()
+    words = isinstance(value, list | tuple) and all(isinstance(s, str) and s for s in value)
+    allowed, what = {
+        "json_schema": (isinstance(value, Mapping | bool), "an object"),
+        "json_object": (value is True, "True"),
+        "choice": (words and len(value) > 0, "texts, at least one, none of them empty"),
+    }.get(kind, (isinstance(value, str) and value != "", "a text that is not empty"))
+    _require(allowed, f"grammar.{kind}", value, what)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +188,8 @@ class Output:
 
     request_id: str
     tokens: list[int] = field(default_factory=list)
-    """New tokens. With finish "stop" the last one is the token that ended the answer."""
+    """New tokens. With finish "stop" the last one is the token that ended the answer (but see
+    ``complete``)."""
     forced: list[int] = field(default_factory=list)
     """Which of ``tokens`` (indices) a tool wrote, rather than the model."""
     finish: Finish | None = None
@@ -172,13 +197,20 @@ class Output:
     """Why, if ``finish`` is "error"."""
     logprobs: list[TokenLogprob | None] | None = None
     """One for each of ``tokens`` where the request asked; None for forced ones."""
+    complete: bool = False
+    """The grammar ended the answer: with finish "stop", the last token is part of it."""
     cached_tokens: int = 0
     """Prompt tokens that needed no computation, told with the first token."""
+
+    @property
+    def ended_by_last(self) -> bool:
+        """Whether the last token only ended the answer, and is no part of it."""
+        return self.finish == "stop" and not self.complete
 
     def to_wire(self) -> dict[str, Any]:
         """Only what differs from an empty output, since thousands travel each second."""
         wire: dict[str, Any] = {"id": self.request_id, "tokens": self.tokens}
-        for name in ("forced", "finish", "error", "cached_tokens"):
+        for name in ("forced", "finish", "error", "complete", "cached_tokens"):
             if value := getattr(self, name):
                 wire[name] = value
         if self.logprobs is not None:

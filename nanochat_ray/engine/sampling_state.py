@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,9 +95,19 @@ class SamplingState:
     def _ids(self, tokens: list[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=self.device)
 
-    def choose(self, logits: Tensor, slots: SequenceOf[int], positions: SequenceOf[int]) -> Tensor:
+    def choose(
+        self,
+        logits: Tensor,
+        slots: SequenceOf[int],
+        positions: SequenceOf[int],
+        allowed: tuple[SequenceOf[int], np.ndarray] | None = None,
+    ) -> Tensor:
         """Tokens int64 ``[S]`` for ``logits [S, V]`` of the sequences in ``slots``, which will
-        stand at ``positions``."""
+        stand at ``positions``. ``allowed`` holds the rows that follow a grammar and their masks,
+        int32 ``[G, W]`` (see ``sampler.allow``)."""
+        if allowed is not None:
+            bits = torch.from_numpy(allowed[1]).to(self.device)
+            logits = sampler.allow(logits, self._ids(list(allowed[0])), bits)
         features = 0
         for slot in slots:
             features |= self._features[slot]
@@ -114,7 +125,10 @@ class SamplingState:
             logits = torch.where(use > 0, changed, logits)
         if features & BAN and self._bans is not None:
             early = (where < self._ban_before[at])[:, None] & (self._used(BAN, slots) > 0)
-            logits = logits.masked_fill(self._bans[at] & early, -torch.inf)
+            banned = logits.masked_fill(self._bans[at] & early, -torch.inf)
+            # Where a grammar allows only what is banned, the grammar has its way.
+            stuck = banned.amax(dim=-1, keepdim=True) == -torch.inf
+            logits = torch.where(stuck, logits, banned)
         rows = Rows(
             **{
                 name: getattr(self._rows, name)[at]

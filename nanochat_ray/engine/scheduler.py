@@ -11,9 +11,13 @@ import heapq
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from nanochat_ray.engine.request import EngineFull, Request
 from nanochat_ray.engine.tools import ToolState
+
+if TYPE_CHECKING:
+    from nanochat_ray.engine.grammar import GrammarState
 
 
 @dataclass(eq=False)
@@ -27,6 +31,7 @@ class Sequence:
     limit: int
     """Length of ``tokens`` at which it is cut."""
     tool: ToolState | None = None
+    grammar: GrammarState | None = None
     computed: int = 0
     prefill_until: int = 0
     """Tokens before this place are run as a prompt, not as a decode. Which of the two it is must

@@ -53,7 +53,7 @@ class Answer:
         for output in outputs:
             piece.tokens += len(output.tokens)
             # The token that ended the answer is no part of its text.
-            tokens = output.tokens[:-1] if output.finish == "stop" else output.tokens
+            tokens = output.tokens[:-1] if output.ended_by_last else output.tokens
             for i, token in enumerate(tokens):
                 mark = self._marks.get(token)
                 if mark is not None:
