@@ -101,10 +101,12 @@ class SamplingState:
         slots: SequenceOf[int],
         positions: SequenceOf[int],
         allowed: tuple[SequenceOf[int], np.ndarray] | None = None,
+        ahead: SequenceOf[tuple[int, int]] = (),
     ) -> Tensor:
         """Tokens int64 ``[S]`` for ``logits [S, V]`` of the sequences in ``slots``, which will
         stand at ``positions``. ``allowed`` holds the rows that follow a grammar and their masks,
-        int32 ``[G, W]`` (see ``sampler.allow``)."""
+        int32 ``[G, W]`` (see ``sampler.allow``); ``ahead`` pairs of a row and a token that it
+        takes to be in the answer beside those that were counted."""
         if allowed is not None:
             bits = torch.from_numpy(allowed[1]).to(self.device)
             logits = sampler.allow(logits, self._ids(list(allowed[0])), bits)
@@ -119,9 +121,12 @@ class SamplingState:
         if features & PENALTY and self._seen is not None and self._counts is not None:
             use = self._used(PENALTY, slots)
             repetition, presence, frequency = self._penalties[at].unbind(1)
-            changed = sampler.penalise(
-                logits, self._seen[at], self._counts[at], repetition, presence, frequency
-            )
+            seen, counts = self._seen[at], self._counts[at]
+            if ahead:
+                pairs = self._ids(list(ahead)).unbind(1)  # type: ignore[arg-type]
+                seen[pairs] = True
+                counts.index_put_(pairs, torch.ones(len(ahead), device=self.device), True)
+            changed = sampler.penalise(logits, seen, counts, repetition, presence, frequency)
             logits = torch.where(use > 0, changed, logits)
         if features & BAN and self._bans is not None:
             early = (where < self._ban_before[at])[:, None] & (self._used(BAN, slots) > 0)

@@ -60,7 +60,9 @@ def make_engine(
 
 
 def ask(id: str, prompt: list[int], generated: Iterable[int] = (), **params: Any) -> Request:
-    known = {name: params.pop(name) for name in ("priority", "client") if name in params}
+    known = {
+        name: params.pop(name) for name in ("priority", "client", "deadline") if name in params
+    }
     return Request(
         id=id,
         prompt=prompt,
