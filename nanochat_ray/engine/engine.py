@@ -138,7 +138,8 @@ class Engine:
             grammar=self._start_grammar(request),
             ending=params.ending,
             prompts=[(0, len(request.prompt))],
-            prompt_scores=None if params.prompt_logprobs is None else [],
+            # Whoever made a part of the answer has told them.
+            prompt_scores=None if params.prompt_logprobs is None or request.generated else [],
         )
         if self.config.speculative_tokens:
             sequence.lookup = PromptLookup(self.config.speculative_ngram)
@@ -262,13 +263,13 @@ class Engine:
         row = 0
         for chunk in chunks:
             s, end = chunk.sequence, chunk.start + chunk.count
-            s.computed = end
-            row += chunk.rows
+            s.computed, count = end, chunk.rows
+            row += count
             if not chunk.decode:
                 self._stats.prompt_tokens += chunk.count
                 if chunk.start < len(s.request.prompt) <= end:
                     self._keep(s)
-            if chunk.samples:
+            if count and chunk.samples:
                 sampling.append(chunk)
                 rows += range(row - 1 - len(chunk.draft), row)
         if not sampling:
@@ -301,7 +302,8 @@ class Engine:
             s, first, count = chunk.sequence, len(slots), 1 + len(chunk.draft)
             slots += [s.slot] * count
             positions += range(len(s.tokens), len(s.tokens) + count)
-            ahead += [(first + i, t) for i in range(1, count) for t in chunk.draft[:i]]
+            if chunk.draft:
+                ahead += [(first + i, t) for i in range(1, count) for t in chunk.draft[:i]]
             if s.grammar is not None:
                 masked += range(first, first + count)
                 grammars.append((s.grammar, chunk.draft))

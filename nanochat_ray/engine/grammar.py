@@ -25,18 +25,19 @@ KEPT = 64
 _COMPACT: llguidance.JsonCompileOptions = {"whitespace_flexible": False}  # type: ignore[name-defined]
 
 
-@dataclass(frozen=True)
 class _Words:
     """What llguidance asks of a tokenizer. It needs none to mask, only to guess ahead."""
 
-    tokens: Sequence[bytes]
-    eos_token_id: int
-    bos_token_id: None = None
+    bos_token_id = None
+
+    def __init__(self, tokens: Sequence[bytes], end: int):
+        self.tokens, self.eos_token_id = tokens, end
+        self._single = {token: i for i, token in enumerate(tokens) if len(token) == 1}
 
     def __call__(self, text: bytes | str) -> list[int]:
         raw = text.encode() if isinstance(text, str) else text
-        single = {token: i for i, token in enumerate(self.tokens) if len(token) == 1}
-        return [single[bytes([byte])] for byte in raw if bytes([byte]) in single]
+        found = [self._single.get(raw[i : i + 1]) for i in range(len(raw))]
+        return [token for token in found if token is not None]
 
 
 @dataclass
@@ -114,7 +115,7 @@ class Grammars:
         return found[0]
 
     def allowed(self, rows: Sequence[tuple[GrammarState, Sequence[int]]]) -> np.ndarray:
-        """int32 ``[G, W]``: bit t is set where token t may come.
+        """bool ``[G, V]``: which tokens may come.
 
         Each state has one row for the next token and then one for the token behind each of its
         draft's (all of which must agree with the grammar), so G counts both.
@@ -129,7 +130,9 @@ class Grammars:
             masks.fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, found)
         ending = np.repeat([s.ending for s, _ in rows], np.diff(firsts), axis=0)
         may_end = (found[:, self._end // 32] >> (self._end % 32)) & 1
-        return found | ending * may_end[:, None]
+        found |= ending * may_end[:, None]
+        bits = np.unpackbits(found.view(np.uint8), axis=1, count=self._end, bitorder="little")
+        return bits.view(np.bool_)
 
 
 def _bit(at: int, width: int) -> np.ndarray:

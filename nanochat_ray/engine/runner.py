@@ -77,20 +77,18 @@ class Runner:
         last: list[int] = []
         for chunk in chunks:
             tokens, slot, start = chunk.sequence.tokens, chunk.sequence.slot, chunk.start
-            if chunk.decode:
-                count = chunk.count + len(chunk.draft)
-                spans += [Span(slot, start + i, 1, True) for i in range(count)]
-            else:
-                spans.append(Span(slot, start, chunk.count, False))
             before.append(tokens[start - 1] if start else -1)
-            if chunk.count == 1:
+            if chunk.count == 1 and not chunk.draft:
+                spans.append(Span(slot, start, 1, chunk.decode))
                 ids.append(tokens[start])
             else:
-                ids += tokens[start : start + chunk.count]
-                before += tokens[start : start + chunk.count - 1]
-            if chunk.draft:
-                before += [tokens[-1], *chunk.draft[:-1]]
-                ids += chunk.draft
+                run = tokens[start : start + chunk.count] + list(chunk.draft)
+                ids += run
+                before += run[:-1]
+                if chunk.decode:  # each row by itself, to the same bits as one by one
+                    spans += [Span(slot, start + i, 1, True) for i in range(len(run))]
+                else:
+                    spans.append(Span(slot, start, chunk.count, False))
             last += range(len(ids) - chunk.rows, len(ids))
         rows = self.cache.begin(spans)
         table = np.zeros((2, rows), dtype=np.int64)

@@ -132,12 +132,10 @@ def penalise(
     return logits - frequency[:, None] * counts - presence[:, None] * (counts > 0)
 
 
-def allow(logits: Tensor, rows: Tensor, bits: Tensor) -> Tensor:
-    """New logits ``[S, V]``: in ``rows`` (int64 ``[G]``) those tokens alone whose bit is set in
-    ``bits`` (int32 ``[G, W]``, 32 W >= V) remain."""
-    places = torch.arange(32, dtype=torch.int32, device=bits.device)
-    allowed = ((bits[:, :, None] >> places) & 1).flatten(1)[:, : logits.size(-1)] > 0
-    return logits.index_copy(0, rows, logits[rows].masked_fill(~allowed, -torch.inf))
+def allow(logits: Tensor, rows: Tensor, allowed: Tensor) -> Tensor:
+    """New logits ``[S, V]``: in ``rows`` (int64 ``[G]``) only what ``allowed`` (bool ``[G, V]``)
+    marks remains, the rest is -inf."""
+    return logits.index_copy(0, rows, logits[rows].masked_fill_(~allowed, -torch.inf))
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -104,12 +104,12 @@ class SamplingState:
         ahead: SequenceOf[tuple[int, int]] = (),
     ) -> Tensor:
         """Tokens int64 ``[S]`` for ``logits [S, V]`` of the sequences in ``slots``, which will
-        stand at ``positions``. ``allowed`` holds the rows that follow a grammar and their masks,
-        int32 ``[G, W]`` (see ``sampler.allow``); ``ahead`` pairs of a row and a token that it
-        takes to be in the answer beside those that were counted."""
+        stand at ``positions``. ``allowed`` holds the rows that follow a grammar and what they
+        allow, bool ``[G, V]``; ``ahead`` pairs of a row and a token that it takes to be in the
+        answer beside those that were counted."""
         if allowed is not None:
-            bits = torch.from_numpy(allowed[1]).to(self.device)
-            logits = sampler.allow(logits, self._ids(list(allowed[0])), bits)
+            marked = torch.from_numpy(allowed[1]).to(self.device)
+            logits = sampler.allow(logits, self._ids(list(allowed[0])), marked)
         features = 0
         for slot in slots:
             features |= self._features[slot]

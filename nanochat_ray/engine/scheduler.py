@@ -69,7 +69,7 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         """Whether all that is left to run is one token, as a decode."""
-        return self.pending == 1 and self.stretch()[1]
+        return self.computed + 1 == len(self.tokens) and self.computed >= self.prompts[-1][1]
 
 
 @dataclass(frozen=True)
@@ -143,20 +143,22 @@ class Scheduler:
     def plan(self) -> list[Chunk]:
         """Admits whom there is room for; chunks of the next step, decodes first, by slot."""
         self._admit()
+        steady: list[Sequence] = []
+        others: list[Sequence] = []
+        for s in self.running:
+            (steady if s.decoding else others).append(s)
         chunks = []
-        steady = [s for s in self.running if s.decoding]
         budget = self.token_budget - len(steady)
         rest = min(budget, self.prefill_chunk) if steady else budget
-        for s in self.running:
+        for s in others:
             if rest <= 0:
                 break
-            if not s.decoding:
-                end, decode = s.stretch()
-                count = min(end - s.computed, rest)
-                scores = s.unscored and not decode
-                chunks.append(Chunk(s, s.computed, count, decode, scores=scores))
-                rest -= count
-                budget -= count
+            end, decode = s.stretch()
+            count = min(end - s.computed, rest)
+            scores = s.unscored and not decode
+            chunks.append(Chunk(s, s.computed, count, decode, scores=scores))
+            rest -= count
+            budget -= count
         for s in steady:
             # What is sampled behind the last guess still has to fit.
             most = min(self.draft_tokens, budget, s.limit - len(s.tokens) - 1)
