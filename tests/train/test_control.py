@@ -160,6 +160,17 @@ def test_a_slow_store_does_not_hold_training_up(
     assert same_weights(root, "slow", "quick")
 
 
+def test_a_machine_that_will_be_taken_away_gets_a_checkpoint_and_training_goes_on(
+    root: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(root, "base")
+    monkeypatch.setattr(jobs.loop, "LOOK_EVERY", 0.0)
+    answers = iter([False] * 4 + [True] + [False] * 20)
+    result = execute(job(root, "run", save_every=0, keep_best=False), should_save=answers.__next__)
+    assert result["done"]
+    assert snapshots(root.child("runs", "run")) == ["step-000005", "step-000012"]
+
+
 def test_weights_that_are_not_finite_are_never_written(
     root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
