@@ -48,7 +48,7 @@ from nanochat_ray.train.validation import bits_per_byte
 FACTORS = {
     "adamw": (0.001, 0.002, 0.004, 0.008, 0.016),
     "nanochat": (0.25, 0.5, 1.0, 2.0, 4.0),
-    "ours": (0.35, 0.5, 0.7, 1.0, 1.4),
+    "ours": (0.5, 0.7, 1.0, 1.4, 2.0),
 }
 """AdamW: the rate. nanochat: a factor on its rates, which were tuned at depth 12. Ours: a factor on
 what ``scaling.optim_config`` gives."""
