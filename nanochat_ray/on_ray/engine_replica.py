@@ -22,11 +22,15 @@ from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Output, Request
 from nanochat_ray.engine.tools import calculator_tool
+from nanochat_ray.on_ray.metrics import RaySink
 from nanochat_ray.on_ray.routing import ACCEPTED, NOT_HERE, QUEUE_FULL
+from nanochat_ray.serve.metrics import EngineMetrics
 from nanochat_ray.storage import Store
 
 # An ingress asks for the status every second; one that is silent for so long has died.
 INGRESS_SILENCE_S = 30.0
+METRICS_S = 0.9
+"""Figures go to Ray's metrics at most so often."""
 
 
 class Outlet:
@@ -75,6 +79,7 @@ class EngineReplica:
         device: str,
         threads: int,
         name: str = "",
+        model: str = "",
     ):
         self.run = Store.at(storage).child("runs", run)
         self.config = from_json(EngineConfig, engine)
@@ -87,6 +92,8 @@ class EngineReplica:
         self.outlets: dict[str, Outlet] = {}
         self.owners: dict[str, Outlet] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._metrics = EngineMetrics(RaySink(model or self.name))
+        self._told = 0.0
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         name = user_config["snapshot"]
@@ -196,11 +203,15 @@ class EngineReplica:
         for name, outlet in list(self.outlets.items()):
             if now - outlet.seen > INGRESS_SILENCE_S:
                 self._drop(name)
+        stats = dataclasses.asdict(self.engine.stats()) if self.engine is not None else {}
+        if now - self._told > METRICS_S:
+            self._told = now
+            self._metrics.put(self.name, stats)
         return {
             "replica": self.name,
             "snapshot": self.snapshot,
             "requests": len(self.owners),
-            **(dataclasses.asdict(self.engine.stats()) if self.engine is not None else {}),
+            **stats,
         }
 
     async def check_health(self) -> None:

@@ -107,6 +107,7 @@ def build_application(config: ServeConfig, *, keys: list[str] | None = None) -> 
         engine=to_json(config.engine),
         device="cuda" if config.gpus else "cpu",
         threads=config.threads,
+        model=config.name or config.run,
     )
     return ingress.bind(
         engines,

@@ -19,7 +19,8 @@ from importlib import resources
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from nanochat_ray.engine.request import EngineFull
 from nanochat_ray.serve import errors
@@ -27,6 +28,13 @@ from nanochat_ray.serve.client import EngineClient, UnavailableError
 from nanochat_ray.serve.completions import EngineFailedError, Piece, all_pieces
 from nanochat_ray.serve.errors import ApiError
 from nanochat_ray.serve.guard import Guard
+from nanochat_ray.serve.metrics import (
+    EngineMetrics,
+    PrometheusSink,
+    RequestMetrics,
+    Sink,
+    Tee,
+)
 from nanochat_ray.serve.protocol import (
     ChatRequest,
     ChatResponse,
@@ -53,15 +61,20 @@ def build_app(
     *,
     limits: Limits | None = None,
     keys: Sequence[str] = (),
+    sink: Sink | None = None,
 ) -> FastAPI:
     """The application. ``name`` is the model's, ``max_len`` the engine's longest sequence in
-    tokens, ``keys`` the API keys of which one is then needed."""
-    service = Service(client, tokenizer, name, max_len, limits or Limits())
+    tokens, ``keys`` the API keys of which one is then needed, ``sink`` where figures of requests
+    go besides ``/metrics``."""
+    page = PrometheusSink(name)
+    metrics = RequestMetrics(Tee(page, sink) if sink is not None else page)
+    service = Service(client, tokenizer, name, max_len, limits or Limits(), metrics)
     # FastAPI's documentation pages load scripts from elsewhere; /openapi.json remains.
     app = FastAPI(title="nanochat_ray", docs_url=None, redoc_url=None)
     errors.install(app)
     app.add_middleware(Guard, max_body_bytes=service.limits.max_body_bytes, keys=keys)
     _add_pages(app, service)
+    _add_metrics(app, service, page)
     _add_models(app, service)
     _add_tokens(app, service)
     _add_generation(app, service)
@@ -104,6 +117,18 @@ def _add_pages(app: FastAPI, service: Service) -> None:
         except UnavailableError as error:
             return errors.unavailable(str(error)).response()
         return JSONResponse({"status": "ok", "model": service.name, **figures})
+
+
+def _add_metrics(app: FastAPI, service: Service, page: PrometheusSink) -> None:
+    engines = EngineMetrics(page)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        with contextlib.suppress(UnavailableError):  # then the last figures stand
+            for i, stats in enumerate((await service.client.health())["engines"]):
+                engines.put(stats.get("replica", str(i)), stats)
+        return Response(page.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
@@ -151,7 +176,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 
 async def _respond(service: Service, job: Job, shape: Shape, http: HttpRequest) -> Response:
-    pieces = all_pieces(service.client, service.tokenizer, job.requests, job.stop)
+    pieces = all_pieces(service.client, service.tokenizer, job.requests, job.stop, service.metrics)
     try:
         # The empty first piece comes when the engine has the requests: refusals get their status.
         await unless_gone(http, _translated(pieces.__anext__))

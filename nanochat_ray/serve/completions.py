@@ -10,6 +10,7 @@ from nanochat_ray.engine.request import Output, Request
 from nanochat_ray.engine.stream import TextStream
 from nanochat_ray.serve.client import EngineClient, OutputStream
 from nanochat_ray.serve.logprobs import Scored
+from nanochat_ray.serve.metrics import RequestMetrics, Timer
 from nanochat_ray.serve.protocol import Calculation, FinishReason
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -88,11 +89,16 @@ class Answer:
         self._inside = ""
 
 
-async def answer_pieces(stream: OutputStream, answer: Answer) -> AsyncGenerator[Piece, None]:
+async def answer_pieces(
+    stream: OutputStream, answer: Answer, timer: Timer
+) -> AsyncGenerator[Piece, None]:
     """The pieces of one choice, until its last, which has ``finish``. Raises EngineFailedError."""
+    ended = "abort"
     try:
         async for outputs in stream:
             piece = answer.feed(outputs)
+            if piece.tokens:
+                timer.tokens(piece.tokens)
             reason = outputs[-1].finish
             if reason in ("stop", "length"):
                 answer.end(piece, reason)
@@ -100,15 +106,24 @@ async def answer_pieces(stream: OutputStream, answer: Answer) -> AsyncGenerator[
                 raise EngineFailedError(
                     outputs[-1].error or f"the engine ended the answer ({reason})"
                 )
+            ended = piece.finish or ended
             yield piece
             if piece.finish is not None:
                 return
+    except Exception:
+        ended = "error"
+        raise
     finally:
+        timer.end(ended)
         stream.close()
 
 
 async def all_pieces(
-    client: EngineClient, tokenizer: Tokenizer, requests: Sequence[Request], stop: Sequence[str]
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request],
+    stop: Sequence[str],
+    metrics: RequestMetrics,
 ) -> AsyncGenerator[Piece, None]:
     """Pieces of several choices as they come; the requests run together.
 
@@ -116,6 +131,7 @@ async def all_pieces(
     generator aborts what still runs. Raises EngineFailedError and what ``submit`` raises.
     """
     streams: list[OutputStream] = []
+    timers = [metrics.timer(len(request.prompt)) for request in requests]
     tasks: list[asyncio.Task[None]] = []
     try:
         for request in requests:
@@ -123,19 +139,22 @@ async def all_pieces(
         yield Piece(-1)
         answers = [Answer(tokenizer, i, stop) for i in range(len(requests))]
         if len(requests) == 1:
-            async for piece in answer_pieces(streams[0], answers[0]):
+            async for piece in answer_pieces(streams[0], answers[0], timers[0]):
                 yield piece
             return
         queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
 
-        async def pump(stream: OutputStream, answer: Answer) -> None:
+        async def pump(stream: OutputStream, answer: Answer, timer: Timer) -> None:
             try:
-                async for piece in answer_pieces(stream, answer):
+                async for piece in answer_pieces(stream, answer, timer):
                     queue.put_nowait(piece)
             except Exception as error:  # handed to the reader below
                 queue.put_nowait(error)
 
-        tasks += [asyncio.ensure_future(pump(*pair)) for pair in zip(streams, answers, strict=True)]
+        tasks += [
+            asyncio.ensure_future(pump(*pair))
+            for pair in zip(streams, answers, timers, strict=True)
+        ]
         left = len(requests)
         while left:
             found = await queue.get()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.serve import errors
 from nanochat_ray.serve.client import EngineClient
+from nanochat_ray.serve.metrics import RequestMetrics
 from nanochat_ray.serve.protocol import ChatRequest, CompletionRequest, SamplingBody
 from nanochat_ray.text.chat import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -47,6 +48,7 @@ class Service:
     max_len: int
     """Longest prompt plus answer, in tokens."""
     limits: Limits
+    metrics: RequestMetrics
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.name:

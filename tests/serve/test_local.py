@@ -135,3 +135,32 @@ def test_health_tells_the_load(url: str) -> None:
     found = httpx.get(f"{url}/health").json()
     assert found["status"] == "ok"
     assert found["engines"][0]["slots"] == 4
+
+
+def test_metrics_tell_what_happened(url: str, client: openai.OpenAI) -> None:
+    def figures() -> dict[str, float]:
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        return {
+            line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+            for line in lines
+            if not line.startswith("#")
+        }
+
+    before = figures()
+    client.completions.create(
+        model="tiny", prompt="x" * 40, max_tokens=9, extra_body={"ignore_eos": True}
+    )
+    after = figures()
+
+    def rise(name: str, label: str = "") -> float:
+        key = f'nanochat_{name}{{{label}model_name="tiny"}}'
+        return after[key] - before.get(key, 0)
+
+    assert rise("generation_tokens_total") == 9
+    assert rise("prompt_tokens_total") == 41
+    assert rise("time_to_first_token_seconds_count") == 1
+    assert rise("inter_token_latency_seconds_count") == 8
+    assert rise("e2e_request_latency_seconds_count") == 1
+    assert rise("request_success_total", 'finished_reason="length",') == 1
+    assert rise("prefix_cache_queries_total", 'engine="0",') > 0
+    assert after['nanochat_num_requests_running{engine="0",model_name="tiny"}'] == 0
