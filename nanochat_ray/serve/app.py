@@ -37,14 +37,16 @@ from nanochat_ray.serve.metrics import (
 )
 from nanochat_ray.serve.protocol import (
     ChatRequest,
-    ChatResponse,
     CompletionRequest,
-    CompletionResponse,
     DetokenizeRequest,
+    TokenizeRequest,
+)
+from nanochat_ray.serve.responses import (
+    ChatResponse,
+    CompletionResponse,
     DetokenizeResponse,
     ModelCard,
     ModelList,
-    TokenizeRequest,
     TokenizeResponse,
 )
 from nanochat_ray.serve.service import Job, Limits, Service
@@ -176,7 +178,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 
 async def _respond(service: Service, job: Job, shape: Shape, http: HttpRequest) -> Response:
-    pieces = all_pieces(service.client, service.tokenizer, job.requests, job.stop, service.metrics)
+    pieces = all_pieces(service, job)
     try:
         # The empty first piece comes when the engine has the requests: refusals get their status.
         await unless_gone(http, _translated(pieces.__anext__))
@@ -189,11 +191,7 @@ async def _respond(service: Service, job: Job, shape: Shape, http: HttpRequest) 
     except ClientGoneError:
         await pieces.aclose()
         return Response(status_code=499)
-    body = shape.whole().model_dump(exclude={"choices": {"__all__": {"message": {"calculator"}}}})
-    for i, found in enumerate(shape.calculations):
-        if found:
-            body["choices"][i]["message"]["calculator"] = [c.model_dump() for c in found]
-    return JSONResponse(body)
+    return JSONResponse(shape.whole())
 
 
 async def _translated(step: Callable[[], Awaitable[Piece]]) -> Piece:

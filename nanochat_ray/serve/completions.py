@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.engine.request import Output
 from nanochat_ray.engine.stream import TextStream
-from nanochat_ray.serve.client import EngineClient, OutputStream
+from nanochat_ray.serve.client import OutputStream
+from nanochat_ray.serve.conversation import Calling
 from nanochat_ray.serve.logprobs import Scored
-from nanochat_ray.serve.metrics import RequestMetrics, Timer
-from nanochat_ray.serve.protocol import Calculation, FinishReason
+from nanochat_ray.serve.metrics import Timer
+from nanochat_ray.serve.responses import Calculation, FinishReason
+from nanochat_ray.serve.service import Job, Service
 from nanochat_ray.text.tokenizer import Tokenizer
 
 
@@ -25,6 +27,8 @@ class Piece:
     scored: list[Scored] = field(default_factory=list)
     """Tokens of the text with their log-probabilities, if those were asked for."""
     tokens: int = 0
+    call: str | None = None
+    """The expression of a call that the client is to run; then ``finish`` is set too."""
     finish: FinishReason | None = None
 
 
@@ -40,12 +44,17 @@ class Answer:
     splits a character and ends before a stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, index: int, stop: Sequence[str]):
+    def __init__(
+        self, tokenizer: Tokenizer, index: int, stop: Sequence[str], calling: Calling = "no"
+    ):
         self.index = index
+        self._calling = calling
+        self._call_end = tokenizer.special("<|python_end|>") if calling != "no" else -1
         self._tokenizer = tokenizer
         self._text = TextStream(tokenizer, stop)
         self._marks = {tokenizer.special(name): name for name in tokenizer.specials}
-        self._inside = ""
+        # A forced call's first mark is the prompt's last token.
+        self._inside = "<|python_start|>" if calling in ("required", "named") else ""
         self._held: list[int] = []
         self._expression = ""
 
@@ -68,6 +77,8 @@ class Answer:
                     if self._text.stopped:
                         piece.finish = "stop"
                         return piece
+            if output.finish == "stop" and output.tokens[-1:] == [self._call_end] and self._inside:
+                piece.call = self._tokenizer.decode(self._held)
         return piece
 
     def end(self, piece: Piece, finish: FinishReason) -> None:
@@ -75,6 +86,8 @@ class Answer:
         if piece.finish is None:
             piece.text += self._text.flush()
             piece.finish = finish
+            if piece.call is not None and self._calling != "named":
+                piece.finish = "tool_calls"
 
     def _mark(self, mark: str, piece: Piece) -> None:
         held = self._tokenizer.decode(self._held)
@@ -118,27 +131,21 @@ async def answer_pieces(
         stream.close()
 
 
-async def all_pieces(
-    client: EngineClient,
-    tokenizer: Tokenizer,
-    requests: Sequence[Request],
-    stop: Sequence[str],
-    metrics: RequestMetrics,
-) -> AsyncGenerator[Piece, None]:
+async def all_pieces(service: Service, job: Job) -> AsyncGenerator[Piece, None]:
     """Pieces of several choices as they come; the requests run together.
 
     The first piece of all is an empty one, once the engine has accepted every request. Closing the
     generator aborts what still runs. Raises EngineFailedError and what ``submit`` raises.
     """
     streams: list[OutputStream] = []
-    timers = [metrics.timer(len(request.prompt)) for request in requests]
+    timers = [service.metrics.timer(len(request.prompt)) for request in job.requests]
     tasks: list[asyncio.Task[None]] = []
     try:
-        for request in requests:
-            streams.append(await client.submit(request))
+        for request in job.requests:
+            streams.append(await service.client.submit(request))
         yield Piece(-1)
-        answers = [Answer(tokenizer, i, stop) for i in range(len(requests))]
-        if len(requests) == 1:
+        answers = [Answer(service.tokenizer, i, job.stop, job.calling) for i in range(len(streams))]
+        if len(streams) == 1:
             async for piece in answer_pieces(streams[0], answers[0], timers[0]):
                 yield piece
             return
@@ -155,7 +162,7 @@ async def all_pieces(
             asyncio.ensure_future(pump(*pair))
             for pair in zip(streams, answers, timers, strict=True)
         ]
-        left = len(requests)
+        left = len(streams)
         while left:
             found = await queue.get()
             if isinstance(found, Exception):

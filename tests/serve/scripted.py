@@ -43,7 +43,12 @@ class ScriptedClient:
             if i == self.break_after:
                 stream.fail(UnavailableError("the engine was lost"))
                 return
-            stream.push(Output(request_id=request.id, tokens=[token]))
+            stops = token in request.params.stop_ids
+            finish = "stop" if stops else None
+            self.running -= {request.id} if stops else set()
+            stream.push(Output(request_id=request.id, tokens=[token], finish=finish))
+            if stops:
+                return
         if self.finish is None:
             return
         self.running.discard(request.id)

@@ -159,7 +159,7 @@ def test_metrics_tell_what_happened(url: str, client: openai.OpenAI) -> None:
     assert rise("generation_tokens_total") == 9
     assert rise("prompt_tokens_total") == 41
     assert rise("time_to_first_token_seconds_count") == 1
-    assert rise("inter_token_latency_seconds_count") == 8
+    assert 1 <= rise("inter_token_latency_seconds_count") <= 8  # steps may come together
     assert rise("e2e_request_latency_seconds_count") == 1
     assert rise("request_success_total", 'finished_reason="length",') == 1
     assert rise("prefix_cache_queries_total", 'engine="0",') > 0
