@@ -7,10 +7,10 @@ events. Nothing here knows where the engine runs.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import hashlib
+import json
 import re
 import secrets
 import time
@@ -51,7 +51,7 @@ from nanochat_ray.serve.responses import (
 )
 from nanochat_ray.serve.service import Job, Limits, Service
 from nanochat_ray.serve.shapes import ChatShape, CompletionShape, Shape
-from nanochat_ray.serve.sse import DONE, ClientGoneError, EventStream, unless_gone
+from nanochat_ray.serve.sse import DONE, ClientGoneError, EventStream, event, unless_gone
 from nanochat_ray.text.tokenizer import Tokenizer
 
 
@@ -194,8 +194,8 @@ async def _respond(service: Service, job: Job, shape: Shape, http: HttpRequest) 
     return JSONResponse(shape.whole())
 
 
-async def _translated(step: Callable[[], Awaitable[Piece]]) -> Piece:
-    """The next piece; failures of the engine as the errors that clients see."""
+async def _translated(step: Callable[[], Awaitable[list[Piece]]]) -> list[Piece]:
+    """The next pieces; failures of the engine as the errors that clients see."""
     try:
         return await step()
     except EngineFull as error:
@@ -208,32 +208,33 @@ async def _translated(step: Callable[[], Awaitable[Piece]]) -> Piece:
         raise errors.invalid(str(error)) from error
 
 
-async def _gather(pieces: AsyncGenerator[Piece, None], shape: Shape) -> None:
+async def _gather(pieces: AsyncGenerator[list[Piece], None], shape: Shape) -> None:
     with contextlib.suppress(StopAsyncIteration):
         while True:
-            shape.take(await _translated(pieces.__anext__))
+            for piece in await _translated(pieces.__anext__):
+                shape.take(piece)
 
 
 async def _events(
-    pieces: AsyncGenerator[Piece, None], shape: Shape, include_usage: bool
+    pieces: AsyncGenerator[list[Piece], None], shape: Shape, include_usage: bool
 ) -> AsyncGenerator[str, None]:
-    """The events of a streamed answer. An error after its begin is an event of its own."""
+    """The events of a streamed answer, those that came together as one text. An error after its
+    begin is an event of its own."""
     try:
-        for data in shape.opening():
-            yield data
+        if opening := shape.opening():
+            yield event(*opening)
         with contextlib.suppress(StopAsyncIteration):
             while True:
-                piece = await _translated(pieces.__anext__)
-                shape.take(piece)
-                # Half a character or half a stop string: nothing to show yet.
-                if piece.text or piece.calculations or piece.finish or piece.scored:
-                    yield shape.delta(piece)
-        if include_usage:
-            yield shape.usage_chunk()
-        yield DONE
-    except asyncio.CancelledError:
-        raise
+                found = []
+                for piece in await _translated(pieces.__anext__):
+                    shape.take(piece)
+                    # Half a character or half a stop string: nothing to show yet.
+                    if piece.text or piece.calculations or piece.finish or piece.scored:
+                        found.append(shape.delta(piece))
+                if found:
+                    yield event(*found)
+        yield event(shape.usage_chunk(), DONE) if include_usage else event(DONE)
     except ApiError as error:
-        yield errors.event(error)
+        yield event(json.dumps(error.body()))
     finally:
         await pieces.aclose()

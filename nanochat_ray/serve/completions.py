@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
@@ -58,27 +57,25 @@ class Answer:
         self._held: list[int] = []
         self._expression = ""
 
-    def feed(self, outputs: Sequence[Output]) -> Piece:
-        piece = Piece(self.index)
-        for output in outputs:
-            piece.tokens += len(output.tokens)
-            # The token that ended the answer is no part of its text.
-            tokens = output.tokens[:-1] if output.finish == "stop" else output.tokens
-            for i, token in enumerate(tokens):
-                mark = self._marks.get(token)
-                if mark is not None:
-                    self._mark(mark, piece)
-                elif self._inside:
-                    self._held.append(token)
-                else:
-                    if output.logprobs is not None and (found := output.logprobs[i]) is not None:
-                        piece.scored.append((token, found))
-                    piece.text += self._text.push([token])
-                    if self._text.stopped:
-                        piece.finish = "stop"
-                        return piece
-            if output.finish == "stop" and output.tokens[-1:] == [self._call_end] and self._inside:
-                piece.call = self._tokenizer.decode(self._held)
+    def feed(self, output: Output) -> Piece:
+        piece = Piece(self.index, tokens=len(output.tokens))
+        # The token that ended the answer is no part of its text.
+        tokens = output.tokens[:-1] if output.finish == "stop" else output.tokens
+        for i, token in enumerate(tokens):
+            mark = self._marks.get(token)
+            if mark is not None:
+                self._mark(mark, piece)
+            elif self._inside:
+                self._held.append(token)
+            else:
+                if output.logprobs is not None and (found := output.logprobs[i]) is not None:
+                    piece.scored.append((token, found))
+                piece.text += self._text.push((token,))
+                if self._text.stopped:
+                    piece.finish = "stop"
+                    return piece
+        if output.finish == "stop" and output.tokens[-1] == self._call_end and self._inside:
+            piece.call = self._tokenizer.decode(self._held)
         return piece
 
     def end(self, piece: Piece, finish: FinishReason) -> None:
@@ -102,75 +99,42 @@ class Answer:
         self._inside = ""
 
 
-async def answer_pieces(
-    stream: OutputStream, answer: Answer, timer: Timer
-) -> AsyncGenerator[Piece, None]:
-    """The pieces of one choice, until its last, which has ``finish``. Raises EngineFailedError."""
-    ended = "abort"
-    try:
-        async for outputs in stream:
-            piece = answer.feed(outputs)
-            if piece.tokens:
-                timer.tokens(piece.tokens)
-            reason = outputs[-1].finish
-            if reason in ("stop", "length"):
-                answer.end(piece, reason)
-            elif reason is not None and piece.finish is None:
-                raise EngineFailedError(
-                    outputs[-1].error or f"the engine ended the answer ({reason})"
-                )
-            ended = piece.finish or ended
-            yield piece
-            if piece.finish is not None:
-                return
-    except Exception:
-        ended = "error"
-        raise
-    finally:
-        timer.end(ended)
-        stream.close()
+async def all_pieces(service: Service, job: Job) -> AsyncGenerator[list[Piece], None]:
+    """Pieces of all choices as they come, each turn what came together; the requests run together.
 
-
-async def all_pieces(service: Service, job: Job) -> AsyncGenerator[Piece, None]:
-    """Pieces of several choices as they come; the requests run together.
-
-    The first piece of all is an empty one, once the engine has accepted every request. Closing the
-    generator aborts what still runs. Raises EngineFailedError and what ``submit`` raises.
+    The first turn is empty, once the engine has accepted every request. Closing the generator
+    aborts what still runs. Raises EngineFailedError and what ``submit`` raises.
     """
-    streams: list[OutputStream] = []
-    timers = [service.metrics.timer(len(request.prompt)) for request in job.requests]
-    tasks: list[asyncio.Task[None]] = []
+    stream = OutputStream()
+    running: dict[str, tuple[Answer, Timer]] = {}
     try:
-        for request in job.requests:
-            streams.append(await service.client.submit(request))
-        yield Piece(-1)
-        answers = [Answer(service.tokenizer, i, job.stop, job.calling) for i in range(len(streams))]
-        if len(streams) == 1:
-            async for piece in answer_pieces(streams[0], answers[0], timers[0]):
-                yield piece
-            return
-        queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-
-        async def pump(stream: OutputStream, answer: Answer, timer: Timer) -> None:
-            try:
-                async for piece in answer_pieces(stream, answer, timer):
-                    queue.put_nowait(piece)
-            except Exception as error:  # handed to the reader below
-                queue.put_nowait(error)
-
-        tasks += [
-            asyncio.ensure_future(pump(*pair))
-            for pair in zip(streams, answers, timers, strict=True)
-        ]
-        left = len(streams)
-        while left:
-            found = await queue.get()
-            if isinstance(found, Exception):
-                raise found
-            left -= found.finish is not None
-            yield found
+        for i, request in enumerate(job.requests):
+            timer = service.metrics.timer(len(request.prompt))
+            running[request.id] = Answer(service.tokenizer, i, job.stop, job.calling), timer
+            await service.client.submit(request, stream)
+        yield []
+        async for outputs in stream:
+            pieces = []
+            for output in outputs:
+                answer, timer = running.get(output.request_id, (None, None))
+                if answer is None or timer is None:
+                    continue  # a stop string has ended it already
+                piece = answer.feed(output)
+                if piece.tokens:
+                    timer.tokens(piece.tokens)
+                if output.finish in ("stop", "length"):
+                    answer.end(piece, output.finish)
+                elif output.finish is not None and piece.finish is None:
+                    timer.end("error")
+                    reason = f"the engine ended the answer ({output.finish})"
+                    raise EngineFailedError(output.error or reason)
+                if piece.finish is not None:
+                    timer.end("stop" if piece.finish == "tool_calls" else piece.finish)
+                    del running[output.request_id]
+                    stream.abort(output.request_id)
+                pieces.append(piece)
+            yield pieces
     finally:
-        for task in tasks:
-            task.cancel()
-        for stream in streams:
-            stream.close()
+        for _, timer in running.values():
+            timer.end("abort")
+        stream.close()

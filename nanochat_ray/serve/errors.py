@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -127,8 +126,3 @@ def install(app: FastAPI) -> None:
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
         logger.exception("a request failed", exc_info=error)
         return internal().response()
-
-
-def event(error: ApiError) -> str:
-    """The error as the data of one event, for a stream that has begun already."""
-    return json.dumps(error.body())
