@@ -18,7 +18,6 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from nanochat_ray.checkpoint import snapshot
@@ -82,11 +81,6 @@ def build_application(config: ServeConfig, *, keys: list[str] | None = None) -> 
         name="engine",
         num_replicas=config.engines,
         user_config={"snapshot": name},
-        request_router_config=RequestRouterConfig(
-            request_router_class="nanochat_ray.on_ray.routing.AddressedRouter"  # type: ignore[arg-type]
-        ),
-        # Calls are short or are streams; the engine has its own bound on what may wait.
-        max_ongoing_requests=10_000,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=30,
         # Every second each ingress asks each engine for its status.

@@ -116,9 +116,9 @@ async def all_pieces(service: Service, job: Job) -> AsyncGenerator[list[Piece], 
         async for outputs in stream:
             pieces = []
             for output in outputs:
-                answer, timer = running.get(output.request_id, (None, None))
-                if answer is None or timer is None:
+                if output.request_id not in running:
                     continue  # a stop string has ended it already
+                answer, timer = running[output.request_id]
                 piece = answer.feed(output)
                 if piece.tokens:
                     timer.tokens(piece.tokens)
