@@ -10,12 +10,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from importlib import resources
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -45,14 +47,31 @@ from nanochat_ray.serve.responses import (
     ChatResponse,
     CompletionResponse,
     DetokenizeResponse,
+    ErrorResponse,
     ModelCard,
     ModelList,
     TokenizeResponse,
+    VersionResponse,
 )
 from nanochat_ray.serve.service import Job, Limits, Service
 from nanochat_ray.serve.shapes import ChatShape, CompletionShape, Shape
 from nanochat_ray.serve.sse import DONE, ClientGoneError, EventStream, event, unless_gone
 from nanochat_ray.text.tokenizer import Tokenizer
+
+FAILURES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "The request cannot be served as it is."},
+    "5XX": {"model": ErrorResponse, "description": "The server cannot serve it now (503)."},
+}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with stream=true as server-sent events.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+try:
+    VERSION = importlib.metadata.version("nanochat_ray")
+except importlib.metadata.PackageNotFoundError:  # run from its folder
+    VERSION = "0"
 
 
 def build_app(
@@ -72,7 +91,9 @@ def build_app(
     metrics = RequestMetrics(Tee(page, sink) if sink is not None else page)
     service = Service(client, tokenizer, name, max_len, limits or Limits(), metrics)
     # FastAPI's documentation pages load scripts from elsewhere; /openapi.json remains.
-    app = FastAPI(title="nanochat_ray", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="nanochat_ray", version=VERSION, docs_url=None, redoc_url=None, responses=FAILURES
+    )
     errors.install(app)
     app.add_middleware(Guard, max_body_bytes=service.limits.max_body_bytes, keys=keys)
     _add_pages(app, service)
@@ -120,6 +141,10 @@ def _add_pages(app: FastAPI, service: Service) -> None:
             return errors.unavailable(str(error)).response()
         return JSONResponse({"status": "ok", "model": service.name, **figures})
 
+    @app.get("/version")
+    async def version() -> VersionResponse:
+        return VersionResponse(version=VERSION)
+
 
 def _add_metrics(app: FastAPI, service: Service, page: PrometheusSink) -> None:
     engines = EngineMetrics(page)
@@ -164,13 +189,13 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", response_model=CompletionResponse)
+    @app.post("/v1/completions", response_model=CompletionResponse, responses=STREAMED)
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         job = await service.completion_job(body)
         shape = CompletionShape(service, job, f"cmpl-{secrets.token_hex(12)}")
         return await _respond(service, job, shape, http)
 
-    @app.post("/v1/chat/completions", response_model=ChatResponse)
+    @app.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMED)
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
         job = await service.chat_job(body)
         shape = ChatShape(service, job, f"chatcmpl-{secrets.token_hex(12)}")

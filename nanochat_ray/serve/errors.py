@@ -95,6 +95,8 @@ def from_validation(problems: Sequence[Any]) -> ApiError:
         reason = problem.get("ctx", {}).get("error", "")
         return invalid(f"The body is not valid JSON: {reason}", code="invalid_json")
     param = _field(location)
+    if problem["type"] == "missing" and not param:
+        return invalid("A JSON object is needed as the body.")
     # A union reports every branch: say all that would have been right, once.
     same = [p["msg"] for p in problems if _field(p.get("loc", ())) == param]
     message = " or ".join(dict.fromkeys(m.removeprefix("Value error, ") for m in same))

@@ -73,7 +73,8 @@ class CompletionRequest(SamplingBody):
     )
     echo: StrictBool | None = None
     suffix: StrictStr | None = None
-    best_of: StrictInt | None = None
+    best_of: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Answers that are made for each prompt, of which the ``n`` likeliest are given."""
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
@@ -82,9 +83,15 @@ class CompletionRequest(SamplingBody):
             raise ValueError("logprobs of an echoed prompt are not supported")
         if self.suffix:
             raise ValueError("suffix is not supported")
-        if self.best_of not in (None, 1, self.n):
-            raise ValueError(f"best_of={self.best_of} is not supported")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError(f"best_of={self.best_of} is not allowed: at least n={self.n or 1}")
+        if self.candidates > (self.n or 1) and self.stream:
+            raise ValueError(f"best_of={self.best_of} is not allowed together with stream=true")
         return self
+
+    @property
+    def candidates(self) -> int:
+        return max(self.best_of or 1, self.n or 1)
 
     def prompts(self) -> list[str] | list[list[int]]:
         if isinstance(self.prompt, str):
@@ -124,7 +131,7 @@ class TokenizeRequest(Body):
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise ValueError("prompt or messages is needed, and only one of them")
         return self
 
 

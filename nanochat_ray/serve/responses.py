@@ -98,5 +98,20 @@ class TokenizeResponse(BaseModel):
     tokens: list[int]
 
 
+class VersionResponse(BaseModel):
+    version: str
+
+
 class DetokenizeResponse(BaseModel):
     prompt: str
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorBody

@@ -41,6 +41,10 @@ class Job:
     logprobs: bool
     prompt_tokens: int
     calling: Calling
+    n: int = 1
+    """Choices of each prompt that are shown."""
+    candidates: int = 1
+    """Those that are made: more with ``best_of``."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +128,11 @@ class Service:
         max_tokens: int,
     ) -> Job:
         n = body.n or 1
-        if n * len(prompts) > self.limits.max_choices:
+        candidates = body.candidates if isinstance(body, CompletionRequest) else n
+        if candidates * len(prompts) > self.limits.max_choices:
             raise errors.invalid(
-                f"n={n} for {len(prompts)} prompts is more than {self.limits.max_choices} choices",
+                f"{'n' if candidates == n else 'best_of'}={candidates} for {len(prompts)} prompts "
+                f"is more than {self.limits.max_choices} choices",
                 "n",
             )
         for ids in prompts:
@@ -140,17 +146,19 @@ class Service:
                 params=self._params(body, max_tokens, (seed + i) % 2**63),
             )
             for ids in prompts
-            for i in range(n)
+            for i in range(candidates)
         ]
         return Job(
             requests=requests,
-            prefixes=[echo for echo in echoes for _ in range(n)],
+            prefixes=[echo for echo in echoes for _ in range(candidates)],
             stop=body.stops,
             stream=bool(body.stream),
             include_usage=body.include_usage,
             logprobs=_logprobs(body) is not None,
             prompt_tokens=sum(map(len, prompts)),
             calling=_calling(body),
+            n=n,
+            candidates=candidates,
         )
 
     def _check_length(self, ids: Sequence[int], param: str, max_tokens: int) -> None:
@@ -190,12 +198,17 @@ class Service:
             eos_ids=(self.tokenizer.bos, self.tokenizer.special("<|assistant_end|>")),
             ignore_eos=bool(body.ignore_eos),
             seed=seed,
-            logprobs=_logprobs(body),
+            logprobs=_logprobs(body) or 0 if _ranked(body) else _logprobs(body),
         )
 
 
 def _calling(body: SamplingBody) -> Calling:
     return calling(body.tools, body.tool_choice) if isinstance(body, ChatRequest) else "no"
+
+
+def _ranked(body: SamplingBody) -> bool:
+    """Whether answers are compared by their likelihood."""
+    return isinstance(body, CompletionRequest) and body.candidates > (body.n or 1)
 
 
 def _logprobs(body: SamplingBody) -> int | None:

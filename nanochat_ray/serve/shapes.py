@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
 from dataclasses import dataclass
@@ -60,6 +61,26 @@ class Shape:
         self.finish[piece.index] = piece.finish
         self.scored[piece.index] += piece.scored
 
+    def shown(self) -> list[int]:
+        """The choices that the client gets: with ``best_of`` the likeliest, by log-probability
+        per token as at OpenAI."""
+        job = self.job
+        if job.candidates == job.n:
+            return list(range(len(job.requests)))
+
+        def likelihood(i: int) -> float:
+            scored = self.scored[i]
+            return sum(s.logprob for _, s in scored) / len(scored) if scored else -math.inf
+
+        firsts = range(0, len(job.requests), job.candidates)
+        return [
+            i
+            for first in firsts
+            for i in sorted(range(first, first + job.candidates), key=likelihood, reverse=True)[
+                : job.n
+            ]
+        ]
+
     def usage(self) -> Usage:
         prompt = self.job.prompt_tokens
         return Usage(
@@ -116,12 +137,12 @@ class CompletionShape(Shape):
             model=self.service.name,
             choices=[
                 CompletionChoice(
-                    index=i,
-                    text=text,
+                    index=index,
+                    text=self.text[i],
                     logprobs=self.logprobs(self.scored[i]),
                     finish_reason=self.finish[i],
                 )
-                for i, text in enumerate(self.text)
+                for index, i in enumerate(self.shown())
             ],
             usage=self.usage(),
         ).model_dump()
@@ -164,12 +185,12 @@ class ChatShape(Shape):
             model=self.service.name,
             choices=[
                 ChatChoice(
-                    index=i,
+                    index=index,
                     message=self._message(i),
                     logprobs=self.logprobs(self.scored[i]),
                     finish_reason=self.finish[i],
                 )
-                for i in range(len(self.text))
+                for index, i in enumerate(self.shown())
             ],
             usage=self.usage(),
         ).model_dump()
