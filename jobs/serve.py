@@ -25,7 +25,12 @@ from ray import serve
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import EngineConfig, Precision
 from nanochat_ray.on_ray import session
-from nanochat_ray.on_ray.serve import ServeConfig, build_application, environment_keys
+from nanochat_ray.on_ray.serve import (
+    ServeConfig,
+    build_application,
+    environment_keys,
+    prefer_haproxy,
+)
 from nanochat_ray.storage import Store, default_root
 from nanochat_ray.train.job import DTYPES
 
@@ -63,6 +68,8 @@ class Args:
     max_waiting: int = EngineConfig.max_waiting
     ray: bool = True
     """--no-ray: one process with one engine, no replicas; for a look, and to compare."""
+    haproxy: bool = True
+    """Where this starts Ray itself: HAProxy before the ingresses, not Serve's Python proxy."""
     block: bool = True
     """Stay until Ctrl-C; --no-block returns once the model answers."""
 
@@ -152,6 +159,8 @@ def main(args: Args) -> None:
         serve_here(config, args)
         return
     app = build_application(config)
+    if args.haproxy:
+        prefer_haproxy()
     name = config.name or config.run
     session.connect()
     check_port(args)
