@@ -382,10 +382,10 @@ def compare(bench: Bench, dataset: str) -> dict[str, Any]:
     for side in TARGETS:
         rate = best(side, 1.0)
         runs = bench.run([bench.trial(dataset, side, rate, seed, 1.0) for seed in seeds])
-        target = statistics.mean(r["bits_per_byte"] for r in runs)
-        seconds = statistics.median(r["seconds"] for r in runs)
-        targets[side] = {"rate": rate, "bits_per_byte": target, "seconds": seconds}
-        print(f"{dataset}: {side} at {rate:g} reaches {target:.4f} bits per byte", flush=True)
+        bits = statistics.mean(r["bits_per_byte"] for r in runs)
+        spent = statistics.median(r["seconds"] for r in runs)
+        targets[side] = {"rate": rate, "bits_per_byte": bits, "seconds": spent}
+        print(f"{dataset}: {side} at {rate:g} reaches {bits:.4f} bits per byte", flush=True)
     lowest = min(target["bits_per_byte"] for target in targets.values())
     result: dict[str, Any] = {"targets": targets}
     for side in ("ours", "nanochat") if args.nanochat else ("ours",):
