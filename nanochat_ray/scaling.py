@@ -147,8 +147,14 @@ def lr_scale(steps: int) -> float:
 
 
 def optim_config(config: ModelConfig, batch: int, tokens: int) -> OptimConfig:
-    """Rates for a model, a batch and a horizon in tokens."""
-    scale = lr_scale(max(1, tokens // batch))
+    """Rates for a model, a batch and a horizon in tokens.
+
+    At nanochat's reference they are nanochat's. In shorter runs, measured (optim/NOTES.md): the
+    rates of matrices and embeddings rise, that of the head does not, those of the scalars fall,
+    and the embeddings' second moment must not look back further than the run has steps.
+    """
+    steps = max(1, tokens // batch)
+    scale = lr_scale(steps)
     # AdamW's rates fall with the square root of the width (nanochat, tuned at 768).
     narrow = (config.n_embd / 768) ** -0.5
     # Decay so that the averaging time in tokens stays (Wang and Aitchison, arXiv 2405.13698).
@@ -156,8 +162,9 @@ def optim_config(config: ModelConfig, batch: int, tokens: int) -> OptimConfig:
     return OptimConfig(
         matrix_lr=0.02 * scale,
         embedding_lr=0.3 * scale * narrow,
-        unembedding_lr=0.008 * scale * narrow,
-        scalar_lr=0.5 * scale,
+        unembedding_lr=0.008 * min(scale, 1.0) * narrow,
+        scalar_lr=0.5 * min(scale, 1 / scale),
+        embedding_beta2=1 - min(max(12.5 / steps, 0.005), 0.05),
         weight_decay=min(decay, 0.2),
     )
 

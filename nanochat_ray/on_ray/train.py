@@ -125,7 +125,10 @@ def _worker(values: dict[str, Any]) -> None:
     job = TrainJob.from_json(values["job"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    shard = ray.train.get_dataset_shard("train")
+    batches = None
+    if values["ray_data"]:
+        shard = ray.train.get_dataset_shard("train")
+        batches = from_iterator(shard, job.train, rank, world)
     show = _gauges(job.run) if rank == 0 else lambda record: None
     preempted = False
 
@@ -150,7 +153,7 @@ def _worker(values: dict[str, Any]) -> None:
                 world=world,
                 sharing=context.get_local_world_size(),
                 device=ray.train.torch.get_device(),
-                batches=from_iterator(shard, job.train, rank, world),
+                batches=batches,
                 report=report,
                 should_stop=should_stop,
                 should_save=should_save,
@@ -174,9 +177,11 @@ def fit(
     cpus_per_worker: float = 1.0,
     max_failures: int = 3,
     print_every: int = 10,
+    ray_data: bool = True,
 ) -> dict[str, Any]:
     """Trains ``job`` on ``workers`` processes and returns what its last snapshot says of it.
 
+    Without ``ray_data`` each worker reads the shards itself: the same batches.
     With ``min_workers`` the group may be as small as that while machines are missing, and grows
     again when they are back; the batches stay the same. ``done`` is false in what is returned if
     the run was stopped by SIGTERM. Raises ValueError for a job that cannot run, FloatingPointError
@@ -214,6 +219,7 @@ def fit(
             "job": job.to_json(),
             "threads": threads,
             "print_every": print_every,
+            "ray_data": ray_data,
             "stop": flag,
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=120),
@@ -222,8 +228,8 @@ def fit(
             use_gpu=gpus,
             resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpus else {})},
         ),
-        datasets={"train": lambda: ray.data.from_items([{"start": reached()}])},
-        dataset_config=RankedRows(dataset.uri, manifest, job.train),
+        datasets={"train": lambda: ray.data.from_items([{"start": reached()}])} if ray_data else {},
+        dataset_config=RankedRows(dataset.uri, manifest, job.train) if ray_data else None,
         run_config=RunConfig(
             name="train",
             storage_path=own.root,

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat_ray.serve.errors import ApiError
 
-OPEN_PATHS = ("/", "/health", "/openapi.json")
+OPEN_PATHS = ("/", "/health", "/metrics", "/version", "/openapi.json")
 """Answered without a key: the page asks for one itself."""
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanochat_ray.config import TrainConfig
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.optim.schedule import lr_factor, momentum
+from nanochat_ray.optim.schedule import lr_factor, momentum, window_share
 from nanochat_ray.optim.sharded import ShardedOptimizer
 
 
@@ -81,8 +81,16 @@ def train_step(
     # Gradients are summed at a fixed size near 1 and set right at the end, when the number of
     # trained tokens of all workers is known.
     nominal = config.batch_rows * (batch.ids.shape[1] - 1)
-    for inputs, targets in split(batch, config.micro_rows, device):
+    model.window_share = window_share(step, config)
+    first_micro = optimizer.rank * len(batch.ids) // config.micro_rows
+    for micro, (inputs, targets) in enumerate(split(batch, config.micro_rows, device), first_micro):
+        if model.config.dropout:
+            # Noise that depends on the place in the run alone: resumed or spread, it is the same.
+            place = np.random.SeedSequence((config.seed, step, micro))
+            torch.manual_seed(int(place.generate_state(1)[0]))
         loss = model.loss(inputs, targets, reduction="sum")
+        if (micro - first_micro + 1) * config.micro_rows >= len(batch.ids):
+            optimizer.last_backward()
         (loss / nominal).backward()
         nats += loss.detach()
         count += (targets >= 0).sum()

@@ -178,7 +178,7 @@ REFUSED: list[tuple[str, Any, int, str | None, str | None]] = [
     ("chat/completions", chat(max_tokens=250), 400, "max_tokens", "context_length_exceeded"),
     ("chat/completions", chat(stop=["a"] * 17), 400, "stop", None),
     ("chat/completions", chat(stream_options={}), 400, "stream_options", None),
-    ("chat/completions", chat(tools=[{}]), 400, "tools", None),
+    ("chat/completions", chat(tools=[{}]), 400, "tools[0].type", None),
     ("chat/completions", chat(response_format={"type": "x"}), 400, "response_format", None),
     (
         "chat/completions",

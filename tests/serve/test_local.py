@@ -135,3 +135,53 @@ def test_health_tells_the_load(url: str) -> None:
     found = httpx.get(f"{url}/health").json()
     assert found["status"] == "ok"
     assert found["engines"][0]["slots"] == 4
+
+
+def test_metrics_tell_what_happened(url: str, client: openai.OpenAI) -> None:
+    def figures() -> dict[str, float]:
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        return {
+            line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+            for line in lines
+            if not line.startswith("#")
+        }
+
+    before = figures()
+    client.completions.create(
+        model="tiny", prompt="x" * 40, max_tokens=9, extra_body={"ignore_eos": True}
+    )
+    after = figures()
+
+    def rise(name: str, label: str = "") -> float:
+        key = f'nanochat_{name}{{{label}model_name="tiny"}}'
+        return after[key] - before.get(key, 0)
+
+    assert rise("generation_tokens_total") == 9
+    assert rise("prompt_tokens_total") == 41
+    assert rise("time_to_first_token_seconds_count") == 1
+    assert 1 <= rise("inter_token_latency_seconds_count") <= 8  # steps may come together
+    assert rise("e2e_request_latency_seconds_count") == 1
+    assert rise("request_success_total", 'finished_reason="length",') == 1
+    assert rise("prefix_cache_queries_total", 'engine="0",') > 0
+    assert after['nanochat_num_requests_running{engine="0",model_name="tiny"}'] == 0
+
+
+def test_best_of_gives_the_likeliest(client: openai.OpenAI) -> None:
+    fields = {"model": "tiny", "prompt": "ab", "seed": 1, "max_tokens": 6, "logprobs": 0}
+
+    def likelihood(choice: openai.types.CompletionChoice) -> float:
+        assert choice.logprobs is not None
+        scores = choice.logprobs.token_logprobs or []
+        return sum(scores) / len(scores)
+
+    every = client.completions.create(**fields, n=4).choices
+    best = client.completions.create(**fields, n=2, best_of=4).choices
+    expected = sorted(every, key=likelihood, reverse=True)[:2]
+    assert [c.text for c in best] == [c.text for c in expected]
+    assert [c.index for c in best] == [0, 1]
+    del fields["logprobs"]
+    (one,) = client.completions.create(**fields, best_of=4).choices
+    assert one.text == expected[0].text
+    assert one.logprobs is None
+    with pytest.raises(openai.BadRequestError, match="best_of=2"):
+        client.completions.create(**fields, best_of=2, stream=True)
