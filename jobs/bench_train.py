@@ -2,6 +2,7 @@
 
     python jobs/bench_train.py --only step --nanochat ../nanochat
     python jobs/bench_train.py --only workers,ray,feed
+    python jobs/bench_train.py --only learn --datasets base bible --nanochat ../nanochat
 
 Every figure is the median of interleaved repeats in processes of their own, one thread each. The
 last line is one JSON object; what was not measured is null in it.
@@ -17,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from nanochat_ray.config import ModelConfig, TrainConfig
 from nanochat_ray.data.shards import Manifest, RowReader, write_shard
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
-from nanochat_ray.storage import Store
+from nanochat_ray.storage import Store, default_root
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train.feed import from_shards
 from nanochat_ray.train.job import DTYPES, TrainJob
@@ -45,7 +47,10 @@ KEYS = (
 @dataclass(frozen=True, kw_only=True)
 class Args:
     only: str = "step,workers,ray,feed"
-    """Parts to measure, separated by commas."""
+    """Parts to measure, separated by commas; learn is the one that takes an hour."""
+    storage: str = field(default_factory=default_root)
+    """Where the datasets of learn lie."""
+    datasets: list[str] = field(default_factory=lambda: ["base"])
     nanochat: Path | None = None
     """Checkout of nanochat; without it the step is not compared."""
     repeats: int = 3
@@ -167,7 +172,9 @@ def apart(args: Args, **what: Any) -> dict[str, Any]:
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name != "child"}
     flags: list[str] = []
     for name, value in values.items():
-        if value is not None:
+        if isinstance(value, list):
+            flags += [f"--{name}", *value]
+        elif value is not None:
             flags += [f"--{name}", str(value)]
     done = subprocess.run(
         [sys.executable, __file__, *flags, "--child", json.dumps(what)],
@@ -237,12 +244,24 @@ def dataset(args: Args, folder: Path, rows: int = 4096) -> TrainJob:
     return TrainJob(storage=root.uri, dataset="bench", run="bench", model=model, train=train)
 
 
-def steady(storage: str, run: str) -> tuple[float, float]:
-    """Median tokens/s of a run's later steps, and its share of waiting for data."""
+def steady(storage: str, run: str) -> tuple[float, float, float]:
+    """Median tokens/s of a run's later steps, its share of waiting for data, all steps' seconds."""
     text = Store.at(storage).child("runs", run).read_text("metrics.jsonl")
-    steps = [r for r in map(json.loads, text.splitlines()) if r["kind"] == "train"][3:]
+    every = [r for r in map(json.loads, text.splitlines()) if r["kind"] == "train"]
+    steps = every[3:]
     wait = sum(r["data_wait"] for r in steps) / sum(r["seconds"] for r in steps)
-    return statistics.median(r["tokens_per_s"] for r in steps), wait
+    rate = statistics.median(r["tokens_per_s"] for r in steps)
+    return rate, wait, sum(r["seconds"] for r in every)
+
+
+def alone(job: TrainJob) -> None:
+    """The job in a process of its own, without a process group."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(job.to_json(), file)
+        file.flush()
+        command = [sys.executable, __file__, "--child", json.dumps({"job": file.name})]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, capture_output=True, env=env)
 
 
 def torchrun(job: TrainJob, workers: int) -> None:
@@ -274,48 +293,99 @@ def part_workers(args: Args) -> dict[str, float | None]:
 
 
 def part_ray(args: Args) -> dict[str, float | None]:
-    """The steady step under Ray Train with Ray Data against torchrun, two workers each."""
+    """The steady step of one train function, four ways: alone, torchrun, Ray Train, with Ray Data.
+
+    One worker each, so that Ray's own processes find a core, as they do where GPUs compute. What
+    they cost where every core trains is printed beside it.
+    """
     from nanochat_ray.on_ray import session
     from nanochat_ray.on_ray.train import fit
 
     session.connect()
-    rates: dict[str, list[float]] = {"torchrun": [], "ray": []}
-    waits, starts = [], []
+
+    def by_ray(job: TrainJob, workers: int, ray_data: bool) -> None:
+        fit(job, workers=workers, print_every=10**6, ray_data=ray_data)
+
+    ways: dict[str, Callable[[TrainJob], None]] = {
+        "plain process": alone,
+        "torchrun": lambda job: torchrun(job, 1),
+        "Ray Train": lambda job: by_ray(job, 1, False),
+        "Ray Train + Ray Data": lambda job: by_ray(job, 1, True),
+        "torchrun, two workers": lambda job: torchrun(job, 2),
+        "Ray Train + Ray Data, two workers": lambda job: by_ray(job, 2, True),
+    }
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    waits, rest = [], []
     with tempfile.TemporaryDirectory() as folder:
-        job = dataset(args, Path(folder))
+        whole = dataset(args, Path(folder))
+        half = dataclasses.replace(whole.train, batch_rows=whole.train.micro_rows)
         for repeat in range(args.repeats):
-            torchrun(dataclasses.replace(job, run=f"torchrun-{repeat}"), 2)
-            rates["torchrun"].append(steady(job.storage, f"torchrun-{repeat}")[0])
-            began = time.perf_counter()
-            fit(dataclasses.replace(job, run=f"ray-{repeat}"), workers=2, print_every=10**6)
-            rate, wait = steady(job.storage, f"ray-{repeat}")
-            rates["ray"].append(rate)
-            waits.append(wait)
-            work = args.steps * 2 * args.batch / rate
-            starts.append(time.perf_counter() - began - work)
-    plain, ray = (statistics.median(rates[side]) for side in ("torchrun", "ray"))
-    print(
-        f"ray  torchrun {plain:,.0f} tokens/s, Ray Train + Ray Data {ray:,.0f} tokens/s; start, "
-        f"checkpoint and shutdown {statistics.median(starts):.1f} s"
-    )
-    return {"ray_step_ratio": plain / ray, "data_wait_share": statistics.median(waits)}
+            for way, train_by in ways.items():
+                train = whole.train if "two" in way else half
+                job = dataclasses.replace(
+                    whole, train=train, run=f"{way}-{repeat}".replace(" ", "")
+                )
+                began = time.perf_counter()
+                train_by(job)
+                spent = time.perf_counter() - began
+                rate, wait, training = steady(job.storage, job.run)
+                rates[way].append(rate)
+                if way == "Ray Train + Ray Data":
+                    waits.append(wait)
+                    rest.append(spent - training)
+    median = {way: statistics.median(found) for way, found in rates.items()}
+    for way, rate in median.items():
+        base = median["torchrun, two workers" if "two" in way else "torchrun"]
+        print(f"ray  {way:<34} {rate:8,.0f} tokens/s, step ×{base / rate:.3f} of torchrun's")
+    print(f"ray  start, checkpoint and shutdown with Ray: {statistics.median(rest):.1f} s")
+    return {
+        "ray_step_ratio": median["torchrun"] / median["Ray Train + Ray Data"],
+        "data_wait_share": statistics.median(waits),
+    }
 
 
 def part_feed(args: Args) -> dict[str, float | None]:
-    """Rows from shards on this disk to batches, with nothing that trains."""
-    rates = []
+    """Rows from shards on this disk to batches, with nothing that trains: by Ray Data, and by a
+    thread of the training process."""
+    from nanochat_ray.on_ray import session
+    from nanochat_ray.on_ray.feed import from_iterator, rank_dataset
+
+    session.connect()
+    rates: dict[str, list[float]] = {"plain": [], "Ray Data": []}
     with tempfile.TemporaryDirectory() as folder:
         job = dataset(dataclasses.replace(args, length=1024), Path(folder), rows=32768)
-        config = dataclasses.replace(job.train, steps=400, batch_rows=128, micro_rows=128)
+        config = dataclasses.replace(job.train, steps=2000, batch_rows=256, micro_rows=256)
         store = Store.at(job.storage).child("datasets", "bench")
-        reader = RowReader(store, Manifest.load(store), "train")
+        manifest = Manifest.load(store)
+        reader = RowReader(store, manifest, "train")
+
+        def by_ray() -> Iterator[Batch]:
+            rows = rank_dataset(store, manifest, config, start=0, rank=0, world=1)
+            return from_iterator(rows.iterator(), config, 0, 1)(0)
+
+        feeds = {"plain": lambda: from_shards(reader, config, 0, 1)(0), "Ray Data": by_ray}
         for _ in range(args.repeats):
-            began, tokens = time.perf_counter(), 0
-            for batch in from_shards(reader, config, 0, 1)(0):
-                tokens += batch.ids.size
-            rates.append(tokens / (time.perf_counter() - began))
-    print(f"feed  {statistics.median(rates) / 1e6:,.0f} million tokens/s")
-    return {"feed_tokens_per_s": statistics.median(rates)}
+            for way, feed in feeds.items():
+                batches = feed()
+                next(batches)  # tasks start, shards are checked
+                began, tokens = time.perf_counter(), 0
+                for batch in batches:
+                    tokens += batch.ids.size
+                rates[way].append(tokens / (time.perf_counter() - began))
+    for way, found in rates.items():
+        print(f"feed  {way:<9} {statistics.median(found) / 1e6:,.0f} million tokens/s")
+    return {"feed_tokens_per_s": statistics.median(rates["Ray Data"])}
+
+
+def part_learn(args: Args) -> dict[str, float | None]:
+    """Tokens to AdamW's loss: jobs/bench_learn.py, on datasets that are prepared already."""
+    import bench_learn
+
+    return bench_learn.learn(
+        bench_learn.Args(
+            storage=args.storage, datasets=tuple(args.datasets), nanochat=args.nanochat
+        )
+    )
 
 
 def run_child(args: Args) -> None:
@@ -327,6 +397,9 @@ def run_child(args: Args) -> None:
         from nanochat_ray.train.job import execute
 
         job = TrainJob.from_json(json.loads(Path(what["job"]).read_text()))
+        if "RANK" not in os.environ:
+            execute(job)
+            return
         dist.init_process_group("gloo")
         execute(job, rank=dist.get_rank(), world=dist.get_world_size())
         dist.destroy_process_group()
@@ -339,7 +412,13 @@ def main(args: Args) -> None:
     if args.child:
         run_child(args)
         return
-    parts = {"step": part_step, "workers": part_workers, "ray": part_ray, "feed": part_feed}
+    parts = {
+        "step": part_step,
+        "workers": part_workers,
+        "learn": part_learn,
+        "ray": part_ray,
+        "feed": part_feed,
+    }
     chosen = [part.strip() for part in args.only.split(",")]
     unknown = [part for part in chosen if part not in parts]
     if unknown:

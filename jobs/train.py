@@ -2,9 +2,15 @@
 
 python jobs/train.py --storage DIR --dataset base --run base --depth 4
 python jobs/train.py --storage DIR --stage sft --dataset sft --run chat --parent base
+python jobs/train.py --depth 20 --hardware h100 --workers 8 --plan-only   # what would it take?
 ray job submit -- python jobs/train.py ...          # on a cluster: Ray Train and Ray Data
 torchrun --nproc-per-node 2 -- jobs/train.py ...      # the same loop without Ray
 python jobs/train.py --no-ray ...                   # and in this process
+
+The last line is one JSON object. Exit status: 0 the run is at its end (or the plan is printed);
+75 it was asked to stop (SIGTERM or Ctrl-C) and left a checkpoint, so run the same command again;
+2 what was asked for is not possible; 1 anything else, such as a gradient that stays not finite.
+torchrun passes SIGTERM on and waits 30 s, and its own status is 1 whatever its workers say.
 """
 
 from __future__ import annotations
@@ -21,10 +27,15 @@ import tyro
 
 from nanochat_ray import scaling
 from nanochat_ray.checkpoint import snapshot
-from nanochat_ray.config import OptimConfig, Precision, TrainConfig
+from nanochat_ray.config import ModelConfig, Precision, TrainConfig, to_json, with_options
 from nanochat_ray.storage import Store, default_root
-from nanochat_ray.train.job import TrainJob, check, execute, open_dataset
-from nanochat_ray.train.metrics import duration, progress_line
+from nanochat_ray.train import hardware, memory, plan
+from nanochat_ray.train.job import Resume, TrainJob, check, check_resume, execute, open_dataset
+from nanochat_ray.train.metrics import duration, progress_line, wanted
+from nanochat_ray.train.stop import STOPPED, StopOnSignal
+
+PLANNED_VOCABULARY = 32_768
+"""What a plan counts with where no dataset is prepared (nanochat's)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +46,9 @@ class Args:
     dataset: str = ""
     """Name of a prepared dataset; by default that of the stage."""
     run: str = ""
-    """Name of the run; by default "base" or "chat". A run that exists is resumed."""
+    """Name of the run; by default "base" or "chat"."""
+    resume: Resume = "auto"
+    """auto goes on with a run that exists and begins one that does not; never and must refuse."""
     parent: str = "base"
     """Run that sft starts from."""
     depth: int = 4
@@ -56,116 +69,163 @@ class Args:
     lr_scale: float = 1.0
     """Factor on every learning rate."""
     workers: int = 2
+    min_workers: int = 0
+    """With Ray, go on with so few when machines are lost, and with more when they come back; 0
+    waits for all."""
     gpus: bool = False
     """One GPU for each worker."""
     threads: int = 1
     """Torch threads of a worker on the CPU."""
     precision: Precision = "bf16"
     seed: int = 0
+    options: list[str] = field(default_factory=list)
+    """Any field of ModelConfig, TrainConfig and OptimConfig (nanochat_ray/config.py) as name=value,
+    for example skips=true window_pattern=SSSL momentum=0.9 fp8=true compile=true."""
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more
+    time."""
+    deterministic: bool = False
+    """Only operations that give the same bits each time."""
+    spike_clip: float = 0.0
+    """Cut a gradient norm down that is above so many times the usual one; 0 is off."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves a quarter of the run apart."""
+    keep: int = 2
+    """Newest checkpoints that are kept, beside the best by validation."""
     print_every: int = 10
+    sample_tokens: int = 48
+    """Length of the texts that are written at each validation; 0 is none."""
+    tensorboard: str = ""
+    """Folder for TensorBoard's files, on the machine of the first worker."""
+    wandb: str = ""
+    """Project at Weights & Biases."""
     ray: bool = True
     """Train with Ray Train; --no-ray stays in this process (torchrun implies it)."""
+    hardware: str = ""
+    """What to plan for: h100, h200, a100, cpu, ...; by default what is found here."""
     plan_only: bool = False
-    """Print what would be trained, and stop."""
+    """Print what would be trained and what it would take, and stop."""
 
 
-def sft_train(args: Args, parent: snapshot.RunConfigFile, rows: int) -> TrainConfig:
-    """The fine-tuning schedule: rates of the base run, lower, and straight down to zero."""
-    length = parent.model.sequence_len
-    size = args.batch_tokens or min(2**14, scaling.batch_tokens(rows * length))
-    batch = max(args.workers, size // length)
-    batch = -(-batch // args.workers) * args.workers
-    base = scaling.optim_config(parent.model, batch * length, rows * length)
-    scale = 0.5 * args.lr_scale
-    optim = dataclasses.replace(
-        scaled(base, scale), weight_decay=0.0, warmup=0.02, warmdown=0.9, final_lr=0.0
+def planned_hardware(args: Args) -> hardware.Hardware:
+    """What --hardware names, or what this machine has. Raises ValueError."""
+    if args.hardware:
+        return hardware.named(args.hardware)
+    if not args.gpus:
+        return hardware.HARDWARE["cpu"]
+    found = hardware.detect(torch.device("cuda")) if torch.cuda.is_available() else None
+    # The machine that submits a job to a cluster may have no GPU itself.
+    return found or hardware.HARDWARE["h100"]
+
+
+def base_model(args: Args, dataset: str) -> ModelConfig:
+    """The transformer of --depth for a dataset; a plan does without one."""
+    prepared = Store.at(args.storage).child("datasets", dataset).exists("manifest.json")
+    if args.plan_only and not prepared:
+        return scaling.model_config(args.depth, PLANNED_VOCABULARY, preset=args.preset)
+    _, manifest, tokenizer = open_dataset(args.storage, dataset)
+    return scaling.model_config(
+        args.depth,
+        tokenizer.vocab_size,
+        preset=args.preset,
+        sequence_len=manifest.sequence_len,
     )
-    steps = max(1, round(args.epochs * rows / batch))
-    return TrainConfig(
-        stage="sft",
-        steps=steps,
-        batch_rows=batch,
-        micro_rows=args.micro_rows or _micro(batch // args.workers, length),
-        seed=args.seed,
+
+
+def base_train(args: Args, model: ModelConfig) -> TrainConfig:
+    tokens = args.tokens
+    if args.cpu_minutes and not args.gpus and not tokens:
+        bound = scaling.tokens_in_minutes(model, args.cpu_minutes, args.workers)
+        tokens = min(bound, scaling.horizon(model, args.ratio))
+    train = scaling.base_plan(
+        model,
+        tokens=tokens,
+        ratio=args.ratio,
+        batch=args.batch_tokens,
+        micro_rows=args.micro_rows,
+        workers=args.workers,
         precision=args.precision,
-        optim=optim,
-        eval_every=-(-steps // 3),
-        save_every=args.save_every or -(-steps // 2),
+        seed=args.seed,
+    ).train
+    if args.micro_rows:
+        return train
+    return plan.fitted(model, train, workers=args.workers, hardware=planned_hardware(args))
+
+
+def sft_train(args: Args, parent: ModelConfig, dataset: str) -> TrainConfig:
+    _, manifest, _ = open_dataset(args.storage, dataset)
+    return scaling.sft_config(
+        parent,
+        manifest.rows("train"),
+        epochs=args.epochs,
+        batch=args.batch_tokens,
+        micro_rows=args.micro_rows,
+        workers=args.workers,
+        precision=args.precision,
+        seed=args.seed,
     )
-
-
-def _micro(rows: int, length: int) -> int:
-    wanted = max(1, 2**14 // length)
-    return next(n for n in range(min(rows, wanted), 0, -1) if rows % n == 0)
-
-
-def scaled(optim: OptimConfig, factor: float) -> OptimConfig:
-    rates = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
-    return dataclasses.replace(optim, **{name: getattr(optim, name) * factor for name in rates})
 
 
 def build(args: Args) -> TrainJob:
     """The job that the flags describe. Raises ValueError."""
-    name = args.dataset or args.stage
-    _, manifest, tokenizer = open_dataset(args.storage, name)
-    run = args.run or {"base": "base", "sft": "chat"}[args.stage]
+    dataset = args.dataset or args.stage
     if args.stage == "sft":
         store = Store.at(args.storage).child("runs", args.parent)
-        latest = snapshot.latest(store)
-        if latest is None:
+        if snapshot.latest(store) is None:
             raise ValueError(f"parent={args.parent!r} has no checkpoint in {args.storage}")
-        parent = snapshot.load_config(store, latest)
-        train = sft_train(args, parent, manifest.rows("train"))
-        model = parent.model
+        model = snapshot.load_config(store).model
+        train = sft_train(args, model, dataset)
     else:
-        model = scaling.model_config(
-            args.depth,
-            tokenizer.vocab_size,
-            preset=args.preset,
-            sequence_len=manifest.sequence_len,
+        model = base_model(args, dataset)
+        train = base_train(args, model)
+    train = dataclasses.replace(
+        train,
+        optim=scaling.scaled(train.optim, args.lr_scale),
+        save_every=args.save_every or train.save_every,
+        keep=args.keep,
+        checkpoint_activations=args.checkpoint_activations,
+        deterministic=args.deterministic,
+        spike_clip=args.spike_clip,
+        sample_tokens=args.sample_tokens,
+    )
+    shaped, options = with_options(model, args.options)
+    if args.stage == "sft":
+        changed = {name for name, value in to_json(model).items() if getattr(shaped, name) != value}
+        if wrong := sorted(changed - {"dropout", "document_start", "rope_factor"}):
+            raise ValueError(f"options: {wrong[0]} of a parent's model cannot be changed")
+    model = shaped
+    train, options = with_options(train, options)
+    optim, options = with_options(train.optim, options)
+    if options:
+        raise ValueError(
+            f"options={options[0]!r} is not allowed: no configuration has such a field"
         )
-        tokens = args.tokens
-        if args.cpu_minutes and not args.gpus and not tokens:
-            bound = scaling.tokens_in_minutes(model, args.cpu_minutes, args.workers)
-            tokens = min(bound, scaling.horizon(model, args.ratio))
-        plan = scaling.base_plan(
-            model,
-            tokens=tokens,
-            ratio=args.ratio,
-            batch=args.batch_tokens,
-            micro_rows=args.micro_rows,
-            workers=args.workers,
-            precision=args.precision,
-            seed=args.seed,
-        )
-        train = dataclasses.replace(plan.train, optim=scaled(plan.train.optim, args.lr_scale))
-        if args.save_every:
-            train = dataclasses.replace(train, save_every=args.save_every)
+    train = dataclasses.replace(train, optim=optim)
     return TrainJob(
         storage=args.storage,
-        dataset=name,
-        run=run,
+        dataset=dataset,
+        run=args.run or {"base": "base", "sft": "chat"}[args.stage],
         model=model,
         train=train,
         parent=args.parent if args.stage == "sft" else "",
+        tensorboard=args.tensorboard,
+        wandb=args.wandb,
     )
 
 
-def print_plan(job: TrainJob) -> None:
-    counts, train = scaling.parameters(job.model), job.train
-    tokens = train.steps * train.batch_rows * job.model.sequence_len
-    flops = scaling.flops_per_token(job.model) * tokens
-    print(
-        f"model: {job.model.n_layer} layers, {job.model.n_embd} wide, {job.model.n_head} heads, "
-        f"vocabulary {job.model.vocab_size:,}, context {job.model.sequence_len:,}: "
-        f"{counts.total / 1e6:.1f} M parameters ({counts.matrices / 1e6:.1f} M in the blocks)\n"
-        f"train: {train.steps:,} steps of {train.batch_rows} rows "
-        f"({train.batch_rows * job.model.sequence_len:,} tokens), {tokens / 1e6:.1f} M tokens, "
-        f"{flops:.2e} FLOPs, {train.precision}; into {job.storage}, run {job.run}",
-        flush=True,
-    )
+def print_plan(job: TrainJob, args: Args) -> dict[str, Any]:
+    """Prints the plan; returns it with what memory says of it."""
+    found = planned_hardware(args)
+    described = plan.describe(job.model, job.train, workers=args.workers, hardware=found)
+    print(f"{plan.render(described)}\nstorage   {job.storage}, run {job.run}", flush=True)
+    # Workers on CPUs are taken to share this machine.
+    free = found.memory or hardware.free_memory(torch.device("cpu"), args.workers)
+    on_gpu = bool(found.memory)
+    try:
+        memory.refuse(job.model, job.train, world=args.workers, on_gpu=on_gpu, free=free)
+    except memory.DoesNotFitError as error:
+        return {**described, "fits": False, "advice": str(error)}
+    return {**described, "fits": True, "advice": ""}
 
 
 def run_here(job: TrainJob, args: Args) -> dict[str, Any]:
@@ -182,54 +242,71 @@ def run_here(job: TrainJob, args: Args) -> dict[str, Any]:
         dist.init_process_group("nccl" if args.gpus else "gloo")
 
     def report(record: dict[str, Any]) -> None:
-        last = record["step"] == job.train.steps
-        if rank == 0 and (
-            record["kind"] == "eval" or last or record["step"] % args.print_every == 0
-        ):
+        if rank == 0 and wanted(record, args.print_every):
             print(progress_line(record), flush=True)
 
     try:
-        return execute(job, rank=rank, world=world, device=device, report=report)
+        with StopOnSignal() as stop:
+            return execute(
+                job,
+                rank=rank,
+                world=world,
+                sharing=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+                device=device,
+                report=report,
+                should_stop=stop.asked.is_set,
+            )
     finally:
         if world > 1:
             dist.destroy_process_group()
 
 
-def main(args: Args) -> None:
+def run_on_ray(job: TrainJob, args: Args) -> dict[str, Any]:
+    from nanochat_ray.on_ray import session
+    from nanochat_ray.on_ray.train import fit
+
+    session.connect()
+    return fit(
+        job,
+        workers=args.workers,
+        min_workers=args.min_workers,
+        gpus=args.gpus,
+        threads=args.threads,
+        print_every=args.print_every,
+    )
+
+
+def main(args: Args) -> int:
     under_torchrun = "LOCAL_WORLD_SIZE" in os.environ
     if under_torchrun:
         args = dataclasses.replace(args, workers=int(os.environ["WORLD_SIZE"]))
-    elif not args.ray:
+    elif not args.ray and not args.plan_only:
         args = dataclasses.replace(args, workers=1)
     job = build(args)
-    check(job)
     first = int(os.environ.get("RANK", 0)) == 0
-    if first:
-        print_plan(job)
     if args.plan_only:
-        return
-    if args.ray and not under_torchrun:
-        from nanochat_ray.on_ray import session
-        from nanochat_ray.on_ray.train import fit
-
-        session.connect()
-        result = fit(
-            job,
-            workers=args.workers,
-            gpus=args.gpus,
-            threads=args.threads,
-            print_every=args.print_every,
-        )
-    else:
-        result = run_here(job, args)
+        described = print_plan(job, args)
+        if described["advice"]:
+            print(f"memory    does not fit: {described['advice']}")
+        print(json.dumps(described))
+        return 0
+    check(job)
+    # A group that torchrun starts again goes on with the run that it began itself.
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        check_resume(job.storage, job.run, args.resume)
+    if first:
+        print_plan(job, args)
+    here = under_torchrun or not args.ray
+    result = run_here(job, args) if here else run_on_ray(job, args)
     if first:
         print(f"trained in {duration(result.get('train_seconds', 0.0))}")
         print(json.dumps({"run": job.run, **result}))
+    return 0 if result["done"] else STOPPED
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        sys.exit(main(tyro.cli(Args, description=__doc__)))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

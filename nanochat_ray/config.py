@@ -8,13 +8,15 @@ keeps it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
 T = TypeVar("T")
 
 Precision = Literal["fp32", "bf16"]
+Orthogonalizer = Literal["polar_express", "newton_schulz"]
 
 
 def _require(ok: bool, field: str, value: object, allowed: str) -> None:
@@ -39,6 +41,8 @@ class ModelConfig:
     """Positions that training sees, and the length of a full ("L") window."""
     window_pattern: str = "L"
     """One letter a layer, tiled: L = all earlier positions, S = a quarter. The last is always L."""
+    document_start: int = -1
+    """Token that begins a document, which attention and smear then do not cross; -1 lets them."""
     value_embeds: bool = True
     """A second embedding table mixed into the values of every other layer (ResFormer)."""
     residual_scalars: bool = True
@@ -47,11 +51,22 @@ class ModelConfig:
     """Mix the previous token's embedding into each token's."""
     backout: bool = True
     """Subtract a learned share of the middle layer's residual before the head."""
+    skips: bool = False
+    """U-Net: a layer of the second half adds a gated share of its mirror image in the first."""
+    attention_gate: bool = False
+    """Scale each head's output by a gate that looks at a few channels of the layer's input."""
+    residual_decay: float = 0.0
+    """Start of every residual scale: above 1, the share of earlier layers decays exponentially with
+    depth; 0 is nanochat's ramp from 1.15 to 1.05."""
+    dropout: float = 0.0
+    """Share of the embedding's and of each sublayer's outputs that training zeroes."""
     qk_scale: float = 1.2
     """Factor on normalised queries and on keys (attention is sharpened by its square)."""
     softcap: float = 15.0
     """Logits are softcap * tanh(logits / softcap); 0 turns it off."""
     rope_base: float = 100_000.0
+    rope_factor: float = 1.0
+    """Serve this many times ``sequence_len`` positions, by YaRN's interpolation of frequencies."""
     norm_eps: float | None = None
     """Epsilon of RMSNorm; None is the machine epsilon of the activations' dtype."""
     pad_vocab_to: int = 64
@@ -76,6 +91,11 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
+
+    @property
+    def context_len(self) -> int:
+        """Positions that the model can serve."""
+        return int(self.sequence_len * self.rope_factor)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -103,7 +123,18 @@ class ModelConfig:
             self.window_pattern,
             "letters L and S",
         )
-        _require(self.softcap >= 0, "softcap", self.softcap, "0 (off) or more")
+        for name in ("softcap", "residual_decay"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 (off) or more")
+        _require(
+            not self.residual_decay or self.residual_scalars,
+            "residual_decay",
+            self.residual_decay,
+            "0 without residual_scalars",
+        )
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 to below 1")
+        _require(self.rope_factor >= 1, "rope_factor", self.rope_factor, "1 (off) or more")
+        start = self.document_start
+        _require(-1 <= start < self.vocab_size, "document_start", start, "a token, or -1 for none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +148,20 @@ class OptimConfig:
     scalar_lr: float = 0.5
     weight_decay: float = 0.0
     """Cautious decay of the matrices, tied to the rate."""
+    orthogonalizer: Orthogonalizer = "polar_express"
+    """Muon's iteration towards the nearest semi-orthogonal matrix."""
+    normuon: bool = True
+    """Even out the sizes of a Muon update's neurons by their running second moments."""
+    equilibrate: bool = True
+    """Give the rows of a gradient equal norms before it is made orthogonal."""
+    cautious: bool = True
+    """Decay a weight only where that agrees with its update."""
     momentum: float = 0.95
     warmup: float = 0.02
     """Share of the steps in which the rates rise."""
-    warmdown: float = 0.5
+    embedding_beta2: float = 0.995
+    """Decay of the second moment of AdamW for the embeddings."""
+    warmdown: float = 0.8
     """Share of the steps in which the rates fall to ``final_lr``."""
     final_lr: float = 0.05
     """Last rate as a share of the full one."""
@@ -130,9 +171,13 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        iterations = ("polar_express", "newton_schulz")
+        allowed = f"one of {iterations}"
+        _require(self.orthogonalizer in iterations, "orthogonalizer", self.orthogonalizer, allowed)
         for name in ("warmup", "warmdown", "final_lr"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "from 0 to below 1")
+        for name in ("momentum", "embedding_beta2"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +193,12 @@ class TrainConfig:
     seed: int = 0
     precision: Precision = "fp32"
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    fp8: bool = False
+    """The blocks' large matrix products in 8-bit floating point (Hopper; bf16 for the rest)."""
+    compile: bool = False
+    """Compile the forward pass (torch.compile): pays on a GPU; on a CPU it gained nothing."""
+    window_warmup: float = 0.0
+    """Share of the steps in which attention windows grow, in three stages, to their full size."""
     eval_every: int = 0
     """Steps between validations; 0 validates only at the first and last step."""
     eval_rows: int = 256
@@ -155,15 +206,35 @@ class TrainConfig:
     save_every: int = 0
     """Steps between checkpoints; 0 saves only at the end."""
     keep: int = 2
-    """Checkpoints that are kept."""
+    """Newest checkpoints that are kept."""
+    keep_best: bool = True
+    """Also save where a validation is the best so far, and keep that checkpoint."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of blocks and compute the rest again in the backward pass (Chen et al.,
+    arXiv 1604.06174): a third more work for a fraction of the memory."""
+    deterministic: bool = False
+    """Only operations whose result is the same bits each time; slower on a GPU."""
+    spike_clip: float = 0.0
+    """A gradient norm above this many times the median of the last 100 is cut down to that; 0 is
+    off."""
+    sample_tokens: int = 48
+    """Tokens of the texts that are written at each validation, for a person to read; 0 is none."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_rows", "micro_rows", "keep"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
-        for name in ("eval_every", "save_every", "eval_rows"):
+        for name in ("eval_every", "save_every", "eval_rows", "sample_tokens"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
         _require(self.stage in ("base", "sft"), "stage", self.stage, "base or sft")
+        _require(not self.fp8 or self.precision == "bf16", "fp8", self.fp8, "only in bf16")
+        _require(0 <= self.window_warmup <= 1, "window_warmup", self.window_warmup, "from 0 to 1")
+        _require(
+            self.spike_clip == 0 or self.spike_clip > 1,
+            "spike_clip",
+            self.spike_clip,
+            "0 (off) or more than 1",
+        )
         _require(
             self.batch_rows % self.micro_rows == 0,
             "batch_rows",
@@ -202,6 +273,34 @@ class EngineConfig:
             f"more than max_slots={self.max_slots}, or prompts would starve",
         )
         _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
+
+
+def with_options(config: T, options: Sequence[str]) -> tuple[T, list[str]]:
+    """``config`` with the ``name=value`` options that it has fields for, and the other options.
+
+    Values are JSON, or text if they are not. ValueError names an option without "=" or a value
+    of another type than the field's.
+    """
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    changes: dict[str, Any] = {}
+    others: list[str] = []
+    for option in options:
+        name, equals, text = option.partition("=")
+        _require(bool(equals), "option", option, "name=value")
+        if name not in fields:
+            others.append(option)
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        old = fields[name]
+        if isinstance(old, float) and type(value) is int:
+            value = float(value)
+        kinds = (float, int, type(None)) if old is None else (type(old),)
+        _require(type(value) in kinds, name, value, f"a value like {old!r}")
+        changes[name] = value
+    return dataclasses.replace(config, **changes), others  # type: ignore[type-var]
 
 
 def to_json(config: Any) -> dict[str, Any]:

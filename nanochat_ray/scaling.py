@@ -6,6 +6,7 @@ Each number has its source beside it. "nanochat" is karpathy/nanochat of July 20
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -146,8 +147,14 @@ def lr_scale(steps: int) -> float:
 
 
 def optim_config(config: ModelConfig, batch: int, tokens: int) -> OptimConfig:
-    """Rates for a model, a batch and a horizon in tokens."""
-    scale = lr_scale(max(1, tokens // batch))
+    """Rates for a model, a batch and a horizon in tokens.
+
+    At nanochat's reference they are nanochat's. In shorter runs, measured (optim/NOTES.md): the
+    rates of matrices and embeddings rise, that of the head does not, those of the scalars fall,
+    and the embeddings' second moment must not look back further than the run has steps.
+    """
+    steps = max(1, tokens // batch)
+    scale = lr_scale(steps)
     # AdamW's rates fall with the square root of the width (nanochat, tuned at 768).
     narrow = (config.n_embd / 768) ** -0.5
     # Decay so that the averaging time in tokens stays (Wang and Aitchison, arXiv 2405.13698).
@@ -155,8 +162,9 @@ def optim_config(config: ModelConfig, batch: int, tokens: int) -> OptimConfig:
     return OptimConfig(
         matrix_lr=0.02 * scale,
         embedding_lr=0.3 * scale * narrow,
-        unembedding_lr=0.008 * scale * narrow,
-        scalar_lr=0.5 * scale,
+        unembedding_lr=0.008 * min(scale, 1.0) * narrow,
+        scalar_lr=0.5 * min(scale, 1 / scale),
+        embedding_beta2=1 - min(max(12.5 / steps, 0.005), 0.05),
         weight_decay=min(decay, 0.2),
     )
 
@@ -181,11 +189,9 @@ def base_plan(
 ) -> Plan:
     """A whole run from a model; ``tokens`` and ``batch`` (in tokens) overrule the rules."""
     wanted = tokens or horizon(model, ratio)
-    rows = max(1, (batch or batch_tokens(wanted)) // model.sequence_len)
-    rows = -(-rows // workers) * workers
-    micro = micro_rows or min(rows // workers, max(1, 2**14 // model.sequence_len))
-    while rows // workers % micro:
-        micro -= 1
+    # Not rounded to the workers: the same run goes on with another number of them.
+    rows = max(workers, (batch or batch_tokens(wanted)) // model.sequence_len)
+    micro = largest_micro(rows, workers, micro_rows or 2**14 // model.sequence_len)
     size = rows * model.sequence_len
     steps = max(1, round(wanted / size))
     return Plan(
@@ -203,3 +209,50 @@ def base_plan(
         ),
         tokens=steps * size,
     )
+
+
+def sft_config(
+    model: ModelConfig,
+    rows: int,
+    *,
+    epochs: float = 1.0,
+    batch: int = 0,
+    micro_rows: int = 0,
+    workers: int = 1,
+    precision: Precision = "bf16",
+    seed: int = 0,
+) -> TrainConfig:
+    """Fine-tuning on ``rows``: rates of a base run, halved, and straight down to zero.
+
+    ``batch`` is in tokens; 0 follows the rule.
+    """
+    length = model.sequence_len
+    size = batch or min(2**14, batch_tokens(rows * length))
+    batch_rows = max(workers, size // length)
+    steps = max(1, round(epochs * rows / batch_rows))
+    optim = optim_config(model, batch_rows * length, rows * length)
+    return TrainConfig(
+        stage="sft",
+        steps=steps,
+        batch_rows=batch_rows,
+        micro_rows=largest_micro(batch_rows, workers, micro_rows or 2**14 // length),
+        seed=seed,
+        precision=precision,
+        optim=dataclasses.replace(
+            scaled(optim, 0.5), weight_decay=0.0, warmup=0.02, warmdown=0.9, final_lr=0.0
+        ),
+        eval_every=-(-steps // 3),
+        save_every=-(-steps // 2),
+    )
+
+
+def scaled(optim: OptimConfig, factor: float) -> OptimConfig:
+    """The same with every learning rate times ``factor``."""
+    rates = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
+    return dataclasses.replace(optim, **{name: getattr(optim, name) * factor for name in rates})
+
+
+def largest_micro(rows: int, workers: int, most: int) -> int:
+    """The largest divisor of a batch of ``rows`` that is at most ``most`` and a worker's share."""
+    most = max(1, min(most, -(-rows // workers)))
+    return next(n for n in range(most, 0, -1) if rows % n == 0)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +82,12 @@ def save(
     optimizer: Mapping[str, Tensor] | None,
     trainer: Mapping[str, Any],
     tokenizer: Tokenizer,
+    score: float | None = None,
 ) -> str:
-    """Writes a snapshot, publishes it, then moves ``latest``. Returns its name."""
+    """Writes a snapshot, publishes it, then moves ``latest``. Returns its name.
+
+    ``score`` is what a validation of these weights gave, lower being better; see ``best``.
+    """
     name = name_of(step)
     folder = run.child(name)
     # What an earlier attempt left there is no snapshot any more from here on.
@@ -111,7 +116,12 @@ def save(
         stream = _Hashed(io.BytesIO(text.encode()))
         stream.read()
         note(file, stream)
-    manifest = {"format": "nanochat_ray snapshot 1", "step": step, "files": files}
+    manifest = {
+        "format": "nanochat_ray snapshot 1",
+        "step": step,
+        "score": score if score is not None and math.isfinite(score) else None,
+        "files": files,
+    }
     folder.write_text("manifest.json", json.dumps(manifest, indent=1))
     run.write_text("latest", name)
     return name
@@ -243,19 +253,46 @@ def load_model(
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False), tokenizer
 
 
-def prune(run: Store, keep: int) -> None:
+def _scores(run: Store, names: Iterable[str]) -> dict[str, float]:
+    """Those of the whole snapshots that were validated, with what they were given."""
+    found = {}
+    for name in names:
+        if run.exists(f"{name}/manifest.json"):
+            score = json.loads(run.read_text(f"{name}/manifest.json")).get("score")
+            if score is not None:
+                found[name] = float(score)
+    return found
+
+
+def _names(run: Store) -> list[str]:
+    """Folders of snapshots, whole or not, the newest first."""
+    return sorted((n for n in run.list() if n.startswith("step-")), key=step_of, reverse=True)
+
+
+def best(run: Store) -> str | None:
+    """Name of the snapshot with the best validation, of equals the newest; None if none has one."""
+    found = _scores(run, _names(run))
+    return min(found, key=found.__getitem__) if found else None
+
+
+def prune(run: Store, keep: int, *, keep_best: bool = False) -> None:
     """Removes all but the ``keep`` newest snapshots, and what never became one.
 
-    The one that ``latest`` names stays in any case, and so does anything newer.
+    The one that ``latest`` names stays in any case, so does anything newer, and with
+    ``keep_best`` the one with the best validation.
     """
     current = latest(run)
     if current is None:
         return
-    steps = sorted((n for n in run.list() if n.startswith("step-")), key=step_of, reverse=True)
-    older = [n for n in steps if step_of(n) < step_of(current)]
+    names = _names(run)
+    older = [n for n in names if step_of(n) < step_of(current)]
     whole = [n for n in older if run.child(n).exists("manifest.json")]
+    kept = set(whole[: keep - 1])
+    if keep_best:
+        scores = _scores(run, [current, *whole])
+        kept |= {min(scores, key=scores.__getitem__)} if scores else set()
     for name in older:
-        if name not in whole[: keep - 1]:
+        if name not in kept:
             # The manifest goes first: from then on it is no snapshot, whatever is left of it.
             run.delete(f"{name}/manifest.json")
             run.delete(name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
 class AttentionContext(Protocol):
@@ -37,20 +38,65 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance <= window)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-    """Self-attention inside rows that start at position 0; shapes as in ``attend``.
+@functools.cache
+def _compiled_flex() -> Any:
+    # Uncompiled, it would hold all scores.
+    return torch.compile(flex_attention, dynamic=False)
 
-    ``scale`` multiplies the scores before the softmax.
+
+def _block_mask(B: int, T: int, window: int, documents: Tensor | None, device: torch.device) -> Any:
+    def visible(b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = (i >= j) & (i - j <= window)
+        return seen if documents is None else seen & (documents[b, i] == documents[b, j])
+
+    rows = None if documents is None else B
+    return create_block_mask(visible, rows, None, T, T, device=str(device))
+
+
+class TrainingAttention:
+    """Self-attention inside rows ``[B, T]`` that start at position 0.
+
+    One object serves all layers of a forward pass, so that a mask is made once for each window.
+    ``documents`` is int ``[B, T]``, the number of the document that a token belongs to: tokens
+    see their own document only. Without a mask torch's own causal attention runs; masked, it is
+    FlexAttention on CUDA, which skips blocks that nobody sees, and a dense mask elsewhere.
     """
-    T, grouped = q.size(1), q.size(2) != k.size(2)
-    q_BHTD, k_BHTD, v_BHTD = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if window < 0 or window >= T - 1:
-        y = F.scaled_dot_product_attention(
-            q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=scale, enable_gqa=grouped
-        )
-    else:
-        mask = _band(T, window, q.device)
-        y = F.scaled_dot_product_attention(
-            q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, scale=scale, enable_gqa=grouped
-        )
-    return y.transpose(1, 2)
+
+    def __init__(self, documents: Tensor | None = None):
+        self.documents = documents
+        self._masks: dict[int, Any] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+        """Shapes as in ``AttentionContext.attend``; ``scale`` multiplies the scores."""
+        B, T, H, _ = q.shape
+        grouped = k.size(2) != H
+        q_BHTD, k_BHTD, v_BHTD = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        window = T if window < 0 else min(window, T)
+        if self.documents is None and window >= T - 1:
+            y = F.scaled_dot_product_attention(
+                q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=scale, enable_gqa=grouped
+            )
+            return y.transpose(1, 2)
+        on_gpu = q.device.type == "cuda"
+        if window not in self._masks:
+            self._masks[window] = (
+                _block_mask(B, T, window, self.documents, q.device)
+                if on_gpu
+                else self._dense(T, window)
+            )
+        mask = self._masks[window]
+        if on_gpu:
+            y = _compiled_flex()(
+                q_BHTD, k_BHTD, v_BHTD, block_mask=mask, scale=scale, enable_gqa=grouped
+            )
+        else:
+            y = F.scaled_dot_product_attention(
+                q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, scale=scale, enable_gqa=grouped
+            )
+        return y.transpose(1, 2)
+
+    def _dense(self, T: int, window: int) -> Tensor:
+        if self.documents is None:
+            return _band(T, window, torch.device("cpu"))
+        same = self.documents[:, :, None] == self.documents[:, None, :]
+        return (_band(T, window, self.documents.device) & same)[:, None]

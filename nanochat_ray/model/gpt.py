@@ -12,25 +12,31 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanochat_ray.config import ModelConfig
-from nanochat_ray.model.attention import AttentionContext, causal_attention
+from nanochat_ray.model.attention import AttentionContext, TrainingAttention
+from nanochat_ray.model.fp8 import MULTIPLE, fp8_linear
 from nanochat_ray.model.fused import relu_squared, rms_norm
 from nanochat_ray.model.loss import softcap_cross_entropy
-from nanochat_ray.model.rotary import rotary_tables, rotate
+from nanochat_ray.model.rotary import rotary_tables, rotate, yarn_sharpening
 from nanochat_ray.scaling import has_value_embedding, windows
 
-VALUE_GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
-"""Channels of the residual stream that the gates look at (nanochat)."""
+GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
+"""Channels of the residual stream that gates look at (modded-nanogpt, nanochat)."""
 
 
 class Linear(nn.Linear):
     """Without bias; float32 weights, cast to the activations' dtype where they are used."""
 
+    fp8 = False
+
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 and self.training:
+            return fp8_linear(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -44,16 +50,22 @@ class Attention(nn.Module):
         self.c_k = Linear(C, config.n_kv_head * D)
         self.c_v = Linear(C, config.n_kv_head * D)
         self.c_proj = Linear(C, C)
-        self.gate_channels = min(VALUE_GATE_CHANNELS, C)
+        self.gate_channels = min(GATE_CHANNELS, C)
         gated = config.value_embeds and has_value_embedding(layer, config.n_layer)
         self.ve_gate = Linear(self.gate_channels, config.n_kv_head) if gated else None
+        self.head_gate = (
+            Linear(self.gate_channels, config.n_head) if config.attention_gate else None
+        )
+        # The scale on q and on k acts through their product alone.
+        self.sharpen = config.qk_scale**2 * yarn_sharpening(config.rope_factor)
 
     def forward(
         self,
         x: Tensor,
         value: Tensor | None,
         angles: tuple[Tensor, Tensor],
-        context: AttentionContext | None,
+        attend: TrainingAttention | AttentionContext,
+        window: int,
     ) -> Tensor:
         B, T, _ = x.shape
         c = self.config
@@ -65,12 +77,12 @@ class Attention(nn.Module):
             v = v + gate.unsqueeze(-1) * value.view_as(v)
         q, k = rotate(q, *angles), rotate(k, *angles)
         q, k = rms_norm(q, c.norm_eps), rms_norm(k, c.norm_eps)
-        # The scale on q and on k acts through their product alone.
-        sharpen = c.qk_scale**2
-        if context is None:
-            y = causal_attention(q, k, v, self.window, sharpen / c.head_dim**0.5)
+        if isinstance(attend, TrainingAttention):
+            y = attend(q, k, v, window, self.sharpen / c.head_dim**0.5)
         else:
-            y = context.attend(self.layer, q * sharpen, k, v, self.window)
+            y = attend.attend(self.layer, q * self.sharpen, k, v, window)
+        if self.head_gate is not None:
+            y = y * torch.sigmoid(self.head_gate(x[..., : self.gate_channels])).unsqueeze(-1)
         return self.c_proj(y.reshape(B, T, -1))
 
 
@@ -113,11 +125,20 @@ class GPT(nn.Module):
             self.smear_lambda = nn.Parameter(torch.zeros(1))
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
+        if config.skips:
+            self.skip_gates = nn.ModuleList(
+                [Linear(min(GATE_CHANNELS, C), 1) for _ in range(n // 2)]
+            )
+            self.skip_lambdas = nn.Parameter(torch.zeros(n // 2))
         if config.value_embeds:
             kv = config.n_kv_head * config.head_dim
             layers = [i for i in range(n) if has_value_embedding(i, n)]
             self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, kv) for i in layers})
         self._angles: tuple[Tensor, Tensor] | None = None
+        self.window_share = 1.0
+        """Share of the windows that training sees; a schedule may let it grow."""
+        self.checkpoint_activations = False
+        """In training keep only the inputs of blocks, and compute the rest again when needed."""
 
     @property
     def wte(self) -> nn.Embedding:
@@ -150,18 +171,43 @@ class GPT(nn.Module):
             block.mlp.c_proj.weight.zero_()
             if block.attn.ve_gate is not None:
                 fill(block.attn.ve_gate.weight, 0.0, 0.02)
+            if block.attn.head_gate is not None:
+                block.attn.head_gate.weight.zero_()
         share = torch.arange(n) / max(n - 1, 1)
         if self.config.residual_scalars:
-            self.resid_lambdas.copy_(1.15 - 0.10 * share)
+            decay = self.config.residual_decay
+            self.resid_lambdas.copy_(torch.full((n,), decay) if decay else 1.15 - 0.10 * share)
             self.x0_lambdas.copy_(0.20 - 0.15 * share)
         if self.config.smear:
             fill(self.smear_gate.weight, 0.0, 0.02)
             self.smear_lambda.zero_()
         if self.config.backout:
             self.backout_lambda.fill_(0.2)
+        if self.config.skips:
+            self.skip_lambdas.zero_()
+            for gate in self.skip_gates:
+                cast(Linear, gate).weight.zero_()
         if self.config.value_embeds:
             for table in self.value_embeds.values():
                 fill(cast(nn.Embedding, table).weight, -bound, bound)
+
+    def use_fp8(self) -> None:
+        """From now on the blocks' large products are fp8 in training (``model/fp8.py``)."""
+        for block in self.blocks:
+            for layer in block.modules():
+                if isinstance(layer, Linear) and not any(s % MULTIPLE for s in layer.weight.shape):
+                    layer.fp8 = True
+
+    def compile_hidden(self) -> None:
+        """From now on the layers run compiled, in training and in validation."""
+        self.hidden = torch.compile(self.hidden)  # type: ignore[method-assign]
+
+    def _window(self, layer: Attention, T: int) -> int:
+        """The layer's window now; a schedule's steps are multiples of 64."""
+        if self.window_share >= 1 or not self.training:
+            return layer.window
+        whole = T if layer.window < 0 else layer.window
+        return min(whole, max(64, round(whole * self.window_share / 64) * 64))
 
     def _rotary(self, T: int, context: AttentionContext | None) -> tuple[Tensor, Tensor]:
         """cos and sin ``[B or 1, T, 1, D/2]`` for the new tokens."""
@@ -169,8 +215,11 @@ class GPT(nn.Module):
         last = T if context is None else int(context.positions.max()) + 1
         angles = self._angles
         if angles is None or angles[0].size(0) < last or angles[0].device != device:
-            length = max(last, self.config.sequence_len)
-            cos, sin = rotary_tables(length, self.config.head_dim, self.config.rope_base)
+            c = self.config
+            length = max(last, c.context_len)
+            cos, sin = rotary_tables(
+                length, c.head_dim, c.rope_base, trained=c.sequence_len, factor=c.rope_factor
+            )
             angles = self._angles = (cos.to(device), sin.to(device))
         cos, sin = (table.to(self.compute_dtype) for table in angles)
         if context is None:
@@ -180,7 +229,7 @@ class GPT(nn.Module):
     def _embed(self, ids: Tensor) -> Tensor:
         return rms_norm(self.wte(ids).to(self.compute_dtype), self.config.norm_eps)
 
-    def _smear(self, x: Tensor, prev_ids: Tensor | None) -> Tensor:
+    def _smear(self, x: Tensor, ids: Tensor, prev_ids: Tensor | None) -> Tensor:
         """Adds a gated share of the token before; ``prev_ids [B]`` stand before the first ones."""
         before = x[:, :-1]
         if prev_ids is not None:
@@ -188,8 +237,38 @@ class GPT(nn.Module):
             before = torch.cat((first[:, None], before), dim=1)
         after = x[:, x.size(1) - before.size(1) :]
         gate = torch.sigmoid(self.smear_gate(after[..., : self.smear_gate.in_features]))
+        if self.config.document_start >= 0:
+            starts = ids[:, ids.size(1) - before.size(1) :] == self.config.document_start
+            gate = gate.masked_fill(starts.unsqueeze(-1), 0.0)
         mixed = after + self.smear_lambda.to(x.dtype) * gate * before
         return mixed if prev_ids is not None else torch.cat((x[:, :1], mixed), dim=1)
+
+    def _block(
+        self,
+        i: int,
+        block: Block,
+        x: Tensor,
+        x0: Tensor,
+        skip: Tensor | None,
+        ids: Tensor,
+        angles: tuple[Tensor, Tensor],
+        attend: TrainingAttention | AttentionContext,
+    ) -> Tensor:
+        """Layer ``i`` on the residual stream ``x [B, T, C]``; ``x0`` is what it began with."""
+        config = self.config
+        if config.residual_scalars:
+            # In float32 scalars the product would be promoted: cast them, not the stream.
+            resid, first = self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype)
+            x = resid * x + first * x0
+        if skip is not None:
+            x = x + self._skip(config.n_layer - 1 - i, x0) * skip
+        value = None
+        if config.value_embeds and str(i) in self.value_embeds:
+            value = self.value_embeds[str(i)](ids).to(x.dtype)
+        window = self._window(block.attn, ids.size(1))
+        attended = block.attn(rms_norm(x, config.norm_eps), value, angles, attend, window)
+        x = x + self._drop(attended)
+        return x + self._drop(block.mlp(rms_norm(x, config.norm_eps)))
 
     def hidden(
         self, ids: Tensor, context: AttentionContext | None = None, prev_ids: Tensor | None = None
@@ -202,25 +281,45 @@ class GPT(nn.Module):
         """
         config = self.config
         angles = self._rotary(ids.size(1), context)
+        attend: TrainingAttention | AttentionContext
+        if context is not None:
+            attend = context
+        elif config.document_start >= 0:
+            attend = TrainingAttention((ids == config.document_start).cumsum(dim=1))
+        else:
+            attend = TrainingAttention()
         x = self._embed(ids)
         if config.smear:
-            x = self._smear(x, prev_ids)
+            x = self._smear(x, ids, prev_ids)
+        x = self._drop(x)
         x0, middle = x, None
+        mirrored: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            if config.residual_scalars:
-                # In float32 scalars the product would be promoted: cast them, not the stream.
-                resid, first = self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype)
-                x = resid * x + first * x0
-            value = None
-            if config.value_embeds and str(i) in self.value_embeds:
-                value = self.value_embeds[str(i)](ids).to(x.dtype)
-            x = x + block.attn(rms_norm(x, config.norm_eps), value, angles, context)
-            x = x + block.mlp(rms_norm(x, config.norm_eps))
+            skip = None
+            if config.skips and i >= config.n_layer - len(self.skip_gates):
+                skip = mirrored.pop()
+            args = (i, block, x, x0, skip, ids, angles, attend)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(self._block, *args, use_reentrant=False)
+            else:
+                x = self._block(*args)
+            if config.skips and i < len(self.skip_gates):
+                mirrored.append(x)
             if config.backout and i == config.n_layer // 2:
                 middle = x
         if middle is not None:
             x = x - self.backout_lambda.to(x.dtype) * middle
         return rms_norm(x, config.norm_eps)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+    def _skip(self, pair: int, x0: Tensor) -> Tensor:
+        """Factor ``[B, T, 1]`` on the first-half layer ``pair``'s output."""
+        gate = cast(Linear, self.skip_gates[pair])
+        return self.skip_lambdas[pair].to(x0.dtype) * torch.sigmoid(
+            gate(x0[..., : gate.in_features])
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``[..., vocab_size]`` from ``hidden [..., C]``, soft-capped (Gemma 2)."""

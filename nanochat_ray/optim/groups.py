@@ -26,14 +26,17 @@ class Group:
 
 # betas and decays: nanochat's gpt.py (July 2026), which tuned them at depth 12.
 _ADAMW: tuple[tuple[str, str, float, float, float, float], ...] = (
-    # prefix of the name, rate in OptimConfig, factor on it, beta1, beta2, weight decay
+    # prefix of the name, rate in OptimConfig, factor on it, beta1, beta2 (0: that of the
+    # embeddings, from OptimConfig), weight decay
     ("lm_head.", "unembedding_lr", 1.0, 0.8, 0.96, 0.01),
-    ("transformer.wte.", "embedding_lr", 1.0, 0.8, 0.995, 0.001),
-    ("value_embeds.", "embedding_lr", 0.5, 0.8, 0.995, 0.01),
+    ("transformer.wte.", "embedding_lr", 1.0, 0.8, 0.0, 0.001),
+    ("value_embeds.", "embedding_lr", 0.5, 0.8, 0.0, 0.01),
     ("resid_lambdas", "scalar_lr", 0.01, 0.8, 0.95, 0.05),
     ("x0_lambdas", "scalar_lr", 1.0, 0.96, 0.95, 0.0),
     ("smear_", "scalar_lr", 0.4, 0.8, 0.95, 0.0),
     ("backout_lambda", "scalar_lr", 0.4, 0.8, 0.95, 0.0),
+    ("skip_", "scalar_lr", 0.1, 0.8, 0.95, 0.0),
+    ("head_gate", "scalar_lr", 0.1, 0.8, 0.95, 0.0),
 )
 
 
@@ -44,13 +47,14 @@ def build_groups(
     matrices: dict[tuple[int, ...], list[str]] = {}
     others: dict[tuple[float, float, float, float], list[str]] = {}
     for name, parameter in sorted(named, key=lambda item: item[0]):
-        if name.startswith("transformer.h."):
+        if name.startswith("transformer.h.") and "head_gate" not in name:
             matrices.setdefault(tuple(parameter.shape), []).append(name)
             continue
-        rule = next((r for r in _ADAMW if name.startswith(r[0])), None)
+        rule = next((r for r in _ADAMW if name.startswith(r[0]) or f".{r[0]}." in name), None)
         if rule is None:
             raise ValueError(f"parameter {name!r} has no learning rate; see optim/groups.py")
         _, rate, factor, beta1, beta2, decay = rule
+        beta2 = beta2 or config.embedding_beta2
         others.setdefault((getattr(config, rate) * factor, beta1, beta2, decay), []).append(name)
     adamw = [
         Group(kind="adamw", names=tuple(names), lr=k[0], beta1=k[1], beta2=k[2], weight_decay=k[3])

@@ -1,15 +1,21 @@
 """Muon: momentum whose update is the nearest semi-orthogonal matrix, for stacks of matrices.
 
-Keller Jordan, "Muon: an optimizer for hidden layers", 2024. Orthogonalisation is Polar Express
-(Amsel, Persson, Musco, Gower, arXiv 2505.16932); the update of each neuron is then rescaled by a
-running second moment, as in NorMuon (Li et al., arXiv 2510.05491); weight decay acts only where
-it agrees with the update (cautious decay, Chen et al., arXiv 2510.12402).
+Keller Jordan, "Muon: an optimizer for hidden layers", 2024. Around it, each to be turned off: rows
+of equal norm before the iteration (MuonEq, arXiv 2603.28254), Polar Express in place of
+Newton-Schulz (Amsel, Persson, Musco, Gower, arXiv 2505.16932), the update of each neuron rescaled
+by a running second moment (NorMuon, Li et al., arXiv 2510.05491), and weight decay only where it
+agrees with the update (cautious decay, Chen et al., arXiv 2510.12402). What each gives is in
+NOTES.md.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from nanochat_ray.config import Orthogonalizer
 
 # Five quintic steps, each optimal for the interval that the one before leaves: the paper's
 # published triples for a lower bound of 1e-3, with the safety factor 1.02 folded in.
@@ -20,17 +26,31 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+# Jordan's quintic, the same at each step: steepest at zero, and not quite convergent.
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
-def polar_express(G: Tensor) -> Tensor:
-    """The semi-orthogonal factor of each matrix of ``G [..., m, n]``, to a few per cent.
+@dataclass(frozen=True, kw_only=True)
+class MuonRule:
+    """What is around the momentum; the fields of ``OptimConfig``."""
 
-    Singular values go to about 1; those below a thousandth of the norm stay smaller. Works in
-    the dtype of ``G``; the iteration is stable in bfloat16.
+    orthogonalizer: Orthogonalizer = "polar_express"
+    normuon: bool = True
+    equilibrate: bool = False
+    cautious: bool = True
+
+
+def orthogonalize(G: Tensor, method: Orthogonalizer = "polar_express") -> Tensor:
+    """The semi-orthogonal factor of each matrix of ``G [..., m, n]``, approximately.
+
+    Singular values go to about 1: to a few per cent with Polar Express, to 0.7 to 1.2 with
+    Newton-Schulz; those below a thousandth of the norm stay smaller. Works in the dtype of
+    ``G``; both iterations are stable in bfloat16.
     """
+    polar = method == "polar_express"
     X = G if G.size(-2) <= G.size(-1) else G.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)
-    for a, b, c in POLAR_EXPRESS:
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * (1.02 if polar else 1.0) + 1e-7)
+    for a, b, c in POLAR_EXPRESS if polar else NEWTON_SCHULZ:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c) if A.ndim == 3 else b * A + c * (A @ A)
         X = torch.baddbmm(X, B, X, beta=a) if X.ndim == 3 else a * X + B @ X
@@ -47,6 +67,7 @@ def muon_update_(
     momentum: float,
     beta2: float,
     weight_decay: float,
+    rule: MuonRule = MuonRule(),
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """One step on a stack of matrices, in place.
@@ -57,19 +78,23 @@ def muon_update_(
     orthogonalisation, which is nearly all of the work.
     """
     momentum_buffer.lerp_(grads, 1 - momentum)
-    nesterov = grads.lerp(momentum_buffer, momentum)
-    update = polar_express(nesterov.to(dtype)).float()
-    # NorMuon: even out the neurons, keep the norm of the whole.
-    along = -1 if update.size(-2) >= update.size(-1) else -2
-    mean_square = update.square().mean(dim=along, keepdim=True)
-    second_moment.lerp_(mean_square, 1 - beta2)
-    scale = second_moment.clamp_min(1e-10).rsqrt()
-    before = mean_square.sum(dim=(-2, -1), keepdim=True)
-    after = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True)
-    update *= scale * (before / after.clamp_min(1e-20)).sqrt()
+    update = grads.lerp(momentum_buffer, momentum)
+    if rule.equilibrate:
+        # The iteration reaches small singular values late: unequal rows would leave more of them.
+        update /= update.norm(dim=-1, keepdim=True).clamp_min(1e-20)
+    update = orthogonalize(update.to(dtype), rule.orthogonalizer).float()
+    if rule.normuon:
+        # Even out the neurons, keep the norm of the whole.
+        along = -1 if update.size(-2) >= update.size(-1) else -2
+        mean_square = update.square().mean(dim=along, keepdim=True)
+        second_moment.lerp_(mean_square, 1 - beta2)
+        scale = second_moment.clamp_min(1e-10).rsqrt()
+        before = mean_square.sum(dim=(-2, -1), keepdim=True)
+        after = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True)
+        update *= scale * (before / after.clamp_min(1e-20)).sqrt()
 
     lr = lr * max(1.0, weights.size(-2) / weights.size(-1)) ** 0.5
     if weight_decay:
-        agrees = (update * weights) > 0
-        weights.sub_(weights * agrees, alpha=lr * weight_decay)
+        decayed = weights * ((update * weights) > 0) if rule.cautious else weights
+        weights.sub_(decayed, alpha=lr * weight_decay)
     weights.sub_(update, alpha=lr)

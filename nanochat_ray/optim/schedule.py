@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanochat_ray.config import OptimConfig
+from nanochat_ray.config import OptimConfig, TrainConfig
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
@@ -22,3 +22,12 @@ def momentum(step: int, steps: int, config: OptimConfig) -> float:
     rise = max(1, min(300, steps // 10))
     share = min(1.0, step / rise)
     return 0.85 + (config.momentum - 0.85) * share
+
+
+def window_share(step: int, config: TrainConfig) -> float:
+    """Share of each attention window that training sees: a quarter, a half, three quarters, all.
+
+    modded-nanogpt's window warm-up, in equal stages over ``window_warmup`` of the steps.
+    """
+    rise = round(config.window_warmup * config.steps)
+    return 1.0 if step >= rise else (1 + 3 * step // rise) / 4

@@ -7,8 +7,8 @@ model are views into them. A step is then, for each group,
 
 which is ZeRO stage 2 (Rajbhandari et al., arXiv 1910.02054) with no copies: the state exists once
 over all ranks. A Muon group is a stack ``[K, m, n]`` cut between matrices; an AdamW group is cut
-anywhere, since AdamW works on single elements. All reductions are started before the first update
-and each gather runs while the next group is updated.
+anywhere, since AdamW works on single elements. A reduction starts as soon as the backward pass has
+made all gradients of its bucket, and each gather runs while the next group is updated.
 
 State is saved and loaded by parameter name with full tensors, so it does not depend on the number
 of ranks.
@@ -16,7 +16,7 @@ of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,10 @@ from torch import Tensor, nn
 
 from nanochat_ray.config import OptimConfig
 from nanochat_ray.optim.groups import Group, build_groups
-from nanochat_ray.optim.muon import muon_update_
+from nanochat_ray.optim.muon import MuonRule, muon_update_
+
+BUCKET = 1 << 18
+"""Elements that one reduction of a Muon group carries, at least: small ones cost latency."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,34 @@ class Span:
     stop: int
 
 
+@dataclass
+class Bucket:
+    """A run of a group's gradients that is reduced by one call."""
+
+    flat: FlatGroup
+    start: int
+    stop: int
+    owner: int
+    """The rank that updates it; -1 if it is cut over all of them."""
+    parameters: int
+    missing: int = 0
+    """Parameters whose gradient is still to come in this backward pass."""
+    work: dist.Work | None = None
+    launched: bool = False
+
+
 class FlatGroup:
     """One group's buffers. ``weights`` and ``grads`` are whole, the rest is this rank's share."""
 
-    def __init__(self, group: Group, named: Mapping[str, nn.Parameter], rank: int, world: int):
-        self.group = group
+    def __init__(
+        self,
+        group: Group,
+        named: Mapping[str, nn.Parameter],
+        rank: int,
+        world: int,
+        rule: MuonRule = MuonRule(),  # noqa: B008 (frozen)
+    ):
+        self.group, self.rule = group, rule
         parameters = [named[name] for name in group.names]
         self.spans: list[Span] = []
         at = 0
@@ -68,6 +94,21 @@ class FlatGroup:
             self.matrix_shape = (m, n)
             self.second_shape = (m, 1) if m >= n else (1, n)
             self.state["second_moment"] = torch.zeros(share // unit * max(m, n), device=device)
+
+    def buckets(self) -> list[Bucket]:
+        """The group's gradients cut into reductions, none of which crosses the share of a rank."""
+        if self.group.kind == "adamw":
+            return [Bucket(self, 0, self.grads.numel(), -1, len(self.spans))]
+        share = self.owned.stop - self.owned.start
+        made: list[Bucket] = []
+        for span in self.spans:
+            last = made[-1] if made else None
+            owner = span.start // share
+            if last and last.owner == owner and last.stop - last.start < BUCKET:
+                last.stop, last.parameters = span.stop, last.parameters + 1
+            else:
+                made.append(Bucket(self, span.start, span.stop, owner, 1))
+        return made
 
     def state_sizes(self, span: Span) -> dict[str, tuple[int, int, tuple[int, ...]]]:
         """For each kind of state: where the parameter's part lies in the whole, and its shape."""
@@ -98,6 +139,7 @@ class FlatGroup:
                 momentum=momentum,
                 beta2=group.beta2,
                 weight_decay=group.weight_decay * lr_factor,
+                rule=self.rule,
                 dtype=dtype,
             )
             return
@@ -130,23 +172,70 @@ class ShardedOptimizer:
         self._scatters = grouped and dist.get_backend() == "nccl"
         named = dict(model.named_parameters())
         groups = build_groups(named.items(), config)
-        self.flats = [FlatGroup(group, named, self.rank, self.world) for group in groups]
+        rule = MuonRule(
+            orthogonalizer=config.orthogonalizer,
+            normuon=config.normuon,
+            equilibrate=config.equilibrate,
+            cautious=config.cautious,
+        )
+        self.flats = [FlatGroup(group, named, self.rank, self.world, rule) for group in groups]
+        self._buckets: list[Bucket] = []
+        self._last_backward = False
         if self.world > 1:
             for flat in self.flats:
                 dist.broadcast(flat.weights, src=0)
+                for bucket in flat.buckets():
+                    self._buckets.append(bucket)
+                    for span in flat.spans:
+                        if bucket.start <= span.start < bucket.stop:
+                            named[span.name].register_post_accumulate_grad_hook(self._hook(bucket))
 
     def zero_grad(self) -> None:
+        self._last_backward = False
         for flat in self.flats:
             flat.grads.zero_()
 
-    def _reduce(self, flat: FlatGroup) -> dist.Work | None:
-        if self.world == 1:
-            return None
-        if self._scatters:
+    def last_backward(self) -> None:
+        """Says that the next backward pass is the step's last: reductions start within it.
+
+        Every rank's backward pass makes its gradients in the same order, hence so do these.
+        """
+        self._last_backward = True
+        for bucket in self._buckets:
+            bucket.missing, bucket.launched, bucket.work = bucket.parameters, False, None
+
+    def _hook(self, bucket: Bucket) -> Callable[[Tensor], None]:
+        def made(_: Tensor) -> None:
+            bucket.missing -= 1
+            if self._last_backward and bucket.missing == 0:
+                self._launch(bucket)
+
+        return made
+
+    def _launch(self, bucket: Bucket) -> None:
+        flat, bucket.launched = bucket.flat, True
+        grads = flat.grads[bucket.start : bucket.stop]
+        if not self._scatters:
+            # gloo's reduce-scatter took 3 to 8 times as long as its all-reduce (1 to 4 M
+            # elements).
+            bucket.work = dist.all_reduce(grads, async_op=True)
+        elif bucket.owner >= 0:
+            bucket.work = dist.reduce(grads, dst=bucket.owner, async_op=True)
+        else:
             owned = flat.grads[flat.owned]
-            return dist.reduce_scatter_single(owned, flat.grads, async_op=True)
-        # gloo's reduce-scatter took 3 to 8 times as long as its all-reduce (1 to 4 M elements).
-        return dist.all_reduce(flat.grads, async_op=True)
+            bucket.work = dist.reduce_scatter_single(owned, grads, async_op=True)
+
+    def _finish_reductions(self) -> None:
+        """Waits for all reductions; starts those that no backward pass has started."""
+        if not self._last_backward:
+            self.last_backward()
+        for bucket in self._buckets:
+            if not bucket.launched:
+                self._launch(bucket)
+        for bucket in self._buckets:
+            if bucket.work is not None:
+                bucket.work.wait()
+        self._last_backward = False
 
     @torch.no_grad()
     def step(
@@ -163,11 +252,9 @@ class ShardedOptimizer:
         Gradients are summed over ranks and multiplied by ``scale``. If the norm is not finite,
         weights and state stay untouched on every rank.
         """
-        pending = [self._reduce(flat) for flat in self.flats]
+        self._finish_reductions()
         squares = torch.zeros((), device=self.flats[0].weights.device)
-        for flat, work in zip(self.flats, pending, strict=True):
-            if work is not None:
-                work.wait()
+        for flat in self.flats:
             owned = flat.grads[flat.owned]
             squares += owned.mul_(scale).square().sum()
         if self.world > 1:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
+import torch
 
 from nanochat_ray.config import TrainConfig
 from nanochat_ray.data.order import batch_rows
 from nanochat_ray.data.shards import RowReader
 from nanochat_ray.train.step import Batch
+
+AHEAD = 2
+"""Batches that are ready before they are asked for."""
 
 
 def rank_rows(config: TrainConfig, num_rows: int, step: int, rank: int, world: int) -> np.ndarray:
@@ -25,19 +31,60 @@ def rank_rows(config: TrainConfig, num_rows: int, step: int, rank: int, world: i
 def from_shards(
     reader: RowReader, config: TrainConfig, rank: int, world: int
 ) -> Callable[[int], Iterator[Batch]]:
-    """This rank's batches from any step on, one read ahead in a thread."""
-
-    def read(step: int) -> Batch:
-        ids, mask = reader.rows(rank_rows(config, len(reader), step, rank, world))
-        return Batch(ids, mask)
+    """This rank's batches from any step on."""
 
     def batches(start: int) -> Iterator[Batch]:
-        with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
-            coming = pool.submit(read, start)
-            for step in range(start, config.steps):
-                batch = coming.result()
-                if step + 1 < config.steps:
-                    coming = pool.submit(read, step + 1)
-                yield batch
+        for step in range(start, config.steps):
+            ids, mask = reader.rows(rank_rows(config, len(reader), step, rank, world))
+            yield Batch(ids, mask)
 
     return batches
+
+
+def _pinned(array: np.ndarray) -> np.ndarray:
+    """A copy in page-locked memory, from which a GPU reads while the CPU goes on."""
+    held = torch.empty(array.shape, dtype=torch.from_numpy(array[:0]).dtype, pin_memory=True)
+    copy = held.numpy()  # keeps the tensor alive
+    copy[...] = array
+    return copy
+
+
+def prefetched(
+    batches: Iterator[Batch], *, pin: bool, ahead: int = AHEAD
+) -> Generator[Batch, None, None]:
+    """The same batches, made by a thread that stays at most ``ahead`` of who asks.
+
+    ``pin`` puts them into page-locked memory. What ``batches`` raises is raised here, in its
+    place; the thread ends with the iterator.
+    """
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=ahead)
+    ended = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not ended.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def make() -> None:
+        try:
+            for batch in batches:
+                if pin:
+                    mask = None if batch.mask is None else _pinned(batch.mask)
+                    batch = Batch(_pinned(batch.ids), mask)
+                put(batch)
+                if ended.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # raised in the thread that asks
+            put(error)
+
+    thread = threading.Thread(target=make, name="feed", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()

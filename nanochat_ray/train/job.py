@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from nanochat_ray import config as configs
 from nanochat_ray.checkpoint import snapshot
@@ -20,12 +22,14 @@ from nanochat_ray.data.shards import Manifest, RowReader
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
-from nanochat_ray.train import loop, validation
+from nanochat_ray.train import hardware, loop, memory, observers, validation
 from nanochat_ray.train.feed import from_shards
+from nanochat_ray.train.samples import sampler
 from nanochat_ray.train.step import Batch
 
 CHECKED_BYTES = 512 << 20
 """Shards up to this size together are checked before a job starts, larger ones when opened."""
+Resume = Literal["auto", "never", "must"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -40,6 +44,10 @@ class TrainJob:
     train: TrainConfig
     parent: str = ""
     """Run whose weights this one starts from; empty starts from random weights."""
+    tensorboard: str = ""
+    """Folder on rank 0's machine for TensorBoard's files; empty writes none."""
+    wandb: str = ""
+    """Project at Weights & Biases that the run is shown in; empty is none."""
     about: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -68,8 +76,21 @@ def open_dataset(storage: str, name: str) -> tuple[Store, Manifest, Tokenizer]:
     return dataset, manifest, tokenizer
 
 
+def check_resume(storage: str, run: str, resume: Resume) -> None:
+    """ValueError if the run exists (``never``) or does not (``must``); ``auto`` takes either."""
+    name = snapshot.latest(Store.at(storage).child("runs", run))
+    if resume == "never" and name is not None:
+        raise ValueError(
+            f"resume='never', but run {run!r} exists in {storage} (at {name}): choose another "
+            "name, or resume it with auto or must"
+        )
+    if resume == "must" and name is None:
+        raise ValueError(f"resume='must', but run {run!r} has no checkpoint in {storage}")
+
+
 def check(job: TrainJob) -> None:
     """Refuses what cannot train, before any worker starts. Raises ValueError."""
+    observers.check(wandb=job.wandb)
     dataset, manifest, tokenizer = open_dataset(job.storage, job.dataset)
     if manifest.kind != job.train.stage:
         raise ValueError(
@@ -107,17 +128,26 @@ def execute(
     *,
     rank: int = 0,
     world: int = 1,
+    sharing: int = 1,
     device: torch.device | None = None,
     batches: Callable[[int], Iterator[Batch]] | None = None,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
     should_stop: Callable[[], bool] = lambda: False,
+    should_save: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Trains to the end, resuming what was begun; collective over the process group if any.
 
-    ``batches`` replaces the plain reading of shards (Ray Data does). Returns the last metrics.
+    ``sharing`` is the number of workers on this machine. ``batches`` replaces the plain reading
+    of shards (Ray Data does). Returns the last metrics. Raises DoesNotFitError, on every rank, if
+    one has too little memory.
     """
     device = device or torch.device("cpu")
     config = job.train
+    check_memory(job, world=world, sharing=sharing, device=device)
+    if config.deterministic:
+        make_deterministic()
+    if config.batch_rows < world:
+        raise ValueError(f"batch_rows={config.batch_rows} is not allowed: {world} workers or more")
     dataset, manifest, tokenizer = open_dataset(job.storage, job.dataset)
     root = Store.at(job.storage)
     model = GPT(job.model, compute_dtype=DTYPES[config.precision]).to(device)
@@ -126,31 +156,78 @@ def execute(
         model.load_state_dict(saved.weights)
     else:
         model.init_weights(torch.Generator().manual_seed(config.seed))
+    if config.fp8:
+        model.use_fp8()
+    if config.compile:
+        model.compile_hidden()
     if batches is None:
         batches = from_shards(RowReader(dataset, manifest, "train"), config, rank, world)
-    return loop.run(
-        model,
-        loop.Run(
-            config=config,
-            store=root.child("runs", job.run),
-            tokenizer=tokenizer,
-            batches=batches,
-            evaluate=validator(job, dataset, manifest, tokenizer, rank, world),
-            report=report,
-            should_stop=should_stop,
-            about={**job.about, "dataset": job.dataset, "parent": job.parent},
-        ),
+    evaluate, bytes_per_token = validator(job, dataset, manifest, tokenizer, rank, world)
+    found = hardware.detect(device)
+    with observers.watching(job, rank) as observe:
+
+        def tell(record: dict[str, Any]) -> None:
+            observe(record)
+            report(record)
+
+        return loop.run(
+            model,
+            loop.Run(
+                config=config,
+                store=root.child("runs", job.run),
+                tokenizer=tokenizer,
+                batches=batches,
+                evaluate=evaluate,
+                sample=sampler(tokenizer, config.stage, config.sample_tokens)
+                if config.sample_tokens
+                else None,
+                report=tell,
+                should_stop=should_stop,
+                should_save=should_save,
+                about={**job.about, "dataset": job.dataset, "parent": job.parent},
+                hardware=hardware.describe(device, config.precision),
+                peak_flops=world * found.peak(config.precision) if found else 0.0,
+                bytes_per_token=bytes_per_token,
+            ),
+        )
+
+
+def check_memory(job: TrainJob, *, world: int, sharing: int, device: torch.device) -> None:
+    """DoesNotFitError, on every rank alike, if the run needs more memory than a rank has free."""
+    free = torch.tensor(float(hardware.free_memory(device, sharing)), dtype=torch.float64)
+    if world > 1:
+        free = free.to(device)
+        dist.all_reduce(free, op=dist.ReduceOp.MIN)
+    memory.refuse(
+        job.model, job.train, world=world, on_gpu=device.type == "cuda", free=int(free.item())
     )
+
+
+def make_deterministic() -> None:
+    """Only deterministic operations from here on, in this process.
+
+    On a CPU they all are for a fixed number of threads; on a GPU this costs speed. Must come
+    before the first product on a GPU, where cuBLAS reads its workspace's size.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def validator(
     job: TrainJob, dataset: Store, manifest: Manifest, tokenizer: Tokenizer, rank: int, world: int
-) -> Callable[[GPT], dict[str, float]]:
-    """Validation on the first ``eval_rows`` rows of the "val" split, shared by the ranks."""
+) -> tuple[Callable[[GPT], dict[str, float]], float]:
+    """Validation on the first ``eval_rows`` rows of the "val" split, shared by the ranks.
+
+    Also gives the bytes of a token there, special ones left out; 0 for fine-tuning.
+    """
     reader = RowReader(dataset, manifest, "val")
     rows = np.arange(min(job.train.eval_rows, len(reader)), dtype=np.int64)
-    ids, mask = reader.rows(np.array_split(rows, world)[rank])
     lengths = tokenizer.byte_lengths()
+    ids, mask = reader.rows(rows)
+    sizes = lengths[ids]
+    bytes_per_token = float(sizes.sum() / max(1, (sizes > 0).sum())) if mask is None else 0.0
+    ids, mask = reader.rows(np.array_split(rows, world)[rank])
 
     def evaluate(model: GPT) -> dict[str, float]:
         micro = job.train.micro_rows
@@ -160,4 +237,4 @@ def validator(
             }
         return {"val_loss": validation.masked_loss(model, ids, mask, micro_rows=micro)}
 
-    return evaluate
+    return evaluate, bytes_per_token

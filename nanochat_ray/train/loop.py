@@ -7,29 +7,37 @@ steps since the last checkpoint, and those are repeated bit for bit on the same 
 
 from __future__ import annotations
 
-import os
-import platform
-import threading
+import contextlib
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from nanochat_ray import config as configs
+from nanochat_ray import scaling
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import TrainConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
-from nanochat_ray.train.metrics import Metrics
-from nanochat_ray.train.report import render
+from nanochat_ray.train.feed import prefetched
+from nanochat_ray.train.metrics import Metrics, score
+from nanochat_ray.train.saving import Checkpointer
 from nanochat_ray.train.step import Batch, train_step
 
 MAX_SKIPPED = 5
 """Steps in a row with a gradient that is not finite before the run gives up."""
+SPIKE_WINDOW = 100
+"""Steps whose gradient norms say what is usual."""
+LOOK_EVERY = 5.0
+"""Seconds between two looks at whether a machine of the run will be taken away."""
+FREE = (
+    *("micro_rows", "eval_every", "eval_rows", "save_every", "keep", "keep_best"),
+    *("checkpoint_activations", "deterministic", "sample_tokens"),
+)
+"""Fields of TrainConfig that may change when a run is resumed: they do not change its steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,90 +52,34 @@ class Run:
     """From a first step: this rank's batch of that step, of the next, and so on."""
     evaluate: Callable[[GPT], dict[str, float]]
     """Validation; collective over the ranks, with the same result on each."""
+    sample: Callable[[GPT], list[tuple[str, str]]] | None = None
+    """(prompt, text) pairs at each validation; asked on rank 0 alone."""
     report: Callable[[dict[str, Any]], None] = lambda metrics: None
-    """Called on every rank after each step and each validation."""
+    """Called on every rank with each record: a step, a validation, a text, a checkpoint."""
     should_stop: Callable[[], bool] = lambda: False
-    """Asked after every step; true means: save and leave (the same answer on every rank)."""
+    """Asked before every step. One rank's yes means to all: after the step, save and leave."""
+    should_save: Callable[[], bool] | None = None
+    """Collective, with the same answer on each rank; asked after a step every ``LOOK_EVERY``
+    seconds. Yes means: save now, and go on."""
     about: dict[str, Any] = field(default_factory=dict)
     """Facts of the run that its checkpoints keep (dataset, parent run, ...)."""
-
-
-class Checkpointer:
-    """Writes snapshots of a run in the background, one at a time; only rank 0 writes."""
-
-    def __init__(self, run: Run, model: GPT, optimizer: ShardedOptimizer):
-        self.run, self.model, self.optimizer = run, model, optimizer
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def _device(self) -> str:
-        device = self.optimizer.flats[0].weights.device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-    def save(self, step: int, metrics: Metrics) -> None:
-        """Starts a snapshot after ``step`` steps. Collective. Raises what the last one raised."""
-        self.wait()
-        state = self.optimizer.state_dict()
-        if self.optimizer.rank != 0:
-            return
-        weights = {
-            name: t.detach().to("cpu", copy=True) for name, t in self.model.named_parameters()
-        }
-        trainer: dict[str, Any] = {
-            "step": step,
-            "train_config": configs.to_json(self.run.config),
-            "about": self.run.about,
-            "metrics": metrics.summary(),
-        }
-        text = metrics.to_jsonl()
-        shown = {
-            "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {self._device()}",
-            "ranks": self.optimizer.world,
-            "model": configs.to_json(self.model.config),
-            **trainer,
-        }
-        page = render(
-            self.run.store.root.rpartition("/")[2], metrics.records, trainer["metrics"], shown
-        )
-
-        def write() -> None:
-            try:
-                self.run.store.write_text("metrics.jsonl", text)
-                self.run.store.write_text("report.html", page)
-                snapshot.save(
-                    self.run.store,
-                    step,
-                    model_config=self.model.config,
-                    weights=weights,
-                    optimizer=state,
-                    trainer=trainer,
-                    tokenizer=self.run.tokenizer,
-                )
-                snapshot.prune(self.run.store, self.run.config.keep)
-            except BaseException as error:  # handed to the training thread by wait()
-                self._error = error
-
-        self._thread = threading.Thread(target=write, name=f"checkpoint-{step}")
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Until the snapshot under way is whole."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+    hardware: dict[str, Any] = field(default_factory=dict)
+    """What the run computes on, for its report."""
+    peak_flops: float = 0.0
+    """Of all workers together, for the MFU; 0 if it is not known."""
+    bytes_per_token: float = 0.0
+    """Of the dataset, for training's bits per byte; 0 if it is not known."""
 
 
 def same_run(old: dict[str, Any], new: TrainConfig) -> None:
     """ValueError if a checkpoint's configuration would give other steps than ``new``."""
-    free = {"micro_rows", "eval_every", "eval_rows", "save_every", "keep"}
+    unset = configs.to_json(TrainConfig(steps=1, batch_rows=1, micro_rows=1))
     for name, value in configs.to_json(new).items():
-        if name not in free and old.get(name) != value:
+        # A field that is younger than the checkpoint had its default then.
+        before = old.get(name, unset[name])
+        if name not in FREE and before != value:
             raise ValueError(
-                f"{name}={value!r} is not what this run was started with ({old.get(name)!r}): "
+                f"{name}={value!r} is not what this run was started with ({before!r}): "
                 "give the same value, or another run name"
             )
 
@@ -138,59 +90,144 @@ def run(model: GPT, run: Run) -> dict[str, Any]:
     Resumes from the run's latest snapshot if there is one. Raises ValueError if that snapshot
     belongs to another configuration, FloatingPointError if the gradient stays not finite.
     """
-    config, start, metrics = run.config, 0, Metrics()
-    name = snapshot.latest(run.store)
-    saved = snapshot.load(run.store, name, optimizer=True) if name else None
-    if saved is not None:
-        same_run(saved.trainer["train_config"], config)
-        if saved.tokenizer.fingerprint != run.tokenizer.fingerprint:
-            raise ValueError(f"run {run.store.uri} was trained with another tokenizer")
-        model.load_state_dict(saved.weights)
-        start = saved.step
-        if run.store.exists("metrics.jsonl"):
-            metrics = Metrics.from_jsonl(run.store.read_text("metrics.jsonl"), before=start)
-    optimizer = ShardedOptimizer(model, config.optim, model.compute_dtype)
-    if saved is not None and saved.optimizer is not None:
-        optimizer.load_state_dict(saved.optimizer)
-    del saved
-    checkpointer = Checkpointer(run, model, optimizer)
+    return _Loop(model, run).run()
 
-    def validate(step: int) -> None:
-        began = time.perf_counter()
-        model.eval()
-        found = run.evaluate(model)
-        model.train()
-        seconds = time.perf_counter() - began
-        run.report(metrics.add(kind="eval", step=step, seconds=seconds, **found))
 
-    if start == 0:
-        validate(0)
-    model.train()
-    batches = run.batches(start) if start < config.steps else iter(())
-    skipped, step = 0, start
-    metrics.start_clock(start, config.steps)
-    while step < config.steps:
+class _Loop:
+    """The state of a run between its steps."""
+
+    def __init__(self, model: GPT, run: Run):
+        self.model, self.spec, self.config = model, run, run.config
+        model.checkpoint_activations = run.config.checkpoint_activations
+        self.metrics = Metrics(
+            flops_per_token=scaling.flops_per_token(model.config),
+            peak_flops=run.peak_flops,
+            bytes_per_token=run.bytes_per_token,
+        )
+        self.step = 0
+        self.optimizer = self._resume()
+        self.checkpointer = Checkpointer(
+            run.store,
+            run.config,
+            run.tokenizer,
+            model,
+            self.optimizer,
+            about=run.about,
+            hardware={**run.hardware, "workers": self.optimizer.world},
+        )
+        self.skipped, self.looked, self.due = 0, time.monotonic(), False
+
+    def _resume(self) -> ShardedOptimizer:
+        """The optimizer, and all state as the latest snapshot has it, if there is one."""
+        store, model = self.spec.store, self.model
+        name = snapshot.latest(store)
+        saved = snapshot.load(store, name, optimizer=True) if name else None
+        if saved is not None:
+            same_run(saved.trainer["train_config"], self.config)
+            if saved.tokenizer.fingerprint != self.spec.tokenizer.fingerprint:
+                raise ValueError(f"run {store.uri} was trained with another tokenizer")
+            model.load_state_dict(saved.weights)
+            self.step = saved.step
+            if store.exists("metrics.jsonl"):
+                self.metrics.resume(store.read_text("metrics.jsonl"), before=self.step)
+        optimizer = ShardedOptimizer(model, self.config.optim, model.compute_dtype)
+        if saved is not None and saved.optimizer is not None:
+            optimizer.load_state_dict(saved.optimizer)
+        return optimizer
+
+    def run(self) -> dict[str, Any]:
+        steps = self.config.steps
+        if self.step == 0:
+            self._validate()
+        self.model.train()
+        self.metrics.start_clock(self.step, steps)
+        if self.step < steps:
+            device = self.optimizer.flats[0].weights.device
+            batches = prefetched(self.spec.batches(self.step), pin=device.type == "cuda")
+            with contextlib.closing(batches):
+                while self.step < steps and not self._advance(batches):
+                    pass
+        self.checkpointer.finish(self.step, self.metrics)
+        return {**self.metrics.summary(), "step": self.step, "done": self.step >= steps}
+
+    def _advance(self, batches: Iterator[Batch]) -> bool:
+        """One step and what follows it; true when the run was asked to stop."""
+        config, spec = self.config, self.spec
         asked = time.perf_counter()
+        look = spec.should_save is not None and time.monotonic() - self.looked > LOOK_EVERY
+        first = self.optimizer.rank == 0
+        # What a rank alone cannot decide: each one's wish to stop, rank 0's clock and its writer.
+        flags = (spec.should_stop(), first and look, first and self.checkpointer.idle)
         batch = next(batches)
         waited = time.perf_counter() - asked
-        result = train_step(model, optimizer, batch, step, config)
-        step += 1
+        result = train_step(
+            self.model,
+            self.optimizer,
+            batch,
+            self.step,
+            config,
+            clip=self._usual_norm(),
+            flags=flags,
+        )
+        stop, look, idle = (flag > 0 for flag in result.flags)
+        self.step += 1
         tokens = config.batch_rows * (batch.ids.shape[1] - 1)
         seconds = time.perf_counter() - asked
-        run.report(metrics.step(step, result, seconds=seconds, waited=waited, tokens=tokens))
-        skipped = 0 if result.applied else skipped + 1
-        if skipped >= MAX_SKIPPED:
+        spec.report(
+            self.metrics.step(self.step, result, seconds=seconds, waited=waited, tokens=tokens)
+        )
+        self._guard(result.applied, result.loss)
+        last = self.step == config.steps
+        best, found = False, None
+        if last or (config.eval_every and self.step % config.eval_every == 0):
+            best, found = self._validate()
+        self.due |= bool(config.save_every) and self.step % config.save_every == 0
+        if look:
+            self.looked = time.monotonic()
+            self.due |= spec.should_save is not None and spec.should_save()
+        # A checkpoint that is due while the last one is still being written waits for it, without
+        # holding training up; and none is begun while steps are being skipped.
+        wanted = (best and config.keep_best) or (self.due and idle)
+        if last or stop or (wanted and not self.skipped):
+            self._save(found)
+        return stop and not last
+
+    def _usual_norm(self) -> float:
+        """What the gradient norm may be at most by the rule of spikes; 0 is anything."""
+        norms = self.metrics.grad_norms(SPIKE_WINDOW) if self.config.spike_clip else []
+        if len(norms) < SPIKE_WINDOW // 2:
+            return 0.0
+        return self.config.spike_clip * statistics.median(norms)
+
+    def _guard(self, applied: bool, loss: float) -> None:
+        self.skipped = 0 if applied else self.skipped + 1
+        if self.skipped >= MAX_SKIPPED:
+            self.checkpointer.finish(self.step, self.metrics)
             raise FloatingPointError(
-                f"the gradient was not finite in {skipped} steps up to step {step} (loss "
-                f"{result.loss}); the last checkpoint, {snapshot.latest(run.store)}, is sound"
+                f"the gradient was not finite in {self.skipped} steps up to step {self.step} "
+                f"(loss {loss}); the last checkpoint, {snapshot.latest(self.spec.store)}, is "
+                "sound: resume from it with lower rates or grad_clip under another run name"
             )
-        last, stop = step == config.steps, run.should_stop()
-        if last or (config.eval_every and step % config.eval_every == 0):
-            validate(step)
-        due = config.save_every and step % config.save_every == 0
-        if (last or stop or due) and not skipped:
-            checkpointer.save(step, metrics)
-        if stop and not last:
-            break
-    checkpointer.wait()
-    return {**metrics.summary(), "step": step, "done": step >= config.steps}
+
+    def _validate(self) -> tuple[bool, float | None]:
+        """Whether it is the best validation so far, and its figure."""
+        began = time.perf_counter()
+        self.model.eval()
+        found = self.spec.evaluate(self.model)
+        before = self.metrics.best()
+        seconds = time.perf_counter() - began
+        record = self.metrics.add(kind="eval", step=self.step, seconds=seconds, **found)
+        self.spec.report(record)
+        if self.spec.sample is not None and self.optimizer.rank == 0:
+            for prompt, text in self.spec.sample(self.model):
+                shown = {"kind": "sample", "step": self.step, "prompt": prompt, "text": text}
+                self.spec.report(self.metrics.add(**shown))
+        self.model.train()
+        figure = score(record)
+        better = figure is not None and before is not None and figure < before[1]
+        return better, figure
+
+    def _save(self, found: float | None) -> None:
+        stall = self.checkpointer.save(self.step, self.metrics, found)
+        self.due = False
+        self.spec.report(self.metrics.add(kind="save", step=self.step, stall=stall))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from nanochat_ray.train.step import StepResult
@@ -20,20 +22,29 @@ def duration(seconds: float) -> str:
 class Metrics:
     """Records of a run in the order of their steps; each is a flat dict of JSON values."""
 
-    def __init__(self, records: list[dict[str, Any]] | None = None):
+    def __init__(
+        self,
+        records: list[dict[str, Any]] | None = None,
+        *,
+        flops_per_token: float = 0.0,
+        peak_flops: float = 0.0,
+        bytes_per_token: float = 0.0,
+    ):
+        """``peak_flops`` is that of all workers together; 0 leaves the MFU out.
+
+        ``bytes_per_token`` turns a training loss into bits per byte; 0 leaves them out.
+        """
         self.records = records or []
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.bytes_per_token = bytes_per_token
         self._first = self._steps = 0
         self._spent = 0.0
         self._counted = 0
 
-    @classmethod
-    def from_jsonl(cls, text: str, *, before: int) -> Metrics:
-        """The records up to step ``before``; later ones belong to steps that will be repeated."""
+    def resume(self, text: str, *, before: int) -> None:
+        """Takes the records up to step ``before``; later ones are of steps that are repeated."""
         records = [json.loads(line) for line in text.splitlines()]
-        return cls([r for r in records if r["step"] <= before])
-
-    def to_jsonl(self) -> str:
-        return "".join(json.dumps(record) + "\n" for record in self.records)
+        self.records = [r for r in records if r["step"] <= before]
 
     def start_clock(self, first: int, steps: int) -> None:
         self._first, self._steps = first, steps
@@ -52,6 +63,11 @@ class Metrics:
             self._spent += seconds
             self._counted += 1
         mean = self._spent / self._counted if self._counted else seconds
+        known = {}
+        if self.bytes_per_token:
+            known["bits_per_byte"] = result.loss / (math.log(2) * self.bytes_per_token)
+        if self.peak_flops:
+            known["mfu"] = tokens / seconds * self.flops_per_token / self.peak_flops
         return self.add(
             kind="train",
             step=step,
@@ -66,7 +82,18 @@ class Metrics:
             data_wait=waited,
             tokens_per_s=tokens / seconds,
             eta_s=mean * (self._steps - step),
+            **known,
         )
+
+    def grad_norms(self, last: int) -> list[float]:
+        """Gradient norms of the last steps that moved the weights."""
+        found = (r["grad_norm"] for r in reversed(self.records) if r["kind"] == "train")
+        return list(itertools.islice((norm for norm in found if math.isfinite(norm)), last))
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and figure of the best validation: bits per byte, or loss where that is measured."""
+        found = [(r["step"], s) for r in self.records if (s := score(r)) is not None]
+        return min(found, key=lambda pair: pair[1]) if found else None
 
     def summary(self) -> dict[str, Any]:
         """Last loss (smoothed over 20 steps), validations first, last and best, mean rate."""
@@ -79,25 +106,65 @@ class Metrics:
             summary["tokens_per_s"] = summary["tokens"] / seconds
             summary["data_wait_share"] = sum(r["data_wait"] for r in steps) / seconds
             summary["train_seconds"] = seconds
+            if self.peak_flops:
+                rate = summary["tokens_per_s"] * self.flops_per_token
+                summary["mfu"] = rate / self.peak_flops
         if evals:
             keys = [k for k, v in evals[-1].items() if isinstance(v, float) and k != "time"]
             for key in set(keys) - {"seconds"}:
                 summary[f"first_{key}"] = evals[0].get(key, math.nan)
                 summary[key] = evals[-1][key]
                 summary[f"best_{key}"] = min(r.get(key, math.inf) for r in evals)
+        saves = [r for r in self.records if r["kind"] == "save"]
+        if saves:
+            summary["saves"] = len(saves)
+            summary["longest_save_stall_s"] = max(r["stall"] for r in saves)
         return summary
 
 
+def to_jsonl(records: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def score(record: dict[str, Any]) -> float | None:
+    """What a validation is judged by (lower is better); None for another kind of record."""
+    if record["kind"] != "eval":
+        return None
+    return next((record[key] for key in ("bits_per_byte", "val_loss") if key in record), None)
+
+
+def wanted(record: dict[str, Any], every: int) -> bool:
+    """Whether a person is shown this record: one step in ``every``, the last, and all else."""
+    if record["kind"] != "train":
+        return True
+    last = record["step"] == record["steps"]
+    return bool(last or record["step"] % every == 0 or record["skipped"])
+
+
 def progress_line(record: dict[str, Any]) -> str:
-    """One line a person reads: step, loss, rate, data wait and time left, or a validation."""
+    """One line a person reads: a training step, a validation, a text or a checkpoint."""
+    at = f"step {record['step']}"
     if record["kind"] == "eval":
         found = {k: v for k, v in record.items() if k not in ("kind", "step", "time", "seconds")}
         values = "  ".join(f"{key} {value:.4f}" for key, value in found.items())
-        return f"step {record['step']}  validation: {values}  ({record['seconds']:.1f} s)"
+        return f"{at}  validation: {values}  ({record['seconds']:.1f} s)"
+    if record["kind"] == "sample":
+        return f"{at}  {record['prompt']!r} → {record['text']!r}"
+    if record["kind"] == "save":
+        return f"{at}  checkpoint; training stood still for {record['stall']:.3f} s"
     wait = record["data_wait"] / record["seconds"]
-    return (
-        f"step {record['step']}/{record['steps']}  loss {record['loss']:.4f}  "
-        f"norm {record['grad_norm']:.2f}  lr ×{record['lr_factor']:.2f}  "
-        f"{record['tokens_per_s']:,.0f} tokens/s  data wait {wait:.1%}  "
-        f"left {duration(record['eta_s'])}" + ("  SKIPPED: not finite" if record["skipped"] else "")
-    )
+    parts = [
+        f"{at}/{record['steps']}",
+        f"loss {record['loss']:.4f}",
+        f"norm {record['grad_norm']:.2f}",
+        f"lr ×{record['lr_factor']:.2f}",
+        f"{record['tokens_per_s']:,.0f} tokens/s",
+    ]
+    if "bits_per_byte" in record:
+        parts.insert(2, f"bpb {record['bits_per_byte']:.4f}")
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    parts += [f"data wait {wait:.1%}", f"left {duration(record['eta_s'])}"]
+    if record["skipped"]:
+        parts.append("SKIPPED: not finite")
+    return "  ".join(parts)

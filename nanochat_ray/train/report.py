@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,37 +67,79 @@ def curve(title: str, points: Sequence[tuple[float, float]], *, dots: bool = Fal
     )
 
 
+CURVES = (
+    ("loss", "training loss (nats per token)"),
+    ("lr_factor", "learning rate (share of the full one)"),
+    ("grad_norm", "gradient norm"),
+    ("tokens_per_s", "tokens per second"),
+    ("mfu", "share of the peak FLOP/s (MFU)"),
+)
+"""What of the training steps is drawn, with its title."""
+
+
+def _curves(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Validations first, then the training steps; only finite values can be drawn."""
+
+    def points(kind: str, key: str) -> list[tuple[float, float]]:
+        chosen = (r for r in records if r["kind"] == kind and key in r)
+        return [(r["step"], r[key]) for r in chosen if math.isfinite(r[key])]
+
+    drawn = [
+        (f"validation, {key.replace('_', ' ')}", points("eval", key), True)
+        for key in ("bits_per_byte", "val_loss")
+    ]
+    drawn += [(title, points("train", key), False) for key, title in CURVES]
+    return [curve(title, found, dots=dots) for title, found, dots in drawn if found]
+
+
+def _samples(records: Sequence[dict[str, Any]]) -> str:
+    """What the model wrote at its last validation."""
+    texts = [r for r in records if r["kind"] == "sample"]
+    shown = "".join(
+        f"<tr><td>{html.escape(r['prompt'])}</td><td>{html.escape(r['text'])}</td></tr>"
+        for r in texts
+        if r["step"] == texts[-1]["step"]
+    )
+    return (
+        f"<h2>Greedy texts after step {texts[-1]['step']}</h2><table>{shown}</table>"
+        if shown
+        else ""
+    )
+
+
+def _table(values: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(str(v))}</td></tr>"
+        for k, v in values.items()
+    )
+    return f"<table>{rows}</table>"
+
+
 def render(
-    name: str, records: Sequence[dict[str, Any]], summary: dict[str, Any], about: dict[str, Any]
+    name: str,
+    records: Sequence[dict[str, Any]],
+    summary: dict[str, Any],
+    *,
+    about: dict[str, Any],
+    hardware: dict[str, Any],
 ) -> str:
-    """HTML of a run from its metrics' records; ``about`` is shown as it is."""
-    steps = [r for r in records if r["kind"] == "train"]
-    evals = [r for r in records if r["kind"] == "eval"]
-    parts = []
-    for key in [k for k in (evals[-1] if evals else {}) if k in ("bits_per_byte", "val_loss")]:
-        title = f"validation, {key.replace('_', ' ')}"
-        parts.append(curve(title, [(r["step"], r[key]) for r in evals], dots=True))
-    if steps:
-        parts.append(
-            curve("training loss (nats per token)", [(r["step"], r["loss"]) for r in steps])
-        )
-        rate = [(r["step"], r["tokens_per_s"]) for r in steps]
-        parts.append(curve("tokens per second", rate))
+    """HTML of a run from its metrics' records; ``about`` and ``hardware`` are shown as they are."""
     shown = {
         "tokens": f"{summary.get('tokens', 0):,}",
         "time in steps": duration(summary.get("train_seconds", 0.0)),
         "tokens per second": f"{summary.get('tokens_per_s', 0.0):,.0f}",
         "waiting for data": f"{summary.get('data_wait_share', 0.0):.2%}",
+        "held up by checkpoints": f"{summary.get('longest_save_stall_s', 0.0):.3f} s at most",
         **{
             k.replace("_", " "): f"{v:.4f}"
             for k, v in summary.items()
             if k.endswith(("byte", "loss"))
         },
     }
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{v}</td></tr>" for k, v in shown.items())
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width"><title>{html.escape(name)}</title><style>{_STYLE}</style>'
-        f"<h1>Run {html.escape(name)}</h1><table>{rows}</table>{''.join(parts)}"
+        f"<h1>Run {html.escape(name)}</h1>{_table(shown)}{''.join(_curves(records))}"
+        f"{_samples(records)}<h2>Hardware</h2>{_table(hardware)}"
         f"<h2>Configuration</h2><pre>{html.escape(json.dumps(about, indent=1))}</pre></html>\n"
     )

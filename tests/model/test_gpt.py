@@ -85,13 +85,26 @@ class Remembering:
         return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
 
 
-@pytest.mark.parametrize("preset", ["modern", "classic"])
-@pytest.mark.parametrize("pattern", ["L", "SL"])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "modern": {},
+    "classic": {"preset": "classic"},
+    "windows": {"window_pattern": "SL"},
+    "classic windows": {"preset": "classic", "window_pattern": "SL"},
+    "one kv head": {"n_kv_head": 1},
+    "skips": {"skips": True},
+    "attention gate": {"attention_gate": True},
+    "residual decay": {"residual_decay": 1.1},
+    "documents": {"document_start": 256},
+    "yarn": {"rope_factor": 4.0, "sequence_len": 100},
+    "all": {"skips": True, "attention_gate": True, "rope_factor": 2.0, "window_pattern": "SSL"},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("cuts", [[0], [1, 2, 3], [150], [7, 100, 290]])
-def test_prefill_in_any_chunks_gives_the_same_logits(
-    preset: str, pattern: str, cuts: list[int]
-) -> None:
-    model = random_model(tiny_config(preset, sequence_len=400, window_pattern=pattern, n_layer=4))
+def test_prefill_in_any_chunks_gives_the_same_logits(option: str, cuts: list[int]) -> None:
+    fields = {"preset": "modern", "sequence_len": 400, "n_layer": 4, **OPTIONS[option]}
+    model = random_model(tiny_config(**fields))
     ids = torch.randint(0, 256, (2, 300), generator=torch.manual_seed(1))
     context, made = Remembering(), []
     with torch.no_grad():

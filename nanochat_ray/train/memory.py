@@ -1,0 +1,151 @@
+"""The memory of a worker, counted before the run: what does not fit is refused, not killed.
+
+The count follows what the code holds at its two peaks, the end of a forward pass and the update
+of the largest group; tests/train/test_memory.py holds it against measured runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from nanochat_ray import scaling
+from nanochat_ray.config import ModelConfig, TrainConfig
+
+GIB = 1 << 30
+CPU_RUNTIME, CUDA_RUNTIME = int(0.45 * GIB), int(1.0 * GIB)
+"""Python with torch (0.32 GiB after a step of a tiny model) and the scratch of its products
+(measured); a CUDA context with cuBLAS's workspaces."""
+FRAGMENTED = 1.12
+"""Activations come and go in many sizes, and an allocator leaves gaps (measured on a CPU)."""
+MARGIN = 0.92
+"""Share of the free memory that an estimate may fill: allocators fragment, counts are not exact."""
+
+
+class DoesNotFitError(ValueError):
+    """A run needs more memory than a worker has. The message says what would fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one worker, by what they are for. ``activations`` and ``update`` never coincide."""
+
+    runtime: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    update: int
+    checkpoint: int
+    """Copies that a checkpoint is written from; on a GPU they lie in the host's memory."""
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        lasting = self.runtime + self.weights + self.gradients + self.optimizer + self.checkpoint
+        return lasting + max(self.activations + self.logits, self.update)
+
+
+def estimate(
+    model: ModelConfig, train: TrainConfig, *, world: int, on_gpu: bool, rank: int = 0
+) -> Memory:
+    """Peak memory of a worker of ``world``; rank 0, which writes checkpoints, has the most."""
+    counts = scaling.parameters(model)
+    size = 2 if train.precision == "bf16" else 4
+    share = -(-counts.total // world)
+    matrices = -(-counts.matrices // world)
+    # Muon keeps a momentum (and a vector for each matrix), AdamW two moments.
+    state = 4 * (matrices + 2 * -(-(counts.total - counts.matrices) // world))
+    whole_state = 4 * (counts.matrices + 2 * (counts.total - counts.matrices))
+    copies = 0 if on_gpu else whole_state + (4 * counts.total if rank == 0 else 0)
+    return Memory(
+        runtime=CUDA_RUNTIME if on_gpu else CPU_RUNTIME,
+        weights=4 * counts.total,
+        gradients=4 * counts.total,
+        optimizer=state,
+        activations=_activations(model, train, size),
+        logits=_logits(model, train, size, on_gpu),
+        update=_update(model, world, size) + (0 if world == 1 or on_gpu else 4 * share),
+        checkpoint=copies,
+    )
+
+
+def _activations(model: ModelConfig, train: TrainConfig, size: int) -> int:
+    """What a forward pass keeps for its backward, and the work of the layer that is at it."""
+    tokens = train.micro_rows * model.sequence_len
+    c, kv = model.n_embd, model.n_kv_head * model.head_dim
+    # A block keeps its input, the normed input, q, k, v, the attention's output and its head
+    # layout, the second normed input, and the hidden layer before and after its square.
+    block = 5 * c + 2 * kv + 8 * c + c * model.residual_scalars
+    gated = 2 * kv * model.value_embeds // 2  # value embeddings: in every other layer
+    # While a block is worked at: its hidden layer's gradients beside their inputs.
+    working = 12 * c
+    if train.checkpoint_activations:
+        kept = model.n_layer * c + block + 2 * gated + working
+    else:
+        kept = model.n_layer * (block + gated) + working
+    kept += 6 * c  # embedding, smear, backout, the last norm and its gradient
+    # Matrices are cast to the compute dtype where they are used, and kept for the backward.
+    counts = scaling.parameters(model)
+    cast = counts.matrices if size < 4 else 0
+    if train.checkpoint_activations:
+        cast //= model.n_layer
+    # Gradients of one embedding table, dense, before they are added up.
+    table = 4 * model.padded_vocab_size * c
+    return int(FRAGMENTED * size * tokens * kept) + size * cast + table
+
+
+def _logits(model: ModelConfig, train: TrainConfig, size: int, on_gpu: bool) -> int:
+    """The chunk of logits with its gradient, and the head's own copies (model/loss.py)."""
+    tokens = train.micro_rows * model.sequence_len
+    chunk = (1 << 13) if on_gpu else max(16, (1 << 20) // model.vocab_size)
+    head = model.padded_vocab_size * model.n_embd
+    # Logits, their tanh or exponential and one temporary in float32; the gradient in both.
+    return min(tokens, chunk) * model.vocab_size * (12 + size) + (4 + size) * head
+
+
+def _update(model: ModelConfig, world: int, size: int) -> int:
+    """Muon on its largest stack of matrices, or AdamW on its largest table, whichever is more."""
+    c, n = model.n_embd, model.n_layer
+    kv = model.n_kv_head * model.head_dim
+    # Matrices of one shape are one stack; with kv = c all four of the attention are.
+    stacks = [4 * n * c * c] if kv == c else [2 * n * c * c, 2 * n * c * kv]
+    stack = max(*stacks, 4 * n * c * c)
+    table = model.padded_vocab_size * max(
+        c, kv * model.value_embeds * sum(scaling.has_value_embedding(i, n) for i in range(n))
+    )
+    # Nesterov's gradient, the iterate twice with its powers, the float32 update and its square.
+    return max(-(-stack // world) * (12 + 4 * size), -(-table // world) * 8)
+
+
+def refuse(
+    model: ModelConfig, train: TrainConfig, *, world: int, on_gpu: bool, free: int
+) -> Memory:
+    """The estimate, if it fits into ``free`` bytes. DoesNotFitError says what would instead."""
+    needed = estimate(model, train, world=world, on_gpu=on_gpu)
+    if needed.total <= MARGIN * free:
+        return needed
+
+    def fits(world: int, **changes: object) -> bool:
+        tried = replace(train, **changes)  # type: ignore[arg-type]
+        return estimate(model, tried, world=world, on_gpu=on_gpu).total <= MARGIN * free
+
+    ways = []
+    smaller = (n for n in range(train.micro_rows - 1, 0, -1) if train.batch_rows % n == 0)
+    found = next((n for n in smaller if fits(world, micro_rows=n)), 0)
+    if found:
+        ways.append(f"micro_rows={found}")
+    if not train.checkpoint_activations:
+        if fits(world, checkpoint_activations=True):
+            ways.append("checkpoint_activations")
+        elif not found and fits(world, micro_rows=1, checkpoint_activations=True):
+            ways.append("checkpoint_activations with micro_rows=1")
+    if on_gpu:  # on one machine more workers would only divide the same memory
+        more = next((n for n in (2, 4, 8, 16, 32, 64) if n > world and fits(n)), 0)
+        if more:
+            ways.append(f"workers={more}")
+    advice = f"what would fit: {' or '.join(ways)}" if ways else "a smaller depth would fit"
+    raise DoesNotFitError(
+        f"micro_rows={train.micro_rows} needs about {needed.total / GIB:.1f} GiB on each of "
+        f"{world} worker{'s' * (world > 1)}, where {free / GIB:.1f} GiB are free: {advice}"
+    )

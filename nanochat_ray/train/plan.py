@@ -1,0 +1,127 @@
+"""What a run will take, told before it starts: for people as text, for programs as one object."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from nanochat_ray import scaling
+from nanochat_ray.config import ModelConfig, TrainConfig
+from nanochat_ray.train import memory
+from nanochat_ray.train.hardware import Hardware
+
+
+def describe(
+    model: ModelConfig, train: TrainConfig, *, workers: int, hardware: Hardware
+) -> dict[str, Any]:
+    """The plan as JSON values; memory in bytes of a worker, time in hours.
+
+    Hours are training FLOPs over ``workers`` times the hardware's peak times its assumed MFU, so
+    without validation, checkpoints and start-up.
+    """
+    counts = scaling.parameters(model)
+    size = train.batch_rows * model.sequence_len
+    tokens = train.steps * size
+    flops = scaling.flops_per_token(model) * tokens
+    on_gpu = hardware.name != "cpu"
+    needed = memory.estimate(model, train, world=workers, on_gpu=on_gpu)
+    rate = workers * hardware.peak(train.precision) * hardware.mfu
+    return {
+        "depth": model.n_layer,
+        "width": model.n_embd,
+        "heads": model.n_head,
+        "vocabulary": model.vocab_size,
+        "sequence_len": model.sequence_len,
+        "parameters": {"total": counts.total, **vars(counts)},
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / (counts.matrices + counts.head),
+        "flops": flops,
+        "steps": train.steps,
+        "batch": {
+            "tokens": size,
+            "rows": train.batch_rows,
+            "micro_rows": train.micro_rows,
+            "accumulation": -(-train.batch_rows // (workers * train.micro_rows)),
+        },
+        "learning_rates": {
+            name: getattr(train.optim, name)
+            for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
+        },
+        "weight_decay": train.optim.weight_decay,
+        "precision": train.precision,
+        "workers": workers,
+        "hardware": {
+            "name": hardware.name,
+            "peak_flops": hardware.peak(train.precision),
+            "peak_source": hardware.source,
+            "assumed_mfu": hardware.mfu,
+            "memory": hardware.memory,
+        },
+        "memory": {"total": needed.total, **vars(needed)},
+        "hours": flops / rate / 3600,
+    }
+
+
+def fitted(
+    model: ModelConfig, train: TrainConfig, *, workers: int, hardware: Hardware
+) -> TrainConfig:
+    """``train`` with as many rows at a time as a GPU has memory for, up to 2^16 tokens.
+
+    Below that its products are too small to keep it busy. On a CPU more rows bring nothing.
+    """
+    if not hardware.memory:
+        return train
+    most = 2**16 // model.sequence_len
+    while most > train.micro_rows:
+        micro = scaling.largest_micro(train.batch_rows, workers, most)
+        larger = dataclasses.replace(train, micro_rows=micro)
+        needed = memory.estimate(model, larger, world=workers, on_gpu=True)
+        if needed.total <= 0.8 * hardware.memory:
+            return larger
+        most = micro - 1
+    return train
+
+
+def render(plan: dict[str, Any]) -> str:
+    """``describe``'s object as lines that a person reads."""
+    counts, batch, hardware = plan["parameters"], plan["batch"], plan["hardware"]
+    rates = ", ".join(
+        f"{name.removesuffix('_lr')} {rate:.4g}" for name, rate in plan["learning_rates"].items()
+    )
+    parts = {name: size for name, size in plan["memory"].items() if name != "total"}
+    holds = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+    has = f" of {hardware['memory'] / memory.GIB:.0f}" if hardware["memory"] else ""
+    many = f"{plan['workers']} × {hardware['name']}"
+    kinds = {"blocks": "matrices", "embedding": "embedding", "value embeddings": "value_embedding"}
+    shown = ", ".join(f"{millions(counts[key])} {name}" for name, key in kinds.items())
+    return "\n".join(
+        (
+            f"model     {plan['depth']} layers, {plan['width']} wide, {plan['heads']} heads, "
+            f"vocabulary {plan['vocabulary']:,}, context {plan['sequence_len']:,}: "
+            f"{millions(counts['total'])} parameters ({shown}, {millions(counts['head'])} head)",
+            f"training  {plan['steps']:,} steps of {batch['tokens']:,} tokens, together "
+            f"{millions(plan['tokens'])} ({plan['tokens_per_parameter']:.1f} a parameter of "
+            f"blocks and head), {plan['flops']:.2e} FLOPs in {plan['precision']}",
+            f"batch     {batch['rows']} rows: {plan['workers']} workers, {batch['micro_rows']} "
+            f"rows at a time, {batch['accumulation']} times",
+            f"rates     {rates}; weight decay {plan['weight_decay']:.3g}",
+            f"memory    {gib(plan['memory']['total'])}{has} GiB on each worker: {holds}",
+            f"time      {hours(plan['hours'])} on {many}, at {hardware['assumed_mfu']:.0%} of "
+            f"{hardware['peak_flops'] / 1e12:,.4g} TFLOP/s each (assumed share of the peak in "
+            f"{plan['precision']}; {hardware['peak_source']})",
+        )
+    )
+
+
+def gib(size: float) -> str:
+    return f"{size / memory.GIB:.2f}" if size < 10 * memory.GIB else f"{size / memory.GIB:.0f}"
+
+
+def millions(count: float) -> str:
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def hours(value: float) -> str:
+    if value < 1:
+        return f"{value * 60:.1f} minutes"
+    return f"{value:.1f} hours" if value < 72 else f"{value / 24:.1f} days"

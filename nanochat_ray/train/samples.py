@@ -1,0 +1,54 @@
+"""Short texts of a model in training, for a person to read: greedy and without a cache.
+
+The engine does this fast; training may not know it (its floor is beside this one), and a few
+dozen tokens need no speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.text.chat import render_prompt
+from nanochat_ray.text.tokenizer import Tokenizer
+
+BASE_PROMPTS = ("The capital of France is", "To make a cake, first", "If 3 + 4 = 7, then")
+SFT_PROMPTS = ("Who are you?", "What is 12 + 7?", "Why is the sky blue?")
+
+
+@torch.no_grad()
+def greedy(model: GPT, ids: Sequence[int], count: int, ends: Sequence[int]) -> list[int]:
+    """Up to ``count`` tokens after ``ids``, the likeliest each time, up to one of ``ends``.
+
+    Stops where the context that the model was trained for is full.
+    """
+    device = model.lm_head.weight.device
+    row = torch.tensor([list(ids)], device=device)
+    first = row.size(1)
+    for _ in range(min(count, model.config.sequence_len - first)):
+        best = model.logits(model.hidden(row)[:, -1:]).argmax(dim=-1)
+        if int(best) in ends:
+            break
+        row = torch.cat((row, best), dim=1)
+    return row[0, first:].tolist()
+
+
+def sampler(tokenizer: Tokenizer, stage: str, count: int) -> Callable[[GPT], list[tuple[str, str]]]:
+    """A function from a model to (prompt, text) pairs, ``count`` tokens each."""
+    ends = [tokenizer.bos]
+    prompts = BASE_PROMPTS
+    if stage == "sft":
+        ends.append(tokenizer.special("<|assistant_end|>"))
+        prompts = SFT_PROMPTS
+
+    def ids_of(prompt: str) -> list[int]:
+        if stage == "sft":
+            return render_prompt(tokenizer, [{"role": "user", "content": prompt}])
+        return [tokenizer.bos, *tokenizer.encode(prompt)]
+
+    def sample(model: GPT) -> list[tuple[str, str]]:
+        return [(p, tokenizer.decode(greedy(model, ids_of(p), count, ends))) for p in prompts]
+
+    return sample

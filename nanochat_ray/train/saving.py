@@ -1,0 +1,136 @@
+"""Checkpoints beside the training: the copies are made here and now, the writing in a thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat_ray import config as configs
+from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.config import TrainConfig
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.optim.sharded import ShardedOptimizer
+from nanochat_ray.storage import Store
+from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.train.metrics import Metrics, to_jsonl
+from nanochat_ray.train.report import render
+
+
+class Checkpointer:
+    """Writes snapshots of a run in the background, one at a time; only rank 0 writes."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: TrainConfig,
+        tokenizer: Tokenizer,
+        model: GPT,
+        optimizer: ShardedOptimizer,
+        *,
+        about: dict[str, Any],
+        hardware: dict[str, Any],
+    ):
+        self.store, self.config, self.tokenizer = store, config, tokenizer
+        self.model, self.optimizer = model, optimizer
+        self.about, self.hardware = about, hardware
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is being written. Raises what the last writing raised."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+        return self._thread is None
+
+    def save(self, step: int, metrics: Metrics, score: float | None) -> float:
+        """Starts a snapshot after ``step`` steps; returns the seconds that it held training up.
+
+        ``score`` is the validation's figure at this step, if there was one. Collective. Raises
+        what the last writing raised.
+        """
+        began = time.perf_counter()
+        self.wait()
+        state = self.optimizer.state_dict()
+        if self.optimizer.rank != 0:
+            return time.perf_counter() - began
+        weights = {
+            name: t.detach().to("cpu", copy=True) for name, t in self.model.named_parameters()
+        }
+        summary, records = metrics.summary(), list(metrics.records)
+        trainer: dict[str, Any] = {
+            "step": step,
+            "train_config": configs.to_json(self.config),
+            "about": self.about,
+            "metrics": summary,
+        }
+
+        def write() -> None:
+            _check_finite(step, {**weights, **state})
+            self._publish_metrics(records, trainer)
+            snapshot.save(
+                self.store,
+                step,
+                model_config=self.model.config,
+                weights=weights,
+                optimizer=state,
+                trainer=trainer,
+                tokenizer=self.tokenizer,
+                score=score,
+            )
+            snapshot.prune(self.store, self.config.keep, keep_best=self.config.keep_best)
+
+        self._start(write, f"checkpoint-{step}")
+        return time.perf_counter() - began
+
+    def finish(self, step: int, metrics: Metrics) -> None:
+        """Waits for the last snapshot, then writes metrics and report to their end."""
+        self.wait()
+        if self.optimizer.rank == 0:
+            trainer = {
+                "step": step,
+                "train_config": configs.to_json(self.config),
+                "about": self.about,
+                "metrics": metrics.summary(),
+            }
+            self._publish_metrics(metrics.records, trainer)
+
+    def _publish_metrics(self, records: list[dict[str, Any]], trainer: dict[str, Any]) -> None:
+        name = self.store.root.rpartition("/")[2]
+        about = {"model": configs.to_json(self.model.config), **trainer}
+        self.store.write_text("metrics.jsonl", to_jsonl(records))
+        page = render(name, records, trainer["metrics"], about=about, hardware=self.hardware)
+        self.store.write_text("report.html", page)
+
+    def _start(self, write: Callable[[], None], name: str) -> None:
+        def guarded() -> None:
+            try:
+                write()
+            except BaseException as error:  # handed to the training thread by wait()
+                self._error = error
+
+        self._thread = threading.Thread(target=guarded, name=name)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the snapshot under way is whole. Raises what its writing raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def _check_finite(step: int, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FloatingPointError(
+                f"{name} is not finite after step {step}: that checkpoint is not written, and "
+                "the one before it is sound"
+            )

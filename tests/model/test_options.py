@@ -1,0 +1,145 @@
+"""Options of the architecture: against independent references, and off when they are off."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_config
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from nanochat_ray.config import ModelConfig
+from nanochat_ray.model.attention import TrainingAttention, _block_mask
+from nanochat_ray.model.fp8 import fp8_linear
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.rotary import yarn_frequencies, yarn_sharpening
+
+
+def made(**fields: object) -> GPT:
+    model = GPT(tiny_config(n_layer=4, **fields))
+    generator = torch.Generator().manual_seed(0)
+    model.init_weights(generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def test_documents_in_one_row_are_as_if_alone() -> None:
+    model = made(document_start=256, vocab_size=257, window_pattern="SL", sequence_len=300)
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(0, 256, (1, n), generator=generator) for n in (40, 100, 7)]
+    start = torch.full((1, 1), 256)
+    documents = [torch.cat((start, text), dim=1) for text in texts]
+    with torch.no_grad():
+        together = model(torch.cat(documents, dim=1))
+        alone = torch.cat([model(document) for document in documents], dim=1)
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("window", [-1, 5])
+@pytest.mark.parametrize("cut", [True, False])
+def test_the_block_mask_of_the_gpu_hides_what_the_dense_mask_hides(window: int, cut: bool) -> None:
+    torch.manual_seed(0)
+    B, T, H, D = 2, 48, 4, 16
+    q = torch.randn(B, T, H, D)
+    k, v = torch.randn(B, T, 2, D), torch.randn(B, T, 2, D)
+    documents = (torch.rand(B, T) < 0.1).cumsum(dim=1) if cut else None
+    dense = TrainingAttention(documents)(q, k, v, window, 0.3)
+    mask = _block_mask(B, T, T if window < 0 else window, documents, torch.device("cpu"))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    flex = flex_attention(q, k, v, block_mask=mask, scale=0.3, enable_gqa=True)
+    assert isinstance(flex, torch.Tensor)
+    torch.testing.assert_close(flex.transpose(1, 2), dense)
+
+
+@pytest.mark.parametrize("factor", [2.0, 4.0, 16.0])
+def test_yarn_is_that_of_transformers(factor: float) -> None:
+    scaling = {"rope_type": "yarn", "factor": factor, "rope_theta": 1e5, "truncate": False}
+    config = LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=1,
+        max_position_embeddings=2048,
+        rope_parameters={**scaling, "original_max_position_embeddings": 2048},
+    )
+    theirs, attention = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    plain = 1e5 ** (-torch.arange(0, 64, 2) / 64)
+    ours = yarn_frequencies(plain, 2048, factor)
+    # They ramp over the channel's number, we, as the paper's formula does, over its turns: the
+    # ends of the ramp agree.
+    turns = 2048 * plain / (2 * math.pi)
+    outside = (turns < 0.9) | (turns > 36)
+    torch.testing.assert_close(ours[outside], theirs[outside], rtol=1e-5, atol=0)
+    assert (ours <= plain).all()
+    assert (ours >= plain / factor * 0.999).all()
+    assert yarn_sharpening(factor) == pytest.approx(attention**2)
+
+
+def test_new_options_start_as_the_model_without_them() -> None:
+    plain = GPT(tiny_config(n_layer=4))
+    plain.init_weights(torch.Generator().manual_seed(0))
+    other = GPT(tiny_config(n_layer=4, skips=True))
+    other.init_weights(torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(plain(ids), other(ids))
+
+
+def test_a_window_schedule_acts_in_training_only() -> None:
+    model = made(sequence_len=256)
+    ids = torch.randint(0, 256, (1, 256), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = model(ids)
+        model.window_share = 0.25
+        assert torch.equal(model(ids), whole)
+        model.train()
+        short = model(ids)
+    assert torch.equal(short[:, :64], whole[:, :64])
+    assert (short[:, 128:] - whole[:, 128:]).abs().max() > 1e-3
+
+
+def test_dropout_is_for_training() -> None:
+    model = made(dropout=0.5)
+    ids = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model(ids), model(ids))
+        model.train()
+        assert not torch.equal(model(ids), model(ids))
+
+
+def test_fp8_products_are_near_the_exact_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 32, 64, generator=generator).bfloat16().requires_grad_()
+    # One matrix much smaller than fp8's range: the scales must bring it in.
+    weight = (1e-4 * torch.randn(48, 64, generator=generator)).requires_grad_()
+    g = torch.randn(4, 32, 48, generator=generator).bfloat16()
+    got = fp8_linear(x, weight)
+    exact_x, exact_w = x.detach().float().requires_grad_(), weight.detach().requires_grad_()
+    exact = exact_x @ exact_w.T
+    ours = torch.autograd.grad(got, (x, weight), g)
+    theirs = torch.autograd.grad(exact, (exact_x, exact_w), g.float())
+    assert got.dtype == torch.bfloat16
+    assert ours[1].dtype == torch.float32
+    # e4m3 keeps 3 bits of mantissa, e5m2 two: errors of single elements average out in the sums.
+    for a, b, bound in ((got, exact, 0.05), (ours[0], theirs[0], 0.08), (ours[1], theirs[1], 0.08)):
+        assert (a.float() - b).norm() < bound * b.norm()
+
+
+def test_fp8_takes_the_large_matrices_only() -> None:
+    model = GPT(ModelConfig.modern(vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=64,
+                                   sequence_len=32), torch.bfloat16)  # fmt: skip
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.use_fp8()
+    block = next(iter(model.blocks))
+    assert block.attn.c_q.fp8
+    assert block.mlp.c_proj.fp8
+    assert not model.lm_head.fp8
+    ids = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(1))
+    exact = model.eval().loss(ids, ids)
+    near = model.train().loss(ids, ids)
+    near.backward()
+    assert abs(near.item() - exact.item()) < 0.02
+    assert block.attn.c_q.weight.grad is not None

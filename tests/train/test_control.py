@@ -1,0 +1,314 @@
+"""How a run is steered from outside: stop, resume, what is kept, what is cut, what is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import TOKENIZER, tiny_config, wait_for, write_dataset
+
+from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.config import OptimConfig, TrainConfig
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.storage import Store
+from nanochat_ray.train import job as jobs
+from nanochat_ray.train import metrics, observers, samples, saving
+from nanochat_ray.train.feed import prefetched
+from nanochat_ray.train.job import TrainJob, execute
+from nanochat_ray.train.step import Batch
+from nanochat_ray.train.stop import STOPPED
+
+REPO = Path(__file__).parents[2]
+CONFIG = TrainConfig(
+    steps=12,
+    batch_rows=8,
+    micro_rows=4,
+    eval_every=4,
+    eval_rows=8,
+    save_every=3,
+    sample_tokens=4,
+    optim=OptimConfig(matrix_lr=0.005, embedding_lr=0.05, scalar_lr=0.05),
+)
+
+
+def job(root: Store, run: str, **changes: Any) -> TrainJob:
+    train = dataclasses.replace(CONFIG, **changes)
+    return TrainJob(storage=root.uri, dataset="base", run=run, model=tiny_config(), train=train)
+
+
+def records(root: Store, run: str) -> list[dict[str, Any]]:
+    text = root.child("runs", run).read_text("metrics.jsonl")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def snapshots(run: Store) -> list[str]:
+    return [name for name in run.list() if name.startswith("step-")]
+
+
+def same_weights(root: Store, one: str, two: str) -> bool:
+    a, b = (snapshot.load(root.child("runs", r), optimizer=True) for r in (one, two))
+    assert a.optimizer is not None
+    assert b.optimizer is not None
+    one_has, two_has = {**a.weights, **a.optimizer}, {**b.weights, **b.optimizer}
+    assert one_has.keys() == two_has.keys()
+    return all(torch.equal(tensor, two_has[name]) for name, tensor in one_has.items())
+
+
+# --- the process -----------------------------------------------------------------------------
+
+
+def test_sigterm_leaves_a_checkpoint_and_status_75_and_the_run_goes_on(root: Store) -> None:
+    write_dataset(root, "base")
+    command = [sys.executable, str(REPO / "jobs" / "train.py"), "--no-ray", "--storage", root.uri]
+    command += ["--depth", "1", "--batch-tokens", "128", "--precision", "fp32"]
+    command += ["--sample-tokens", "0", "--print-every", "1", "--tokens", str(128 * 400)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    with subprocess.Popen(
+        [*command, "--run", "stopped"], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        lines: list[str] = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("step 3/"):
+                process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == STOPPED == 75
+    last = json.loads(lines[-1])
+    assert not last["done"]
+    assert snapshot.step_of(snapshot.latest(root.child("runs", "stopped")) or "") == last["step"]
+    for run in ("stopped", "whole"):
+        subprocess.run([*command, "--run", run], env=environment, check=True, capture_output=True)
+    assert same_weights(root, "stopped", "whole")
+
+
+def test_resume_auto_never_must(root: Store) -> None:
+    for resume in ("auto", "never"):
+        jobs.check_resume(root.uri, "run", resume)
+    with pytest.raises(ValueError, match=r"resume='must', but run 'run' has no checkpoint in"):
+        jobs.check_resume(root.uri, "run", "must")
+    write_dataset(root, "base")
+    execute(job(root, "run", steps=2))
+    for resume in ("auto", "must"):
+        jobs.check_resume(root.uri, "run", resume)
+    with pytest.raises(ValueError, match=r"resume='never', but run 'run' exists .*step-000002"):
+        jobs.check_resume(root.uri, "run", "never")
+
+
+def test_what_does_not_fit_is_refused_before_it_starts(
+    root: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(root, "base")
+    monkeypatch.setattr(jobs.hardware, "free_memory", lambda device, sharing: 100 << 20)
+    with pytest.raises(ValueError, match=r"micro_rows=4 needs about 0\.\d GiB on each of 1 worker"):
+        execute(job(root, "run"))
+    assert not root.child("runs", "run").exists("latest")
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+def test_the_newest_and_the_best_are_kept(root: Store, s3: str) -> None:
+    for store in (root, Store.at(s3).child(f"kept-{time.time_ns()}")):
+        write_dataset(store, "base")
+        # Rates so high that the validation is best early and gets worse.
+        optim = dataclasses.replace(CONFIG.optim, embedding_lr=3.0, matrix_lr=0.3, warmdown=0.0)
+        execute(job(store, "run", steps=20, optim=optim, save_every=2, eval_every=2, keep=2))
+        run = store.child("runs", "run")
+        evals = [r for r in records(store, "run") if r["kind"] == "eval"]
+        figures = {r["step"]: r["bits_per_byte"] for r in evals}
+        best = min(figures, key=figures.__getitem__)
+        assert 0 < best < 18, figures
+        assert snapshot.best(run) == snapshot.name_of(best)
+        assert snapshot.latest(run) == "step-000020"
+        left = snapshots(run)
+        assert len(left) == 3
+        assert {snapshot.name_of(best), "step-000020"} <= set(left)
+        snapshot.load(run, snapshot.best(run), optimizer=True)
+
+
+def test_a_slow_store_does_not_hold_training_up(
+    root: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(root, "base")
+    real, reached = snapshot.save, 0
+
+    def report(record: dict[str, Any]) -> None:
+        nonlocal reached
+        reached = max(reached, record["step"])
+
+    def slow(*args: Any, **kwargs: Any) -> str:
+        # Not done before training has gone on: if it waited for this, it would never.
+        goal, deadline = min(60, reached + 5), time.monotonic() + 30
+        while reached < goal:
+            assert time.monotonic() < deadline, "training waits for its checkpoint"
+            time.sleep(0.001)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(saving.snapshot, "save", slow)
+    slowly = job(root, "slow", steps=60, save_every=1, eval_every=0, keep_best=False)
+    execute(slowly, report=report)
+    saves = [r for r in records(root, "slow") if r["kind"] == "save"]
+    assert 2 <= len(saves) < 60
+    monkeypatch.undo()
+    execute(job(root, "quick", steps=60, save_every=1, eval_every=0, keep_best=False))
+    assert same_weights(root, "slow", "quick")
+
+
+def test_weights_that_are_not_finite_are_never_written(
+    root: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(root, "base")
+    execute(job(root, "run"), should_stop=iter([False, False, True]).__next__)
+    from nanochat_ray.optim import sharded
+
+    real = sharded.FlatGroup.update
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        self.weights[-1] = float("inf")
+
+    monkeypatch.setattr(sharded.FlatGroup, "update", poisoned)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        execute(job(root, "run", save_every=1))
+    assert snapshot.latest(root.child("runs", "run")) == "step-000003"
+
+
+def test_a_spike_is_cut_and_a_resumed_run_cuts_the_same(
+    root: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(root, "base")
+    real, clips = jobs.loop.train_step, []
+
+    def noted(*args: Any, clip: float, **kwargs: Any) -> Any:
+        clips.append(clip)
+        return real(*args, clip=clip, **kwargs)
+
+    monkeypatch.setattr(jobs.loop, "train_step", noted)
+    changes = {"steps": 70, "spike_clip": 1.05, "eval_every": 0, "sample_tokens": 0}
+    execute(job(root, "whole", **changes))
+    assert clips[:50] == [0.0] * 50
+    assert all(clip > 0 for clip in clips[50:])
+    norms = [r["grad_norm"] for r in records(root, "whole") if r["kind"] == "train"]
+    assert clips[60] == pytest.approx(1.05 * np.median(norms[:60]))
+    stop = iter([False] * 57 + [True])
+    execute(job(root, "halves", **changes), should_stop=stop.__next__)
+    execute(job(root, "halves", **changes))
+    assert same_weights(root, "whole", "halves")
+
+
+# --- the feed ------------------------------------------------------------------------------------
+
+
+def numbered(count: int, made: list[int]) -> Iterator[Batch]:
+    for n in range(count):
+        made.append(n)
+        yield Batch(np.full((1, 3), n, dtype=np.uint16))
+
+
+def test_the_feed_reads_ahead_but_not_far_and_keeps_the_order() -> None:
+    made: list[int] = []
+    ready = prefetched(numbered(50, made), pin=False, ahead=2)
+    assert int(next(ready).ids[0, 0]) == 0
+    wait_for(lambda: len(made) >= 4, 5, "reading ahead")
+    time.sleep(0.1)
+    assert len(made) == 4  # one given, two waiting, one in hand
+    assert [int(b.ids[0, 0]) for b in ready] == list(range(1, 50))
+    threads = threading.active_count()
+    ready = prefetched(numbered(50, made), pin=False)
+    next(ready)
+    ready.close()
+    wait_for(lambda: threading.active_count() <= threads, 5, "the thread's end")
+
+
+def test_what_the_feed_raises_comes_out_in_its_place() -> None:
+    def broken() -> Iterator[Batch]:
+        yield Batch(np.zeros((1, 3), dtype=np.uint16))
+        raise ValueError("shard 7 is damaged")
+
+    ready = prefetched(broken(), pin=False)
+    next(ready)
+    with pytest.raises(ValueError, match="shard 7"):
+        next(ready)
+
+
+# --- what people see ----------------------------------------------------------------------
+
+
+def test_the_report_and_the_lines_show_what_matters(root: Store, tmp_path: Path) -> None:
+    write_dataset(root, "base")
+    shown: list[dict[str, Any]] = []
+    told = dataclasses.replace(job(root, "run"), tensorboard=str(tmp_path / "board"))
+    result = execute(told, report=shown.append)
+    assert [r["step"] for r in shown if r["kind"] == "train"] == list(range(1, 13))
+    line = metrics.progress_line(next(r for r in shown if r["kind"] == "train"))
+    assert re.fullmatch(
+        r"step 1/12  loss \d\.\d+  bpb \d\.\d+  norm [\d.]+  lr ×[\d.]+  [\d,]+ tokens/s  "
+        r"MFU [\d.]+%  data wait [\d.]+%  left \d+:\d\d",
+        line,
+    )
+    kinds = {r["kind"]: metrics.progress_line(r) for r in shown}
+    assert kinds.keys() == {"train", "eval", "sample", "save"}
+    assert "validation: bits_per_byte" in kinds["eval"]
+    assert "training stood still for 0.0" in kinds["save"]
+    assert {"mfu", "data_wait_share", "longest_save_stall_s", "bits_per_byte"} <= result.keys()
+    page = root.child("runs", "run").read_text("report.html")
+    for text in (
+        *("validation, bits per byte", "training loss", "learning rate", "gradient norm"),
+        *("tokens per second", "MFU", "Greedy texts after step 12", "The capital of France is"),
+        *("Hardware", "TFLOP/s in fp32", "Configuration", "matrix_lr"),
+    ):
+        assert text in page, text
+    assert "http" not in page.replace("http-equiv", "")
+    assert "<script" not in page
+    files = list((tmp_path / "board" / "run").glob("events.out.tfevents.*"))
+    assert len(files) == 1
+    assert files[0].stat().st_size > 1000
+
+
+def test_a_report_survives_a_loss_that_is_not_a_number(root: Store) -> None:
+    found = {"step": 1, "kind": "train", "loss": float("nan"), "grad_norm": 1.0}
+    from nanochat_ray.train.report import render
+
+    assert "gradient norm" in render("run", [found], {}, about={}, hardware={})
+    assert observers.figures(found) == {"train/grad_norm": 1.0}
+
+
+def test_weights_and_biases_that_is_not_there_is_named() -> None:
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        with pytest.raises(
+            ValueError, match=r"wandb='p' needs .* pip install nanochat_ray\[wandb\]"
+        ):
+            observers.check(wandb="p")
+    observers.check(wandb="")
+
+
+@pytest.mark.parametrize("stage", ["base", "sft"])
+def test_samples_are_greedy_and_stop_at_the_end_of_the_context(stage: str) -> None:
+    model = GPT(tiny_config())
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.eval()
+    ids = [TOKENIZER.bos, 5, 9]
+    found = samples.greedy(model, ids, 100, ends=[])
+    assert len(found) == model.config.sequence_len - len(ids)
+    whole = torch.tensor([ids + found])
+    with torch.no_grad():
+        assert model(whole)[0, 2:-1].argmax(dim=-1).tolist() == found
+    assert samples.greedy(model, ids, 100, ends=[found[0]]) == []
+    texts = samples.sampler(TOKENIZER, stage, 3)(model)
+    assert len(texts) == 3
+    assert all(prompt for prompt, _ in texts)

@@ -1,0 +1,185 @@
+"""SIGKILL at any moment, also inside a checkpoint and inside an upload, changes no bit of the end.
+
+By default a few kills; ``NANOCHAT_KILLS=20 pytest tests/train/test_kills.py -s`` does as many as
+are asked for, in turn at a random moment, while a checkpoint is written, and during an upload.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_config, wait_for, write_dataset
+
+from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.config import OptimConfig, TrainConfig
+from nanochat_ray.storage import Store
+from nanochat_ray.train.job import TrainJob, execute
+
+KILLS = int(os.environ.get("NANOCHAT_KILLS", "3"))
+CONFIG = TrainConfig(
+    steps=60,
+    batch_rows=8,
+    micro_rows=4,
+    eval_every=25,
+    eval_rows=8,
+    save_every=4,
+    sample_tokens=0,
+    optim=OptimConfig(matrix_lr=0.005, embedding_lr=0.05, scalar_lr=0.05, weight_decay=0.1),
+)
+REPO = Path(__file__).parents[2]
+
+
+def train(values: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    execute(TrainJob.from_json(values))
+
+
+@pytest.fixture(scope="module")
+def spawn() -> Callable[[TrainJob], multiprocessing.Process]:
+    """Starts a process that trains; from a server with torch loaded, so in milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nanochat_ray.train.job"])
+
+    def start(job: TrainJob) -> multiprocessing.Process:
+        process = context.Process(target=train, args=(job.to_json(),))
+        process.start()
+        return process
+
+    return start
+
+
+def job(root: Store, run: str) -> TrainJob:
+    return TrainJob(storage=root.uri, dataset="base", run=run, model=tiny_config(), train=CONFIG)
+
+
+def inside_a_checkpoint(run: Store) -> bool:
+    """A snapshot's folder with files, but not yet the manifest that makes it one."""
+    for name in run.list():
+        if name.startswith("step-") and (found := run.list(name)) and "manifest.json" not in found:
+            return True
+    return False
+
+
+def state(root: Store, run: str) -> dict[str, torch.Tensor]:
+    saved = snapshot.load(root.child("runs", run), optimizer=True)
+    assert saved.step == CONFIG.steps
+    assert saved.optimizer is not None
+    return {**saved.weights, **saved.optimizer}
+
+
+def kill(
+    process: multiprocessing.Process, moment: Callable[[], bool], run: Store
+) -> tuple[str, str]:
+    """SIGKILL at ``moment``; where the run then stood: its latest snapshot and what was begun."""
+    while process.is_alive() and not moment():
+        pass
+    process.kill()
+    process.join(20)
+    torn = [n for n in run.list() if n.startswith("step-") and not run.exists(f"{n}/manifest.json")]
+    return snapshot.latest(run) or "nothing", ", ".join(torn) or "none"
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
+    root: Store, s3: str, spawn: Callable[[TrainJob], multiprocessing.Process]
+) -> None:
+    remote = Store.at(s3).child(f"kills-{time.time_ns()}")
+    for store in (root, remote):
+        write_dataset(store, "base")
+    began = time.monotonic()
+    spawn(job(root, "whole")).join(60)
+    seconds = time.monotonic() - began
+    expected = state(root, "whole")
+    rng, done = random.Random(time.time_ns()), 0
+    hit = {"random": 0, "checkpoint": 0, "upload": 0}
+    while done < KILLS:
+        kind = tuple(hit)[done % 3]
+        store = remote if kind == "upload" else root
+        # A run that ends before its moment comes is tried again under another name.
+        name = f"killed-{done}-{time.time_ns()}"
+        run = store.child("runs", name)
+        process = spawn(job(store, name))
+        at = time.monotonic() + rng.uniform(0.1, 0.9) * seconds
+        nth = rng.randrange(6)
+
+        def moment(kind=kind, run=run, at=at, nth=nth) -> bool:
+            if kind == "random":
+                return time.monotonic() > at
+            reached = snapshot.latest(run)
+            steps = snapshot.step_of(reached) if reached else 0
+            return steps >= nth * CONFIG.save_every and inside_a_checkpoint(run)
+
+        latest, torn = kill(process, moment, run)
+        if process.exitcode != -signal.SIGKILL or (kind != "random" and torn == "none"):
+            continue
+        again = spawn(job(store, name))
+        again.join(60)
+        assert again.exitcode == 0
+        found = state(store, name)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), (kind, latest)
+        print(f"kill {done + 1}: {kind}, latest {latest}, half written: {torn} → same bits")
+        hit[kind] += 1
+        done += 1
+    print(f"{done} of {done} runs ended with the bits of the uninterrupted one: {hit}")
+
+
+def test_two_workers_killed_go_on_as_one_with_the_same_batches(root: Store) -> None:
+    write_dataset(root, "base")
+    flags = ["--storage", root.uri, "--depth", "1", "--tokens", "5120", "--batch-tokens", "256"]
+    flags += ["--precision", "fp32", "--lr-scale", "0.1", "--micro-rows", "4", "--save-every", "3"]
+    script = str(REPO / "jobs" / "train.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with subprocess.Popen(
+        [*two, "--", script, "--run", "killed", *flags],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        run = root.child("runs", "killed")
+        wait_for(lambda: snapshot.latest(run) is not None, 60, "a first checkpoint")
+        os.killpg(process.pid, signal.SIGKILL)
+    reached = snapshot.step_of(snapshot.latest(run) or "")
+    losses = {}
+    for name in ("killed", "whole"):
+        subprocess.run(
+            [sys.executable, script, "--no-ray", "--run", name, *flags],
+            env=environment,
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+        text = root.child("runs", name).read_text("metrics.jsonl")
+        records = map(json.loads, text.splitlines())
+        losses[name] = [r["loss"] for r in records if r["kind"] == "train"]
+    assert 0 < reached <= len(losses["whole"]) == 20
+    assert losses["killed"] == pytest.approx(losses["whole"], abs=1e-5)
+
+
+@pytest.mark.parametrize("rows", [8, 13])
+def test_the_rows_of_a_step_are_the_same_for_any_number_of_workers(rows: int) -> None:
+    import numpy as np
+
+    from nanochat_ray.train.feed import rank_rows
+
+    config = dataclasses.replace(CONFIG, batch_rows=rows, micro_rows=1)
+    for step in (0, 3, 17):
+        alone = rank_rows(config, 50, step, 0, 1)
+        for world in range(2, rows + 1):
+            parts = [rank_rows(config, 50, step, rank, world) for rank in range(world)]
+            assert np.array_equal(np.concatenate(parts), alone)
+            assert min(map(len, parts)) >= 1

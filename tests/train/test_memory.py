@@ -1,0 +1,119 @@
+"""The estimate of memory against runs that were measured, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat_ray import scaling
+from nanochat_ray.config import ModelConfig, TrainConfig, from_json, to_json
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.optim.sharded import ShardedOptimizer
+from nanochat_ray.train import memory
+from nanochat_ray.train.job import DTYPES
+from nanochat_ray.train.step import Batch, train_step
+
+WIDE = scaling.model_config(4, 8192, sequence_len=512)
+
+
+def train_config(**fields: Any) -> TrainConfig:
+    values = {"steps": 10, "batch_rows": 16, "micro_rows": 16, "precision": "bf16", **fields}
+    return TrainConfig(**values)
+
+
+def measure(model_values: dict[str, Any], train_values: dict[str, Any]) -> int:
+    """Peak resident bytes of this process after three steps and the copies of a checkpoint."""
+    torch.set_num_threads(1)
+    config = from_json(ModelConfig, model_values)
+    train = from_json(TrainConfig, train_values)
+    model = GPT(config, DTYPES[train.precision])
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.checkpoint_activations = train.checkpoint_activations
+    optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
+    shape = (train.batch_rows, config.sequence_len + 1)
+    ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+    copies = []
+    for step in range(2):
+        train_step(model, optimizer, Batch(ids.numpy()), step, train)
+        if not step:
+            copies += [
+                optimizer.state_dict(),
+                {k: v.clone() for k, v in model.state_dict().items()},
+            ]
+    with open("/proc/self/status") as status:
+        peak = next(line for line in status if line.startswith("VmHWM"))
+    return int(peak.split()[1]) << 10
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        (WIDE, {}),
+        (WIDE, {"checkpoint_activations": True}),
+        (WIDE, {"precision": "fp32", "micro_rows": 8}),
+        (scaling.model_config(6, 4096, sequence_len=256), {"micro_rows": 8}),
+    ],
+    ids=["bf16", "checkpointed", "fp32", "deeper"],
+)
+def test_the_estimate_is_near_what_a_process_takes(
+    shape: ModelConfig, changes: dict[str, Any]
+) -> None:
+    train = train_config(**changes)
+    code = (
+        "import sys, json; sys.path.insert(0, 'tests/train'); import test_memory; "
+        "print(test_memory.measure(*json.loads(sys.argv[1])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps([to_json(shape), to_json(train)])],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=200,
+    )
+    measured = int(done.stdout)
+    wanted = memory.estimate(shape, train, world=1, on_gpu=False)
+    print(f"measured {measured / 2**30:.2f} GiB, estimated {wanted.total / 2**30:.2f}", wanted)
+    assert wanted.total == pytest.approx(measured, rel=0.25)
+
+
+def test_what_cannot_fit_is_refused_with_what_would() -> None:
+    model = scaling.model_config(12, 32_768)
+    train = train_config(batch_rows=256, micro_rows=32)
+    needed = memory.refuse(model, train, world=1, on_gpu=True, free=80 << 30)
+    assert needed.total < 80 << 30
+    with pytest.raises(memory.DoesNotFitError) as error:
+        memory.refuse(model, train, world=1, on_gpu=True, free=24 << 30)
+    text = str(error.value)
+    assert "micro_rows=32 needs about 32" in text
+    assert "24.0 GiB are free: what would fit: micro_rows=16 or checkpoint_activations" in text
+    for changes in ({"micro_rows": 16}, {"checkpoint_activations": True}):
+        memory.refuse(
+            model, dataclasses.replace(train, **changes), world=1, on_gpu=True, free=24 << 30
+        )
+    # The state alone is too much for one, not for many.
+    deep = scaling.model_config(26, 32_768)
+    with pytest.raises(memory.DoesNotFitError, match=r"would fit: workers=2$"):
+        memory.refuse(
+            deep,
+            train_config(batch_rows=64, micro_rows=1, checkpoint_activations=True),
+            world=1,
+            on_gpu=True,
+            free=24 << 30,
+        )
+    with pytest.raises(memory.DoesNotFitError, match="a smaller depth would fit"):
+        memory.refuse(deep, train, world=1, on_gpu=True, free=4 << 30)
+
+
+def test_more_workers_share_the_optimizer_and_rows_the_rest() -> None:
+    model = scaling.model_config(12, 32_768)
+    one, eight = (memory.estimate(model, train_config(), world=n, on_gpu=True) for n in (1, 8))
+    assert eight.optimizer == pytest.approx(one.optimizer / 8, rel=0.01)
+    assert eight.weights == one.weights
+    half = memory.estimate(model, train_config(micro_rows=8), world=1, on_gpu=True)
+    assert half.activations < 0.6 * one.activations

@@ -1,0 +1,112 @@
+"""The plan of every depth against a table that was derived by hand, and published models."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from nanochat_ray import scaling
+from nanochat_ray.train import memory, plan
+from nanochat_ray.train.hardware import HARDWARE, named
+
+VOCABULARY = 32_768
+# Width 64 a layer; blocks 12·n·w², head and embedding 32,768·w, a table as large again for every
+# other layer; 12 tokens for each parameter of blocks and head; nanochat's depth 12 with 2^19
+# tokens a batch as the anchor. Columns: width, heads, millions of parameters in blocks, in all;
+# millions of tokens; batch in 2^n tokens, from and to; steps from and to.
+TABLE = {
+    2: (128, 2, 0.39, 12.98, 55.1, (15, 17), (400, 1_700)),
+    4: (256, 4, 3.15, 36.7, 138.4, (16, 18), (500, 2_200)),
+    6: (384, 6, 10.6, 73.5, 278.4, (17, 19), (500, 2_200)),
+    8: (512, 8, 25.2, 125.8, 503.3, (17, 19), (900, 3_900)),
+    12: (768, 6, 84.9, 286.3, 1_321, (19, 19), (2_500, 2_540)),
+    16: (1024, 8, 201.3, 536.9, 2_818, (19, 20), (2_600, 5_400)),
+    20: (1280, 10, 393.2, 896.5, 5_222, (19, 20), (4_900, 10_000)),
+    24: (1536, 12, 679.5, 1_384, 8_758, (20, 21), (4_100, 8_400)),
+    26: (1664, 13, 863.9, 1_682, 11_021, (20, 21), (5_200, 10_600)),
+}
+
+
+@pytest.mark.parametrize("depth", TABLE)
+def test_the_plan_of_a_depth_is_the_tables(depth: int) -> None:
+    width, heads, blocks, total, tokens, batches, steps = TABLE[depth]
+    model = scaling.model_config(depth, VOCABULARY)
+    train = scaling.base_plan(model, workers=8).train
+    found = plan.describe(model, train, workers=8, hardware=named("h100"))
+    assert (found["width"], found["heads"]) == (width, heads)
+    assert found["parameters"]["matrices"] / 1e6 == pytest.approx(blocks, rel=0.01)
+    assert found["parameters"]["total"] / 1e6 == pytest.approx(total, rel=0.01)
+    assert found["tokens"] / 1e6 == pytest.approx(tokens, rel=0.01)
+    assert batches[0] <= math.log2(found["batch"]["tokens"]) <= batches[1]
+    assert steps[0] <= found["steps"] <= steps[1]
+    batch = found["batch"]
+    assert batch["rows"] == 8 * batch["micro_rows"] * batch["accumulation"]
+    # Every weight exists as a weight and a gradient in float32, and no plan here needs more than
+    # the GPU of the table has.
+    assert 8e6 * total < found["memory"]["total"] < 80e9
+    # PaLM's count is 6 a parameter and token, and attention adds less than as much again.
+    dense = 6 * (found["parameters"]["matrices"] + found["parameters"]["head"]) * found["tokens"]
+    assert dense < found["flops"] < 2.5 * dense
+    assert found["hours"] == pytest.approx(found["flops"] / (8 * 0.4 * 989e12) / 3600)
+    rates = found["learning_rates"]
+    assert 0.01 < rates["matrix_lr"] < 0.06
+    assert 0.1 < rates["embedding_lr"] < 2
+    assert json.loads(json.dumps(found)) == found
+    assert plan.render(found).count("\n") == 5
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(20, 561), (26, 1_082), (32, 1_879)])
+def test_the_classic_models_have_the_published_size(depth: int, millions: float) -> None:
+    # nanochat, October 2025: depth 20 has 561 M parameters, depth 32 has 1.9 G (vocabulary 2^16).
+    model = scaling.model_config(depth, 2**16, preset="classic")
+    assert scaling.parameters(model).total / 1e6 == pytest.approx(millions, rel=0.005)
+
+
+def test_published_speedruns_take_the_hours_that_a_plan_says() -> None:
+    # nanochat, October 2025: depth 20, 11.2 G tokens, about 3 hours on 8 H100; 4e19 FLOPs.
+    model = scaling.model_config(20, 2**16, preset="classic", window_pattern="L")
+    train = scaling.base_plan(model, tokens=11_200_000_000, batch=2**19, workers=8).train
+    found = plan.describe(model, train, workers=8, hardware=named("h100"))
+    assert found["flops"] == pytest.approx(4e19, rel=0.1)
+    assert 2.5 < found["hours"] < 4.5
+
+
+def test_rates_fall_with_the_depth_and_time_with_the_workers() -> None:
+    found = []
+    for depth in TABLE:
+        model = scaling.model_config(depth, VOCABULARY)
+        train = scaling.base_plan(model, workers=8).train
+        found.append(plan.describe(model, train, workers=8, hardware=named("h200")))
+    hours = [f["hours"] for f in found]
+    assert hours == sorted(hours)
+    sizes = [f["memory"]["total"] for f in found]
+    assert sizes == sorted(sizes)
+    embedding = [f["learning_rates"]["embedding_lr"] for f in found]
+    assert embedding[0] > embedding[-1]
+
+
+def test_the_batch_is_the_same_for_any_number_of_workers() -> None:
+    model = scaling.model_config(8, VOCABULARY)
+    found = {scaling.base_plan(model, workers=n).train.batch_rows for n in (1, 2, 3, 7, 8)}
+    assert len(found) == 1
+
+
+def test_a_gpu_gets_as_many_rows_at_a_time_as_it_has_memory_for() -> None:
+    model = scaling.model_config(26, VOCABULARY)
+    train = scaling.base_plan(model, workers=8).train
+    rows = {}
+    for name in ("l4", "a100", "b200", "cpu"):
+        fitted = plan.fitted(model, train, workers=8, hardware=HARDWARE[name])
+        rows[name] = fitted.micro_rows
+        if name in ("a100", "b200"):
+            needed = memory.estimate(model, fitted, world=8, on_gpu=True)
+            assert needed.total < HARDWARE[name].memory
+    assert rows["l4"] <= rows["a100"] < rows["b200"]
+    assert rows["cpu"] == train.micro_rows
+
+
+def test_hardware_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"hardware='h999' is not known: one of .*h100"):
+        named("h999")
