@@ -20,7 +20,6 @@ import dataclasses
 import importlib
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -101,7 +100,6 @@ def be_engine(args: Args) -> None:
     run = Store.at(args.storage).child("runs", args.run)
     engines: dict[bool, Any] = {}
     print("ready", flush=True)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent ends it so
     for line in sys.stdin:
         asked = json.loads(line)
         if asked["prefix"] not in engines:
@@ -145,7 +143,7 @@ def child(args: Args, side: str) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
         process.kill()
