@@ -20,7 +20,6 @@ import dataclasses
 import importlib
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -87,6 +86,8 @@ class Args:
     """Of the servers that are started: this one and the next."""
     chart: Path | None = None
     """Where to write tokens/s by streams as an SVG."""
+    out: Path | None = None
+    """Where to write all figures by side and streams, as JSON."""
     child: str = ""
     """Internal: the side that this process is."""
 
@@ -142,7 +143,7 @@ def child(args: Args, side: str) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
         process.kill()
@@ -327,7 +328,15 @@ def http_part(args: Args, found: list[Side]) -> dict[str, Any]:
         theirs = figures["vllm"][most]
         result["http_vs_vllm"] = figures[best][most]["tokens_per_s"] / theirs["tokens_per_s"]
         result["itl_p99_vs_vllm"] = figures[best][most]["itl_p99_ms"] / theirs["itl_p99_ms"]
-    return {**result, "http": figures}
+    if args.out is not None:
+        args.out.write_text(json.dumps(figures, indent=1))
+    return result
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    return round(value, 3) if isinstance(value, float) else value
 
 
 def main(args: Args) -> None:
@@ -359,7 +368,7 @@ def main(args: Args) -> None:
                     repeats=args.repeats,
                 )
             )
-    print(json.dumps(result))
+    print(json.dumps(rounded(result)))
 
 
 if __name__ == "__main__":

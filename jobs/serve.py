@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import socket
 import sys
 import time
@@ -171,6 +172,9 @@ def main(args: Args) -> None:
     print(f"{name} is served\n  chat page:     {url}\n  OpenAI client: base_url={url}/v1")
     print(f"  terminal:      python jobs/chat.py --url {url}", flush=True)
     if args.block:
+        # A container is ended by SIGTERM, and a shell's background job ignores SIGINT.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 time.sleep(3600)

@@ -110,16 +110,30 @@ def test_penalties_and_bias_are_taken(client: openai.OpenAI) -> None:
     assert len(set(text.choices[0].text)) > 5
 
 
-def test_leaving_frees_the_slot(url: str, local: LocalClient) -> None:
-    fields = {"messages": USER, "stream": True, "max_tokens": 450, "ignore_eos": True}
+@pytest.mark.parametrize("n", [1, 3])
+def test_leaving_frees_the_slots_within_a_step(url: str, local: LocalClient, n: int) -> None:
+    fields = {"messages": USER, "stream": True, "max_tokens": 450, "ignore_eos": True, "n": n}
     body = json.dumps(fields).encode()
     host, port = url.removeprefix("http://").split(":")
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        assert b"200 OK" in connection.recv(65536)
-        assert local.engine.stats().running == 1
-    wait_for(lambda: not local.engine.has_work, 2.0)
+    aborted: list[int] = []  # the engine's steps when each abort came
+    abort = local._engine_loop.abort
+
+    def noted(request_id: str) -> None:
+        aborted.append(local.engine.stats().steps)
+        abort(request_id)
+
+    local._engine_loop.abort = noted  # type: ignore[method-assign]
+    try:
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert b"200 OK" in connection.recv(65536)
+            wait_for(lambda: local.engine.stats().running == n)
+        wait_for(lambda: not local.engine.has_work, 2.0)
+    finally:
+        local._engine_loop.abort = abort  # type: ignore[method-assign]
+    assert len(aborted) == n
+    assert local.engine.stats().steps <= aborted[-1] + 2  # the one that ran, and one begun then
     local.engine.check_integrity()
 
 
