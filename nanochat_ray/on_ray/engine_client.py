@@ -1,9 +1,9 @@
 """The ingress side of Serve: an ``EngineClient`` over links to all engine replicas.
 
-One task asks Ray every second which replicas there are and where; each has one link. When a link
-breaks, the requests on it are given to another replica together with the tokens that have come:
-sampling is a pure function of weights, seed and position, so the text goes on as if nothing had
-happened.
+One task asks Ray every few seconds which replicas there are and where; each has one link. When a
+link breaks, the requests on it are given to another replica together with the tokens that have
+come: sampling is a pure function of weights, seed and position, so the text goes on as if nothing
+had happened.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from nanochat_ray.serve.client import OutputStream, UnavailableError
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 1.0
+POLL_S = 5.0
+"""How soon a new engine is found; one that is lost or leaves says so itself."""
+POLL_UNREADY_S = 0.2
 CALL_TIMEOUT_S = 10.0
 LOST = (RayError, RayServeException, TimeoutError)
 
@@ -65,8 +67,11 @@ class Remote:
     open: bool = False
     listed: bool = True
     """The controller still counts it; one that shuts down gets nothing new."""
+    leaving: bool = False
+    figures: dict[str, Any] = field(default_factory=dict)
+    """What it last said of itself."""
     others: int = 0
-    """Requests of other ingresses there, when it was last asked."""
+    """Requests of other ingresses there, as of then."""
 
     @property
     def load(self) -> int:
@@ -82,7 +87,6 @@ class RayEngineClient:
         self.name = secrets.token_hex(6)
         self.engines: dict[str, Remote] = {}
         self.router = PrefixRouter()
-        self._figures: dict[str, dict[str, Any]] = {}
         self._changed = asyncio.Condition()
         self._poll_now = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -117,7 +121,7 @@ class RayEngineClient:
             raise
 
     async def health(self) -> dict[str, Any]:
-        found = [self._figures[name] for name, engine in self.engines.items() if engine.open]
+        found = [engine.figures for engine in self.engines.values() if engine.open]
         if not found:
             raise UnavailableError("no engine is running")
         return {"engines": found}
@@ -128,7 +132,7 @@ class RayEngineClient:
         warned = False
         while True:
             try:
-                answers = await self.handle.broadcast("status").results_async(
+                answers = await self.handle.broadcast("place").results_async(
                     timeout_s=CALL_TIMEOUT_S, return_exceptions=True
                 )
                 await self._found([a for a in answers if isinstance(a, dict) and a["address"]])
@@ -140,21 +144,19 @@ class RayEngineClient:
                 warned = True
             ready = any(engine.open for engine in self.engines.values())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._poll_now.wait(), POLL_S if ready else POLL_S / 5)
+                await asyncio.wait_for(self._poll_now.wait(), POLL_S if ready else POLL_UNREADY_S)
             self._poll_now.clear()
 
     async def _found(self, answers: list[dict[str, Any]]) -> None:
-        places = {a["replica"]: (a.pop("address"), a.pop("secret")) for a in answers}
-        self._figures = {answer["replica"]: answer for answer in answers}
+        places = {a["replica"]: (a["address"], a["secret"]) for a in answers}
         for engine in self.engines.values():
-            engine.listed = engine.replica in self._figures
+            engine.listed = engine.replica in places
             if not engine.listed and not engine.live and engine.link is not None:
                 engine.link.close()
-        for name, figures in self._figures.items():
+        for name, place in places.items():
             engine = self.engines.setdefault(name, Remote(name))
-            engine.others = max(0, figures["requests"] - len(engine.live))
             if engine.link is None:
-                await self._connect(engine, *places[name])
+                await self._connect(engine, *place)
 
     async def _connect(self, engine: Remote, address: list[Any], secret: str) -> None:
         try:
@@ -183,13 +185,19 @@ class RayEngineClient:
             waiting = engine.answers.pop(message[1], None)
             if waiting is not None and not waiting.done():
                 waiting.set_result(message[2])
-        elif message[0] == "hello":
-            engine.open = True
-            self._spawn(self._notify())
+        elif message[0] == "leaving":
+            engine.leaving = True
+            self._poll_now.set()
+        elif message[0] in ("hello", "status"):
+            engine.figures = message[1]
+            engine.others = max(0, message[1]["requests"] - len(engine.live))
+            if not engine.open:
+                engine.open = True
+                self._spawn(self._notify())
 
     def _lost(self, engine: Remote) -> None:
         """Moves what was there to other engines."""
-        if engine.listed and engine.open:
+        if engine.listed and not engine.leaving:
             logger.warning("engine %s is lost", engine.replica)
         engine.open = False
         self.engines.pop(engine.replica, None)
@@ -283,7 +291,7 @@ class RayEngineClient:
 
     async def _choose(self, live: Live, full: set[str], until: float, patient: bool) -> Remote:
         while True:
-            usable = [e for e in self.engines.values() if e.open and e.listed]
+            usable = [e for e in self.engines.values() if e.open and e.listed and not e.leaving]
             if usable:
                 loads = {e.replica: e.load for e in usable if e.replica not in full}
                 if loads:

@@ -12,7 +12,7 @@ import dataclasses
 import hmac
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import ray.util
@@ -29,8 +29,10 @@ from nanochat_ray.on_ray.metrics import RaySink
 from nanochat_ray.serve.metrics import EngineMetrics
 from nanochat_ray.storage import Store
 
-METRICS_S = 0.9
-"""Figures go to Ray's metrics at most so often."""
+TELL_S = 1.0
+"""How often figures go to the ingresses and to Ray's metrics."""
+DRAIN_S = 25.0
+"""How long a replica that Serve ends may go on with what it has; less than Serve's patience."""
 
 
 class EngineReplica:
@@ -62,11 +64,11 @@ class EngineReplica:
         self.engine: EngineLoop | None = None
         self.secret = secrets.token_hex(32)
         self.server: asyncio.Server | None = None
+        self.links: set[Link] = set()
         self.owners: dict[str, tuple[Link, EngineLoop]] = {}
         """Where each request came from, and the engine that has it."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics = EngineMetrics(RaySink(model or self.name))
-        self._told = 0.0
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         name = user_config["snapshot"]
@@ -77,12 +79,16 @@ class EngineReplica:
             self.server = await loop.create_server(
                 lambda: Link(self._received, self._lost, trusted=False), self.host, 0
             )
+            self._spawn(self._tell())
         fresh = await asyncio.to_thread(self._start, name, loop)
         old, self.engine, self.snapshot = self.engine, fresh, name
         if old is not None:
-            task = asyncio.ensure_future(self._retire(old))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._spawn(self._retire(old))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _start(self, name: str, loop: asyncio.AbstractEventLoop) -> EngineLoop:
         import torch
@@ -126,7 +132,8 @@ class EngineReplica:
             kind, secret, _ = message
             if kind == "hello" and hmac.compare_digest(secret, self.secret):
                 link.trusted = True
-                link.send("hello", self.name)
+                self.links.add(link)
+                link.send("hello", self.status())
         elif message[0] == "submit":
             self._submit(link, message[1])
         elif message[0] == "abort":
@@ -134,6 +141,7 @@ class EngineReplica:
 
     def _lost(self, link: Link) -> None:
         """An ingress has gone: nobody waits for its requests."""
+        self.links.discard(link)
         self._abort([name for name, (owner, _) in self.owners.items() if owner is link])
 
     def _submit(self, link: Link, wire: dict[str, Any]) -> None:
@@ -162,21 +170,27 @@ class EngineReplica:
 
     # ---- what Serve and the ingresses ask through Ray
 
-    async def status(self) -> dict[str, Any]:
-        """Who and where this is, and how busy."""
-        now = time.monotonic()
-        stats = dataclasses.asdict(self.engine.stats()) if self.engine is not None else {}
-        if now - self._told > METRICS_S:
-            self._told = now
-            self._metrics.put(self.name, stats)
+    async def place(self) -> dict[str, Any]:
+        """Where an ingress can reach this engine, and the secret that it must show."""
+        address = self.server.sockets[0].getsockname()[:2] if self.server else None
+        return {"replica": self.name, "address": address, "secret": self.secret}
+
+    def status(self) -> dict[str, Any]:
+        """Who this is and how busy."""
         return {
             "replica": self.name,
-            "address": self.server.sockets[0].getsockname()[:2] if self.server else None,
-            "secret": self.secret,
             "snapshot": self.snapshot,
             "requests": len(self.owners),
-            **stats,
+            **(dataclasses.asdict(self.engine.stats()) if self.engine is not None else {}),
         }
+
+    async def _tell(self) -> None:
+        while True:
+            status = self.status()
+            self._metrics.put(self.name, status)
+            for link in self.links:
+                link.send("status", status)
+            await asyncio.sleep(TELL_S)
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose engine thread has died."""
@@ -187,8 +201,15 @@ class EngineReplica:
     async def __del__(self) -> None:
         if self.server is not None:
             self.server.close()
-        for link in {owner for owner, _ in self.owners.values()}:
-            link.close()
+        for link in self.links:
+            link.send("leaving")
+        until = time.monotonic() + DRAIN_S
+        while self.owners and time.monotonic() < until:
+            await asyncio.sleep(0.1)
+        for link in list(self.links):
+            link.close()  # an ingress moves what is left to other engines
+        for task in self._tasks:
+            task.cancel()
         if self.engine is not None:
             with contextlib.suppress(RuntimeError):
                 await asyncio.to_thread(self.engine.stop)

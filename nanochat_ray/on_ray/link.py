@@ -7,7 +7,8 @@ Serve handle several, which on two cores is what the engine computes with: see N
 Every message is a list whose first element names it:
 
     ingress → engine    hello(secret, ingress)   submit(request)   abort(ids)
-    engine → ingress    hello(replica)   answer(id, text)   outputs([output, …])
+    engine → ingress    hello(figures)   answer(id, text)   outputs([output, …])
+                        status(figures), every second   leaving()
 """
 
 from __future__ import annotations

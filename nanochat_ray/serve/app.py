@@ -29,7 +29,7 @@ from nanochat_ray.serve import errors
 from nanochat_ray.serve.client import EngineClient, UnavailableError
 from nanochat_ray.serve.completions import EngineFailedError, Piece, all_pieces
 from nanochat_ray.serve.errors import ApiError
-from nanochat_ray.serve.guard import Guard
+from nanochat_ray.serve.guard import Guard, client_of
 from nanochat_ray.serve.metrics import (
     EngineMetrics,
     PrometheusSink,
@@ -191,13 +191,13 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", response_model=CompletionResponse, responses=STREAMED)
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
-        job = await service.completion_job(body)
+        job = await service.completion_job(body, client_of(http))
         shape = CompletionShape(service, job, f"cmpl-{secrets.token_hex(12)}")
         return await _respond(service, job, shape, http)
 
     @app.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMED)
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
-        job = await service.chat_job(body)
+        job = await service.chat_job(body, client_of(http))
         shape = ChatShape(service, job, f"chatcmpl-{secrets.token_hex(12)}")
         return await _respond(service, job, shape, http)
 

@@ -26,6 +26,8 @@ class Piece:
     scored: list[Scored] = field(default_factory=list)
     """Tokens of the text with their log-probabilities, if those were asked for."""
     tokens: int = 0
+    cached: int = 0
+    """Prompt tokens that needed no computation."""
     call: str | None = None
     """The expression of a call that the client is to run; then ``finish`` is set too."""
     finish: FinishReason | None = None
@@ -58,7 +60,7 @@ class Answer:
         self._expression = ""
 
     def feed(self, output: Output) -> Piece:
-        piece = Piece(self.index, tokens=len(output.tokens))
+        piece = Piece(self.index, tokens=len(output.tokens), cached=output.cached_tokens)
         # The token that ended the answer is no part of its text.
         tokens = output.tokens[:-1] if output.finish == "stop" else output.tokens
         for i, token in enumerate(tokens):

@@ -41,6 +41,8 @@ class SamplingBody(Body):
     stop: StrictStr | Annotated[list[StrictStr], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: StrictBool | None = None
+    priority: Annotated[StrictInt, Field(ge=0, lt=2**31)] | None = None
+    """Higher waits for lower, as in vLLM. Nobody can go before 0, which all have by default."""
     min_tokens: Annotated[StrictInt, Field(ge=0, lt=2**31)] | None = None
     repetition_penalty: Annotated[StrictFloat, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Penalty | None = None

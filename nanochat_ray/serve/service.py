@@ -96,13 +96,13 @@ class Service:
         assert ids[-1] == self.tokenizer.special("<|assistant_end|>")
         return ids[:-1]
 
-    async def chat_job(self, body: ChatRequest) -> Job:
+    async def chat_job(self, body: ChatRequest, client: str = "") -> Job:
         self.check_model(body.model)
         ids = await self.chat_prompt(body)
         limit = body.max_completion_tokens or body.max_tokens or self.max_len - len(ids)
-        return self._job(body, "messages", [ids], [""], limit)
+        return self._job(body, "messages", [ids], [""], limit, client)
 
-    async def completion_job(self, body: CompletionRequest) -> Job:
+    async def completion_job(self, body: CompletionRequest, client: str = "") -> Job:
         self.check_model(body.model)
         prompts: list[list[int]] = []
         echoes: list[str] = []
@@ -117,7 +117,7 @@ class Service:
                 echoes.append(self.tokenizer.decode(prompt) if body.echo else "")
         echoes = echoes if body.echo else [""] * len(prompts)
         # 16 is OpenAI's default.
-        return self._job(body, "prompt", prompts, echoes, body.max_tokens or 16)
+        return self._job(body, "prompt", prompts, echoes, body.max_tokens or 16, client)
 
     def _job(
         self,
@@ -126,6 +126,7 @@ class Service:
         prompts: list[list[int]],
         echoes: list[str],
         max_tokens: int,
+        client: str,
     ) -> Job:
         n = body.n or 1
         candidates = body.candidates if isinstance(body, CompletionRequest) else n
@@ -144,6 +145,8 @@ class Service:
                 id=secrets.token_hex(8),
                 prompt=ids,
                 params=self._params(body, max_tokens, (seed + i) % 2**63),
+                priority=body.priority or 0,
+                client=client,
             )
             for ids in prompts
             for i in range(candidates)

@@ -22,6 +22,7 @@ from nanochat_ray.serve.responses import (
     ChatResponse,
     CompletionChoice,
     CompletionResponse,
+    PromptTokensDetails,
     Usage,
 )
 from nanochat_ray.serve.service import Job, Service
@@ -44,6 +45,7 @@ class Shape:
         self.scored: list[list[Scored]] = [[] for _ in self.job.requests]
         self.finish: list[Any] = [None] * len(self.job.requests)
         self.tokens = 0
+        self.cached = [0] * len(self.job.requests)
         # All of a chunk that never changes is written once: it is most of each event.
         head = {"id": self.id, "object": self.kind, "created": self.created}
         self._head = json.dumps({**head, "model": self.service.name})[:-1] + ', "choices": ['
@@ -51,6 +53,7 @@ class Shape:
 
     def take(self, piece: Piece) -> None:
         self.tokens += piece.tokens
+        self.cached[piece.index] += piece.cached
         self.text[piece.index] += piece.text
         self.calculations[piece.index] += piece.calculations
         if piece.call is not None:
@@ -87,6 +90,10 @@ class Shape:
             prompt_tokens=prompt,
             completion_tokens=self.tokens,
             total_tokens=prompt + self.tokens,
+            # A prompt counts once, however many choices share it.
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=sum(self.cached[:: self.job.candidates])
+            ),
         )
 
     def logprobs(self, scored: list[Scored], offset: int = 0) -> dict[str, Any] | None:

@@ -190,8 +190,9 @@ def test_a_new_snapshot_is_taken_in_place(config: ServeConfig) -> None:
         answers: list[Any] = []
 
         def received(_: Link, message: list[Any]) -> None:
-            if message[0] != "outputs":
+            if message[0] == "answer" or message[0] == "leaving":
                 answers.append(message)
+            if message[0] != "outputs":
                 return
             for output in message[1]:
                 texts[output["id"]] += output["tokens"]
@@ -200,7 +201,7 @@ def test_a_new_snapshot_is_taken_in_place(config: ServeConfig) -> None:
         async def connect(secret: str) -> Link:
             _, link = await asyncio.get_running_loop().create_connection(
                 lambda: Link(received, lambda _: answers.append("lost")),
-                *(await replica.status())["address"],
+                *(await replica.place())["address"],
             )
             link.send("hello", secret, "i")
             return link
@@ -224,9 +225,9 @@ def test_a_new_snapshot_is_taken_in_place(config: ServeConfig) -> None:
         link = await connect(replica.secret)
         submit("before", 200)
         await until(lambda: "before" in ended)
-        assert answers == [["hello", "r"], ["answer", "before", ACCEPTED]]
+        assert answers == [["answer", "before", ACCEPTED]]
         submit("during", 200)
-        await until(lambda: len(answers) == 3)
+        await until(lambda: len(answers) == 2)
         old = replica.engine
         await replica.reconfigure({"snapshot": "step-000101"})
         submit("after", 200)
@@ -234,13 +235,20 @@ def test_a_new_snapshot_is_taken_in_place(config: ServeConfig) -> None:
         assert texts["during"] == texts["before"] != texts["after"]
         assert old is not replica.engine
         submit("after", 2000)
-        await until(lambda: len(answers) == 5)
+        await until(lambda: len(answers) == 4)
         with pytest.raises(ValueError, match="step-000999"):
             await replica.reconfigure({"snapshot": "step-000999"})
         assert replica.snapshot == "step-000101"  # it goes on with what it has
         link.close()
         await until(lambda: not replica.owners)  # an ingress that dies frees its slots
-        await replica.__del__()
+
+        link = await connect(replica.secret)
+        ended.clear()
+        submit("last", 300)
+        await until(lambda: texts["last"])
+        await replica.__del__()  # it ends what it has
+        assert "last" in ended
+        assert ["leaving"] in answers
 
     asyncio.run(run())
 

@@ -262,6 +262,9 @@ def test_keys(engine: ScriptedClient) -> None:
             response = httpx.get(f"{url}/v1/models", headers=headers)
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
+        body = {"prompt": "x", "priority": 3}
+        assert httpx.post(f"{url}/v1/completions", json=body, headers=good).status_code == 200
+        assert (engine.requests[0].client, engine.requests[0].priority) == ("key 1", 3)
         assert httpx.get(f"{url}/health").status_code == 200
         assert httpx.get(url).status_code == 200
 

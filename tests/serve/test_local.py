@@ -83,7 +83,8 @@ def test_logprobs(client: openai.OpenAI) -> None:
     found = answer.choices[0].logprobs
     assert found is not None
     assert len(found.tokens) == len(found.token_logprobs) == len(found.text_offset) == 4
-    assert all(len(top) <= 2 for top in found.top_logprobs)
+    assert all(len(top) <= 3 for top in found.top_logprobs)
+    assert all(t in top for t, top in zip(found.tokens, found.top_logprobs, strict=True))
     greedy = [max(top.values()) for top in found.top_logprobs]
     assert found.token_logprobs == pytest.approx(greedy)
     chat = client.chat.completions.create(
@@ -178,6 +179,17 @@ def test_metrics_tell_what_happened(url: str, client: openai.OpenAI) -> None:
     assert rise("request_success_total", 'finished_reason="length",') == 1
     assert rise("prefix_cache_queries_total", 'engine="0",') > 0
     assert after['nanochat_num_requests_running{engine="0",model_name="tiny"}'] == 0
+
+
+def test_usage_tells_what_was_cached(client: openai.OpenAI) -> None:
+    given = {"model": "tiny", "prompt": "y" * 100, "max_tokens": 2}
+    cached = []
+    for _ in range(2):
+        usage = client.completions.create(**given).usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        cached.append(usage.prompt_tokens_details.cached_tokens)
+    assert cached == [0, 96]
 
 
 def test_best_of_gives_the_likeliest(client: openai.OpenAI) -> None:
