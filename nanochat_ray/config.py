@@ -260,11 +260,21 @@ class EngineConfig:
     max_waiting: int = 256
     """Requests that may wait for a slot; one more is refused."""
     precision: Precision = "fp32"
+    speculative_tokens: int = 0
+    """Guessed tokens that a sequence runs beside its last one; 0 is off. Tokens are the same."""
+    speculative_ngram: int = 3
+    """Tokens that must have stood before in this order for a guess at what follows them."""
 
     def __post_init__(self) -> None:
-        for name in ("max_slots", "token_budget", "prefill_chunk", "max_waiting"):
+        for name in (
+            "speculative_ngram",
+            "max_slots",
+            "token_budget",
+            "prefill_chunk",
+            "max_waiting",
+        ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
-        for name in ("max_len", "prefix_tokens"):
+        for name in ("max_len", "prefix_tokens", "speculative_tokens"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(
             self.token_budget > self.max_slots,

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from nanochat_ray.config import EngineConfig
-from nanochat_ray.engine import sampler
 from nanochat_ray.engine.blocks import BLOCK, PrefixBlocks
+from nanochat_ray.engine.draft import PromptLookup
+from nanochat_ray.engine.grammar import Grammars, GrammarState
 from nanochat_ray.engine.kv_cache import BlockStore
 from nanochat_ray.engine.request import Finish, Output, Request, TokenLogprob
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
 from nanochat_ray.engine.scheduler import Chunk, Scheduler, Sequence
+from nanochat_ray.engine.scores import score, score_prompts
 from nanochat_ray.engine.tools import Tool, ToolState
 from nanochat_ray.model.gpt import GPT
 
@@ -45,6 +47,9 @@ class Stats:
     prefix_queried: int = 0
     """Prompt tokens that were looked up in the prefix cache, and those found there."""
     prefix_hit: int = 0
+    drafted: int = 0
+    """Tokens that were guessed, and guesses that held."""
+    draft_accepted: int = 0
     preemptions: int = 0
     finished: int = 0
 
@@ -56,7 +61,15 @@ class Engine:
     are cut into chunks, and after preemption or a move to another engine.
     """
 
-    def __init__(self, model: GPT, config: EngineConfig, tool: Tool | None = None):
+    def __init__(
+        self,
+        model: GPT,
+        config: EngineConfig,
+        tool: Tool | None = None,
+        token_bytes: SequenceOf[bytes] | None = None,
+    ):
+        """``token_bytes[t]`` is the text of token t (empty: none), as ``Tokenizer.byte_table``
+        gives it; without it, requests with a grammar are refused."""
         self.config, self.tool = config, tool
         self.max_len = config.max_len or model.config.sequence_len
         self.vocab_size = model.config.vocab_size
@@ -66,11 +79,14 @@ class Engine:
             token_budget=config.token_budget,
             prefill_chunk=config.prefill_chunk,
             max_waiting=config.max_waiting,
+            draft_tokens=config.speculative_tokens,
+            on_draft=self._draft,
             on_admit=self._admit,
         )
         self._prefixes = PrefixBlocks(config.prefix_tokens // BLOCK)
         self._store = BlockStore(self.runner.cache, self._prefixes.capacity)
         self._sampling = SamplingState(config.max_slots, self.vocab_size, self.runner.device)
+        self._grammars = Grammars(token_bytes, self.vocab_size) if token_bytes else None
         self._sequences: dict[str, Sequence] = {}
         self._ready: list[Output] = []
         self._stats = Stats(slots=config.max_slots)
@@ -80,12 +96,11 @@ class Engine:
         return bool(self._sequences or self._ready)
 
     def validate(self, request: Request) -> None:
-        """ValueError if this engine can never answer it. Reads constants only, so any thread may
-        call it."""
+        """ValueError if this engine can never answer it. Any thread may call it."""
         tokens = (*request.prompt, *request.generated)
         if not request.prompt:
             raise ValueError("prompt: it must hold at least one token")
-        if len(tokens) >= self.max_len:
+        if len(tokens) + min(1, request.params.max_tokens) > self.max_len:
             raise ValueError(
                 f"prompt has {len(tokens)} tokens, but the context holds {self.max_len} together "
                 "with at least one token of the answer"
@@ -100,6 +115,10 @@ class Engine:
             if wrong is not None:
                 allowed = f"token ids from 0 to {self.vocab_size - 1}"
                 raise ValueError(f"{name}={wrong} is not allowed: {allowed}")
+        if request.params.grammar is not None:
+            if self._grammars is None:
+                raise ValueError("grammar: this engine does not know the text of its tokens")
+            self._grammars.check(request.params.grammar)
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises ValueError (see ``validate``; or its id is in use) or
@@ -114,17 +133,27 @@ class Engine:
             tokens=[*request.prompt, *request.generated],
             seed=params.seed or 0,
             limit=min(self.max_len, len(request.prompt) + params.max_tokens),
-            tool=ToolState(self.tool) if self.tool else None,
+            # What a tool writes would not follow the grammar.
+            tool=ToolState(self.tool) if self.tool and params.grammar is None else None,
+            grammar=self._start_grammar(request),
             ending=params.ending,
+            prompts=[(0, len(request.prompt))],
+            prompt_scores=None if params.prompt_logprobs is None else [],
         )
-        sequence.prefill_until = len(sequence.tokens)
-        due = sequence.tool.replay(request.generated) if sequence.tool else []
+        if self.config.speculative_tokens:
+            sequence.lookup = PromptLookup(self.config.speculative_ngram)
+        due: list[int] = []
+        if sequence.tool is not None:
+            due, written = sequence.tool.replay(request.generated)
+            first = len(request.prompt)
+            sequence.prompts += [(first + start, first + end) for start, end in written]
         finish = self._finish(sequence, request.generated[-1]) if request.generated else None
+        complete = finish is None and sequence.grammar is not None and sequence.grammar.finished
+        finish = "stop" if complete else finish
         if finish is None and due:
             # The engine before this one was lost while it wrote a tool's output.
             due = due[: sequence.limit - len(sequence.tokens)]
             sequence.tokens += due
-            sequence.prefill_until = len(sequence.tokens)
             finish = "length" if len(sequence.tokens) >= sequence.limit else None
         if finish is None:
             self.scheduler.add(sequence)
@@ -132,9 +161,24 @@ class Engine:
         if finish or due:
             self._ready.append(
                 Output(
-                    request_id=request.id, tokens=due, forced=list(range(len(due))), finish=finish
+                    request_id=request.id,
+                    tokens=due,
+                    forced=list(range(len(due))),
+                    finish=finish,
+                    complete=complete,
                 )
             )
+
+    def _start_grammar(self, request: Request) -> GrammarState | None:
+        if self._grammars is None or request.params.grammar is None:
+            return None
+        ending = request.params.ending
+        state = self._grammars.start(request.params.grammar, ending)
+        made = request.generated
+        # The token that ended the answer is not part of its text.
+        if not state.feed(made[:-1] if made and made[-1] in ending else made):
+            raise ValueError(f"generated: it does not follow the grammar: {state.error}")
+        return state
 
     def abort(self, request_id: str) -> bool:
         """Frees what the request holds, at once; False if there is no such request."""
@@ -166,6 +210,7 @@ class Engine:
         (a continued one may have another, earlier in the list)."""
         began = time.perf_counter()
         outputs, self._ready = self._ready, []
+        outputs += self._expire(time.time())
         chunks = self.scheduler.plan()
         if chunks:
             outputs += self._run(chunks)
@@ -173,11 +218,22 @@ class Engine:
             self._stats.step_seconds += time.perf_counter() - began
         return outputs
 
+    def _expire(self, now: float) -> list[Output]:
+        outputs = []
+        for s in self.scheduler.expire(now):
+            del self._sequences[s.request.id]
+            made, late = len(s.tokens) - len(s.request.prompt), now - (s.request.deadline or now)
+            why = f"deadline: it passed {late:.3f} s ago, with {made} tokens of the answer made"
+            outputs.append(Output(request_id=s.request.id, finish="error", error=why))
+        return outputs
+
     @torch.inference_mode()
     def _admit(self, sequence: Sequence) -> None:
         self._sampling.admit(sequence)
-        # The last token is always computed, since its logits are wanted.
-        places = self._prefixes.match(sequence.tokens, len(sequence.tokens) - 1)
+        # The last token is always computed, since its logits are wanted. Only the prompt is taken
+        # from others' prompts: keys of decoded tokens differ from those in the last bit.
+        limit = min(len(sequence.tokens) - 1, len(sequence.request.prompt))
+        places = [] if sequence.unscored else self._prefixes.match(sequence.tokens, limit)
         sequence.cached = sequence.computed = len(places) * BLOCK
         if places:
             self._store.load(places, sequence.slot)
@@ -186,80 +242,134 @@ class Engine:
         """Keeps what was computed as a prompt for others that begin the same. Not what was
         decoded: its keys differ in the last bit, and answers must not depend on who came before.
         """
-        wanted = self._prefixes.keep(sequence.tokens, sequence.prefill_until)
+        wanted = self._prefixes.keep(sequence.tokens, len(sequence.request.prompt))
         if wanted:
             self._store.save(sequence.slot, wanted)
+
+    @staticmethod
+    def _draft(sequence: Sequence, most: int) -> list[int]:
+        if sequence.lookup is None:
+            return []
+        draft = sequence.lookup.propose(sequence.tokens, most)
+        return draft[: sequence.grammar.agreed(draft)] if draft and sequence.grammar else draft
 
     @torch.inference_mode()
     def _run(self, chunks: list[Chunk]) -> list[Output]:
         logits = self.runner.run(chunks)
-        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
+        score_prompts(chunks, logits)
+        rows: list[int] = []  # of logits that are sampled from
+        sampling: list[Chunk] = []
+        row = 0
         for chunk in chunks:
-            chunk.sequence.computed += chunk.count
-            self._stats.prompt_tokens += 0 if chunk.decode else chunk.count
-            if chunk.samples and not chunk.sequence.decoded:
-                self._keep(chunk.sequence)
-        if not sampled:
+            s, end = chunk.sequence, chunk.start + chunk.count
+            s.computed = end
+            row += chunk.rows
+            if not chunk.decode:
+                self._stats.prompt_tokens += chunk.count
+                if chunk.start < len(s.request.prompt) <= end:
+                    self._keep(s)
+            if chunk.samples:
+                sampling.append(chunk)
+                rows += range(row - 1 - len(chunk.draft), row)
+        if not sampling:
             return []
-        slots = [s.slot for s in sampled]
-        chosen = self._sampling.choose(logits, slots, [len(s.tokens) for s in sampled])
-        logprobs = self._logprobs(sampled, logits, chosen)
-        outputs = [
-            self._append(sequence, token, logprobs.get(i))
-            for i, (sequence, token) in enumerate(zip(sampled, chosen.tolist(), strict=True))
-        ]
-        pairs = [(slot, t) for slot, o in zip(slots, outputs, strict=True) for t in o.tokens]
+        if len(rows) < len(logits):
+            logits = logits[torch.tensor(rows, device=logits.device)]
+        chosen = self._choose(sampling, logits)
+        scores = self._score(sampling, logits, chosen)
+        outputs: list[Output] = []
+        pairs: list[tuple[int, int]] = []
+        at = 0
+        for chunk in sampling:
+            here, slot = slice(at, at + 1 + len(chunk.draft)), chunk.sequence.slot
+            outputs.append(self._extend(chunk, chosen[here], scores[here]))
+            pairs += [(slot, token) for token in outputs[-1].tokens]
+            at = here.stop
         self._sampling.count([slot for slot, _ in pairs], [token for _, token in pairs])
         self._stats.generated_tokens += len(pairs)
         return outputs
 
-    def _logprobs(
-        self, sampled: SequenceOf[Sequence], logits: Tensor, chosen: Tensor
-    ) -> dict[int, TokenLogprob]:
-        """By row, for the rows that asked."""
-        asked = {
-            i: s.request.params.logprobs
-            for i, s in enumerate(sampled)
-            if s.request.params.logprobs is not None
-        }
-        if not asked:
-            return {}
-        at = torch.tensor(list(asked), device=logits.device)
-        top = min(max(asked.values()), self.vocab_size)
-        own, ids, values = (
-            t.tolist() for t in sampler.log_probabilities(logits[at], chosen[at], top)
-        )
-        return {
-            i: TokenLogprob(
-                logprob=own[row], top=list(zip(ids[row][:n], values[row][:n], strict=True))
-            )
-            for row, (i, n) in enumerate(asked.items())
-        }
+    def _choose(self, sampling: list[Chunk], logits: Tensor) -> list[int]:
+        """A token for each row of ``logits [R, V]``: one for each chunk, one more for each guess
+        of its draft, which holds if the guesses before it do."""
+        slots: list[int] = []
+        positions: list[int] = []
+        ahead: list[tuple[int, int]] = []
+        grammars: list[tuple[GrammarState, tuple[int, ...]]] = []
+        masked: list[int] = []
+        for chunk in sampling:
+            s, first, count = chunk.sequence, len(slots), 1 + len(chunk.draft)
+            slots += [s.slot] * count
+            positions += range(len(s.tokens), len(s.tokens) + count)
+            ahead += [(first + i, t) for i in range(1, count) for t in chunk.draft[:i]]
+            if s.grammar is not None:
+                masked += range(first, first + count)
+                grammars.append((s.grammar, chunk.draft))
+        allowed = None
+        if self._grammars is not None and grammars:
+            allowed = masked, self._grammars.allowed(grammars)
+        return self._sampling.choose(logits, slots, positions, allowed, ahead).tolist()
 
-    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Output:
-        first = len(sequence.tokens) == len(sequence.request.prompt)
-        sequence.decoded = True
-        sequence.tokens.append(token)
-        finish, tokens = self._finish(sequence, token), [token]
-        if finish is None and sequence.tool is not None:
-            forced = sequence.tool.feed(token)[: sequence.limit - len(sequence.tokens)]
-            if forced:
-                sequence.tokens += forced
-                sequence.prefill_until = len(sequence.tokens)
-                tokens += forced
-                finish = "length" if len(sequence.tokens) >= sequence.limit else None
+    @staticmethod
+    def _score(
+        sampling: list[Chunk], logits: Tensor, chosen: list[int]
+    ) -> list[TokenLogprob | None]:
+        """For each row of ``logits [R, V]``, None where nobody asked; empty if nobody did."""
+        tops = [c.sequence.request.params.logprobs for c in sampling for _ in (0, *c.draft)]
+        asked = [i for i, top in enumerate(tops) if top is not None]
+        if not asked:
+            return []
+        found = score(logits, asked, [chosen[i] for i in asked], [tops[i] or 0 for i in asked])
+        by_row = dict(zip(asked, found, strict=True))
+        return [by_row.get(i) for i in range(len(tops))]
+
+    def _extend(self, chunk: Chunk, chosen: list[int], scores: list[TokenLogprob | None]) -> Output:
+        """Takes the tokens chosen after a chunk, up to the first that was guessed wrong."""
+        s = chunk.sequence
+        asked = s.request.params.logprobs is not None
+        first = len(s.tokens) == len(s.request.prompt)
+        made: list[int] = []
+        forced: list[int] = []
+        complete, error = False, None
+        finish: Finish | None = "length" if len(s.tokens) >= s.limit else None
+        while finish is None:
+            i = len(made)
+            token = chosen[i]
+            s.tokens.append(token)
+            made.append(token)
+            finish = self._finish(s, token)
+            if finish != "stop" and s.grammar is not None:
+                s.grammar.feed([token])
+                if (reason := s.grammar.error) is not None:
+                    error, finish = f"grammar: {reason}", "error"
+                elif complete := s.grammar.finished:
+                    finish = "stop"
+            if finish is None and s.tool is not None:
+                forced = s.tool.feed(token)[: s.limit - len(s.tokens)]
+                if forced:
+                    s.prompts.append((len(s.tokens) - 1, len(s.tokens) + len(forced)))
+                    s.tokens += forced
+                    finish = "length" if len(s.tokens) >= s.limit else None
+                    break
+            if i == len(chunk.draft) or chunk.draft[i] != token:
+                break
+            s.computed += 1
+        self._stats.drafted += len(chunk.draft)
+        self._stats.draft_accepted += max(0, len(made) - 1)
         if finish is not None:
-            self.scheduler.remove(sequence)
-            del self._sequences[sequence.request.id]
+            self.scheduler.remove(s)
+            del self._sequences[s.request.id]
             self._stats.finished += 1
-        asked = sequence.request.params.logprobs is not None
         return Output(
-            request_id=sequence.request.id,
-            tokens=tokens,
-            forced=list(range(1, len(tokens))),
+            request_id=s.request.id,
+            tokens=made + forced,
+            forced=list(range(len(made), len(made) + len(forced))),
             finish=finish,
-            cached_tokens=sequence.cached if first else 0,
-            logprobs=[logprob, *[None] * (len(tokens) - 1)] if asked else None,
+            error=error,
+            complete=complete,
+            cached_tokens=s.cached if first else 0,
+            logprobs=[*scores[: len(made)], *[None] * len(forced)] if asked else None,
+            prompt_logprobs=s.prompt_scores if first else None,
         )
 
     @staticmethod
@@ -284,4 +394,4 @@ class Engine:
         known = {*self.scheduler.running, *self.scheduler.waiting}
         assert known == set(self._sequences.values()), "a sequence is queued but unknown, or lost"
         for sequence in self.scheduler.running:
-            assert 0 <= sequence.computed < len(sequence.tokens) < sequence.limit
+            assert 0 <= sequence.computed < len(sequence.tokens) <= sequence.limit

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 Finish = Literal["stop", "length", "abort", "error"]
+GRAMMARS = ("json_schema", "json_object", "regex", "choice", "lark")
+"""Kinds of grammar that an answer may follow."""
 MAX_LOGPROBS = 20
 """Alternatives that may be asked for at each position (OpenAI's limit)."""
 
@@ -24,6 +26,10 @@ class EngineFull(RuntimeError):  # noqa: N818 - a state of the engine, not a fau
 def _require(ok: bool, field: str, value: object, allowed: str) -> None:
     if not ok:
         raise ValueError(f"{field}={value!r} is not allowed: {allowed}")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _finite(value: float) -> bool:
@@ -57,7 +63,8 @@ class SamplingParams:
     seed: int | None = None
     """Equal seeds give equal tokens; None draws one when the request is admitted."""
     max_tokens: int = 256
-    """Tokens of the answer, forced ones (a tool's output) included."""
+    """Tokens of the answer, forced ones (a tool's output) included; 0, with ``prompt_logprobs``,
+    only scores the prompt."""
     min_tokens: int = 0
     """Until the answer has as many, nothing in ``stop_ids`` or ``eos_ids`` is chosen."""
     stop: tuple[str, ...] = ()
@@ -67,8 +74,15 @@ class SamplingParams:
     eos_ids: tuple[int, ...] = ()
     """Tokens that end a turn; with ``ignore_eos`` they do not end the answer."""
     ignore_eos: bool = False
+    grammar: Mapping[str, Any] | None = None
+    """What the answer must follow, as one of ``{"json_schema": {...}}``, ``{"json_object": True}``,
+    ``{"regex": "..."}``, ``{"choice": ["a", "b"]}`` and ``{"lark": "..."}``. The answer ends where
+    nothing can be added; where it may end, ``stop_ids`` and ``eos_ids`` may end it."""
     logprobs: int | None = None
     """Report the log-probability of each chosen token and of this many likeliest ones."""
+    prompt_logprobs: int | None = None
+    """The same of each token of the prompt but the first, with the first output that has tokens
+    or ends the answer."""
 
     def __post_init__(self) -> None:
         req = _require
@@ -77,7 +91,9 @@ class SamplingParams:
         bias = {int(k): float(v) for k, v in self.logit_bias.items()}
         object.__setattr__(self, "logit_bias", bias)
         for name in ("top_k", "max_tokens", "min_tokens"):
-            req(isinstance(getattr(self, name), int), name, getattr(self, name), "a whole number")
+            req(_whole(getattr(self, name)), name, getattr(self, name), "a whole number")
+        for name in ("stop_ids", "eos_ids"):
+            req(all(map(_whole, getattr(self, name))), name, getattr(self, name), "token ids")
         t = self.temperature
         req(_finite(t) and t >= 0, "temperature", t, "0 or more")
         req(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
@@ -92,23 +108,45 @@ class SamplingParams:
             req(token >= 0, "logit_bias", token, "token ids from 0")
             req(_finite(value) and -100 <= value <= 100, "logit_bias", value, "from -100 to 100")
         seed = self.seed
-        ok = seed is None or (isinstance(seed, int) and -(2**63) <= seed < 2**64)
+        ok = seed is None or (_whole(seed) and -(2**63) <= seed < 2**64)
         req(ok, "seed", seed, "a 64-bit whole number or None")
-        req(self.max_tokens >= 1, "max_tokens", self.max_tokens, "from 1")
+        least = 1 if self.prompt_logprobs is None else 0
+        req(self.max_tokens >= least, "max_tokens", self.max_tokens, f"from {least}")
         req(
             0 <= self.min_tokens <= self.max_tokens,
             "min_tokens",
             self.min_tokens,
             f"from 0 to max_tokens={self.max_tokens}",
         )
-        req(all(self.stop), "stop", self.stop, "strings that are not empty")
-        n = self.logprobs
-        req(n is None or 0 <= n <= MAX_LOGPROBS, "logprobs", n, f"0 to {MAX_LOGPROBS} or None")
+        texts = all(isinstance(s, str) and s for s in self.stop)
+        req(texts, "stop", self.stop, "strings that are not empty")
+        _check_grammar(self.grammar)
+        for name in ("logprobs", "prompt_logprobs"):
+            n = getattr(self, name)
+            ok = n is None or (_whole(n) and 0 <= n <= MAX_LOGPROBS)
+            req(ok, name, n, f"0 to {MAX_LOGPROBS} or None")
 
     @property
     def ending(self) -> frozenset[int]:
         """Tokens that end the answer."""
         return frozenset(self.stop_ids) | (frozenset() if self.ignore_eos else set(self.eos_ids))
+
+
+def _check_grammar(grammar: object) -> None:
+    """Its shape alone: whether it compiles is seen by the engine, which has the vocabulary."""
+    if grammar is None:
+        return
+    one = isinstance(grammar, Mapping) and len(grammar) == 1 and next(iter(grammar)) in GRAMMARS
+    _require(one, "grammar", grammar, f"one of {', '.join(GRAMMARS)} with its value, or None")
+    assert isinstance(grammar, Mapping)
+    ((kind, value),) = grammar.items()
+    words = isinstance(value, list | tuple) and all(isinstance(s, str) and s for s in value)
+    allowed, what = {
+        "json_schema": (isinstance(value, Mapping | bool), "an object"),
+        "json_object": (value is True, "True"),
+        "choice": (words and len(value) > 0, "texts, at least one, none of them empty"),
+    }.get(kind, (isinstance(value, str) and value != "", "a text that is not empty"))
+    _require(allowed, f"grammar.{kind}", value, what)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +164,14 @@ class Request:
     priority: int = 0
     """Lower goes first, and may push out a running request of a higher number."""
     client: str = ""
-    """Requests of one client share a turn with those of each other client."""
+    """Within a priority, clients take turns, however many requests each of them has."""
+    deadline: float | None = None
+    """Seconds since the epoch at which it fails if it has not ended, waiting or running."""
+
+    def __post_init__(self) -> None:
+        ok = self.deadline is None or _finite(self.deadline)
+        _require(ok, "deadline", self.deadline, "seconds since the epoch, or None")
+        _require(_whole(self.priority), "priority", self.priority, "a whole number")
 
     def seeded(self) -> Self:
         """The same with a seed drawn for it, if it has none: what may have to continue elsewhere
@@ -164,7 +209,8 @@ class Output:
 
     request_id: str
     tokens: list[int] = field(default_factory=list)
-    """New tokens. With finish "stop" the last one is the token that ended the answer."""
+    """New tokens. With finish "stop" the last one is the token that ended the answer (but see
+    ``complete``)."""
     forced: list[int] = field(default_factory=list)
     """Which of ``tokens`` (indices) a tool wrote, rather than the model."""
     finish: Finish | None = None
@@ -172,25 +218,36 @@ class Output:
     """Why, if ``finish`` is "error"."""
     logprobs: list[TokenLogprob | None] | None = None
     """One for each of ``tokens`` where the request asked; None for forced ones."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """One for each token of the prompt but the first, where the request asked; told once."""
+    complete: bool = False
+    """The grammar ended the answer: with finish "stop", the last token is part of it."""
     cached_tokens: int = 0
     """Prompt tokens that needed no computation, told with the first token."""
+
+    @property
+    def ended_by_last(self) -> bool:
+        """Whether the last token only ended the answer, and is no part of it."""
+        return self.finish == "stop" and not self.complete
 
     def to_wire(self) -> dict[str, Any]:
         """Only what differs from an empty output, since thousands travel each second."""
         wire: dict[str, Any] = {"id": self.request_id, "tokens": self.tokens}
-        for name in ("forced", "finish", "error", "cached_tokens"):
+        for name in ("forced", "finish", "error", "complete", "cached_tokens"):
             if value := getattr(self, name):
                 wire[name] = value
-        if self.logprobs is not None:
-            wire["logprobs"] = [p and [p.logprob, p.top] for p in self.logprobs]
+        for name in ("logprobs", "prompt_logprobs"):
+            if (found := getattr(self, name)) is not None:
+                wire[name] = [p and [p.logprob, p.top] for p in found]
         return wire
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
-        rest = {k: v for k, v in wire.items() if k not in ("id", "logprobs")}
-        found = wire.get("logprobs")
-        logprobs = found and [
-            p and TokenLogprob(logprob=p[0], top=[(int(t), float(x)) for t, x in p[1]])
-            for p in found
-        ]
-        return cls(request_id=wire["id"], logprobs=logprobs, **rest)
+        rest = {k: v for k, v in wire.items() if k != "id"}
+        for name in ("logprobs", "prompt_logprobs"):
+            if name in rest:
+                rest[name] = [
+                    p and TokenLogprob(logprob=p[0], top=[(int(t), float(x)) for t, x in p[1]])
+                    for p in rest[name]
+                ]
+        return cls(request_id=wire["id"], **rest)

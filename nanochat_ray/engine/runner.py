@@ -69,22 +69,29 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, chunks: SequenceOf[Chunk]) -> Tensor:
-        """float32 logits ``[S, V]`` after each of the S chunks that sample, in their order."""
+        """float32 logits ``[R, V]`` after those rows of each chunk that it wants (its last
+        ``Chunk.rows``), chunk by chunk."""
         ids: list[int] = []
         before: list[int] = []
-        spans, last = [], []
+        spans: list[Span] = []
+        last: list[int] = []
         for chunk in chunks:
-            tokens, end = chunk.sequence.tokens, chunk.start + chunk.count
-            spans.append(Span(chunk.sequence.slot, chunk.start, chunk.count, chunk.decode))
-            if chunk.count == 1:
-                ids.append(tokens[chunk.start])
-                before.append(tokens[chunk.start - 1] if chunk.start else -1)
+            tokens, slot, start = chunk.sequence.tokens, chunk.sequence.slot, chunk.start
+            if chunk.decode:
+                count = chunk.count + len(chunk.draft)
+                spans += [Span(slot, start + i, 1, True) for i in range(count)]
             else:
-                ids += tokens[chunk.start : end]
-                before.append(tokens[chunk.start - 1] if chunk.start else -1)
-                before += tokens[chunk.start : end - 1]
-            if chunk.samples:
-                last.append(len(ids) - 1)
+                spans.append(Span(slot, start, chunk.count, False))
+            before.append(tokens[start - 1] if start else -1)
+            if chunk.count == 1:
+                ids.append(tokens[start])
+            else:
+                ids += tokens[start : start + chunk.count]
+                before += tokens[start : start + chunk.count - 1]
+            if chunk.draft:
+                before += [tokens[-1], *chunk.draft[:-1]]
+                ids += chunk.draft
+            last += range(len(ids) - chunk.rows, len(ids))
         rows = self.cache.begin(spans)
         table = np.zeros((2, rows), dtype=np.int64)
         table[0, : len(ids)], table[1, : len(ids)] = ids, before

@@ -132,6 +132,14 @@ def penalise(
     return logits - frequency[:, None] * counts - presence[:, None] * (counts > 0)
 
 
+def allow(logits: Tensor, rows: Tensor, bits: Tensor) -> Tensor:
+    """New logits ``[S, V]``: in ``rows`` (int64 ``[G]``) those tokens alone whose bit is set in
+    ``bits`` (int32 ``[G, W]``, 32 W >= V) remain."""
+    places = torch.arange(32, dtype=torch.int32, device=bits.device)
+    allowed = ((bits[:, :, None] >> places) & 1).flatten(1)[:, : logits.size(-1)] > 0
+    return logits.index_copy(0, rows, logits[rows].masked_fill(~allowed, -torch.inf))
+
+
 def log_probabilities(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of the ``tokens [S]``: float32 ``[S]``; of the likeliest: ids and values ``[S, top]``."""
     logs = logits.log_softmax(dim=-1)

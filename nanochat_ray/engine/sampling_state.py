@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,9 +95,21 @@ class SamplingState:
     def _ids(self, tokens: list[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=self.device)
 
-    def choose(self, logits: Tensor, slots: SequenceOf[int], positions: SequenceOf[int]) -> Tensor:
+    def choose(
+        self,
+        logits: Tensor,
+        slots: SequenceOf[int],
+        positions: SequenceOf[int],
+        allowed: tuple[SequenceOf[int], np.ndarray] | None = None,
+        ahead: SequenceOf[tuple[int, int]] = (),
+    ) -> Tensor:
         """Tokens int64 ``[S]`` for ``logits [S, V]`` of the sequences in ``slots``, which will
-        stand at ``positions``."""
+        stand at ``positions``. ``allowed`` holds the rows that follow a grammar and their masks,
+        int32 ``[G, W]`` (see ``sampler.allow``); ``ahead`` pairs of a row and a token that it
+        takes to be in the answer beside those that were counted."""
+        if allowed is not None:
+            bits = torch.from_numpy(allowed[1]).to(self.device)
+            logits = sampler.allow(logits, self._ids(list(allowed[0])), bits)
         features = 0
         for slot in slots:
             features |= self._features[slot]
@@ -108,13 +121,19 @@ class SamplingState:
         if features & PENALTY and self._seen is not None and self._counts is not None:
             use = self._used(PENALTY, slots)
             repetition, presence, frequency = self._penalties[at].unbind(1)
-            changed = sampler.penalise(
-                logits, self._seen[at], self._counts[at], repetition, presence, frequency
-            )
+            seen, counts = self._seen[at], self._counts[at]
+            if ahead:
+                pairs = self._ids(list(ahead)).unbind(1)  # type: ignore[arg-type]
+                seen[pairs] = True
+                counts.index_put_(pairs, torch.ones(len(ahead), device=self.device), True)
+            changed = sampler.penalise(logits, seen, counts, repetition, presence, frequency)
             logits = torch.where(use > 0, changed, logits)
         if features & BAN and self._bans is not None:
             early = (where < self._ban_before[at])[:, None] & (self._used(BAN, slots) > 0)
-            logits = logits.masked_fill(self._bans[at] & early, -torch.inf)
+            banned = logits.masked_fill(self._bans[at] & early, -torch.inf)
+            # Where a grammar allows only what is banned, the grammar has its way.
+            stuck = banned.amax(dim=-1, keepdim=True) == -torch.inf
+            logits = torch.where(stuck, logits, banned)
         rows = Rows(
             **{
                 name: getattr(self._rows, name)[at]

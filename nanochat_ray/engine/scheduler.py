@@ -10,10 +10,16 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from nanochat_ray.engine.request import EngineFull, Request
+from nanochat_ray.engine.draft import PromptLookup
+from nanochat_ray.engine.request import EngineFull, Request, TokenLogprob
 from nanochat_ray.engine.tools import ToolState
+
+if TYPE_CHECKING:
+    from nanochat_ray.engine.grammar import GrammarState
 
 
 @dataclass(eq=False)
@@ -27,12 +33,15 @@ class Sequence:
     limit: int
     """Length of ``tokens`` at which it is cut."""
     tool: ToolState | None = None
+    grammar: GrammarState | None = None
+    prompts: list[tuple[int, int]] = field(default_factory=list)
+    """Stretches ``[start, end)`` of tokens that are run as prompts: the prompt, and what tools
+    wrote. All others are run as decodes, also when they are computed anew. Which of the two it is
+    must not depend on how chunks fall or on preemption, since they differ in the last bit."""
+    lookup: PromptLookup | None = None
+    prompt_scores: list[TokenLogprob] | None = None
+    """Those of the prompt's tokens from the second on that are known, if they were asked for."""
     computed: int = 0
-    prefill_until: int = 0
-    """Tokens before this place are run as a prompt, not as a decode. Which of the two it is must
-    not depend on how chunks fall, since they differ in the last bit."""
-    decoded: bool = False
-    """Whether a token was sampled since it got its slot."""
     slot: int = -1
     order: int = 0
     """Admission goes by it; it survives preemption."""
@@ -45,8 +54,22 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def unscored(self) -> bool:
+        """Whether log-probabilities of the prompt are still to be found."""
+        known = self.prompt_scores
+        return known is not None and len(known) < len(self.request.prompt) - 1
+
+    def stretch(self) -> tuple[int, bool]:
+        """How far the tokens from ``computed`` on are run alike, and whether as decodes."""
+        for start, end in self.prompts:
+            if self.computed < end:
+                return (start, True) if self.computed < start else (end, False)
+        return len(self.tokens), True
+
+    @property
     def decoding(self) -> bool:
-        return self.computed >= self.prefill_until
+        """Whether all that is left to run is one token, as a decode."""
+        return self.pending == 1 and self.stretch()[1]
 
 
 @dataclass(frozen=True)
@@ -57,12 +80,21 @@ class Chunk:
     start: int
     count: int
     decode: bool = False
-    """One token that was sampled in an earlier step."""
+    """Each token as if it were the only one."""
+    draft: tuple[int, ...] = ()
+    """Guesses at the tokens behind the sequence's last one, to be run as decodes too."""
+    scores: bool = False
+    """The logits of every token are wanted."""
 
     @property
     def samples(self) -> bool:
         """Whether the next token can be sampled after it."""
         return self.start + self.count == len(self.sequence.tokens)
+
+    @property
+    def rows(self) -> int:
+        """Of how many of its last tokens, guesses included, logits are wanted."""
+        return self.count if self.scores else (1 + len(self.draft)) * self.samples
 
 
 @dataclass
@@ -78,6 +110,10 @@ class Scheduler:
     token_budget: int
     prefill_chunk: int
     max_waiting: int
+    draft_tokens: int = 0
+    """Guesses that a sequence may run in one step."""
+    on_draft: Callable[[Sequence, int], SequenceOf[int]] = lambda sequence, most: ()
+    """Guesses at what follows a sequence's tokens, at most so many."""
     on_admit: Callable[[Sequence], None] = lambda sequence: None
     """Called when a sequence has got its slot; may set ``computed`` to what it found of it."""
     running: list[Sequence] = field(default_factory=list)
@@ -85,6 +121,8 @@ class Scheduler:
     preemptions: int = 0
     _free: list[int] = field(default_factory=list)
     _orders: int = 0
+    _turns: dict[str, int] = field(default_factory=dict)
+    """When each client's turn was last; forgotten once nobody waits."""
 
     def __post_init__(self) -> None:
         self._free = list(range(self.slots))
@@ -105,27 +143,56 @@ class Scheduler:
     def plan(self) -> list[Chunk]:
         """Admits whom there is room for; chunks of the next step, decodes first, by slot."""
         self._admit()
-        chunks = [Chunk(s, s.computed, 1, True) for s in self.running if s.decoding]
-        chunks.sort(key=lambda chunk: chunk.sequence.slot)
-        budget = self.token_budget - len(chunks)
-        if chunks:
-            budget = min(budget, self.prefill_chunk)
+        chunks = []
+        steady = [s for s in self.running if s.decoding]
+        budget = self.token_budget - len(steady)
+        rest = min(budget, self.prefill_chunk) if steady else budget
         for s in self.running:
-            if budget <= 0:
+            if rest <= 0:
                 break
             if not s.decoding:
-                count = min(s.pending, budget)
-                chunks.append(Chunk(s, s.computed, count))
+                end, decode = s.stretch()
+                count = min(end - s.computed, rest)
+                scores = s.unscored and not decode
+                chunks.append(Chunk(s, s.computed, count, decode, scores=scores))
+                rest -= count
                 budget -= count
+        for s in steady:
+            # What is sampled behind the last guess still has to fit.
+            most = min(self.draft_tokens, budget, s.limit - len(s.tokens) - 1)
+            draft = tuple(self.on_draft(s, most)) if most > 0 else ()
+            chunks.append(Chunk(s, s.computed, 1, True, draft))
+            budget -= len(draft)
+        # Stable: prompts stay in the order of admission.
+        chunks.sort(key=lambda c: (not c.decode, c.sequence.slot if c.decode else 0))
         return chunks
 
+    def expire(self, now: float) -> list[Sequence]:
+        """Forgets those whose deadline is at ``now`` or before, and returns them."""
+        late = [
+            s
+            for s in (*self.running, *self.waiting)
+            if s.request.deadline is not None and s.request.deadline <= now
+        ]
+        for s in late:
+            self.remove(s)
+        return late
+
     def _admit(self) -> None:
+        if not self.waiting:
+            self._turns.clear()
         while self.waiting:
             shares = Counter(s.request.client for s in self.running)
-            # Among equals the client that runs least goes first, then who came first.
+            # Within a priority the client that runs least goes first, among several the one whose
+            # turn is longest ago, and of its requests the first.
             first = min(
                 self.waiting,
-                key=lambda s: (s.request.priority, shares[s.request.client], s.order),
+                key=lambda s: (
+                    s.request.priority,
+                    shares[s.request.client],
+                    self._turns.get(s.request.client, -1),
+                    s.order,
+                ),
             )
             if not self._free:
                 last = max(self.running, key=lambda s: (s.request.priority, s.order))
@@ -133,6 +200,7 @@ class Scheduler:
                     break
                 self.preempt(last)
             self.waiting.remove(first)
+            self._turns[first.request.client] = max(self._turns.values(), default=-1) + 1
             first.slot = heapq.heappop(self._free)
             self.running.append(first)
             self.on_admit(first)
@@ -140,8 +208,7 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Takes its slot; it waits again and its tokens are recomputed, with the same outcome."""
         self._release(sequence)
-        sequence.computed, sequence.prefill_until = 0, len(sequence.tokens)
-        sequence.decoded = False
+        sequence.computed = 0
         self.preemptions += 1
         self.waiting.append(sequence)
 

@@ -35,7 +35,7 @@ class TextStream:
     def add(self, output: Output) -> str:
         """New text after one step; all that is left if the request has finished with it."""
         tokens = output.tokens
-        if output.finish == "stop":
+        if output.ended_by_last:
             tokens = tokens[:-1]  # the token that ended the answer is no part of its text
         text = self.push(tokens)
         return text if output.finish is None else text + self.flush()

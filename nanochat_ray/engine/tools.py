@@ -55,15 +55,19 @@ class ToolState:
             self._input.append(token)
         return []
 
-    def replay(self, tokens: Sequence[int]) -> list[int]:
-        """Takes an answer so far, forced tokens included; returns those still to be forced."""
+    def replay(self, tokens: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Takes an answer so far, forced tokens included. Returns the tokens still to be forced,
+        and where tools wrote: from the model's token that called one to behind the output."""
         due: list[int] = []
-        for token in tokens:
+        written = []
+        for at, token in enumerate(tokens):
             if due and token == due[0]:
                 del due[0]
             else:
                 due = self.feed(token)
-        return due
+                if due:
+                    written.append((at, at + 1 + len(due)))
+        return due, written
 
 
 def calculator_tool(tokenizer: Tokenizer) -> Tool:

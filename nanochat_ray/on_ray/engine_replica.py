@@ -99,7 +99,7 @@ class EngineReplica:
         if self.tokenizer not in ("", tokenizer.fingerprint):
             raise ValueError(f"snapshot={name!r} has another tokenizer than {self.snapshot!r}")
         self.tokenizer = tokenizer.fingerprint
-        engine = Engine(model, self.config, calculator_tool(tokenizer))
+        engine = Engine(model, self.config, calculator_tool(tokenizer), tokenizer.byte_table())
 
         def on_step(outputs: list[Output]) -> None:  # in the engine's thread
             loop.call_soon_threadsafe(self._deliver, outputs)

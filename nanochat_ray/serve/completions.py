@@ -62,7 +62,7 @@ class Answer:
     def feed(self, output: Output) -> Piece:
         piece = Piece(self.index, tokens=len(output.tokens), cached=output.cached_tokens)
         # The token that ended the answer is no part of its text.
-        tokens = output.tokens[:-1] if output.finish == "stop" else output.tokens
+        tokens = output.tokens[:-1] if output.ended_by_last else output.tokens
         for i, token in enumerate(tokens):
             mark = self._marks.get(token)
             if mark is not None:
@@ -76,7 +76,7 @@ class Answer:
                 if self._text.stopped:
                     piece.finish = "stop"
                     return piece
-        if output.finish == "stop" and output.tokens[-1] == self._call_end and self._inside:
+        if output.ended_by_last and output.tokens[-1] == self._call_end and self._inside:
             piece.call = self._tokenizer.decode(self._held)
         return piece
 

@@ -1,6 +1,7 @@
 """An engine in this process behind the client's interface: for tests, notebooks and plain uvicorn.
 
-client = LocalClient(Engine(model, EngineConfig(), calculator_tool(tokenizer)))
+engine = Engine(model, EngineConfig(), calculator_tool(tokenizer), tokenizer.byte_table())
+client = LocalClient(engine)
 uvicorn.run(build_app(client, tokenizer, "my-model", client.max_len))
 """
 

@@ -114,6 +114,10 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         return self._encoding.decode_single_token_bytes(token)
 
+    def byte_table(self) -> list[bytes]:
+        """The bytes of each token, ``vocab_size`` of them; empty for specials."""
+        return [*self.ranks, *[b""] * len(self.specials)]
+
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text that each token stands for, int32 ``[vocab_size]``; 0 for specials."""
         lengths = [len(token) for token in self.ranks] + [0] * len(self.specials)

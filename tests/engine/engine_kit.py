@@ -49,13 +49,20 @@ def uncached_greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def make_engine(model: GPT, tool: Tool | None = None, **fields: Any) -> Engine:
+def make_engine(
+    model: GPT,
+    tool: Tool | None = None,
+    token_bytes: list[bytes] | None = None,
+    **fields: Any,
+) -> Engine:
     settings: dict[str, Any] = {"max_slots": 4, "token_budget": 24, "prefill_chunk": 8} | fields
-    return Engine(model, EngineConfig(**settings), tool)
+    return Engine(model, EngineConfig(**settings), tool, token_bytes)
 
 
 def ask(id: str, prompt: list[int], generated: Iterable[int] = (), **params: Any) -> Request:
-    known = {name: params.pop(name) for name in ("priority", "client") if name in params}
+    known = {
+        name: params.pop(name) for name in ("priority", "client", "deadline") if name in params
+    }
     return Request(
         id=id,
         prompt=prompt,

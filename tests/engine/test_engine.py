@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 
 import pytest
 import torch
@@ -295,6 +296,13 @@ def test_a_full_queue_and_a_used_id_are_refused() -> None:
         ("seed", 2**64),
         ("stop", ("",)),
         ("logprobs", 21),
+        ("logprobs", 1.5),
+        ("prompt_logprobs", -1),
+        ("top_k", True),
+        ("stop", (1,)),
+        ("stop_ids", ("a",)),
+        ("priority", 0.5),
+        ("deadline", "soon"),
         ("logit_bias", {1: 200.0}),
         ("presence_penalty", 3.0),
         ("repetition_penalty", 0.0),
@@ -303,6 +311,22 @@ def test_a_full_queue_and_a_used_id_are_refused() -> None:
 def test_parameters_out_of_range_are_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"^{field}="):
         ask("r", [1], **{field: value})
+
+
+def test_a_deadline_fails_who_waits_and_who_runs_and_frees_the_slot() -> None:
+    engine = make_engine(make_model("classic"), max_slots=1)
+    engine.add(ask("runs", [1], max_tokens=100, deadline=time.time() + 0.3))
+    engine.add(ask("late", [1], deadline=time.time() - 1))
+    engine.add(ask("free", [1], max_tokens=2))
+    first = engine.step()
+    assert [(o.request_id, o.finish) for o in first] == [("late", "error"), ("runs", None)]
+    assert first[0].error is not None
+    assert first[0].error.startswith("deadline: it passed 1.0")
+    time.sleep(0.3)
+    found = finish(engine)
+    assert found["runs"][-1].error is not None
+    assert "with 1 tokens" in found["runs"][-1].error
+    assert len(tokens(found["free"])) == 2
 
 
 def test_requests_survive_the_wire() -> None:

@@ -8,7 +8,7 @@ from nanochat_ray.engine.scheduler import Scheduler, Sequence
 
 def sequence(name: str, length: int = 4, **fields: object) -> Sequence:
     request = Request(id=name, prompt=[1] * length, **fields)  # type: ignore[arg-type]
-    return Sequence(request, [1] * length, seed=0, limit=99, prefill_until=length)
+    return Sequence(request, [1] * length, seed=0, limit=99, prompts=[(0, length)])
 
 
 def scheduler(**fields: int) -> Scheduler:
@@ -55,7 +55,11 @@ def test_the_lowest_priority_number_goes_first_and_pushes_out() -> None:
     assert run(s) == {"urgent": 4}
     assert s.preemptions == 1
     s.remove(s.running[0])
-    assert run(s) == {"later": 6}  # all of it again, before "same", which came after it
+    # All of it again, before "same", which came after it: the prompt as a prompt, and what was
+    # decoded as decodes, to the same bits.
+    assert run(s) == {"later": 4}
+    (chunk,) = s.plan()
+    assert (chunk.start, chunk.count, chunk.decode) == (4, 2, True)
 
 
 def test_clients_take_turns() -> None:
@@ -64,3 +68,65 @@ def test_clients_take_turns() -> None:
         s.add(sequence(f"many{i}", client="many"))
     s.add(sequence("one", client="one"))
     assert set(run(s)) == {"many0", "one"}
+
+
+def test_clients_take_turns_though_one_of_them_came_first_with_many() -> None:
+    s = scheduler(slots=1)
+    for name, client in [*((f"many{i}", "many") for i in range(3)), ("a", "a"), ("b", "b")]:
+        s.add(sequence(name, client=client))
+    s.add(sequence("urgent", priority=-1, client="many"))
+    order = []
+    while s.waiting or s.running:
+        order += run(s)
+        s.remove(s.running[0])
+    assert order == ["urgent", "a", "b", "many0", "many1", "many2"]
+    assert s.plan() == []
+    for name in ("many3", "many4", "c"):
+        s.add(sequence(name, client=name.rstrip("0123456789")))
+    assert list(run(s)) == ["many3"]  # nobody waited: all begin anew
+
+
+def test_the_youngest_of_the_lowest_priority_is_pushed_out() -> None:
+    s = scheduler(slots=3, token_budget=20)
+    for name, priority in (("old", 5), ("young", 5), ("kept", 2)):
+        s.add(sequence(name, priority=priority))
+    run(s)
+    s.add(sequence("urgent", priority=0))
+    run(s)
+    assert {q.request.id for q in s.running} == {"old", "kept", "urgent"}
+
+
+def test_deadlines_end_who_waits_and_who_runs() -> None:
+    s = scheduler(slots=1)
+    for name, deadline in (("runs", 5.0), ("waits", 4.0), ("later", 9.0), ("never", None)):
+        s.add(sequence(name, deadline=deadline))
+    run(s)
+    assert s.expire(3.9) == []
+    assert [q.request.id for q in s.expire(5.0)] == ["runs", "waits"]
+    s.check_integrity()
+    assert list(run(s)) == ["later"]
+
+
+def test_guesses_get_what_is_left_of_the_budget_and_fit_the_limit() -> None:
+    s = Scheduler(
+        slots=4,
+        token_budget=12,
+        prefill_chunk=4,
+        max_waiting=9,
+        draft_tokens=5,
+        on_draft=lambda q, most: [7] * most,
+    )
+    for name in "abc":
+        s.add(sequence(name, 4))
+    while any(not q.decoding for q in s.running) or s.waiting:
+        run(s)
+    s.running[1].limit = len(s.running[1].tokens) + 3
+    s.add(sequence("d", 9))
+    assert [(c.sequence.request.id, c.count, len(c.draft)) for c in s.plan()] == [
+        ("a", 1, 5),
+        ("b", 1, 0),
+        ("c", 1, 0),
+        ("d", 4, 0),
+    ]
+    s.remove(s.running[0])
+    assert [(len(c.draft), c.rows) for c in s.plan()] == [(2, 3), (4, 5), (0, 0)]

@@ -1,0 +1,217 @@
+"""Answers that follow a grammar, over one token for each byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from engine_kit import VOCAB, answer, ask, finish, make_engine, make_model, tokens
+
+from nanochat_ray.engine import sampler
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.grammar import Grammars
+from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.text.tokenizer import Tokenizer
+
+TOK = Tokenizer.bytes_only()
+END = TOK.bos
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 4},
+        "ages": {"type": "array", "items": {"type": "integer", "maximum": 99}, "maxItems": 2},
+        "kind": {"enum": ["cat", "dög"]},
+    },
+    "required": ["name", "ages", "kind"],
+    "additionalProperties": False,
+}
+GRAMMARS: list[dict[str, Any]] = [
+    {"json_schema": SCHEMA},
+    {"regex": r"[a-c]{2,5}(-[0-9]{2})?"},
+    {"choice": ["yes", "no", "nö", 'say "x"']},
+    {"lark": 'start: "(" (start | /[xy]/) ")"'},
+]
+
+
+def engine(**fields: Any) -> Engine:
+    return make_engine(make_model("modern"), token_bytes=TOK.byte_table(), **fields)
+
+
+def request(name: str, grammar: Mapping[str, Any], **params: Any) -> Request:
+    settings = {"temperature": 1.0, "seed": 3, "max_tokens": 100, "eos_ids": (END,)} | params
+    return ask(name, [ord("a"), ord("b")], grammar=grammar, **settings)
+
+
+def text(outputs: list[Output]) -> str:
+    assert outputs[-1].finish == "stop"
+    made = tokens(outputs)
+    return TOK.decode(made[:-1] if outputs[-1].ended_by_last else made)
+
+
+def follows(grammar: Mapping[str, Any], written: str) -> bool:
+    ((kind, value),) = grammar.items()
+    if kind == "json_schema":
+        jsonschema.validate(json.loads(written), value)
+        return True
+    if kind == "regex":
+        return re.fullmatch(value, written) is not None
+    if kind == "choice":
+        return written in value
+    depth = (len(written) - 1) // 2
+    return written in ("(" * depth + x + ")" * depth for x in "xy")
+
+
+def test_answers_follow_their_grammars_beside_others_that_have_none() -> None:
+    asked = [
+        request(f"{i}-{seed}", grammar, seed=seed, temperature=[0.0, 1.0, 2.0][seed % 3])
+        for i, grammar in enumerate(GRAMMARS)
+        for seed in range(6)
+    ]
+    free = ask("free", [1, 2, 3], max_tokens=30)
+    want = answer(make_engine(make_model("modern")), free)
+    busy = engine(max_slots=7, token_budget=40)
+    for each in [*asked[:9], free, *asked[9:]]:
+        busy.add(each)
+    found = finish(busy)
+    assert tokens(found.pop("free")) == want
+    for each in asked:
+        assert each.params.grammar is not None
+        outputs = found[each.id]
+        if outputs[-1].finish == "length":  # nested without end
+            assert "lark" in each.params.grammar
+        else:
+            written = text(outputs)
+            assert follows(each.params.grammar, written), written
+    ended = {o.complete for outputs in found.values() for o in outputs if o.finish == "stop"}
+    assert ended == {True, False}
+
+
+def test_json_object_is_json() -> None:
+    # Bytes that would open strings and nests without end are made unlikely.
+    bias = {ord(c): b for c, b in [("}", 30.0), ('"', 20.0), (":", 5.0)]}
+    outputs = engine()
+    outputs.add(request("r", {"json_object": True}, logit_bias=bias))
+    assert isinstance(json.loads(text(finish(outputs)["r"])), dict)
+
+
+def test_tokens_are_the_same_in_company_after_preemption_and_continued() -> None:
+    asked = [request(f"r{i}", grammar) for i, grammar in enumerate(GRAMMARS)]
+    alone = {r.id: answer(engine(max_slots=1), r) for r in asked}
+    rng, shaken = random.Random(0), engine(max_slots=3, token_budget=5, prefill_chunk=2)
+    for each in asked:
+        shaken.add(each)
+    found: dict[str, list[Output]] = {}
+    while shaken.has_work:
+        for output in shaken.step():
+            found.setdefault(output.request_id, []).append(output)
+        running = [s.request.id for s in shaken.scheduler.running]
+        if running and rng.random() < 0.2:
+            shaken.preempt(rng.choice(running))
+    assert {k: tokens(v) for k, v in found.items()} == alone
+    other = engine()
+    for each in asked:
+        whole = alone[each.id]
+        for cut in range(1, len(whole), 3):
+            later = dataclasses.replace(each, id=f"{each.id}-{cut}", generated=whole[:cut])
+            assert whole[:cut] + answer(other, later) == whole
+    ended = dataclasses.replace(asked[0], generated=alone["r0"])
+    other.add(ended)
+    (last,) = other.step()
+    assert (last.tokens, last.finish, last.complete) == ([], "stop", True)
+
+
+def test_the_grammar_goes_before_min_tokens_and_a_tool_is_left_out() -> None:
+    short = engine()
+    short.add(request("r", {"choice": ["a"]}, min_tokens=20))
+    assert text(finish(short)["r"]) == "a"
+    # Only the end is left after "ab", which min_tokens bans: nothing would be left.
+    short.add(request("s", {"regex": "ab?"}, min_tokens=20, logit_bias={ord("b"): -100.0}))
+    assert text(finish(short)["s"]) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("grammar", "words"),
+    [
+        ({"regex": "("}, "regex.*unclosed group"),
+        ({"regex": "(?!)"}, "regex"),
+        ({"lark": "start: other"}, "lark.*other"),
+        ({"lark": 'start: ""'}, "lark allows no text"),
+        ({"json_schema": {"type": "nonsense"}}, "json_schema.*nonsense"),
+        ({"json_schema": {"$ref": "http://example.com/x"}}, "json_schema"),
+    ],
+)
+def test_what_does_not_compile_is_refused_by_name(grammar: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=rf"(?s)^grammar: this {words}"):
+        engine().validate(request("r", grammar))
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        {},
+        {"regex": "a", "lark": "b"},
+        {"gbnf": "a"},
+        {"regex": ""},
+        {"regex": 5},
+        {"choice": []},
+        {"choice": ["a", ""]},
+        {"choice": "ab"},
+        {"json_object": False},
+        {"json_schema": "{}"},
+        "regex",
+    ],
+)
+def test_what_is_no_grammar_is_refused_by_name(grammar: Any) -> None:
+    with pytest.raises(ValueError, match=r"^grammar"):
+        request("r", grammar)
+
+
+def test_an_engine_without_text_and_a_broken_continuation_are_refused() -> None:
+    asked = request("r", {"choice": ["yes"]})
+    with pytest.raises(ValueError, match=r"^grammar"):
+        make_engine(make_model("modern")).add(asked)
+    with pytest.raises(ValueError, match=r"^generated"):
+        engine().add(dataclasses.replace(asked, generated=[ord("n")]))
+    with pytest.raises(ValueError, match=r"^token_bytes has 301"):
+        Grammars([b"a"] * 301, 300)
+
+
+def test_grammars_survive_the_wire() -> None:
+    for grammar in GRAMMARS:
+        asked = request("r", grammar)
+        assert Request.from_wire(json.loads(json.dumps(asked.to_wire()))) == asked
+    last = Output(request_id="r", tokens=[1], finish="stop", complete=True)
+    assert Output.from_wire(last.to_wire()) == last
+
+
+def test_a_mask_keeps_what_its_bits_say() -> None:
+    logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(0))
+    allowed = np.random.default_rng(0).random((2, 320)) < 0.5
+    words = np.packbits(allowed, axis=1, bitorder="little").view(np.int32)
+    got = sampler.allow(logits, torch.tensor([3, 1]), torch.from_numpy(words))
+    for row in (0, 2, 4):
+        assert torch.equal(got[row], logits[row])
+    for row, bits in ((3, allowed[0]), (1, allowed[1])):
+        kept = torch.from_numpy(bits[:VOCAB])
+        assert torch.equal(got[row][kept], logits[row][kept])
+        assert bool((got[row][~kept] == -torch.inf).all())
+
+
+def test_masks_behind_a_draft_are_those_of_the_draft_taken() -> None:
+    grammars = Grammars(TOK.byte_table(), VOCAB)
+    draft = list(b"ab-0")
+    state = grammars.start({"regex": "[ab]{1,3}-[0-9]{2}|ab"}, [END])
+    assert state.agreed([*draft, ord("x")]) == 4
+    whole = grammars.allowed([(state, draft)])
+    for i, token in enumerate(draft):
+        assert np.array_equal(whole[i], grammars.allowed([(state, ())])[0])
+        assert bool(whole[i][END // 32] >> (END % 32) & 1) == (i == 2)
+        assert state.feed([token])

@@ -1,0 +1,147 @@
+"""500 random requests get the same tokens whatever the engine does beside or to them."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
+
+from nanochat_ray.config import EngineConfig
+from nanochat_ray.engine.draft import PromptLookup
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.engine.tools import Tool
+
+COUNT = 500
+SETTINGS: dict[str, Any] = {"max_slots": 64, "token_budget": 320, "prefill_chunk": 64}
+TEXT = [bytes([i % 256]) for i in range(VOCAB - 9)]
+# A tool that turns its input round, behind marks that the model comes upon by itself.
+TOOL = Tool(10, 20, 290, 291, lambda ids: ids[::-1][:6])
+PHRASES = [[random.Random(i).randrange(VOCAB) for _ in range(24)] for i in range(5)]
+
+
+def one_request(i: int) -> Request:
+    """Prompts that share beginnings or repeat themselves, and every way to sample."""
+    rng = random.Random(i)
+    prompt = PHRASES[i % 5][: rng.randint(0, 24)] * rng.choice([1, 1, 2])
+    prompt += [rng.randrange(VOCAB) for _ in range(rng.randint(1, 12))]
+    params: dict[str, Any] = {"seed": rng.randrange(2**63), "max_tokens": rng.randint(1, 20)}
+    params["temperature"] = rng.choice([0.0, 0.0, 0.3, 1.0])
+    kind = rng.randrange(6)
+    if kind == 0:
+        params |= {"top_k": rng.randint(1, 40), "min_p": 0.02}
+    elif kind == 1:
+        params["top_p"] = rng.choice([0.5, 0.9])
+    elif kind == 2:
+        params |= {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": -0.5}
+    elif kind == 3:
+        params |= {"stop_ids": (3, 4, 5, 6), "min_tokens": min(4, params["max_tokens"])}
+    elif kind == 4:
+        params["grammar"] = rng.choice(
+            [{"regex": "(ab|c){1,9}"}, {"choice": ["a", "bb"]}, {"json_object": True}]
+        )
+    else:
+        params |= {"logprobs": 1, "logit_bias": {10: 6.0, 20: 6.0}}
+    return ask(f"r{i}", prompt, **params)
+
+
+REQUESTS = [one_request(i) for i in range(COUNT)]
+
+
+def engine(**settings: Any) -> Engine:
+    return make_engine(make_model("modern"), TOOL, TEXT, **SETTINGS | settings)
+
+
+def answers(found: dict[str, list[Output]]) -> dict[str, tuple[list[int], str | None]]:
+    return {k: (tokens(v), v[-1].finish) for k, v in found.items()}
+
+
+@functools.cache
+def alone() -> dict[str, tuple[list[int], str | None]]:
+    """One request after another in an engine that keeps no prefixes."""
+    single, found = engine(max_slots=1, prefix_tokens=0), {}
+    for request in REQUESTS:
+        single.add(request)
+        found |= finish(single)
+    return answers(found)
+
+
+def together(
+    engine: Engine, requests: Sequence[Request] = REQUESTS, preempt: float = 0.0
+) -> dict[str, tuple[list[int], str | None]]:
+    """All that fit at once; with a probability for each step, someone is preempted after it."""
+    rng, found = random.Random(0), dict[str, list[Output]]()
+    coming = list(requests)
+    while coming or engine.has_work:
+        while coming and engine.scheduler.room:
+            engine.add(coming.pop(0))
+        for output in engine.step():
+            found.setdefault(output.request_id, []).append(output)
+        running = [s.request.id for s in engine.scheduler.running]
+        if running and rng.random() < preempt:
+            engine.preempt(rng.choice(running))
+    engine.check_integrity()
+    return answers(found)
+
+
+def test_the_requests_are_a_mixture() -> None:
+    found = alone()
+    assert len(found) == COUNT
+    assert {end for _, end in found.values()} == {"stop", "length"}
+    assert sum(290 in made for made, _ in found.values()) > 5  # the tool was used
+    assert len({tuple(made) for made, _ in found.values()}) > 400
+
+
+def test_in_a_batch_of_64() -> None:
+    assert together(engine(prefix_tokens=0)) == alone()
+
+
+def test_after_preemption_in_small_chunks() -> None:
+    shaken = engine(prefix_tokens=0, max_slots=16, token_budget=40, prefill_chunk=11)
+    assert together(shaken, preempt=0.7) == alone()
+    assert shaken.stats().preemptions > 100
+
+
+def test_after_prefix_hits() -> None:
+    warm = engine()
+    assert together(warm, REQUESTS[::-1]) == alone()
+    assert together(warm, REQUESTS) == alone()
+    assert warm.stats().prefix_hit > 5000
+
+
+@pytest.mark.parametrize(("guesses", "ngram", "preempt"), [(4, 1, 0.0), (3, 2, 0.5)])
+def test_with_speculation(guesses: int, ngram: int, preempt: float) -> None:
+    ahead = engine(speculative_tokens=guesses, speculative_ngram=ngram)
+    assert together(ahead, preempt=preempt) == alone()
+    stats = ahead.stats()
+    assert 50 < stats.draft_accepted < stats.drafted
+
+
+def test_guesses_save_steps_where_a_text_repeats_itself() -> None:
+    want, steps = [], []
+    for guesses in (0, 4):
+        single = engine(max_slots=1, speculative_tokens=guesses, speculative_ngram=1)
+        single.add(ask("r", [1, 2], max_tokens=60, repetition_penalty=0.3, logprobs=0))
+        outputs = finish(single)["r"]
+        scores = [p.logprob for o in outputs for p in o.logprobs or () if p]
+        want.append((tokens(outputs), scores))
+        steps.append(single.stats().steps)
+    assert want[0] == want[1]  # log-probabilities too, to the bit
+    assert steps[1] < steps[0] / 2
+
+
+def test_lookup_goes_on_from_where_the_last_tokens_stood() -> None:
+    lookup, text = PromptLookup(2), [1, 2, 3, 4, 1, 2]
+    assert lookup.propose([1], 3) == []
+    assert lookup.propose(text, 3) == [3, 4, 1]
+    assert lookup.propose(text, 6) == [3, 4, 1, 2, 3, 4]
+    text += [9, 1, 2]
+    assert lookup.propose(text, 2) == [9, 1]  # the latest place counts
+    assert lookup.propose([*text, 5], 2) == []
+    for field in ("speculative_tokens", "speculative_ngram"):
+        with pytest.raises(ValueError, match=field):
+            EngineConfig(**{field: -1})
