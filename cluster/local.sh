@@ -75,7 +75,7 @@ local_start() {  # GPUS: a Ray head on loopback, unless it runs already
 
 local_address() {  # chooses ports and a token, and notes them
   local ports token
-  read -r -a ports <<<"$(free_ports 5)"
+  read -r -a ports <<<"$(free_ports 7)"
   token="$("$VENV/bin/python" -c 'import secrets; print(secrets.token_hex(32))')"
   # The dashboard binds loopback, but Ray's other ports bind every interface: a token guards them.
   (umask 077; cat >"$STATE/address" <<ADDRESS
@@ -83,6 +83,7 @@ export RAY_ADDRESS=127.0.0.1:${ports[0]}
 export RAY_API_SERVER_ADDRESS=http://127.0.0.1:${ports[1]}
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN=$token
+export RAY_SERVE_HAPROXY_STATS_PORT=${ports[5]} RAY_SERVE_HAPROXY_METRICS_PORT=${ports[6]}
 RAY_PORTS=(--port=${ports[0]} --dashboard-port=${ports[1]} --ray-client-server-port=${ports[2]}
   --metrics-export-port=${ports[3]} --dashboard-agent-listen-port=${ports[4]})
 ADDRESS
@@ -91,6 +92,9 @@ ADDRESS
 
 local_head() (  # GPUS
   unset RAY_ADDRESS
+  # HAProxy before the ingresses: Serve's own proxy costs more than the model (on_ray/NOTES.md).
+  export RAY_SERVE_ENABLE_HA_PROXY="${RAY_SERVE_ENABLE_HA_PROXY:-1}" RAY_SERVE_HAPROXY_NBTHREAD=1
+  export RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=1
   # More logical CPUs than cores: the tasks of Ray Data must find a place beside the workers.
   cores="$("$VENV/bin/python" -c 'import os; print(max(8, os.cpu_count() or 1))')"
   ray start --head --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 "${RAY_PORTS[@]}" \

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -345,20 +345,36 @@ def part_ray(args: Args) -> dict[str, float | None]:
 
 
 def part_feed(args: Args) -> dict[str, float | None]:
-    """Rows from shards on this disk to batches, with nothing that trains."""
-    rates = []
+    """Rows from shards on this disk to batches, with nothing that trains: by Ray Data, and by a
+    thread of the training process."""
+    from nanochat_ray.on_ray import session
+    from nanochat_ray.on_ray.feed import from_iterator, rank_dataset
+
+    session.connect()
+    rates: dict[str, list[float]] = {"plain": [], "Ray Data": []}
     with tempfile.TemporaryDirectory() as folder:
         job = dataset(dataclasses.replace(args, length=1024), Path(folder), rows=32768)
-        config = dataclasses.replace(job.train, steps=400, batch_rows=128, micro_rows=128)
+        config = dataclasses.replace(job.train, steps=2000, batch_rows=256, micro_rows=256)
         store = Store.at(job.storage).child("datasets", "bench")
-        reader = RowReader(store, Manifest.load(store), "train")
+        manifest = Manifest.load(store)
+        reader = RowReader(store, manifest, "train")
+
+        def by_ray() -> Iterator[Batch]:
+            rows = rank_dataset(store, manifest, config, start=0, rank=0, world=1)
+            return from_iterator(rows.iterator(), config, 0, 1)(0)
+
+        feeds = {"plain": lambda: from_shards(reader, config, 0, 1)(0), "Ray Data": by_ray}
         for _ in range(args.repeats):
-            began, tokens = time.perf_counter(), 0
-            for batch in from_shards(reader, config, 0, 1)(0):
-                tokens += batch.ids.size
-            rates.append(tokens / (time.perf_counter() - began))
-    print(f"feed  {statistics.median(rates) / 1e6:,.0f} million tokens/s")
-    return {"feed_tokens_per_s": statistics.median(rates)}
+            for way, feed in feeds.items():
+                batches = feed()
+                next(batches)  # tasks start, shards are checked
+                began, tokens = time.perf_counter(), 0
+                for batch in batches:
+                    tokens += batch.ids.size
+                rates[way].append(tokens / (time.perf_counter() - began))
+    for way, found in rates.items():
+        print(f"feed  {way:<9} {statistics.median(found) / 1e6:,.0f} million tokens/s")
+    return {"feed_tokens_per_s": statistics.median(rates["Ray Data"])}
 
 
 def part_learn(args: Args) -> dict[str, float | None]:

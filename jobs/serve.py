@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import socket
 import sys
 import time
@@ -22,10 +23,17 @@ import ray
 import tyro
 from ray import serve
 
+from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import EngineConfig, Precision
 from nanochat_ray.on_ray import session
-from nanochat_ray.on_ray.serve import ServeConfig, build_application
-from nanochat_ray.storage import default_root
+from nanochat_ray.on_ray.serve import (
+    ServeConfig,
+    build_application,
+    environment_keys,
+    prefer_haproxy,
+)
+from nanochat_ray.storage import Store, default_root
+from nanochat_ray.train.job import DTYPES
 
 APP = "nanochat"
 
@@ -59,6 +67,10 @@ class Args:
     token_budget: int = 0
     """Tokens of one step; 0 is twice max_slots, and at least 256."""
     max_waiting: int = EngineConfig.max_waiting
+    ray: bool = True
+    """--no-ray: one process with one engine, no replicas; for a look, and to compare."""
+    haproxy: bool = True
+    """Where this starts Ray itself: HAProxy before the ingresses, not Serve's Python proxy."""
     block: bool = True
     """Stay until Ctrl-C; --no-block returns once the model answers."""
 
@@ -115,9 +127,41 @@ def wait_until_up(url: str, name: str, seconds: float = 60.0) -> None:
     )
 
 
+def serve_here(config: ServeConfig, args: Args) -> None:
+    """The same API over an engine in this process, until Ctrl-C."""
+    import torch
+    import uvicorn
+
+    from nanochat_ray.engine.engine import Engine
+    from nanochat_ray.engine.tools import calculator_tool
+    from nanochat_ray.serve.app import build_app
+    from nanochat_ray.serve.local import LocalClient
+
+    torch.set_num_threads(config.threads)
+    run = Store.at(config.storage).child("runs", config.run)
+    model, tokenizer = snapshot.load_model(
+        run,
+        config.snapshot or None,
+        device="cuda" if config.gpus else "cpu",
+        dtype=DTYPES[config.engine.precision],
+    )
+    client = LocalClient(Engine(model.eval(), config.engine, calculator_tool(tokenizer)))
+    app = build_app(
+        client, tokenizer, config.name or config.run, client.max_len, keys=environment_keys()
+    )
+    print(f"{config.name or config.run} is served at http://{args.host}:{args.port}", flush=True)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    client.close()
+
+
 def main(args: Args) -> None:
     config = config_of(args)
+    if not args.ray:
+        serve_here(config, args)
+        return
     app = build_application(config)
+    if args.haproxy:
+        prefer_haproxy()
     name = config.name or config.run
     session.connect()
     check_port(args)
@@ -128,6 +172,9 @@ def main(args: Args) -> None:
     print(f"{name} is served\n  chat page:     {url}\n  OpenAI client: base_url={url}/v1")
     print(f"  terminal:      python jobs/chat.py --url {url}", flush=True)
     if args.block:
+        # A container is ended by SIGTERM, and a shell's background job ignores SIGINT.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 time.sleep(3600)

@@ -27,7 +27,7 @@ import tyro
 
 from nanochat_ray import scaling
 from nanochat_ray.checkpoint import snapshot
-from nanochat_ray.config import ModelConfig, Precision, TrainConfig
+from nanochat_ray.config import ModelConfig, Precision, TrainConfig, to_json, with_options
 from nanochat_ray.storage import Store, default_root
 from nanochat_ray.train import hardware, memory, plan
 from nanochat_ray.train.job import Resume, TrainJob, check, check_resume, execute, open_dataset
@@ -78,6 +78,9 @@ class Args:
     """Torch threads of a worker on the CPU."""
     precision: Precision = "bf16"
     seed: int = 0
+    options: list[str] = field(default_factory=list)
+    """Any field of ModelConfig, TrainConfig and OptimConfig (nanochat_ray/config.py) as name=value,
+    for example skips=true window_pattern=SSSL momentum=0.9 fp8=true compile=true."""
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more
     time."""
@@ -185,6 +188,19 @@ def build(args: Args) -> TrainJob:
         spike_clip=args.spike_clip,
         sample_tokens=args.sample_tokens,
     )
+    shaped, options = with_options(model, args.options)
+    if args.stage == "sft":
+        changed = {name for name, value in to_json(model).items() if getattr(shaped, name) != value}
+        if wrong := sorted(changed - {"dropout", "document_start", "rope_factor"}):
+            raise ValueError(f"options: {wrong[0]} of a parent's model cannot be changed")
+    model = shaped
+    train, options = with_options(train, options)
+    optim, options = with_options(train.optim, options)
+    if options:
+        raise ValueError(
+            f"options={options[0]!r} is not allowed: no configuration has such a field"
+        )
+    train = dataclasses.replace(train, optim=optim)
     return TrainJob(
         storage=args.storage,
         dataset=dataset,

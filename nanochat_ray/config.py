@@ -8,7 +8,8 @@ keeps it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
@@ -194,6 +195,8 @@ class TrainConfig:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     fp8: bool = False
     """The blocks' large matrix products in 8-bit floating point (Hopper; bf16 for the rest)."""
+    compile: bool = False
+    """Compile the forward pass (torch.compile): pays on a GPU; on a CPU it gained nothing."""
     window_warmup: float = 0.0
     """Share of the steps in which attention windows grow, in three stages, to their full size."""
     eval_every: int = 0
@@ -280,6 +283,34 @@ class EngineConfig:
             f"more than max_slots={self.max_slots}, or prompts would starve",
         )
         _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
+
+
+def with_options(config: T, options: Sequence[str]) -> tuple[T, list[str]]:
+    """``config`` with the ``name=value`` options that it has fields for, and the other options.
+
+    Values are JSON, or text if they are not. ValueError names an option without "=" or a value
+    of another type than the field's.
+    """
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    changes: dict[str, Any] = {}
+    others: list[str] = []
+    for option in options:
+        name, equals, text = option.partition("=")
+        _require(bool(equals), "option", option, "name=value")
+        if name not in fields:
+            others.append(option)
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        old = fields[name]
+        if isinstance(old, float) and type(value) is int:
+            value = float(value)
+        kinds = (float, int, type(None)) if old is None else (type(old),)
+        _require(type(value) in kinds, name, value, f"a value like {old!r}")
+        changes[name] = value
+    return dataclasses.replace(config, **changes), others  # type: ignore[type-var]
 
 
 def to_json(config: Any) -> dict[str, Any]:

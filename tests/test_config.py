@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from tiny import tiny_config
 
 from nanochat_ray import scaling
-from nanochat_ray.config import EngineConfig, ModelConfig, TrainConfig, from_json, to_json
+from nanochat_ray.config import (
+    EngineConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    from_json,
+    to_json,
+    with_options,
+)
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 
@@ -62,3 +72,22 @@ def test_the_dial_gives_sensible_runs() -> None:
         assert 2**11 <= size <= 2**21
         assert 100 < plan.train.steps < 200_000
         before = plan.tokens
+
+
+def test_options_by_name() -> None:
+    model = tiny_config()
+    changed, others = with_options(
+        model, ["skips=true", "window_pattern=SSL", "momentum=0.9", "softcap=20", "norm_eps=1e-6"]
+    )
+    assert (changed.skips, changed.window_pattern, changed.softcap) == (True, "SSL", 20.0)
+    assert changed.norm_eps == 1e-6
+    assert others == ["momentum=0.9"]
+    assert with_options(OptimConfig(), others)[0].momentum == 0.9
+    for wrong, said in [
+        ("skips", "option='skips' is not allowed: name=value"),
+        ("skips=1", "skips=1 is not allowed: a value like False"),
+        ("n_layer=two", "n_layer='two' is not allowed: a value like"),
+        ("dropout=2", "dropout=2.0 is not allowed: from 0 to below 1"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            with_options(model, [wrong])

@@ -85,9 +85,9 @@ def test_torchrun_gives_what_one_process_gives(root: Store) -> None:
         [json.loads(line) for line in root.child("runs", r).read_text("metrics.jsonl").splitlines()]
         for r in ("one", "two")
     )
-    for a, b in zip(one, two, strict=True):
-        key = "loss" if a["kind"] == "train" else "bits_per_byte"
-        assert a[key] == pytest.approx(b[key], abs=1e-5)
+    for kind, key in (("train", "loss"), ("eval", "bits_per_byte")):
+        a, b = ([r[key] for r in records if r["kind"] == kind] for records in (one, two))
+        assert a == pytest.approx(b, abs=1e-5)
 
 
 def test_the_same_jobs_on_s3(s3: str, tmp_path: Path) -> None:
@@ -193,3 +193,26 @@ def test_the_quickstart_refuses_what_it_does_not_know(flags: list[str], error: s
     )
     assert done.returncode == 2
     assert error in done.stderr
+
+
+def test_a_plan_needs_no_dataset_and_ends_in_one_object(root: Store) -> None:
+    flags = ("--storage", root.uri, "--plan-only", "--depth", "20", "--workers", "8")
+    plan = json.loads(run("train", *flags, "--hardware", "h100").splitlines()[-1])
+    assert plan["fits"]
+    assert plan["hardware"]["name"] == "h100"
+    assert 1 < plan["hours"] < 2
+    small = run("train", *flags, "--hardware", "l4", "--micro-rows", "32").splitlines()
+    assert "does not fit: micro_rows=32 needs about" in small[-2]
+    assert not json.loads(small[-1])["fits"]
+    assert "hardware='h999' is not known" in refused("train", *flags, "--hardware", "h999")
+
+
+def test_resume_and_workers_are_checked_before_anything_starts(root: Store) -> None:
+    write_dataset(root, "base")
+    flags = ("--no-ray", "--storage", root.uri, "--depth", "1", "--tokens", "640")
+    flags += ("--batch-tokens", "128", "--precision", "fp32")
+    assert "resume='must'" in refused("train", *flags, "--resume", "must")
+    run("train", *flags, "--resume", "never")
+    assert "resume='never'" in refused("train", *flags, "--resume", "never")
+    assert "wandb='p' needs the package" in refused("train", *flags, "--wandb", "p")
+    assert "spike_clip=0.5 is not allowed" in refused("train", *flags, "--spike-clip", "0.5")

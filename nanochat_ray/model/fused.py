@@ -57,4 +57,6 @@ def rms_norm(x: Tensor, eps: float | None) -> Tensor:
 
 def relu_squared(x: Tensor) -> Tensor:
     """max(x, 0)² (So et al., arXiv 2109.08668)."""
+    if not torch.is_grad_enabled():
+        return x.relu().square_()
     return _ReluSquared.apply(x)

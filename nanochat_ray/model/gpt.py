@@ -198,6 +198,10 @@ class GPT(nn.Module):
                 if isinstance(layer, Linear) and not any(s % MULTIPLE for s in layer.weight.shape):
                     layer.fp8 = True
 
+    def compile_hidden(self) -> None:
+        """From now on the layers run compiled, in training and in validation."""
+        self.hidden = torch.compile(self.hidden)  # type: ignore[method-assign]
+
     def _window(self, layer: Attention, T: int) -> int:
         """The layer's window now; a schedule's steps are multiples of 64."""
         if self.window_share >= 1 or not self.training:

@@ -1,9 +1,9 @@
-"""The ingress side of Serve: an ``EngineClient`` over the streams of all engine replicas.
+"""The ingress side of Serve: an ``EngineClient`` over links to all engine replicas.
 
-One task asks every second which replicas there are; one task for each of them reads its stream.
-When a stream breaks, the requests on it are given to another replica together with the tokens that
-have come: sampling is a pure function of weights, seed and position, so the text goes on as if
-nothing had happened.
+One task asks Ray every few seconds which replicas there are and where; each has one link. When a
+link breaks, the requests on it are given to another replica together with the tokens that have
+come: sampling is a pure function of weights, seed and position, so the text goes on as if nothing
+had happened.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgpack
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from nanochat_ray.engine.request import EngineFull, Output, Request
-from nanochat_ray.on_ray.routing import ACCEPTED, QUEUE_FULL
+from nanochat_ray.on_ray.link import ACCEPTED, NOT_HERE, QUEUE_FULL, Link
+from nanochat_ray.on_ray.routing import PrefixRouter
 from nanochat_ray.serve.client import OutputStream, UnavailableError
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 1.0
+POLL_S = 5.0
+"""How soon a new engine is found; one that is lost or leaves says so itself."""
+POLL_UNREADY_S = 0.2
 CALL_TIMEOUT_S = 10.0
-LOST = (RayError, RayServeException, TimeoutError, asyncio.CancelledError)
+LOST = (RayError, RayServeException, TimeoutError)
 
 
 @dataclass
@@ -39,11 +41,11 @@ class Live:
     """A request that somebody waits for."""
 
     request: Request
-    stream: OutputStream | None = None
+    stream: OutputStream
     tokens: list[int] = field(default_factory=list)
     """What has come since the request began, on whatever replica."""
     moves: int = 0
-    link: Link | None = None
+    engine: Remote | None = None
     placing: bool = True
     closed: bool = False
 
@@ -54,17 +56,22 @@ class Live:
 
 
 @dataclass(eq=False)
-class Link:
-    """The stream from one engine replica."""
+class Remote:
+    """An engine replica as this ingress sees it."""
 
     replica: str
+    link: Link | None = None
     live: dict[str, Live] = field(default_factory=dict)
+    answers: dict[str, asyncio.Future[str]] = field(default_factory=dict)
+    """Who waits for a request to be accepted."""
     open: bool = False
     listed: bool = True
     """The controller still counts it; one that shuts down gets nothing new."""
+    leaving: bool = False
+    figures: dict[str, Any] = field(default_factory=dict)
+    """What it last said of itself."""
     others: int = 0
-    """Requests of other ingresses there, when it was last asked."""
-    task: asyncio.Task[None] | None = None
+    """Requests of other ingresses there, as of then."""
 
     @property
     def load(self) -> int:
@@ -78,8 +85,8 @@ class RayEngineClient:
         self.handle = handle
         self.deadline_s = deadline_s
         self.name = secrets.token_hex(6)
-        self.links: dict[str, Link] = {}
-        self._figures: dict[str, dict[str, Any]] = {}
+        self.engines: dict[str, Remote] = {}
+        self.router = PrefixRouter()
         self._changed = asyncio.Condition()
         self._poll_now = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -96,25 +103,28 @@ class RayEngineClient:
     async def close(self) -> None:
         for task in list(self._tasks):
             task.cancel()
+        for engine in self.engines.values():
+            if engine.link is not None:
+                engine.link.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # ---- the EngineClient
 
-    async def submit(self, request: Request) -> OutputStream:
-        live = Live(request, tokens=list(request.generated))
-        live.stream = OutputStream(lambda: self._abort(live))
+    async def submit(self, request: Request, stream: OutputStream) -> None:
+        live = Live(request, stream, tokens=list(request.generated))
+        stream.take(request.id, lambda: self._abort(live))
         try:
             await self._place(live)
         except BaseException:
+            stream.drop(request.id)
             self._abort(live)
             raise
-        return live.stream
 
     async def health(self) -> dict[str, Any]:
-        engines = [self._figures[link.replica] for link in self.links.values() if link.open]
-        if not engines:
+        found = [engine.figures for engine in self.engines.values() if engine.open]
+        if not found:
             raise UnavailableError("no engine is running")
-        return {"engines": engines}
+        return {"engines": found}
 
     # ---- finding the engines
 
@@ -122,72 +132,102 @@ class RayEngineClient:
         warned = False
         while True:
             try:
-                answers = await self.handle.broadcast("status", ingress=self.name).results_async(
+                answers = await self.handle.broadcast("place").results_async(
                     timeout_s=CALL_TIMEOUT_S, return_exceptions=True
                 )
-                self._found([a for a in answers if isinstance(a, dict)])
+                await self._found([a for a in answers if isinstance(a, dict) and a["address"]])
                 warned = False
-            except LOST[:3] as error:
+            except LOST as error:
                 # At the start that is how it is: the engines load their model.
                 if not warned:
                     logger.info("the engines cannot be asked: %s", error)
                 warned = True
-            ready = any(link.open for link in self.links.values())
+            ready = any(engine.open for engine in self.engines.values())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._poll_now.wait(), POLL_S if ready else POLL_S / 5)
+                await asyncio.wait_for(self._poll_now.wait(), POLL_S if ready else POLL_UNREADY_S)
             self._poll_now.clear()
 
-    def _found(self, answers: list[dict[str, Any]]) -> None:
-        self._figures = {answer["replica"]: answer for answer in answers}
-        for link in self.links.values():
-            link.listed = link.replica in self._figures
-            if not link.listed and not link.live and link.task is not None:
-                link.task.cancel()
-        for name, figures in self._figures.items():
-            link = self.links.setdefault(name, Link(name))
-            link.others = max(0, figures["requests"] - len(link.live))
-            if link.task is None:
-                link.task = self._spawn(self._listen(link))
+    async def _found(self, answers: list[dict[str, Any]]) -> None:
+        places = {a["replica"]: (a["address"], a["secret"]) for a in answers}
+        for engine in self.engines.values():
+            engine.listed = engine.replica in places
+            if not engine.listed and not engine.live and engine.link is not None:
+                engine.link.close()
+        for name, place in places.items():
+            engine = self.engines.setdefault(name, Remote(name))
+            if engine.link is None:
+                await self._connect(engine, *place)
 
-    async def _listen(self, link: Link) -> None:
-        """Reads one replica's stream to its end, then moves what was on it."""
-        stream: Any = self.handle.options(method_name="connect", stream=True).remote(
-            ingress=self.name, replica=link.replica
-        )
+    async def _connect(self, engine: Remote, address: list[Any], secret: str) -> None:
         try:
-            async for message in stream:
-                if not link.open:
-                    link.open = True
-                    await self._notify()
-                for wire in msgpack.unpackb(message):
-                    self._receive(link, Output.from_wire(wire))
-        except (RayError, RayServeException) as error:
-            logger.warning("engine %s is lost: %s", link.replica, type(error).__name__)
-        finally:
-            stream.cancel()
-            link.open = False
-            self.links.pop(link.replica, None)
+            _, link = await asyncio.wait_for(
+                asyncio.get_running_loop().create_connection(
+                    lambda: Link(
+                        lambda _, message: self._received(engine, message),
+                        lambda _: self._lost(engine),
+                    ),
+                    *address,
+                ),
+                CALL_TIMEOUT_S,
+            )
+        except (OSError, TimeoutError) as error:
+            logger.warning("engine %s cannot be reached: %s", engine.replica, error)
+            self.engines.pop(engine.replica, None)
+            return
+        engine.link = link
+        link.send("hello", secret, self.name)
+
+    def _received(self, engine: Remote, message: list[Any]) -> None:
+        if message[0] == "outputs":
+            for wire in message[1]:
+                self._output(engine, wire)
+        elif message[0] == "answer":
+            waiting = engine.answers.pop(message[1], None)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(message[2])
+        elif message[0] == "leaving":
+            engine.leaving = True
             self._poll_now.set()
-            stranded, link.live = list(link.live.values()), {}
-            for live in stranded:
-                live.link = None
-                if not live.placing:  # else the task that places it looks again by itself
-                    self._spawn(self._move(live))
+        elif message[0] in ("hello", "status"):
+            engine.figures = message[1]
+            engine.others = max(0, message[1]["requests"] - len(engine.live))
+            if not engine.open:
+                engine.open = True
+                self._spawn(self._notify())
+
+    def _lost(self, engine: Remote) -> None:
+        """Moves what was there to other engines."""
+        if engine.listed and not engine.leaving:
+            logger.warning("engine %s is lost", engine.replica)
+        engine.open = False
+        self.engines.pop(engine.replica, None)
+        self.router.forget(engine.replica)
+        self._poll_now.set()
+        for waiting in engine.answers.values():
+            if not waiting.done():
+                waiting.set_result(NOT_HERE)
+        stranded, engine.live = list(engine.live.values()), {}
+        for live in stranded:
+            live.engine = None
+            if not live.placing:  # else the task that places it looks again by itself
+                self._spawn(self._move(live))
 
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
-    def _receive(self, link: Link, output: Output) -> None:
-        live = link.live.get(output.request_id)
+    def _output(self, engine: Remote, wire: dict[str, Any]) -> None:
+        name = wire["id"]
+        live = engine.live.get(name)
         if live is None:
             return  # aborted, or moved elsewhere
+        # Its reader knows the request by the name that it has given it.
+        output = Output.from_wire({**wire, "id": live.request.id})
         live.tokens += output.tokens
         if output.finish is not None:
-            del link.live[output.request_id]
-            live.link = None
+            del engine.live[name]
+            live.engine = None
             live.closed = True
-        assert live.stream is not None
         live.stream.push(output)
 
     # ---- giving requests to engines
@@ -195,19 +235,17 @@ class RayEngineClient:
     async def _move(self, live: Live) -> None:
         live.moves += 1
         live.placing = True
-        assert live.stream is not None
         try:
             await self._place(live, patient=True)
         except (UnavailableError, EngineFull) as error:
-            live.stream.fail(
-                UnavailableError(f"the engine was lost and no other took over: {error}")
-            )
+            reason = f"the engine was lost and no other took over: {error}"
+            live.stream.fail(live.request.id, UnavailableError(reason))
         except Exception as error:
             logger.exception("request %s could not be moved", live.request.id)
-            live.stream.fail(UnavailableError(f"the engine was lost: {error}"))
+            live.stream.fail(live.request.id, UnavailableError(f"the engine was lost: {error}"))
 
     async def _place(self, live: Live, patient: bool = False) -> None:
-        """Hands a request to the least busy engine, another if that one fails, until the deadline.
+        """Hands a request to an engine, another if that one fails, until the deadline.
 
         Raises UnavailableError, ValueError, or EngineFull when every engine is full; ``patient``
         waits for room instead, since somebody has read the beginning of that answer.
@@ -215,43 +253,49 @@ class RayEngineClient:
         until = time.monotonic() + self.deadline_s
         full: set[str] = set()
         while not live.closed:
-            link = await self._choose(full, until, patient)
-            live.link, live.placing = link, True
-            link.live[live.wire_id] = live
-            request = dataclasses.replace(
-                live.request, id=live.wire_id, generated=tuple(live.tokens)
-            )
-            try:
-                answer = await asyncio.wait_for(
-                    self._call("submit", link, request=msgpack.packb(request.to_wire())),
-                    CALL_TIMEOUT_S,
-                )
-            except RayTaskError as error:
-                self._unlink(live)
-                if isinstance(error.cause, ValueError):
-                    raise ValueError(str(error.cause)) from None
-                answer = ""
-            except (RayError, RayServeException, TimeoutError):
-                answer = ""
-            if answer == ACCEPTED and (live.link is link or live.closed):
+            engine = await self._choose(live, full, until, patient)
+            answer = await self._offer(live, engine)
+            if answer == ACCEPTED and (live.engine is engine or live.closed):
                 live.placing = False
                 return
             self._unlink(live)
             live.moves += 1
             if answer == QUEUE_FULL:
-                full.add(link.replica)
+                full.add(engine.replica)
+            elif answer not in (ACCEPTED, NOT_HERE):
+                raise ValueError(answer)
             elif not live.closed:
-                # It dies, or is busy dying: its stream's end will tell. Look around meanwhile.
-                link.listed = False
+                # It dies, or is busy dying: its link's end will tell. Look around meanwhile.
+                engine.listed = False
                 await asyncio.sleep(0.05)
 
-    async def _choose(self, full: set[str], until: float, patient: bool) -> Link:
+    async def _offer(self, live: Live, engine: Remote) -> str:
+        """What the engine answers to the request."""
+        assert engine.link is not None
+        live.engine, live.placing = engine, True
+        name = live.wire_id
+        engine.live[name] = live
+        request = dataclasses.replace(live.request, id=name, generated=tuple(live.tokens))
+        answered = engine.answers[name] = asyncio.get_running_loop().create_future()
+        engine.link.send("submit", request.to_wire())
+        try:
+            answer = await asyncio.wait_for(answered, CALL_TIMEOUT_S)
+        except TimeoutError:
+            engine.link.send("abort", [name])
+            answer = NOT_HERE
+        finally:
+            engine.answers.pop(name, None)
+        if answer == ACCEPTED:
+            self.router.sent(engine.replica, live.request.prompt)
+        return answer
+
+    async def _choose(self, live: Live, full: set[str], until: float, patient: bool) -> Remote:
         while True:
-            usable = [link for link in self.links.values() if link.open and link.listed]
+            usable = [e for e in self.engines.values() if e.open and e.listed and not e.leaving]
             if usable:
-                free = [link for link in usable if link.replica not in full]
-                if free:
-                    return min(free, key=lambda link: link.load)
+                loads = {e.replica: e.load for e in usable if e.replica not in full}
+                if loads:
+                    return self.engines[self.router.choose(live.request.prompt, loads)]
                 if not patient or time.monotonic() > until:
                     raise EngineFull("every engine's queue is full")
                 full.clear()
@@ -265,28 +309,16 @@ class RayEngineClient:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), min(left, 0.5))
 
-    async def _call(self, method: str, link: Link, **fields: Any) -> Any:
-        call = getattr(self.handle, method)
-        if method == "submit":
-            fields["ingress"] = self.name
-        return await call.remote(replica=link.replica, **fields)
-
     def _unlink(self, live: Live) -> None:
-        if live.link is not None:
-            live.link.live.pop(live.wire_id, None)
-            live.link = None
+        if live.engine is not None:
+            live.engine.live.pop(live.wire_id, None)
+            live.engine = None
 
     def _abort(self, live: Live) -> None:
         live.closed = True
-        link = live.link
-        if link is None:
+        engine = live.engine
+        if engine is None:
             return
         self._unlink(live)
-
-        async def tell() -> None:
-            with contextlib.suppress(RayError, RayServeException, TimeoutError):
-                await asyncio.wait_for(
-                    self._call("abort", link, requests=[live.wire_id]), CALL_TIMEOUT_S
-                )
-
-        self._spawn(tell())
+        if engine.link is not None:
+            engine.link.send("abort", [live.wire_id])

@@ -1,7 +1,7 @@
-"""The engine side of Serve: one ``EngineLoop``, and one stream to each ingress.
+"""The engine side of Serve: one ``EngineLoop``, and one link to each ingress.
 
 The event loop of a replica only moves messages; the model runs in the engine's own thread, which
-hands over each step's outputs with one call.
+hands over each step's outputs with one call, and each ingress gets its part as one message.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import hmac
+import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
-import msgpack
+import ray.util
 from ray import serve
 
 from nanochat_ray.checkpoint import snapshot
@@ -22,42 +24,15 @@ from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Output, Request
 from nanochat_ray.engine.tools import calculator_tool
-from nanochat_ray.on_ray.routing import ACCEPTED, NOT_HERE, QUEUE_FULL
+from nanochat_ray.on_ray.link import ACCEPTED, NOT_HERE, QUEUE_FULL, Link
+from nanochat_ray.on_ray.metrics import RaySink
+from nanochat_ray.serve.metrics import EngineMetrics
 from nanochat_ray.storage import Store
 
-# An ingress asks for the status every second; one that is silent for so long has died.
-INGRESS_SILENCE_S = 30.0
-
-
-class Outlet:
-    """What waits to be sent to one ingress, and the requests that it has here."""
-
-    def __init__(self) -> None:
-        self.requests: dict[str, EngineLoop] = {}
-        self.seen = time.monotonic()
-        self._waiting: list[dict[str, Any]] = []
-        self._changed = asyncio.Event()
-        self._closed = False
-
-    def put(self, output: Output) -> None:
-        self._waiting.append(output.to_wire())
-        self._changed.set()
-
-    def close(self) -> None:
-        self._closed = True
-        self._changed.set()
-
-    async def messages(self) -> AsyncGenerator[bytes, None]:
-        """All that waits, as one message; steps that pile up behind a slow reader go together."""
-        yield msgpack.packb([])  # says that the connection stands
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            if self._closed:
-                return
-            waiting, self._waiting = self._waiting, []
-            if waiting:
-                yield msgpack.packb(waiting)
+TELL_S = 1.0
+"""How often figures go to the ingresses and to Ray's metrics."""
+DRAIN_S = 25.0
+"""How long a replica that Serve ends may go on with what it has; less than Serve's patience."""
 
 
 class EngineReplica:
@@ -75,30 +50,45 @@ class EngineReplica:
         device: str,
         threads: int,
         name: str = "",
+        model: str = "",
+        host: str = "",
     ):
         self.run = Store.at(storage).child("runs", run)
         self.config = from_json(EngineConfig, engine)
         self.device = device
         self.threads = threads
         self.name = name or serve.get_replica_context().replica_tag
+        self.host = host or ray.util.get_node_ip_address()
         self.snapshot = ""
         self.tokenizer = ""
         self.engine: EngineLoop | None = None
-        self.outlets: dict[str, Outlet] = {}
-        self.owners: dict[str, Outlet] = {}
+        self.secret = secrets.token_hex(32)
+        self.server: asyncio.Server | None = None
+        self.links: set[Link] = set()
+        self.owners: dict[str, tuple[Link, EngineLoop]] = {}
+        """Where each request came from, and the engine that has it."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._metrics = EngineMetrics(RaySink(model or self.name))
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         name = user_config["snapshot"]
         if name == self.snapshot:
             return
         loop = asyncio.get_running_loop()
+        if self.server is None:
+            self.server = await loop.create_server(
+                lambda: Link(self._received, self._lost, trusted=False), self.host, 0
+            )
+            self._spawn(self._tell())
         fresh = await asyncio.to_thread(self._start, name, loop)
         old, self.engine, self.snapshot = self.engine, fresh, name
         if old is not None:
-            task = asyncio.ensure_future(self._retire(old))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._spawn(self._retire(old))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _start(self, name: str, loop: asyncio.AbstractEventLoop) -> EngineLoop:
         import torch
@@ -119,89 +109,88 @@ class EngineReplica:
         return engine_loop
 
     async def _retire(self, engine: EngineLoop) -> None:
-        while any(engine in outlet.requests.values() for outlet in self.outlets.values()):
+        while any(engine is has for _, has in self.owners.values()):
             await asyncio.sleep(0.2)
         await asyncio.to_thread(engine.stop)
 
     def _deliver(self, outputs: Sequence[Output]) -> None:
+        parts: dict[Link, list[dict[str, Any]]] = {}
         for output in outputs:
-            outlet = self.owners.get(output.request_id)
-            if outlet is None:
+            owner = self.owners.get(output.request_id)
+            if owner is None:
                 continue  # aborted while the step ran
             if output.finish is not None:
-                self._forget(output.request_id)
-            outlet.put(output)
+                del self.owners[output.request_id]
+            parts.setdefault(owner[0], []).append(output.to_wire())
+        for link, part in parts.items():
+            link.send("outputs", part)
 
-    def _forget(self, request: str) -> EngineLoop | None:
-        outlet = self.owners.pop(request, None)
-        return outlet.requests.pop(request) if outlet is not None else None
+    # ---- what an ingress says
 
-    def _drop(self, ingress: str) -> None:
-        """Ends an ingress's stream and its requests."""
-        outlet = self.outlets.pop(ingress, None)
-        if outlet is not None:
-            outlet.close()
-            self._abort(list(outlet.requests))
+    def _received(self, link: Link, message: list[Any]) -> None:
+        if not link.trusted:
+            kind, secret, _ = message
+            if kind == "hello" and hmac.compare_digest(secret, self.secret):
+                link.trusted = True
+                self.links.add(link)
+                link.send("hello", self.status())
+        elif message[0] == "submit":
+            self._submit(link, message[1])
+        elif message[0] == "abort":
+            self._abort(message[1])
+
+    def _lost(self, link: Link) -> None:
+        """An ingress has gone: nobody waits for its requests."""
+        self.links.discard(link)
+        self._abort([name for name, (owner, _) in self.owners.items() if owner is link])
+
+    def _submit(self, link: Link, wire: dict[str, Any]) -> None:
+        if self.engine is None:
+            link.send("answer", wire["id"], NOT_HERE)
+            return
+        answer = ACCEPTED
+        self.owners[wire["id"]] = link, self.engine
+        try:
+            self.engine.submit(Request.from_wire(wire))
+        except EngineFull:
+            answer = QUEUE_FULL
+        except ValueError as error:
+            answer = str(error)
+        except RuntimeError:  # it is dead: Serve will see that too, and replace this replica
+            answer = NOT_HERE
+        if answer != ACCEPTED:
+            del self.owners[wire["id"]]
+        link.send("answer", wire["id"], answer)
 
     def _abort(self, requests: Sequence[str]) -> None:
         for request in requests:
-            engine = self._forget(request)
+            _, engine = self.owners.pop(request, (None, None))
             if engine is not None:
                 engine.abort(request)
 
-    async def connect(self, *, ingress: str, replica: str) -> AsyncGenerator[bytes, None]:
-        """Outputs for ``ingress`` as MessagePack lists, each of all that came since the last; the
-        first is empty. The ingress's requests end with the stream."""
-        if replica != self.name:
-            return
-        self._drop(ingress)
-        outlet = self.outlets[ingress] = Outlet()
-        try:
-            async for message in outlet.messages():
-                yield message
-        finally:
-            if self.outlets.get(ingress) is outlet:
-                self._drop(ingress)
+    # ---- what Serve and the ingresses ask through Ray
 
-    async def submit(self, *, ingress: str, replica: str, request: bytes) -> str:
-        """Takes a request whose tokens then come on the ingress's stream. ValueError: refused."""
-        outlet = self.outlets.get(ingress)
-        if replica != self.name or outlet is None or self.engine is None:
-            return NOT_HERE
-        found = Request.from_wire(msgpack.unpackb(request))
-        self.owners[found.id] = outlet
-        outlet.requests[found.id] = self.engine
-        try:
-            self.engine.submit(found)
-        except EngineFull:
-            self._forget(found.id)
-            return QUEUE_FULL
-        except ValueError:
-            self._forget(found.id)
-            raise
-        except RuntimeError:  # it is dead: Serve will see that too, and replace this replica
-            self._forget(found.id)
-            return NOT_HERE
-        return ACCEPTED
+    async def place(self) -> dict[str, Any]:
+        """Where an ingress can reach this engine, and the secret that it must show."""
+        address = self.server.sockets[0].getsockname()[:2] if self.server else None
+        return {"replica": self.name, "address": address, "secret": self.secret}
 
-    async def abort(self, *, replica: str, requests: list[str]) -> None:
-        if replica == self.name:
-            self._abort(requests)
-
-    async def status(self, *, ingress: str = "") -> dict[str, Any]:
-        """Who this is and how busy; also a sign that ``ingress`` is alive."""
-        now = time.monotonic()
-        if ingress in self.outlets:
-            self.outlets[ingress].seen = now
-        for name, outlet in list(self.outlets.items()):
-            if now - outlet.seen > INGRESS_SILENCE_S:
-                self._drop(name)
+    def status(self) -> dict[str, Any]:
+        """Who this is and how busy."""
         return {
             "replica": self.name,
             "snapshot": self.snapshot,
             "requests": len(self.owners),
             **(dataclasses.asdict(self.engine.stats()) if self.engine is not None else {}),
         }
+
+    async def _tell(self) -> None:
+        while True:
+            status = self.status()
+            self._metrics.put(self.name, status)
+            for link in self.links:
+                link.send("status", status)
+            await asyncio.sleep(TELL_S)
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose engine thread has died."""
@@ -210,8 +199,17 @@ class EngineReplica:
             raise RuntimeError(f"the engine is dead: {reason}")
 
     async def __del__(self) -> None:
-        for name in list(self.outlets):
-            self._drop(name)
+        if self.server is not None:
+            self.server.close()
+        for link in self.links:
+            link.send("leaving")
+        until = time.monotonic() + DRAIN_S
+        while self.owners and time.monotonic() < until:
+            await asyncio.sleep(0.1)
+        for link in list(self.links):
+            link.close()  # an ingress moves what is left to other engines
+        for task in self._tasks:
+            task.cancel()
         if self.engine is not None:
             with contextlib.suppress(RuntimeError):
                 await asyncio.to_thread(self.engine.stop)

@@ -22,7 +22,7 @@ from nanochat_ray.storage import Store
 from nanochat_ray.train.feed import rank_rows
 from nanochat_ray.train.step import Batch
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 16 << 20
 """Rows that one task reads: large against the cost of a task, small against the object store."""
 
 
@@ -38,7 +38,7 @@ def rank_dataset(
     """Rows ``{"ids": [T + 1], ("mask": [T + 1],) "step": ()}`` of one rank from step ``start``."""
     uri, text = dataset.uri, manifest.to_json()
     num_rows = manifest.rows("train")
-    row_bytes = 4 * (manifest.sequence_len + 1)
+    row_bytes = np.dtype(manifest.dtype).itemsize * (manifest.sequence_len + 1)
     rows = len(rank_rows(config, num_rows, start, rank, world))
     stride = max(1, min(BLOCK_BYTES // (rows * row_bytes), -(-(config.steps - start) // 4)))
 
@@ -54,8 +54,9 @@ def rank_dataset(
     plan = ray.data.from_items(firsts, override_num_blocks=len(firsts))
     plan.context.execution_options = ExecutionOptions(preserve_order=True)
     plan.context.enable_progress_bars = False
-    one = ray.data.TaskPoolStrategy(size=1)
-    return plan.map_batches(read, batch_size=1, batch_format="numpy", compute=one, num_cpus=0.5)
+    # Two at a time: while one hands its rows over, the other reads.
+    two = ray.data.TaskPoolStrategy(size=2)
+    return plan.map_batches(read, batch_size=1, batch_format="numpy", compute=two, num_cpus=0.25)
 
 
 class RankedRows(ray.train.DataConfig):

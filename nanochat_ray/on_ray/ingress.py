@@ -7,6 +7,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from nanochat_ray.on_ray.engine_client import RayEngineClient
+from nanochat_ray.on_ray.metrics import RaySink
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -32,7 +33,14 @@ class Ingress:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         self.client.start()
-        return build_app(self.client, self.tokenizer, self.name, self.max_len, keys=self.keys)
+        return build_app(
+            self.client,
+            self.tokenizer,
+            self.name,
+            self.max_len,
+            keys=self.keys,
+            sink=RaySink(self.name),
+        )
 
     async def __del__(self) -> None:
         await self.client.close()

@@ -1,32 +1,62 @@
-"""Calls addressed to one given replica, through Serve's own request router.
+"""Which engine gets a request: where its prompt's beginning was computed, unless that one is busy.
 
-An ingress holds one stream to each engine and must hand a request to the engine of its choice,
-which Serve's routers do not offer: here a call names its replica in the keyword ``replica``.
+Engines keep blocks of 16 prompt tokens (``engine.blocks``); an ingress remembers which blocks it
+sent where, as hashes of everything up to their end. Policy only: no Ray, no clock.
 """
 
 from __future__ import annotations
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 
-# What an engine's ``submit`` answers.
-ACCEPTED = "accepted"
-QUEUE_FULL = "queue full"
-NOT_HERE = "not here"
-"""Another replica was meant, or the caller has no stream there: nothing was done."""
+BLOCK = 16
+REMEMBERED = 4096
+"""Blocks per engine. One that the engine has dropped meanwhile costs a worse choice, no more."""
+MAX_LEAD = 4
+"""Requests by which an engine may be busier than the idlest one and still be chosen for what it
+has cached. A hit saves a prefill; waiting behind four others costs more."""
 
 
-class AddressedRouter(RequestRouter):
-    """Routes a call with ``replica=<unique id>`` to that replica, any other call to anyone.
+def chain(tokens: Sequence[int]) -> list[int]:
+    """A hash for each whole block, of all tokens up to its end."""
+    found: list[int] = []
+    before = 0
+    for at in range(0, len(tokens) - BLOCK + 1, BLOCK):
+        before = hash((before, *tokens[at : at + BLOCK]))
+        found.append(before)
+    return found
 
-    A replica that is gone is no reason to wait for it: the call then goes to another, which
-    sees that it was not meant and refuses (``NOT_HERE``).
-    """
 
-    async def choose_replicas(
-        self,
-        candidate_replicas: list[RunningReplica],
-        pending_request: PendingRequest | None = None,
-    ) -> list[list[RunningReplica]]:
-        wanted = pending_request.kwargs.get("replica") if pending_request is not None else None
-        named = [r for r in candidate_replicas if r.replica_id.unique_id == wanted]
-        return [named or list(candidate_replicas)]
+class PrefixRouter:
+    """Remembers where prompts went (prompts by the names of engines)."""
+
+    def __init__(self) -> None:
+        self._sent: dict[str, OrderedDict[int, None]] = {}
+
+    def choose(self, tokens: Sequence[int], loads: Mapping[str, int]) -> str:
+        """One of ``loads`` (requests by engine, not empty)."""
+        least = min(loads.values())
+        blocks = chain(tokens)
+
+        def preference(engine: str) -> tuple[int, int]:
+            near = loads[engine] <= least + MAX_LEAD
+            return (-self._cached(engine, blocks) if near else 1, loads[engine])
+
+        return min(loads, key=preference)
+
+    def _cached(self, engine: str, blocks: Sequence[int]) -> int:
+        sent: Mapping[int, None] = self._sent.get(engine, {})
+        return next((i for i, block in enumerate(blocks) if block not in sent), len(blocks))
+
+    def sent(self, engine: str, tokens: Sequence[int]) -> None:
+        """``tokens`` went there."""
+        kept = self._sent.setdefault(engine, OrderedDict())
+        for block in chain(tokens):
+            kept[block] = None
+            kept.move_to_end(block)
+        while len(kept) > REMEMBERED:
+            kept.popitem(last=False)
+
+    def forget(self, engine: str) -> None:
+        """It is gone."""
+        self._sent.pop(engine, None)

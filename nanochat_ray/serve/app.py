@@ -7,42 +7,71 @@ events. Nothing here knows where the engine runs.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import hashlib
+import importlib.metadata
+import json
 import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from importlib import resources
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from nanochat_ray.engine.request import EngineFull
 from nanochat_ray.serve import errors
 from nanochat_ray.serve.client import EngineClient, UnavailableError
 from nanochat_ray.serve.completions import EngineFailedError, Piece, all_pieces
 from nanochat_ray.serve.errors import ApiError
-from nanochat_ray.serve.guard import Guard
+from nanochat_ray.serve.guard import Guard, client_of
+from nanochat_ray.serve.metrics import (
+    EngineMetrics,
+    PrometheusSink,
+    RequestMetrics,
+    Sink,
+    Tee,
+)
 from nanochat_ray.serve.protocol import (
     ChatRequest,
-    ChatResponse,
     CompletionRequest,
-    CompletionResponse,
     DetokenizeRequest,
+    TokenizeRequest,
+)
+from nanochat_ray.serve.responses import (
+    ChatResponse,
+    CompletionResponse,
     DetokenizeResponse,
+    ErrorResponse,
     ModelCard,
     ModelList,
-    TokenizeRequest,
     TokenizeResponse,
+    VersionResponse,
 )
 from nanochat_ray.serve.service import Job, Limits, Service
 from nanochat_ray.serve.shapes import ChatShape, CompletionShape, Shape
-from nanochat_ray.serve.sse import DONE, ClientGoneError, EventStream, unless_gone
+from nanochat_ray.serve.sse import DONE, ClientGoneError, EventStream, event, unless_gone
 from nanochat_ray.text.tokenizer import Tokenizer
+
+FAILURES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "The request cannot be served as it is."},
+    "5XX": {"model": ErrorResponse, "description": "The server cannot serve it now (503)."},
+}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with stream=true as server-sent events.",
+        "content": {"text/event-stream": {}},
+    }
+}
+try:
+    VERSION = importlib.metadata.version("nanochat_ray")
+except importlib.metadata.PackageNotFoundError:  # run from its folder
+    VERSION = "0"
 
 
 def build_app(
@@ -53,15 +82,22 @@ def build_app(
     *,
     limits: Limits | None = None,
     keys: Sequence[str] = (),
+    sink: Sink | None = None,
 ) -> FastAPI:
     """The application. ``name`` is the model's, ``max_len`` the engine's longest sequence in
-    tokens, ``keys`` the API keys of which one is then needed."""
-    service = Service(client, tokenizer, name, max_len, limits or Limits())
+    tokens, ``keys`` the API keys of which one is then needed, ``sink`` where figures of requests
+    go besides ``/metrics``."""
+    page = PrometheusSink(name)
+    metrics = RequestMetrics(Tee(page, sink) if sink is not None else page)
+    service = Service(client, tokenizer, name, max_len, limits or Limits(), metrics)
     # FastAPI's documentation pages load scripts from elsewhere; /openapi.json remains.
-    app = FastAPI(title="nanochat_ray", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="nanochat_ray", version=VERSION, docs_url=None, redoc_url=None, responses=FAILURES
+    )
     errors.install(app)
     app.add_middleware(Guard, max_body_bytes=service.limits.max_body_bytes, keys=keys)
     _add_pages(app, service)
+    _add_metrics(app, service, page)
     _add_models(app, service)
     _add_tokens(app, service)
     _add_generation(app, service)
@@ -105,6 +141,22 @@ def _add_pages(app: FastAPI, service: Service) -> None:
             return errors.unavailable(str(error)).response()
         return JSONResponse({"status": "ok", "model": service.name, **figures})
 
+    @app.get("/version")
+    async def version() -> VersionResponse:
+        return VersionResponse(version=VERSION)
+
+
+def _add_metrics(app: FastAPI, service: Service, page: PrometheusSink) -> None:
+    engines = EngineMetrics(page)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        with contextlib.suppress(UnavailableError):  # then the last figures stand
+            for i, stats in enumerate((await service.client.health())["engines"]):
+                engines.put(stats.get("replica", str(i)), stats)
+        return Response(page.text(), media_type=CONTENT_TYPE_LATEST)
+
 
 def _add_models(app: FastAPI, service: Service) -> None:
     card = ModelCard(id=service.name, created=int(time.time()), max_model_len=service.max_len)
@@ -137,21 +189,21 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", response_model=CompletionResponse)
+    @app.post("/v1/completions", response_model=CompletionResponse, responses=STREAMED)
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
-        job = await service.completion_job(body)
+        job = await service.completion_job(body, client_of(http))
         shape = CompletionShape(service, job, f"cmpl-{secrets.token_hex(12)}")
         return await _respond(service, job, shape, http)
 
-    @app.post("/v1/chat/completions", response_model=ChatResponse)
+    @app.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMED)
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
-        job = await service.chat_job(body)
+        job = await service.chat_job(body, client_of(http))
         shape = ChatShape(service, job, f"chatcmpl-{secrets.token_hex(12)}")
         return await _respond(service, job, shape, http)
 
 
 async def _respond(service: Service, job: Job, shape: Shape, http: HttpRequest) -> Response:
-    pieces = all_pieces(service.client, service.tokenizer, job.requests, job.stop)
+    pieces = all_pieces(service, job)
     try:
         # The empty first piece comes when the engine has the requests: refusals get their status.
         await unless_gone(http, _translated(pieces.__anext__))
@@ -164,15 +216,11 @@ async def _respond(service: Service, job: Job, shape: Shape, http: HttpRequest) 
     except ClientGoneError:
         await pieces.aclose()
         return Response(status_code=499)
-    body = shape.whole().model_dump(exclude={"choices": {"__all__": {"message": {"calculator"}}}})
-    for i, found in enumerate(shape.calculations):
-        if found:
-            body["choices"][i]["message"]["calculator"] = [c.model_dump() for c in found]
-    return JSONResponse(body)
+    return JSONResponse(shape.whole())
 
 
-async def _translated(step: Callable[[], Awaitable[Piece]]) -> Piece:
-    """The next piece; failures of the engine as the errors that clients see."""
+async def _translated(step: Callable[[], Awaitable[list[Piece]]]) -> list[Piece]:
+    """The next pieces; failures of the engine as the errors that clients see."""
     try:
         return await step()
     except EngineFull as error:
@@ -185,32 +233,33 @@ async def _translated(step: Callable[[], Awaitable[Piece]]) -> Piece:
         raise errors.invalid(str(error)) from error
 
 
-async def _gather(pieces: AsyncGenerator[Piece, None], shape: Shape) -> None:
+async def _gather(pieces: AsyncGenerator[list[Piece], None], shape: Shape) -> None:
     with contextlib.suppress(StopAsyncIteration):
         while True:
-            shape.take(await _translated(pieces.__anext__))
+            for piece in await _translated(pieces.__anext__):
+                shape.take(piece)
 
 
 async def _events(
-    pieces: AsyncGenerator[Piece, None], shape: Shape, include_usage: bool
+    pieces: AsyncGenerator[list[Piece], None], shape: Shape, include_usage: bool
 ) -> AsyncGenerator[str, None]:
-    """The events of a streamed answer. An error after its begin is an event of its own."""
+    """The events of a streamed answer, those that came together as one text. An error after its
+    begin is an event of its own."""
     try:
-        for data in shape.opening():
-            yield data
+        if opening := shape.opening():
+            yield event(*opening)
         with contextlib.suppress(StopAsyncIteration):
             while True:
-                piece = await _translated(pieces.__anext__)
-                shape.take(piece)
-                # Half a character or half a stop string: nothing to show yet.
-                if piece.text or piece.calculations or piece.finish or piece.scored:
-                    yield shape.delta(piece)
-        if include_usage:
-            yield shape.usage_chunk()
-        yield DONE
-    except asyncio.CancelledError:
-        raise
+                found = []
+                for piece in await _translated(pieces.__anext__):
+                    shape.take(piece)
+                    # Half a character or half a stop string: nothing to show yet.
+                    if piece.text or piece.calculations or piece.finish or piece.scored:
+                        found.append(shape.delta(piece))
+                if found:
+                    yield event(*found)
+        yield event(shape.usage_chunk(), DONE) if include_usage else event(DONE)
     except ApiError as error:
-        yield errors.event(error)
+        yield event(json.dumps(error.body()))
     finally:
         await pieces.aclose()

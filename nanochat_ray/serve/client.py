@@ -14,60 +14,73 @@ class UnavailableError(Exception):
 
 
 class OutputStream:
-    """Outputs of one request, for one reader: ``async for outputs in stream``.
+    """Outputs of the requests of one reader: ``async for outputs in stream``.
 
-    Each turn gives all that came since the last one, so a slow reader gets fewer, larger turns.
-    It ends after an output with ``finish``. ``push`` and ``fail`` belong to the event loop that
-    reads. ``close`` at any time, as often as one likes; if the request still runs, it is aborted.
+    Each turn gives all that came since the last one, for whichever of its requests, so a step of
+    the engine wakes the reader once, and a slow reader gets fewer, larger turns. It ends when every
+    request has had an output with ``finish``. ``take``, ``push`` and ``fail`` belong to the event
+    loop that reads. ``close`` at any time, as often as one likes: what still runs is aborted.
     """
 
-    def __init__(self, abort: Callable[[], None]):
-        self._abort: Callable[[], None] | None = abort
+    def __init__(self) -> None:
+        self._aborts: dict[str, Callable[[], None]] = {}
         self._waiting: list[Output] = []
         self._error: Exception | None = None
-        self._changed = asyncio.Event()
-        self._ended = False
+        self._reader: asyncio.Future[None] | None = None
+
+    def take(self, request_id: str, abort: Callable[[], None]) -> None:
+        """A request begins whose outputs will come here; ``abort`` ends it early."""
+        self._aborts[request_id] = abort
+
+    def drop(self, request_id: str) -> None:
+        """The request was refused: nothing of it will come."""
+        self._aborts.pop(request_id, None)
 
     def push(self, output: Output) -> None:
         self._waiting.append(output)
         if output.finish is not None:
-            self._abort = None
-        self._changed.set()
+            self._aborts.pop(output.request_id, None)
+        self._wake()
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, request_id: str, error: Exception) -> None:
         """The reader gets ``error`` after what came before it."""
-        self._error = error
-        self._abort = None
-        self._changed.set()
+        self._error = self._error or error
+        self._aborts.pop(request_id, None)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def __aiter__(self) -> OutputStream:
         return self
 
     async def __anext__(self) -> list[Output]:
-        if self._ended:
-            raise StopAsyncIteration
-        if not self._waiting and self._error is None:
-            self._changed.clear()
-            await self._changed.wait()
+        while not self._waiting:
+            if self._error is not None:
+                raise self._error
+            if not self._aborts:
+                raise StopAsyncIteration
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         outputs, self._waiting = self._waiting, []
-        if not outputs:
-            self._ended = True
-            assert self._error is not None
-            raise self._error
-        self._ended = outputs[-1].finish is not None
         return outputs
 
-    def close(self) -> None:
-        self._ended = True
-        abort, self._abort = self._abort, None
+    def abort(self, request_id: str) -> None:
+        """Ends one request: its answer is complete for the reader."""
+        abort = self._aborts.pop(request_id, None)
         if abort is not None:
             abort()
+
+    def close(self) -> None:
+        for request_id in list(self._aborts):
+            self.abort(request_id)
 
 
 class EngineClient(Protocol):
     """The one thing that tests may replace by a double."""
 
-    async def submit(self, request: Request) -> OutputStream:
+    async def submit(self, request: Request, stream: OutputStream) -> None:
         """Hands a request over; its tokens come on the stream.
 
         Raises EngineFull, UnavailableError, or ValueError for a request that the engine refuses.

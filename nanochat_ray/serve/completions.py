@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.engine.request import Output
 from nanochat_ray.engine.stream import TextStream
-from nanochat_ray.serve.client import EngineClient, OutputStream
+from nanochat_ray.serve.client import OutputStream
+from nanochat_ray.serve.conversation import Calling
 from nanochat_ray.serve.logprobs import Scored
-from nanochat_ray.serve.protocol import Calculation, FinishReason
+from nanochat_ray.serve.metrics import Timer
+from nanochat_ray.serve.responses import Calculation, FinishReason
+from nanochat_ray.serve.service import Job, Service
 from nanochat_ray.text.tokenizer import Tokenizer
 
 
@@ -24,6 +26,10 @@ class Piece:
     scored: list[Scored] = field(default_factory=list)
     """Tokens of the text with their log-probabilities, if those were asked for."""
     tokens: int = 0
+    cached: int = 0
+    """Prompt tokens that needed no computation."""
+    call: str | None = None
+    """The expression of a call that the client is to run; then ``finish`` is set too."""
     finish: FinishReason | None = None
 
 
@@ -39,34 +45,39 @@ class Answer:
     splits a character and ends before a stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, index: int, stop: Sequence[str]):
+    def __init__(
+        self, tokenizer: Tokenizer, index: int, stop: Sequence[str], calling: Calling = "no"
+    ):
         self.index = index
+        self._calling = calling
+        self._call_end = tokenizer.special("<|python_end|>") if calling != "no" else -1
         self._tokenizer = tokenizer
         self._text = TextStream(tokenizer, stop)
         self._marks = {tokenizer.special(name): name for name in tokenizer.specials}
-        self._inside = ""
+        # A forced call's first mark is the prompt's last token.
+        self._inside = "<|python_start|>" if calling in ("required", "named") else ""
         self._held: list[int] = []
         self._expression = ""
 
-    def feed(self, outputs: Sequence[Output]) -> Piece:
-        piece = Piece(self.index)
-        for output in outputs:
-            piece.tokens += len(output.tokens)
-            # The token that ended the answer is no part of its text.
-            tokens = output.tokens[:-1] if output.ended_by_last else output.tokens
-            for i, token in enumerate(tokens):
-                mark = self._marks.get(token)
-                if mark is not None:
-                    self._mark(mark, piece)
-                elif self._inside:
-                    self._held.append(token)
-                else:
-                    if output.logprobs is not None and (found := output.logprobs[i]) is not None:
-                        piece.scored.append((token, found))
-                    piece.text += self._text.push([token])
-                    if self._text.stopped:
-                        piece.finish = "stop"
-                        return piece
+    def feed(self, output: Output) -> Piece:
+        piece = Piece(self.index, tokens=len(output.tokens), cached=output.cached_tokens)
+        # The token that ended the answer is no part of its text.
+        tokens = output.tokens[:-1] if output.ended_by_last else output.tokens
+        for i, token in enumerate(tokens):
+            mark = self._marks.get(token)
+            if mark is not None:
+                self._mark(mark, piece)
+            elif self._inside:
+                self._held.append(token)
+            else:
+                if output.logprobs is not None and (found := output.logprobs[i]) is not None:
+                    piece.scored.append((token, found))
+                piece.text += self._text.push((token,))
+                if self._text.stopped:
+                    piece.finish = "stop"
+                    return piece
+        if output.ended_by_last and output.tokens[-1] == self._call_end and self._inside:
+            piece.call = self._tokenizer.decode(self._held)
         return piece
 
     def end(self, piece: Piece, finish: FinishReason) -> None:
@@ -74,6 +85,8 @@ class Answer:
         if piece.finish is None:
             piece.text += self._text.flush()
             piece.finish = finish
+            if piece.call is not None and self._calling != "named":
+                piece.finish = "tool_calls"
 
     def _mark(self, mark: str, piece: Piece) -> None:
         held = self._tokenizer.decode(self._held)
@@ -88,63 +101,42 @@ class Answer:
         self._inside = ""
 
 
-async def answer_pieces(stream: OutputStream, answer: Answer) -> AsyncGenerator[Piece, None]:
-    """The pieces of one choice, until its last, which has ``finish``. Raises EngineFailedError."""
-    try:
-        async for outputs in stream:
-            piece = answer.feed(outputs)
-            reason = outputs[-1].finish
-            if reason in ("stop", "length"):
-                answer.end(piece, reason)
-            elif reason is not None and piece.finish is None:
-                raise EngineFailedError(
-                    outputs[-1].error or f"the engine ended the answer ({reason})"
-                )
-            yield piece
-            if piece.finish is not None:
-                return
-    finally:
-        stream.close()
+async def all_pieces(service: Service, job: Job) -> AsyncGenerator[list[Piece], None]:
+    """Pieces of all choices as they come, each turn what came together; the requests run together.
 
-
-async def all_pieces(
-    client: EngineClient, tokenizer: Tokenizer, requests: Sequence[Request], stop: Sequence[str]
-) -> AsyncGenerator[Piece, None]:
-    """Pieces of several choices as they come; the requests run together.
-
-    The first piece of all is an empty one, once the engine has accepted every request. Closing the
-    generator aborts what still runs. Raises EngineFailedError and what ``submit`` raises.
+    The first turn is empty, once the engine has accepted every request. Closing the generator
+    aborts what still runs. Raises EngineFailedError and what ``submit`` raises.
     """
-    streams: list[OutputStream] = []
-    tasks: list[asyncio.Task[None]] = []
+    stream = OutputStream()
+    running: dict[str, tuple[Answer, Timer]] = {}
     try:
-        for request in requests:
-            streams.append(await client.submit(request))
-        yield Piece(-1)
-        answers = [Answer(tokenizer, i, stop) for i in range(len(requests))]
-        if len(requests) == 1:
-            async for piece in answer_pieces(streams[0], answers[0]):
-                yield piece
-            return
-        queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-
-        async def pump(stream: OutputStream, answer: Answer) -> None:
-            try:
-                async for piece in answer_pieces(stream, answer):
-                    queue.put_nowait(piece)
-            except Exception as error:  # handed to the reader below
-                queue.put_nowait(error)
-
-        tasks += [asyncio.ensure_future(pump(*pair)) for pair in zip(streams, answers, strict=True)]
-        left = len(requests)
-        while left:
-            found = await queue.get()
-            if isinstance(found, Exception):
-                raise found
-            left -= found.finish is not None
-            yield found
+        for i, request in enumerate(job.requests):
+            timer = service.metrics.timer(len(request.prompt))
+            running[request.id] = Answer(service.tokenizer, i, job.stop, job.calling), timer
+            await service.client.submit(request, stream)
+        yield []
+        async for outputs in stream:
+            pieces = []
+            for output in outputs:
+                if output.request_id not in running:
+                    continue  # a stop string has ended it already
+                answer, timer = running[output.request_id]
+                piece = answer.feed(output)
+                if piece.tokens:
+                    timer.tokens(piece.tokens)
+                if output.finish in ("stop", "length"):
+                    answer.end(piece, output.finish)
+                elif output.finish is not None and piece.finish is None:
+                    timer.end("error")
+                    reason = f"the engine ended the answer ({output.finish})"
+                    raise EngineFailedError(output.error or reason)
+                if piece.finish is not None:
+                    timer.end("stop" if piece.finish == "tool_calls" else piece.finish)
+                    del running[output.request_id]
+                    stream.abort(output.request_id)
+                pieces.append(piece)
+            yield pieces
     finally:
-        for task in tasks:
-            task.cancel()
-        for stream in streams:
-            stream.close()
+        for _, timer in running.values():
+            timer.end("abort")
+        stream.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -96,6 +95,8 @@ def from_validation(problems: Sequence[Any]) -> ApiError:
         reason = problem.get("ctx", {}).get("error", "")
         return invalid(f"The body is not valid JSON: {reason}", code="invalid_json")
     param = _field(location)
+    if problem["type"] == "missing" and not param:
+        return invalid("A JSON object is needed as the body.")
     # A union reports every branch: say all that would have been right, once.
     same = [p["msg"] for p in problems if _field(p.get("loc", ())) == param]
     message = " or ".join(dict.fromkeys(m.removeprefix("Value error, ") for m in same))
@@ -127,8 +128,3 @@ def install(app: FastAPI) -> None:
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
         logger.exception("a request failed", exc_info=error)
         return internal().response()
-
-
-def event(error: ApiError) -> str:
-    """The error as the data of one event, for a stream that has begun already."""
-    return json.dumps(error.body())

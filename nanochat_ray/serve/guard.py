@@ -6,12 +6,21 @@ import hmac
 from collections.abc import Sequence
 
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat_ray.serve.errors import ApiError
 
-OPEN_PATHS = ("/", "/health", "/openapi.json")
+OPEN_PATHS = ("/", "/health", "/metrics", "/version", "/openapi.json")
 """Answered without a key: the page asks for one itself."""
+
+
+CLIENT = "nanochat_client"
+
+
+def client_of(request: Request) -> str:
+    """Who asks, as far as the keys tell; "" where nobody needs one."""
+    return request.scope.get(CLIENT, "")
 
 
 class Guard:
@@ -28,7 +37,10 @@ class Guard:
             return
         headers = dict(scope["headers"])
         refusal = None
-        if self.keys and scope["path"] not in OPEN_PATHS and not self._knows(headers):
+        known = self._known(headers)
+        # The engine shares its slots out between those it can tell apart.
+        scope[CLIENT] = known or ""
+        if self.keys and scope["path"] not in OPEN_PATHS and known is None:
             refusal = ApiError(
                 401,
                 "The API key is missing or wrong: send 'Authorization: Bearer <key>'.",
@@ -52,12 +64,15 @@ class Guard:
 
         await self.app(scope, counted, send)
 
-    def _knows(self, headers: dict[bytes, bytes]) -> bool:
+    def _known(self, headers: dict[bytes, bytes]) -> str | None:
+        """A name for whoever has this key, None if it is no key of ours."""
         given = headers.get(b"authorization", b"")
         scheme, _, key = given.partition(b" ")
         # Every key is compared, in constant time, so that timing tells nothing about them.
         found = [hmac.compare_digest(key.strip(), known) for known in self.keys]
-        return scheme.lower() == b"bearer" and any(found)
+        if scheme.lower() != b"bearer" or not any(found):
+            return None
+        return f"key {found.index(True)}"
 
     @staticmethod
     def _declared(headers: dict[bytes, bytes]) -> int:

@@ -29,22 +29,23 @@ class LocalClient:
         self._engine_loop = EngineLoop(engine, self._on_step)
         self._engine_loop.start()
 
-    async def submit(self, request: Request) -> OutputStream:
+    async def submit(self, request: Request, stream: OutputStream) -> None:
         self._loop = asyncio.get_running_loop()
 
         def abort() -> None:
             self._streams.pop(request.id, None)
             self._engine_loop.abort(request.id)
 
-        stream = self._streams[request.id] = OutputStream(abort)
+        self._streams[request.id] = stream
+        stream.take(request.id, abort)
         try:
             self._engine_loop.submit(request)
         except BaseException as error:
             del self._streams[request.id]
+            stream.drop(request.id)
             if self._engine_loop.failure is not None:
                 raise UnavailableError(str(error)) from error
             raise
-        return stream
 
     async def health(self) -> dict[str, Any]:
         if self._engine_loop.failure is not None:

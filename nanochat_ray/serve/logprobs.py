@@ -48,8 +48,9 @@ def for_completion(
         "tokens": tokens,
         "token_logprobs": [found.logprob for _, found in scored],
         "top_logprobs": [
-            {_name(tokenizer, token): logprob for token, logprob in found.top}
-            for _, found in scored
+            # The chosen token is always among them, as OpenAI has it.
+            {_name(tokenizer, t): x for t, x in (*found.top, (token, found.logprob))}
+            for token, found in scored
         ],
         "text_offset": offsets,
     }

@@ -1,4 +1,4 @@
-"""OpenAI's requests and responses, as far as this server goes.
+"""OpenAI's requests, as far as this server goes.
 
 Fields that change nothing here (``user``, ``store``, ``metadata``, …) are accepted and ignored, as
 vLLM does; what would change the answer and is not built is refused by name. vLLM's extra sampling
@@ -7,47 +7,44 @@ fields (``top_k``, ``min_p``, ``ignore_eos``) are taken.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
 from nanochat_ray.engine.request import MAX_LOGPROBS
+from nanochat_ray.serve.conversation import Body, ChatMessage, ToolChoice, ToolSpec, calling
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
-Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
-FinishReason = Literal["stop", "length"]
+Penalty = Annotated[StrictFloat, Field(ge=-2, le=2, allow_inf_nan=False)]
+Bias = Annotated[StrictFloat, Field(ge=-100, le=100, allow_inf_nan=False)]
 MAX_STOPS = 16
 
 
-class _Body(BaseModel):
-    # A validator's message begins with its field's name, which ``errors`` reports as ``param``.
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: StrictBool = False
 
 
-class SamplingBody(_Body):
+class SamplingBody(Body):
     """What both kinds of request share; ``None`` everywhere is as good as an absent field."""
 
     model: StrictStr | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    temperature: Annotated[StrictFloat, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[StrictFloat, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1, lt=2**31)] | None = None
     """0 and -1 turn it off."""
-    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    min_p: Annotated[StrictFloat, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[StrictInt, Field(ge=1)] | None = None
     stop: StrictStr | Annotated[list[StrictStr], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: StrictBool | None = None
+    priority: Annotated[StrictInt, Field(ge=0, lt=2**31)] | None = None
+    """Higher waits for lower, as in vLLM. Nobody can go before 0, which all have by default."""
     min_tokens: Annotated[StrictInt, Field(ge=0, lt=2**31)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[StrictFloat, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias] | None = None
@@ -78,7 +75,8 @@ class CompletionRequest(SamplingBody):
     )
     echo: StrictBool | None = None
     suffix: StrictStr | None = None
-    best_of: StrictInt | None = None
+    best_of: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Answers that are made for each prompt, of which the ``n`` likeliest are given."""
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
@@ -87,9 +85,15 @@ class CompletionRequest(SamplingBody):
             raise ValueError("logprobs of an echoed prompt are not supported")
         if self.suffix:
             raise ValueError("suffix is not supported")
-        if self.best_of not in (None, 1, self.n):
-            raise ValueError(f"best_of={self.best_of} is not supported")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError(f"best_of={self.best_of} is not allowed: at least n={self.n or 1}")
+        if self.candidates > (self.n or 1) and self.stream:
+            raise ValueError(f"best_of={self.best_of} is not allowed together with stream=true")
         return self
+
+    @property
+    def candidates(self) -> int:
+        return max(self.best_of or 1, self.n or 1)
 
     def prompts(self) -> list[str] | list[list[int]]:
         if isinstance(self.prompt, str):
@@ -99,62 +103,27 @@ class CompletionRequest(SamplingBody):
         return self.prompt
 
 
-class ContentPart(_Body):
-    type: StrictStr
-    text: StrictStr | None = None
-
-
-class ChatMessage(_Body):
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: StrictStr | list[ContentPart] | None = None
-
-    def text(self, at: str) -> str:
-        """The message's text. ValueError names a part that is no text."""
-        if self.content is None:
-            raise ValueError(f"{at}.content: a string or a list of text parts is needed")
-        if isinstance(self.content, str):
-            return self.content
-        for i, part in enumerate(self.content):
-            if part.type != "text" or part.text is None:
-                raise ValueError(
-                    f"{at}.content[{i}]: type {part.type!r} is not supported, only 'text'"
-                )
-        return "".join(part.text or "" for part in self.content)
-
-
 class ChatRequest(SamplingBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
     """OpenAI's newer name of ``max_tokens``; it wins."""
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: list[ToolSpec] | None = None
+    tool_choice: ToolChoice = None
     response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _refuse_more(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is only allowed together with logprobs=true")
-        if self.tools and self.tool_choice != "none":
-            raise ValueError("tools is not supported; the model calls its calculator by itself")
+        calling(self.tools, self.tool_choice)
         if self.response_format and self.response_format.get("type") != "text":
             raise ValueError("response_format: only {'type': 'text'} is supported")
         return self
 
-    def turns(self) -> list[dict[str, Any]]:
-        """Messages as ``text.chat`` takes them. ValueError names the message."""
-        turns = []
-        for i, message in enumerate(self.messages):
-            at = f"messages[{i}]"
-            if message.role in ("tool", "function"):
-                raise ValueError(f"{at}.role={message.role!r} is not supported")
-            role = "system" if message.role == "developer" else message.role
-            turns.append({"role": role, "content": message.text(at)})
-        return turns
 
-
-class TokenizeRequest(_Body):
+class TokenizeRequest(Body):
     """vLLM's: text or a conversation to token ids."""
 
     model: StrictStr | None = None
@@ -164,85 +133,10 @@ class TokenizeRequest(_Body):
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise ValueError("prompt or messages is needed, and only one of them")
         return self
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     model: StrictStr | None = None
     tokens: list[TokenId]
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: dict[str, Any] | None = None
-    finish_reason: FinishReason | None
-
-
-class CompletionResponse(BaseModel):
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage
-
-
-class Calculation(BaseModel):
-    """One use of the calculator inside an answer; an addition of ours, which clients ignore."""
-
-    expression: str
-    result: str
-
-
-class AnswerMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-    calculator: list[Calculation] | None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: AnswerMessage
-    logprobs: dict[str, Any] | None = None
-    finish_reason: FinishReason | None
-
-
-class ChatResponse(BaseModel):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "nanochat_ray"
-    max_model_len: int
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class TokenizeResponse(BaseModel):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-
-
-class DetokenizeResponse(BaseModel):
-    prompt: str

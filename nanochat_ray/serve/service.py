@@ -6,12 +6,15 @@ import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.serve import errors
 from nanochat_ray.serve.client import EngineClient
+from nanochat_ray.serve.conversation import Calling, calling, turns
+from nanochat_ray.serve.metrics import RequestMetrics
 from nanochat_ray.serve.protocol import ChatRequest, CompletionRequest, SamplingBody
-from nanochat_ray.text.chat import render_prompt
+from nanochat_ray.text.chat import render_conversation, render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
 
 # Longer texts are tokenized beside the event loop: at some MB/s they would hold up every stream.
@@ -37,6 +40,11 @@ class Job:
     include_usage: bool
     logprobs: bool
     prompt_tokens: int
+    calling: Calling
+    n: int = 1
+    """Choices of each prompt that are shown."""
+    candidates: int = 1
+    """Those that are made: more with ``best_of``."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Service:
     max_len: int
     """Longest prompt plus answer, in tokens."""
     limits: Limits
+    metrics: RequestMetrics
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.name:
@@ -67,20 +76,33 @@ class Service:
 
     async def chat_prompt(self, body: ChatRequest) -> list[int]:
         try:
-            turns = body.turns()
-            if sum(len(turn["content"]) for turn in turns) > ASIDE_CHARACTERS:
-                return await asyncio.to_thread(render_prompt, self.tokenizer, turns)
-            return render_prompt(self.tokenizer, turns)
+            found = turns(body.messages)
+            size = sum(len(m.content) if isinstance(m.content, str) else 0 for m in body.messages)
+            if size > ASIDE_CHARACTERS:
+                ids = await asyncio.to_thread(self._render, found, body)
+            else:
+                ids = self._render(found, body)
         except ValueError as error:
             raise errors.invalid(str(error), "messages") from None
+        if calling(body.tools, body.tool_choice) in ("required", "named"):
+            ids.append(self.tokenizer.special("<|python_start|>"))
+        return ids
 
-    async def chat_job(self, body: ChatRequest) -> Job:
+    def _render(self, found: list[dict[str, Any]], body: ChatRequest) -> list[int]:
+        if body.messages[-1].role != "tool":
+            return render_prompt(self.tokenizer, found)
+        # The answer goes on after the result: its turn is still open.
+        ids, _ = render_conversation(self.tokenizer, found)
+        assert ids[-1] == self.tokenizer.special("<|assistant_end|>")
+        return ids[:-1]
+
+    async def chat_job(self, body: ChatRequest, client: str = "") -> Job:
         self.check_model(body.model)
         ids = await self.chat_prompt(body)
         limit = body.max_completion_tokens or body.max_tokens or self.max_len - len(ids)
-        return self._job(body, "messages", [ids], [""], limit)
+        return self._job(body, "messages", [ids], [""], limit, client)
 
-    async def completion_job(self, body: CompletionRequest) -> Job:
+    async def completion_job(self, body: CompletionRequest, client: str = "") -> Job:
         self.check_model(body.model)
         prompts: list[list[int]] = []
         echoes: list[str] = []
@@ -95,7 +117,7 @@ class Service:
                 echoes.append(self.tokenizer.decode(prompt) if body.echo else "")
         echoes = echoes if body.echo else [""] * len(prompts)
         # 16 is OpenAI's default.
-        return self._job(body, "prompt", prompts, echoes, body.max_tokens or 16)
+        return self._job(body, "prompt", prompts, echoes, body.max_tokens or 16, client)
 
     def _job(
         self,
@@ -104,11 +126,14 @@ class Service:
         prompts: list[list[int]],
         echoes: list[str],
         max_tokens: int,
+        client: str,
     ) -> Job:
         n = body.n or 1
-        if n * len(prompts) > self.limits.max_choices:
+        candidates = body.candidates if isinstance(body, CompletionRequest) else n
+        if candidates * len(prompts) > self.limits.max_choices:
             raise errors.invalid(
-                f"n={n} for {len(prompts)} prompts is more than {self.limits.max_choices} choices",
+                f"{'n' if candidates == n else 'best_of'}={candidates} for {len(prompts)} prompts "
+                f"is more than {self.limits.max_choices} choices",
                 "n",
             )
         for ids in prompts:
@@ -120,18 +145,23 @@ class Service:
                 id=secrets.token_hex(8),
                 prompt=ids,
                 params=self._params(body, max_tokens, (seed + i) % 2**63),
+                priority=body.priority or 0,
+                client=client,
             )
             for ids in prompts
-            for i in range(n)
+            for i in range(candidates)
         ]
         return Job(
             requests=requests,
-            prefixes=[echo for echo in echoes for _ in range(n)],
+            prefixes=[echo for echo in echoes for _ in range(candidates)],
             stop=body.stops,
             stream=bool(body.stream),
             include_usage=body.include_usage,
             logprobs=_logprobs(body) is not None,
             prompt_tokens=sum(map(len, prompts)),
+            calling=_calling(body),
+            n=n,
+            candidates=candidates,
         )
 
     def _check_length(self, ids: Sequence[int], param: str, max_tokens: int) -> None:
@@ -148,6 +178,12 @@ class Service:
             return
         raise errors.invalid(message, param, "context_length_exceeded")
 
+    def _stop_ids(self, body: SamplingBody) -> tuple[int, ...]:
+        ids = tuple(body.stop_token_ids or ())
+        # Where the expression is written the client takes over.
+        called = _calling(body) != "no"
+        return (*ids, self.tokenizer.special("<|python_end|>")) if called else ids
+
     def _params(self, body: SamplingBody, max_tokens: int, seed: int) -> SamplingParams:
         return SamplingParams(
             temperature=1.0 if body.temperature is None else body.temperature,
@@ -160,13 +196,22 @@ class Service:
             logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
             max_tokens=max_tokens,
             min_tokens=min(body.min_tokens or 0, max_tokens),
-            stop_ids=tuple(body.stop_token_ids or ()),
+            stop_ids=self._stop_ids(body),
             # Both a new document and the end of the assistant's turn end an answer.
             eos_ids=(self.tokenizer.bos, self.tokenizer.special("<|assistant_end|>")),
             ignore_eos=bool(body.ignore_eos),
             seed=seed,
-            logprobs=_logprobs(body),
+            logprobs=_logprobs(body) or 0 if _ranked(body) else _logprobs(body),
         )
+
+
+def _calling(body: SamplingBody) -> Calling:
+    return calling(body.tools, body.tool_choice) if isinstance(body, ChatRequest) else "no"
+
+
+def _ranked(body: SamplingBody) -> bool:
+    """Whether answers are compared by their likelihood."""
+    return isinstance(body, CompletionRequest) and body.candidates > (body.n or 1)
 
 
 def _logprobs(body: SamplingBody) -> int | None:

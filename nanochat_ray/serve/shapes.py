@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import secrets
 import time
 from dataclasses import dataclass
 from typing import Any
 
 from nanochat_ray.serve import logprobs
 from nanochat_ray.serve.completions import Piece
+from nanochat_ray.serve.conversation import FUNCTION, arguments
 from nanochat_ray.serve.logprobs import Scored
-from nanochat_ray.serve.protocol import (
+from nanochat_ray.serve.responses import (
     AnswerMessage,
     Calculation,
+    CalledFunction,
+    CalledTool,
     ChatChoice,
     ChatResponse,
     CompletionChoice,
     CompletionResponse,
+    PromptTokensDetails,
     Usage,
 )
 from nanochat_ray.serve.service import Job, Service
@@ -35,9 +41,11 @@ class Shape:
         self.created = int(time.time())
         self.text = list(self.job.prefixes)
         self.calculations: list[list[Calculation]] = [[] for _ in self.job.requests]
+        self.calls: list[CalledTool | None] = [None] * len(self.job.requests)
         self.scored: list[list[Scored]] = [[] for _ in self.job.requests]
         self.finish: list[Any] = [None] * len(self.job.requests)
         self.tokens = 0
+        self.cached = [0] * len(self.job.requests)
         # All of a chunk that never changes is written once: it is most of each event.
         head = {"id": self.id, "object": self.kind, "created": self.created}
         self._head = json.dumps({**head, "model": self.service.name})[:-1] + ', "choices": ['
@@ -45,10 +53,36 @@ class Shape:
 
     def take(self, piece: Piece) -> None:
         self.tokens += piece.tokens
+        self.cached[piece.index] += piece.cached
         self.text[piece.index] += piece.text
         self.calculations[piece.index] += piece.calculations
+        if piece.call is not None:
+            self.calls[piece.index] = CalledTool(
+                id=f"call_{secrets.token_hex(12)}",
+                function=CalledFunction(name=FUNCTION, arguments=arguments(piece.call)),
+            )
         self.finish[piece.index] = piece.finish
         self.scored[piece.index] += piece.scored
+
+    def shown(self) -> list[int]:
+        """The choices that the client gets: with ``best_of`` the likeliest, by log-probability
+        per token as at OpenAI."""
+        job = self.job
+        if job.candidates == job.n:
+            return list(range(len(job.requests)))
+
+        def likelihood(i: int) -> float:
+            scored = self.scored[i]
+            return sum(s.logprob for _, s in scored) / len(scored) if scored else -math.inf
+
+        firsts = range(0, len(job.requests), job.candidates)
+        return [
+            i
+            for first in firsts
+            for i in sorted(range(first, first + job.candidates), key=likelihood, reverse=True)[
+                : job.n
+            ]
+        ]
 
     def usage(self) -> Usage:
         prompt = self.job.prompt_tokens
@@ -56,6 +90,10 @@ class Shape:
             prompt_tokens=prompt,
             completion_tokens=self.tokens,
             total_tokens=prompt + self.tokens,
+            # A prompt counts once, however many choices share it.
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=sum(self.cached[:: self.job.candidates])
+            ),
         )
 
     def logprobs(self, scored: list[Scored], offset: int = 0) -> dict[str, Any] | None:
@@ -73,7 +111,7 @@ class Shape:
     def delta(self, piece: Piece) -> str:
         raise NotImplementedError
 
-    def whole(self) -> CompletionResponse | ChatResponse:
+    def whole(self) -> dict[str, Any]:
         raise NotImplementedError
 
 
@@ -99,22 +137,22 @@ class CompletionShape(Shape):
             }
         )
 
-    def whole(self) -> CompletionResponse:
+    def whole(self) -> dict[str, Any]:
         return CompletionResponse(
             id=self.id,
             created=self.created,
             model=self.service.name,
             choices=[
                 CompletionChoice(
-                    index=i,
-                    text=text,
+                    index=index,
+                    text=self.text[i],
                     logprobs=self.logprobs(self.scored[i]),
                     finish_reason=self.finish[i],
                 )
-                for i, text in enumerate(self.text)
+                for index, i in enumerate(self.shown())
             ],
             usage=self.usage(),
-        )
+        ).model_dump()
 
 
 class ChatShape(Shape):
@@ -136,6 +174,8 @@ class ChatShape(Shape):
             delta["calculator"] = [c.model_dump() for c in piece.calculations]
         if piece.text:
             delta["content"] = piece.text
+        if piece.call is not None and (call := self.calls[piece.index]):
+            delta["tool_calls"] = [{"index": 0, **call.model_dump()}]
         return self.chunk(
             {
                 "index": piece.index,
@@ -145,19 +185,27 @@ class ChatShape(Shape):
             }
         )
 
-    def whole(self) -> ChatResponse:
+    def whole(self) -> dict[str, Any]:
         return ChatResponse(
             id=self.id,
             created=self.created,
             model=self.service.name,
             choices=[
                 ChatChoice(
-                    index=i,
-                    message=AnswerMessage(content=text, calculator=self.calculations[i] or None),
+                    index=index,
+                    message=self._message(i),
                     logprobs=self.logprobs(self.scored[i]),
                     finish_reason=self.finish[i],
                 )
-                for i, text in enumerate(self.text)
+                for index, i in enumerate(self.shown())
             ],
             usage=self.usage(),
+        ).model_dump()
+
+    def _message(self, i: int) -> AnswerMessage:
+        call = self.calls[i]
+        return AnswerMessage(
+            content=self.text[i] or None if call else self.text[i],
+            tool_calls=[call] if call else None,
+            calculator=self.calculations[i] or None,
         )

@@ -20,6 +20,11 @@ T = TypeVar("T")
 DONE = "[DONE]"
 
 
+def event(*data: str) -> str:
+    """Each of ``data`` as one event."""
+    return "".join(f"data: {one}\n\n" for one in data)
+
+
 class ClientGoneError(Exception):
     """The client closed its connection; nobody waits for a response."""
 
@@ -45,7 +50,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
 
 
 class EventStream(Response):
-    """Each string of ``events`` as one ``data:`` event.
+    """``events`` as they come, each string one or more whole events, sent in one write.
 
     The generator is always closed before the response ends, whoever ends it.
     """
@@ -79,6 +84,6 @@ class EventStream(Response):
             {"type": "http.response.start", "status": 200, "headers": self.raw_headers},
         )
         async for data in self.events:
-            body = f"data: {data}\n\n".encode()
+            body = data.encode()
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

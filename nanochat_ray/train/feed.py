@@ -41,8 +41,13 @@ def from_shards(
     return batches
 
 
-def _pinned(array: np.ndarray) -> np.ndarray:
-    """A copy in page-locked memory, from which a GPU reads while the CPU goes on."""
+def _ready(array: np.ndarray, *, pin: bool) -> np.ndarray:
+    """The array as a step can take it: writable, since torch refuses to share what is not.
+
+    ``pin`` makes a copy in page-locked memory, from which a GPU reads while the CPU goes on.
+    """
+    if not pin:
+        return np.require(array, requirements="W")
     held = torch.empty(array.shape, dtype=torch.from_numpy(array[:0]).dtype, pin_memory=True)
     copy = held.numpy()  # keeps the tensor alive
     copy[...] = array
@@ -69,10 +74,8 @@ def prefetched(
     def make() -> None:
         try:
             for batch in batches:
-                if pin:
-                    mask = None if batch.mask is None else _pinned(batch.mask)
-                    batch = Batch(_pinned(batch.ids), mask)
-                put(batch)
+                mask = None if batch.mask is None else _ready(batch.mask, pin=pin)
+                put(Batch(_ready(batch.ids, pin=pin), mask))
                 if ended.is_set():
                     return
             put(None)

@@ -146,6 +146,8 @@ def execute(
     check_memory(job, world=world, sharing=sharing, device=device)
     if config.deterministic:
         make_deterministic()
+    if config.batch_rows < world:
+        raise ValueError(f"batch_rows={config.batch_rows} is not allowed: {world} workers or more")
     dataset, manifest, tokenizer = open_dataset(job.storage, job.dataset)
     root = Store.at(job.storage)
     model = GPT(job.model, compute_dtype=DTYPES[config.precision]).to(device)
@@ -154,6 +156,10 @@ def execute(
         model.load_state_dict(saved.weights)
     else:
         model.init_weights(torch.Generator().manual_seed(config.seed))
+    if config.fp8:
+        model.use_fp8()
+    if config.compile:
+        model.compile_hidden()
     if batches is None:
         batches = from_shards(RowReader(dataset, manifest, "train"), config, rank, world)
     evaluate, bytes_per_token = validator(job, dataset, manifest, tokenizer, rank, world)

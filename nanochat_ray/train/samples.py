@@ -16,6 +16,8 @@ from nanochat_ray.text.tokenizer import Tokenizer
 
 BASE_PROMPTS = ("The capital of France is", "To make a cake, first", "If 3 + 4 = 7, then")
 SFT_PROMPTS = ("Who are you?", "What is 12 + 7?", "Why is the sky blue?")
+LENGTHS = 128
+"""Rows are padded to a multiple of this."""
 
 
 @torch.no_grad()
@@ -24,15 +26,20 @@ def greedy(model: GPT, ids: Sequence[int], count: int, ends: Sequence[int]) -> l
 
     Stops where the context that the model was trained for is full.
     """
-    device = model.lm_head.weight.device
-    row = torch.tensor([list(ids)], device=device)
-    first = row.size(1)
-    for _ in range(min(count, model.config.sequence_len - first)):
-        best = model.logits(model.hidden(row)[:, -1:]).argmax(dim=-1)
-        if int(best) in ends:
-            break
-        row = torch.cat((row, best), dim=1)
-    return row[0, first:].tolist()
+    first = len(ids)
+    last = min(first + count, model.config.sequence_len)
+    # One length for all forwards: on a GPU each length of its own may compile anew. What stands
+    # to the right of a token does not reach it.
+    length = min(-(-last // LENGTHS) * LENGTHS, model.config.sequence_len)
+    row = torch.zeros((1, length), dtype=torch.int64, device=model.lm_head.weight.device)
+    row[0, :first] = torch.tensor(list(ids))
+    for at in range(first, last):
+        # The class's own method: an instance's may be compiled, for the shapes of training.
+        best = int(model.logits(GPT.hidden(model, row)[:, at - 1]).argmax())
+        if best in ends:
+            return row[0, first:at].tolist()
+        row[0, at] = best
+    return row[0, first:last].tolist()
 
 
 def sampler(tokenizer: Tokenizer, stage: str, count: int) -> Callable[[GPT], list[tuple[str, str]]]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
-import msgpack
 import openai
 import pytest
 import torch
@@ -24,7 +23,8 @@ from nanochat_ray.config import EngineConfig, ModelConfig, to_json
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.engine_replica import EngineReplica
-from nanochat_ray.on_ray.routing import ACCEPTED, NOT_HERE
+from nanochat_ray.on_ray.link import ACCEPTED, Link
+from nanochat_ray.on_ray.routing import MAX_LEAD, PrefixRouter
 from nanochat_ray.on_ray.serve import ServeConfig, build, settings
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -92,6 +92,10 @@ def wait_for(ready: Callable[[], Any], seconds: float) -> None:
     while not ready():
         assert time.monotonic() < until, "it did not happen in time"
         time.sleep(0.05)
+
+
+def test_health_keeps_the_secret(url: str) -> None:
+    assert "secret" not in httpx.get(f"{url}/health", timeout=10).text
 
 
 def engines(url: str) -> list[dict[str, Any]]:
@@ -177,43 +181,89 @@ def test_a_new_snapshot_is_taken_in_place(config: ServeConfig) -> None:
 
     async def run() -> None:
         engine = to_json(config.engine)
-        replica = EngineReplica(config.storage, "tiny", engine, "cpu", 1, name="r")
+        replica = EngineReplica(
+            config.storage, "tiny", engine, "cpu", 1, name="r", host="127.0.0.1"
+        )
         await replica.reconfigure({"snapshot": "step-000100"})
-        stream = replica.connect(ingress="i", replica="r")
-        assert msgpack.unpackb(await anext(stream)) == []
         texts: dict[str, list[int]] = {}
+        ended: set[str] = set()
+        answers: list[Any] = []
 
-        async def submit(name: str, tokens: int) -> None:
+        def received(_: Link, message: list[Any]) -> None:
+            if message[0] == "answer" or message[0] == "leaving":
+                answers.append(message)
+            if message[0] != "outputs":
+                return
+            for output in message[1]:
+                texts[output["id"]] += output["tokens"]
+                ended.update({output["id"]} if output.get("finish") else ())
+
+        async def connect(secret: str) -> Link:
+            _, link = await asyncio.get_running_loop().create_connection(
+                lambda: Link(received, lambda _: answers.append("lost")),
+                *(await replica.place())["address"],
+            )
+            link.send("hello", secret, "i")
+            return link
+
+        async def until(ready: Callable[[], Any]) -> None:
+            async with asyncio.timeout(30):
+                while not ready():
+                    await asyncio.sleep(0.01)
+
+        def submit(name: str, tokens: int) -> None:
             params = SamplingParams(max_tokens=tokens, seed=1)
-            request = msgpack.packb(Request(id=name, prompt=[65], params=params).to_wire())
             texts[name] = []
-            assert await replica.submit(ingress="i", replica="r", request=request) == ACCEPTED
+            link.send("submit", Request(id=name, prompt=[65], params=params).to_wire())
 
-        async def read(until: str) -> None:
-            while True:
-                for output in msgpack.unpackb(await anext(stream)):
-                    texts[output["id"]] += output["tokens"]
-                    if output.get("finish") and output["id"] == until:
-                        return
+        stranger = await connect("guess")
+        stranger.send("submit", Request(id="x", prompt=[65]).to_wire())
+        await until(lambda: answers == ["lost"])
+        assert not replica.owners
+        answers.clear()
 
-        await submit("before", 200)
-        await read("before")
-        await submit("during", 200)
+        link = await connect(replica.secret)
+        submit("before", 200)
+        await until(lambda: "before" in ended)
+        assert answers == [["answer", "before", ACCEPTED]]
+        submit("during", 200)
+        await until(lambda: len(answers) == 2)
         old = replica.engine
         await replica.reconfigure({"snapshot": "step-000101"})
-        await submit("after", 200)
-        await read("after")
-        while len(texts["during"]) < 200:
-            await read("during")
+        submit("after", 200)
+        await until(lambda: {"during", "after"} <= ended)
         assert texts["during"] == texts["before"] != texts["after"]
         assert old is not replica.engine
-        assert await replica.submit(ingress="i", replica="other", request=b"") == NOT_HERE
+        submit("after", 2000)
+        await until(lambda: len(answers) == 4)
         with pytest.raises(ValueError, match="step-000999"):
             await replica.reconfigure({"snapshot": "step-000999"})
         assert replica.snapshot == "step-000101"  # it goes on with what it has
-        await replica.__del__()
+        link.close()
+        await until(lambda: not replica.owners)  # an ingress that dies frees its slots
+
+        link = await connect(replica.secret)
+        ended.clear()
+        submit("last", 300)
+        await until(lambda: texts["last"])
+        await replica.__del__()  # it ends what it has
+        assert "last" in ended
+        assert ["leaving"] in answers
 
     asyncio.run(run())
+
+
+def test_prompts_go_where_their_beginning_is_unless_that_is_busy() -> None:
+    router = PrefixRouter()
+    system, other = list(range(100)), list(range(200, 300))
+    router.sent("a", [*system, 1])
+    router.sent("b", other)
+    assert router.choose([*system, 7, 8], {"a": 3, "b": 1}) == "a"
+    assert router.choose([*system, 7, 8], {"a": 3 + MAX_LEAD, "b": 1}) == "b"
+    assert router.choose([*other, 7], {"a": 0, "b": 1}) == "b"
+    assert router.choose([5], {"a": 1, "b": 0}) == "b"
+    router.forget("a")
+    assert router.choose(system, {"a": 1, "b": 0}) == "b"
 
 
 def test_a_run_that_is_not_there_is_named(config: ServeConfig) -> None:

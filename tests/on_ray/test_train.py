@@ -94,6 +94,45 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_stopped_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
+    from nanochat_ray.on_ray import train as on_ray
+
+    root = Store.at(str(tmp_path))
+    write_dataset(root, "base")
+    stopped, whole = (job(root.uri, run, steps=400) for run in ("stopped", "whole"))
+    run = root.child("runs", "stopped")
+
+    def terminate() -> None:
+        wait_for(lambda: snapshot.latest(run) is not None, 60, "a first checkpoint")
+        os.kill(os.getpid(), signal.SIGTERM)  # what ``ray job stop`` sends to the driver
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    result = on_ray.fit(stopped, workers=2, cpus_per_worker=0.5)
+    thread.join()
+    assert not result["done"]
+    assert 4 <= result["step"] < 400
+    assert snapshot.latest(run) == snapshot.name_of(result["step"])
+    result = on_ray.fit(stopped, workers=1, cpus_per_worker=0.5)
+    assert result["done"]
+    execute(whole)
+    assert losses(root, "stopped") == pytest.approx(losses(root, "whole"), abs=1e-4)
+
+
+def test_what_no_restart_would_mend_ends_the_run_at_once(tmp_path: Path) -> None:
+    from nanochat_ray.on_ray.train import fit
+
+    root = Store.at(str(tmp_path))
+    write_dataset(root, "base")
+    wide = dataclasses.replace(job(root.uri, "run"), model=tiny_config(n_embd=2**17))
+    with pytest.raises(ValueError, match=r"micro_rows=4 needs about .* a smaller depth would fit"):
+        fit(wide, workers=1)
+    with pytest.raises(ValueError, match="min_workers=3 is not allowed: from 0 to workers=2"):
+        fit(job(root.uri, "run"), workers=2, min_workers=3)
+    with pytest.raises(ValueError, match="workers=9 is not allowed: at most batch_rows=8"):
+        fit(job(root.uri, "run"), workers=9)
+
+
 def test_what_cannot_run_is_refused_before_a_worker_starts(tmp_path: Path) -> None:
     from nanochat_ray.on_ray.train import fit
 

@@ -19,8 +19,9 @@ class ScriptedClient:
         self.requests: list[Request] = []
         self.running: set[str] = set()
         self.aborted: list[str] = []
+        self.tasks: list[asyncio.Task[None]] = []
 
-    async def submit(self, request: Request) -> OutputStream:
+    async def submit(self, request: Request, stream: OutputStream) -> None:
         if self.refuse is not None:
             raise self.refuse
         self.requests.append(request)
@@ -30,10 +31,9 @@ class ScriptedClient:
             self.aborted.append(request.id)
             self.running.discard(request.id)
 
-        stream = OutputStream(abort)
+        stream.take(request.id, abort)
         task = asyncio.ensure_future(self._play(request, stream))
-        stream.task = task  # type: ignore[attr-defined]  # keeps it alive
-        return stream
+        self.tasks.append(task)
 
     async def _play(self, request: Request, stream: OutputStream) -> None:
         for i, token in enumerate(self.tokens[: request.params.max_tokens]):
@@ -41,9 +41,14 @@ class ScriptedClient:
             if request.id not in self.running:
                 return
             if i == self.break_after:
-                stream.fail(UnavailableError("the engine was lost"))
+                stream.fail(request.id, UnavailableError("the engine was lost"))
                 return
-            stream.push(Output(request_id=request.id, tokens=[token]))
+            stops = token in request.params.stop_ids
+            finish = "stop" if stops else None
+            self.running -= {request.id} if stops else set()
+            stream.push(Output(request_id=request.id, tokens=[token], finish=finish))
+            if stops:
+                return
         if self.finish is None:
             return
         self.running.discard(request.id)

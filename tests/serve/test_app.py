@@ -178,7 +178,7 @@ REFUSED: list[tuple[str, Any, int, str | None, str | None]] = [
     ("chat/completions", chat(max_tokens=250), 400, "max_tokens", "context_length_exceeded"),
     ("chat/completions", chat(stop=["a"] * 17), 400, "stop", None),
     ("chat/completions", chat(stream_options={}), 400, "stream_options", None),
-    ("chat/completions", chat(tools=[{}]), 400, "tools", None),
+    ("chat/completions", chat(tools=[{}]), 400, "tools[0].type", None),
     ("chat/completions", chat(response_format={"type": "x"}), 400, "response_format", None),
     (
         "chat/completions",
@@ -262,6 +262,9 @@ def test_keys(engine: ScriptedClient) -> None:
             response = httpx.get(f"{url}/v1/models", headers=headers)
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
+        body = {"prompt": "x", "priority": 3}
+        assert httpx.post(f"{url}/v1/completions", json=body, headers=good).status_code == 200
+        assert (engine.requests[0].client, engine.requests[0].priority) == ("key 1", 3)
         assert httpx.get(f"{url}/health").status_code == 200
         assert httpx.get(url).status_code == 200
 

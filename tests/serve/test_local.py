@@ -83,7 +83,8 @@ def test_logprobs(client: openai.OpenAI) -> None:
     found = answer.choices[0].logprobs
     assert found is not None
     assert len(found.tokens) == len(found.token_logprobs) == len(found.text_offset) == 4
-    assert all(len(top) <= 2 for top in found.top_logprobs)
+    assert all(len(top) <= 3 for top in found.top_logprobs)
+    assert all(t in top for t, top in zip(found.tokens, found.top_logprobs, strict=True))
     greedy = [max(top.values()) for top in found.top_logprobs]
     assert found.token_logprobs == pytest.approx(greedy)
     chat = client.chat.completions.create(
@@ -110,16 +111,30 @@ def test_penalties_and_bias_are_taken(client: openai.OpenAI) -> None:
     assert len(set(text.choices[0].text)) > 5
 
 
-def test_leaving_frees_the_slot(url: str, local: LocalClient) -> None:
-    fields = {"messages": USER, "stream": True, "max_tokens": 450, "ignore_eos": True}
+@pytest.mark.parametrize("n", [1, 3])
+def test_leaving_frees_the_slots_within_a_step(url: str, local: LocalClient, n: int) -> None:
+    fields = {"messages": USER, "stream": True, "max_tokens": 450, "ignore_eos": True, "n": n}
     body = json.dumps(fields).encode()
     host, port = url.removeprefix("http://").split(":")
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        assert b"200 OK" in connection.recv(65536)
-        assert local.engine.stats().running == 1
-    wait_for(lambda: not local.engine.has_work, 2.0)
+    aborted: list[int] = []  # the engine's steps when each abort came
+    abort = local._engine_loop.abort
+
+    def noted(request_id: str) -> None:
+        aborted.append(local.engine.stats().steps)
+        abort(request_id)
+
+    local._engine_loop.abort = noted  # type: ignore[method-assign]
+    try:
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert b"200 OK" in connection.recv(65536)
+            wait_for(lambda: local.engine.stats().running == n)
+        wait_for(lambda: not local.engine.has_work, 2.0)
+    finally:
+        local._engine_loop.abort = abort  # type: ignore[method-assign]
+    assert len(aborted) == n
+    assert local.engine.stats().steps <= aborted[-1] + 2  # the one that ran, and one begun then
     local.engine.check_integrity()
 
 
@@ -135,3 +150,64 @@ def test_health_tells_the_load(url: str) -> None:
     found = httpx.get(f"{url}/health").json()
     assert found["status"] == "ok"
     assert found["engines"][0]["slots"] == 4
+
+
+def test_metrics_tell_what_happened(url: str, client: openai.OpenAI) -> None:
+    def figures() -> dict[str, float]:
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        return {
+            line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+            for line in lines
+            if not line.startswith("#")
+        }
+
+    before = figures()
+    client.completions.create(
+        model="tiny", prompt="x" * 40, max_tokens=9, extra_body={"ignore_eos": True}
+    )
+    after = figures()
+
+    def rise(name: str, label: str = "") -> float:
+        key = f'nanochat_{name}{{{label}model_name="tiny"}}'
+        return after[key] - before.get(key, 0)
+
+    assert rise("generation_tokens_total") == 9
+    assert rise("prompt_tokens_total") == 41
+    assert rise("time_to_first_token_seconds_count") == 1
+    assert 1 <= rise("inter_token_latency_seconds_count") <= 8  # steps may come together
+    assert rise("e2e_request_latency_seconds_count") == 1
+    assert rise("request_success_total", 'finished_reason="length",') == 1
+    assert rise("prefix_cache_queries_total", 'engine="0",') > 0
+    assert after['nanochat_num_requests_running{engine="0",model_name="tiny"}'] == 0
+
+
+def test_usage_tells_what_was_cached(client: openai.OpenAI) -> None:
+    given = {"model": "tiny", "prompt": "y" * 100, "max_tokens": 2}
+    cached = []
+    for _ in range(2):
+        usage = client.completions.create(**given).usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        cached.append(usage.prompt_tokens_details.cached_tokens)
+    assert cached == [0, 96]
+
+
+def test_best_of_gives_the_likeliest(client: openai.OpenAI) -> None:
+    fields = {"model": "tiny", "prompt": "ab", "seed": 1, "max_tokens": 6, "logprobs": 0}
+
+    def likelihood(choice: openai.types.CompletionChoice) -> float:
+        assert choice.logprobs is not None
+        scores = choice.logprobs.token_logprobs or []
+        return sum(scores) / len(scores)
+
+    every = client.completions.create(**fields, n=4).choices
+    best = client.completions.create(**fields, n=2, best_of=4).choices
+    expected = sorted(every, key=likelihood, reverse=True)[:2]
+    assert [c.text for c in best] == [c.text for c in expected]
+    assert [c.index for c in best] == [0, 1]
+    del fields["logprobs"]
+    (one,) = client.completions.create(**fields, best_of=4).choices
+    assert one.text == expected[0].text
+    assert one.logprobs is None
+    with pytest.raises(openai.BadRequestError, match="best_of=2"):
+        client.completions.create(**fields, best_of=2, stream=True)

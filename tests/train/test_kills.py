@@ -98,9 +98,10 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
     remote = Store.at(s3).child(f"kills-{time.time_ns()}")
     for store in (root, remote):
         write_dataset(store, "base")
-    began = time.monotonic()
-    spawn(job(root, "whole")).join(60)
-    seconds = time.monotonic() - began
+    for name in ("whole", "again"):  # the first also starts the server of processes
+        began = time.monotonic()
+        spawn(job(root, name)).join(60)
+        seconds = time.monotonic() - began
     expected = state(root, "whole")
     rng, done = random.Random(time.time_ns()), 0
     hit = {"random": 0, "checkpoint": 0, "upload": 0}

@@ -1,0 +1,380 @@
+"""Measure serving: the engine in process, one plain server, Ray Serve and peers, side by side.
+
+    python jobs/bench_serve.py                                     # a fresh model of 14 M weights
+    python jobs/bench_serve.py --peer vllm=http://127.0.0.1:8001   # the same load, another server
+    python jobs/bench_serve.py --only http --sides ray --rate 4    # open loop, Poisson arrivals
+    python jobs/bench_serve.py --only offline --peer-python vllm=/envs/vllm/bin/python
+
+The protocol is that of ``vllm bench serve`` (see ``serve.load``): random ids of random lengths, the
+end of a turn ignored, greedy. Sides take turns within each repeat; figures are medians over the
+repeats. A peer must serve the same weights: jobs/export.py writes them, --storage and --run say
+which (a run that is not there is made). The last line is one JSON object; what was not measured is
+null in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from nanochat_ray.config import EngineConfig
+from nanochat_ray.serve import load, load_engine
+from nanochat_ray.serve.chart import lines_svg
+from nanochat_ray.storage import Store
+
+KEYS = (
+    *("decode_vs_vllm", "decode_vs_transformers", "http_vs_vllm", "prefix_speedup"),
+    *("serve_first_token_ms", "serve_throughput_share"),
+)
+SIDES = ("engine", "local", "ray")
+STREAMS = 32
+"""Where throughputs are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    only: str = "http,prefix"
+    """Parts, separated by commas: http, prefix, offline."""
+    sides: str = "engine,local,ray"
+    """What of ours is measured over HTTP: the engine in process, serve.local under uvicorn, Ray
+    Serve. --ours adds a server that runs already."""
+    ours: str = ""
+    """URL of a server of ours, in place of "ray"."""
+    peer: list[str] = field(default_factory=list)
+    """NAME=URL of other servers of the same weights; "vllm" fills the key http_vs_vllm."""
+    peer_python: list[str] = field(default_factory=list)
+    """NAME=PATH of the Python of an offline peer: see jobs/bench_offline.py."""
+    key: str = ""
+    """API key for all servers."""
+    storage: str = ""
+    """Where the run is; by default a temporary folder."""
+    run: str = "bench"
+    concurrency: tuple[int, ...] = (1, 16, STREAMS)
+    rate: float = 0.0
+    """Requests per second; 0 is a closed loop."""
+    prompt: int = 128
+    output: int = 64
+    spread: float = 0.5
+    """Lengths lie uniformly within this share around those two."""
+    requests: int = 2
+    """Requests for each stream, and at least 8."""
+    shared: int = 512
+    own: int = 32
+    shared_output: int = 16
+    """The shared-prefix load: tokens that are shared, a prompt's own, and of the answer."""
+    goal: list[str] = field(default_factory=list)
+    """Goodput: ttft:MS, tpot:MS or e2e:MS."""
+    repeats: int = 3
+    threads: int = 1
+    port: int = 8390
+    """Of the servers that are started: this one and the next."""
+    chart: Path | None = None
+    """Where to write tokens/s by streams as an SVG."""
+    out: Path | None = None
+    """Where to write all figures by side and streams, as JSON."""
+    child: str = ""
+    """Internal: the side that this process is."""
+
+
+# ---- our sides, each a process of its own
+
+
+def be_engine(args: Args) -> None:
+    """Takes loads as JSON lines and answers each with its figures."""
+    run = Store.at(args.storage).child("runs", args.run)
+    engines: dict[bool, Any] = {}
+    print("ready", flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if asked["prefix"] not in engines:
+            kept = EngineConfig.prefix_tokens if asked["prefix"] else 0
+            config = EngineConfig(max_slots=STREAMS, prefix_tokens=kept)
+            engines[asked["prefix"]] = load_engine.make_engine(run, args.threads, config)
+        prompts = [load.Prompt(*prompt) for prompt in asked["prompts"]]
+        began = time.perf_counter()
+        results = load_engine.drive(engines[asked["prefix"]], prompts, asked["concurrency"])
+        figures = load.summary(results, time.perf_counter() - began, goals(args))
+        print(json.dumps({**figures, "texts": [r.text for r in results]}), flush=True)
+
+
+@contextlib.contextmanager
+def child(args: Args, side: str) -> Iterator[subprocess.Popen[str]]:
+    here = Path(__file__)
+    if side == "engine":
+        command = [str(here), "--child", side]
+        for goal in args.goal:
+            command += ["--goal", goal]
+    else:
+        command = [str(here.with_name("serve.py")), "--max-slots", str(STREAMS)]
+        command += ["--port", str(args.port + (side == "ray"))]
+        command += ["--no-ray"] if side == "local" else []
+    command += ["--storage", args.storage, "--run", args.run, "--threads", str(args.threads)]
+    environment = {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        **os.environ,
+        "OMP_NUM_THREADS": str(args.threads),
+        "OMP_WAIT_POLICY": "passive",
+        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE if side == "engine" else subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        process.kill()
+
+
+# ---- the measurement
+
+
+class Side:
+    """Something that takes a load and gives its figures."""
+
+    def __init__(self, name: str, *, url: str = "", model: str = "", process: Any = None):
+        self.name, self.url, self.model, self.process = name, url, model, process
+
+    def run(
+        self, args: Args, prompts: list[load.Prompt], concurrency: int, prefix: bool = True
+    ) -> dict[str, Any]:
+        if self.url:
+            results, seconds = asyncio.run(
+                load.drive(
+                    self.url,
+                    self.model,
+                    prompts,
+                    concurrency=0 if args.rate else concurrency,
+                    rate=args.rate,
+                    key=args.key,
+                )
+            )
+            for error in {r.error for r in results if r.error}:
+                print(f"{self.name}: {error}", file=sys.stderr)
+            return load.summary(results, seconds, goals(args))
+        asked = {"prompts": [[p.ids, p.output] for p in prompts], "concurrency": concurrency}
+        self.process.stdin.write(json.dumps({**asked, "prefix": prefix}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise ValueError(f"{self.name}: its process ended, see above")
+        return json.loads(line)
+
+
+def goals(args: Args) -> dict[str, float]:
+    found = {}
+    for goal in args.goal:
+        name, _, bound = goal.partition(":")
+        if name not in ("ttft", "tpot", "e2e") or not bound.replace(".", "", 1).isdigit():
+            raise ValueError(f"goal={goal!r} is not allowed: ttft:MS, tpot:MS or e2e:MS")
+        found[name] = float(bound)
+    return found
+
+
+def pairs(values: list[str], flag: str) -> dict[str, str]:
+    for value in values:
+        if not all(value.partition("=")):
+            raise ValueError(f"{flag}={value!r} is not allowed: NAME=VALUE")
+    return {name: rest for name, _, rest in (value.partition("=") for value in values)}
+
+
+def model_at(url: str, key: str, seconds: float = 90.0) -> str:
+    """The name of the model at ``url``, once it answers."""
+    until = time.monotonic() + seconds
+    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=5) as response:
+                return json.load(response)["data"][0]["id"]
+        except (OSError, ValueError) as error:
+            if time.monotonic() > until:
+                raise ValueError(f"{url} does not answer: {error}") from None
+            time.sleep(0.3)
+
+
+@contextlib.contextmanager
+def sides(args: Args) -> Iterator[list[Side]]:
+    """Ours and the peers', all up at once, so that they can take turns."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for name in args.sides.split(",") if args.sides else []:
+            if name not in SIDES:
+                raise ValueError(f"sides={name!r} is not allowed: {', '.join(SIDES)}")
+            if name == "ray" and args.ours:
+                continue
+            process = stack.enter_context(child(args, name))
+            if name == "engine":
+                assert process.stdout is not None
+                process.stdout.readline()
+                found.append(Side(name, process=process))
+            else:
+                url = f"http://127.0.0.1:{args.port + (name == 'ray')}"
+                found.append(Side(name, url=url, model=model_at(url, args.key)))
+        urls = {**({"ray": args.ours} if args.ours else {}), **pairs(args.peer, "peer")}
+        for name, url in urls.items():
+            url = url.rstrip("/").removesuffix("/v1")
+            found.append(Side(name, url=url, model=model_at(url, args.key)))
+        yield found
+
+
+def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    numbers = [k for k, v in runs[0].items() if isinstance(v, (int, float))]
+    return {name: statistics.median(run[name] for run in runs) for name in numbers}
+
+
+def measure_http(args: Args, found: list[Side]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Median figures by side and streams."""
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for repeat in range(-1, args.repeats):  # the first one warms up
+        for streams in args.concurrency:
+            count = max(8, args.requests * streams) if repeat >= 0 else min(8, streams)
+            prompts = load.random_prompts(
+                count,
+                vocab=2000,
+                prompt=args.prompt,
+                output=args.output,
+                spread=args.spread,
+                seed=1000 * repeat + streams,
+            )
+            for side in found[repeat % len(found) :] + found[: repeat % len(found)]:
+                figures = side.run(args, prompts, streams)
+                if repeat >= 0:
+                    runs.setdefault((side.name, streams), []).append(figures)
+    return {
+        side.name: {streams: medians(runs[side.name, streams]) for streams in args.concurrency}
+        for side in found
+    }
+
+
+def measure_prefix(args: Args, engine: Side) -> tuple[float, bool]:
+    """Throughput of the shared-prefix load with the cache over that without; equal answers?"""
+    ratios, equal = [], True
+    for repeat in range(-1, args.repeats):
+        prompts = load.shared_prefix_prompts(
+            2 * STREAMS,
+            vocab=2000,
+            shared=args.shared,
+            own=args.own,
+            output=args.shared_output,
+            seed=repeat,
+        )
+        first, second = ((True, False), (False, True))[repeat % 2]
+        figures = {on: engine.run(args, prompts, STREAMS, on) for on in (first, second)}
+        equal = equal and figures[True]["texts"] == figures[False]["texts"]
+        if repeat >= 0:
+            ratios.append(figures[True]["tokens_per_s"] / figures[False]["tokens_per_s"])
+    return statistics.median(ratios), equal
+
+
+def table(figures: dict[str, dict[int, dict[str, Any]]]) -> str:
+    columns = ("requests_per_s", "tokens_per_s", "all_tokens_per_s")
+    times = [f"{name}_p{share}_ms" for name in ("ttft", "tpot", "itl", "e2e") for share in (50, 99)]
+    extra = ("ttft_p90_ms", "itl_p90_ms", "goodput_per_s", "failed")
+    lines = []
+    for side, by_streams in figures.items():
+        for streams, found in by_streams.items():
+            cells = [f"{found[c]:9.1f}" for c in (*columns, *times, *extra) if c in found]
+            lines.append(f"{side:>10} {streams:>7} " + " ".join(cells))
+    some = next(iter(next(iter(figures.values())).values()))
+    names = [c for c in (*columns, *times, *extra) if c in some]
+    short = [
+        c.removesuffix("_ms").replace("tokens_per_s", "tok/s").replace("_per_s", "/s")
+        for c in names
+    ]
+    head = f"{'':>10} {'streams':>7} " + " ".join(f"{name:>9}" for name in short)
+    return "\n".join([head, *lines])
+
+
+def http_part(args: Args, found: list[Side]) -> dict[str, Any]:
+    figures = measure_http(args, found)
+    print(table(figures), flush=True)
+    if args.chart is not None:
+        curves = {
+            side: [(float(n), f["tokens_per_s"]) for n, f in by_streams.items()]
+            for side, by_streams in figures.items()
+        }
+        args.chart.write_text(lines_svg("tokens/s by streams", curves))
+    result: dict[str, Any] = {}
+    most, least = max(args.concurrency), min(args.concurrency)
+    if "engine" in figures and "ray" in figures:
+        ours, engine = figures["ray"], figures["engine"]
+        result["serve_first_token_ms"] = ours[least]["ttft_p50_ms"] - engine[least]["ttft_p50_ms"]
+        result["serve_throughput_share"] = ours[most]["tokens_per_s"] / engine[most]["tokens_per_s"]
+    best = next((name for name in ("ray", "local") if name in figures), None)
+    if best and "vllm" in figures:
+        theirs = figures["vllm"][most]
+        result["http_vs_vllm"] = figures[best][most]["tokens_per_s"] / theirs["tokens_per_s"]
+        result["itl_p99_vs_vllm"] = figures[best][most]["itl_p99_ms"] / theirs["itl_p99_ms"]
+    if args.out is not None:
+        args.out.write_text(json.dumps(figures, indent=1))
+    return result
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    return round(value, 3) if isinstance(value, float) else value
+
+
+def main(args: Args) -> None:
+    parts = args.only.split(",")
+    if unknown := set(parts) - {"http", "prefix", "offline"}:
+        raise ValueError(f"only={sorted(unknown)} is not allowed: http, prefix, offline")
+    goals(args)
+    result: dict[str, Any] = dict.fromkeys(KEYS)
+    with contextlib.ExitStack() as stack:
+        if not args.storage:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            args = dataclasses.replace(args, storage=folder)
+        load_engine.make_run(Store.at(args.storage).child("runs", args.run))
+        if "http" in parts:
+            with sides(args) as found:
+                result.update(http_part(args, found))
+        if "prefix" in parts:
+            with sides(dataclasses.replace(args, sides="engine", peer=[])) as found:
+                speedup, equal = measure_prefix(args, found[0])
+            print(f"shared prefix: {speedup:.2f} times the throughput, answers equal: {equal}")
+            result.update(prefix_speedup=speedup, prefix_equal=equal)
+        if "offline" in parts:
+            offline = importlib.import_module("bench_offline")
+            result.update(
+                offline.measure(
+                    storage=args.storage,
+                    run=args.run,
+                    peers=pairs(args.peer_python, "peer-python"),
+                    repeats=args.repeats,
+                )
+            )
+    print(json.dumps(rounded(result)))
+
+
+if __name__ == "__main__":
+    try:
+        given = tyro.cli(Args, description=__doc__)
+        be_engine(given) if given.child else main(given)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,280 @@
+"""Load for any OpenAI endpoint, measured as ``vllm bench serve`` does.
+
+TTFT is the time to the first chunk with a choice, ITL the time between such chunks, TPOT the time
+after the first token over the tokens after it, E2E the whole; all in seconds. The client is small
+on purpose: it shares the machine with what it measures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+
+@dataclass(frozen=True)
+class Prompt:
+    ids: list[int]
+    output: int
+    """Tokens of the answer; the end of a turn is ignored."""
+
+
+@dataclass
+class Result:
+    """One request as its client saw it."""
+
+    began: float
+    first_s: float = 0.0
+    gaps_s: list[float] = field(default_factory=list)
+    total_s: float = 0.0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    text: str = ""
+    error: str = ""
+
+    @property
+    def per_token_s(self) -> float:
+        return (self.total_s - self.first_s) / (self.tokens - 1) if self.tokens > 1 else 0.0
+
+
+def random_prompts(
+    count: int, *, vocab: int, prompt: int, output: int, spread: float = 0.0, seed: int = 0
+) -> list[Prompt]:
+    """Random ids; lengths uniform within ``spread`` (a share) around ``prompt`` and ``output``."""
+    rng = random.Random(seed)
+
+    def length(middle: int) -> int:
+        return max(1, rng.randint(round(middle * (1 - spread)), round(middle * (1 + spread))))
+
+    return [
+        Prompt([rng.randrange(vocab) for _ in range(length(prompt))], length(output))
+        for _ in range(count)
+    ]
+
+
+def shared_prefix_prompts(
+    count: int, *, vocab: int, shared: int, own: int, output: int, seed: int = 0
+) -> list[Prompt]:
+    """Prompts that all begin with the same ``shared`` ids."""
+    rng = random.Random(seed)
+    prefix = [rng.randrange(vocab) for _ in range(shared)]
+    return [
+        Prompt(prefix + [rng.randrange(vocab) for _ in range(own)], output) for _ in range(count)
+    ]
+
+
+class _Stream(asyncio.Protocol):
+    """One HTTP/1.1 exchange; every ``data:`` event is taken as it arrives."""
+
+    def __init__(self, request: bytes, result: Result, done: asyncio.Future[None]):
+        self.request, self.result, self.done = request, result, done
+        self._status = 0
+        self._head = b""
+        self._chunked = False
+        self._frame = b""
+        self._left = 0
+        self._line = b""
+        self._body = b""
+        self._last = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        if not self._status:
+            self._head += data
+            head, mark, data = self._head.partition(b"\r\n\r\n")
+            if not mark:
+                return
+            self._status = int(head.split(b" ", 2)[1])
+            self._chunked = b"transfer-encoding: chunked" in head.lower()
+        body = self._dechunked(data) if self._chunked else data
+        if self._status != 200:
+            self._body += body
+            return
+        *lines, self._line = (self._line + body).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: "):
+                self._event(line[6:].strip(), now)
+
+    def _dechunked(self, data: bytes) -> bytes:
+        """Proxies cut chunks anew, so an event may lie in two."""
+        found = b""
+        data = self._frame + data
+        while data:
+            if not self._left:
+                size, mark, rest = data.lstrip(b"\r\n").partition(b"\r\n")
+                if not mark:
+                    break
+                self._left, data = int(size.split(b";")[0], 16), rest
+                if not self._left:
+                    return found
+            piece, data = data[: self._left], data[self._left :]
+            self._left -= len(piece)
+            found += piece
+        self._frame = data
+        return found
+
+    def _event(self, data: bytes, now: float) -> None:
+        result = self.result
+        if data == b"[DONE]":
+            self._finish(now)
+            return
+        event = json.loads(data)
+        if "error" in event:
+            result.error = event["error"]["message"]
+            self._finish(now)
+            return
+        if usage := event.get("usage"):
+            result.tokens = usage["completion_tokens"]
+            result.prompt_tokens = usage["prompt_tokens"]
+        if not event["choices"]:
+            return
+        result.text += event["choices"][0].get("text") or ""
+        if not self._last:
+            result.first_s = now - result.began
+        else:
+            result.gaps_s.append(now - self._last)
+        self._last = now
+        result.total_s = now - result.began
+
+    def _finish(self, now: float) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+        self.transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.done.done():
+            what = self._body.decode(errors="replace")[:300] if self._body else str(error or "")
+            self.result.error = f"status {self._status}, the connection ended: {what}"
+            self.done.set_result(None)
+
+
+async def complete(url: str, model: str, prompt: Prompt, key: str = "") -> Result:
+    """One streamed completion at ``url`` (without /v1)."""
+    parts = urlsplit(url)
+    body = json.dumps(
+        {
+            "model": model,
+            "prompt": prompt.ids,
+            "max_tokens": prompt.output,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    ).encode()
+    head = (
+        f"POST {parts.path.rstrip('/')}/v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        + (f"Authorization: Bearer {key}\r\n" if key else "")
+        + "Connection: close\r\n\r\n"
+    )
+    loop = asyncio.get_running_loop()
+    result = Result(time.perf_counter())
+    done: asyncio.Future[None] = loop.create_future()
+    secure = parts.scheme == "https"
+    try:
+        transport, _ = await loop.create_connection(
+            lambda: _Stream(head.encode() + body, result, done),
+            parts.hostname or "127.0.0.1",
+            parts.port or (443 if secure else 80),
+            ssl=secure or None,
+        )
+    except OSError as error:
+        result.error = str(error)
+        return result
+    try:
+        await done
+    finally:
+        transport.close()
+    return result
+
+
+async def drive(
+    url: str,
+    model: str,
+    prompts: Sequence[Prompt],
+    *,
+    concurrency: int,
+    rate: float = 0.0,
+    key: str = "",
+    seed: int = 0,
+) -> tuple[list[Result], float]:
+    """Results in the order of ``prompts``, and the seconds that all took.
+
+    Closed loop: ``concurrency`` streams at a time. With ``rate`` (requests/s) an open one: they
+    arrive as a Poisson process, at most ``concurrency`` at a time if that is not 0.
+    """
+    room = asyncio.Semaphore(concurrency or len(prompts))
+    rng = random.Random(seed)
+
+    async def one(prompt: Prompt) -> Result:
+        async with room:
+            return await complete(url, model, prompt, key)
+
+    began = time.perf_counter()
+    tasks = []
+    due = began
+    for prompt in prompts:
+        if rate:
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            due += rng.expovariate(rate)
+        tasks.append(asyncio.ensure_future(one(prompt)))
+    results = await asyncio.gather(*tasks)
+    return list(results), time.perf_counter() - began
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Linear between neighbours, as numpy's; 0 without values."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    at = share * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def summary(
+    results: Sequence[Result], seconds: float, goals: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Figures of one run; times in ms. ``goals``: bounds in ms on ``ttft``, ``tpot`` and ``e2e``
+    that a request must keep to count as good."""
+    good = [r for r in results if not r.error]
+    series = {
+        "ttft": [r.first_s for r in good],
+        "tpot": [r.per_token_s for r in good if r.tokens > 1],
+        "itl": [gap for r in good for gap in r.gaps_s],
+        "e2e": [r.total_s for r in good],
+    }
+    tokens = sum(r.tokens for r in good)
+    figures: dict[str, Any] = {
+        "requests": len(results),
+        "failed": len(results) - len(good),
+        "seconds": seconds,
+        "requests_per_s": len(good) / seconds,
+        "tokens_per_s": tokens / seconds,
+        "all_tokens_per_s": (tokens + sum(r.prompt_tokens for r in good)) / seconds,
+    }
+    for name, values in series.items():
+        figures[f"{name}_mean_ms"] = 1000 * sum(values) / len(values) if values else 0.0
+        for share in (50, 90, 99):
+            figures[f"{name}_p{share}_ms"] = 1000 * percentile(values, share / 100)
+    if goals:
+        kept = sum(
+            all(
+                1000 * {"ttft": r.first_s, "tpot": r.per_token_s, "e2e": r.total_s}[name] <= bound
+                for name, bound in goals.items()
+            )
+            for r in good
+        )
+        figures["goodput_per_s"] = kept / seconds
+    return figures

@@ -1,0 +1,158 @@
+"""Sixty requests, sent to two servers of the same model, and how the shapes of the answers differ.
+
+    python tests/serve/shapes_list.py OUR_URL THEIR_URL
+
+Not what is said is compared, but status, keys and types, of whole answers and of streams' chunks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import httpx
+
+USER = [{"role": "user", "content": "hello"}]
+TURNS = [*USER, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "again"}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+JSON_SCHEMA = {
+    "type": "json_schema",
+    "json_schema": {"name": "s", "schema": {"type": "object", "properties": {}}},
+}
+# What is added to a plain request of each kind.
+COMMON: list[dict[str, Any]] = [
+    {},
+    {"stream": True},
+    {"stream": True, "stream_options": {"include_usage": True}},
+    {"n": 2, "temperature": 1, "seed": 1},
+    {"n": 2, "stream": True, "seed": 1},
+    {"stop": "e"},
+    {"stop": ["e", "a"], "max_tokens": 8},
+    {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.05},
+    {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
+    {"logit_bias": {"65": 5}},
+    {"ignore_eos": True, "min_tokens": 2},
+    {"user": "me", "metadata": {"a": "b"}, "store": False},
+    {"temperature": -1},
+    {"temperature": "hot"},
+    {"top_p": 2},
+    {"max_tokens": -1},
+    {"n": 0},
+    {"max_tokens": 100_000},
+    {"model": "nobody"},
+    {"stop": [1]},
+    {"logit_bias": {"x": 1}},
+    {"stream_options": {"include_usage": True}},
+]
+COMPLETIONS: list[dict[str, Any]] = [
+    {"prompt": ["a", "b"]},
+    {"prompt": [65, 66]},
+    {"prompt": [[65], [66]], "stream": True},
+    {"echo": True},
+    {"logprobs": 0},
+    {"logprobs": 2},
+    {"logprobs": 2, "stream": True},
+    {"logprobs": 2, "echo": True},
+    {"prompt": []},
+    {"prompt": 5},
+]
+CHATS: list[dict[str, Any]] = [
+    {"messages": TURNS},
+    {"messages": PARTS},
+    {"messages": [{"role": "system", "content": "Be brief."}, *USER]},
+    {"logprobs": True},
+    {"logprobs": True, "top_logprobs": 2},
+    {"logprobs": True, "top_logprobs": 2, "stream": True},
+    {"top_logprobs": 2},
+    {"response_format": {"type": "text"}},
+    {"response_format": JSON_SCHEMA},
+    {"messages": "hello"},
+    {"messages": [{"role": "king", "content": "x"}]},
+]
+OTHERS: list[tuple[str, str, Any]] = [
+    ("GET", "/v1/models", None),
+    ("GET", "/health", None),
+    ("GET", "/version", None),
+    ("POST", "/tokenize", {"prompt": "hello"}),
+    ("POST", "/tokenize", {"messages": USER}),
+    ("POST", "/detokenize", {"tokens": [65, 66]}),
+    ("GET", "/v1/completions", None),
+    ("POST", "/v1/nothing", {}),
+]
+
+
+def requests(model: str) -> list[tuple[str, str, Any]]:
+    plain = {"model": model, "max_tokens": 4}
+    completions, chats = COMMON + COMPLETIONS, COMMON[:5] + CHATS
+    return [
+        *(("POST", "/v1/completions", {**plain, "prompt": "hello", **f}) for f in completions),
+        *(("POST", "/v1/chat/completions", {**plain, "messages": USER, **f}) for f in chats),
+        *OTHERS,
+        ("POST", "/v1/chat/completions", {"model": model}),
+        ("POST", "/v1/completions", "no object"),
+        ("POST", "/v1/completions", None),
+        ("GET", "/v1/models/nobody", None),
+    ]
+
+
+def shape(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: shape(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [shape(value[0])] if value else []
+    if isinstance(value, bool) or value is None:
+        return str(value and True)
+    return "number" if isinstance(value, (int, float)) else "text"
+
+
+def answer(base: str, method: str, path: str, body: Any) -> tuple[int, dict[str, Any]]:
+    """Status, and the shape: of the body, or of the first, a middle and the last chunk."""
+    response = httpx.request(method, base + path, json=body, timeout=60)
+    kind = response.headers.get("content-type", "")
+    if kind.startswith("text/event-stream"):
+        lines = [x[6:] for x in response.text.split("\n\n") if x.startswith("data: ")]
+        chunks = [shape(json.loads(x)) for x in lines if x != "[DONE]"]
+        found = {"first": chunks[0], "middle": chunks[len(chunks) // 2], "last": chunks[-1]}
+        return response.status_code, {**found, "done": lines[-1]}
+    try:
+        return response.status_code, shape(response.json())
+    except ValueError:
+        return response.status_code, {"text": kind.split(";")[0]}
+
+
+def differences(ours: Any, theirs: Any, at: str = "") -> list[str]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        found = []
+        for key in [*ours, *(k for k in theirs if k not in ours)]:
+            name = f"{at}.{key}" if at else key
+            if key not in theirs:
+                found.append(f"only ours: {name}")
+            elif key not in ours:
+                found.append(f"only theirs: {name}")
+            else:
+                found += differences(ours[key], theirs[key], name)
+        return found
+    if isinstance(ours, list) and isinstance(theirs, list) and ours and theirs:
+        return differences(ours[0], theirs[0], f"{at}[]")
+    return [] if ours == theirs else [f"{at}: {ours} here, {theirs} there"]
+
+
+def compare(ours: str, theirs: str) -> list[tuple[str, list[str]]]:
+    """For each request, in words, how the answers differ."""
+    names = [httpx.get(f"{u}/v1/models").json()["data"][0]["id"] for u in (ours, theirs)]
+    found = []
+    for one, other in zip(*map(requests, names), strict=True):
+        (status, here), (their_status, there) = answer(ours, *one), answer(theirs, *other)
+        differ = [] if status == their_status else [f"status {status} here, {their_status} there"]
+        if status == their_status:
+            differ += differences(here, there)
+        body = one[2] if isinstance(one[2], dict) else {"body": one[2]}
+        told = {k: v for k, v in body.items() if k not in ("model", "prompt", "messages")}
+        found.append((f"{one[0]} {one[1]} {json.dumps(told)}", differ))
+    return found
+
+
+if __name__ == "__main__":
+    for name, differ in compare(*sys.argv[1:3]):
+        print(name, *(f"\n    {one}" for one in differ), sep="")

@@ -1,0 +1,68 @@
+"""The load client: what it counts, and that it reads a stream however that is cut."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from scripted import ScriptedClient, full
+from serving import serving
+
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.serve.load import (
+    Prompt,
+    Result,
+    _Stream,
+    drive,
+    percentile,
+    random_prompts,
+    shared_prefix_prompts,
+    summary,
+)
+from nanochat_ray.text.tokenizer import Tokenizer
+
+TOK = Tokenizer.bytes_only()
+
+
+def test_streams_are_measured() -> None:
+    engine = ScriptedClient(TOK.encode("abcdef" * 20), delay=0.01)
+    prompts = random_prompts(6, vocab=256, prompt=10, output=8, spread=0.5)
+    with serving(build_app(engine, TOK, "tiny", 256)) as url:
+        results, seconds = asyncio.run(drive(url, "tiny", prompts, concurrency=3, rate=100))
+        assert [r.tokens for r in results] == [p.output for p in prompts]
+        assert [r.prompt_tokens for r in results] == [len(p.ids) for p in prompts]
+        figures = summary(results, seconds, {"ttft": 1000, "e2e": 0})
+        assert figures["failed"] == 0
+        assert 9 < figures["itl_p50_ms"] < 30
+        assert figures["goodput_per_s"] == 0
+        engine.refuse = full()
+        (refused,), _ = asyncio.run(drive(url, "tiny", prompts[:1], concurrency=1))
+        assert "429" in refused.error
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_stream_in_pieces(size: int) -> None:
+    event = b'data: {"choices": [{"text": "ab"}]}\n\n'
+    frames = b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in (event[:9], event[9:], event))
+    raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + frames
+
+    async def read() -> Result:
+        result = Result(0.0)
+        stream = _Stream(b"", result, asyncio.get_running_loop().create_future())
+        for at in range(0, len(raw), size):
+            stream.data_received(raw[at : at + size])
+        return result
+
+    result = asyncio.run(read())
+    assert result.text == "abab"
+    assert len(result.gaps_s) == 1
+
+
+def test_shared_prefix_and_percentiles() -> None:
+    one, two = shared_prefix_prompts(2, vocab=50, shared=20, own=5, output=1)
+    assert one.ids[:20] == two.ids[:20]
+    assert one.ids[20:] != two.ids[20:]
+    assert percentile([3, 1, 2], 0.5) == 2
+    assert percentile([0, 10], 0.9) == 9
+    assert percentile([], 0.5) == 0
+    assert isinstance(one, Prompt)

@@ -1,0 +1,40 @@
+"""The dashboard asks for figures that the server gives, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from nanochat_ray.serve.metrics import EngineMetrics, PrometheusSink, RequestMetrics
+
+DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "serving.json"
+
+
+def page() -> tuple[PrometheusSink, RequestMetrics, EngineMetrics]:
+    sink = PrometheusSink("tiny")
+    return sink, RequestMetrics(sink), EngineMetrics(sink)
+
+
+def test_dashboard_names_are_served() -> None:
+    sink, requests, engines = page()
+    engines.put("0", {})
+    timer = requests.timer(1)
+    timer.tokens(1)
+    timer.end("stop")
+    served = set(re.findall(r"^(\w+)[{ ]", sink.text().decode(), re.MULTILINE))
+    board = json.loads(DASHBOARD.read_text())
+    asked = set()
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            asked |= set(re.findall(r"\$\{prefix\}(\w+)", target["expr"]))
+    assert asked
+    assert {f"nanochat{name}" for name in asked} <= served
+
+
+def test_a_replaced_engine_goes_on_counting() -> None:
+    sink, _, engines = page()
+    for count in (5, 9, 2):
+        engines.put("0", {"preemptions": count})
+    name = 'nanochat_num_preemptions_total{engine="0",model_name="tiny"}'
+    assert f"{name} 11.0" in sink.text().decode()

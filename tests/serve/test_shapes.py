@@ -1,0 +1,32 @@
+"""The list of requests that is compared with vLLM: each gets an answer of a known status."""
+
+from __future__ import annotations
+
+from scripted import ScriptedClient
+from serving import serving
+from shapes_list import answer, compare, differences, requests
+
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.text.tokenizer import Tokenizer
+
+TOK = Tokenizer.bytes_only()
+
+
+def test_every_request_of_the_list_is_answered() -> None:
+    engine = ScriptedClient(TOK.encode("hello you"))
+    with serving(build_app(engine, TOK, "tiny", 256)) as url:
+        listed = requests("tiny")
+        assert len(listed) >= 60
+        statuses = [answer(url, *one)[0] for one in listed]
+        assert set(statuses) <= {200, 400, 404, 405}
+        assert statuses.count(200) > 35
+        assert all(not found for _, found in compare(url, url))
+
+
+def test_differences_are_named() -> None:
+    ours = {"a": "number", "b": [{"c": "text"}]}
+    assert differences(ours, {"a": "text", "b": [{"d": "text"}]}) == [
+        "a: number here, text there",
+        "only ours: b[].c",
+        "only theirs: b[].d",
+    ]
