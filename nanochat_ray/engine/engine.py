@@ -24,7 +24,7 @@ from nanochat_ray.engine.request import Finish, Output, Request, TokenLogprob
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
 from nanochat_ray.engine.scheduler import Chunk, Scheduler, Sequence
-from nanochat_ray.engine.scores import score, score_prompts
+from nanochat_ray.engine.scores import score_chosen, score_prompts
 from nanochat_ray.engine.tools import Tool, ToolState
 from nanochat_ray.model.gpt import GPT
 
@@ -277,7 +277,7 @@ class Engine:
         if len(rows) < len(logits):
             logits = logits[torch.tensor(rows, device=logits.device)]
         chosen = self._choose(sampling, logits)
-        scores = self._score(sampling, logits, chosen)
+        scores = score_chosen(sampling, logits, chosen)
         outputs: list[Output] = []
         pairs: list[tuple[int, int]] = []
         at = 0
@@ -311,19 +311,6 @@ class Engine:
         if self._grammars is not None and grammars:
             allowed = masked, self._grammars.allowed(grammars)
         return self._sampling.choose(logits, slots, positions, allowed, ahead).tolist()
-
-    @staticmethod
-    def _score(
-        sampling: list[Chunk], logits: Tensor, chosen: list[int]
-    ) -> list[TokenLogprob | None]:
-        """For each row of ``logits [R, V]``, None where nobody asked; empty if nobody did."""
-        tops = [c.sequence.request.params.logprobs for c in sampling for _ in (0, *c.draft)]
-        asked = [i for i, top in enumerate(tops) if top is not None]
-        if not asked:
-            return []
-        found = score(logits, asked, [chosen[i] for i in asked], [tops[i] or 0 for i in asked])
-        by_row = dict(zip(asked, found, strict=True))
-        return [by_row.get(i) for i in range(len(tops))]
 
     def _extend(self, chunk: Chunk, chosen: list[int], scores: list[TokenLogprob | None]) -> Output:
         """Takes the tokens chosen after a chunk, up to the first that was guessed wrong."""

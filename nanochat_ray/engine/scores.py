@@ -29,6 +29,20 @@ def score(
     ]
 
 
+def score_chosen(
+    chunks: SequenceOf[Chunk], logits: Tensor, chosen: SequenceOf[int]
+) -> list[TokenLogprob | None]:
+    """For each row of ``logits [R, V]``, one for each chunk and one more for each guess of its
+    draft: None where nobody asked; an empty list if nobody did at all."""
+    tops = [c.sequence.request.params.logprobs for c in chunks for _ in (0, *c.draft)]
+    asked = [i for i, top in enumerate(tops) if top is not None]
+    if not asked:
+        return []
+    found = score(logits, asked, [chosen[i] for i in asked], [tops[i] or 0 for i in asked])
+    by_row = dict(zip(asked, found, strict=True))
+    return [by_row.get(i) for i in range(len(tops))]
+
+
 def score_prompts(chunks: SequenceOf[Chunk], logits: Tensor) -> None:
     """Adds to the ``prompt_scores`` of sequences what ``logits [R, V]`` of the chunks tell."""
     rows, tokens, tops = [], [], []

@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts, and the best of several answers."""
+"""Log-probabilities of prompts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 from engine_kit import PRESETS, VOCAB, ask, finish, make_engine, make_model, tokens
 
-from nanochat_ray.engine.best_of import best, likelihood, spread
-from nanochat_ray.engine.request import Output, TokenLogprob
+from nanochat_ray.engine.request import Output
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -58,38 +57,3 @@ def test_a_prompt_alone_can_be_scored_up_to_the_whole_context() -> None:
     assert last.prompt_logprobs[0].top == []
     with pytest.raises(ValueError, match="max_tokens=0"):
         ask("r", [7], max_tokens=0)
-
-
-def test_the_best_of_several_answers_are_the_likeliest() -> None:
-    engine = make_engine(make_model("modern"))
-    request = ask("r", [1, 2], temperature=1.0, seed=5, max_tokens=6)
-    asked = spread(request, 8)
-    for each in asked:
-        engine.add(each)
-    found = finish(engine)
-    answers = [found[each.id] for each in asked]
-    assert len({tuple(tokens(a)) for a in answers}) > 4
-    engine.add(request)
-    assert tokens(finish(engine)["r"]) == tokens(answers[0])
-    order = best(answers, 8, "sum")
-    sums = [sum(p.logprob for o in answers[i] for p in o.logprobs or () if p) for i in order]
-    assert sums == sorted(sums, reverse=True)
-    assert best(answers, 3, "sum") == order[:3]
-
-
-def test_long_answers_are_compared_by_the_token_or_in_all() -> None:
-    def made(*values: float, finish: str = "stop") -> list[Output]:
-        found = [TokenLogprob(logprob=v, top=[]) for v in values]
-        kind = {"finish": finish}
-        return [Output(request_id="r", tokens=[1] * len(found), logprobs=[*found], **kind)]  # type: ignore[arg-type]
-
-    answers = [made(-1.0), made(-0.6, -0.6), made(-0.1, finish="error")]
-    assert best(answers, 2) == [1, 0]
-    assert best(answers, 2, "sum") == [0, 1]
-    assert likelihood([Output(request_id="r", finish="length")]) == -float("inf")
-    with pytest.raises(ValueError, match="logprobs"):
-        likelihood([Output(request_id="r", tokens=[1], finish="stop")])
-    with pytest.raises(ValueError, match="n=4"):
-        best(answers, 4)
-    with pytest.raises(ValueError, match="best_of=0"):
-        spread(ask("r", [1]), 0)

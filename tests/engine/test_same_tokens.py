@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from collections.abc import Sequence
@@ -111,6 +112,17 @@ def test_after_prefix_hits() -> None:
     assert together(warm, REQUESTS[::-1]) == alone()
     assert together(warm, REQUESTS) == alone()
     assert warm.stats().prefix_hit > 5000
+
+
+def test_continued_elsewhere_after_some_tokens() -> None:
+    rng, cuts = random.Random(1), []
+    for request in REQUESTS:
+        made, _ = alone()[request.id]
+        cuts.append(dataclasses.replace(request, generated=made[: rng.randrange(len(made))]))
+    found = together(engine(speculative_tokens=2, speculative_ngram=1), cuts)
+    for request in cuts:
+        made, finish = found[request.id]
+        assert ([*request.generated, *made], finish) == alone()[request.id]
 
 
 @pytest.mark.parametrize(("guesses", "ngram", "preempt"), [(4, 1, 0.0), (3, 2, 0.5)])
