@@ -1,0 +1,265 @@
+"""Generated tokens a second without HTTP: this engine, vLLM and transformers on equal weights.
+
+    python jobs/bench_offline.py --peer-python vllm=/path/to/python transformers=/path/to/python
+
+Each side is a process of its own with one thread and the same exported folder of weights; they
+take turns, so that what else the machine does falls on all alike. The first round warms up and is
+thrown away; each figure is the median of the others. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import selectors
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import tyro
+
+from nanochat_ray.checkpoint import hf
+from nanochat_ray.config import ModelConfig
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+OURS = "nanochat_ray"
+PEERS = (OURS, "vllm", "transformers")
+START_SECONDS, JOB_SECONDS = 300, 300
+Prompts = list[list[int]]
+
+
+def write_model(
+    folder: Path, *, layers: int = 6, width: int = 384, sequence_len: int = 2048
+) -> int:
+    """Exports a model of the classic preset with random weights; returns its vocabulary.
+
+    The blocks' last matrices are not the zeros of a fresh start, or greedy tokens would repeat
+    the prompt's and show nothing.
+    """
+    singles = [bytes([b]) for b in range(256)]
+    pairs = [a + b for a in singles for b in singles]
+    vocab = 4096
+    tokenizer = Tokenizer((singles + pairs)[: vocab - len(SPECIAL_TOKENS)])
+    config = ModelConfig.classic(
+        vocab_size=vocab,
+        n_layer=layers,
+        n_head=width // 64,
+        n_kv_head=width // 64,
+        n_embd=width,
+        sequence_len=sequence_len,
+    )
+    model = GPT(config)
+    noise = torch.Generator().manual_seed(0)
+    model.init_weights(noise)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("c_proj.weight") or name == "lm_head.weight":
+                p.copy_(torch.randn(p.shape, generator=noise) / p.size(1) ** 0.5)
+    hf.export(model, tokenizer, folder, dtype=torch.float32)
+    return vocab
+
+
+@dataclass
+class Side:
+    """A running side. Every wait has a deadline and says who was waited for."""
+
+    name: str
+    process: subprocess.Popen[str]
+    log: Path
+
+    @classmethod
+    def start(
+        cls, name: str, folder: Path, python: str, options: Mapping[str, Any], log: Path
+    ) -> Self:
+        kind = name.split(":")[0]
+        one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        script = Path(__file__).with_name("bench_offline_peer.py")
+        with log.open("w") as errors:
+            process = subprocess.Popen(
+                [python, str(script), kind, str(folder), json.dumps(dict(options))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, **one, **quiet},
+            )
+        side = cls(name, process, log)
+        side._read(START_SECONDS)
+        return side
+
+    def _read(self, seconds: float) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            ready = selector.select(timeout=seconds)
+        line = self.process.stdout.readline() if ready else ""
+        if not line:
+            self.close()
+            why = "ended" if ready else f"said nothing for {seconds:.0f} s"
+            raise RuntimeError(f"{self.name} {why}; its log: {self.log.read_text()[-2000:]}")
+        return json.loads(line)
+
+    def run(self, prompts: Prompts, max_tokens: int) -> tuple[float, Prompts]:
+        """Seconds and the tokens of each answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
+        self.process.stdin.flush()
+        answer = self._read(JOB_SECONDS)
+        return answer["seconds"], answer["tokens"]
+
+    def close(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def random_prompts(rng: random.Random, count: int, length: int, vocab: int) -> Prompts:
+    # Bytes only: special tokens sit at the end of the vocabulary.
+    return [[rng.randrange(vocab - 16) for _ in range(length)] for _ in range(count)]
+
+
+def agreement(ours: Prompts, theirs: Prompts) -> float:
+    """Share of the prompts whose greedy tokens are all equal."""
+    return statistics.mean(float(a == b) for a, b in zip(ours, theirs, strict=True))
+
+
+def measure(
+    sides: Sequence[Side], prompts: Prompts, max_tokens: int, repeats: int
+) -> tuple[dict[str, float], dict[str, Prompts]]:
+    """Median generated tokens a second, and the answers, by side; the sides take turns."""
+    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    answers: dict[str, Prompts] = {}
+    for turn in range(repeats + 1):
+        for side in sides:
+            took, answers[side.name] = side.run(prompts, max_tokens)
+            if turn:
+                seconds[side.name].append(took)
+    made = len(prompts) * max_tokens
+    return {name: made / statistics.median(took) for name, took in seconds.items()}, answers
+
+
+def compare(
+    sides: Sequence[Side],
+    vocab: int,
+    batches: Sequence[int],
+    prompt_len: int,
+    max_tokens: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """Tokens a second by batch size and side, and how many answers of each peer equal ours."""
+    rates: dict[str, dict[str, float]] = {}
+    equal: dict[str, list[float]] = {side.name: [] for side in sides[1:]}
+    for batch in batches:
+        prompts = random_prompts(random.Random(batch), batch, prompt_len, vocab)
+        rates[str(batch)], answers = measure(sides, prompts, max_tokens, repeats)
+        for side in sides[1:]:
+            same = agreement(answers[sides[0].name], answers[side.name])
+            equal[side.name] += [same] * batch
+        print(f"B={batch}", {k: round(v) for k, v in rates[str(batch)].items()}, flush=True)
+    return {"rates": rates, "equal": {k: statistics.mean(v) for k, v in equal.items()}}
+
+
+def shared_prefix(
+    on: Side,
+    off: Side,
+    vocab: int,
+    *,
+    shared: int,
+    own: int,
+    max_tokens: int,
+    count: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """The same load with the prefix cache on and off. Each turn has another beginning, so that
+    nothing of an earlier turn is found."""
+    rng = random.Random(7)
+    ratios, equal = [], []
+    for turn in range(repeats + 1):
+        (start,) = random_prompts(rng, 1, shared, vocab)
+        prompts = [start + tail for tail in random_prompts(rng, count, own, vocab)]
+        fast, a = on.run(prompts, max_tokens)
+        slow, b = off.run(prompts, max_tokens)
+        equal.append(agreement(a, b))
+        if turn:
+            ratios.append(slow / fast)
+    return {"speedup": statistics.median(ratios), "equal": statistics.mean(equal)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    peer_python: tuple[str, ...] = ()
+    """NAME=PATH: a peer (vllm, transformers) and the Python that has it installed."""
+    batches: tuple[int, ...] = (1, 16, 64)
+    prompt_len: int = 256
+    max_tokens: int = 128
+    repeats: int = 3
+    prefix: bool = True
+    """Measure the shared prefix too (512 tokens shared, 32 own, 16 out, 32 prompts)."""
+    options: dict[str, int] = field(default_factory=dict)
+    """Fields of EngineConfig for this engine, such as ``--options token_budget 256``."""
+
+
+def pythons(pairs: Sequence[str]) -> dict[str, str]:
+    """NAME=PATH by name; ValueError if a name is unknown or the path is no file."""
+    found = {}
+    for pair in pairs:
+        name, _, path = pair.partition("=")
+        if name not in PEERS[1:]:
+            raise ValueError(f"peer_python={pair!r} is not allowed: NAME=PATH, NAME one of {PEERS}")
+        if not Path(path).is_file():
+            raise ValueError(f"peer_python={pair!r} is not allowed: {path!r} is no file")
+        found[name] = path
+    return found
+
+
+def run(args: Args) -> dict[str, Any]:
+    """All of it; see the keys of what it returns."""
+    peers = pythons(args.peer_python)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as work:
+        folder, sides = Path(work) / "model", []
+        vocab = write_model(folder)
+
+        def start(name: str, python: str, options: Mapping[str, Any]) -> Side:
+            sides.append(Side.start(name, folder, python, options, Path(work) / f"{name}.log"))
+            return sides[-1]
+
+        try:
+            start(OURS, sys.executable, args.options)
+            for name, python in peers.items():
+                start(name, python, {})
+            shape = (args.batches, args.prompt_len, args.max_tokens, args.repeats)
+            result = compare(list(sides), vocab, *shape)
+            result["prefix"] = None
+            if args.prefix:
+                on = start(f"{OURS}:prefix", sys.executable, {"prefix_tokens": 8192})
+                sizes = {"shared": 512, "own": 32, "max_tokens": 16, "count": 32}
+                result["prefix"] = shared_prefix(on, sides[0], vocab, repeats=args.repeats, **sizes)
+        finally:
+            for side in sides:
+                side.close()
+    for name in peers:
+        result[f"decode_vs_{name}"] = {b: r[OURS] / r[name] for b, r in result["rates"].items()}
+    result["seconds"] = time.perf_counter() - began
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(run(tyro.cli(Args, description=__doc__))))
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

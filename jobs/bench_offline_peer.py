@@ -1,0 +1,118 @@
+"""One side of ``bench_offline``: a program of its own, run by that side's own Python.
+
+It imports neither nanochat_ray (unless it is that side) nor anything that the peers' environments
+lack. Each line on standard input is a job, {"prompts": [[id]], "max_tokens": n}; the answer is one
+line, {"seconds": s, "tokens": [[id]]}, on what was standard output when it began. Greedy, no
+end-of-sequence token: every prompt gets exactly n tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Generate = Callable[[list[list[int]], int], list[list[int]]]
+
+
+def ours(folder: str, options: dict[str, Any]) -> Generate:
+    from pathlib import Path
+
+    from nanochat_ray.checkpoint import hf
+    from nanochat_ray.config import EngineConfig
+    from nanochat_ray.engine.engine import Engine
+    from nanochat_ray.engine.request import Request, SamplingParams
+
+    model, _ = hf.import_folder(Path(folder))
+    known = {field.name for field in dataclasses.fields(EngineConfig)}
+    settings = {"max_slots": 64, "token_budget": 512, "max_waiting": 4096, "prefix_tokens": 0}
+    settings |= {key: value for key, value in options.items() if key in known}
+    engine = Engine(model, EngineConfig(**settings))
+
+    def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        found: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            found[str(i)] = []
+            engine.add(Request(id=str(i), prompt=prompt, params=params))
+        while engine.has_work:
+            for output in engine.step():
+                found[output.request_id] += output.tokens
+        return list(found.values())
+
+    return generate
+
+
+def vllm(folder: str, options: dict[str, Any]) -> Generate:
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+
+    llm = LLM(
+        model=folder,
+        dtype="float32",
+        max_num_seqs=64,
+        enable_prefix_caching=bool(options.get("prefix_tokens")),
+        disable_log_stats=True,
+    )
+
+    def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        answers = llm.generate(asked, params, use_tqdm=False)
+        return [list(answer.outputs[0].token_ids) for answer in answers]
+
+    return generate
+
+
+def transformers(folder: str, options: dict[str, Any]) -> Generate:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+
+    @torch.inference_mode()
+    def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        ids = torch.tensor(prompts)  # equal lengths, so that no padding is needed
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            min_new_tokens=max_tokens,
+        )
+        return out[:, ids.size(1) :].tolist()
+
+    return generate
+
+
+SIDES = {"nanochat_ray": ours, "vllm": vllm, "transformers": transformers}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("side", choices=sorted(SIDES))
+    parser.add_argument("folder")
+    parser.add_argument("options", type=json.loads)
+    args = parser.parse_args()
+    # Libraries print where they like: what they write goes to standard error.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    generate = SIDES[args.side](args.folder, args.options)
+    print(json.dumps({"ready": args.side}), file=answers)
+    for line in sys.stdin:
+        job = json.loads(line)
+        began = time.perf_counter()
+        tokens = generate(job["prompts"], job["max_tokens"])
+        seconds = time.perf_counter() - began
+        print(json.dumps({"seconds": seconds, "tokens": tokens}), file=answers)
+
+
+if __name__ == "__main__":
+    main()
