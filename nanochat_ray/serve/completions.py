@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from nanochat_ray.engine.request import Output
+from nanochat_ray.engine.request import Output, TokenLogprob
 from nanochat_ray.engine.stream import TextStream
 from nanochat_ray.serve.client import OutputStream
 from nanochat_ray.serve.conversation import Calling
@@ -25,6 +25,8 @@ class Piece:
     calculations: list[Calculation] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)
     """Tokens of the text with their log-probabilities, if those were asked for."""
+    prompt: list[TokenLogprob | None] = field(default_factory=list)
+    """Of the prompt's tokens, with the first piece, if those were asked for."""
     tokens: int = 0
     cached: int = 0
     """Prompt tokens that needed no computation."""
@@ -61,6 +63,7 @@ class Answer:
 
     def feed(self, output: Output) -> Piece:
         piece = Piece(self.index, tokens=len(output.tokens), cached=output.cached_tokens)
+        piece.prompt = output.prompt_logprobs or []
         # The token that ended the answer is no part of its text.
         tokens = output.tokens[:-1] if output.ended_by_last else output.tokens
         for i, token in enumerate(tokens):

@@ -35,22 +35,50 @@ def for_chat(tokenizer: Tokenizer, scored: Sequence[Scored]) -> dict[str, Any]:
 
 
 def for_completion(
-    tokenizer: Tokenizer, scored: Sequence[Scored], offset: int
+    tokenizer: Tokenizer,
+    scored: Sequence[tuple[int, TokenLogprob | None]],
+    offset: int,
+    hidden: int = 0,
 ) -> dict[str, list[Any]]:
-    """``offset``: characters of the text before the first of these tokens."""
-    tokens = [_name(tokenizer, token) for token, _ in scored]
+    """``offset``: characters of the text before the first of these tokens, of which the first
+    ``hidden`` stand for none. None is said of a prompt's very first token."""
     offsets = []
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token, _ in scored:
+    for i, (token, _) in enumerate(scored):
         offsets.append(offset)
-        offset += len(decoder.decode(tokenizer.decode_bytes([token])))
+        if i >= hidden:
+            offset += len(decoder.decode(tokenizer.decode_bytes([token])))
     return {
-        "tokens": tokens,
-        "token_logprobs": [found.logprob for _, found in scored],
+        "tokens": [_name(tokenizer, token) for token, _ in scored],
+        "token_logprobs": [found and found.logprob for _, found in scored],
         "top_logprobs": [
             # The chosen token is always among them, as OpenAI has it.
-            {_name(tokenizer, t): x for t, x in (*found.top, (token, found.logprob))}
+            found and {_name(tokenizer, t): x for t, x in (*found.top, (token, found.logprob))}
             for token, found in scored
         ],
         "text_offset": offsets,
     }
+
+
+def for_prompt(
+    tokenizer: Tokenizer, scored: Sequence[tuple[int, TokenLogprob | None]], count: int
+) -> list[dict[str, Any] | None]:
+    """vLLM's form: by token id, the prompt's own and the ``count`` likeliest. A token whose place
+    among all is not known has no rank."""
+    entries: list[dict[str, Any] | None] = []
+    for token, found in scored:
+        if found is None:
+            entries.append(None)
+            continue
+        ranks: dict[int, tuple[float, int | None]] = {
+            t: (x, k + 1) for k, (t, x) in enumerate(found.top)
+        }
+        shown = dict(list(ranks.items())[:count])
+        shown[token] = ranks.get(token, (found.logprob, None))
+        entries.append(
+            {
+                str(t): {"logprob": x, "rank": rank, "decoded_token": _name(tokenizer, t)}
+                for t, (x, rank) in shown.items()
+            }
+        )
+    return entries

@@ -7,12 +7,13 @@ fields (``top_k``, ``min_p``, ``ignore_eos``) are taken.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
-from nanochat_ray.engine.request import MAX_LOGPROBS
+from nanochat_ray.engine.request import MAX_LOGPROBS, Grammar
 from nanochat_ray.serve.conversation import Body, ChatMessage, ToolChoice, ToolSpec, calling
+from nanochat_ray.serve.structure import ResponseFormat, StructuredOutputs, grammar_of
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 Penalty = Annotated[StrictFloat, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -49,13 +50,24 @@ class SamplingBody(Body):
     frequency_penalty: Penalty | None = None
     logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias] | None = None
 
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+
     @model_validator(mode="after")
     def _refuse(self) -> SamplingBody:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed together with stream=true")
         if "" in self.stops:
             raise ValueError("stop must not be an empty string")
+        if self.grammar is not None and (self.ignore_eos or self.min_tokens):
+            raise ValueError(
+                "ignore_eos and min_tokens are not allowed where an answer must fit a grammar"
+            )
         return self
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return grammar_of(self.response_format, self.structured_outputs)
 
     @property
     def stops(self) -> list[str]:
@@ -78,11 +90,13 @@ class CompletionRequest(SamplingBody):
     best_of: Annotated[StrictInt, Field(ge=1)] | None = None
     """Answers that are made for each prompt, of which the ``n`` likeliest are given."""
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """vLLM's."""
 
     @model_validator(mode="after")
     def _refuse_more(self) -> CompletionRequest:
-        if self.logprobs is not None and self.echo:
-            raise ValueError("logprobs of an echoed prompt are not supported")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs is not allowed together with stream=true")
         if self.suffix:
             raise ValueError("suffix is not supported")
         if self.best_of is not None and self.best_of < (self.n or 1):
@@ -90,6 +104,12 @@ class CompletionRequest(SamplingBody):
         if self.candidates > (self.n or 1) and self.stream:
             raise ValueError(f"best_of={self.best_of} is not allowed together with stream=true")
         return self
+
+    @property
+    def prompt_scores(self) -> int | None:
+        """Alternatives that are wanted at each token of the prompt, None for no scores at all."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((n for n in asked if n is not None), default=None)
 
     @property
     def candidates(self) -> int:
@@ -111,15 +131,14 @@ class ChatRequest(SamplingBody):
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: list[ToolSpec] | None = None
     tool_choice: ToolChoice = None
-    response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _refuse_more(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is only allowed together with logprobs=true")
-        calling(self.tools, self.tool_choice)
-        if self.response_format and self.response_format.get("type") != "text":
-            raise ValueError("response_format: only {'type': 'text'} is supported")
+        forced = calling(self.tools, self.tool_choice) in ("required", "named")
+        if forced and self.grammar is not None:
+            raise ValueError("response_format is not allowed where a call of a tool is forced")
         return self
 
 

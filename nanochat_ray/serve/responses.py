@@ -26,6 +26,8 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: dict[str, Any] | None = None
     finish_reason: FinishReason | None
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
+    """vLLM's."""
 
 
 class CompletionResponse(BaseModel):

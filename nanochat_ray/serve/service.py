@@ -41,6 +41,10 @@ class Job:
     logprobs: bool
     prompt_tokens: int
     calling: Calling
+    prompt_logprobs: int | None = None
+    """Alternatives at each token of the prompt that vLLM's form shows."""
+    hidden: int = 0
+    """Tokens at the beginning of each prompt that its text does not hold."""
     n: int = 1
     """Choices of each prompt that are shown."""
     candidates: int = 1
@@ -160,6 +164,8 @@ class Service:
             logprobs=_logprobs(body) is not None,
             prompt_tokens=sum(map(len, prompts)),
             calling=_calling(body),
+            prompt_logprobs=getattr(body, "prompt_logprobs", None),
+            hidden=int(isinstance(body, CompletionRequest) and isinstance(body.prompts()[0], str)),
             n=n,
             candidates=candidates,
         )
@@ -202,6 +208,8 @@ class Service:
             ignore_eos=bool(body.ignore_eos),
             seed=seed,
             logprobs=_logprobs(body) or 0 if _ranked(body) else _logprobs(body),
+            prompt_logprobs=body.prompt_scores if isinstance(body, CompletionRequest) else None,
+            grammar=body.grammar,
         )
 
 

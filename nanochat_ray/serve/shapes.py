@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from nanochat_ray.engine.request import TokenLogprob
 from nanochat_ray.serve import logprobs
 from nanochat_ray.serve.completions import Piece
 from nanochat_ray.serve.conversation import FUNCTION, arguments
@@ -43,6 +44,7 @@ class Shape:
         self.calculations: list[list[Calculation]] = [[] for _ in self.job.requests]
         self.calls: list[CalledTool | None] = [None] * len(self.job.requests)
         self.scored: list[list[Scored]] = [[] for _ in self.job.requests]
+        self.prompt_scores: list[list[TokenLogprob | None]] = [[] for _ in self.job.requests]
         self.finish: list[Any] = [None] * len(self.job.requests)
         self.tokens = 0
         self.cached = [0] * len(self.job.requests)
@@ -63,6 +65,7 @@ class Shape:
             )
         self.finish[piece.index] = piece.finish
         self.scored[piece.index] += piece.scored
+        self.prompt_scores[piece.index] += piece.prompt
 
     def shown(self) -> list[int]:
         """The choices that the client gets: with ``best_of`` the likeliest, by log-probability
@@ -96,9 +99,6 @@ class Shape:
             ),
         )
 
-    def logprobs(self, scored: list[Scored], offset: int = 0) -> dict[str, Any] | None:
-        raise NotImplementedError
-
     def chunk(self, choice: dict[str, Any]) -> str:
         return self._head + json.dumps(choice) + self._tail
 
@@ -118,21 +118,33 @@ class Shape:
 class CompletionShape(Shape):
     kind = "text_completion"
 
-    def logprobs(self, scored: list[Scored], offset: int = 0) -> dict[str, Any] | None:
+    def _logprobs(self, piece: Piece, offset: int, echoed: bool) -> dict[str, Any] | None:
         if not self.job.logprobs:
             return None
-        return logprobs.for_completion(self.service.tokenizer, scored, offset)
+        prompt = self._prompt(piece) if echoed else []
+        hidden = self.job.hidden if echoed else 0
+        return logprobs.for_completion(
+            self.service.tokenizer, [*prompt, *piece.scored], offset, hidden
+        )
+
+    def _prompt(self, piece: Piece) -> list[tuple[int, TokenLogprob | None]]:
+        ids = self.job.requests[piece.index].prompt
+        return list(zip(ids, piece.prompt, strict=True)) if piece.prompt else []
 
     def opening(self) -> list[str]:
+        if self.job.logprobs and any(self.job.prefixes):
+            return []  # the echo comes with its scores, in the first piece
         return [self.delta(Piece(i, text)) for i, text in enumerate(self.job.prefixes) if text]
 
     def delta(self, piece: Piece) -> str:
-        offset = len(self.text[piece.index]) - len(piece.text)
+        prefix = self.job.prefixes[piece.index]
+        echoed = bool(prefix and piece.prompt)
+        offset = 0 if echoed else len(self.text[piece.index]) - len(piece.text)
         return self.chunk(
             {
                 "index": piece.index,
-                "text": piece.text,
-                "logprobs": self.logprobs(piece.scored, offset) if piece.tokens else None,
+                "text": prefix + piece.text if echoed else piece.text,
+                "logprobs": self._logprobs(piece, offset, echoed) if piece.tokens else None,
                 "finish_reason": piece.finish,
             }
         )
@@ -142,23 +154,29 @@ class CompletionShape(Shape):
             id=self.id,
             created=self.created,
             model=self.service.name,
-            choices=[
-                CompletionChoice(
-                    index=index,
-                    text=self.text[i],
-                    logprobs=self.logprobs(self.scored[i]),
-                    finish_reason=self.finish[i],
-                )
-                for index, i in enumerate(self.shown())
-            ],
+            choices=[self._choice(index, i) for index, i in enumerate(self.shown())],
             usage=self.usage(),
         ).model_dump()
+
+    def _choice(self, index: int, i: int) -> CompletionChoice:
+        piece = Piece(i, scored=self.scored[i], prompt=self.prompt_scores[i])
+        prefix, shown = self.job.prefixes[i], self.job.prompt_logprobs
+        tokenizer = self.service.tokenizer
+        return CompletionChoice(
+            index=index,
+            text=self.text[i],
+            logprobs=self._logprobs(piece, 0, bool(prefix)),
+            finish_reason=self.finish[i],
+            prompt_logprobs=None
+            if shown is None
+            else logprobs.for_prompt(tokenizer, self._prompt(piece), shown),
+        )
 
 
 class ChatShape(Shape):
     kind = "chat.completion.chunk"
 
-    def logprobs(self, scored: list[Scored], offset: int = 0) -> dict[str, Any] | None:
+    def _logprobs(self, scored: list[Scored]) -> dict[str, Any] | None:
         return logprobs.for_chat(self.service.tokenizer, scored) if self.job.logprobs else None
 
     def opening(self) -> list[str]:
@@ -180,7 +198,7 @@ class ChatShape(Shape):
             {
                 "index": piece.index,
                 "delta": delta,
-                "logprobs": self.logprobs(piece.scored),
+                "logprobs": self._logprobs(piece.scored),
                 "finish_reason": piece.finish,
             }
         )
@@ -194,7 +212,7 @@ class ChatShape(Shape):
                 ChatChoice(
                     index=index,
                     message=self._message(i),
-                    logprobs=self.logprobs(self.scored[i]),
+                    logprobs=self._logprobs(self.scored[i]),
                     finish_reason=self.finish[i],
                 )
                 for index, i in enumerate(self.shown())

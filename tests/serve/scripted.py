@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
-from nanochat_ray.engine.request import EngineFull, Output, Request
+from nanochat_ray.engine.request import EngineFull, Output, Request, TokenLogprob
 from nanochat_ray.serve.client import OutputStream, UnavailableError
+
+
+def score(token: int) -> TokenLogprob:
+    return TokenLogprob(logprob=-token / 100, top=[(65, -0.5)])
 
 
 class ScriptedClient:
@@ -46,7 +51,13 @@ class ScriptedClient:
             stops = token in request.params.stop_ids
             finish = "stop" if stops else None
             self.running -= {request.id} if stops else set()
-            stream.push(Output(request_id=request.id, tokens=[token], finish=finish))
+            output = Output(request_id=request.id, tokens=[token], finish=finish)
+            if request.params.logprobs is not None:
+                output = dataclasses.replace(output, logprobs=[score(token)])
+            if i == 0 and request.params.prompt_logprobs is not None:
+                scores = [None, *map(score, request.prompt[1:])]
+                output = dataclasses.replace(output, prompt_logprobs=scores)
+            stream.push(output)
             if stops:
                 return
         if self.finish is None:

@@ -179,7 +179,7 @@ REFUSED: list[tuple[str, Any, int, str | None, str | None]] = [
     ("chat/completions", chat(stop=["a"] * 17), 400, "stop", None),
     ("chat/completions", chat(stream_options={}), 400, "stream_options", None),
     ("chat/completions", chat(tools=[{}]), 400, "tools[0].type", None),
-    ("chat/completions", chat(response_format={"type": "x"}), 400, "response_format", None),
+    ("chat/completions", chat(response_format={"type": "x"}), 400, "response_format.type", None),
     (
         "chat/completions",
         chat(messages=[{"role": "user", "content": "long " * 60}]),

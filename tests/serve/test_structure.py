@@ -1,0 +1,127 @@
+"""Answers that must fit a grammar, and scores of the prompt: what goes to the engine and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from scripted import ScriptedClient
+from serving import serving
+
+from nanochat_ray.engine.request import Grammar
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.text.tokenizer import Tokenizer
+
+TOK = Tokenizer.bytes_only()
+USER = [{"role": "user", "content": "hello"}]
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.fixture
+def engine() -> ScriptedClient:
+    return ScriptedClient(TOK.encode("CD"))
+
+
+@pytest.fixture
+def url(engine: ScriptedClient) -> Iterator[str]:
+    with serving(build_app(engine, TOK, "tiny", 256)) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "source"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json", {"type": "object"}),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+            "json",
+            SCHEMA,
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, "json", SCHEMA),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, "json", SCHEMA),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "choice", ["yes", "no"]),
+        ({"structured_outputs": {"regex": "[a-c]+"}}, "regex", "[a-c]+"),
+    ],
+)
+def test_grammars_reach_the_engine(
+    url: str, engine: ScriptedClient, fields: dict[str, Any], kind: str, source: Any
+) -> None:
+    for path, body in (("chat/completions", {"messages": USER}), ("completions", {"prompt": "x"})):
+        response = httpx.post(f"{url}/v1/{path}", json={**body, **fields})
+        assert response.status_code == 200, response.text
+    for request in engine.requests:
+        found = request.params.grammar
+        assert isinstance(found, Grammar)
+        assert found.kind == kind
+        assert (found.source if kind == "regex" else json.loads(found.source)) == source
+
+
+TOOL = {"type": "function", "function": {"name": "calculator"}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+        {"structured_outputs": {}},
+        {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+        {"structured_outputs": {"choice": []}},
+        {"structured_outputs": {"json": "no json"}},
+        {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+        {"structured_outputs": {"regex": "a"}, "ignore_eos": True},
+        {"structured_outputs": {"regex": "a"}, "min_tokens": 3},
+        {"response_format": {"type": "json_object"}, "tools": [TOOL], "tool_choice": "required"},
+    ],
+)
+def test_what_cannot_be_is_refused(url: str, fields: dict[str, Any]) -> None:
+    body = {"messages": USER, **fields}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["message"]
+
+
+def test_an_echoed_prompt_has_scores(client: openai.OpenAI) -> None:
+    given = {"model": "tiny", "prompt": [65, 66], "echo": True, "logprobs": 1, "max_tokens": 9}
+    choice = client.completions.create(**given).choices[0]
+    assert choice.text == "ABCD"
+    found = choice.logprobs
+    assert found is not None
+    assert found.tokens == ["A", "B", "C", "D"]
+    assert found.token_logprobs == [None, -0.66, -0.67, -0.68]
+    assert found.top_logprobs[:2] == [None, {"A": -0.5, "B": -0.66}]
+    assert found.text_offset == [0, 1, 2, 3]
+    chunks = [c.choices[0] for c in client.completions.create(**given, stream=True)]
+    assert "".join(c.text for c in chunks) == "ABCD"
+    streamed = [x for c in chunks if c.logprobs for x in c.logprobs.token_logprobs]
+    assert streamed == found.token_logprobs
+    assert [x for c in chunks if c.logprobs for x in c.logprobs.text_offset] == [0, 1, 2, 3]
+
+
+def test_a_text_s_first_token_stands_for_no_text(client: openai.OpenAI) -> None:
+    given = {"model": "tiny", "prompt": "AB", "echo": True, "logprobs": 0, "max_tokens": 9}
+    found = client.completions.create(**given).choices[0].logprobs
+    assert found is not None
+    assert found.tokens == ["<|bos|>", "A", "B", "C", "D"]
+    assert found.text_offset == [0, 0, 1, 2, 3]
+
+
+def test_prompt_logprobs_in_vllm_s_form(url: str) -> None:
+    body = {"prompt": [65, 66], "prompt_logprobs": 1, "max_tokens": 1}
+    found = httpx.post(f"{url}/v1/completions", json=body).json()["choices"][0]
+    first, second = found["prompt_logprobs"]
+    assert first is None
+    assert second["65"] == {"logprob": -0.5, "rank": 1, "decoded_token": "A"}
+    assert second["66"] == {"logprob": -0.66, "rank": None, "decoded_token": "B"}
+    assert found["logprobs"] is None
+    streamed = httpx.post(f"{url}/v1/completions", json={**body, "stream": True})
+    assert streamed.status_code == 400
