@@ -20,6 +20,7 @@ import dataclasses
 import importlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -97,6 +98,7 @@ class Args:
 
 def be_engine(args: Args) -> None:
     """Takes loads as JSON lines and answers each with its figures."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     run = Store.at(args.storage).child("runs", args.run)
     engines: dict[bool, Any] = {}
     print("ready", flush=True)
@@ -359,19 +361,17 @@ def main(args: Args) -> None:
             print(f"shared prefix: {speedup:.2f} times the throughput, answers equal: {equal}")
             result.update(prefix_speedup=speedup, prefix_equal=equal)
         if "offline" in parts:
+            # A script's folder is where Python looks first.
             offline = importlib.import_module("bench_offline")
-            result.update(
-                offline.measure(
-                    storage=args.storage,
-                    run=args.run,
-                    peers=pairs(args.peer_python, "peer-python"),
-                    repeats=args.repeats,
-                )
-            )
+            given = {"peer_python": tuple(args.peer_python), "repeats": args.repeats}
+            found = offline.run(offline.Args(**given, prefix=False))
+            result["offline"] = {k: found[k] for k in ("rates", "equal") if k in found}
+            result.update({k: v for k, v in found.items() if k in KEYS})
     print(json.dumps(rounded(result)))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the sides are ended too
     try:
         given = tyro.cli(Args, description=__doc__)
         be_engine(given) if given.child else main(given)
