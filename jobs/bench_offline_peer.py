@@ -30,7 +30,12 @@ def ours(folder: str, options: dict[str, Any]) -> Generate:
 
     model, _ = hf.import_folder(Path(folder))
     known = {field.name for field in dataclasses.fields(EngineConfig)}
-    settings = {"max_slots": 64, "token_budget": 512, "max_waiting": 4096, "prefix_tokens": 0}
+    settings: dict[str, Any] = {
+        "max_slots": 64,
+        "token_budget": 512,
+        "max_waiting": 4096,
+        "prefix_tokens": 0,
+    }
     settings |= {key: value for key, value in options.items() if key in known}
     engine = Engine(model, EngineConfig(**settings))
 

@@ -145,7 +145,8 @@ def serve_here(config: ServeConfig, args: Args) -> None:
         device="cuda" if config.gpus else "cpu",
         dtype=DTYPES[config.engine.precision],
     )
-    client = LocalClient(Engine(model.eval(), config.engine, calculator_tool(tokenizer)))
+    tool, table = calculator_tool(tokenizer), tokenizer.byte_table()
+    client = LocalClient(Engine(model.eval(), config.engine, tool, table))
     app = build_app(
         client, tokenizer, config.name or config.run, client.max_len, keys=environment_keys()
     )

@@ -120,7 +120,7 @@ class SamplingParams:
         )
         texts = all(isinstance(s, str) and s for s in self.stop)
         req(texts, "stop", self.stop, "strings that are not empty")
-        _check_grammar(self.grammar)
+        check_grammar(self.grammar)
         for name in ("logprobs", "prompt_logprobs"):
             n = getattr(self, name)
             ok = n is None or (_whole(n) and 0 <= n <= MAX_LOGPROBS)
@@ -132,7 +132,7 @@ class SamplingParams:
         return frozenset(self.stop_ids) | (frozenset() if self.ignore_eos else set(self.eos_ids))
 
 
-def _check_grammar(grammar: object) -> None:
+def check_grammar(grammar: object) -> None:
     """Its shape alone: whether it compiles is seen by the engine, which has the vocabulary."""
     if grammar is None:
         return

@@ -63,7 +63,8 @@ class Answer:
 
     def feed(self, output: Output) -> Piece:
         piece = Piece(self.index, tokens=len(output.tokens), cached=output.cached_tokens)
-        piece.prompt = output.prompt_logprobs or []
+        if output.prompt_logprobs is not None:
+            piece.prompt = [None, *output.prompt_logprobs]  # nothing comes before the first
         # The token that ended the answer is no part of its text.
         tokens = output.tokens[:-1] if output.ended_by_last else output.tokens
         for i, token in enumerate(tokens):

@@ -49,7 +49,7 @@ def make_run(run: Store) -> None:
 def make_engine(run: Store, threads: int, config: EngineConfig) -> Engine:
     torch.set_num_threads(threads)
     model, tokenizer = snapshot.load_model(run)
-    return Engine(model.eval(), config, calculator_tool(tokenizer))
+    return Engine(model.eval(), config, calculator_tool(tokenizer), tokenizer.byte_table())
 
 
 def drive(engine: Engine, prompts: Sequence[Prompt], concurrency: int) -> list[Result]:

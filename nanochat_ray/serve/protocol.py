@@ -11,9 +11,9 @@ from typing import Annotated
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
-from nanochat_ray.engine.request import MAX_LOGPROBS, Grammar
+from nanochat_ray.engine.request import MAX_LOGPROBS
 from nanochat_ray.serve.conversation import Body, ChatMessage, ToolChoice, ToolSpec, calling
-from nanochat_ray.serve.structure import ResponseFormat, StructuredOutputs, grammar_of
+from nanochat_ray.serve.structure import Grammar, ResponseFormat, StructuredOutputs, grammar_of
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 Penalty = Annotated[StrictFloat, Field(ge=-2, le=2, allow_inf_nan=False)]

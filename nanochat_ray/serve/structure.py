@@ -7,10 +7,12 @@ from typing import Any, Literal
 
 from pydantic import Field, StrictBool, StrictStr, model_validator
 
-from nanochat_ray.engine.request import Grammar
+from nanochat_ray.engine.request import check_grammar
 from nanochat_ray.serve.conversation import Body
 
-ANY_OBJECT = Grammar(kind="json", source='{"type": "object"}')
+Grammar = dict[str, Any]
+"""The engine's form: one kind with its value (``SamplingParams.grammar``)."""
+ANY_OBJECT: Grammar = {"json_object": True}
 
 
 class JsonSchema(Body):
@@ -30,7 +32,7 @@ class ResponseFormat(Body):
 
     def grammar(self) -> Grammar | None:
         if self.json_schema is not None:
-            return Grammar(kind="json", source=json.dumps(self.json_schema.definition))
+            return {"json_schema": self.json_schema.definition}
         return ANY_OBJECT if self.type == "json_object" else None
 
 
@@ -52,16 +54,20 @@ class StructuredOutputs(Body):
             raise ValueError("structured_outputs needs one of json, json_object, regex, choice")
         return self
 
+    @staticmethod
+    def _schema(given: dict[str, Any] | str) -> Any:
+        try:
+            return json.loads(given) if isinstance(given, str) else given
+        except ValueError:
+            raise ValueError(f"structured_outputs.json={given!r} is not JSON") from None
+
     def grammar(self) -> Grammar:
         if self.json_ is not None:
-            given = self.json_
-            return Grammar(
-                kind="json", source=given if isinstance(given, str) else json.dumps(given)
-            )
+            return {"json_schema": self._schema(self.json_)}
         if self.regex is not None:
-            return Grammar(kind="regex", source=self.regex)
+            return {"regex": self.regex}
         if self.choice is not None:
-            return Grammar(kind="choice", source=json.dumps(self.choice))
+            return {"choice": self.choice}
         return ANY_OBJECT
 
 
@@ -70,8 +76,9 @@ def grammar_of(
 ) -> Grammar | None:
     """ValueError if both ask for something, or for what no grammar can be made of."""
     asked = response_format.grammar() if response_format is not None else None
-    if structured is None:
-        return asked
-    if asked is not None:
-        raise ValueError("structured_outputs is not allowed together with response_format")
-    return structured.grammar()
+    if structured is not None:
+        if asked is not None:
+            raise ValueError("structured_outputs is not allowed together with response_format")
+        asked = structured.grammar()
+    check_grammar(asked)
+    return asked

@@ -55,7 +55,7 @@ class ScriptedClient:
             if request.params.logprobs is not None:
                 output = dataclasses.replace(output, logprobs=[score(token)])
             if i == 0 and request.params.prompt_logprobs is not None:
-                scores = [None, *map(score, request.prompt[1:])]
+                scores = [score(token) for token in request.prompt[1:]]
                 output = dataclasses.replace(output, prompt_logprobs=scores)
             stream.push(output)
             if stops:
