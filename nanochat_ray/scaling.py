@@ -151,7 +151,7 @@ def optim_config(config: ModelConfig, batch: int, tokens: int) -> OptimConfig:
 
     At nanochat's reference they are nanochat's. In shorter runs, measured (optim/NOTES.md): the
     rates of matrices and embeddings rise, that of the head does not, those of the scalars fall,
-    and the embeddings' second moment must not look back further than the run has steps.
+    and momentum and the embeddings' second moment look back over a share of the run.
     """
     steps = max(1, tokens // batch)
     scale = lr_scale(steps)
@@ -163,9 +163,10 @@ def optim_config(config: ModelConfig, batch: int, tokens: int) -> OptimConfig:
         matrix_lr=0.02 * scale,
         embedding_lr=0.3 * scale * narrow,
         unembedding_lr=0.008 * min(scale, 1.0) * narrow,
-        scalar_lr=0.5 * min(scale, 1 / scale),
+        scalar_lr=0.5 * min(scale, scale**-2),
         embedding_beta2=1 - min(max(12.5 / steps, 0.005), 0.05),
         weight_decay=min(decay, 0.2),
+        momentum=1 - min(max(0.05 * (steps / REFERENCE_STEPS) ** -0.4, 0.03), 0.2),
     )
 
 

@@ -21,7 +21,8 @@ def momentum(step: int, steps: int, config: OptimConfig) -> float:
     """Muon's momentum: from 0.85 up to its full value in the first tenth, at most 300 steps."""
     rise = max(1, min(300, steps // 10))
     share = min(1.0, step / rise)
-    return 0.85 + (config.momentum - 0.85) * share
+    first = min(0.85, config.momentum)
+    return first + (config.momentum - first) * share
 
 
 def window_share(step: int, config: TrainConfig) -> float:
