@@ -170,7 +170,7 @@ def server() -> LocalClient:
     model = GPT(ModelConfig.modern(vocab_size=TOK.vocab_size, **shape))
     model.init_weights(torch.Generator().manual_seed(0))
     config = EngineConfig(max_slots=8, token_budget=64, max_waiting=8, prefix_tokens=512)
-    return LocalClient(Engine(model.eval(), config, calculator_tool(TOK)))
+    return LocalClient(Engine(model.eval(), config, calculator_tool(TOK), TOK.byte_table()))
 
 
 async def fuzz(url: str, count: int, seed: int) -> dict[int, int]:

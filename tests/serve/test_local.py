@@ -31,7 +31,7 @@ def local() -> Iterator[LocalClient]:
     model = GPT(ModelConfig.modern(vocab_size=TOK.vocab_size, **shape))
     model.init_weights(torch.Generator().manual_seed(0))
     config = EngineConfig(max_slots=4, token_budget=64, max_waiting=8)
-    client = LocalClient(Engine(model.eval(), config, calculator_tool(TOK)))
+    client = LocalClient(Engine(model.eval(), config, calculator_tool(TOK), TOK.byte_table()))
     yield client
     client.close()
     client.engine.check_integrity()
@@ -211,3 +211,47 @@ def test_best_of_gives_the_likeliest(client: openai.OpenAI) -> None:
     assert one.logprobs is None
     with pytest.raises(openai.BadRequestError, match="best_of=2"):
         client.completions.create(**fields, best_of=2, stream=True)
+
+
+def test_an_answer_fits_its_schema(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}, "b": {"enum": ["x", "y"]}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=USER,
+        max_tokens=200,
+        temperature=0,
+        # An untrained model might write blanks for ever, which JSON allows.
+        logit_bias={str(ord(c)): -100 for c in " \t\r\n"},
+        response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
+    )
+    found = json.loads(answer.choices[0].message.content or "")
+    assert set(found) == {"a", "b"}
+    assert answer.choices[0].finish_reason == "stop"
+    chosen = client.completions.create(
+        model="tiny", prompt="x", extra_body={"structured_outputs": {"choice": ["yes", "no"]}}
+    )
+    assert chosen.choices[0].text in ("yes", "no")
+    with pytest.raises(openai.BadRequestError, match="grammar"):
+        client.completions.create(
+            model="tiny", prompt="x", extra_body={"structured_outputs": {"regex": "("}}
+        )
+
+
+def test_a_prompt_s_scores_are_the_model_s(client: openai.OpenAI, local: LocalClient) -> None:
+    """What lm-eval asks for, against a plain forward."""
+    ids = [TOK.bos, *TOK.encode("the quick brown fox")]
+    answer = client.completions.create(
+        model="tiny", prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0
+    )
+    found = answer.choices[0].logprobs
+    assert found is not None
+    with torch.inference_mode():
+        logits = local.engine.runner.model(torch.tensor([ids]))[0].float()
+    expected = logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].tolist()
+    assert found.token_logprobs[0] is None
+    assert found.token_logprobs[1 : len(ids)] == pytest.approx(expected, abs=1e-4)
