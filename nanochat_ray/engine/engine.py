@@ -1,8 +1,23 @@
 """The engine: requests join and leave the running batch at every step.
 
-The way of one request: ``add`` checks it and queues a ``Sequence``; a ``step`` lets the scheduler
-plan chunks, the runner compute them, the sampler choose one token for each sequence whose tokens
-are all computed, and ``_append`` decides what that token means (go on, a tool's turn, the end).
+The way of one request:
+
+1. ``add`` checks it (``validate``), draws a seed if it has none, and queues a
+   ``scheduler.Sequence``: its tokens, and how many of them have keys and values.
+2. Each ``step`` ends what is past its deadline and asks the ``scheduler`` for a plan. That admits
+   whoever there is a slot for (priority, then the client that runs least, then who came first);
+   ``_admit`` fills the slot's row of ``sampling_state`` and copies what ``blocks`` knows of the
+   prompt's beginning from ``kv_cache.BlockStore``. The plan is a list of chunks: one token for each
+   decode, with guesses from ``draft`` behind it, then prompts under the token budget.
+3. The ``runner`` runs all chunks as rows of one forward; ``kv_cache`` keeps their keys and values
+   and attends. Back come logits for the rows that want some.
+4. ``sampling_state`` bends them (bias, penalties, bans, ``grammar``) and ``sampler`` chooses a token
+   for each: a pure function of (logits, parameters, seed, position). ``scores`` looks up
+   log-probabilities for those who asked.
+5. ``_extend`` decides what a token means: guesses hold up to the first wrong one; a token may end
+   the answer or, through ``tools``, force others. What is new leaves as an ``Output``.
+
+Who is preempted waits with its tokens, which are then computed as they were the first time.
 Not thread-safe: ``loop.EngineLoop`` is.
 """
 
