@@ -11,8 +11,8 @@ The way of one request:
    decode, with guesses from ``draft`` behind it, then prompts under the token budget.
 3. The ``runner`` runs all chunks as rows of one forward; ``kv_cache`` keeps their keys and values
    and attends. Back come logits for the rows that want some.
-4. ``sampling_state`` bends them (bias, penalties, bans, ``grammar``), ``sampler`` chooses a token for
-   each: a pure function of (logits, parameters, seed, position); ``scores`` finds log-probabilities.
+4. ``sampling_state`` bends them (bias, penalties, bans, ``grammar``), ``sampler`` chooses tokens: a
+   pure function of (logits, parameters, seed, position); ``scores`` finds log-probabilities.
 5. ``_extend`` decides what a token means: guesses hold up to the first wrong one; a token may end
    the answer or, through ``tools``, force others. What is new leaves as an ``Output``.
 
