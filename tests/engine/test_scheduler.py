@@ -130,3 +130,19 @@ def test_guesses_get_what_is_left_of_the_budget_and_fit_the_limit() -> None:
     ]
     s.remove(s.running[0])
     assert [(len(c.draft), c.rows) for c in s.plan()] == [(2, 3), (4, 5), (0, 0)]
+
+
+def test_a_long_prompt_amid_decodes_takes_no_step_from_them() -> None:
+    s = scheduler(slots=17, token_budget=256, prefill_chunk=64)
+    for i in range(16):
+        s.add(sequence(f"decode{i}"))
+    run(s)
+    s.add(sequence("long", 1900))
+    steps = 0
+    while s.running[-1].computed < 1900:
+        ran = run(s)
+        steps += 1
+        # Each of them gets its token in each step, which is at most so much longer.
+        assert all(ran[f"decode{i}"] == 1 for i in range(16))
+        assert 0 < ran["long"] <= 64
+    assert steps == 30  # 1900 / 64: and the prompt is not starved
