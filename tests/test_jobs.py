@@ -174,6 +174,8 @@ def test_readme_commands_exist(command: list[str]) -> None:
     else:
         fields = importlib.import_module(f"jobs.{script.stem}").Args.__dataclass_fields__
         known = {"--" + name.replace("_", "-") for name in fields}
+        switches = [name for name, field in fields.items() if field.type in (bool, "bool")]
+        known |= {"--no-" + name.replace("_", "-") for name in switches}
     assert used <= known
 
 
