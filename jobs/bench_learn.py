@@ -120,16 +120,9 @@ def shape(trial: Trial, vocab_size: int, length: int) -> ModelConfig:
     return ModelConfig.modern(**{**fields, **trial.model})
 
 
-def run_trial(trial: Trial) -> dict[str, float]:
-    """Trains and returns ``bits_per_byte`` and the processor's ``seconds`` of the steps.
-
-    With ``row_tokens`` the model is then shown whole rows, and ``beyond_plain`` and
-    ``beyond_yarn`` are the figures of the tokens that lie past what it was trained on.
-    """
-    torch.set_num_threads(1)
-    store, manifest, tokenizer = open_dataset(trial.storage, trial.dataset)
-    length = trial.row_tokens or manifest.sequence_len
-    config = shape(trial, tokenizer.vocab_size, length)
+def build(trial: Trial, vocab_size: int, length: int) -> tuple[GPT, TrainConfig]:
+    """The trial's model with fresh weights, and how it is trained."""
+    config = shape(trial, vocab_size, length)
     model = GPT(config, DTYPES["bf16"])
     model.init_weights(torch.Generator().manual_seed(trial.seed))
     batch = trial.batch_rows * length
@@ -145,6 +138,20 @@ def run_trial(trial: Trial) -> dict[str, float]:
         optim=dataclasses.replace(optim, **trial.optim),
         **trial.train,
     )
+    return model, train
+
+
+def run_trial(trial: Trial) -> dict[str, float]:
+    """Trains and returns ``bits_per_byte`` and the processor's ``seconds`` of the steps.
+
+    With ``row_tokens`` the model is then shown whole rows, and ``beyond_plain`` and
+    ``beyond_yarn`` are the figures of the tokens that lie past what it was trained on.
+    """
+    torch.set_num_threads(1)
+    store, manifest, tokenizer = open_dataset(trial.storage, trial.dataset)
+    length = trial.row_tokens or manifest.sequence_len
+    model, train = build(trial, tokenizer.vocab_size, length)
+    config = model.config
     reader = RowReader(store, manifest, "train")
     sides = {"adamw": adamw, "adamw by kind": by_kind, "nanochat": nanochat, "ours": ours}
     step = sides[trial.side](model, train, trial)
@@ -448,6 +455,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "windows SSSL": {"model": {"window_pattern": "SSSL"}},
     "window warm-up": {"train": {"window_warmup": 0.5}},
     "document mask": {"model": {"document_start": -2}},
+    "windows SSSL, document mask": {"model": {"window_pattern": "SSSL", "document_start": -2}},
     "dropout 0.1": {"model": {"dropout": 0.1}},
     "one key/value head": {"model": {"n_kv_head": 1}},
     "Newton-Schulz": {"optim": {"orthogonalizer": "newton_schulz"}},
@@ -457,6 +465,25 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "no decay": {"optim": {"weight_decay": 0.0}},
     "warm-down 0.5": {"optim": {"warmdown": 0.5}},
 }
+
+
+def step_times(trials: list[Trial], repeats: int = 12) -> list[float]:
+    """Median seconds of a step of each trial. The trials take turns, step by step, so that what
+    else the machine does falls on all alike."""
+    torch.set_num_threads(1)
+    store, manifest, tokenizer = open_dataset(trials[0].storage, trials[0].dataset)
+    reader = RowReader(store, manifest, "train")
+    running = []
+    for trial in trials:
+        model, train = build(trial, tokenizer.vocab_size, manifest.sequence_len)
+        running.append((ours(model, train, trial), next(iter(from_shards(reader, train, 0, 1)(0)))))
+    seconds: list[list[float]] = [[] for _ in trials]
+    for i in range(repeats):
+        for trial, (step, rows), spent in zip(trials, running, seconds, strict=True):
+            began = time.perf_counter()
+            step(i * trial.steps // repeats, Batch(rows.ids))  # the whole of any schedule
+            spent.append(time.perf_counter() - began)
+    return [statistics.median(spent[1:]) for spent in seconds]
 
 
 def ablation(args: Args) -> dict[str, Any]:
@@ -474,7 +501,8 @@ def ablation(args: Args) -> dict[str, Any]:
             trials.append(dataclasses.replace(plain, **changes))
     runs = bench.run(trials)
     table: dict[str, Any] = {}
-    for i, name in enumerate(names):
+    times = step_times(trials[:: args.seeds])
+    for i, (name, cost) in enumerate(zip(names, times, strict=True)):
         mine = runs[i * args.seeds : (i + 1) * args.seeds]
         base = runs[: args.seeds]
         differences = [
@@ -484,8 +512,7 @@ def ablation(args: Args) -> dict[str, Any]:
             "bits_per_byte": statistics.mean(r["bits_per_byte"] for r in mine),
             "difference": statistics.mean(differences),
             "spread": max(differences) - min(differences),
-            "time": statistics.median(r["seconds"] for r in mine)
-            / statistics.median(r["seconds"] for r in base),
+            "time": cost / times[0],
         }
     print("| option | bits per byte | against the defaults | time |")
     print("|---|---|---|---|")

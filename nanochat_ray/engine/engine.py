@@ -6,9 +6,10 @@ The way of one request:
    ``scheduler.Sequence``: its tokens, and how many of them have keys and values.
 2. Each ``step`` ends what is past its deadline and asks the ``scheduler`` for a plan. That admits
    whoever there is a slot for (priority, then the client that runs least, then who came first);
-   ``_admit`` fills the slot's row of ``sampling_state`` and copies what ``blocks`` knows of the
-   prompt's beginning from ``kv_cache.BlockStore``. The plan is a list of chunks: one token for each
-   decode, with guesses from ``draft`` behind it, then prompts under the token budget.
+   the slot's row of ``sampling_state`` is filled. The plan is a list of chunks: one token for each
+   decode, with guesses from ``draft`` behind it, then prompts under the token budget; before a
+   prompt's first chunk ``_begin`` copies what ``blocks`` knows of its beginning from
+   ``kv_cache.BlockStore``, and one whose beginning another computes just now waits a step for it.
 3. The ``runner`` runs all chunks as rows of one forward; ``kv_cache`` keeps their keys and values
    and attends. Back come logits for the rows that want some.
 4. ``sampling_state`` bends them (bias, penalties, bans, ``grammar``), ``sampler`` chooses tokens: a
@@ -88,6 +89,7 @@ class Engine:
         self.max_len = config.max_len or model.config.sequence_len
         self.vocab_size = model.config.vocab_size
         self.runner = Runner(model, config.max_slots, self.max_len, config.precision)
+        self._sampling = SamplingState(config.max_slots, self.vocab_size, self.runner.device)
         self.scheduler = Scheduler(
             slots=config.max_slots,
             token_budget=config.token_budget,
@@ -95,11 +97,11 @@ class Engine:
             max_waiting=config.max_waiting,
             draft_tokens=config.speculative_tokens,
             on_draft=self._draft,
-            on_admit=self._admit,
+            on_admit=self._sampling.admit,
+            on_begin=self._begin if config.prefix_tokens >= BLOCK else None,
         )
         self._prefixes = PrefixBlocks(config.prefix_tokens // BLOCK)
         self._store = BlockStore(self.runner.cache, self._prefixes.capacity)
-        self._sampling = SamplingState(config.max_slots, self.vocab_size, self.runner.device)
         self._grammars = Grammars(token_bytes, self.vocab_size) if token_bytes else None
         self._sequences: dict[str, Sequence] = {}
         self._ready: list[Output] = []
@@ -135,8 +137,7 @@ class Engine:
             self._grammars.check(request.params.grammar)
 
     def add(self, request: Request) -> None:
-        """Queues a request. Raises ValueError (see ``validate``; or its id is in use) or
-        EngineFull."""
+        """Raises ValueError (see ``validate``; or its id is in use) or EngineFull."""
         self.validate(request)
         if request.id in self._sequences:
             raise ValueError(f"id={request.id!r} is in use by another request")
@@ -243,8 +244,7 @@ class Engine:
         return outputs
 
     @torch.inference_mode()
-    def _admit(self, sequence: Sequence) -> None:
-        self._sampling.admit(sequence)
+    def _begin(self, sequence: Sequence) -> None:
         # The last token is always computed, since its logits are wanted. Only the prompt is taken
         # from others' prompts: keys of decoded tokens differ from those in the last bit.
         limit = min(len(sequence.tokens) - 1, len(sequence.request.prompt))
@@ -255,9 +255,9 @@ class Engine:
 
     def _keep(self, sequence: Sequence) -> None:
         """Keeps what was computed as a prompt for others that begin the same. Not what was
-        decoded: its keys differ in the last bit, and answers must not depend on who came before.
-        """
-        wanted = self._prefixes.keep(sequence.tokens, len(sequence.request.prompt))
+        decoded: its keys differ in the last bit, and answers must not depend on who was before."""
+        known = min(sequence.computed, len(sequence.request.prompt))
+        wanted = self._prefixes.keep(sequence.tokens, known)
         if wanted:
             self._store.save(sequence.slot, wanted)
 
@@ -281,7 +281,7 @@ class Engine:
             row += count
             if not chunk.decode:
                 self._stats.prompt_tokens += chunk.count
-                if chunk.start < len(s.request.prompt) <= end:
+                if chunk.start < len(s.request.prompt):
                     self._keep(s)
             if count and chunk.samples:
                 sampling.append(chunk)

@@ -29,8 +29,6 @@ from torch import Tensor
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.engine.blocks import BLOCK
 
-MIN_ROWS = 4
-"""A linear layer of one row (on some CPUs, of up to three) takes another kernel."""
 CALL_BYTES = 150_000
 """Reading as much from memory takes about as long as one more call of attention (15 µs)."""
 
@@ -77,7 +75,9 @@ class SlotCache:
         max_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        min_rows: int = 1,
     ):
+        """``min_rows`` is the least number of rows of a forward."""
         length = padded_length(max_len, 2)
         shape = (config.n_layer, slots, config.n_kv_head, length, config.head_dim)
         # Zeros, not garbage: a masked value is multiplied by 0, and 0 * nan is nan.
@@ -87,7 +87,7 @@ class SlotCache:
         self._columns = torch.arange(length, device=device)
         self._group = config.n_head // config.n_kv_head
         self._row_bytes = 2 * config.n_kv_head * config.head_dim * dtype.itemsize
-        self._decodes = 0
+        self._min_rows, self._decodes = min_rows, 0
         self._runs: list[_Run] = []
         self._prefills: list[Span] = []
         self._masks: dict[tuple[int, int], Tensor] = {}
@@ -109,7 +109,7 @@ class SlotCache:
         total = int(counts.sum())
         offset = np.arange(total) - np.repeat(counts.cumsum() - counts, counts)
         positions = np.repeat(starts, counts) + offset
-        rows = max(total, MIN_ROWS)
+        rows = max(total, self._min_rows)
         padded = np.zeros((rows, 1), dtype=np.int64)
         padded[:total, 0] = positions
         device = self.keys.device

@@ -14,6 +14,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from nanochat_ray.engine.blocks import BLOCK
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.request import EngineFull, Request, TokenLogprob
 from nanochat_ray.engine.tools import ToolState
@@ -115,7 +116,10 @@ class Scheduler:
     on_draft: Callable[[Sequence, int], SequenceOf[int]] = lambda sequence, most: ()
     """Guesses at what follows a sequence's tokens, at most so many."""
     on_admit: Callable[[Sequence], None] = lambda sequence: None
-    """Called when a sequence has got its slot; may set ``computed`` to what it found of it."""
+    """Called when a sequence has got its slot."""
+    on_begin: Callable[[Sequence], None] | None = None
+    """Called before a sequence's first chunk; sets ``computed`` to what is known of it already,
+    from others' prompts up to the last step."""
     running: list[Sequence] = field(default_factory=list)
     waiting: list[Sequence] = field(default_factory=list)
     preemptions: int = 0
@@ -147,12 +151,16 @@ class Scheduler:
         others: list[Sequence] = []
         for s in self.running:
             (steady if s.decoding else others).append(s)
-        chunks = []
+        chunks: list[Chunk] = []
         budget = self.token_budget - len(steady)
         rest = min(budget, self.prefill_chunk) if steady else budget
         for s in others:
             if rest <= 0:
                 break
+            if s.computed == 0 and self.on_begin is not None:
+                if any(self._computes(c, s) for c in chunks):
+                    continue
+                self.on_begin(s)
             end, decode = s.stretch()
             count = min(end - s.computed, rest)
             scores = s.unscored and not decode
@@ -168,6 +176,15 @@ class Scheduler:
         # Stable: prompts stay in the order of admission.
         chunks.sort(key=lambda c: (not c.decode, c.sequence.slot if c.decode else 0))
         return chunks
+
+    @staticmethod
+    def _computes(chunk: Chunk, sequence: Sequence) -> bool:
+        """Whether the chunk computes a block of the sequence's prompt, which may then wait for it
+        instead of computing it too."""
+        end = chunk.start // BLOCK * BLOCK + BLOCK
+        if sequence.unscored or end > min(chunk.start + chunk.count, len(sequence.request.prompt)):
+            return False
+        return chunk.sequence.tokens[:end] == sequence.tokens[:end]
 
     def expire(self, now: float) -> list[Sequence]:
         """Forgets those whose deadline is at ``now`` or before, and returns them."""

@@ -49,6 +49,8 @@ class Attention(nn.Module):
         self.c_q = Linear(C, config.n_head * D)
         self.c_k = Linear(C, config.n_kv_head * D)
         self.c_v = Linear(C, config.n_kv_head * D)
+        self.c_qkv: nn.Module | None = None
+        """The three above in one, where an engine puts them together; it does without them then."""
         self.c_proj = Linear(C, C)
         self.gate_channels = min(GATE_CHANNELS, C)
         gated = config.value_embeds and has_value_embedding(layer, config.n_layer)
@@ -69,18 +71,25 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, _ = x.shape
         c = self.config
-        q = self.c_q(x).view(B, T, c.n_head, c.head_dim)
-        k = self.c_k(x).view(B, T, c.n_kv_head, c.head_dim)
-        v = self.c_v(x).view(B, T, c.n_kv_head, c.head_dim)
+        if self.c_qkv is None:
+            q = self.c_q(x).view(B, T, c.n_head, c.head_dim)
+            k = self.c_k(x).view(B, T, c.n_kv_head, c.head_dim)
+            v = self.c_v(x).view(B, T, c.n_kv_head, c.head_dim)
+            q = rms_norm(rotate(q, *angles), c.norm_eps)
+            k = rms_norm(rotate(k, *angles), c.norm_eps)
+        else:
+            heads = self.c_qkv(x).view(B, T, -1, c.head_dim)
+            turned = rms_norm(rotate(heads[:, :, : -c.n_kv_head], *angles), c.norm_eps)
+            q, k = turned[:, :, : c.n_head], turned[:, :, c.n_head :]
+            v = heads[:, :, -c.n_kv_head :]
         if value is not None and self.ve_gate is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # [B, T, Hkv]
             v = v + gate.unsqueeze(-1) * value.view_as(v)
-        q, k = rotate(q, *angles), rotate(k, *angles)
-        q, k = rms_norm(q, c.norm_eps), rms_norm(k, c.norm_eps)
         if isinstance(attend, TrainingAttention):
             y = attend(q, k, v, window, self.sharpen / c.head_dim**0.5)
         else:
-            y = attend.attend(self.layer, q * self.sharpen, k, v, window)
+            sharp = q if self.sharpen == 1 else q * self.sharpen
+            y = attend.attend(self.layer, sharp, k, v, window)
         if self.head_gate is not None:
             y = y * torch.sigmoid(self.head_gate(x[..., : self.gate_channels])).unsqueeze(-1)
         return self.c_proj(y.reshape(B, T, -1))
@@ -211,7 +220,7 @@ class GPT(nn.Module):
 
     def _rotary(self, T: int, context: AttentionContext | None) -> tuple[Tensor, Tensor]:
         """cos and sin ``[B or 1, T, 1, D/2]`` for the new tokens."""
-        device = self.lm_head.weight.device
+        device = self.wte.weight.device
         last = T if context is None else int(context.positions.max()) + 1
         angles = self._angles
         if angles is None or angles[0].size(0) < last or angles[0].device != device:

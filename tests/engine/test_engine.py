@@ -20,7 +20,7 @@ from engine_kit import (
     uncached_greedy,
 )
 
-from nanochat_ray.engine.request import EngineFull, Output, Request
+from nanochat_ray.engine.request import EngineFull, Output, Request, SamplingParams
 from nanochat_ray.engine.tools import Tool
 from nanochat_ray.model.gpt import GPT
 
@@ -191,6 +191,23 @@ def test_tool_output_is_forced_and_survives_a_continuation_at_any_place() -> Non
         assert whole[:cut] + answer(make_engine(model, tool), later) == whole
     short = dataclasses.replace(request, params=dataclasses.replace(request.params, max_tokens=8))
     assert answer(make_engine(model, tool), short) == whole[:8]
+
+
+def test_who_comes_together_shares_a_beginning() -> None:
+    """Nobody computes what another computes just now, and chunks are kept as they are done."""
+    model, start = make_model("classic"), list(range(7, 71))
+    asked = [
+        Request(id=str(i), prompt=[*start, i, 200 - i], params=SamplingParams(max_tokens=4, seed=i))
+        for i in range(4)
+    ]
+    found = []
+    for kept in (0, 512):
+        engine = make_engine(model, prefix_tokens=kept, token_budget=64, prefill_chunk=64)
+        for request in asked:
+            engine.add(request)
+        found.append({k: tokens(v) for k, v in finish(engine).items()})
+        assert engine.stats().prefix_hit == (3 * len(start) if kept else 0)
+    assert found[0] == found[1]
 
 
 def test_prefix_hits_change_nothing_but_the_work() -> None:

@@ -1,0 +1,61 @@
+"""The layouts of linear layers: equal values, and equal bits whatever the number of rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_config
+
+from nanochat_ray.engine.linear import Blocked, by_columns, faster, fewest_rows, lay_out
+from nanochat_ray.model.gpt import GPT, Linear
+
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch has no MKL")
+
+
+def layer(inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> Linear:
+    made = Linear(inputs, outputs).to(dtype).requires_grad_(False)
+    made.weight.copy_(torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1)))
+    return made
+
+
+@needs_mkl
+@pytest.mark.parametrize(("inputs", "outputs"), [(384, 1152), (1536, 384), (64, 70), (100, 32)])
+def test_blocks_and_columns_give_the_same_bits(inputs: int, outputs: int) -> None:
+    plain = layer(inputs, outputs)
+    blocked = Blocked(plain.weight)
+    for rows in (4, 17, 32, 33, 100):
+        x = torch.randn((rows, 1, inputs))
+        assert torch.equal(blocked(x), F.linear(x, by_columns(plain.weight)))
+
+
+@pytest.mark.parametrize("outputs", [1, 6, 40, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_faster_layer_computes_the_same(outputs: int, dtype: torch.dtype) -> None:
+    plain, x = layer(96, outputs, dtype), torch.randn((5, 96)).to(dtype)
+    expected = F.linear(x.double(), plain.weight.double())
+    torch.testing.assert_close(faster(plain)(x).double(), expected, atol=0.2, rtol=2e-2)
+
+
+def test_rows_that_hang_on_their_number_are_found() -> None:
+    class Fickle(Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + (len(x) < self.steady)
+
+        steady = 0
+
+    for steady, expected in ((2, 2), (3, 4), (4, 4), (17, None)):
+        fickle = Fickle(8, 8).requires_grad_(False)
+        fickle.weight.zero_()
+        fickle.steady = steady
+        assert fewest_rows(fickle, torch.float32) == expected
+
+
+def test_a_model_may_be_laid_out_twice() -> None:
+    model = GPT(tiny_config()).eval()
+    model.init_weights(torch.Generator().manual_seed(0))
+    ids = torch.arange(12).view(1, 12)
+    with torch.inference_mode():
+        before = model(ids)
+        assert lay_out(model) == lay_out(model) <= 4
+        torch.testing.assert_close(model(ids), before)
