@@ -51,7 +51,7 @@ STREAMS = 32
 @dataclass(frozen=True, kw_only=True)
 class Args:
     only: str = "http,prefix"
-    """Parts, separated by commas: http, prefix, offline."""
+    """Parts, separated by commas: http, long, prefix, offline."""
     sides: str = "engine,local,ray"
     """What of ours is measured over HTTP: the engine in process, serve.local under uvicorn, Ray
     Serve. --ours adds a server that runs already."""
@@ -291,6 +291,17 @@ def measure_prefix(args: Args, engine: Side) -> tuple[float, bool]:
     return statistics.median(ratios), equal
 
 
+def measure_long(args: Args, found: list[Side]) -> dict[str, float]:
+    """By server: what a prompt of 1,900 tokens makes 16 answers wait, in median steps."""
+    waits: dict[str, list[float]] = {side.name: [] for side in found if side.url}
+    for repeat in range(args.repeats):
+        for side in found:
+            if side.url:
+                wait = load.long_prompt_delay(side.url, side.model, key=args.key, seed=repeat)
+                waits[side.name].append(asyncio.run(wait))
+    return {name: statistics.median(of) for name, of in waits.items()}
+
+
 def table(figures: dict[str, dict[int, dict[str, Any]]]) -> str:
     columns = ("requests_per_s", "tokens_per_s", "all_tokens_per_s")
     times = [f"{name}_p{share}_ms" for name in ("ttft", "tpot", "itl", "e2e") for share in (50, 99)]
@@ -343,8 +354,8 @@ def rounded(value: Any) -> Any:
 
 def main(args: Args) -> None:
     parts = args.only.split(",")
-    if unknown := set(parts) - {"http", "prefix", "offline"}:
-        raise ValueError(f"only={sorted(unknown)} is not allowed: http, prefix, offline")
+    if unknown := set(parts) - {"http", "long", "prefix", "offline"}:
+        raise ValueError(f"only={sorted(unknown)} is not allowed: http, long, prefix, offline")
     goals(args)
     result: dict[str, Any] = dict.fromkeys(KEYS)
     with contextlib.ExitStack() as stack:
@@ -352,9 +363,10 @@ def main(args: Args) -> None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             args = dataclasses.replace(args, storage=folder)
         load_engine.make_run(Store.at(args.storage).child("runs", args.run))
-        if "http" in parts:
+        if {"http", "long"} & set(parts):
             with sides(args) as found:
-                result.update(http_part(args, found))
+                result.update(http_part(args, found) if "http" in parts else {})
+                result["long_prompt_delay"] = measure_long(args, found) if "long" in parts else None
         if "prefix" in parts:
             with sides(dataclasses.replace(args, sides="engine", peer=[])) as found:
                 speedup, equal = measure_prefix(args, found[0])

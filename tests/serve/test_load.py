@@ -14,6 +14,7 @@ from nanochat_ray.serve.load import (
     Result,
     _Stream,
     drive,
+    long_prompt_delay,
     percentile,
     random_prompts,
     shared_prefix_prompts,
@@ -38,6 +39,16 @@ def test_streams_are_measured() -> None:
         engine.refuse = full()
         (refused,), _ = asyncio.run(drive(url, "tiny", prompts[:1], concurrency=1))
         assert "429" in refused.error
+
+
+def test_the_wait_for_a_long_prompt_is_in_steps() -> None:
+    engine = ScriptedClient(TOK.encode("abcdef" * 40), delay=0.005)
+    with serving(build_app(engine, TOK, "tiny", 512)) as url:
+        wait = asyncio.run(long_prompt_delay(url, "tiny", streams=4, length=200))
+        assert 1 < wait < 100
+        engine.refuse = full()
+        with pytest.raises(ValueError, match="429"):
+            asyncio.run(long_prompt_delay(url, "tiny", streams=1, length=20))
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
