@@ -46,6 +46,8 @@ KEYS = (
 SIDES = ("engine", "local", "ray")
 STREAMS = 32
 """Where throughputs are compared."""
+VOCAB = 2000
+"""Ids below it are in every model's vocabulary and are no special ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +257,7 @@ def measure_http(args: Args, found: list[Side]) -> dict[str, dict[int, dict[str,
             count = max(8, args.requests * streams) if repeat >= 0 else min(8, streams)
             prompts = load.random_prompts(
                 count,
-                vocab=2000,
+                vocab=VOCAB,
                 prompt=args.prompt,
                 output=args.output,
                 spread=args.spread,
@@ -277,7 +279,7 @@ def measure_prefix(args: Args, engine: Side) -> tuple[float, bool]:
     for repeat in range(-1, args.repeats):
         prompts = load.shared_prefix_prompts(
             2 * STREAMS,
-            vocab=2000,
+            vocab=VOCAB,
             shared=args.shared,
             own=args.own,
             output=args.shared_output,
@@ -297,7 +299,9 @@ def measure_long(args: Args, found: list[Side]) -> dict[str, float]:
     for repeat in range(args.repeats):
         for side in found:
             if side.url:
-                wait = load.long_prompt_delay(side.url, side.model, key=args.key, seed=repeat)
+                wait = load.long_prompt_delay(
+                    side.url, side.model, vocab=VOCAB, key=args.key, seed=repeat
+                )
                 waits[side.name].append(asyncio.run(wait))
     return {name: statistics.median(of) for name, of in waits.items()}
 

@@ -233,7 +233,14 @@ async def drive(
 
 
 async def long_prompt_delay(
-    url: str, model: str, *, key: str = "", streams: int = 16, length: int = 1900, seed: int = 0
+    url: str,
+    model: str,
+    *,
+    vocab: int,
+    key: str = "",
+    streams: int = 16,
+    length: int = 1900,
+    seed: int = 0,
 ) -> float:
     """The longest time between two tokens of ``streams`` answers while a prompt of ``length``
     tokens comes among them, in median times between tokens. ValueError if a request fails."""
@@ -241,10 +248,10 @@ async def long_prompt_delay(
     settled = 40
     """Tokens after which all answers run; each has more to come when the prompt is done."""
     running = [
-        Prompt([rng.randrange(2000) for _ in range(64)], settled + 10 + length // 16)
+        Prompt([rng.randrange(vocab) for _ in range(64)], settled + 10 + length // 16)
         for _ in range(streams)
     ]
-    long = Prompt([rng.randrange(2000) for _ in range(length)], 4)
+    long = Prompt([rng.randrange(vocab) for _ in range(length)], 4)
     answers = asyncio.ensure_future(drive(url, model, running, concurrency=streams, key=key))
     # One more answer is waited for first: until all have begun, the gaps are those of their own
     # prompts.
