@@ -447,7 +447,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "no value embeddings": {"model": {"value_embeds": False}},
     "no residual scalars": {"model": {"residual_scalars": False}},
     "no smear": {"model": {"smear": False}},
-    "no backout": {"model": {"backout": False}},
+    "backout": {"model": {"backout": True}},
     "no softcap": {"model": {"softcap": 0.0}},
     "U-Net skips": {"model": {"skips": True}},
     "attention gates": {"model": {"attention_gate": True}},
@@ -461,7 +461,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "Newton-Schulz": {"optim": {"orthogonalizer": "newton_schulz"}},
     "no NorMuon": {"optim": {"normuon": False}},
     "no equilibration": {"optim": {"equilibrate": False}},
-    "decay not cautious": {"optim": {"cautious": False}},
+    "cautious decay": {"optim": {"cautious": True}},
     "no decay": {"optim": {"weight_decay": 0.0}},
     "warm-down 0.5": {"optim": {"warmdown": 0.5}},
 }

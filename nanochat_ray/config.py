@@ -147,14 +147,14 @@ class OptimConfig:
     unembedding_lr: float = 0.008
     scalar_lr: float = 0.5
     weight_decay: float = 0.0
-    """Cautious decay of the matrices, tied to the rate."""
+    """Decay of the matrices, tied to the rate."""
     orthogonalizer: Orthogonalizer = "polar_express"
     """Muon's iteration towards the nearest semi-orthogonal matrix."""
     normuon: bool = True
     """Even out the sizes of a Muon update's neurons by their running second moments."""
     equilibrate: bool = True
     """Give the rows of a gradient equal norms before it is made orthogonal."""
-    cautious: bool = True
+    cautious: bool = False
     """Decay a weight only where that agrees with its update."""
     momentum: float = 0.95
     warmup: float = 0.02

@@ -52,6 +52,8 @@ def model_config(
         "sequence_len": length,
         # Windows save work only where the context is long (measured: none at 512).
         "window_pattern": "SSSL" if length >= 2048 else "L",
+        # nanochat's tuning at depth 12 kept it; at depth 4 it gives nothing (optim/NOTES.md).
+        "backout": preset == "modern" and depth >= 12,
     }
     return ModelConfig.preset(preset, **{**shape, **fields})
 

@@ -37,7 +37,7 @@ class MuonRule:
     orthogonalizer: Orthogonalizer = "polar_express"
     normuon: bool = True
     equilibrate: bool = False
-    cautious: bool = True
+    cautious: bool = False
 
 
 def orthogonalize(G: Tensor, method: Orthogonalizer = "polar_express") -> Tensor:

@@ -34,7 +34,8 @@ def test_update_against_a_reference_written_with_svd_free_loops() -> None:
         rate = 0.05 * 2**0.5
         agrees = ((scaled * w) > 0).double()
         expected.append(w - rate * 0.3 * agrees * w - rate * scaled)
-    muon_update_(W, G, momentum, second, lr=0.05, momentum=0.9, beta2=0.8, weight_decay=0.3)
+    rates = {"lr": 0.05, "momentum": 0.9, "beta2": 0.8, "weight_decay": 0.3}
+    muon_update_(W, G, momentum, second, rule=MuonRule(cautious=True), **rates)
     torch.testing.assert_close(W, torch.stack(expected).float(), atol=1e-5, rtol=1e-4)
 
 
