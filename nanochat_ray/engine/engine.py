@@ -38,7 +38,7 @@ from nanochat_ray.engine.kv_cache import BlockStore
 from nanochat_ray.engine.request import Finish, Output, Request, TokenLogprob
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
-from nanochat_ray.engine.scheduler import Chunk, Scheduler, Sequence
+from nanochat_ray.engine.scheduler import DOUBLING_WIDTHS, Chunk, Scheduler, Sequence
 from nanochat_ray.engine.scores import score_chosen, score_prompts
 from nanochat_ray.engine.tools import Tool, ToolState
 from nanochat_ray.model.gpt import GPT
@@ -83,8 +83,7 @@ class Engine:
         tool: Tool | None = None,
         token_bytes: SequenceOf[bytes] | None = None,
     ):
-        """``token_bytes[t]`` is the text of token t (empty: none), as ``Tokenizer.byte_table``
-        gives it; without it, requests with a grammar are refused."""
+        """``token_bytes[t]`` is token t's text (empty: none); without, grammars are refused."""
         self.config, self.tool = config, tool
         self.max_len = config.max_len or model.config.sequence_len
         self.vocab_size = model.config.vocab_size
@@ -95,6 +94,7 @@ class Engine:
             token_budget=config.token_budget,
             prefill_chunk=config.prefill_chunk,
             max_waiting=config.max_waiting,
+            doubling=DOUBLING_WIDTHS * model.config.n_embd,
             draft_tokens=config.speculative_tokens,
             on_draft=self._draft,
             on_admit=self._sampling.admit,

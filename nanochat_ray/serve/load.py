@@ -242,7 +242,7 @@ async def long_prompt_delay(
     length: int = 1900,
     seed: int = 0,
 ) -> float:
-    """The longest time between two tokens of ``streams`` answers while a prompt of ``length``
+    """By how much the latest token of ``streams`` answers is late while a prompt of ``length``
     tokens comes among them, in median times between tokens. ValueError if a request fails."""
     rng = random.Random(seed)
     settled = 40
@@ -261,7 +261,7 @@ async def long_prompt_delay(
     if error := next((r.error for r in (*results, probe, late) if r.error), ""):
         raise ValueError(f"{url}: {error}")
     gaps = [gap for r in results for gap in r.gaps_s[settled:]]
-    return max(gaps) / percentile(gaps, 0.5)
+    return max(gaps) / percentile(gaps, 0.5) - 1
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -38,6 +38,17 @@ def test_decodes_come_first_and_long_prompts_do_not_hold_them_up() -> None:
     assert run(s) == {"long": 10}  # nobody waits for it: the whole budget
 
 
+def test_late_in_a_long_prompt_chunks_get_shorter_while_others_decode() -> None:
+    s = scheduler(token_budget=20, prefill_chunk=8, doubling=16)
+    s.add(sequence("short"))
+    run(s)
+    s.add(sequence("long", 60))
+    found = [run(s)["long"] for _ in range(12)]
+    assert found == [8, 5, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2]
+    s.remove(s.running[0])
+    assert run(s) == {"long": 19}
+
+
 def test_several_prompts_share_a_step() -> None:
     s = scheduler(slots=3)
     for name in "abc":

@@ -45,7 +45,7 @@ def test_the_wait_for_a_long_prompt_is_in_steps() -> None:
     engine = ScriptedClient(TOK.encode("abcdef" * 40), delay=0.005)
     with serving(build_app(engine, TOK, "tiny", 512)) as url:
         wait = asyncio.run(long_prompt_delay(url, "tiny", vocab=256, streams=4, length=200))
-        assert 1 < wait < 100
+        assert 0 < wait < 100
         engine.refuse = full()
         with pytest.raises(ValueError, match="429"):
             asyncio.run(long_prompt_delay(url, "tiny", vocab=256, streams=1, length=20))
