@@ -44,7 +44,7 @@ def test_late_in_a_long_prompt_chunks_get_shorter_while_others_decode() -> None:
     run(s)
     s.add(sequence("long", 60))
     found = [run(s)["long"] for _ in range(12)]
-    assert found == [8, 5, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2]
+    assert found == [8, 5, 4, 3, 3, 3, 3, 2, 2, 2, 2, 2]
     s.remove(s.running[0])
     assert run(s) == {"long": 19}
 
