@@ -46,7 +46,7 @@ def test_late_in_a_long_prompt_chunks_get_shorter_while_others_decode() -> None:
     found = [run(s)["long"] for _ in range(12)]
     assert found == [8, 5, 4, 3, 3, 3, 3, 2, 2, 2, 2, 2]
     s.remove(s.running[0])
-    assert run(s) == {"long": 19}
+    assert run(s) == {"long": 20}
 
 
 def test_several_prompts_share_a_step() -> None:
