@@ -55,12 +55,16 @@ class ServeConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     deadline_s: float = 60.0
     """How long a request may wait for an engine after its own has died."""
+    request_timeout_s: float = 0.0
+    """How long an answer may take, waiting and running; 0 is for ever."""
 
     def __post_init__(self) -> None:
         for name in ("engines", "ingresses", "threads"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is not allowed: a whole number from 1")
+        if self.request_timeout_s < 0:
+            raise ValueError(f"request_timeout_s={self.request_timeout_s} is not allowed: from 0")
         if not re.fullmatch(r"[\w.-]+", self.run):
             raise ValueError(f"run={self.run!r} is not allowed: letters, digits, '.', '_' and '-'")
 
@@ -118,6 +122,7 @@ def build_application(config: ServeConfig, *, keys: list[str] | None = None) -> 
         max_len=max_len,
         keys=environment_keys() if keys is None else keys,
         deadline_s=config.deadline_s,
+        request_timeout_s=config.request_timeout_s,
     )
 
 
