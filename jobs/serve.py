@@ -52,6 +52,8 @@ class Args:
     port: int = 8000
     engines: int = 1
     """Engine replicas, each with the whole model."""
+    max_engines: int = 0
+    """Above --engines: more engines while queues and KV caches are full, up to this."""
     ingresses: int = 1
     """HTTP replicas."""
     gpus: float = 0.0
@@ -84,6 +86,7 @@ def config_of(args: Args) -> ServeConfig:
         snapshot=args.snapshot,
         name=args.name,
         engines=args.engines,
+        max_engines=args.max_engines,
         ingresses=args.ingresses,
         gpus=args.gpus,
         threads=args.threads,
