@@ -2,7 +2,7 @@
 
 Serve's controller asks ``policy`` several times a second, clips its answer to the least and most
 engines that are allowed, and waits until it has stayed the same for a while (``ServeConfig``).
-The controller gets this file by value: it needs nothing else of ours, and must not.
+The controller gets ``policy`` by value and may lack this project: nothing of it is imported here.
 """
 
 from __future__ import annotations

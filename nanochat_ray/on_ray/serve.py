@@ -74,10 +74,10 @@ class ServeConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is not allowed: a whole number from 1")
-        if self.max_engines and self.max_engines < self.engines:
-            raise ValueError(
-                f"max_engines={self.max_engines} is not allowed: 0 or from engines={self.engines}"
-            )
+        most = self.max_engines
+        if not isinstance(most, int) or 0 != most < self.engines:
+            allowed = f"0, or a whole number from engines={self.engines}"
+            raise ValueError(f"max_engines={most!r} is not allowed: {allowed}")
         if self.request_timeout_s < 0:
             raise ValueError(f"request_timeout_s={self.request_timeout_s} is not allowed: from 0")
         if not re.fullmatch(r"[\w.-]+", self.run):

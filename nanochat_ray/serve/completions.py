@@ -136,9 +136,10 @@ async def all_pieces(service: Service, job: Job) -> AsyncGenerator[list[Piece], 
                 elif output.finish is not None and piece.finish is None:
                     timer.end("error")
                     reason = output.error or f"the engine ended the answer ({output.finish})"
-                    # An engine names the field that it failed on.
-                    late = reason.startswith("deadline:")
-                    raise DeadlineError(reason) if late else EngineFailedError(reason)
+                    if reason.startswith("deadline:"):  # an engine names what it failed on
+                        most = service.limits.request_timeout_s
+                        raise DeadlineError(f"the answer was not ready after {most:g} s, the limit")
+                    raise EngineFailedError(reason)
                 if piece.finish is not None:
                     timer.end("stop" if piece.finish == "tool_calls" else piece.finish)
                     del running[output.request_id]
