@@ -52,6 +52,8 @@ class Args:
     port: int = 8000
     engines: int = 1
     """Engine replicas, each with the whole model."""
+    max_engines: int = 0
+    """Above --engines: more engines while queues and KV caches are full, up to this."""
     ingresses: int = 1
     """HTTP replicas."""
     gpus: float = 0.0
@@ -67,6 +69,8 @@ class Args:
     token_budget: int = 0
     """Tokens of one step; 0 is twice max_slots, and at least 256."""
     max_waiting: int = EngineConfig.max_waiting
+    request_timeout_s: float = 0.0
+    """Seconds that an answer may take, waiting and running; 0 is for ever."""
     ray: bool = True
     """--no-ray: one process with one engine, no replicas; for a look, and to compare."""
     haproxy: bool = True
@@ -82,9 +86,11 @@ def config_of(args: Args) -> ServeConfig:
         snapshot=args.snapshot,
         name=args.name,
         engines=args.engines,
+        max_engines=args.max_engines,
         ingresses=args.ingresses,
         gpus=args.gpus,
         threads=args.threads,
+        request_timeout_s=args.request_timeout_s,
         engine=EngineConfig(
             max_slots=args.max_slots,
             max_len=args.max_len,
@@ -136,6 +142,7 @@ def serve_here(config: ServeConfig, args: Args) -> None:
     from nanochat_ray.engine.tools import calculator_tool
     from nanochat_ray.serve.app import build_app
     from nanochat_ray.serve.local import LocalClient
+    from nanochat_ray.serve.service import Limits
 
     torch.set_num_threads(config.threads)
     run = Store.at(config.storage).child("runs", config.run)
@@ -148,7 +155,12 @@ def serve_here(config: ServeConfig, args: Args) -> None:
     tool, table = calculator_tool(tokenizer), tokenizer.byte_table()
     client = LocalClient(Engine(model.eval(), config.engine, tool, table))
     app = build_app(
-        client, tokenizer, config.name or config.run, client.max_len, keys=environment_keys()
+        client,
+        tokenizer,
+        config.name or config.run,
+        client.max_len,
+        limits=Limits(request_timeout_s=config.request_timeout_s),
+        keys=environment_keys(),
     )
     print(f"{config.name or config.run} is served at http://{args.host}:{args.port}", flush=True)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")

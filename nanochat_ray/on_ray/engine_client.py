@@ -250,7 +250,10 @@ class RayEngineClient:
         Raises UnavailableError, ValueError, or EngineFull when every engine is full; ``patient``
         waits for room instead, since somebody has read the beginning of that answer.
         """
-        until = time.monotonic() + self.deadline_s
+        patience = self.deadline_s
+        if live.request.deadline is not None:
+            patience = min(patience, live.request.deadline - time.time())
+        until = time.monotonic() + patience
         full: set[str] = set()
         while not live.closed:
             engine = await self._choose(live, full, until, patient)
@@ -303,7 +306,7 @@ class RayEngineClient:
                 continue
             left = until - time.monotonic()
             if left <= 0:
-                raise UnavailableError(f"no engine was found within {self.deadline_s:.0f} s")
+                raise UnavailableError("no engine was found in time")
             self._poll_now.set()
             async with self._changed:
                 with contextlib.suppress(TimeoutError):

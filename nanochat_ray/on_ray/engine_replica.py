@@ -184,6 +184,13 @@ class EngineReplica:
             **(dataclasses.asdict(self.engine.stats()) if self.engine is not None else {}),
         }
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For ``autoscaling.policy``."""
+        if self.engine is None:
+            return {}
+        stats = self.engine.stats()
+        return {name: getattr(stats, name) for name in ("running", "waiting", "slots", "kv_used")}
+
     async def _tell(self) -> None:
         while True:
             status = self.status()

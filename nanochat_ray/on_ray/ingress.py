@@ -9,6 +9,7 @@ from ray.serve.handle import DeploymentHandle
 from nanochat_ray.on_ray.engine_client import RayEngineClient
 from nanochat_ray.on_ray.metrics import RaySink
 from nanochat_ray.serve.app import build_app
+from nanochat_ray.serve.service import Limits
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -26,9 +27,11 @@ class Ingress:
         max_len: int,
         keys: list[str],
         deadline_s: float,
+        request_timeout_s: float,
     ):
         self.tokenizer = Tokenizer.load(Store.at(storage).child(*tokenizer.split("/")))
         self.name, self.max_len, self.keys = name, max_len, keys
+        self.limits = Limits(request_timeout_s=request_timeout_s)
         self.client = RayEngineClient(engines, deadline_s=deadline_s)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
@@ -38,6 +41,7 @@ class Ingress:
             self.tokenizer,
             self.name,
             self.max_len,
+            limits=self.limits,
             keys=self.keys,
             sink=RaySink(self.name),
         )

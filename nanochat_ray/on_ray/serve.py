@@ -20,16 +20,20 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import LoggingConfig
 
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import EngineConfig, from_json, to_json
+from nanochat_ray.on_ray import autoscaling
 from nanochat_ray.on_ray.engine_replica import EngineReplica
 from nanochat_ray.on_ray.ingress import Ingress
 from nanochat_ray.storage import Store, default_root
 
 KEYS_VARIABLE = "NANOCHAT_API_KEYS"
 """Comma-separated API keys; without it nobody needs one."""
+LOOK_BACK_S = 15.0
+"""Over which engines' loads are averaged for autoscaling; they come every 10 s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,13 @@ class ServeConfig:
     name: str = ""
     """The model's name for clients; by default that of the run."""
     engines: int = 1
+    max_engines: int = 0
+    """Above ``engines``: as many as queues and KV caches ask for, from ``engines`` up to this
+    (``autoscaling``); 0 is ``engines``, always."""
+    upscale_delay_s: float = 10.0
+    """How long more engines must have been wanted before they start."""
+    downscale_delay_s: float = 300.0
+    """How long fewer must have been: to start one again takes a node, an image and the weights."""
     ingresses: int = 1
     gpus: float = 0.0
     """GPUs of each engine."""
@@ -55,12 +66,20 @@ class ServeConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     deadline_s: float = 60.0
     """How long a request may wait for an engine after its own has died."""
+    request_timeout_s: float = 0.0
+    """How long an answer may take, waiting and running; 0 is for ever."""
 
     def __post_init__(self) -> None:
         for name in ("engines", "ingresses", "threads"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is not allowed: a whole number from 1")
+        most = self.max_engines
+        if not isinstance(most, int) or 0 != most < self.engines:
+            allowed = f"0, or a whole number from engines={self.engines}"
+            raise ValueError(f"max_engines={most!r} is not allowed: {allowed}")
+        if self.request_timeout_s < 0:
+            raise ValueError(f"request_timeout_s={self.request_timeout_s} is not allowed: from 0")
         if not re.fullmatch(r"[\w.-]+", self.run):
             raise ValueError(f"run={self.run!r} is not allowed: letters, digits, '.', '_' and '-'")
 
@@ -81,7 +100,7 @@ def build_application(config: ServeConfig, *, keys: list[str] | None = None) -> 
         tokenizer = f"runs/{config.run}/{name}"
     engine = serve.deployment(
         name="engine",
-        num_replicas=config.engines,
+        **_replicas(config),
         user_config={"snapshot": name},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=30,
@@ -118,7 +137,24 @@ def build_application(config: ServeConfig, *, keys: list[str] | None = None) -> 
         max_len=max_len,
         keys=environment_keys() if keys is None else keys,
         deadline_s=config.deadline_s,
+        request_timeout_s=config.request_timeout_s,
     )
+
+
+def _replicas(config: ServeConfig) -> dict[str, Any]:
+    """How many engines, in Serve's words."""
+    if not config.max_engines:
+        return {"num_replicas": config.engines}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=config.engines,
+            max_replicas=config.max_engines,
+            upscale_delay_s=config.upscale_delay_s,
+            downscale_delay_s=config.downscale_delay_s,
+            look_back_period_s=LOOK_BACK_S,
+            policy=AutoscalingPolicy(policy_function=autoscaling.policy),
+        )
+    }
 
 
 def prefer_haproxy() -> None:

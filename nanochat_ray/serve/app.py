@@ -27,7 +27,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from nanochat_ray.engine.request import EngineFull
 from nanochat_ray.serve import errors
 from nanochat_ray.serve.client import EngineClient, UnavailableError
-from nanochat_ray.serve.completions import EngineFailedError, Piece, all_pieces
+from nanochat_ray.serve.completions import DeadlineError, EngineFailedError, Piece, all_pieces
 from nanochat_ray.serve.errors import ApiError
 from nanochat_ray.serve.guard import Guard, client_of
 from nanochat_ray.serve.metrics import (
@@ -60,7 +60,10 @@ from nanochat_ray.text.tokenizer import Tokenizer
 
 FAILURES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "The request cannot be served as it is."},
-    "5XX": {"model": ErrorResponse, "description": "The server cannot serve it now (503)."},
+    "5XX": {
+        "model": ErrorResponse,
+        "description": "The server cannot serve it now (503) or in time (504).",
+    },
 }
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
@@ -205,10 +208,10 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 async def _respond(service: Service, job: Job, shape: Shape, http: HttpRequest) -> Response:
     pieces = all_pieces(service, job)
     try:
-        # The empty first piece comes when the engine has the requests: refusals get their status.
-        await unless_gone(http, _translated(pieces.__anext__))
         if job.stream:
-            return EventStream(_events(pieces, shape, job.include_usage))
+            # What fails before the first token gets its status: clients try again by that.
+            first = await unless_gone(http, _translated(pieces.__anext__))
+            return EventStream(_events(first, pieces, shape, job.include_usage))
         try:
             await unless_gone(http, _gather(pieces, shape))
         finally:
@@ -227,6 +230,8 @@ async def _translated(step: Callable[[], Awaitable[list[Piece]]]) -> list[Piece]
         raise errors.overloaded(str(error)) from error
     except UnavailableError as error:
         raise errors.unavailable(str(error)) from error
+    except DeadlineError as error:
+        raise errors.too_late(str(error)) from error
     except EngineFailedError as error:
         raise ApiError(500, str(error), kind="server_error", code="engine_failed") from error
     except ValueError as error:
@@ -241,23 +246,26 @@ async def _gather(pieces: AsyncGenerator[list[Piece], None], shape: Shape) -> No
 
 
 async def _events(
-    pieces: AsyncGenerator[list[Piece], None], shape: Shape, include_usage: bool
+    turn: list[Piece],
+    pieces: AsyncGenerator[list[Piece], None],
+    shape: Shape,
+    include_usage: bool,
 ) -> AsyncGenerator[str, None]:
-    """The events of a streamed answer, those that came together as one text. An error after its
-    begin is an event of its own."""
+    """The events of a streamed answer, those that came together as one text: ``turn``, then
+    ``pieces``. An error after its begin is an event of its own."""
     try:
-        if opening := shape.opening():
-            yield event(*opening)
+        found = shape.opening()
         with contextlib.suppress(StopAsyncIteration):
             while True:
-                found = []
-                for piece in await _translated(pieces.__anext__):
+                for piece in turn:
                     shape.take(piece)
                     # Half a character or half a stop string: nothing to show yet.
                     if piece.text or piece.calculations or piece.finish or piece.scored:
                         found.append(shape.delta(piece))
                 if found:
                     yield event(*found)
+                found = []
+                turn = await _translated(pieces.__anext__)
         yield event(shape.usage_chunk(), DONE) if include_usage else event(DONE)
     except ApiError as error:
         yield event(json.dumps(error.body()))

@@ -39,6 +39,10 @@ class EngineFailedError(Exception):
     """The engine gave a request up."""
 
 
+class DeadlineError(EngineFailedError):
+    """It gave it up because the request's time was over."""
+
+
 class Answer:
     """Turns one choice's token ids into pieces.
 
@@ -108,8 +112,8 @@ class Answer:
 async def all_pieces(service: Service, job: Job) -> AsyncGenerator[list[Piece], None]:
     """Pieces of all choices as they come, each turn what came together; the requests run together.
 
-    The first turn is empty, once the engine has accepted every request. Closing the generator
-    aborts what still runs. Raises EngineFailedError and what ``submit`` raises.
+    Closing the generator aborts what still runs. Raises EngineFailedError and what ``submit``
+    raises.
     """
     stream = OutputStream()
     running: dict[str, tuple[Answer, Timer]] = {}
@@ -118,7 +122,6 @@ async def all_pieces(service: Service, job: Job) -> AsyncGenerator[list[Piece], 
             timer = service.metrics.timer(len(request.prompt))
             running[request.id] = Answer(service.tokenizer, i, job.stop, job.calling), timer
             await service.client.submit(request, stream)
-        yield []
         async for outputs in stream:
             pieces = []
             for output in outputs:
@@ -132,8 +135,11 @@ async def all_pieces(service: Service, job: Job) -> AsyncGenerator[list[Piece], 
                     answer.end(piece, output.finish)
                 elif output.finish is not None and piece.finish is None:
                     timer.end("error")
-                    reason = f"the engine ended the answer ({output.finish})"
-                    raise EngineFailedError(output.error or reason)
+                    reason = output.error or f"the engine ended the answer ({output.finish})"
+                    if reason.startswith("deadline:"):  # an engine names what it failed on
+                        most = service.limits.request_timeout_s
+                        raise DeadlineError(f"the answer was not ready after {most:g} s, the limit")
+                    raise EngineFailedError(reason)
                 if piece.finish is not None:
                     timer.end("stop" if piece.finish == "tool_calls" else piece.finish)
                     del running[output.request_id]

@@ -48,6 +48,8 @@ class ApiError(Exception):
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.status == 504:
+            headers["x-should-retry"] = "false"
         return JSONResponse(self.body(), self.status, headers)
 
 
@@ -66,6 +68,13 @@ def overloaded(message: str) -> ApiError:
 
 def unavailable(message: str) -> ApiError:
     return ApiError(503, message, kind="server_error", code="engine_unavailable", retry_after=2)
+
+
+def too_late(message: str) -> ApiError:
+    """OpenAI documents no status for it and vLLM has no such limit. 408 would say that the client
+    was slow to send; 504 is what Anthropic, Gemini and Mistral answer. OpenAI's clients try both
+    again, twice, unless ``x-should-retry`` tells them that the answer would only be late again."""
+    return ApiError(504, message, kind="server_error", code="request_timeout")
 
 
 def internal() -> ApiError:

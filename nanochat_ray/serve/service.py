@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,9 @@ class Limits:
     max_body_bytes: int = 2 << 20
     max_choices: int = 128
     """Prompts times ``n`` of one request."""
+    request_timeout_s: float = 0.0
+    """How long an answer may take, waiting and running; 0 is for ever. Clients have no field for
+    it: OpenAI's give up by closing the connection, which ends the work too."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,8 @@ class Service:
             self._check_length(ids, param, max_tokens)
         # Without a seed of its own, each request draws another one; choices differ by their place.
         seed = secrets.randbits(62) if body.seed is None else body.seed
+        timeout = self.limits.request_timeout_s
+        deadline = time.time() + timeout if timeout else None
         requests = [
             Request(
                 id=secrets.token_hex(8),
@@ -151,6 +157,7 @@ class Service:
                 params=self._params(body, max_tokens, (seed + i) % 2**63),
                 priority=body.priority or 0,
                 client=client,
+                deadline=deadline,
             )
             for ids in prompts
             for i in range(candidates)

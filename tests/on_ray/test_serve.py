@@ -8,8 +8,10 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -64,6 +66,9 @@ def config(s3: str) -> ServeConfig:
         storage=root.uri,
         run="tiny",
         engines=2,
+        max_engines=3,
+        upscale_delay_s=0,
+        downscale_delay_s=1,
         ingresses=2,
         cpus=0.5,
         engine=EngineConfig(max_slots=8, token_budget=64, max_waiting=16),
@@ -157,6 +162,30 @@ def test_a_killed_engine_is_not_noticed_by_those_who_wait(client: openai.OpenAI,
     assert time.monotonic() - began < 20
     assert texts == [undisturbed] * 4
     wait_for(lambda: len(engines(url)) == 2 and killed not in engine_processes(), 90)
+
+
+def test_engines_come_and_go_with_the_load(client: openai.OpenAI, url: str) -> None:
+    """Queues call for a third engine, which leaves again; those whose answers run do not notice."""
+
+    def ask() -> str:
+        chunks = client.chat.completions.create(
+            model="tiny", messages=USER, stream=True, **{**LONG, "max_tokens": 300}
+        )
+        return "".join(c.choices[0].delta.content or "" for c in chunks)
+
+    def ask_until(done: threading.Event) -> set[str]:
+        return {ask() for _ in iter(done.is_set, True)}
+
+    undisturbed = ask()
+    for askers, expected in ((32, 3), (2, 2)):
+        done = threading.Event()
+        with ThreadPoolExecutor(askers) as pool:
+            texts = [pool.submit(ask_until, done) for _ in range(askers)]
+            try:
+                wait_for(lambda n=expected: len(engines(url)) == n, 90)
+            finally:
+                done.set()
+        assert set().union(*(found.result() for found in texts)) == {undisturbed}
 
 
 def engine_processes() -> list[int]:
@@ -271,3 +300,5 @@ def test_a_run_that_is_not_there_is_named(config: ServeConfig) -> None:
         build({**settings(config), "run": "other"})
     with pytest.raises(ValueError, match="no field 'engine_count'"):
         build({**settings(config), "engine_count": 2})
+    with pytest.raises(ValueError, match="max_engines=1 is not allowed"):
+        build({**settings(config), "max_engines": 1})

@@ -95,7 +95,13 @@ def test_raw_events(url: str) -> None:
         lines = [line for line in response.iter_lines() if line]
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"
-    assert all("\ufffd" not in line for line in lines)
+    texts = [
+        choice["delta"].get("content", "")
+        for line in lines[:-1]
+        for choice in json.loads(line.removeprefix("data: "))["choices"]
+    ]
+    assert "".join(texts) == TEXT
+    assert all("\ufffd" not in text for text in texts)  # half a character
 
 
 def test_completions(client: openai.OpenAI, engine: ScriptedClient) -> None:
@@ -189,6 +195,7 @@ REFUSED: list[tuple[str, Any, int, str | None, str | None]] = [
     ),
     ("chat/completions", b"x" * 5001, 413, None, None),
     ("completions", {"prompt": []}, 400, "prompt", None),
+    ("completions", {"prompt": ["x"] * 9}, 400, "n", None),
     ("completions", {"prompt": [999]}, 400, "prompt", None),
     ("completions", {"prompt": [[1], []]}, 400, None, None),
     ("completions", {"prompt": "x", "max_tokens": 1.5}, 400, "max_tokens", None),
@@ -219,9 +226,18 @@ def test_full_queue_and_no_engine(url: str, engine: ScriptedClient) -> None:
     assert (response.status_code, response.headers["retry-after"]) == (429, "1")
     engine.refuse = UnavailableError("no engine is running")
     response = httpx.post(f"{url}/v1/chat/completions", json=chat())
-    assert response.status_code == 503
+    assert (response.status_code, response.headers["retry-after"]) == (503, "2")
     assert response.json()["error"]["code"] == "engine_unavailable"
     assert httpx.get(f"{url}/health").status_code == 503
+
+
+def test_error_before_the_stream_began_has_its_status(
+    client: openai.OpenAI, engine: ScriptedClient
+) -> None:
+    engine.break_after = 0
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.chat.completions.create(model="tiny", messages=USER, stream=True)
+    assert caught.value.status_code == 503
 
 
 def test_error_after_the_stream_began_is_an_event(
@@ -248,7 +264,7 @@ def test_a_client_that_leaves_frees_its_slots(
         )
         wait_for(lambda: len(engine.running) == n)
         if stream:
-            assert b"assistant" in connection.recv(65536)
+            assert b"200 OK" in connection.recv(65536)
     wait_for(lambda: not engine.running, 1.0)
     assert len(engine.aborted) == n
 

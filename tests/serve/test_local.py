@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,10 +16,12 @@ from serving import serving, wait_for
 
 from nanochat_ray.config import EngineConfig, ModelConfig
 from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.scheduler import Chunk
 from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.local import LocalClient
+from nanochat_ray.serve.service import Limits
 from nanochat_ray.text.tokenizer import Tokenizer
 
 TOK = Tokenizer.bytes_only()
@@ -141,9 +144,53 @@ def test_leaving_frees_the_slots_within_a_step(url: str, local: LocalClient, n: 
 def test_a_full_queue_is_said_so(url: str, local: LocalClient) -> None:
     body = {"prompt": ["x"] * 20, "max_tokens": 100, "ignore_eos": True}
     response = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
-    assert response.status_code == 429
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
     assert response.json()["error"]["code"] == "queue_full"
     wait_for(lambda: not local.engine.has_work, 5.0)  # what was accepted is given up
+
+
+@pytest.fixture
+def hurried(local: LocalClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Another server over the same engine, whose steps now take so long that an answer of 450
+    tokens is never ready in time."""
+    run = local.engine.runner.run
+
+    def slowly(chunks: list[Chunk]) -> torch.Tensor:
+        time.sleep(0.005)
+        return run(chunks)
+
+    monkeypatch.setattr(local.engine.runner, "run", slowly)
+    limits = Limits(request_timeout_s=0.5)
+    with serving(build_app(local, TOK, "tiny", local.max_len, limits=limits)) as url:
+        yield url
+    wait_for(lambda: not local.engine.has_work)
+    local.engine.check_integrity()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_answer_that_takes_too_long_is_ended(hurried: str, n: int) -> None:
+    fields = {"prompt": "x", "max_tokens": 450, "n": n, "ignore_eos": True}
+    late = httpx.post(f"{hurried}/v1/completions", json=fields)
+    assert (late.status_code, late.headers["x-should-retry"]) == (504, "false")
+    error = late.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "request_timeout")
+    streamed = httpx.post(f"{hurried}/v1/completions", json={**fields, "stream": True})
+    assert streamed.status_code == 200
+    *_, token, end = streamed.text.strip().split("\n\n")
+    assert json.loads(token.removeprefix("data: "))["choices"]
+    assert json.loads(end.removeprefix("data: "))["error"]["code"] == "request_timeout"
+
+
+def test_an_answer_that_waits_too_long_is_refused(
+    hurried: str, url: str, local: LocalClient
+) -> None:
+    fields = {"prompt": "x", "max_tokens": 450, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(httpx.post, f"{url}/v1/completions", json={**fields, "n": 4})
+        wait_for(lambda: local.engine.stats().running == 4)
+        late = httpx.post(f"{hurried}/v1/completions", json={**fields, "stream": True})
+        assert late.status_code == 504
+        assert others.result().status_code == 200
 
 
 def test_health_tells_the_load(url: str) -> None:
