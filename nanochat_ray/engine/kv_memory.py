@@ -6,6 +6,7 @@ import torch
 
 from nanochat_ray.config import EngineConfig, ModelConfig
 from nanochat_ray.engine.blocks import BlockPool, Blocks
+from nanochat_ray.engine.kv_cache import padded_length
 from nanochat_ray.scaling import windows
 
 GIB = 1 << 30
@@ -26,10 +27,11 @@ def check_slots(
 ) -> None:
     """ValueError if the slots and the kept beginnings do not fit into the free memory."""
     each = token_bytes(model, dtype, model.n_layer)
-    needed = (config.max_slots * max_len + config.prefix_tokens) * each
+    slot = padded_length(max_len, 2)
+    needed = (config.max_slots * slot + config.prefix_tokens) * each
     if needed <= config.kv_memory * free:
         return
-    most = int(config.kv_memory * free / each - config.prefix_tokens) // max_len
+    most = int(config.kv_memory * free / each - config.prefix_tokens) // slot
     raise ValueError(
         f"max_slots={config.max_slots} is not allowed: with max_len={max_len} and "
         f"prefix_tokens={config.prefix_tokens}, keys and values take {needed / GIB:.1f} GiB, and "

@@ -31,8 +31,7 @@ class Runner:
         self.model = model.to(dtype).eval()
         model.compute_dtype = dtype
         self.device = model.wte.weight.device
-        on_gpu = self.device.type == "cuda"
-        self.min_rows = 1 if on_gpu else lay_out(model)
+        self.min_rows = lay_out(model) if self.device.type == "cpu" else 1
         self.blocks: Blocks | None = None
         """Where the layout is paged: the accounting of its memory."""
         self.cache: SlotCache | PagedCache
@@ -47,8 +46,9 @@ class Runner:
         self.blocks = make_blocks(model.config, config, max_len, dtype, free, size)
         place = dtype, self.device, self.min_rows
         self.cache = PagedCache(model.config, self.blocks, config.max_slots, max_len, *place)
-        if on_gpu:
-            self._graphs = DecodeGraphs(model, self.cache, config.max_slots)
+        if self.device.type == "cuda":
+            rows = config.max_slots * (1 + config.speculative_tokens)
+            self._graphs = DecodeGraphs(model, self.cache, rows)
 
     def _paged(self, config: EngineConfig) -> bool:
         possible = self.device.type == "cpu" or config.precision == "bf16"

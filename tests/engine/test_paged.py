@@ -25,7 +25,7 @@ from nanochat_ray.engine.blocks import VOID, Blocks
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.kv_cache import Span
 from nanochat_ray.engine.kv_memory import check_slots, make_blocks, token_bytes
-from nanochat_ray.engine.paged_cache import PagedCache, gathered_attention
+from nanochat_ray.engine.paged_cache import PagedCache, block_size, gathered_attention
 from nanochat_ray.engine.request import Output, Request
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.model.gpt import GPT
@@ -256,6 +256,28 @@ def test_the_reference_is_called_as_flash_attention_wants_it() -> None:
     engine.runner.cache._attention = spy
     run(engine, requests(random.Random(5), 6, 280), random.Random(7))
     assert calls > 100
+
+
+def test_a_step_on_a_gpu_waits_for_nothing() -> None:
+    """On tensors without values, where ``varlen_attn`` tells shapes alone, and reading a value
+    back, which a CUDA graph does not allow, is an error."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    dtype, device = torch.bfloat16, torch.device("meta")
+    for preset in PRESETS:
+        with device:
+            model = GPT(make_model(preset, **WINDOWED).config).to(dtype).eval()
+        model.compute_dtype = dtype
+        config = EngineConfig(max_slots=4)
+        blocks = make_blocks(model.config, config, 320, dtype, 1 << 30, block_size(device))
+        assert blocks.block == 256
+        cache = PagedCache(model.config, blocks, 4, 320, dtype, device)
+        cache._attention = varlen_attn
+        for spans in ([Span(0, 7, 1, True), Span(2, 9, 60, False)], [Span(3, 0, 1, True)]):
+            with torch.inference_mode():
+                ids = torch.zeros((cache.begin(spans), 1), dtype=torch.int64, device=device)
+                logits = model(ids, cache, ids[:, 0])
+            assert logits.shape == (sum(span.count for span in spans), 1, VOCAB)
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
