@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from nanochat_ray import scaling
+from nanochat_ray import machine, scaling
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import ModelConfig, Precision, TrainConfig, to_json, with_options
 from nanochat_ray.storage import Store, default_root
@@ -219,7 +219,7 @@ def print_plan(job: TrainJob, args: Args) -> dict[str, Any]:
     described = plan.describe(job.model, job.train, workers=args.workers, hardware=found)
     print(f"{plan.render(described)}\nstorage   {job.storage}, run {job.run}", flush=True)
     # Workers on CPUs are taken to share this machine.
-    free = found.memory or hardware.free_memory(torch.device("cpu"), args.workers)
+    free = found.memory or machine.free_memory(torch.device("cpu"), args.workers)
     on_gpu = bool(found.memory)
     try:
         memory.refuse(job.model, job.train, world=args.workers, on_gpu=on_gpu, free=free)

@@ -11,11 +11,12 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 T = TypeVar("T")
 
 Precision = Literal["fp32", "bf16"]
+KvLayout = Literal["auto", "slots", "paged"]
 Orthogonalizer = Literal["polar_express", "newton_schulz"]
 
 
@@ -257,7 +258,16 @@ class EngineConfig:
     """Prompt tokens of a step in which others decode, at most, and fewer late in long prompts: what
     bounds the others' delay."""
     prefix_tokens: int = 4096
-    """Tokens of prompt beginnings that are kept for later prompts that begin the same; 0 is off."""
+    """Tokens of prompt beginnings that are kept for later prompts that begin the same; 0 is off.
+    Where the layout is paged, what nobody holds is kept too."""
+    kv_layout: KvLayout = "auto"
+    """How keys and values lie: by slot, ``max_len`` tokens each, or in blocks that sequences take
+    as they grow. "auto" is paged in bf16 on a GPU, and by slot elsewhere: fastest on a CPU."""
+    kv_memory: float = 0.8
+    """Share of the free memory that keys and values may take, at most."""
+    kv_tokens: int = 0
+    """Tokens that all sequences together may hold where the layout is paged; 0 is what they need
+    at most, if ``kv_memory`` has room for it."""
     max_waiting: int = 256
     """Requests that may wait for a slot; one more is refused."""
     precision: Precision = "fp32"
@@ -275,7 +285,7 @@ class EngineConfig:
             "max_waiting",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
-        for name in ("max_len", "prefix_tokens", "speculative_tokens"):
+        for name in ("max_len", "prefix_tokens", "kv_tokens", "speculative_tokens"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(
             self.token_budget > self.max_slots,
@@ -284,6 +294,9 @@ class EngineConfig:
             f"more than max_slots={self.max_slots}, or prompts would starve",
         )
         _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
+        layouts = get_args(KvLayout)
+        _require(self.kv_layout in layouts, "kv_layout", self.kv_layout, " or ".join(layouts))
+        _require(0 < self.kv_memory <= 1, "kv_memory", self.kv_memory, "above 0, up to 1")
 
 
 def with_options(config: T, options: Sequence[str]) -> tuple[T, list[str]]:

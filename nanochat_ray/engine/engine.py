@@ -8,10 +8,11 @@ The way of one request:
    whoever there is a slot for (priority, then the client that runs least, then who came first);
    the slot's row of ``sampling_state`` is filled. The plan is a list of chunks: one token for each
    decode, with guesses from ``draft`` behind it, then prompts under the token budget; before a
-   prompt's first chunk ``_begin`` copies what ``blocks`` knows of its beginning from
-   ``kv_cache.BlockStore``, and one whose beginning another computes just now waits a step for it.
-3. The ``runner`` runs all chunks as rows of one forward; ``kv_cache`` keeps their keys and values
-   and attends. Back come logits for the rows that want some.
+   prompt's first chunk ``prefixes`` gives it what ``blocks`` knows of its beginning, and one whose
+   beginning another computes just now waits a step for it.
+3. The ``runner`` runs all chunks as rows of one forward; ``kv_cache`` (on a CPU: a slot for each
+   sequence) or ``paged_cache`` (on a GPU: ``blocks``) keeps their keys and values and attends.
+   Back come logits for the rows that want some.
 4. ``sampling_state`` bends them (bias, penalties, bans, ``grammar``), ``sampler`` chooses tokens: a
    pure function of (logits, parameters, seed, position); ``scores`` finds log-probabilities.
 5. ``_extend`` decides what a token means: guesses hold up to the first wrong one; a token may end
@@ -31,10 +32,9 @@ import torch
 from torch import Tensor
 
 from nanochat_ray.config import EngineConfig
-from nanochat_ray.engine.blocks import BLOCK, PrefixBlocks
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.grammar import Grammars, GrammarState
-from nanochat_ray.engine.kv_cache import BlockStore
+from nanochat_ray.engine.prefixes import CopiedPrefixes
 from nanochat_ray.engine.request import Finish, Output, Request, TokenLogprob
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
@@ -87,7 +87,8 @@ class Engine:
         self.config, self.tool = config, tool
         self.max_len = config.max_len or model.config.sequence_len
         self.vocab_size = model.config.vocab_size
-        self.runner = Runner(model, config.max_slots, self.max_len, config.precision)
+        self.runner = Runner(model, config, self.max_len)
+        self._prefixes = self.runner.prefixes(config.prefix_tokens)
         self._sampling = SamplingState(config.max_slots, self.vocab_size, self.runner.device)
         self.scheduler = Scheduler(
             slots=config.max_slots,
@@ -98,10 +99,10 @@ class Engine:
             draft_tokens=config.speculative_tokens,
             on_draft=self._draft,
             on_admit=self._sampling.admit,
-            on_begin=self._begin if config.prefix_tokens >= BLOCK else None,
+            on_begin=None if self._prefixes is None else self._prefixes.begin,
+            blocks=self.runner.blocks,
+            on_blocks=self.runner.assign,
         )
-        self._prefixes = PrefixBlocks(config.prefix_tokens // BLOCK)
-        self._store = BlockStore(self.runner.cache, self._prefixes.capacity)
         self._grammars = Grammars(token_bytes, self.vocab_size) if token_bytes else None
         self._sequences: dict[str, Sequence] = {}
         self._ready: list[Output] = []
@@ -243,24 +244,6 @@ class Engine:
             outputs.append(Output(request_id=s.request.id, finish="error", error=why))
         return outputs
 
-    @torch.inference_mode()
-    def _begin(self, sequence: Sequence) -> None:
-        # The last token is always computed, since its logits are wanted. Only the prompt is taken
-        # from others' prompts: keys of decoded tokens differ from those in the last bit.
-        limit = min(len(sequence.tokens) - 1, len(sequence.request.prompt))
-        places = [] if sequence.unscored else self._prefixes.match(sequence.tokens, limit)
-        sequence.cached = sequence.computed = len(places) * BLOCK
-        if places:
-            self._store.load(places, sequence.slot)
-
-    def _keep(self, sequence: Sequence) -> None:
-        """Keeps what was computed as a prompt for others that begin the same. Not what was
-        decoded: its keys differ in the last bit, and answers must not depend on who was before."""
-        known = min(sequence.computed, len(sequence.request.prompt))
-        wanted = self._prefixes.keep(sequence.tokens, known)
-        if wanted:
-            self._store.save(sequence.slot, wanted)
-
     @staticmethod
     def _draft(sequence: Sequence, most: int) -> list[int]:
         if sequence.lookup is None:
@@ -281,8 +264,8 @@ class Engine:
             row += count
             if not chunk.decode:
                 self._stats.prompt_tokens += chunk.count
-                if chunk.start < len(s.request.prompt):
-                    self._keep(s)
+                if self._prefixes is not None and chunk.start < len(s.request.prompt):
+                    self._prefixes.keep(s)
             if count and chunk.samples:
                 sampling.append(chunk)
                 rows += range(row - 1 - len(chunk.draft), row)
@@ -384,16 +367,22 @@ class Engine:
     def stats(self) -> Stats:
         stats, scheduler = self._stats, self.scheduler
         stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
-        held = sum(s.computed for s in scheduler.running)
-        stats.kv_used = held / (self.config.max_slots * self.max_len)
+        if scheduler.blocks is None:
+            held = sum(s.computed for s in scheduler.running)
+            stats.kv_used = held / (self.config.max_slots * self.max_len)
+        else:
+            stats.kv_used = scheduler.blocks.used
         stats.preemptions = scheduler.preemptions
-        stats.prefix_queried, stats.prefix_hit = self._prefixes.queried, self._prefixes.hit
+        if self._prefixes is not None:
+            known = self._prefixes.blocks
+            stats.prefix_queried, stats.prefix_hit = known.queried, known.hit
         return stats
 
     def check_integrity(self) -> None:
-        """AssertionError if a slot or a request has leaked. Cheap; meant for when idle."""
+        """AssertionError if a slot, a block or a request has leaked. Cheap; meant for when idle."""
         self.scheduler.check_integrity()
-        self._prefixes.check_integrity()
+        if isinstance(self._prefixes, CopiedPrefixes):
+            self._prefixes.blocks.check_integrity([])
         known = {*self.scheduler.running, *self.scheduler.waiting}
         assert known == set(self._sequences.values()), "a sequence is queued but unknown, or lost"
         for sequence in self.scheduler.running:

@@ -84,6 +84,7 @@ class SlotCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.positions = torch.zeros((0, 1), dtype=torch.int64, device=device)
+        self.end = max_len
         self._columns = torch.arange(length, device=device)
         self._group = config.n_head // config.n_kv_head
         self._row_bytes = 2 * config.n_kv_head * config.head_dim * dtype.itemsize
@@ -114,6 +115,7 @@ class SlotCache:
         padded[:total, 0] = positions
         device = self.keys.device
         self.positions = torch.from_numpy(padded).to(device)
+        self.end = int(positions.max()) + 1
         heads, length = self.keys.shape[2:4]
         write = (slots[:, None] * heads + np.arange(heads)) * length + positions[:, None]
         self._write = torch.from_numpy(write.reshape(-1)).to(device)
@@ -206,7 +208,7 @@ class SlotCache:
 
 
 class BlockStore:
-    """Keys and values of kept prompt beginnings, in blocks that ``blocks.PrefixBlocks`` numbers.
+    """Keys and values of kept prompt beginnings, in blocks that ``blocks.Blocks`` numbers.
 
     Copies instead of shared pages: reading 512 tokens back costs a hundredth of computing them,
     and decoding stays on contiguous memory.

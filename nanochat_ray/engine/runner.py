@@ -8,10 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat_ray.config import Precision
+from nanochat_ray.config import EngineConfig, Precision
+from nanochat_ray.engine.blocks import BLOCK, Blocks
+from nanochat_ray.engine.cuda_graphs import DecodeGraphs
 from nanochat_ray.engine.kv_cache import SlotCache, Span
+from nanochat_ray.engine.kv_memory import check_slots, make_blocks
 from nanochat_ray.engine.linear import lay_out
-from nanochat_ray.engine.scheduler import Chunk
+from nanochat_ray.engine.paged_cache import PagedCache, block_size
+from nanochat_ray.engine.prefixes import CopiedPrefixes, SharedPrefixes
+from nanochat_ray.engine.scheduler import Chunk, Sequence
+from nanochat_ray.machine import free_memory
 from nanochat_ray.model.gpt import GPT
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -20,13 +26,53 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 class Runner:
     """Holds the model and its cache. Takes the model over: dtype and memory layout may change."""
 
-    def __init__(self, model: GPT, slots: int, max_len: int, precision: Precision):
-        dtype = DTYPES[precision]
+    def __init__(self, model: GPT, config: EngineConfig, max_len: int):
+        dtype = DTYPES[config.precision]
         self.model = model.to(dtype).eval()
         model.compute_dtype = dtype
         self.device = model.wte.weight.device
         self.min_rows = lay_out(model) if self.device.type == "cpu" else 1
-        self.cache = SlotCache(model.config, slots, max_len, dtype, self.device, self.min_rows)
+        self.blocks: Blocks | None = None
+        """Where the layout is paged: the accounting of its memory."""
+        self.cache: SlotCache | PagedCache
+        self._graphs: DecodeGraphs | None = None
+        free = free_memory(self.device)
+        if not self._paged(config):
+            check_slots(model.config, config, max_len, dtype, free)
+            place = dtype, self.device, self.min_rows
+            self.cache = SlotCache(model.config, config.max_slots, max_len, *place)
+            return
+        size = block_size(self.device)
+        self.blocks = make_blocks(model.config, config, max_len, dtype, free, size)
+        place = dtype, self.device, self.min_rows
+        self.cache = PagedCache(model.config, self.blocks, config.max_slots, max_len, *place)
+        if self.device.type == "cuda":
+            rows = config.max_slots * (1 + config.speculative_tokens)
+            self._graphs = DecodeGraphs(model, self.cache, rows)
+
+    def _paged(self, config: EngineConfig) -> bool:
+        possible = self.device.type == "cpu" or config.precision == "bf16"
+        if config.kv_layout == "paged" and not possible:
+            raise ValueError(
+                f"precision={config.precision!r} is not allowed: bf16 on a GPU with "
+                "kv_layout='paged'"
+            )
+        wanted = self.device.type == "cuda" and possible
+        return wanted if config.kv_layout == "auto" else config.kv_layout == "paged"
+
+    def prefixes(self, tokens: int) -> CopiedPrefixes | SharedPrefixes | None:
+        """What keeps the beginnings of prompts; ``tokens`` is how many, where they are copies."""
+        if tokens < BLOCK:
+            return None
+        if self.blocks is not None:
+            return SharedPrefixes(self.blocks)
+        assert isinstance(self.cache, SlotCache)
+        return CopiedPrefixes(self.cache, tokens)
+
+    def assign(self, sequence: Sequence) -> None:
+        """Tells the cache which blocks a running sequence holds."""
+        assert isinstance(self.cache, PagedCache)
+        self.cache.assign(sequence.slot, sequence.blocks)
 
     @torch.inference_mode()
     def run(self, chunks: SequenceOf[Chunk]) -> Tensor:
@@ -51,6 +97,10 @@ class Runner:
                 else:
                     spans.append(Span(slot, start, chunk.count, False))
             last += range(len(ids) - chunk.rows, len(ids))
+        graphs = self._graphs
+        if graphs and len(ids) <= graphs.largest and all(chunk.decode for chunk in chunks):
+            logits = graphs.run(ids, before, spans)
+            return logits[torch.tensor(last, device=self.device)]
         rows = self.cache.begin(spans)
         table = np.zeros((2, rows), dtype=np.int64)
         table[0, : len(ids)], table[1, : len(ids)] = ids, before

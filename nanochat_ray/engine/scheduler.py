@@ -14,7 +14,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from nanochat_ray.engine.blocks import BLOCK
+from nanochat_ray.engine.blocks import BLOCK, Blocks, Held
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.request import EngineFull, Request, TokenLogprob
 from nanochat_ray.engine.tools import ToolState
@@ -54,6 +54,8 @@ class Sequence:
     ending: frozenset[int] = frozenset()
     cached: int = 0
     """Prompt tokens that were found computed when it was admitted last."""
+    blocks: Held = field(default_factory=list)
+    """What it holds while it runs, where the layout is paged."""
 
     @property
     def pending(self) -> int:
@@ -76,6 +78,11 @@ class Sequence:
     def decoding(self) -> bool:
         """Whether all that is left to run is one token, as a decode."""
         return self.computed + 1 == len(self.tokens) and self.computed >= self.prompts[-1][1]
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    """The largest is the first to go."""
+    return sequence.request.priority, sequence.order
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,11 @@ class Scheduler:
     Invariants: a sequence is either waiting (no slot) or running (a slot of its own); decodes are
     in every plan; a plan never exceeds ``token_budget``, nor ``prefill_chunk`` prompt tokens while
     anything decodes.
+
+    With ``blocks``, which hold at least one sequence as long as may be, a sequence is admitted
+    when there are blocks for all its tokens. When they run out, it takes them from those behind
+    it (lower priority, or later); the last of all stands still meanwhile. So the first one always
+    gets on, and there is no deadlock.
     """
 
     slots: int
@@ -121,6 +133,10 @@ class Scheduler:
     attends to all of them; 0 if that does not count."""
     draft_tokens: int = 0
     """Guesses that a sequence may run in one step."""
+    blocks: Blocks | None = None
+    """Where the layout is paged: what sequences hold keys and values in."""
+    on_blocks: Callable[[Sequence], None] = lambda sequence: None
+    """Called when a sequence has got more blocks."""
     on_draft: Callable[[Sequence, int], SequenceOf[int]] = lambda sequence, most: ()
     """Guesses at what follows a sequence's tokens, at most so many."""
     on_admit: Callable[[Sequence], None] = lambda sequence: None
@@ -165,6 +181,8 @@ class Scheduler:
         for s in others:
             if rest < 1:
                 break
+            if s.slot < 0:
+                continue  # its blocks have just gone to one before it
             if s.computed == 0 and self.on_begin is not None:
                 if any(self._computes(c, s) for c in chunks):
                     continue
@@ -173,19 +191,49 @@ class Scheduler:
             # Late in a long prompt a token takes longer, and those who decode wait for it.
             price = 1 + s.computed / self.doubling if steady and self.doubling else 1.0
             count = min(end - s.computed, max(1, int(rest / price)))
+            if self.blocks is not None and not self._hold(s, s.computed + count):
+                continue
             scores = s.unscored and not decode
             chunks.append(Chunk(s, s.computed, count, decode, scores=scores))
             rest -= count * price
             budget -= count
         for s in steady:
+            if self.blocks is not None and not self._hold(s, s.computed + 1):
+                continue
             # What is sampled behind the last guess still has to fit.
             most = min(self.draft_tokens, budget, s.limit - len(s.tokens) - 1)
             draft = tuple(self.on_draft(s, most)) if most > 0 else ()
+            if draft and not self._grow(s, s.computed + 1 + len(draft)):
+                draft = ()  # nobody is put off for a guess
             chunks.append(Chunk(s, s.computed, 1, True, draft))
             budget -= len(draft)
+        if self.blocks is not None:
+            chunks = [c for c in chunks if c.sequence.slot >= 0]
         # Stable: prompts stay in the order of admission.
         chunks.sort(key=lambda c: (not c.decode, c.sequence.slot if c.decode else 0))
         return chunks
+
+    def _grow(self, sequence: Sequence, end: int) -> bool:
+        """Whether it has blocks up to token ``end``, new ones from what is free if need be."""
+        if self.blocks is None:
+            return True
+        before = len(sequence.blocks[0])
+        if not self.blocks.extend(sequence.blocks, sequence.computed, end):
+            return False
+        if len(sequence.blocks[0]) > before:
+            self.on_blocks(sequence)
+        return True
+
+    def _hold(self, sequence: Sequence, end: int) -> bool:
+        """Whether it runs and has blocks up to token ``end``, from those behind it if need be."""
+        if sequence.slot < 0:
+            return False
+        while not self._grow(sequence, end):
+            last = max((s for s in self.running if any(s.blocks)), key=_rank)
+            if _rank(last) <= _rank(sequence):
+                return False
+            self.preempt(last)
+        return True
 
     @staticmethod
     def _computes(chunk: Chunk, sequence: Sequence) -> bool:
@@ -223,16 +271,26 @@ class Scheduler:
                     s.order,
                 ),
             )
-            if not self._free:
-                last = max(self.running, key=lambda s: (s.request.priority, s.order))
+            if not self._free or not self._has_room(first):
+                last = max(self.running, key=_rank)
                 if last.request.priority <= first.request.priority:
                     break
                 self.preempt(last)
+                continue
             self.waiting.remove(first)
             self._turns[first.request.client] = max(self._turns.values(), default=-1) + 1
             first.slot = heapq.heappop(self._free)
+            if self.blocks is not None:
+                first.blocks = self.blocks.empty()
             self.running.append(first)
             self.on_admit(first)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether there are blocks for its tokens and one more, beside those who run."""
+        if self.blocks is None:
+            return True
+        length = min(len(sequence.tokens) + 1, sequence.limit)
+        return self.blocks.admits(length, [(s.blocks, len(s.tokens)) for s in self.running])
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes its slot; it waits again and its tokens are recomputed, with the same outcome."""
@@ -252,10 +310,17 @@ class Scheduler:
         self.running.remove(sequence)
         heapq.heappush(self._free, sequence.slot)
         sequence.slot = -1
+        if self.blocks is not None:
+            self.blocks.release(sequence.blocks)
+            sequence.blocks = []
 
     def check_integrity(self) -> None:
-        """Every slot is free or has one running sequence. AssertionError if not."""
+        """Every slot is free or has one running sequence, and so is every block. AssertionError if
+        not."""
         used = [s.slot for s in self.running]
         assert sorted(used + self._free) == list(range(self.slots)), (used, self._free)
         assert all(s.slot == -1 and s.computed == 0 for s in self.waiting)
         assert not set(map(id, self.running)) & set(map(id, self.waiting))
+        assert not any(s.blocks for s in self.waiting)
+        if self.blocks is not None:
+            self.blocks.check_integrity([s.blocks for s in self.running])

@@ -21,6 +21,8 @@ class AttentionContext(Protocol):
 
     positions: Tensor
     """int64 ``[B, T]``: the place of each new token in its sequence."""
+    end: int
+    """No position reaches it."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """``q [B, T, H, D]``, ``k`` and ``v [B, T, Hkv, D]`` → ``[B, T, H, D]``.

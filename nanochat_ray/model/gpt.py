@@ -221,7 +221,7 @@ class GPT(nn.Module):
     def _rotary(self, T: int, context: AttentionContext | None) -> tuple[Tensor, Tensor]:
         """cos and sin ``[B or 1, T, 1, D/2]`` for the new tokens."""
         device = self.wte.weight.device
-        last = T if context is None else int(context.positions.max()) + 1
+        last = T if context is None else context.end
         angles = self._angles
         if angles is None or angles[0].size(0) < last or angles[0].device != device:
             c = self.config

@@ -1,4 +1,4 @@
-"""What a worker computes on: peak rates to hold a run against, and the memory that is free.
+"""What a worker computes on: peak rates to hold a run against.
 
 Peaks are dense figures without sparsity, from the makers' data sheets; the CPU's was measured.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -107,26 +106,3 @@ def describe(device: torch.device, precision: Precision) -> dict[str, Any]:
         if found
         else "not known",
     }
-
-
-def free_memory(device: torch.device, sharing: int = 1) -> int:
-    """Bytes that a worker may take: of its GPU, or its part of this machine or container.
-
-    ``sharing`` is how many workers of the run share this machine's memory.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = int(psutil.virtual_memory().available)
-    return min(free, _container_memory(Path("/sys/fs/cgroup"), free)) // max(1, sharing)
-
-
-def _container_memory(folder: Path, unlimited: int) -> int:
-    """What the limit of a container (cgroup v2) leaves; ``unlimited`` where there is none."""
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-        stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return unlimited
-    # Cached files count as used, but make room for whoever asks.
-    return unlimited if limit == "max" else int(limit) - used + int(stats.get("inactive_file", 0))

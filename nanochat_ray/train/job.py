@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat_ray import config as configs
+from nanochat_ray import machine
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import ModelConfig, TrainConfig
 from nanochat_ray.data.shards import Manifest, RowReader
@@ -194,7 +195,7 @@ def execute(
 
 def check_memory(job: TrainJob, *, world: int, sharing: int, device: torch.device) -> None:
     """DoesNotFitError, on every rank alike, if the run needs more memory than a rank has free."""
-    free = torch.tensor(float(hardware.free_memory(device, sharing)), dtype=torch.float64)
+    free = torch.tensor(float(machine.free_memory(device, sharing)), dtype=torch.float64)
     if world > 1:
         free = free.to(device)
         dist.all_reduce(free, op=dist.ReduceOp.MIN)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+from nanochat_ray.engine.blocks import BlockPool, Blocks
 from nanochat_ray.engine.request import Request
 from nanochat_ray.engine.scheduler import Scheduler, Sequence
 
@@ -157,3 +160,34 @@ def test_a_long_prompt_amid_decodes_takes_no_step_from_them() -> None:
         assert all(ran[f"decode{i}"] == 1 for i in range(16))
         assert 0 < ran["long"] <= 64
     assert steps == 30  # 1900 / 64: and the prompt is not starved
+
+
+def test_everybody_ends_though_blocks_hold_little_more_than_one() -> None:
+    rng, preemptions = random.Random(0), 0
+    for trial in range(40):
+        window = rng.choice([-1, 20])
+        # 128 tokens: all of one sequence; of layers with a window 20, and a step of 10.
+        pools = [BlockPool(8 + trial % 5), BlockPool(3 + trial % 5 if window > 0 else 8, window)]
+        s = Scheduler(
+            slots=5,
+            token_budget=10,
+            prefill_chunk=rng.choice([2, 10]),
+            max_waiting=99,
+            draft_tokens=2,
+            on_draft=lambda q, most: [7] * most,
+            blocks=Blocks(pools, step=10),
+        )
+        for i in range(12):
+            q = sequence(f"{i}", rng.randint(1, 90), priority=rng.randint(0, 2))
+            q.limit = 128
+            s.add(q)
+        steps = 0
+        while s.running or s.waiting:
+            assert run(s)  # somebody gets on in every step
+            for q in [q for q in s.running if len(q.tokens) >= q.limit]:
+                s.remove(q)
+            steps += 1
+            assert steps < 20_000
+        preemptions += s.preemptions
+        assert all(pool.room == pool.capacity for pool in pools)
+    assert preemptions > 100

@@ -113,6 +113,7 @@ def test_prefill_in_any_chunks_gives_the_same_logits(option: str, cuts: list[int
             if start == stop:
                 continue
             context.positions = torch.arange(start, stop).expand(2, -1)
+            context.end = stop
             before = ids[:, start - 1] if start else torch.full((2,), -1)
             made.append(model(ids[:, start:stop], context, before))
     assert (torch.cat(made, dim=1) - whole).abs().max() < 1e-5

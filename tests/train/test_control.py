@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_refused_before_it_starts(
     root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_dataset(root, "base")
-    monkeypatch.setattr(jobs.hardware, "free_memory", lambda device, sharing: 100 << 20)
+    monkeypatch.setattr(jobs.machine, "free_memory", lambda device, sharing: 100 << 20)
     with pytest.raises(ValueError, match=r"micro_rows=4 needs about 0\.\d GiB on each of 1 worker"):
         execute(job(root, "run"))
     assert not root.child("runs", "run").exists("latest")

@@ -1,0 +1,74 @@
+"""Decoding steps recorded once for each size of batch, and replayed: a launch for all kernels.
+
+A small model on a large GPU waits for Python to launch its kernels; a graph takes that away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanochat_ray.engine.kv_cache import Span
+from nanochat_ray.engine.paged_cache import Layout, PagedCache
+from nanochat_ray.model.gpt import GPT
+
+
+@dataclass
+class _Recording:
+    """A graph with the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    tokens: Tensor
+    """int64 ``[2, rows]``: the tokens, and those before them."""
+    layout: Layout
+    logits: Tensor
+
+
+class DecodeGraphs:
+    """Graphs for 1, 2, 4, 8, ... rows up to ``most``, of one row for each sequence."""
+
+    def __init__(self, model: GPT, cache: PagedCache, most: int):
+        self._model, self._cache = model, cache
+        sizes = [1]
+        while sizes[-1] < most:
+            sizes.append(2 * sizes[-1])
+        self.largest = sizes[-1]
+        # The largest first: the others find room in the memory that it leaves.
+        self._recordings: dict[int, _Recording] = {}
+        for rows in reversed(sizes):
+            self._recordings[rows] = self._record(rows)
+
+    @torch.inference_mode()
+    def _record(self, rows: int) -> _Recording:
+        device = self._cache.device
+        tokens = torch.zeros((2, rows), dtype=torch.int64, device=device)
+        layout = self._cache.lay_out([], rows).to(device)
+        # Libraries set themselves up in the first run, which must not be recorded.
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self._forward(tokens, layout)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        first = self._recordings.get(self.largest)
+        with torch.cuda.graph(graph, pool=first.graph.pool() if first else None):
+            logits = self._forward(tokens, layout)
+        return _Recording(graph, tokens, layout, logits)
+
+    def _forward(self, tokens: Tensor, layout: Layout) -> Tensor:
+        self._cache.use(layout)
+        ids, before = tokens
+        return self._model.logits(self._model.hidden(ids[:, None], self._cache, before)[:, 0])
+
+    def run(self, ids: Sequence[int], before: Sequence[int], spans: Sequence[Span]) -> Tensor:
+        """float32 logits ``[N, V]`` of spans of one token each; valid up to the next run."""
+        found = self._recordings[1 << (len(ids) - 1).bit_length()]
+        rows = found.tokens.size(1)
+        rest = [0] * (rows - len(ids))
+        found.tokens.copy_(torch.tensor([[*ids, *rest], [*before, *rest]]), non_blocking=True)
+        found.layout.copy_(self._cache.lay_out(spans, rows))
+        found.graph.replay()
+        return found.logits[: len(ids)]

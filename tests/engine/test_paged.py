@@ -1,0 +1,309 @@
+"""Paged keys and values, by the reference that gathers them, against slots and the definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+from engine_kit import (
+    PRESETS,
+    VOCAB,
+    answer,
+    ask,
+    finish,
+    make_engine,
+    make_model,
+    tokens,
+    uncached_greedy,
+)
+
+from nanochat_ray.config import EngineConfig
+from nanochat_ray.engine.blocks import VOID, Blocks
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.kv_cache import Span
+from nanochat_ray.engine.kv_memory import check_slots, make_blocks, token_bytes
+from nanochat_ray.engine.paged_cache import PagedCache, block_size, gathered_attention
+from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.engine.runner import Runner
+from nanochat_ray.model.gpt import GPT
+
+WINDOWED: dict[str, Any] = {"sequence_len": 320, "n_layer": 3, "window_pattern": "SSL"}
+"""Two layers that see 128 tokens, and one that sees all."""
+
+
+def paged(model: GPT, **settings: Any) -> Engine:
+    return make_engine(model, kv_layout="paged", **settings)
+
+
+def blocks_of(engine: Engine) -> Blocks:
+    assert engine.runner.blocks is not None
+    return engine.runner.blocks
+
+
+def requests(rng: random.Random, count: int, longest: int) -> list[Request]:
+    """Greedy and seeded ones, of which some begin alike."""
+    start = [rng.randrange(VOCAB) for _ in range(longest)]
+    made = []
+    for i in range(count):
+        prompt = start[: rng.randint(0, longest - 1)] if i % 2 else []
+        prompt += [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest - len(prompt)))]
+        params: dict[str, Any] = {"max_tokens": rng.randint(1, 24), "seed": i}
+        if i % 3:
+            params |= {"temperature": 1.0, "top_p": 0.9, "frequency_penalty": 0.3}
+        made.append(ask(f"r{i}", prompt, **params))
+    return made
+
+
+def run(
+    engine: Engine, asked: list[Request], rng: random.Random, preempt: float = 0.0
+) -> dict[str, list[int]]:
+    found: dict[str, list[Output]] = {}
+    coming = list(asked)
+    while coming or engine.has_work:
+        while coming and rng.random() < 0.6:
+            engine.add(coming.pop(0))
+        for output in engine.step():
+            found.setdefault(output.request_id, []).append(output)
+        engine.check_integrity()
+        running = [s.request.id for s in engine.scheduler.running]
+        if running and rng.random() < preempt:
+            engine.preempt(rng.choice(running))
+    return {name: tokens(outputs) for name, outputs in found.items()}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("heads", [2, 4])
+def test_equals_the_definition_and_the_slots(preset: str, heads: int) -> None:
+    model = make_model(preset, n_kv_head=heads)
+    asked = requests(random.Random(1), 20, 90)
+    slots = run(make_engine(model), asked, random.Random(2))
+    assert run(paged(model), asked, random.Random(3)) == slots
+    hard = paged(model, max_slots=6, token_budget=13, prefill_chunk=5, speculative_tokens=3)
+    assert run(hard, asked, random.Random(4), preempt=0.3) == slots
+    assert hard.stats().preemptions > 10
+    for request in asked:
+        if request.params.temperature == 0:
+            want = uncached_greedy(model, list(request.prompt), request.params.max_tokens)
+            assert slots[request.id] == want
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_layers_with_windows_give_their_old_blocks_back(preset: str) -> None:
+    model = make_model(preset, **WINDOWED)
+    asked = requests(random.Random(5), 8, 280)
+    slots = run(make_engine(model), asked, random.Random(6))
+    engine = paged(model, token_budget=24, prefill_chunk=24)
+    short, full = sorted(blocks_of(engine).pools, key=lambda pool: pool.capacity)
+    assert (short.window, full.window) == (128, -1)
+    # 128 tokens and a step, and not 320.
+    assert short.capacity < 0.6 * full.capacity
+    seen = 0
+
+    def spy(chunks):  # type: ignore[no-untyped-def]
+        nonlocal seen
+        held = [places for s in engine.scheduler.running for places in s.blocks]
+        seen = max(seen, *(places.count(VOID) for places in held))
+        return real(chunks)
+
+    real, engine.runner.run = engine.runner.run, spy  # type: ignore[method-assign]
+    assert run(engine, asked, random.Random(7), preempt=0.05) == slots
+    assert seen > 5
+    again = run(engine, asked, random.Random(8))
+    assert again == slots
+    assert engine.stats().prefix_hit > 100
+
+
+def test_when_blocks_run_out_the_last_are_put_off_and_tokens_stay_the_same() -> None:
+    model = make_model("modern")
+    asked = [
+        ask(f"r{i}", [i + 1] * (5 + i), max_tokens=100, priority=i % 3, temperature=0.7, seed=i)
+        for i in range(8)
+    ]
+    slots = run(make_engine(model, max_slots=8), asked, random.Random(1))
+    small = paged(model, max_slots=8, kv_tokens=200, prefix_tokens=0)
+    assert [pool.capacity for pool in blocks_of(small).pools] == [200 // 16]
+    for request in asked:
+        small.add(request)
+    ends: list[str] = []
+    got: dict[str, list[int]] = {}
+    while small.has_work:
+        for output in small.step():
+            got.setdefault(output.request_id, []).extend(output.tokens)
+            ends += [output.request_id] if output.finish else []
+        small.check_integrity()
+        assert small.stats().kv_used <= 1
+    assert got == slots
+    assert small.stats().preemptions > 2
+    # In the order of priority, and of arrival within it.
+    assert ends == [f"r{i}" for i in (0, 3, 6, 1, 4, 7, 2, 5)]
+    assert all(pool.room == pool.capacity for pool in blocks_of(small).pools)
+
+
+def test_an_urgent_request_gets_blocks_before_those_that_run() -> None:
+    model = make_model("classic")
+    engine = paged(model, kv_tokens=128, prefix_tokens=0)
+    engine.add(ask("later", [1] * 60, max_tokens=60, priority=5))
+    for _ in range(6):
+        engine.step()
+    engine.add(ask("urgent", [2] * 100, max_tokens=5, priority=0))
+    found = finish(engine)
+    assert engine.stats().preemptions == 1
+    assert list(found) == ["urgent", "later"]
+    assert tokens(found["urgent"]) == uncached_greedy(model, [2] * 100, 5)
+
+
+def test_a_beginning_is_held_by_all_who_have_it_and_not_copied() -> None:
+    model, start = make_model("modern"), [7 + i for i in range(64)]
+    engine = paged(model, max_slots=4)
+    for i in range(4):
+        engine.add(ask(f"r{i}", [*start, 100 + i], max_tokens=8))
+    for _ in range(8):
+        engine.step()
+    held = [s.blocks[0] for s in engine.scheduler.running]
+    assert len(held) == 4
+    assert all(places[:4] == held[0][:4] for places in held)
+    assert len({places[4] for places in held}) == 4
+    pool = blocks_of(engine).pools[0]
+    assert pool.capacity - pool.room == 4 + 4
+    finish(engine)
+    assert engine.stats().prefix_hit == 3 * 64
+    off = paged(model, prefix_tokens=0)
+    assert answer(off, ask("r0", [*start, 100], max_tokens=8)) == answer(
+        engine, ask("again", [*start, 100], max_tokens=8)
+    )
+    assert engine.stats().prefix_hit == 4 * 64
+    assert off.stats().prefix_hit == 0
+
+
+def test_a_prompt_gives_the_same_bits_in_chunks_alone_and_in_company() -> None:
+    model = make_model("modern", **WINDOWED)
+    prompt = [random.Random(1).randrange(VOCAB) for _ in range(300)]
+    found = []
+    for budget, company in ((310, 0), (40, 3), (7, 5)):
+        engine = paged(model, max_slots=6, token_budget=budget, prefill_chunk=budget)
+        for i in range(company):
+            engine.add(ask(f"other{i}", prompt[i : 40 + 9 * i], max_tokens=60, logprobs=0))
+        engine.add(ask("me", prompt, max_tokens=6, logprobs=3))
+        found.append([o.logprobs for o in finish(engine)["me"]])
+    assert found[0] == found[1] == found[2]
+
+
+def test_larger_blocks_and_padded_rows_change_nothing() -> None:
+    """FlashAttention 2 has blocks of 256 tokens, and graphs have padded rows."""
+    model = make_model("modern", sequence_len=640)
+    engine_config = EngineConfig(max_slots=2, max_len=600, kv_layout="paged", prefix_tokens=0)
+    prompt = [random.Random(3).randrange(VOCAB) for _ in range(530)]
+    with torch.inference_mode():
+        want = model(torch.tensor([prompt]))[0]
+    for size, extra in ((16, 0), (256, 0), (256, 13)):
+        blocks = make_blocks(model.config, engine_config, 600, torch.float32, 1 << 30, size)
+        cache = PagedCache(model.config, blocks, 2, 600, torch.float32, torch.device("cpu"))
+        held = blocks.empty()
+        for start, count in ((0, 200), (200, 320), *((i, 1) for i in range(520, 530))):
+            assert blocks.extend(held, start, start + count)
+            cache.assign(1, held)
+            spans = [Span(1, start, count, count == 1)]
+            cache.use(cache.lay_out(spans, count + extra))
+            ids = torch.zeros((count + extra, 1), dtype=torch.int64)
+            before = torch.zeros(count + extra, dtype=torch.int64)
+            ids[:count, 0] = torch.tensor(prompt[start : start + count])
+            before[:count] = torch.tensor([-1, *prompt][start : start + count])
+            with torch.inference_mode():
+                got = model(ids, cache, before)[:count, 0]
+            torch.testing.assert_close(got, want[start : start + count], atol=3e-5, rtol=0)
+
+
+def test_the_reference_is_called_as_flash_attention_wants_it() -> None:
+    """Shapes, types and names that ``varlen_attn`` of this torch takes; it cannot run here."""
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    theirs = inspect.signature(varlen_attn).parameters
+    mine = inspect.signature(gathered_attention).parameters
+    assert [n for n in theirs if n in mine] == list(mine)
+    assert all(theirs[name].kind == mine[name].kind for name in mine)
+    calls = 0
+
+    def spy(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **rest):  # type: ignore[no-untyped-def]
+        nonlocal calls
+        calls += 1
+        S, (pages, size, Hkv, D) = len(cu_seq_q) - 1, key.shape
+        assert query.shape == (int(cu_seq_q[-1]), 4, D)
+        assert value.shape == key.shape
+        assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+        assert cu_seq_k.shape == (S + 1,)
+        table, used = rest["block_table"], rest["seqused_k"]
+        assert table.shape == (S, -(-max_k // size))
+        assert table.is_contiguous()
+        assert {t.dtype for t in (cu_seq_q, cu_seq_k, table, used)} == {torch.int32}
+        assert torch.equal(cu_seq_k.diff(), used)
+        assert torch.equal(cu_seq_k[:1], torch.zeros(1, dtype=torch.int32))
+        assert max_q == int(cu_seq_q.diff().max())
+        assert int(used.max()) <= max_k
+        assert bool(((table >= 0) & (table < pages)).all())
+        assert rest["enable_gqa"] == (Hkv != 4)
+        assert rest["window_size"][1] == 0
+        assert rest["num_splits"] == 1
+        return gathered_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **rest)
+
+    model = make_model("modern", **WINDOWED)
+    engine = paged(model)
+    assert isinstance(engine.runner.cache, PagedCache)
+    engine.runner.cache._attention = spy
+    run(engine, requests(random.Random(5), 6, 280), random.Random(7))
+    assert calls > 100
+
+
+def test_a_step_on_a_gpu_waits_for_nothing() -> None:
+    """On tensors without values, where ``varlen_attn`` tells shapes alone, and reading a value
+    back, which a CUDA graph does not allow, is an error."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    dtype, device = torch.bfloat16, torch.device("meta")
+    for preset in PRESETS:
+        with device:
+            model = GPT(make_model(preset, **WINDOWED).config).to(dtype).eval()
+        model.compute_dtype = dtype
+        config = EngineConfig(max_slots=4)
+        blocks = make_blocks(model.config, config, 320, dtype, 1 << 30, block_size(device))
+        assert blocks.block == 256
+        cache = PagedCache(model.config, blocks, 4, 320, dtype, device)
+        cache._attention = varlen_attn
+        for spans in ([Span(0, 7, 1, True), Span(2, 9, 60, False)], [Span(3, 0, 1, True)]):
+            with torch.inference_mode():
+                ids = torch.zeros((cache.begin(spans), 1), dtype=torch.int64, device=device)
+                logits = model(ids, cache, ids[:, 0])
+            assert logits.shape == (sum(span.count for span in spans), 1, VOCAB)
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    model, dtype = make_model("modern").config, torch.float32
+    config = EngineConfig(max_slots=4, prefix_tokens=0, kv_memory=0.5)
+    each = token_bytes(model, dtype, model.n_layer) * 128
+    check_slots(model, config, 128, dtype, 8 * each)
+    with pytest.raises(ValueError, match=r"max_slots=4 .* holds max_slots=3 at most"):
+        check_slots(model, config, 128, dtype, 7 * each)
+    plenty = make_blocks(model, config, 128, dtype, 1 << 30, 16)
+    assert [pool.capacity for pool in plenty.pools] == [4 * 8]
+    scarce = make_blocks(model, config, 128, dtype, 3 * each, 16)
+    assert [pool.capacity for pool in scarce.pools] == [12]
+    with pytest.raises(ValueError, match="max_len=128"):
+        make_blocks(model, config, 128, dtype, each, 16)
+    small = dataclasses.replace(config, kv_tokens=100)
+    with pytest.raises(ValueError, match=r"kv_tokens=100 .* max_len=128"):
+        make_blocks(model, small, 128, dtype, 1 << 30, 16)
+    with pytest.raises(ValueError, match=r"max_slots=64 .* max_len=100000000"):
+        make_engine(make_model("modern"), max_len=100_000_000, max_slots=64, token_budget=65)
+    for field, value in (("kv_layout", "pages"), ("kv_memory", 0.0), ("kv_tokens", -1)):
+        with pytest.raises(ValueError, match=f"^{field}="):
+            EngineConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_slots_are_the_layout_on_a_cpu() -> None:
+    model = make_model("classic")
+    assert Runner(model, EngineConfig(), 128).blocks is None
+    assert Runner(model, EngineConfig(kv_layout="paged"), 128).blocks is not None
