@@ -36,29 +36,29 @@ class Runner:
         """Where the layout is paged: the accounting of its memory."""
         self.cache: SlotCache | PagedCache
         self._graphs: DecodeGraphs | None = None
-        free = free_memory(self.device)
+        free, place = free_memory(self.device), (dtype, self.device, self.min_rows)
         if not self._paged(config):
             check_slots(model.config, config, max_len, dtype, free)
-            place = dtype, self.device, self.min_rows
             self.cache = SlotCache(model.config, config.max_slots, max_len, *place)
             return
         size = block_size(self.device)
         self.blocks = make_blocks(model.config, config, max_len, dtype, free, size)
-        place = dtype, self.device, self.min_rows
         self.cache = PagedCache(model.config, self.blocks, config.max_slots, max_len, *place)
         if self.device.type == "cuda":
             rows = config.max_slots * (1 + config.speculative_tokens)
             self._graphs = DecodeGraphs(model, self.cache, rows)
 
     def _paged(self, config: EngineConfig) -> bool:
-        possible = self.device.type == "cpu" or config.precision == "bf16"
-        if config.kv_layout == "paged" and not possible:
+        on_gpu = self.device.type == "cuda"
+        if config.kv_layout == "auto":
+            return on_gpu and config.precision == "bf16"
+        if config.kv_layout == "paged" and on_gpu and config.precision != "bf16":
+            # FlashAttention computes in 16 bits.
             raise ValueError(
                 f"precision={config.precision!r} is not allowed: bf16 on a GPU with "
                 "kv_layout='paged'"
             )
-        wanted = self.device.type == "cuda" and possible
-        return wanted if config.kv_layout == "auto" else config.kv_layout == "paged"
+        return config.kv_layout == "paged"
 
     def prefixes(self, tokens: int) -> CopiedPrefixes | SharedPrefixes | None:
         """What keeps the beginnings of prompts; ``tokens`` is how many, where they are copies."""
@@ -99,8 +99,8 @@ class Runner:
             last += range(len(ids) - chunk.rows, len(ids))
         graphs = self._graphs
         if graphs and len(ids) <= graphs.largest and all(chunk.decode for chunk in chunks):
-            logits = graphs.run(ids, before, spans)
-            return logits[torch.tensor(last, device=self.device)]
+            at = torch.tensor(last, dtype=torch.int64, device=self.device)
+            return graphs.run(ids, before, spans)[at]
         rows = self.cache.begin(spans)
         table = np.zeros((2, rows), dtype=np.int64)
         table[0, : len(ids)], table[1, : len(ids)] = ids, before
