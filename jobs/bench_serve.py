@@ -85,6 +85,7 @@ class Args:
     """Goodput: ttft:MS, tpot:MS or e2e:MS."""
     repeats: int = 3
     threads: int = 1
+    """Torch threads of each of our engines."""
     port: int = 8390
     """Of the servers that are started: this one and the next."""
     chart: Path | None = None
@@ -134,7 +135,7 @@ def child(args: Args, side: str) -> Iterator[subprocess.Popen[str]]:
         "RAY_USAGE_STATS_ENABLED": "0",
         **os.environ,
         "OMP_NUM_THREADS": str(args.threads),
-        "OMP_WAIT_POLICY": "passive",
+        **({"OMP_WAIT_POLICY": "passive"} if args.threads == 1 else {}),
         "PYTHONPATH": os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     process = subprocess.Popen(

@@ -25,6 +25,7 @@ from ray import serve
 
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import EngineConfig, Precision
+from nanochat_ray.machine import engine_threads, in_thread_that_ends
 from nanochat_ray.on_ray import session
 from nanochat_ray.on_ray.serve import (
     ServeConfig,
@@ -33,6 +34,7 @@ from nanochat_ray.on_ray.serve import (
     prefer_haproxy,
 )
 from nanochat_ray.storage import Store, default_root
+from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train.job import DTYPES
 
 APP = "nanochat"
@@ -58,8 +60,9 @@ class Args:
     """HTTP replicas."""
     gpus: float = 0.0
     """GPUs of each engine."""
-    threads: int = 1
-    """Torch threads of an engine on the CPU."""
+    threads: int = 0
+    """Torch threads of an engine on the CPU; 0 is its part of all cores but one, if the engines are
+    all on one machine."""
     precision: Precision | None = None
     """By default bf16 on a GPU, else fp32."""
     max_slots: int = EngineConfig.max_slots
@@ -144,16 +147,19 @@ def serve_here(config: ServeConfig, args: Args) -> None:
     from nanochat_ray.serve.local import LocalClient
     from nanochat_ray.serve.service import Limits
 
-    torch.set_num_threads(config.threads)
-    run = Store.at(config.storage).child("runs", config.run)
-    model, tokenizer = snapshot.load_model(
-        run,
-        config.snapshot or None,
-        device="cuda" if config.gpus else "cpu",
-        dtype=DTYPES[config.engine.precision],
-    )
-    tool, table = calculator_tool(tokenizer), tokenizer.byte_table()
-    client = LocalClient(Engine(model.eval(), config.engine, tool, table))
+    def load() -> tuple[Engine, Tokenizer]:
+        torch.set_num_threads(config.threads or engine_threads(sharing=1))
+        model, tokenizer = snapshot.load_model(
+            Store.at(config.storage).child("runs", config.run),
+            config.snapshot or None,
+            device="cuda" if config.gpus else "cpu",
+            dtype=DTYPES[config.engine.precision],
+        )
+        tool, table = calculator_tool(tokenizer), tokenizer.byte_table()
+        return Engine(model.eval(), config.engine, tool, table), tokenizer
+
+    engine, tokenizer = in_thread_that_ends(load)
+    client = LocalClient(engine)
     app = build_app(
         client,
         tokenizer,

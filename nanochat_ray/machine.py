@@ -1,11 +1,21 @@
-"""The memory that is free: of a GPU, or of this machine or container."""
+"""What a process may take of a GPU, or of this machine or container: memory and cores."""
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import psutil
 import torch
+
+CGROUP = Path("/sys/fs/cgroup")
+MOST_THREADS = 8
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def free_memory(device: torch.device, sharing: int = 1) -> int:
@@ -16,7 +26,7 @@ def free_memory(device: torch.device, sharing: int = 1) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
-    return min(free, _container_memory(Path("/sys/fs/cgroup"), free)) // max(1, sharing)
+    return min(free, _container_memory(CGROUP, free)) // max(1, sharing)
 
 
 def _container_memory(folder: Path, unlimited: int) -> int:
@@ -29,3 +39,35 @@ def _container_memory(folder: Path, unlimited: int) -> int:
         return unlimited
     # Cached files count as used, but make room for whoever asks.
     return unlimited if limit == "max" else int(limit) - used + int(stats.get("inactive_file", 0))
+
+
+def cores(folder: Path = CGROUP) -> int:
+    """Cores that this process may use: of the machine, or as the container's limit (cgroup v2)
+    allows."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+        return mine if quota == "max" else max(1, min(mine, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return mine
+
+
+def engine_threads(sharing: int) -> int:
+    """Torch threads for each of ``sharing`` engines on this machine's cores.
+
+    One core is left to all else: the threads wait for each other at every operation, and with as
+    many as cores another busy process made an engine three times slower than one thread is
+    (2 cores, 2026-11-21).
+    """
+    return max(1, min(MOST_THREADS, (cores() - 1) // sharing))
+
+
+def in_thread_that_ends(make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """``make(...)``, without threads of OpenMP left behind.
+
+    Each thread that computes gets a team of its own, which lives as long as it does. As soon as
+    all teams together are larger than the machine, OpenMP has them sleep between any two
+    operations: what only loads a model must not leave one.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make, *args, **kwargs).result()

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.engine.blocks import BLOCK
+from nanochat_ray.engine.decode_attention import decode_attention
 
 CALL_BYTES = 150_000
 """Reading as much from memory takes about as long as one more call of attention (15 µs)."""
@@ -76,8 +77,10 @@ class SlotCache:
         dtype: torch.dtype,
         device: torch.device,
         min_rows: int = 1,
+        native: bool = False,
     ):
-        """``min_rows`` is the least number of rows of a forward."""
+        """``min_rows`` is the least number of rows of a forward; ``native`` takes
+        ``decode_attention`` for decodes where it can."""
         length = padded_length(max_len, 2)
         shape = (config.n_layer, slots, config.n_kv_head, length, config.head_dim)
         # Zeros, not garbage: a masked value is multiplied by 0, and 0 * nan is nan.
@@ -88,11 +91,15 @@ class SlotCache:
         self._columns = torch.arange(length, device=device)
         self._group = config.n_head // config.n_kv_head
         self._row_bytes = 2 * config.n_kv_head * config.head_dim * dtype.itemsize
+        self._native = None
+        if native and device.type == "cpu" and dtype == torch.float32:
+            self._native = decode_attention(config.head_dim, self._group)
         self._min_rows, self._decodes = min_rows, 0
         self._runs: list[_Run] = []
         self._prefills: list[Span] = []
         self._masks: dict[tuple[int, int], Tensor] = {}
         self._write = self.positions[:, 0]
+        self._places = self.positions
 
     @property
     def nbytes(self) -> int:
@@ -116,13 +123,16 @@ class SlotCache:
         device = self.keys.device
         self.positions = torch.from_numpy(padded).to(device)
         self.end = int(positions.max()) + 1
+        self._decodes = sum(span.decode for span in spans)
+        self._prefills = list(spans[self._decodes :])
+        self._masks.clear()
+        if self._native is not None:
+            self._places = torch.from_numpy(np.stack([slots, positions]))
+            return rows
         heads, length = self.keys.shape[2:4]
         write = (slots[:, None] * heads + np.arange(heads)) * length + positions[:, None]
         self._write = torch.from_numpy(write.reshape(-1)).to(device)
-        self._decodes = sum(span.decode for span in spans)
         self._runs = self._find_runs(spans[: self._decodes])
-        self._prefills = list(spans[self._decodes :])
-        self._masks.clear()
         return rows
 
     def _find_runs(self, decodes: Sequence[Span]) -> list[_Run]:
@@ -163,30 +173,37 @@ class SlotCache:
         """``q [N, 1, H, D]``, ``k`` and ``v [N, 1, Hkv, D]`` → ``[N, 1, H, D]``."""
         N, _, H, D = q.shape
         keys, values = self.keys[layer], self.values[layer]  # [slots, Hkv, max_len, D]
-        Hkv, places = keys.size(1), self._write.size(0)
-        keys.view(-1, D).index_copy_(0, self._write, k.reshape(-1, D)[:places])
-        values.view(-1, D).index_copy_(0, self._write, v.reshape(-1, D)[:places])
+        Hkv, row = keys.size(1), self._decodes
         q_NhgD = q.view(N, Hkv, H // Hkv, D)
-        parts = []
-        for run in self._runs:
-            mask = self._mask(run.first, run.last, run.length, window)
-            place = slice(run.slot, run.slot + run.last - run.first)
-            y_NhgD = F.scaled_dot_product_attention(
-                q_NhgD[run.first : run.last],
-                keys[place, :, : run.length],
-                values[place, :, : run.length],
-                attn_mask=mask[:, None, None],
-            )
-            parts.append(y_NhgD)
-        row = self._decodes
+        if self._native is not None:
+            call = (q[:, 0], k[:, 0], v[:, 0], keys, values, self._places, row, window)
+            y_NhgD = self._native(*call).view(q_NhgD.shape)
+        else:
+            places = self._write.size(0)
+            keys.view(-1, D).index_copy_(0, self._write, k.reshape(-1, D)[:places])
+            values.view(-1, D).index_copy_(0, self._write, v.reshape(-1, D)[:places])
+            y_NhgD = q.new_empty(q_NhgD.shape)
+            for run in self._runs:
+                y_NhgD[run.first : run.last] = self._decode(run, q_NhgD, keys, values, window)
         for span in self._prefills:
             held = keys[span.slot], values[span.slot]
-            parts.append(self._prefill(span, row, q_NhgD, *held, window))
+            y_NhgD[row : row + span.count] = self._prefill(span, row, q_NhgD, *held, window)
             row += span.count
-        if row < N:
-            parts.append(torch.zeros_like(q_NhgD[row:]))
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return y.reshape(N, 1, H, D)
+        y_NhgD[row:] = 0
+        return y_NhgD.view(N, 1, H, D)
+
+    def _decode(
+        self, run: _Run, q_NhgD: Tensor, keys: Tensor, values: Tensor, window: int
+    ) -> Tensor:
+        """``[n, Hkv, G, D]`` for the n rows of a run."""
+        mask = self._mask(run.first, run.last, run.length, window)
+        place = slice(run.slot, run.slot + run.last - run.first)
+        return F.scaled_dot_product_attention(
+            q_NhgD[run.first : run.last],
+            keys[place, :, : run.length],
+            values[place, :, : run.length],
+            attn_mask=mask[:, None, None],
+        )
 
     def _prefill(
         self, span: Span, row: int, q_NhgD: Tensor, keys: Tensor, values: Tensor, window: int

@@ -39,7 +39,8 @@ class Runner:
         free, place = free_memory(self.device), (dtype, self.device, self.min_rows)
         if not self._paged(config):
             check_slots(model.config, config, max_len, dtype, free)
-            self.cache = SlotCache(model.config, config.max_slots, max_len, *place)
+            slots = config.max_slots
+            self.cache = SlotCache(model.config, slots, max_len, *place, config.native)
             return
         size = block_size(self.device)
         self.blocks = make_blocks(model.config, config, max_len, dtype, free, size)

@@ -24,6 +24,7 @@ from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Output, Request
 from nanochat_ray.engine.tools import calculator_tool
+from nanochat_ray.machine import engine_threads, in_thread_that_ends
 from nanochat_ray.on_ray.link import ACCEPTED, NOT_HERE, QUEUE_FULL, Link
 from nanochat_ray.on_ray.metrics import RaySink
 from nanochat_ray.serve.metrics import EngineMetrics
@@ -49,6 +50,7 @@ class EngineReplica:
         engine: dict[str, Any],
         device: str,
         threads: int,
+        sharing: int = 1,
         name: str = "",
         model: str = "",
         host: str = "",
@@ -56,7 +58,7 @@ class EngineReplica:
         self.run = Store.at(storage).child("runs", run)
         self.config = from_json(EngineConfig, engine)
         self.device = device
-        self.threads = threads
+        self.threads, self.sharing = threads, sharing
         self.name = name or serve.get_replica_context().replica_tag
         self.host = host or ray.util.get_node_ip_address()
         self.snapshot = ""
@@ -80,7 +82,7 @@ class EngineReplica:
                 lambda: Link(self._received, self._lost, trusted=False), self.host, 0
             )
             self._spawn(self._tell())
-        fresh = await asyncio.to_thread(self._start, name, loop)
+        fresh = await asyncio.to_thread(in_thread_that_ends, self._start, name, loop)
         old, self.engine, self.snapshot = self.engine, fresh, name
         if old is not None:
             self._spawn(self._retire(old))
@@ -93,7 +95,7 @@ class EngineReplica:
     def _start(self, name: str, loop: asyncio.AbstractEventLoop) -> EngineLoop:
         import torch
 
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.threads or engine_threads(self.sharing))
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.precision]
         model, tokenizer = snapshot.load_model(self.run, name, device=self.device, dtype=dtype)
         if self.tokenizer not in ("", tokenizer.fingerprint):

@@ -60,8 +60,9 @@ class ServeConfig:
     """GPUs of each engine."""
     cpus: float = 1.0
     """Logical CPUs of each engine."""
-    threads: int = 1
-    """Torch threads of an engine on the CPU."""
+    threads: int = 0
+    """Torch threads of an engine on the CPU; 0 is its part of all cores but one, if the engines are
+    all on one machine."""
     ingress_cpus: float = 0.1
     engine: EngineConfig = field(default_factory=EngineConfig)
     deadline_s: float = 60.0
@@ -70,10 +71,10 @@ class ServeConfig:
     """How long an answer may take, waiting and running; 0 is for ever."""
 
     def __post_init__(self) -> None:
-        for name in ("engines", "ingresses", "threads"):
+        for name, least in (("engines", 1), ("ingresses", 1), ("threads", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} is not allowed: a whole number from 1")
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} is not allowed: a whole number from {least}")
         most = self.max_engines
         if not isinstance(most, int) or 0 != most < self.engines:
             allowed = f"0, or a whole number from engines={self.engines}"
@@ -127,6 +128,7 @@ def build_application(config: ServeConfig, *, keys: list[str] | None = None) -> 
         engine=to_json(config.engine),
         device="cuda" if config.gpus else "cpu",
         threads=config.threads,
+        sharing=max(config.engines, config.max_engines),
         model=config.name or config.run,
     )
     return ingress.bind(

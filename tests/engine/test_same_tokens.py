@@ -101,6 +101,15 @@ def test_in_a_batch_of_64() -> None:
     assert together(engine(prefix_tokens=0)) == alone()
 
 
+def test_with_attention_from_torch() -> None:
+    single = engine(max_slots=1, prefix_tokens=0, native=False)
+    some = REQUESTS[::5]
+    for request in some:
+        single.add(request)
+    alone = answers(finish(single))
+    assert together(engine(native=False, token_budget=100), some, preempt=0.3) == alone
+
+
 def test_after_preemption_in_small_chunks() -> None:
     shaken = engine(prefix_tokens=0, max_slots=16, token_budget=40, prefill_chunk=11)
     assert together(shaken, preempt=0.7) == alone()

@@ -1,0 +1,140 @@
+"""Attention in C against torch's, and that a row's bits are its own."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine_kit import VOCAB, answer, ask, make_engine, make_model
+from torch import Tensor
+
+from nanochat_ray.engine import decode_attention as module
+from nanochat_ray.engine.decode_attention import DecodeAttention, decode_attention
+from nanochat_ray.engine.kv_cache import SlotCache
+
+SLOTS, LENGTH = 5, 400
+Step = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler() -> None:
+    if decode_attention(16, 1) is None:
+        pytest.skip("there is no C compiler")
+
+
+def compiled(head_dim: int, group: int) -> DecodeAttention:
+    found = decode_attention(head_dim, group)
+    assert found is not None
+    return found
+
+
+def step(head_dim: int, group: int, slots: list[int], positions: list[int], heads: int = 2) -> Step:
+    noise = torch.Generator().manual_seed(head_dim + group)
+    n = len(slots)
+    # As they come from one product of all three: rows with the others' values between.
+    whole = torch.randn((n, heads * (group + 2), head_dim), generator=noise)
+    q, k, v = whole.split([heads * group, heads, heads], dim=1)
+    keys, values = torch.randn((2, SLOTS, heads, LENGTH, head_dim), generator=noise)
+    return q, k, v, keys, values, torch.tensor([slots, positions])
+
+
+def defined(of: Step, window: int) -> Tensor:
+    """The definition: each row over the keys that it sees, once all are written."""
+    q, k, v, keys, values, (slots, positions) = of
+    keys, values = keys.clone(), values.clone()
+    keys[slots, :, positions], values[slots, :, positions] = k, v
+    rows = []
+    for row, slot, last in zip(q, slots.tolist(), positions.tolist(), strict=True):
+        seen = slice(max(0, last - window) if window >= 0 else 0, last + 1)
+        y = F.scaled_dot_product_attention(
+            row[:, None], keys[slot, :, seen], values[slot, :, seen], enable_gqa=True
+        )
+        rows.append(y[:, 0])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("window", [-1, 0, 70])
+@pytest.mark.parametrize(("head_dim", "group"), [(16, 1), (48, 3), (64, 1), (64, 4), (128, 2)])
+def test_as_defined(head_dim: int, group: int, window: int) -> None:
+    # Slots in any order, a sequence with guesses, and lengths about the borders of blocks.
+    of = step(head_dim, group, [3, 0, 0, 0, 4, 1], [0, 62, 63, 64, 127, 399])
+    want = defined(of, window)
+    got = compiled(head_dim, group)(*of, 6, window)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+    _, k, v, keys, values, (slots, positions) = of
+    assert torch.equal(keys[slots, :, positions], k)
+    assert torch.equal(values[slots, :, positions], v)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, k, v, keys, values, places = step(64, 1, [0, 1], [350, 90])
+    of = (100 * q, 100 * k, v, keys, values, places)
+    got = compiled(64, 1)(*of, 2, -1)
+    torch.testing.assert_close(got, defined(of, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_alone_in_another_slot_and_with_more_threads_has_the_same_bits() -> None:
+    q, k, v, keys, values, places = step(64, 2, [0, 1, 2, 4], [10, 399, 128, 200])
+    attend = compiled(64, 2)
+    together = attend(q, k, v, keys, values, places, 4, 150)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(attend(q, k, v, keys, values, places, 4, 150), together)
+    finally:
+        torch.set_num_threads(before)
+    for row in range(4):
+        slot, position = places[:, row].tolist()
+        keys[3], values[3] = keys[slot], values[slot]
+        one = slice(row, row + 1)
+        place = torch.tensor([[3], [position]])
+        assert torch.equal(
+            attend(q[one], k[one], v[one], keys, values, place, 1, 150)[0], together[row]
+        )
+
+
+def test_rows_behind_the_decodes_are_only_written_and_padding_is_not() -> None:
+    q, k, v, keys, values, places = step(16, 1, [2, 3, 3], [5, 0, 1])
+    before = keys.clone()
+    got = compiled(16, 1)(q, k, v, keys, values, places[:, :2], 1, -1)
+    assert got.shape == q.shape
+    assert torch.equal(keys[3, :, 0], k[1])
+    changed = (keys != before).any(dim=-1).any(dim=1).nonzero().tolist()
+    assert changed == [[2, 5], [3, 0]]
+
+
+@pytest.mark.parametrize("preset", ["classic", "modern"])
+def test_an_engine_without_it_says_the_same(preset: str) -> None:
+    model = make_model(preset)
+    prompts = [[(7 * i + j) % VOCAB for j in range(5 + 9 * i)] for i in range(4)]
+    answers = []
+    for native in (True, False):
+        engine = make_engine(model, native=native)
+        assert isinstance(engine.runner.cache, SlotCache)
+        assert (engine.runner.cache._native is not None) == native
+        answers.append([answer(engine, ask(str(i), p)) for i, p in enumerate(prompts)])
+    assert answers[0] == answers[1]
+
+
+def test_who_cannot_compile_says_why_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    anew = decode_attention.__wrapped__
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho out of order >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    assert anew(64, 1) is None
+    assert "out of order" in caplog.text
+    monkeypatch.setenv("CC", str(tmp_path / "none"))
+    assert anew(64, 1) is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    with caplog.at_level(logging.INFO):
+        assert anew(64, 1) is None
+    assert "no C compiler" in caplog.text
+    monkeypatch.undo()
+    assert anew(20, 1) is None  # no multiple of 16

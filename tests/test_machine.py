@@ -1,0 +1,55 @@
+"""What a process takes of its machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tiny import wait_for
+
+from nanochat_ray import machine
+
+
+@pytest.mark.parametrize(
+    ("limit", "want"),
+    [("max 100000", 8), ("250000 100000", 3), ("50000 100000", 1), ("1600000 100000", 8)],
+)
+def test_cores_are_the_containers(
+    limit: str, want: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    (tmp_path / "cpu.max").write_text(limit + "\n")
+    assert machine.cores(tmp_path) == want
+    assert machine.cores(tmp_path / "none") == 8
+
+
+@pytest.mark.parametrize(
+    ("cores", "engines", "want"),
+    [(1, 1, 1), (2, 1, 1), (4, 1, 3), (9, 2, 4), (8, 9, 1), (64, 1, 8)],
+)
+def test_an_engine_leaves_a_core(
+    cores: int, engines: int, want: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: cores)
+    assert machine.engine_threads(engines) == want
+
+
+def test_loading_leaves_no_threads() -> None:
+    process, before = psutil.Process(), torch.get_num_threads()
+
+    def load() -> int:
+        torch.set_num_threads(3)
+        torch.ones(2_000_000).add_(1)
+        return process.num_threads()
+
+    had = process.num_threads()
+    try:
+        assert machine.in_thread_that_ends(load) > had + 1
+        wait_for(lambda: process.num_threads() == had, 10, "the team's end")
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ZeroDivisionError):
+        machine.in_thread_that_ends(lambda: 1 // 0)
