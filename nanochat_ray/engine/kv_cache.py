@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.engine.blocks import BLOCK
-from nanochat_ray.engine.decode_attention import decode_attention
+from nanochat_ray.engine.native import Native
 
 CALL_BYTES = 150_000
 """Reading as much from memory takes about as long as one more call of attention (15 µs)."""
@@ -77,10 +77,10 @@ class SlotCache:
         dtype: torch.dtype,
         device: torch.device,
         min_rows: int = 1,
-        native: bool = False,
+        native: Native | None = None,
     ):
-        """``min_rows`` is the least number of rows of a forward; ``native`` takes
-        ``decode_attention`` for decodes where it can."""
+        """``min_rows`` is the least number of rows of a forward; ``native`` is for decodes, and
+        has the model's sizes."""
         length = padded_length(max_len, 2)
         shape = (config.n_layer, slots, config.n_kv_head, length, config.head_dim)
         # Zeros, not garbage: a masked value is multiplied by 0, and 0 * nan is nan.
@@ -91,10 +91,7 @@ class SlotCache:
         self._columns = torch.arange(length, device=device)
         self._group = config.n_head // config.n_kv_head
         self._row_bytes = 2 * config.n_kv_head * config.head_dim * dtype.itemsize
-        self._native = None
-        if native and device.type == "cpu" and dtype == torch.float32:
-            self._native = decode_attention(config.head_dim, self._group)
-        self._min_rows, self._decodes = min_rows, 0
+        self._native, self._min_rows, self._decodes = native, min_rows, 0
         self._runs: list[_Run] = []
         self._prefills: list[Span] = []
         self._masks: dict[tuple[int, int], Tensor] = {}
@@ -177,7 +174,7 @@ class SlotCache:
         q_NhgD = q.view(N, Hkv, H // Hkv, D)
         if self._native is not None:
             call = (q[:, 0], k[:, 0], v[:, 0], keys, values, self._places, row, window)
-            y_NhgD = self._native(*call).view(q_NhgD.shape)
+            y_NhgD = self._native.attention(*call).view(q_NhgD.shape)
         else:
             places = self._write.size(0)
             keys.view(-1, D).index_copy_(0, self._write, k.reshape(-1, D)[:places])
@@ -189,7 +186,8 @@ class SlotCache:
             held = keys[span.slot], values[span.slot]
             y_NhgD[row : row + span.count] = self._prefill(span, row, q_NhgD, *held, window)
             row += span.count
-        y_NhgD[row:] = 0
+        if row < N:
+            y_NhgD[row:] = 0
         return y_NhgD.view(N, 1, H, D)
 
     def _decode(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochat_ray.engine.native import Native, Norm, ReluSquared, Turn
 from nanochat_ray.model.gpt import GPT, Linear
 
 BLOCK_COLUMNS = 32
@@ -98,11 +99,13 @@ def faster(layer: nn.Linear) -> nn.Linear | Gate | Blocked:
 
 
 @torch.inference_mode()
-def lay_out(model: GPT) -> int:
-    """Replaces or rearranges the model's linear layers; what they compute stays.
+def lay_out(model: GPT, native: Native | None = None) -> int:
+    """Replaces or rearranges the model's layers; what they compute stays.
 
     Returns how many rows a forward must have at least for rows not to depend on each other.
     """
+    if native is not None:
+        model.norm = Norm(native, model.config.norm_eps)
     for block in model.blocks:
         attn = block.attn
         if attn.c_qkv is None:
@@ -111,6 +114,8 @@ def lay_out(model: GPT) -> int:
             whole.weight.data = torch.cat([p.weight.data for p in parts])
             attn.c_qkv = whole
             del attn.c_q, attn.c_k, attn.c_v
+        if native is not None:
+            attn.turn, block.mlp.activation = Turn(native), ReluSquared(native)
     needed = 1
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):

@@ -14,6 +14,7 @@ from nanochat_ray.engine.cuda_graphs import DecodeGraphs
 from nanochat_ray.engine.kv_cache import SlotCache, Span
 from nanochat_ray.engine.kv_memory import check_slots, make_blocks
 from nanochat_ray.engine.linear import lay_out
+from nanochat_ray.engine.native import Native, native
 from nanochat_ray.engine.paged_cache import PagedCache, block_size
 from nanochat_ray.engine.prefixes import CopiedPrefixes, SharedPrefixes
 from nanochat_ray.engine.scheduler import Chunk, Sequence
@@ -31,7 +32,11 @@ class Runner:
         self.model = model.to(dtype).eval()
         model.compute_dtype = dtype
         self.device = model.wte.weight.device
-        self.min_rows = lay_out(model) if self.device.type == "cpu" else 1
+        on_cpu, sizes = self.device.type == "cpu", model.config
+        self.native: Native | None = None
+        if on_cpu and dtype == torch.float32 and config.native:
+            self.native = native(sizes.head_dim, sizes.n_head // sizes.n_kv_head)
+        self.min_rows = lay_out(model, self.native) if on_cpu else 1
         self.blocks: Blocks | None = None
         """Where the layout is paged: the accounting of its memory."""
         self.cache: SlotCache | PagedCache
@@ -40,7 +45,7 @@ class Runner:
         if not self._paged(config):
             check_slots(model.config, config, max_len, dtype, free)
             slots = config.max_slots
-            self.cache = SlotCache(model.config, slots, max_len, *place, config.native)
+            self.cache = SlotCache(model.config, slots, max_len, *place, self.native)
             return
         size = block_size(self.device)
         self.blocks = make_blocks(model.config, config, max_len, dtype, free, size)

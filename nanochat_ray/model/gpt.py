@@ -40,6 +40,32 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+# Modules, though they have no parameters: an engine puts faster ones in their places.
+
+
+class Norm(nn.Module):
+    """RMSNorm without parameters."""
+
+    def __init__(self, eps: float | None):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.eps)
+
+
+class Turn(nn.Module):
+    """Rotary embedding and RMSNorm of queries or keys ``[B, T, H, D]``: QK-norm."""
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], eps: float | None) -> Tensor:
+        return rms_norm(rotate(x, *angles), eps)
+
+
+class ReluSquared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return relu_squared(x)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -58,6 +84,7 @@ class Attention(nn.Module):
         self.head_gate = (
             Linear(self.gate_channels, config.n_head) if config.attention_gate else None
         )
+        self.turn: nn.Module = Turn()
         # The scale on q and on k acts through their product alone.
         self.sharpen = config.qk_scale**2 * yarn_sharpening(config.rope_factor)
 
@@ -75,11 +102,10 @@ class Attention(nn.Module):
             q = self.c_q(x).view(B, T, c.n_head, c.head_dim)
             k = self.c_k(x).view(B, T, c.n_kv_head, c.head_dim)
             v = self.c_v(x).view(B, T, c.n_kv_head, c.head_dim)
-            q = rms_norm(rotate(q, *angles), c.norm_eps)
-            k = rms_norm(rotate(k, *angles), c.norm_eps)
+            q, k = self.turn(q, angles, c.norm_eps), self.turn(k, angles, c.norm_eps)
         else:
             heads = self.c_qkv(x).view(B, T, -1, c.head_dim)
-            turned = rms_norm(rotate(heads[:, :, : -c.n_kv_head], *angles), c.norm_eps)
+            turned = self.turn(heads[:, :, : -c.n_kv_head], angles, c.norm_eps)
             q, k = turned[:, :, : c.n_head], turned[:, :, c.n_head :]
             v = heads[:, :, -c.n_kv_head :]
         if value is not None and self.ve_gate is not None:
@@ -100,9 +126,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.activation: nn.Module = ReluSquared()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(relu_squared(self.c_fc(x)))
+        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -143,6 +170,7 @@ class GPT(nn.Module):
             kv = config.n_kv_head * config.head_dim
             layers = [i for i in range(n) if has_value_embedding(i, n)]
             self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, kv) for i in layers})
+        self.norm: nn.Module = Norm(config.norm_eps)
         self._angles: tuple[Tensor, Tensor] | None = None
         self.window_share = 1.0
         """Share of the windows that training sees; a schedule may let it grow."""
@@ -236,7 +264,7 @@ class GPT(nn.Module):
         return cos[context.positions].unsqueeze(2), sin[context.positions].unsqueeze(2)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return rms_norm(self.wte(ids).to(self.compute_dtype), self.config.norm_eps)
+        return self.norm(self.wte(ids).to(self.compute_dtype))
 
     def _smear(self, x: Tensor, ids: Tensor, prev_ids: Tensor | None) -> Tensor:
         """Adds a gated share of the token before; ``prev_ids [B]`` stand before the first ones."""
@@ -275,9 +303,9 @@ class GPT(nn.Module):
         if config.value_embeds and str(i) in self.value_embeds:
             value = self.value_embeds[str(i)](ids).to(x.dtype)
         window = self._window(block.attn, ids.size(1))
-        attended = block.attn(rms_norm(x, config.norm_eps), value, angles, attend, window)
+        attended = block.attn(self.norm(x), value, angles, attend, window)
         x = x + self._drop(attended)
-        return x + self._drop(block.mlp(rms_norm(x, config.norm_eps)))
+        return x + self._drop(block.mlp(self.norm(x)))
 
     def hidden(
         self, ids: Tensor, context: AttentionContext | None = None, prev_ids: Tensor | None = None
@@ -318,7 +346,7 @@ class GPT(nn.Module):
                 middle = x
         if middle is not None:
             x = x - self.backout_lambda.to(x.dtype) * middle
-        return rms_norm(x, config.norm_eps)
+        return self.norm(x)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x

@@ -1,8 +1,6 @@
-/* One step of attention over a slot cache, for `cpu_attention.py`, which compiles it where it runs.
-
-   Each (row, key/value head) reads its keys and values once, a block at a time, with the running
-   maximum and sum of "Online normalizer calculation for softmax" (arXiv 1805.02867). What it yields
-   depends on its own row alone: not on the batch, the number of threads or who takes it.
+/* What an engine's forward waits for on a CPU beside matrix products; `native.py` compiles it where
+   it runs. What a row yields depends on that row alone: not on the batch, the number of threads or
+   who takes it.
 
    HEAD (a multiple of 16) and GROUP, the queries of a key/value head, are given when compiling. */
 
@@ -16,18 +14,22 @@
 #define AHEAD 16 /* keys to fetch ahead: no processor's own prefetching crosses a page of 4 KiB */
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef float half __attribute__((vector_size(2 * LANES)));
+typedef float half __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
 typedef float quarter __attribute__((vector_size(LANES)));
 
 static inline void fetch(const float *row) {
     for (int i = 0; i < HEAD; i += LANES) __builtin_prefetch(row + i);
 }
 
-static inline float sum(vec x) {
-    union { vec all; half halves[2]; } a = {x};
-    union { half all; quarter halves[2]; } b = {a.halves[0] + a.halves[1]};
-    quarter c = b.halves[0] + b.halves[1];
+static inline float sum_half(half x) {
+    union { half all; quarter halves[2]; } of = {x};
+    quarter c = of.halves[0] + of.halves[1];
     return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+static inline float sum(vec x) {
+    union { vec all; half halves[2]; } of = {x};
+    return sum_half(of.halves[0] + of.halves[1]);
 }
 
 /* exp for x <= 0: a power of two and a polynomial, as in Cephes (S. Moshier); 1e-7 relative. */
@@ -46,7 +48,9 @@ static inline float exp_negative(float x) {
     return p * power.value;
 }
 
-/* Queries q [GROUP, HEAD] over keys and values [count, HEAD], into y [GROUP, HEAD]. */
+/* Queries q [GROUP, HEAD] over keys and values [count, HEAD], into y [GROUP, HEAD]. Each is
+   read once, a block at a time, with the running maximum and sum of "Online normalizer calculation
+   for softmax" (arXiv 1805.02867). */
 static void attend_one(
     const float *q, const float *keys, const float *values, int64_t count, float scale, float *y
 ) {
@@ -118,4 +122,48 @@ void step_attention(
                        scale, y + item * GROUP * HEAD);
         }
     }
+}
+
+/* Rotary embedding by cos and sin [rows, HEAD / 2], then RMSNorm, of x [rows, heads, HEAD] in place,
+   `step` floats from row to row. */
+void turn_and_norm(
+    float *x, int64_t step, const float *cos, const float *sin, int64_t rows, int64_t heads,
+    float eps, int threads
+) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t h = 0; h < heads; h++) {
+            half *first = (half *)(x + r * step + h * HEAD), *second = first + VECTORS;
+            const half *c = (const half *)(cos + r * HEAD / 2);
+            const half *s = (const half *)(sin + r * HEAD / 2);
+            half squares = {0};
+            for (int i = 0; i < VECTORS; i++) {
+                half a = first[i] * c[i] + second[i] * s[i], b = second[i] * c[i] - first[i] * s[i];
+                first[i] = a, second[i] = b;
+                squares += a * a + b * b;
+            }
+            float scale = 1 / sqrtf(sum_half(squares) / HEAD + eps);
+            for (int i = 0; i < 2 * VECTORS; i++) first[i] *= scale;
+        }
+}
+
+/* RMSNorm of x [rows, width] into y. */
+void rms_norm(const float *x, float *y, int64_t rows, int64_t width, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 8)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *from = x + r * width;
+        float *to = y + r * width, rest = 0;
+        vec squares = {0};
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) squares += *(vec *)(from + i) * *(vec *)(from + i);
+        for (; i < width; i++) rest += from[i] * from[i];
+        float scale = 1 / sqrtf((sum(squares) + rest) / width + eps);
+        for (i = 0; i < width; i++) to[i] = from[i] * scale;
+    }
+}
+
+/* max(x, 0)^2 of x [count], in place. */
+void relu_squared(float *x, int64_t count, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < count; i++) x[i] = x[i] > 0 ? x[i] * x[i] : 0;
 }

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from engine_kit import VOCAB, answer, ask, make_engine, make_model
 from torch import Tensor
 
-from nanochat_ray.engine import decode_attention as module
-from nanochat_ray.engine.decode_attention import DecodeAttention, decode_attention
-from nanochat_ray.engine.kv_cache import SlotCache
+from nanochat_ray.engine import native as module
+from nanochat_ray.engine.native import FLOAT_EPS, Native, native
+from nanochat_ray.model.fused import relu_squared, rms_norm
+from nanochat_ray.model.gpt import Turn
+from nanochat_ray.model.rotary import rotary_tables
 
 SLOTS, LENGTH = 5, 400
 Step = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -21,12 +23,12 @@ Step = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @pytest.fixture(scope="module", autouse=True)
 def compiler() -> None:
-    if decode_attention(16, 1) is None:
+    if native(16, 1) is None:
         pytest.skip("there is no C compiler")
 
 
-def compiled(head_dim: int, group: int) -> DecodeAttention:
-    found = decode_attention(head_dim, group)
+def compiled(head_dim: int, group: int) -> Native:
+    found = native(head_dim, group)
     assert found is not None
     return found
 
@@ -62,7 +64,7 @@ def test_as_defined(head_dim: int, group: int, window: int) -> None:
     # Slots in any order, a sequence with guesses, and lengths about the borders of blocks.
     of = step(head_dim, group, [3, 0, 0, 0, 4, 1], [0, 62, 63, 64, 127, 399])
     want = defined(of, window)
-    got = compiled(head_dim, group)(*of, 6, window)
+    got = compiled(head_dim, group).attention(*of, 6, window)
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
     _, k, v, keys, values, (slots, positions) = of
     assert torch.equal(keys[slots, :, positions], k)
@@ -72,13 +74,13 @@ def test_as_defined(head_dim: int, group: int, window: int) -> None:
 def test_large_scores_do_not_overflow() -> None:
     q, k, v, keys, values, places = step(64, 1, [0, 1], [350, 90])
     of = (100 * q, 100 * k, v, keys, values, places)
-    got = compiled(64, 1)(*of, 2, -1)
+    got = compiled(64, 1).attention(*of, 2, -1)
     torch.testing.assert_close(got, defined(of, -1), rtol=1e-4, atol=1e-4)
 
 
 def test_a_row_alone_in_another_slot_and_with_more_threads_has_the_same_bits() -> None:
     q, k, v, keys, values, places = step(64, 2, [0, 1, 2, 4], [10, 399, 128, 200])
-    attend = compiled(64, 2)
+    attend = compiled(64, 2).attention
     together = attend(q, k, v, keys, values, places, 4, 150)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -99,11 +101,37 @@ def test_a_row_alone_in_another_slot_and_with_more_threads_has_the_same_bits() -
 def test_rows_behind_the_decodes_are_only_written_and_padding_is_not() -> None:
     q, k, v, keys, values, places = step(16, 1, [2, 3, 3], [5, 0, 1])
     before = keys.clone()
-    got = compiled(16, 1)(q, k, v, keys, values, places[:, :2], 1, -1)
+    got = compiled(16, 1).attention(q, k, v, keys, values, places[:, :2], 1, -1)
     assert got.shape == q.shape
     assert torch.equal(keys[3, :, 0], k[1])
     changed = (keys != before).any(dim=-1).any(dim=1).nonzero().tolist()
     assert changed == [[2, 5], [3, 0]]
+
+
+@pytest.mark.parametrize("eps", [None, 1e-6])
+def test_turning_and_norm(eps: float | None) -> None:
+    noise = torch.Generator().manual_seed(3)
+    whole = torch.randn((9, 1, 7, 64), generator=noise)
+    cos, sin = (t[5:14, None, None] for t in rotary_tables(20, 64, 10_000.0))
+    want, rest = Turn()(whole[:, :, :5], (cos, sin), eps), whole[:, :, 5:].clone()
+    got = compiled(64, 1).turn_(whole[:, :, :5], cos, sin, eps or FLOAT_EPS)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert torch.equal(whole[:, :, 5:], rest)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 384), (40, 1, 100), (2, 7, 9)])
+def test_norm(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    got = compiled(64, 1).rms_norm(x, 1e-6)
+    torch.testing.assert_close(got, rms_norm(x, 1e-6), rtol=1e-6, atol=1e-6)
+    assert torch.equal(compiled(64, 1).rms_norm(x[:1], 1e-6), got[:1])
+
+
+def test_relu_squared() -> None:
+    x = torch.randn((33, 7), generator=torch.Generator().manual_seed(4))
+    want = relu_squared(x)
+    assert torch.equal(compiled(64, 1).relu_squared_(x.clone()), want)
+    assert compiled(64, 1).relu_squared_(torch.tensor([-1.0, torch.nan])).tolist()[0] == 0.0
 
 
 @pytest.mark.parametrize("preset", ["classic", "modern"])
@@ -111,10 +139,9 @@ def test_an_engine_without_it_says_the_same(preset: str) -> None:
     model = make_model(preset)
     prompts = [[(7 * i + j) % VOCAB for j in range(5 + 9 * i)] for i in range(4)]
     answers = []
-    for native in (True, False):
-        engine = make_engine(model, native=native)
-        assert isinstance(engine.runner.cache, SlotCache)
-        assert (engine.runner.cache._native is not None) == native
+    for on in (True, False):
+        engine = make_engine(model, native=on)
+        assert (engine.runner.native is not None) == on
         answers.append([answer(engine, ask(str(i), p)) for i, p in enumerate(prompts)])
     assert answers[0] == answers[1]
 
@@ -122,7 +149,7 @@ def test_an_engine_without_it_says_the_same(preset: str) -> None:
 def test_who_cannot_compile_says_why_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    anew = decode_attention.__wrapped__
+    anew = native.__wrapped__
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\necho out of order >&2\nexit 3\n")
     broken.chmod(0o755)
@@ -137,4 +164,4 @@ def test_who_cannot_compile_says_why_and_goes_on(
         assert anew(64, 1) is None
     assert "no C compiler" in caplog.text
     monkeypatch.undo()
-    assert anew(20, 1) is None  # no multiple of 16
+    assert anew(40, 1) is None  # no multiple of 16
