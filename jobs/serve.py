@@ -10,6 +10,7 @@ API keys, if clients shall need one: NANOCHAT_API_KEYS=key1,key2 in the environm
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import signal
 import socket
@@ -24,7 +25,7 @@ import tyro
 from ray import serve
 
 from nanochat_ray.checkpoint import snapshot
-from nanochat_ray.config import EngineConfig, Precision
+from nanochat_ray.config import EngineConfig, Precision, with_options
 from nanochat_ray.machine import engine_threads, in_thread_that_ends
 from nanochat_ray.on_ray import session
 from nanochat_ray.on_ray.serve import (
@@ -74,6 +75,8 @@ class Args:
     max_waiting: int = EngineConfig.max_waiting
     request_timeout_s: float = 0.0
     """Seconds that an answer may take, waiting and running; 0 is for ever."""
+    engine: tuple[str, ...] = ()
+    """More fields of EngineConfig, as ``name=value``: speculative_tokens=0 kv_layout=paged."""
     ray: bool = True
     """--no-ray: one process with one engine, no replicas; for a look, and to compare."""
     haproxy: bool = True
@@ -83,6 +86,17 @@ class Args:
 
 
 def config_of(args: Args) -> ServeConfig:
+    engine = EngineConfig(
+        max_slots=args.max_slots,
+        max_len=args.max_len,
+        token_budget=args.token_budget or max(EngineConfig.token_budget, 2 * args.max_slots),
+        max_waiting=args.max_waiting,
+        precision=args.precision or ("bf16" if args.gpus else "fp32"),
+    )
+    engine, unknown = with_options(engine, args.engine)
+    if unknown:
+        fields = ", ".join(f.name for f in dataclasses.fields(EngineConfig))
+        raise ValueError(f"engine={unknown[0]!r} is not allowed: a field of EngineConfig, {fields}")
     return ServeConfig(
         storage=args.storage,
         run=args.run,
@@ -94,13 +108,7 @@ def config_of(args: Args) -> ServeConfig:
         gpus=args.gpus,
         threads=args.threads,
         request_timeout_s=args.request_timeout_s,
-        engine=EngineConfig(
-            max_slots=args.max_slots,
-            max_len=args.max_len,
-            token_budget=args.token_budget or max(EngineConfig.token_budget, 2 * args.max_slots),
-            max_waiting=args.max_waiting,
-            precision=args.precision or ("bf16" if args.gpus else "fp32"),
-        ),
+        engine=engine,
     )
 
 

@@ -273,9 +273,13 @@ class EngineConfig:
     max_waiting: int = 256
     """Requests that may wait for a slot; one more is refused."""
     precision: Precision = "fp32"
-    speculative_tokens: int = 0
-    """Guessed tokens that a sequence runs beside its last one; 0 is off. Tokens are the same."""
-    speculative_ngram: int = 3
+    speculative_tokens: int = 3
+    """Guessed tokens that a sequence runs beside its last one, at most; 0 is off. Tokens are the
+    same."""
+    speculative_rows: int = 4
+    """Guesses fill a step up to so many rows; 0 is no bound. Up to 4 rows a step takes as long as
+    with 1, since it waits for the weights."""
+    speculative_ngram: int = 2
     """Tokens that must have stood before in this order for a guess at what follows them."""
 
     def __post_init__(self) -> None:
@@ -287,7 +291,13 @@ class EngineConfig:
             "max_waiting",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
-        for name in ("max_len", "prefix_tokens", "kv_tokens", "speculative_tokens"):
+        for name in (
+            "max_len",
+            "prefix_tokens",
+            "kv_tokens",
+            "speculative_tokens",
+            "speculative_rows",
+        ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(
             self.token_budget > self.max_slots,

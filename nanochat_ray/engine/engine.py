@@ -97,6 +97,7 @@ class Engine:
             max_waiting=config.max_waiting,
             doubling=DOUBLING_WIDTHS * model.config.n_embd,
             draft_tokens=config.speculative_tokens,
+            draft_rows=config.speculative_rows,
             on_draft=self._draft,
             on_admit=self._sampling.admit,
             on_begin=None if self._prefixes is None else self._prefixes.begin,

@@ -52,6 +52,8 @@ class Runner:
         self.cache = PagedCache(model.config, self.blocks, config.max_slots, max_len, *place)
         if self.device.type == "cuda":
             rows = config.max_slots * (1 + config.speculative_tokens)
+            if config.speculative_rows:
+                rows = min(rows, max(config.max_slots, config.speculative_rows))
             self._graphs = DecodeGraphs(model, self.cache, rows)
 
     def _paged(self, config: EngineConfig) -> bool:

@@ -133,6 +133,8 @@ class Scheduler:
     attends to all of them; 0 if that does not count."""
     draft_tokens: int = 0
     """Guesses that a sequence may run in one step."""
+    draft_rows: int = 0
+    """Rows of a step, decodes included, up to which there are guesses; 0 is no bound."""
     blocks: Blocks | None = None
     """Where the layout is paged: what sequences hold keys and values in."""
     on_blocks: Callable[[Sequence], None] = lambda sequence: None
@@ -197,6 +199,8 @@ class Scheduler:
             chunks.append(Chunk(s, s.computed, count, decode, scores=scores))
             rest -= count * price
             budget -= count
+        if self.draft_rows:
+            budget = min(budget, self.draft_rows - len(steady))
         for s in steady:
             if self.blocks is not None and not self._hold(s, s.computed + 1):
                 continue

@@ -15,10 +15,17 @@ from nanochat_ray.config import EngineConfig
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.engine.scheduler import Chunk
 from nanochat_ray.engine.tools import Tool
 
 COUNT = 500
-SETTINGS: dict[str, Any] = {"max_slots": 64, "token_budget": 320, "prefill_chunk": 64}
+SETTINGS: dict[str, Any] = {
+    "max_slots": 64,
+    "token_budget": 320,
+    "prefill_chunk": 64,
+    "speculative_tokens": 0,
+    "speculative_rows": 0,
+}
 TEXT = [bytes([i % 256]) for i in range(VOCAB - 9)]
 # A tool that turns its input round, behind marks that the model comes upon by itself.
 TOOL = Tool(10, 20, 290, 291, lambda ids: ids[::-1][:6])
@@ -142,6 +149,26 @@ def test_with_speculation(guesses: int, ngram: int, preempt: float) -> None:
     assert 50 < stats.draft_accepted < stats.drafted
 
 
+def test_guesses_fill_no_more_than_the_rows_that_cost_nothing() -> None:
+    some = engine(speculative_tokens=3, speculative_ngram=1, speculative_rows=5)
+    rows: list[int] = []
+    plan = some.scheduler.plan
+
+    def watched() -> list[Chunk]:
+        chunks = plan()
+        if all(c.decode for c in chunks):
+            decodes = len(chunks)
+            rows.append(sum(1 + len(c.draft) for c in chunks))
+            assert rows[-1] <= max(decodes, 5)
+        return chunks
+
+    some.scheduler.plan = watched  # type: ignore[method-assign]
+    for i in range(3):
+        some.add(ask(str(i), [1, 2], max_tokens=60, repetition_penalty=0.3))
+    finish(some)
+    assert 5 in rows
+
+
 def test_guesses_save_steps_where_a_text_repeats_itself() -> None:
     want, steps = [], []
     for guesses in (0, 4):
@@ -163,6 +190,6 @@ def test_lookup_goes_on_from_where_the_last_tokens_stood() -> None:
     text += [9, 1, 2]
     assert lookup.propose(text, 2) == [9, 1]  # the latest place counts
     assert lookup.propose([*text, 5], 2) == []
-    for field in ("speculative_tokens", "speculative_ngram"):
+    for field in ("speculative_tokens", "speculative_ngram", "speculative_rows"):
         with pytest.raises(ValueError, match=field):
             EngineConfig(**{field: -1})
