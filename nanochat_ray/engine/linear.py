@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat_ray.engine.native import Native, Norm, ReluSquared, Turn
+from nanochat_ray.engine.native import Native, Norm, ReluSquared, Softcap, Turn
 from nanochat_ray.model.gpt import GPT, Linear
 
 BLOCK_COLUMNS = 32
@@ -106,6 +106,7 @@ def lay_out(model: GPT, native: Native | None = None) -> int:
     """
     if native is not None:
         model.norm = Norm(native, model.config.norm_eps)
+        model.softcap = Softcap(native, model.config.softcap)
     for block in model.blocks:
         attn = block.attn
         if attn.c_qkv is None:

@@ -167,3 +167,13 @@ void relu_squared(float *x, int64_t count, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < count; i++) x[i] = x[i] > 0 ? x[i] * x[i] : 0;
 }
+
+/* cap * tanh(x / cap) of x [count], in place; 1e-7 of cap. */
+void softcap(float *x, int64_t count, float cap, int threads) {
+    float slope = -2 / cap;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < count; i++) {
+        float t = exp_negative(slope * fabsf(x[i]));
+        x[i] = copysignf(cap * (1 - t) / (1 + t), x[i]);
+    }
+}

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -51,7 +52,9 @@ class Native:
         self._norm.argtypes = [_POINTER, _POINTER, _INT, _INT, ctypes.c_float, ctypes.c_int]
         self._relu = library.relu_squared
         self._relu.argtypes = [_POINTER, _INT, ctypes.c_int]
-        for function in (self._attention, self._turn, self._norm, self._relu):
+        self._softcap = library.softcap
+        self._softcap.argtypes = [_POINTER, _INT, ctypes.c_float, ctypes.c_int]
+        for function in (self._attention, self._turn, self._norm, self._relu, self._softcap):
             function.restype = None
 
     def attention(
@@ -107,6 +110,12 @@ class Native:
         self._relu(x.data_ptr(), x.numel(), torch.get_num_threads())
         return x
 
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        """cap tanh(x / cap), in place where ``x`` is contiguous float32."""
+        x = x.contiguous()
+        self._softcap(x.data_ptr(), x.numel(), cap, torch.get_num_threads())
+        return x
+
 
 class Norm(nn.Module):
     """In place of ``model.gpt.Norm``."""
@@ -141,25 +150,35 @@ class ReluSquared(nn.Module):
         return self.native.relu_squared_(x)
 
 
+class Softcap(nn.Module):
+    """In place of ``model.gpt.Softcap``, likewise."""
+
+    def __init__(self, native: Native, cap: float):
+        super().__init__()
+        self.native, self.cap = native, cap
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.native.softcap(logits, self.cap) if self.cap else logits
+
+
 @functools.cache
 def native(head_dim: int, group: int) -> Native | None:
     """None where it cannot be compiled, and says why."""
-    compiler = os.environ.get("CC") or shutil.which("cc")
-    if compiler is None or head_dim % HEAD_MULTIPLE:
-        missing = (
-            f"heads of {head_dim}, no multiple of {HEAD_MULTIPLE}"
-            if compiler
-            else "no C compiler (cc)"
-        )
-        logger.info("the engine goes on without C: %s", missing)
+    compiler = shlex.split(os.environ.get("CC") or shutil.which("cc") or "")
+    reasons = []
+    if head_dim % HEAD_MULTIPLE:
+        reasons.append(f"heads of {head_dim}, which is no multiple of {HEAD_MULTIPLE}")
+    if not compiler:
+        reasons.append("no C compiler (cc)")
+    if reasons:
+        logger.info("the engine goes on without C: %s", ", ".join(reasons))
         return None
     sizes = (f"-DHEAD={head_dim}", f"-DGROUP={group}")
     # torch has loaded OpenMP already. So it is one pool of threads; and who has it not does alone.
-    reasons = []
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "native.so"
         for parallel in (("-fopenmp",), ()):
-            command = [compiler, *OPTIONS, *parallel, *sizes, str(SOURCE), "-o", str(made), "-lm"]
+            command = [*compiler, *OPTIONS, *parallel, *sizes, str(SOURCE), "-o", str(made), "-lm"]
             try:
                 subprocess.run(
                     command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS

@@ -66,6 +66,15 @@ class ReluSquared(nn.Module):
         return relu_squared(x)
 
 
+class Softcap(nn.Module):
+    def __init__(self, cap: float):
+        super().__init__()
+        self.cap = cap
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -171,6 +180,7 @@ class GPT(nn.Module):
             layers = [i for i in range(n) if has_value_embedding(i, n)]
             self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, kv) for i in layers})
         self.norm: nn.Module = Norm(config.norm_eps)
+        self.softcap: nn.Module = Softcap(config.softcap)
         self._angles: tuple[Tensor, Tensor] | None = None
         self.window_share = 1.0
         """Share of the windows that training sees; a schedule may let it grow."""
@@ -361,8 +371,7 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``[..., vocab_size]`` from ``hidden [..., C]``, soft-capped (Gemma 2)."""
         logits = self.lm_head(hidden)[..., : self.config.vocab_size].float()
-        cap = self.config.softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return self.softcap(logits)
 
     def forward(
         self, ids: Tensor, context: AttentionContext | None = None, prev_ids: Tensor | None = None

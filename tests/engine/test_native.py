@@ -134,6 +134,15 @@ def test_relu_squared() -> None:
     assert compiled(64, 1).relu_squared_(torch.tensor([-1.0, torch.nan])).tolist()[0] == 0.0
 
 
+def test_softcap() -> None:
+    x = torch.tensor([0.0, -0.0, 1e-4, -3.0, 14.9, 40.0, -1e4, 1e30, torch.inf, -torch.inf])
+    want = 15 * torch.tanh(x / 15)
+    got = compiled(64, 1).softcap(x.clone(), 15.0)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=2e-6)
+    part = torch.randn((3, 10), generator=torch.Generator().manual_seed(6))[:, :7]
+    torch.testing.assert_close(compiled(64, 1).softcap(part, 2.0), 2 * torch.tanh(part / 2))
+
+
 @pytest.mark.parametrize("preset", ["classic", "modern"])
 def test_an_engine_without_it_says_the_same(preset: str) -> None:
     model = make_model(preset)
