@@ -254,9 +254,9 @@ class EngineConfig:
     """Longest prompt plus answer, in tokens; 0 is the model's sequence_len."""
     token_budget: int = 256
     """Tokens of one step: decodes first, what is left goes to prompts."""
-    prefill_chunk: int = 128
-    """Prompt tokens of a step in which others decode, at most, and fewer late in long prompts: what
-    bounds the others' delay."""
+    prefill_chunk: int = 64
+    """Prompt tokens of a step in which others decode, or 4 for each of them if that is more; fewer
+    late in long prompts. It bounds the others' delay."""
     prefix_tokens: int = 4096
     """Tokens of prompt beginnings that are kept for later prompts that begin the same; 0 is off.
     Where the layout is paged, what nobody holds is kept too."""

@@ -38,7 +38,13 @@ from nanochat_ray.engine.prefixes import CopiedPrefixes
 from nanochat_ray.engine.request import Finish, Output, Request, TokenLogprob
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
-from nanochat_ray.engine.scheduler import DOUBLING_WIDTHS, Chunk, Scheduler, Sequence
+from nanochat_ray.engine.scheduler import (
+    CHUNK_PER_DECODE,
+    DOUBLING_WIDTHS,
+    Chunk,
+    Scheduler,
+    Sequence,
+)
 from nanochat_ray.engine.scores import score_chosen, score_prompts
 from nanochat_ray.engine.tools import Tool, ToolState
 from nanochat_ray.model.gpt import GPT
@@ -95,6 +101,7 @@ class Engine:
             token_budget=config.token_budget,
             prefill_chunk=config.prefill_chunk,
             max_waiting=config.max_waiting,
+            chunk_per_decode=CHUNK_PER_DECODE,
             doubling=DOUBLING_WIDTHS * model.config.n_embd,
             draft_tokens=config.speculative_tokens,
             draft_rows=config.speculative_rows,

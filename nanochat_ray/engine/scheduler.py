@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from nanochat_ray.engine.grammar import GrammarState
 
 
+CHUNK_PER_DECODE = 4
+"""``Scheduler.chunk_per_decode``: a decode in a step costs about as much as 4 prompt tokens, at 300
+tokens before it (CPU, NOTES.md)."""
 DOUBLING_WIDTHS = 4
 """``Scheduler.doubling`` in widths of the model: 24 width² operations of a token and layer against
 4 width for each token before it would make 6; attention is less efficient, 3.6 were measured."""
@@ -115,8 +118,8 @@ class Scheduler:
     """Slots and queues.
 
     Invariants: a sequence is either waiting (no slot) or running (a slot of its own); decodes are
-    in every plan; a plan never exceeds ``token_budget``, nor ``prefill_chunk`` prompt tokens while
-    anything decodes.
+    in every plan; a plan never exceeds ``token_budget``, nor, while anything decodes, the larger of
+    ``prefill_chunk`` and ``chunk_per_decode`` for each decode in prompt tokens.
 
     With ``blocks``, which hold at least one sequence as long as may be, a sequence is admitted
     when there are blocks for all its tokens. When they run out, it takes them from those behind
@@ -131,6 +134,9 @@ class Scheduler:
     doubling: int = 0
     """Tokens before it at which a prompt's token takes twice as long as the first one, since it
     attends to all of them; 0 if that does not count."""
+    chunk_per_decode: int = 0
+    """A step of many decodes takes longer anyway, and those who wait for it are delayed less by a
+    larger share of a prompt."""
     draft_tokens: int = 0
     """Guesses that a sequence may run in one step."""
     draft_rows: int = 0
@@ -179,7 +185,8 @@ class Scheduler:
             (steady if s.decoding else others).append(s)
         chunks: list[Chunk] = []
         budget = self.token_budget - len(steady)
-        rest = float(min(budget, self.prefill_chunk) if steady else budget)
+        chunk = max(self.prefill_chunk, self.chunk_per_decode * len(steady))
+        rest = float(min(budget, chunk) if steady else budget)
         for s in others:
             if rest < 1:
                 break

@@ -52,6 +52,18 @@ def test_late_in_a_long_prompt_chunks_get_shorter_while_others_decode() -> None:
     assert run(s) == {"long": 20}
 
 
+def test_beside_many_decodes_a_prompt_gets_more() -> None:
+    s = scheduler(slots=5, token_budget=20, prefill_chunk=6, chunk_per_decode=3)
+    got = []
+    for name in "abcd":
+        s.add(sequence(name))
+        run(s)
+        s.add(sequence("long", 40))
+        got.append(run(s)["long"])
+        s.remove(s.running[-1])
+    assert got == [6, 6, 9, 12]
+
+
 def test_several_prompts_share_a_step() -> None:
     s = scheduler(slots=3)
     for name in "abc":
