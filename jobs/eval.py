@@ -20,6 +20,7 @@ from nanochat_ray.config import EngineConfig, Precision
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.evals.tasks import evaluate
+from nanochat_ray.machine import engine_threads
 from nanochat_ray.storage import Store, default_root
 from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.train.job import DTYPES
@@ -35,7 +36,8 @@ class Args:
     seed: int = 1
     precision: Precision = "fp32"
     device: str = "cpu"
-    threads: int = 2
+    threads: int = 0
+    """Torch threads on a CPU; 0 is all cores but one."""
     slots: int = 32
     show_wrong: int = 2
     """Wrong answers that are shown for each task."""
@@ -54,7 +56,7 @@ def text_figures(args: Args) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or engine_threads(sharing=1))
     store = Store.at(args.storage).child("runs", args.run)
     tasks = [make_task(name, "test", size=args.count, seed=args.seed) for name in args.tasks]
     dtype = DTYPES[args.precision]
