@@ -8,6 +8,7 @@
 #   --storage URI    where data and checkpoints are kept: a folder, s3://, gs://
 #   --depth D        layers of the model; all else follows from it (default 4)
 #   --gpus N         train on N GPUs (default 0: two workers on the CPU)
+#   --minutes M      about how long the base model is trained on a CPU (default 5.2)
 #   --port P         of the HTTP endpoint (default 8000)
 #   --stay | --leave wait for Ctrl-C at the end, or leave the endpoint up and return
 #                    (default: wait if a person is at the terminal)
@@ -18,7 +19,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/local.sh"
 
 BEGAN=$SECONDS
-TEXT=() STORAGE="" DEPTH=4 GPUS=0 PORT=8000 STAY=""
+TEXT=() STORAGE="" DEPTH=4 GPUS=0 MINUTES="" PORT=8000 STAY=""
 while [ $# -gt 0 ]; do
   case "$1" in
     --text)
@@ -28,10 +29,11 @@ while [ $# -gt 0 ]; do
         shift
       done
       [ ${#TEXT[@]} -gt 0 ] || fail "--text needs at least one file, folder, glob or URI" ;;
-    --storage|--depth|--gpus|--port)
+    --storage|--depth|--gpus|--minutes|--port)
       [ $# -ge 2 ] || fail "$1 needs a value"
       case "$1" in
-        --storage) STORAGE="$2" ;; --depth) DEPTH="$2" ;; --gpus) GPUS="$2" ;; --port) PORT="$2" ;;
+        --storage) STORAGE="$2" ;; --depth) DEPTH="$2" ;; --gpus) GPUS="$2" ;;
+        --minutes) MINUTES="$2" ;; --port) PORT="$2" ;;
       esac
       shift 2 ;;
     --stay) STAY=1; shift ;;
@@ -43,6 +45,11 @@ done
 for pair in "depth=$DEPTH" "gpus=$GPUS" "port=$PORT"; do
   case "${pair#*=}" in ''|*[!0-9]*) fail "--${pair%%=*} must be a whole number, not '${pair#*=}'" ;; esac
 done
+if [ -n "$MINUTES" ]; then
+  [[ "$MINUTES" =~ ^[0-9]*\.?[0-9]+$ && "$MINUTES" =~ [1-9] ]] \
+    || fail "--minutes must be a number above 0, not '$MINUTES'"
+  [ "$GPUS" -eq 0 ] || fail "--minutes bounds training on a CPU; it does not go with --gpus"
+fi
 [ "$DEPTH" -ge 1 ] || fail "--depth must be 1 or more"
 [ -n "$STAY" ] || { [ -t 0 ] && [ -t 1 ] && STAY=1 || STAY=0; }
 case "$STORAGE" in ''|/*|*://*) ;; *) STORAGE="$PWD/$STORAGE" ;; esac
@@ -66,15 +73,16 @@ trap finish EXIT
 trap 'echo; exit 130' INT
 trap 'exit 143' TERM
 
-# Other text or another depth is another run, with a name of its own.
+# Other text, another depth or other minutes are another run, with a name of its own.
 TAG="d$DEPTH"
+[ -z "$MINUTES" ] || TAG="$TAG-${MINUTES}m"
 [ ${#TEXT[@]} -eq 0 ] || TAG="$TAG-$(printf '%s\n' "${TEXT[@]}" | cksum | cut -d' ' -f1)"
 BASE="base-$TAG" CHAT="chat-$TAG"
 if [ "$GPUS" -gt 0 ]; then
   PREPARE=(--vocab-size 32768 --sequence-len 2048) TRAIN=(--workers "$GPUS" --gpus)
 else
   # A few minutes instead of the compute-optimal hours: this is a first look.
-  PREPARE=() TRAIN=(--workers 2 --cpu-minutes 5.2)
+  PREPARE=() TRAIN=(--workers 2 --cpu-minutes "${MINUTES:-5.2}")
 fi
 
 job() {  # NAME COMMAND...: one Ray job, what it prints here, and all of it in its log

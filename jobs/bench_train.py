@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import bench_train_step
 import numpy as np
 import torch
 import tyro
@@ -30,13 +31,11 @@ import tyro
 from nanochat_ray import scaling
 from nanochat_ray.config import ModelConfig, TrainConfig
 from nanochat_ray.data.shards import Manifest, RowReader, write_shard
-from nanochat_ray.model.gpt import GPT
-from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store, default_root
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train.feed import from_shards
-from nanochat_ray.train.job import DTYPES, TrainJob
-from nanochat_ray.train.step import Batch, train_step
+from nanochat_ray.train.job import TrainJob
+from nanochat_ray.train.step import Batch
 
 KEYS = (
     *("step_vs_nanochat", "two_workers", "tokens_vs_adamw", "tokens_vs_nanochat"),
@@ -75,96 +74,6 @@ def shape(args: Args) -> ModelConfig:
         n_embd=args.width,
         sequence_len=args.length,
     )
-
-
-def by_formula(named: Any) -> None:
-    """Equal weights for equal names, whoever the model is from."""
-    with torch.no_grad():
-        for number, (_, p) in enumerate(sorted(named)):
-            n = torch.arange(p.numel(), dtype=torch.float64)
-            p.copy_((0.05 * torch.sin(0.7 * n + number)).view(p.shape).to(p.dtype))
-
-
-def batch_of(args: Args) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(
-        args.vocab, (args.batch // args.length, args.length + 1), generator=generator
-    )
-
-
-def ours(args: Args, precision: str) -> dict[str, Any]:
-    config = shape(args)
-    model = GPT(config, DTYPES[precision])
-    by_formula(model.named_parameters())
-    ids = batch_of(args)
-    with torch.no_grad():
-        probe = model(ids[:1, :-1])[0, -1, :16].tolist()
-    rows = len(ids)
-    train = TrainConfig(
-        steps=10**6,
-        batch_rows=rows,
-        micro_rows=rows,
-        optim=scaling.optim_config(config, args.batch, 10**7),
-    )
-    optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
-    batch = Batch(ids.numpy())
-    seconds = timed(lambda k: train_step(model, optimizer, batch, k, train), args.steps)
-    return {"tokens_per_s": args.batch / seconds, "probe": probe}
-
-
-def theirs(args: Args, precision: str) -> dict[str, Any]:
-    # Their names are read at import, and their optimizer compiles, which took longer than it gave.
-    os.environ["NANOCHAT_DTYPE"] = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    sys.path.insert(0, str(args.nanochat))
-    import types
-
-    for name in ("wandb", "kernels", "filelock"):
-        try:
-            __import__(name)
-        except ImportError:
-            sys.modules[name] = types.ModuleType(name)
-    from nanochat import gpt as peer
-
-    fields = (
-        "vocab_size",
-        "n_layer",
-        "n_head",
-        "n_kv_head",
-        "n_embd",
-        "sequence_len",
-        "window_pattern",
-    )
-    model = peer.GPT(peer.GPTConfig(**{name: getattr(shape(args), name) for name in fields}))
-    model.init_weights()
-    by_formula(model.named_parameters())
-    ids = batch_of(args)
-    with torch.no_grad():
-        probe = model(ids[:1, :-1])[0, -1, :16].tolist()
-    optimizer = model.setup_optimizer()
-    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-    def step(_: int) -> None:
-        loss = model(inputs, targets)
-        loss.backward()
-        optimizer.step()
-        model.zero_grad(set_to_none=True)
-        loss.item()
-
-    seconds = timed(step, args.steps)
-    return {"tokens_per_s": args.batch / seconds, "probe": probe}
-
-
-def timed(step: Any, steps: int) -> float:
-    """Median seconds of a step, after three that warm up."""
-    for k in range(3):
-        step(k)
-    spent = []
-    for k in range(3, 3 + steps):
-        began = time.perf_counter()
-        step(k)
-        spent.append(time.perf_counter() - began)
-    return statistics.median(spent)
 
 
 def apart(args: Args, **what: Any) -> dict[str, Any]:
@@ -399,8 +308,11 @@ def run_child(args: Args) -> None:
         execute(job, rank=dist.get_rank(), world=dist.get_world_size())
         dist.destroy_process_group()
         return
-    measure = {"ours": ours, "nanochat": theirs}[what["side"]]
-    print(json.dumps(measure(args, what["precision"])))
+    measured = (shape(args), args.batch, args.steps, what["precision"])
+    if what["side"] == "ours":
+        print(json.dumps(bench_train_step.ours(*measured)))
+    else:
+        print(json.dumps(bench_train_step.theirs(*measured, str(args.nanochat))))
 
 
 def main(args: Args) -> None:

@@ -277,8 +277,8 @@ class EngineConfig:
     """Guessed tokens that a sequence runs beside its last one, at most; 0 is off. Tokens are the
     same."""
     speculative_rows: int = 4
-    """Guesses fill a step up to so many rows; 0 is no bound. Up to 4 rows a step takes as long as
-    with 1, since it waits for the weights."""
+    """Guesses fill a step up to so many rows; 0 is no bound. Products of 4 rows take as long as
+    those of 1, since they wait for the weights."""
     speculative_ngram: int = 2
     """Tokens that must have stood before in this order for a guess at what follows them."""
 

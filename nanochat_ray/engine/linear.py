@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat_ray.engine.native import Native, Norm, ReluSquared, Softcap, Turn
-from nanochat_ray.model.gpt import GPT, Linear
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.layers import Linear
 
 BLOCK_COLUMNS = 32
 BLOCKED_ROWS = 32

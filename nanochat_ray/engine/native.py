@@ -118,7 +118,7 @@ class Native:
 
 
 class Norm(nn.Module):
-    """In place of ``model.gpt.Norm``."""
+    """In place of ``model.layers.Norm``."""
 
     def __init__(self, native: Native, eps: float | None):
         super().__init__()
@@ -129,7 +129,7 @@ class Norm(nn.Module):
 
 
 class Turn(nn.Module):
-    """In place of ``model.gpt.Turn``: takes what a product has just made, and changes it."""
+    """In place of ``model.layers.Turn``: takes what a product has just made, and changes it."""
 
     def __init__(self, native: Native):
         super().__init__()
@@ -140,7 +140,7 @@ class Turn(nn.Module):
 
 
 class ReluSquared(nn.Module):
-    """In place of ``model.gpt.ReluSquared``, likewise."""
+    """In place of ``model.layers.ReluSquared``, likewise."""
 
     def __init__(self, native: Native):
         super().__init__()
@@ -151,7 +151,7 @@ class ReluSquared(nn.Module):
 
 
 class Softcap(nn.Module):
-    """In place of ``model.gpt.Softcap``, likewise."""
+    """In place of ``model.layers.Softcap``, likewise."""
 
     def __init__(self, native: Native, cap: float):
         super().__init__()

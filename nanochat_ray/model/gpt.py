@@ -16,63 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.attention import AttentionContext, TrainingAttention
-from nanochat_ray.model.fp8 import MULTIPLE, fp8_linear
-from nanochat_ray.model.fused import relu_squared, rms_norm
+from nanochat_ray.model.fp8 import MULTIPLE
+from nanochat_ray.model.layers import Linear, Norm, ReluSquared, Softcap, Turn
 from nanochat_ray.model.loss import softcap_cross_entropy
-from nanochat_ray.model.rotary import rotary_tables, rotate, yarn_sharpening
+from nanochat_ray.model.rotary import rotary_tables, yarn_sharpening
 from nanochat_ray.scaling import has_value_embedding, windows
 
 GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
 """Channels of the residual stream that gates look at (modded-nanogpt, nanochat)."""
-
-
-class Linear(nn.Linear):
-    """Without bias; float32 weights, cast to the activations' dtype where they are used."""
-
-    fp8 = False
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.fp8 and self.training:
-            return fp8_linear(x, self.weight)
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-# Modules, though they have no parameters: an engine puts faster ones in their places.
-
-
-class Norm(nn.Module):
-    """RMSNorm without parameters."""
-
-    def __init__(self, eps: float | None):
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.eps)
-
-
-class Turn(nn.Module):
-    """Rotary embedding and RMSNorm of queries or keys ``[B, T, H, D]``: QK-norm."""
-
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], eps: float | None) -> Tensor:
-        return rms_norm(rotate(x, *angles), eps)
-
-
-class ReluSquared(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return relu_squared(x)
-
-
-class Softcap(nn.Module):
-    def __init__(self, cap: float):
-        super().__init__()
-        self.cap = cap
-
-    def forward(self, logits: Tensor) -> Tensor:
-        return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
 
 class Attention(nn.Module):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from tiny import tiny_config
 
 from nanochat_ray.engine.linear import Blocked, by_columns, faster, fewest_rows, lay_out
-from nanochat_ray.model.gpt import GPT, Linear
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.layers import Linear
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch has no MKL")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,20 +15,16 @@ from torch import Tensor
 from nanochat_ray.engine import native as module
 from nanochat_ray.engine.native import FLOAT_EPS, Native, native
 from nanochat_ray.model.fused import relu_squared, rms_norm
-from nanochat_ray.model.gpt import Turn
+from nanochat_ray.model.layers import Turn
 from nanochat_ray.model.rotary import rotary_tables
 
 SLOTS, LENGTH = 5, 400
 Step = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiler() -> None:
-    if native(16, 1) is None:
-        pytest.skip("there is no C compiler")
-
-
 def compiled(head_dim: int, group: int) -> Native:
+    if shutil.which("cc") is None:
+        pytest.skip("this machine has no C compiler, and its engines do without")
     found = native(head_dim, group)
     assert found is not None
     return found
@@ -145,6 +142,7 @@ def test_softcap() -> None:
 
 @pytest.mark.parametrize("preset", ["classic", "modern"])
 def test_an_engine_without_it_says_the_same(preset: str) -> None:
+    compiled(16, 1)
     model = make_model(preset)
     prompts = [[(7 * i + j) % VOCAB for j in range(5 + 9 * i)] for i in range(4)]
     answers = []

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import uvicorn
+
+get = functools.partial(httpx.get, timeout=60)
+post = functools.partial(httpx.post, timeout=60)
+"""What these fetch must come, not come soon: a busy machine may take its time."""
 
 
 @contextlib.contextmanager
@@ -27,7 +33,7 @@ def serving(app: Any) -> Iterator[str]:
         thread.join(10)
 
 
-def wait_for(ready: Callable[[], Any], seconds: float = 10.0) -> None:
+def wait_for(ready: Callable[[], Any], seconds: float = 30.0) -> None:
     until = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < until, "it did not happen in time"

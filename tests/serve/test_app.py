@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 from scripted import ScriptedClient, full
-from serving import serving, wait_for
+from serving import get, post, serving, wait_for
 
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.client import UnavailableError
@@ -209,7 +209,7 @@ def test_refusals(
     url: str, path: str, body: Any, status: int, param: str | None, code: str | None
 ) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    response = httpx.post(
+    response = post(
         f"{url}/v1/{path}", content=content, headers={"content-type": "application/json"}
     )
     assert response.status_code == status, response.text
@@ -222,13 +222,13 @@ def test_refusals(
 
 def test_full_queue_and_no_engine(url: str, engine: ScriptedClient) -> None:
     engine.refuse = full()
-    response = httpx.post(f"{url}/v1/chat/completions", json=chat(stream=True))
+    response = post(f"{url}/v1/chat/completions", json=chat(stream=True))
     assert (response.status_code, response.headers["retry-after"]) == (429, "1")
     engine.refuse = UnavailableError("no engine is running")
-    response = httpx.post(f"{url}/v1/chat/completions", json=chat())
+    response = post(f"{url}/v1/chat/completions", json=chat())
     assert (response.status_code, response.headers["retry-after"]) == (503, "2")
     assert response.json()["error"]["code"] == "engine_unavailable"
-    assert httpx.get(f"{url}/health").status_code == 503
+    assert get(f"{url}/health").status_code == 503
 
 
 def test_error_before_the_stream_began_has_its_status(
@@ -273,20 +273,20 @@ def test_keys(engine: ScriptedClient) -> None:
     app = build_app(engine, TOK, "tiny", 256, keys=["one", "two"])
     with serving(app) as url:
         good = {"Authorization": "Bearer two"}
-        assert httpx.get(f"{url}/v1/models", headers=good).status_code == 200
+        assert get(f"{url}/v1/models", headers=good).status_code == 200
         for headers in ({}, {"Authorization": "Bearer three"}, {"Authorization": "Basic one"}):
-            response = httpx.get(f"{url}/v1/models", headers=headers)
+            response = get(f"{url}/v1/models", headers=headers)
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
         body = {"prompt": "x", "priority": 3}
-        assert httpx.post(f"{url}/v1/completions", json=body, headers=good).status_code == 200
+        assert post(f"{url}/v1/completions", json=body, headers=good).status_code == 200
         assert (engine.requests[0].client, engine.requests[0].priority) == ("key 1", 3)
-        assert httpx.get(f"{url}/health").status_code == 200
-        assert httpx.get(url).status_code == 200
+        assert get(f"{url}/health").status_code == 200
+        assert get(url).status_code == 200
 
 
 def test_chunked_body_that_is_too_large(url: str) -> None:
-    response = httpx.post(
+    response = post(
         f"{url}/v1/completions",
         content=iter([b" " * 4000, b" " * 4000]),
         headers={"content-type": "application/json"},
@@ -296,14 +296,14 @@ def test_chunked_body_that_is_too_large(url: str) -> None:
 
 
 def test_tokenize(url: str) -> None:
-    found = httpx.post(f"{url}/tokenize", json={"prompt": "AB"}).json()
+    found = post(f"{url}/tokenize", json={"prompt": "AB"}).json()
     assert found == {"count": 2, "max_model_len": 256, "tokens": [65, 66]}
-    back = httpx.post(f"{url}/detokenize", json={"tokens": [65, 66]}).json()
+    back = post(f"{url}/detokenize", json={"tokens": [65, 66]}).json()
     assert back == {"prompt": "AB"}
-    assert httpx.post(f"{url}/tokenize", json={"messages": USER}).json()["count"] == 9
+    assert post(f"{url}/tokenize", json={"messages": USER}).json()["count"] == 9
 
 
 def test_page_carries_its_policy(url: str) -> None:
-    response = httpx.get(url)
+    response = get(url)
     assert "script-src 'sha256-" in response.headers["content-security-policy"]
     assert "http" not in response.text.split("<body>")[1]

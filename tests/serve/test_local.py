@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import openai
 import pytest
 import torch
-from serving import serving, wait_for
+from serving import get, post, serving, wait_for
 
 from nanochat_ray.config import EngineConfig, ModelConfig
 from nanochat_ray.engine.engine import Engine
@@ -143,7 +143,7 @@ def test_leaving_frees_the_slots_within_a_step(url: str, local: LocalClient, n: 
 
 def test_a_full_queue_is_said_so(url: str, local: LocalClient) -> None:
     body = {"prompt": ["x"] * 20, "max_tokens": 100, "ignore_eos": True}
-    response = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+    response = post(f"{url}/v1/completions", json=body)
     assert (response.status_code, response.headers["retry-after"]) == (429, "1")
     assert response.json()["error"]["code"] == "queue_full"
     wait_for(lambda: not local.engine.has_work, 5.0)  # what was accepted is given up
@@ -170,11 +170,11 @@ def hurried(local: LocalClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
 @pytest.mark.parametrize("n", [1, 3])
 def test_an_answer_that_takes_too_long_is_ended(hurried: str, n: int) -> None:
     fields = {"prompt": "x", "max_tokens": 450, "n": n, "ignore_eos": True}
-    late = httpx.post(f"{hurried}/v1/completions", json=fields)
+    late = post(f"{hurried}/v1/completions", json=fields)
     assert (late.status_code, late.headers["x-should-retry"]) == (504, "false")
     error = late.json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "request_timeout")
-    streamed = httpx.post(f"{hurried}/v1/completions", json={**fields, "stream": True})
+    streamed = post(f"{hurried}/v1/completions", json={**fields, "stream": True})
     assert streamed.status_code == 200
     *_, token, end = streamed.text.strip().split("\n\n")
     assert json.loads(token.removeprefix("data: "))["choices"]
@@ -186,22 +186,23 @@ def test_an_answer_that_waits_too_long_is_refused(
 ) -> None:
     fields = {"prompt": "x", "max_tokens": 450, "ignore_eos": True}
     with ThreadPoolExecutor(1) as pool:
-        others = pool.submit(httpx.post, f"{url}/v1/completions", json={**fields, "n": 4})
+        ask = functools.partial(post, f"{url}/v1/completions")
+        others = pool.submit(ask, json={**fields, "n": 4})
         wait_for(lambda: local.engine.stats().running == 4)
-        late = httpx.post(f"{hurried}/v1/completions", json={**fields, "stream": True})
+        late = post(f"{hurried}/v1/completions", json={**fields, "stream": True})
         assert late.status_code == 504
         assert others.result().status_code == 200
 
 
 def test_health_tells_the_load(url: str) -> None:
-    found = httpx.get(f"{url}/health").json()
+    found = get(f"{url}/health").json()
     assert found["status"] == "ok"
     assert found["engines"][0]["slots"] == 4
 
 
 def test_metrics_tell_what_happened(url: str, client: openai.OpenAI) -> None:
     def figures() -> dict[str, float]:
-        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        lines = get(f"{url}/metrics").text.splitlines()
         return {
             line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
             for line in lines

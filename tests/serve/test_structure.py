@@ -6,11 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from scripted import ScriptedClient
-from serving import serving
+from serving import post, serving
 
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -54,7 +53,7 @@ def test_grammars_reach_the_engine(
     url: str, engine: ScriptedClient, fields: dict[str, Any], grammar: dict[str, Any]
 ) -> None:
     for path, body in (("chat/completions", {"messages": USER}), ("completions", {"prompt": "x"})):
-        response = httpx.post(f"{url}/v1/{path}", json={**body, **fields})
+        response = post(f"{url}/v1/{path}", json={**body, **fields})
         assert response.status_code == 200, response.text
     for request in engine.requests:
         assert request.params.grammar == grammar
@@ -80,7 +79,7 @@ TOOL = {"type": "function", "function": {"name": "calculator"}}
 )
 def test_what_cannot_be_is_refused(url: str, fields: dict[str, Any]) -> None:
     body = {"messages": USER, **fields}
-    response = httpx.post(f"{url}/v1/chat/completions", json=body)
+    response = post(f"{url}/v1/chat/completions", json=body)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["message"]
 
@@ -112,11 +111,11 @@ def test_a_text_s_first_token_stands_for_no_text(client: openai.OpenAI) -> None:
 
 def test_prompt_logprobs_in_vllm_s_form(url: str) -> None:
     body = {"prompt": [65, 66], "prompt_logprobs": 1, "max_tokens": 1}
-    found = httpx.post(f"{url}/v1/completions", json=body).json()["choices"][0]
+    found = post(f"{url}/v1/completions", json=body).json()["choices"][0]
     first, second = found["prompt_logprobs"]
     assert first is None
     assert second["65"] == {"logprob": -0.5, "rank": 1, "decoded_token": "A"}
     assert second["66"] == {"logprob": -0.66, "rank": None, "decoded_token": "B"}
     assert found["logprobs"] is None
-    streamed = httpx.post(f"{url}/v1/completions", json={**body, "stream": True})
+    streamed = post(f"{url}/v1/completions", json={**body, "stream": True})
     assert streamed.status_code == 400

@@ -1,0 +1,26 @@
+"""nanochat's model and optimizer, from a checkout, for benchmarks beside ours."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import types
+from typing import Any
+
+
+def load(checkout: str, dtype: str) -> Any:
+    """Its module ``nanochat.gpt``, computing in ``dtype``. Once a process: it reads that at import.
+
+    Packages that only its other parts need are left empty, and nothing is compiled, which took
+    longer than it gave.
+    """
+    os.environ["NANOCHAT_DTYPE"] = dtype
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    sys.path.insert(0, checkout)
+    for name in ("wandb", "kernels", "filelock"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            sys.modules[name] = types.ModuleType(name)
+    return importlib.import_module("nanochat.gpt")
