@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks everything: format, lint, types, import contracts, tests. The same by hand and in CI.
 #
-#   bash cluster/check.sh [pytest arguments]    for example: -m "not ray and not browser"
+#   bash cluster/check.sh [pytest arguments]    for example: -n 2 -m "not ray and not browser"
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$REPO"
@@ -24,5 +24,14 @@ say "types"
 mypy
 say "import contracts"
 lint-imports --no-cache
-say "tests"
-pytest "$@"
+if [ $# -gt 0 ]; then
+  say "tests"
+  exec pytest "$@"
+fi
+# A Ray and a browser keep two cores busy by themselves.
+status=0
+say "tests without Ray and browser"
+pytest -n 2 -m "not ray and not browser" || status=1
+say "tests with Ray or a browser"
+pytest -m "ray or browser" || status=1
+exit "$status"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -33,11 +36,22 @@ def run(job: str, *flags: str, code: int = 0) -> str:
 
 
 def refused(job: str, *flags: str) -> str:
-    """The one line that a job says when it refuses."""
-    lines = run(job, *flags, code=2).strip().splitlines()
+    """The one line that a job says when it refuses; in this process, which has torch already."""
+    said, argv = io.StringIO(), [str(REPO / "jobs" / f"{job}.py"), *flags]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(argv[0], run_name="__main__")
+    assert ended.value.code == 2
+    lines = said.getvalue().strip().splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def test_a_refusal_is_one_line_and_status_2(root: Store) -> None:
+    said = run("train", "--storage", root.uri, code=2)
+    assert said == refused("train", "--storage", root.uri) + "\n"
 
 
 def test_training_without_ray_and_out_to_hugging_face_and_back(root: Store, tmp_path: Path) -> None:
