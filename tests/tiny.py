@@ -75,9 +75,12 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Free ports of loopback whose port + 10000 is free too (weed opens both)."""
+    """Free ports of loopback whose port + 10000 is free too (weed opens both).
+
+    Those of tests that run at the same time are from ranges of their own."""
     found: list[int] = []
-    port = 21000 + os.getpid() % 7000
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    port = 21000 + worker % 4 * 2000 + os.getpid() % 1500
     while len(found) < count:
         port += 1
         with socket.socket() as one, socket.socket() as two:

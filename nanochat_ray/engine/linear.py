@@ -1,10 +1,8 @@
 """Linear layers laid out for decoding on a CPU: the same bits for a row whatever the batch.
 
-A row must not depend on the rows beside it, or answers would depend on who else is served. MKL
-keeps to that from two rows on if a matrix is stored column by column; stored row by row, results
-change at 16 rows. A few rows wait for memory: for them the columns are kept in blocks of 32, which
-one batched product reads from front to back, 1.2 to 1.7 times faster than columns as long as the
-matrix. More rows wait for the processor: for them MKL packs the matrix in an order of its own.
+A row must not depend on the rows beside it, or answers would depend on who else is served. Ours in
+C keep to that by how they are made (``native.c``). Where there are none, MKL keeps to it from two
+rows on if a matrix is stored column by column; stored row by row, results change at 16 rows.
 """
 
 from __future__ import annotations
@@ -13,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat_ray.engine.native import Native, Norm, ReluSquared, Softcap, Turn
+from nanochat_ray.engine.native import Native, Norm, Product, ReluSquared, Softcap, Turn
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.layers import Linear
 
-BLOCK_COLUMNS = 32
-BLOCKED_ROWS = 32
-"""Up to so many rows, blocks are faster (``jobs/bench_offline.py``, 2026-11-21)."""
+GATE_OUTPUTS = 32
+"""A layer of fewer is computed as one of more."""
 FEWEST_ROWS = (2, 4)
 """One row has a kernel of its own everywhere, up to three have one on some processors."""
 CHECKED_ROWS = (2, 3, 4, 5, 7, 16, 32, 33, 65)
@@ -46,37 +43,13 @@ class Gate(nn.Module):
         return F.linear(x, self.weight)[..., : self.out_features]
 
 
-class Blocked(nn.Module):
-    """A linear layer without bias over float32 ``weight [N, K]``, for 2 rows or more."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        rest = -self.out_features % BLOCK_COLUMNS
-        blocks = F.pad(weight, (0, 0, 0, rest)).unflatten(0, (-1, BLOCK_COLUMNS))
-        self.blocks = blocks.transpose(1, 2).contiguous()  # [N / 32, K, 32]
-        # Packed for one row: MKL promises nothing for other numbers, ``fewest_rows`` looks.
-        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), 1)
-        # The operator wants the plain weights too, and reads nothing of them but their shape.
-        self.shape = torch.empty(1).expand(weight.shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // self.in_features
-        if rows > BLOCKED_ROWS:
-            return torch.ops.mkl._mkl_linear(x, self.packed, self.shape, None, rows)
-        count = self.blocks.size(0)
-        y_bMn = torch.bmm(x.reshape(rows, -1).expand(count, -1, -1), self.blocks)
-        y = y_bMn.transpose(0, 1).reshape(*x.shape[:-1], -1)
-        return y[..., : self.out_features]
-
-
 def by_columns(weight: Tensor) -> Tensor:
     """The same values ``[N, K]``, those of a column next to each other in memory."""
     return weight.t().contiguous().t()
 
 
 @torch.inference_mode()
-def fewest_rows(layer: nn.Linear | Gate | Blocked, dtype: torch.dtype) -> int | None:
+def fewest_rows(layer: nn.Linear | Gate, dtype: torch.dtype) -> int | None:
     """The number of rows from which on a row's result does not depend on it, as far as a trial
     shows; None if it always may."""
     noise = torch.Generator().manual_seed(0)
@@ -86,16 +59,11 @@ def fewest_rows(layer: nn.Linear | Gate | Blocked, dtype: torch.dtype) -> int | 
     return next((n for n in FEWEST_ROWS if not wrong or n > wrong[-1]), None)
 
 
-def faster(layer: nn.Linear) -> nn.Linear | Gate | Blocked:
-    """A layer that computes the same."""
-    weight = layer.weight.data
-    if layer.out_features < BLOCK_COLUMNS:
+def faster(layer: nn.Linear) -> nn.Linear | Gate:
+    """A layer of torch's that computes the same."""
+    if layer.out_features < GATE_OUTPUTS:
         return Gate(layer)
-    if weight.dtype == torch.float32 and torch.backends.mkl.is_available():
-        blocked = Blocked(weight)
-        if fewest_rows(blocked, weight.dtype):
-            return blocked
-    layer.weight.data = by_columns(weight)
+    layer.weight.data = by_columns(layer.weight.data)
     return layer
 
 
@@ -121,9 +89,11 @@ def lay_out(model: GPT, native: Native | None = None) -> int:
     needed = 1
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            replacement = faster(layer) if isinstance(layer, nn.Linear) else layer
-            setattr(parent, name, replacement)
-            if isinstance(replacement, nn.Linear | Gate | Blocked):
-                rows = fewest_rows(replacement, model.compute_dtype)
+            if isinstance(layer, nn.Linear):
+                found = Product(native, layer.weight.data) if native is not None else faster(layer)
+                setattr(parent, name, found)
+                layer = found
+            if isinstance(layer, nn.Linear | Gate):
+                rows = fewest_rows(layer, model.compute_dtype)
                 needed = max(needed, rows or FEWEST_ROWS[-1])
     return needed

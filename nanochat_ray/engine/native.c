@@ -1,5 +1,4 @@
-/* What an engine's forward waits for on a CPU beside matrix products; `native.py` compiles it where
-   it runs. What a row yields depends on that row alone: not on the batch, the number of threads or
+/* What an engine's forward waits for on a CPU; `native.py` compiles it where it runs. What a row yields depends on that row alone: not on the batch, the number of threads or
    who takes it.
 
    HEAD (a multiple of 16) and GROUP, the queries of a key/value head, are given when compiling. */
@@ -16,6 +15,21 @@
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float half __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
 typedef float quarter __attribute__((vector_size(LANES)));
+
+/* A tile of a matrix product fills the registers, or nearly: 32 of AVX512, 16 of AVX, 32 of NEON. */
+#define COLUMNS 32
+#if defined(__AVX512F__)
+#define REGISTER 16
+#define TILE_ROWS 14
+#elif defined(__AVX__)
+#define REGISTER 8
+#define TILE_ROWS 3
+#else
+#define REGISTER 4
+#define TILE_ROWS 3
+#endif
+#define TILE_WIDTH (COLUMNS / REGISTER)
+typedef float reg __attribute__((vector_size(4 * REGISTER), aligned(4), may_alias));
 
 static inline void fetch(const float *row) {
     for (int i = 0; i < HEAD; i += LANES) __builtin_prefetch(row + i);
@@ -122,6 +136,43 @@ void step_attention(
                        scale, y + item * GROUP * HEAD);
         }
     }
+}
+
+/* `rows` rows and COLUMNS columns of a product, whose sums stay in registers. Each is made in the
+   order of k, however many rows there are beside it. */
+static inline __attribute__((always_inline)) void tile(
+    const int rows, const float *x, int64_t width, const float *w, float *y, int64_t y_step
+) {
+    reg sums[TILE_ROWS][TILE_WIDTH];
+    memset(sums, 0, sizeof sums);
+    for (int64_t k = 0; k < width; k++, w += COLUMNS) {
+        const reg *column = (const reg *)w;
+        for (int i = 0; i < COLUMNS; i += LANES) __builtin_prefetch(w + AHEAD * COLUMNS + i);
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < TILE_WIDTH; i++) sums[r][i] += x[r * width + k] * column[i];
+    }
+    for (int r = 0; r < rows; r++) memcpy(y + r * y_step, sums[r], sizeof sums[r]);
+}
+
+/* x [rows, width] times w [blocks, width, COLUMNS] into y [rows, blocks * COLUMNS]. */
+void linear(
+    const float *x, const float *w, float *y, int64_t rows, int64_t width, int64_t blocks, int threads
+) {
+    int64_t y_step = blocks * COLUMNS;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t n = 0; n < blocks; n++)
+        for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+            const float *from = x + r * width, *with = w + n * width * COLUMNS;
+            float *to = y + r * y_step + n * COLUMNS;
+#define CASE(count) \
+    case count: \
+        tile(count < TILE_ROWS ? count : TILE_ROWS, from, width, with, to, y_step); \
+        break
+            switch (rows - r < TILE_ROWS ? rows - r : TILE_ROWS) {
+                CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6);
+                CASE(7); CASE(8); CASE(9); CASE(10); CASE(11); CASE(12); CASE(13); CASE(14);
+            }
+        }
 }
 
 /* Rotary embedding by cos and sin [rows, HEAD / 2], then RMSNorm, of x [rows, heads, HEAD] in place,

@@ -1,9 +1,11 @@
-"""What an engine's forward waits for on a CPU beside matrix products: ``native.c``, compiled here.
+"""What an engine's forward waits for on a CPU: ``native.c``, compiled here.
 
 A decoding row reads all its keys and values for one query: the memory's speed is what counts. One
 pass that fetches ahead is 1.2 to 1.5 times as fast as torch's attention (NOTES.md), takes each row
-at its own length, and does not mind which slots are in the batch. What is done to each element goes
-over memory once and not six times. Where there is no C compiler, the engine goes on with torch's.
+at its own length, and does not mind which slots are in the batch. A few rows' matrix products wait
+for memory too, and none of torch's has a row's result hang on that row alone. What is done to each
+element goes over memory once and not six times. Where there is no C compiler, the engine goes on
+with torch's.
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".c")
 HEAD_MULTIPLE = 16
+COLUMNS = 32
+"""Of a block of weights, as in ``native.c``."""
 OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 COMPILE_SECONDS = 60
 FLOAT_EPS = torch.finfo(torch.float32).eps
@@ -43,6 +48,8 @@ class Native:
             *(_INT,) * 5,
             *(ctypes.c_float, ctypes.c_int),
         ]
+        self._linear = library.linear
+        self._linear.argtypes = [*(_POINTER,) * 3, *(_INT,) * 3, ctypes.c_int]
         self._turn = library.turn_and_norm
         self._turn.argtypes = [
             *(_POINTER, _INT, _POINTER, _POINTER, _INT, _INT),
@@ -54,7 +61,8 @@ class Native:
         self._relu.argtypes = [_POINTER, _INT, ctypes.c_int]
         self._softcap = library.softcap
         self._softcap.argtypes = [_POINTER, _INT, ctypes.c_float, ctypes.c_int]
-        for function in (self._attention, self._turn, self._norm, self._relu, self._softcap):
+        rowwise = (self._linear, self._turn, self._norm, self._relu, self._softcap)
+        for function in (self._attention, *rowwise):
             function.restype = None
 
     def attention(
@@ -82,6 +90,17 @@ class Native:
             *(y.data_ptr(), decodes, places.size(1), keys.size(1), keys.size(2)),
             *(window, self._scale, torch.get_num_threads()),
         )
+        return y
+
+    def linear(self, x: Tensor, blocks: Tensor) -> Tensor:
+        """``x [..., K]`` times the columns in ``blocks [N / COLUMNS, K, COLUMNS]``: ``[..., N]``.
+
+        All float32. A row's bits hang on that row alone."""
+        x, K = x.contiguous(), x.size(-1)
+        count, _, width = blocks.shape
+        y = torch.empty((*x.shape[:-1], count * width))
+        pointers = (x.data_ptr(), blocks.data_ptr(), y.data_ptr())
+        self._linear(*pointers, x.numel() // K, K, count, torch.get_num_threads())
         return y
 
     def turn_(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
@@ -126,6 +145,22 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.native.rms_norm(x, self.eps)
+
+
+class Product(nn.Module):
+    """In place of a ``model.layers.Linear`` with float32 ``weight [N, K]``."""
+
+    def __init__(self, native: Native, weight: Tensor):
+        super().__init__()
+        self.native = native
+        self.out_features, self.in_features = weight.shape
+        padded = pad(weight, (0, 0, 0, -self.out_features % COLUMNS))
+        self.blocks = padded.unflatten(0, (-1, COLUMNS)).transpose(1, 2).contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Of a gate's few outputs it is a slice, which torch's sigmoid takes one by one: of a whole
+        # tensor it takes 16 at a time, and those left over by another formula.
+        return self.native.linear(x, self.blocks)[..., : self.out_features]
 
 
 class Turn(nn.Module):

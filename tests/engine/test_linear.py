@@ -7,27 +7,15 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_config
 
-from nanochat_ray.engine.linear import Blocked, by_columns, faster, fewest_rows, lay_out
+from nanochat_ray.engine.linear import faster, fewest_rows, lay_out
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.layers import Linear
-
-needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch has no MKL")
 
 
 def layer(inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> Linear:
     made = Linear(inputs, outputs).to(dtype).requires_grad_(False)
     made.weight.copy_(torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1)))
     return made
-
-
-@needs_mkl
-@pytest.mark.parametrize(("inputs", "outputs"), [(384, 1152), (1536, 384), (64, 70), (100, 32)])
-def test_blocks_and_columns_give_the_same_bits(inputs: int, outputs: int) -> None:
-    plain = layer(inputs, outputs)
-    blocked = Blocked(plain.weight)
-    for rows in (4, 17, 32, 33, 100):
-        x = torch.randn((rows, 1, inputs))
-        assert torch.equal(blocked(x), F.linear(x, by_columns(plain.weight)))
 
 
 @pytest.mark.parametrize("outputs", [1, 6, 40, 256])

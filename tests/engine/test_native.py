@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,23 @@ from engine_kit import VOCAB, answer, ask, make_engine, make_model
 from torch import Tensor
 
 from nanochat_ray.engine import native as module
-from nanochat_ray.engine.native import FLOAT_EPS, Native, native
+from nanochat_ray.engine.native import FLOAT_EPS, Native, Product, native
 from nanochat_ray.model.fused import relu_squared, rms_norm
 from nanochat_ray.model.layers import Turn
 from nanochat_ray.model.rotary import rotary_tables
 
 SLOTS, LENGTH = 5, 400
 Step = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def compiled(head_dim: int, group: int) -> Native:
@@ -79,12 +91,8 @@ def test_a_row_alone_in_another_slot_and_with_more_threads_has_the_same_bits() -
     q, k, v, keys, values, places = step(64, 2, [0, 1, 2, 4], [10, 399, 128, 200])
     attend = compiled(64, 2).attention
     together = attend(q, k, v, keys, values, places, 4, 150)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
+    with threads(3):
         assert torch.equal(attend(q, k, v, keys, values, places, 4, 150), together)
-    finally:
-        torch.set_num_threads(before)
     for row in range(4):
         slot, position = places[:, row].tolist()
         keys[3], values[3] = keys[slot], values[slot]
@@ -124,6 +132,20 @@ def test_norm(shape: tuple[int, ...]) -> None:
     assert torch.equal(compiled(64, 1).rms_norm(x[:1], 1e-6), got[:1])
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(384, 1152), (300, 96), (12, 6), (1, 1)])
+def test_product(inputs: int, outputs: int) -> None:
+    noise = torch.Generator().manual_seed(7)
+    weight = torch.randn((outputs, inputs), generator=noise)
+    x = torch.randn((41, 1, inputs), generator=noise)
+    product = Product(compiled(64, 1), weight)
+    got = product(x)
+    torch.testing.assert_close(got, x @ weight.T, rtol=1e-5, atol=1e-4)
+    for rows in range(1, 41):  # a tile of every height, and behind others
+        assert torch.equal(product(x[-rows:]), got[-rows:]), rows
+    with threads(2):
+        assert torch.equal(product(x), got)
+
+
 def test_relu_squared() -> None:
     x = torch.randn((33, 7), generator=torch.Generator().manual_seed(4))
     want = relu_squared(x)
@@ -143,11 +165,10 @@ def test_softcap() -> None:
 @pytest.mark.parametrize("preset", ["classic", "modern"])
 def test_an_engine_without_it_says_the_same(preset: str) -> None:
     compiled(16, 1)
-    model = make_model(preset)
     prompts = [[(7 * i + j) % VOCAB for j in range(5 + 9 * i)] for i in range(4)]
     answers = []
     for on in (True, False):
-        engine = make_engine(model, native=on)
+        engine = make_engine(make_model(preset), native=on)  # an engine changes its model
         assert (engine.runner.native is not None) == on
         answers.append([answer(engine, ask(str(i), p)) for i, p in enumerate(prompts)])
     assert answers[0] == answers[1]

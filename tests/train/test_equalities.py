@@ -80,9 +80,13 @@ def on_ranks(world: int, job: TrainJob, out: Path, stop: int = 0) -> list[list[f
     ]
     for process in ranks:
         process.start()
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
+    try:
+        for process in ranks:
+            process.join(120)
+            assert process.exitcode == 0
+    finally:
+        for process in ranks:
+            process.kill()
     return [eval(out.with_suffix(f".{rank}").read_text()) for rank in range(world)]
 
 
