@@ -96,7 +96,7 @@ class SlotCache:
         self._prefills: list[Span] = []
         self._masks: dict[tuple[int, int], Tensor] = {}
         self._write = self.positions[:, 0]
-        self._places = self.positions
+        self._places = self._tiles = self.positions
 
     @property
     def nbytes(self) -> int:
@@ -125,6 +125,7 @@ class SlotCache:
         self._masks.clear()
         if self._native is not None:
             self._places = torch.from_numpy(np.stack([slots, positions]))
+            self._tiles = self._native.tiles(slots, positions)
             return rows
         heads, length = self.keys.shape[2:4]
         write = (slots[:, None] * heads + np.arange(heads)) * length + positions[:, None]
@@ -170,18 +171,17 @@ class SlotCache:
         """``q [N, 1, H, D]``, ``k`` and ``v [N, 1, Hkv, D]`` → ``[N, 1, H, D]``."""
         N, _, H, D = q.shape
         keys, values = self.keys[layer], self.values[layer]  # [slots, Hkv, max_len, D]
+        if self._native is not None:
+            rows, where = (q[:, 0], k[:, 0], v[:, 0]), (self._places, self._tiles)
+            return self._native.attention(*rows, keys, values, *where, window)[:, None]
         Hkv, row = keys.size(1), self._decodes
         q_NhgD = q.view(N, Hkv, H // Hkv, D)
-        if self._native is not None:
-            call = (q[:, 0], k[:, 0], v[:, 0], keys, values, self._places, row, window)
-            y_NhgD = self._native.attention(*call).view(q_NhgD.shape)
-        else:
-            places = self._write.size(0)
-            keys.view(-1, D).index_copy_(0, self._write, k.reshape(-1, D)[:places])
-            values.view(-1, D).index_copy_(0, self._write, v.reshape(-1, D)[:places])
-            y_NhgD = q.new_empty(q_NhgD.shape)
-            for run in self._runs:
-                y_NhgD[run.first : run.last] = self._decode(run, q_NhgD, keys, values, window)
+        places = self._write.size(0)
+        keys.view(-1, D).index_copy_(0, self._write, k.reshape(-1, D)[:places])
+        values.view(-1, D).index_copy_(0, self._write, v.reshape(-1, D)[:places])
+        y_NhgD = q.new_empty(q_NhgD.shape)
+        for run in self._runs:
+            y_NhgD[run.first : run.last] = self._decode(run, q_NhgD, keys, values, window)
         for span in self._prefills:
             held = keys[span.slot], values[span.slot]
             y_NhgD[row : row + span.count] = self._prefill(span, row, q_NhgD, *held, window)

@@ -1,7 +1,8 @@
 /* What an engine's forward waits for on a CPU; `native.py` compiles it where it runs. What a row yields depends on that row alone: not on the batch, the number of threads or
    who takes it.
 
-   HEAD (a multiple of 16) and GROUP, the queries of a key/value head, are given when compiling. */
+   HEAD (a multiple of 16), GROUP, the queries of a key/value head, and TILE are given when
+   compiling. */
 
 #include <math.h>
 #include <stdint.h>
@@ -10,6 +11,7 @@
 #define LANES 16
 #define VECTORS (HEAD / LANES)
 #define KEYS 64  /* of a block: with HEAD=64 16 KiB, so that scores meet values in the first cache */
+#define TOGETHER (VECTORS > 4 ? 2 : 4) /* queries whose sums stay in registers */
 #define AHEAD 16 /* keys to fetch ahead: no processor's own prefetching crosses a page of 4 KiB */
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -62,61 +64,102 @@ static inline float exp_negative(float x) {
     return p * power.value;
 }
 
-/* Queries q [GROUP, HEAD] over keys and values [count, HEAD], into y [GROUP, HEAD]. Each is
-   read once, a block at a time, with the running maximum and sum of "Online normalizer calculation
-   for softmax" (arXiv 1805.02867). */
-static void attend_one(
-    const float *q, const float *keys, const float *values, int64_t count, float scale, float *y
+/* What `count` queries give their keys, times a block's values [KEYS, HEAD] from `from` to `to`. */
+static inline __attribute__((always_inline)) void add_values(
+    const int count, vec (*made)[VECTORS], float (*weight)[KEYS], const float *values, int from, int to
 ) {
-    vec query[GROUP][VECTORS], made[GROUP][VECTORS];
-    float most[GROUP], total[GROUP], weight[GROUP][KEYS];
-    memcpy(query, q, sizeof query);
-    memset(made, 0, sizeof made);
-    for (int g = 0; g < GROUP; g++) most[g] = -INFINITY, total[g] = 0;
+    vec sums[TOGETHER][VECTORS];
+    memcpy(sums, made, count * sizeof *made);
+    for (int j = from; j < to; j++) {
+        const vec *value = (const vec *)(values + j * HEAD);
+        fetch((const float *)value + AHEAD * HEAD);
+        for (int n = 0; n < count; n++)
+            for (int i = 0; i < VECTORS; i++) sums[n][i] += weight[n][j] * value[i];
+    }
+    memcpy(made, sums, count * sizeof *made);
+}
 
-    for (int64_t first = 0; first < count; first += KEYS) {
-        int held = count - first < KEYS ? (int)(count - first) : KEYS;
-        for (int j = 0; j < held; j++) {
-            const vec *key = (const vec *)(keys + (first + j) * HEAD);
+/* Queries q [used, GROUP, HEAD] at `position` and after it, over the keys and values [.., HEAD] of
+   their head, into y; `rows` >= `used` is what is computed. Keys come in blocks that begin at a
+   multiple of KEYS, and are summed in their order: so it is all one which rows are in one call. The
+   softmax keeps a running maximum and sum (arXiv 1805.02867). */
+static inline __attribute__((always_inline)) void attend(
+    const int rows, int64_t used, const float *q, int64_t q_step, const float *keys,
+    const float *values, int64_t position, int64_t window, float scale, float *y, int64_t y_step
+) {
+    vec query[TILE * GROUP][VECTORS], made[TILE * GROUP][VECTORS];
+    float most[TILE * GROUP], total[TILE * GROUP], weight[TILE * GROUP][KEYS];
+    quarter parts[TILE * GROUP][KEYS];
+    for (int n = 0; n < rows * GROUP; n++) {
+        int64_t row = n / GROUP < used ? n / GROUP : used - 1;
+        memcpy(query[n], q + row * q_step + n % GROUP * HEAD, sizeof *query);
+        for (int i = 0; i < VECTORS; i++) query[n][i] *= scale, made[n][i] = (vec){0};
+        most[n] = -INFINITY, total[n] = 0;
+    }
+    memset(parts, 0, rows * GROUP * sizeof *parts);
+
+    int64_t end = position + used, begin = window >= 0 && position > window ? position - window : 0;
+    for (int64_t block = begin / KEYS * KEYS; block < end; block += KEYS) {
+        int from = begin > block ? begin - block : 0, to = end - block < KEYS ? end - block : KEYS;
+        for (int j = from; j < to; j++) {
+            const vec *key = (const vec *)(keys + (block + j) * HEAD);
             fetch((const float *)key + AHEAD * HEAD);
-            for (int g = 0; g < GROUP; g++) {
-                vec products = query[g][0] * key[0];
-                for (int i = 1; i < VECTORS; i++) products += query[g][i] * key[i];
-                weight[g][j] = sum(products) * scale;
+            for (int n = 0; n < rows * GROUP; n++) {
+                union { vec all; half halves[2]; } products = {query[n][0] * key[0]};
+                for (int i = 1; i < VECTORS; i++) products.all += query[n][i] * key[i];
+                union { half all; quarter halves[2]; } sums;
+                sums.all = products.halves[0] + products.halves[1];
+                parts[n][j] = sums.halves[0] + sums.halves[1];
             }
         }
-        for (int g = 0; g < GROUP; g++) {
-            float before = most[g];
-            for (int j = 0; j < held; j++) most[g] = weight[g][j] > most[g] ? weight[g][j] : most[g];
-            for (int j = held; j < KEYS; j++) weight[g][j] = most[g];
-            for (int j = 0; j < KEYS; j++) weight[g][j] = exp_negative(weight[g][j] - most[g]);
-            for (int j = held; j < KEYS; j++) weight[g][j] = 0;
-            vec sums = *(const vec *)weight[g];
-            for (int j = LANES; j < KEYS; j += LANES) sums += *(const vec *)(weight[g] + j);
-            float fade = first ? exp_negative(before - most[g]) : 0;
-            total[g] = total[g] * fade + sum(sums);
-            for (int i = 0; i < VECTORS; i++) made[g][i] *= fade;
+        for (int n = 0; n < rows * GROUP; n++) {
+            int64_t at = position + (n / GROUP < used ? n / GROUP : used - 1) - block;
+            int first = window >= 0 && at > window ? at - window : 0, last = at < KEYS ? at : KEYS - 1;
+            float *w = weight[n], lanes[LANES], before = most[n];
+            const float *part = (const float *)parts[n];
+            if (first > last) {
+                memset(w, 0, sizeof *weight);
+                continue;
+            }
+            for (int j = 0; j < KEYS; j++) {
+                float score = (part[4 * j] + part[4 * j + 2]) + (part[4 * j + 1] + part[4 * j + 3]);
+                w[j] = j >= first && j <= last ? score : -INFINITY;
+            }
+            for (int i = 0; i < LANES; i++) lanes[i] = before;
+            for (int j = 0; j < KEYS; j += LANES)
+                for (int i = 0; i < LANES; i++) lanes[i] = w[j + i] > lanes[i] ? w[j + i] : lanes[i];
+            for (int i = 0; i < LANES; i++) most[n] = lanes[i] > most[n] ? lanes[i] : most[n];
+            for (int j = 0; j < KEYS; j++) {
+                float power = exp_negative(w[j] - most[n]);
+                w[j] = j >= first && j <= last ? power : 0;
+            }
+            vec sums = *(const vec *)w;
+            for (int j = LANES; j < KEYS; j += LANES) sums += *(const vec *)(w + j);
+            float fade = exp_negative(before - most[n]);
+            total[n] = total[n] * fade + sum(sums);
+            for (int i = 0; i < VECTORS; i++) made[n][i] *= fade;
         }
-        for (int j = 0; j < held; j++) {
-            const vec *value = (const vec *)(values + (first + j) * HEAD);
-            fetch((const float *)value + AHEAD * HEAD);
-            for (int g = 0; g < GROUP; g++)
-                for (int i = 0; i < VECTORS; i++) made[g][i] += weight[g][j] * value[i];
-        }
+        int n = 0;
+        for (; n + TOGETHER <= rows * GROUP; n += TOGETHER)
+            add_values(TOGETHER, made + n, weight + n, values + block * HEAD, from, to);
+        for (; n < rows * GROUP; n++)
+            add_values(1, made + n, weight + n, values + block * HEAD, from, to);
     }
-    for (int g = 0; g < GROUP; g++)
-        for (int i = 0; i < VECTORS; i++) made[g][i] /= total[g];
-    memcpy(y, made, sizeof made);
+    for (int n = 0; n < used * GROUP; n++) {
+        for (int i = 0; i < VECTORS; i++) made[n][i] /= total[n];
+        memcpy(y + n / GROUP * y_step + n % GROUP * HEAD, made[n], sizeof *made);
+    }
 }
 
 /* Rows k and v [rows, heads, HEAD], `step` floats from row to row, to their places in keys and
-   values [slots, heads, length, HEAD]; then attention of the first `decodes` rows of q [decodes,
-   heads * GROUP, HEAD] into y, over at most `window` tokens before their own unless it is < 0. */
+   values [slots, heads, length, HEAD]; then attention of q [rows, heads * GROUP, HEAD] into y, over
+   at most `window` tokens before their own unless it is < 0. Rows from tiles[t] on to before
+   tiles[t + 1], TILE at most, follow each other in one slot. */
 void step_attention(
     const float *q, int64_t q_step, const float *k, int64_t k_step, const float *v, int64_t v_step,
-    float *keys, float *values, const int64_t *slots, const int64_t *positions, float *y,
-    int64_t decodes, int64_t rows, int64_t heads, int64_t length, int64_t window, float scale,
-    int threads
+    float *keys, float *values, const int64_t *slots, const int64_t *positions,
+    const int64_t *tiles, float *y, int64_t count, int64_t rows, int64_t heads, int64_t length,
+    int64_t window, float scale, int threads
 ) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -128,12 +171,17 @@ void step_attention(
                 memcpy(values + place, v + r * v_step + h * HEAD, HEAD * sizeof(float));
             }
 #pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < decodes * heads; item++) {
-            int64_t r = item / heads, h = item % heads, end = positions[r] + 1;
-            int64_t begin = window >= 0 && positions[r] > window ? positions[r] - window : 0;
-            int64_t place = ((slots[r] * heads + h) * length + begin) * HEAD;
-            attend_one(q + r * q_step + h * GROUP * HEAD, keys + place, values + place, end - begin,
-                       scale, y + item * GROUP * HEAD);
+        for (int64_t item = 0; item < count * heads; item++) {
+            int64_t r = tiles[item / heads], used = tiles[item / heads + 1] - r, h = item % heads;
+            int64_t place = (slots[r] * heads + h) * length * HEAD, y_step = heads * GROUP * HEAD;
+            const float *from = q + r * q_step + h * GROUP * HEAD;
+            float *to = y + r * y_step + h * GROUP * HEAD;
+            if (used == 1)
+                attend(1, 1, from, q_step, keys + place, values + place, positions[r], window, scale,
+                       to, y_step);
+            else
+                attend(TILE, used, from, q_step, keys + place, values + place, positions[r], window,
+                       scale, to, y_step);
         }
     }
 }

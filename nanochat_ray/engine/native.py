@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".c")
 HEAD_MULTIPLE = 16
+TILE_QUERIES = 8
+"""To a key/value head, that read its keys together: the rows of a prompt, or of guesses."""
 COLUMNS = 32
 """Of a block of weights, as in ``native.c``."""
 OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -39,12 +42,12 @@ _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 class Native:
     """For heads of ``head_dim`` floats of which ``group`` share keys and values."""
 
-    def __init__(self, head_dim: int, library: ctypes.CDLL):
-        self._scale = head_dim**-0.5
+    def __init__(self, head_dim: int, tile: int, library: ctypes.CDLL):
+        self._scale, self._tile = head_dim**-0.5, tile
         self._attention = library.step_attention
         self._attention.argtypes = [
             *(_POINTER, _INT) * 3,
-            *(_POINTER,) * 5,
+            *(_POINTER,) * 6,
             *(_INT,) * 5,
             *(ctypes.c_float, ctypes.c_int),
         ]
@@ -73,24 +76,33 @@ class Native:
         keys: Tensor,
         values: Tensor,
         places: Tensor,
-        decodes: int,
+        tiles: Tensor,
         window: int,
     ) -> Tensor:
         """Writes ``k`` and ``v [N, Hkv, D]`` to ``keys`` and ``values [slots, Hkv, length, D]``.
 
-        Returns ``[N, H, D]``, of which the first ``decodes`` rows are the attention of ``q
-        [N, H, D]`` and the others undefined. ``places`` int64 ``[2, N']`` are slots and positions
-        of the first N' rows, the decodes first; rows behind them are padding. All else is float32.
+        Returns the attention of ``q [N, H, D]``, as large, over what the slots then hold.
+        ``places`` int64 ``[2, N]`` are slots and positions, ``tiles`` what ``tiles`` made of them;
+        all else is float32.
         """
         q, k, v = (x if x.stride()[1:] == (x.size(2), 1) else x.contiguous() for x in (q, k, v))
         y = torch.empty(q.shape)
         self._attention(
             *(q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)),
             *(keys.data_ptr(), values.data_ptr(), places[0].data_ptr(), places[1].data_ptr()),
-            *(y.data_ptr(), decodes, places.size(1), keys.size(1), keys.size(2)),
-            *(window, self._scale, torch.get_num_threads()),
+            *(tiles.data_ptr(), y.data_ptr(), tiles.size(0) - 1, q.size(0)),
+            *(keys.size(1), keys.size(2), window, self._scale, torch.get_num_threads()),
         )
         return y
+
+    def tiles(self, slots: np.ndarray, positions: np.ndarray) -> Tensor:
+        """Borders, int64, between rows that read their keys together: neighbours of one sequence,
+        some at a time."""
+        rows = np.arange(len(slots))
+        begins = np.ones(len(slots), dtype=bool)
+        begins[1:] = (np.diff(slots) != 0) | (np.diff(positions) != 1)
+        begins |= (rows - np.maximum.accumulate(rows * begins)) % self._tile == 0
+        return torch.from_numpy(np.append(np.flatnonzero(begins), len(slots)))
 
     def linear(self, x: Tensor, blocks: Tensor) -> Tensor:
         """``x [..., K]`` times the columns in ``blocks [N / COLUMNS, K, COLUMNS]``: ``[..., N]``.
@@ -208,7 +220,8 @@ def native(head_dim: int, group: int) -> Native | None:
     if reasons:
         logger.info("the engine goes on without C: %s", ", ".join(reasons))
         return None
-    sizes = (f"-DHEAD={head_dim}", f"-DGROUP={group}")
+    tile = max(1, TILE_QUERIES // group)
+    sizes = (f"-DHEAD={head_dim}", f"-DGROUP={group}", f"-DTILE={tile}")
     # torch has loaded OpenMP already. So it is one pool of threads; and who has it not does alone.
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "native.so"
@@ -218,7 +231,7 @@ def native(head_dim: int, group: int) -> Native | None:
                 subprocess.run(
                     command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS
                 )
-                return Native(head_dim, ctypes.CDLL(str(made)))
+                return Native(head_dim, tile, ctypes.CDLL(str(made)))
             except subprocess.CalledProcessError as error:
                 reasons.append(error.stderr.strip())
             except (OSError, subprocess.TimeoutExpired) as error:

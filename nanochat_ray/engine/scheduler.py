@@ -118,8 +118,9 @@ class Scheduler:
     """Slots and queues.
 
     Invariants: a sequence is either waiting (no slot) or running (a slot of its own); decodes are
-    in every plan; a plan never exceeds ``token_budget``, nor, while anything decodes, the larger of
-    ``prefill_chunk`` and ``chunk_per_decode`` for each decode in prompt tokens.
+    in every plan; a plan never exceeds ``token_budget``, nor, while anything decodes, the largest
+    of ``prefill_chunk``, as much for each prompt divided by the decodes, and ``chunk_per_decode``
+    for each decode in prompt tokens.
 
     With ``blocks``, which hold at least one sequence as long as may be, a sequence is admitted
     when there are blocks for all its tokens. When they run out, it takes them from those behind
@@ -185,8 +186,7 @@ class Scheduler:
             (steady if s.decoding else others).append(s)
         chunks: list[Chunk] = []
         budget = self.token_budget - len(steady)
-        chunk = max(self.prefill_chunk, self.chunk_per_decode * len(steady))
-        rest = float(min(budget, chunk) if steady else budget)
+        rest = float(min(budget, self._chunk(len(steady), len(others))))
         for s in others:
             if rest < 1:
                 break
@@ -223,6 +223,14 @@ class Scheduler:
         # Stable: prompts stay in the order of admission.
         chunks.sort(key=lambda c: (not c.decode, c.sequence.slot if c.decode else 0))
         return chunks
+
+    def _chunk(self, decodes: int, prompts: int) -> float:
+        """Prompt tokens of a step. Where more wait for a first token than for a next one, the few
+        wait for the many."""
+        if not decodes:
+            return self.token_budget
+        most = self.prefill_chunk * max(1.0, prompts / decodes)
+        return max(most, self.chunk_per_decode * decodes)
 
     def _grow(self, sequence: Sequence, end: int) -> bool:
         """Whether it has blocks up to token ``end``, new ones from what is free if need be."""

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,12 @@ def compiled(head_dim: int, group: int) -> Native:
     return found
 
 
+def attended(of: Step, window: int) -> Tensor:
+    q, _, _, keys, _, places = of
+    native = compiled(q.size(2), q.size(1) // keys.size(1))
+    return native.attention(*of, native.tiles(*places.numpy()), window)
+
+
 def step(head_dim: int, group: int, slots: list[int], positions: list[int], heads: int = 2) -> Step:
     noise = torch.Generator().manual_seed(head_dim + group)
     n = len(slots)
@@ -67,50 +74,71 @@ def defined(of: Step, window: int) -> Tensor:
     return torch.stack(rows)
 
 
+SIZES = [(16, 1), (48, 3), (64, 1), (64, 4), (128, 2), (16, 12)]
+
+
 @pytest.mark.parametrize("window", [-1, 0, 70])
-@pytest.mark.parametrize(("head_dim", "group"), [(16, 1), (48, 3), (64, 1), (64, 4), (128, 2)])
+@pytest.mark.parametrize(("head_dim", "group"), SIZES)
 def test_as_defined(head_dim: int, group: int, window: int) -> None:
     # Slots in any order, a sequence with guesses, and lengths about the borders of blocks.
     of = step(head_dim, group, [3, 0, 0, 0, 4, 1], [0, 62, 63, 64, 127, 399])
-    want = defined(of, window)
-    got = compiled(head_dim, group).attention(*of, 6, window)
+    want, got = defined(of, window), attended(of, window)
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
     _, k, v, keys, values, (slots, positions) = of
     assert torch.equal(keys[slots, :, positions], k)
     assert torch.equal(values[slots, :, positions], v)
 
 
+@pytest.mark.parametrize("window", [-1, 0, 70])
+@pytest.mark.parametrize(("head_dim", "group"), SIZES)
+def test_a_prompt_in_any_chunks_has_the_same_bits(head_dim: int, group: int, window: int) -> None:
+    n = 150
+    q, k, v, keys, values, places = step(head_dim, group, [2] * n, list(range(n)))
+    whole = attended((q, k, v, keys, values, places), window)
+    torch.testing.assert_close(
+        whole, defined((q, k, v, keys, values, places), window), rtol=2e-5, atol=2e-6
+    )
+    for size in (1, 2, 7, 64):
+        keys[2], values[2] = torch.nan, torch.nan  # who is not yet written is not read
+        for first in range(0, n, size):
+            part = slice(first, first + size)
+            of = (q[part], k[part], v[part], keys, values, places[:, part])
+            assert torch.equal(attended(of, window), whole[part]), (size, first)
+
+
 def test_large_scores_do_not_overflow() -> None:
-    q, k, v, keys, values, places = step(64, 1, [0, 1], [350, 90])
+    q, k, v, keys, values, places = step(64, 1, [0, 1, 1], [350, 90, 91])
     of = (100 * q, 100 * k, v, keys, values, places)
-    got = compiled(64, 1).attention(*of, 2, -1)
-    torch.testing.assert_close(got, defined(of, -1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(attended(of, -1), defined(of, -1), rtol=1e-4, atol=1e-4)
 
 
 def test_a_row_alone_in_another_slot_and_with_more_threads_has_the_same_bits() -> None:
-    q, k, v, keys, values, places = step(64, 2, [0, 1, 2, 4], [10, 399, 128, 200])
-    attend = compiled(64, 2).attention
-    together = attend(q, k, v, keys, values, places, 4, 150)
+    of = step(64, 2, [0, 1, 2, 4, 4], [10, 399, 128, 200, 201])
+    q, k, v, keys, values, places = of
+    together = attended(of, 150)
     with threads(3):
-        assert torch.equal(attend(q, k, v, keys, values, places, 4, 150), together)
-    for row in range(4):
+        assert torch.equal(attended(of, 150), together)
+    for row in range(5):
         slot, position = places[:, row].tolist()
         keys[3], values[3] = keys[slot], values[slot]
-        one = slice(row, row + 1)
-        place = torch.tensor([[3], [position]])
-        assert torch.equal(
-            attend(q[one], k[one], v[one], keys, values, place, 1, 150)[0], together[row]
-        )
+        one, place = slice(row, row + 1), torch.tensor([[3], [position]])
+        alone = attended((q[one], k[one], v[one], keys, values, place), 150)
+        assert torch.equal(alone[0], together[row])
 
 
-def test_rows_behind_the_decodes_are_only_written_and_padding_is_not() -> None:
-    q, k, v, keys, values, places = step(16, 1, [2, 3, 3], [5, 0, 1])
-    before = keys.clone()
-    got = compiled(16, 1).attention(q, k, v, keys, values, places[:, :2], 1, -1)
-    assert got.shape == q.shape
-    assert torch.equal(keys[3, :, 0], k[1])
-    changed = (keys != before).any(dim=-1).any(dim=1).nonzero().tolist()
-    assert changed == [[2, 5], [3, 0]]
+def test_only_the_places_of_the_rows_are_written() -> None:
+    of = step(16, 1, [2, 3, 3], [5, 0, 1])
+    before = of[3].clone()
+    attended(of, -1)
+    changed = (of[3] != before).any(dim=-1).any(dim=1).nonzero().tolist()
+    assert changed == [[2, 5], [3, 0], [3, 1]]
+
+
+def test_who_reads_together() -> None:
+    slots = [4, 4, 4, 1, 0, 0] + [7] * 19
+    positions = [9, 10, 11, 12, 3, 5, *range(40, 59)]
+    tiles = compiled(64, 1).tiles(np.array(slots), np.array(positions))
+    assert tiles.tolist() == [0, 3, 4, 5, 6, 14, 22, 25]
 
 
 @pytest.mark.parametrize("eps", [None, 1e-6])
