@@ -32,8 +32,8 @@ def ours(folder: str, options: dict[str, Any]) -> Generate:
     known = {field.name for field in dataclasses.fields(EngineConfig)}
     settings: dict[str, Any] = {
         "max_slots": 64,
-        "token_budget": 2048,
-        "prefill_chunk": 2048,
+        "token_budget": 512,
+        "prefill_chunk": 512,
         "max_waiting": 4096,
         "prefix_tokens": 0,
     }

@@ -4,7 +4,8 @@ Each running sequence has one slot: a contiguous stretch of memory for ``max_len
 that decodes fastest, since a batch of neighbouring slots is one view: nothing is gathered.
 
 The forward is flat: N rows of one token each, decodes first, then the prompt chunks. What a row
-yields does not depend, to the bit, on the rows beside it:
+yields does not depend, to the bit, on the rows beside it. Attention in C (``native``) sees to that
+by how it is made, and a row is the same whether a decode or a prompt's. With torch's:
 
 - keys beyond a row's own are masked, and a masked tail of zeros changes no bit as long as the
   length is a multiple of 16 and, with several queries to a head, not between 256 and 512 modulo
@@ -79,8 +80,8 @@ class SlotCache:
         min_rows: int = 1,
         native: Native | None = None,
     ):
-        """``min_rows`` is the least number of rows of a forward; ``native`` is for decodes, and
-        has the model's sizes."""
+        """``min_rows`` is the least number of rows of a forward; ``native`` has the model's
+        sizes."""
         length = padded_length(max_len, 2)
         shape = (config.n_layer, slots, config.n_kv_head, length, config.head_dim)
         # Zeros, not garbage: a masked value is multiplied by 0, and 0 * nan is nan.

@@ -46,7 +46,8 @@ class Sequence:
     prompts: list[tuple[int, int]] = field(default_factory=list)
     """Stretches ``[start, end)`` of tokens that are run as prompts: the prompt, and what tools
     wrote. All others are run as decodes, also when they are computed anew. Which of the two it is
-    must not depend on how chunks fall or on preemption, since they differ in the last bit."""
+    must not depend on how chunks fall or on preemption, since they differ in the last bit where
+    attention is torch's or a GPU's."""
     lookup: PromptLookup | None = None
     prompt_scores: list[TokenLogprob] | None = None
     """Those of the prompt's tokens from the second on that are known, if they were asked for."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanochat_ray.engine import native as module
 from nanochat_ray.engine.native import FLOAT_EPS, Native, Product, native
+from nanochat_ray.engine.scheduler import Chunk, Sequence
 from nanochat_ray.model.fused import relu_squared, rms_norm
 from nanochat_ray.model.layers import Turn
 from nanochat_ray.model.rotary import rotary_tables
@@ -196,10 +197,28 @@ def test_an_engine_without_it_says_the_same(preset: str) -> None:
     prompts = [[(7 * i + j) % VOCAB for j in range(5 + 9 * i)] for i in range(4)]
     answers = []
     for on in (True, False):
-        engine = make_engine(make_model(preset), native=on)  # an engine changes its model
+        # A model of its own: an engine lays it out anew.
+        engine = make_engine(make_model.__wrapped__(preset), native=on)
         assert (engine.runner.native is not None) == on
         answers.append([answer(engine, ask(str(i), p)) for i, p in enumerate(prompts)])
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("preset", ["classic", "modern"])
+def test_a_prompt_and_its_tokens_one_by_one_give_the_same_bits(preset: str) -> None:
+    compiled(16, 2)
+    runner = make_engine(make_model.__wrapped__(preset)).runner
+    tokens = [(11 * i * i + i) % VOCAB for i in range(100)]
+
+    def logits(slot: int, size: int, decode: bool) -> Tensor:
+        of = Sequence(ask("", tokens), tokens, seed=0, limit=101, prompts=[(0, 100)], slot=slot)
+        steps = [Chunk(of, i, min(size, 100 - i), decode, scores=True) for i in range(0, 100, size)]
+        return torch.cat([runner.run([step]) for step in steps])
+
+    whole = logits(0, 100, decode=False)
+    assert torch.equal(logits(1, 1, decode=True), whole)
+    assert torch.equal(logits(2, 7, decode=True), whole)
+    assert torch.equal(logits(0, 33, decode=False), whole)
 
 
 def test_who_cannot_compile_says_why_and_goes_on(
