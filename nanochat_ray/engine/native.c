@@ -1,5 +1,5 @@
-/* What an engine's forward waits for on a CPU; `native.py` compiles it where it runs. What a row yields depends on that row alone: not on the batch, the number of threads or
-   who takes it.
+/* What an engine's forward waits for on a CPU; `native.py` compiles it where it runs. What a row
+   yields depends on that row alone: not on the batch, the number of threads or who takes it.
 
    HEAD (a multiple of 16), GROUP, the queries of a key/value head, and TILE are given when
    compiling. */
@@ -12,7 +12,7 @@
 #define VECTORS (HEAD / LANES)
 #define KEYS 64  /* of a block: with HEAD=64 16 KiB, so that scores meet values in the first cache */
 #define TOGETHER (VECTORS > 4 ? 2 : 4) /* queries whose sums stay in registers */
-#define AHEAD 16 /* keys to fetch ahead: no processor's own prefetching crosses a page of 4 KiB */
+#define AHEAD 16 /* keys, or columns, to fetch ahead: no processor's own prefetching crosses a page of 4 KiB */
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float half __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
@@ -64,7 +64,7 @@ static inline float exp_negative(float x) {
     return p * power.value;
 }
 
-/* What `count` queries give their keys, times a block's values [KEYS, HEAD] from `from` to `to`. */
+/* Adds a block's values [KEYS, HEAD] from `from` to `to`, by the weights of `count` queries. */
 static inline __attribute__((always_inline)) void add_values(
     const int count, vec (*made)[VECTORS], float (*weight)[KEYS], const float *values, int from, int to
 ) {
