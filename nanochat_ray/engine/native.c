@@ -12,7 +12,7 @@
 #define VECTORS (HEAD / LANES)
 #define KEYS 64  /* of a block: with HEAD=64 16 KiB, so that scores meet values in the first cache */
 #define TOGETHER (VECTORS > 4 ? 2 : 4) /* queries whose sums stay in registers */
-#define AHEAD 16 /* keys, or columns, to fetch ahead: no processor's own prefetching crosses a page of 4 KiB */
+#define AHEAD 16 /* keys, or columns, to fetch: a processor's own prefetching ends at a page's end */
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float half __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
