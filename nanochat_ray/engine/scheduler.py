@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nanochat_ray.engine.grammar import GrammarState
 
 
-CHUNK_PER_DECODE = 4
+CHUNK_PER_DECODE = 3
 """``Scheduler.chunk_per_decode``: at 300 tokens before it a decode made a step 0.7 ms longer, a
 token of a prompt 0.2 (``classic``, 14 M weights, one core, 2026-11-21)."""
 DOUBLING_WIDTHS = 4
