@@ -10,6 +10,7 @@ export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
 # Spinning OpenMP threads on shared cores cost more than they give.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0
 
+command -v cc >/dev/null || fail "the tests need a C compiler (cc)"
 # The page is tested in a real browser, from the system's packages where they are to be had.
 if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
   say "installing chromium"
@@ -31,7 +32,7 @@ fi
 # A Ray and a browser keep two cores busy by themselves.
 status=0
 say "tests without Ray and browser"
-pytest -n 2 -m "not ray and not browser" || status=1
+pytest -n 2 --durations=12 -m "not ray and not browser" || status=1
 say "tests with Ray or a browser"
-pytest -m "ray or browser" || status=1
+pytest --durations=12 -m "ray or browser" || status=1
 exit "$status"

@@ -65,13 +65,13 @@ def write_dataset(
     return manifest
 
 
-def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 30.0, what: str = "it") -> None:
     """Waits until ``condition`` holds; fails, saying ``what``, when the time is up."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not happen within {seconds} s")
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def free_ports(count: int) -> list[int]:

@@ -121,13 +121,13 @@ class SlotCache:
         device = self.keys.device
         self.positions = torch.from_numpy(padded).to(device)
         self.end = int(positions.max()) + 1
-        self._decodes = sum(span.decode for span in spans)
-        self._prefills = list(spans[self._decodes :])
-        self._masks.clear()
         if self._native is not None:
             self._places = torch.from_numpy(np.stack([slots, positions]))
             self._tiles = self._native.tiles(slots, positions)
             return rows
+        self._decodes = sum(span.decode for span in spans)
+        self._prefills = list(spans[self._decodes :])
+        self._masks.clear()
         heads, length = self.keys.shape[2:4]
         write = (slots[:, None] * heads + np.arange(heads)) * length + positions[:, None]
         self._write = torch.from_numpy(write.reshape(-1)).to(device)

@@ -170,9 +170,10 @@ class Product(nn.Module):
         self.blocks = padded.unflatten(0, (-1, COLUMNS)).transpose(1, 2).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.native.linear(x, self.blocks)
         # Of a gate's few outputs it is a slice, which torch's sigmoid takes one by one: of a whole
         # tensor it takes 16 at a time, and those left over by another formula.
-        return self.native.linear(x, self.blocks)[..., : self.out_features]
+        return y if y.size(-1) == self.out_features else y[..., : self.out_features]
 
 
 class Turn(nn.Module):

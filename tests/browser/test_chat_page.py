@@ -10,7 +10,8 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 from scripted import ScriptedClient
-from serving import serving, wait_for
+from serving import serving
+from tiny import wait_for
 
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,10 +36,8 @@ def threads(count: int) -> Iterator[None]:
 
 
 def compiled(head_dim: int, group: int) -> Native:
-    if shutil.which("cc") is None:
-        pytest.skip("this machine has no C compiler, and its engines do without")
     found = native(head_dim, group)
-    assert found is not None
+    assert found is not None, "the tests need a C compiler, though an engine does without"
     return found
 
 
@@ -193,7 +190,6 @@ def test_softcap() -> None:
 
 @pytest.mark.parametrize("preset", ["classic", "modern"])
 def test_an_engine_without_it_says_the_same(preset: str) -> None:
-    compiled(16, 1)
     prompts = [[(7 * i + j) % VOCAB for j in range(5 + 9 * i)] for i in range(4)]
     answers = []
     for on in (True, False):
@@ -206,7 +202,6 @@ def test_an_engine_without_it_says_the_same(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", ["classic", "modern"])
 def test_a_prompt_and_its_tokens_one_by_one_give_the_same_bits(preset: str) -> None:
-    compiled(16, 2)
     runner = make_engine(make_model.__wrapped__(preset)).runner
     tokens = [(11 * i * i + i) % VOCAB for i in range(100)]
 

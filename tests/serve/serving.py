@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import uvicorn
+from tiny import wait_for
 
 get = functools.partial(httpx.get, timeout=60)
 post = functools.partial(httpx.post, timeout=60)
@@ -31,10 +31,3 @@ def serving(app: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(10)
-
-
-def wait_for(ready: Callable[[], Any], seconds: float = 30.0) -> None:
-    until = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < until, "it did not happen in time"
-        time.sleep(0.01)

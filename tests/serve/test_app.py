@@ -11,7 +11,8 @@ import httpx
 import openai
 import pytest
 from scripted import ScriptedClient, full
-from serving import get, post, serving, wait_for
+from serving import get, post, serving
+from tiny import wait_for
 
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.client import UnavailableError

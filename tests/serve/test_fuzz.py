@@ -17,7 +17,8 @@ import httpx
 import psutil
 import pytest
 import torch
-from serving import serving, wait_for
+from serving import serving
+from tiny import wait_for
 
 from nanochat_ray.config import EngineConfig, ModelConfig
 from nanochat_ray.engine.engine import Engine

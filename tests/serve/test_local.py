@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from serving import get, post, serving, wait_for
+from serving import get, post, serving
+from tiny import wait_for
 
 from nanochat_ray.config import EngineConfig, ModelConfig
 from nanochat_ray.engine.engine import Engine
