@@ -30,6 +30,7 @@ from torch import Tensor
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.engine.blocks import BLOCK
 from nanochat_ray.engine.native import Native
+from nanochat_ray.machine import zeros
 
 CALL_BYTES = 150_000
 """Reading as much from memory takes about as long as one more call of attention (15 µs)."""
@@ -85,8 +86,8 @@ class SlotCache:
         length = padded_length(max_len, 2)
         shape = (config.n_layer, slots, config.n_kv_head, length, config.head_dim)
         # Zeros, not garbage: a masked value is multiplied by 0, and 0 * nan is nan.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = zeros(shape, dtype, device)
+        self.values = zeros(shape, dtype, device)
         self.positions = torch.zeros((0, 1), dtype=torch.int64, device=device)
         self.end = max_len
         self._columns = torch.arange(length, device=device)
@@ -234,8 +235,7 @@ class BlockStore:
         layers, _, heads, _, size = cache.keys.shape
         shape = (layers, heads, blocks, BLOCK, size)
         self._pairs = [
-            (held, torch.zeros(shape, dtype=held.dtype, device=held.device))
-            for held in (cache.keys, cache.values)
+            (held, zeros(shape, held.dtype, held.device)) for held in (cache.keys, cache.values)
         ]
 
     def load(self, places: Sequence[int], slot: int) -> None:

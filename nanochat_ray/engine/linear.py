@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat_ray.engine.native import Native, Norm, Product, ReluSquared, Softcap, Turn
+from nanochat_ray.machine import zeros
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.layers import Linear
 
@@ -86,14 +87,26 @@ def lay_out(model: GPT, native: Native | None = None) -> int:
             del attn.c_q, attn.c_k, attn.c_v
         if native is not None:
             attn.turn, block.mlp.activation = Turn(native), ReluSquared(native)
-    needed = 1
+    needed, products = 1, []
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear):
-                found = Product(native, layer.weight.data) if native is not None else faster(layer)
-                setattr(parent, name, found)
-                layer = found
+                if native is None:
+                    layer = faster(layer)
+                else:
+                    layer = Product(native, layer.weight.data)
+                    products.append(layer)
+                setattr(parent, name, layer)
             if isinstance(layer, nn.Linear | Gate):
                 rows = fewest_rows(layer, model.compute_dtype)
                 needed = max(needed, rows or FEWEST_ROWS[-1])
+    gather(products)
     return needed
+
+
+def gather(products: list[Product]) -> None:
+    """Moves the weights to one stretch of memory, of large pages."""
+    sizes = [product.blocks.numel() for product in products]
+    whole = zeros([sum(sizes)], torch.float32, torch.device("cpu"))
+    for product, part in zip(products, whole.split(sizes), strict=True):
+        product.blocks = part.view(product.blocks.shape).copy_(product.blocks)

@@ -12,26 +12,10 @@
 #define VECTORS (HEAD / LANES)
 #define KEYS 64  /* of a block: with HEAD=64 16 KiB, so that scores meet values in the first cache */
 #define TOGETHER (VECTORS > 4 ? 2 : 4) /* queries whose sums stay in registers */
-#define AHEAD 16 /* keys, or columns, to fetch: a processor's own prefetching ends at a page's end */
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float half __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
 typedef float quarter __attribute__((vector_size(LANES)));
-
-/* A tile of a matrix product fills the registers, or nearly: 32 of AVX512, 16 of AVX, 32 of NEON. */
-#define COLUMNS 32
-#if defined(__AVX512F__)
-#define REGISTER 16
-#define TILE_ROWS 14
-#elif defined(__AVX__)
-#define REGISTER 8
-#define TILE_ROWS 3
-#else
-#define REGISTER 4
-#define TILE_ROWS 3
-#endif
-#define TILE_WIDTH (COLUMNS / REGISTER)
-typedef float reg __attribute__((vector_size(4 * REGISTER), aligned(4), may_alias));
 
 static inline void fetch(const float *row) {
     for (int i = 0; i < HEAD; i += LANES) __builtin_prefetch(row + i);
@@ -64,15 +48,17 @@ static inline float exp_negative(float x) {
     return p * power.value;
 }
 
-/* Adds a block's values [KEYS, HEAD] from `from` to `to`, by the weights of `count` queries. */
+/* Adds a block's values [KEYS, HEAD] from `from` to `to`, by the weights of `count` queries, and
+   fetches `next`, up to `ahead` rows. */
 static inline __attribute__((always_inline)) void add_values(
-    const int count, vec (*made)[VECTORS], float (*weight)[KEYS], const float *values, int from, int to
+    const int count, vec (*made)[VECTORS], float (*weight)[KEYS], const float *values, int from, int to,
+    const float *next, int ahead
 ) {
     vec sums[TOGETHER][VECTORS];
     memcpy(sums, made, count * sizeof *made);
     for (int j = from; j < to; j++) {
         const vec *value = (const vec *)(values + j * HEAD);
-        fetch((const float *)value + AHEAD * HEAD);
+        if (j < ahead) fetch(next + j * HEAD);
         for (int n = 0; n < count; n++)
             for (int i = 0; i < VECTORS; i++) sums[n][i] += weight[n][j] * value[i];
     }
@@ -103,7 +89,7 @@ static inline __attribute__((always_inline)) void attend(
         int from = begin > block ? begin - block : 0, to = end - block < KEYS ? end - block : KEYS;
         for (int j = from; j < to; j++) {
             const vec *key = (const vec *)(keys + (block + j) * HEAD);
-            fetch((const float *)key + AHEAD * HEAD);
+            fetch(values + (block + j) * HEAD);
             for (int n = 0; n < rows * GROUP; n++) {
                 union { vec all; half halves[2]; } products = {query[n][0] * key[0]};
                 for (int i = 1; i < VECTORS; i++) products.all += query[n][i] * key[i];
@@ -139,11 +125,12 @@ static inline __attribute__((always_inline)) void attend(
             total[n] = total[n] * fade + sum(sums);
             for (int i = 0; i < VECTORS; i++) made[n][i] *= fade;
         }
-        int n = 0;
-        for (; n + TOGETHER <= rows * GROUP; n += TOGETHER)
-            add_values(TOGETHER, made + n, weight + n, values + block * HEAD, from, to);
-        for (; n < rows * GROUP; n++)
-            add_values(1, made + n, weight + n, values + block * HEAD, from, to);
+        const float *next = keys + (block + KEYS) * HEAD, *held = values + block * HEAD;
+        int n = 0, ahead = end - block - KEYS;
+        for (; n + TOGETHER <= rows * GROUP; n += TOGETHER, ahead = 0)
+            add_values(TOGETHER, made + n, weight + n, held, from, to, next, ahead);
+        for (; n < rows * GROUP; n++, ahead = 0)
+            add_values(1, made + n, weight + n, held, from, to, next, ahead);
     }
     for (int n = 0; n < used * GROUP; n++) {
         for (int i = 0; i < VECTORS; i++) made[n][i] /= total[n];
@@ -184,43 +171,6 @@ void step_attention(
                        scale, to, y_step);
         }
     }
-}
-
-/* `rows` rows and COLUMNS columns of a product, whose sums stay in registers. Each is made in the
-   order of k, however many rows there are beside it. */
-static inline __attribute__((always_inline)) void tile(
-    const int rows, const float *x, int64_t width, const float *w, float *y, int64_t y_step
-) {
-    reg sums[TILE_ROWS][TILE_WIDTH];
-    memset(sums, 0, sizeof sums);
-    for (int64_t k = 0; k < width; k++, w += COLUMNS) {
-        const reg *column = (const reg *)w;
-        for (int i = 0; i < COLUMNS; i += LANES) __builtin_prefetch(w + AHEAD * COLUMNS + i);
-        for (int r = 0; r < rows; r++)
-            for (int i = 0; i < TILE_WIDTH; i++) sums[r][i] += x[r * width + k] * column[i];
-    }
-    for (int r = 0; r < rows; r++) memcpy(y + r * y_step, sums[r], sizeof sums[r]);
-}
-
-/* x [rows, width] times w [blocks, width, COLUMNS] into y [rows, blocks * COLUMNS]. */
-void linear(
-    const float *x, const float *w, float *y, int64_t rows, int64_t width, int64_t blocks, int threads
-) {
-    int64_t y_step = blocks * COLUMNS;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t n = 0; n < blocks; n++)
-        for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-            const float *from = x + r * width, *with = w + n * width * COLUMNS;
-            float *to = y + r * y_step + n * COLUMNS;
-#define CASE(count) \
-    case count: \
-        tile(count < TILE_ROWS ? count : TILE_ROWS, from, width, with, to, y_step); \
-        break
-            switch (rows - r < TILE_ROWS ? rows - r : TILE_ROWS) {
-                CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6);
-                CASE(7); CASE(8); CASE(9); CASE(10); CASE(11); CASE(12); CASE(13); CASE(14);
-            }
-        }
 }
 
 /* Rotary embedding by cos and sin [rows, HEAD / 2], then RMSNorm, of x [rows, heads, HEAD] in place,

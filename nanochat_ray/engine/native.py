@@ -27,12 +27,13 @@ from torch.nn.functional import pad
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "linear.c"))
 HEAD_MULTIPLE = 16
 TILE_QUERIES = 8
 """To a key/value head, that read its keys together: the rows of a prompt, or of guesses."""
-COLUMNS = 32
-"""Of a block of weights, as in ``native.c``."""
+COLUMNS, CHUNK, SHARED_ROWS = 32, 64, 128
+"""Outputs of a block of weights, what its inputs are rounded up to, and the rows that AMX takes at
+a time, as in ``linear.c``."""
 OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 COMPILE_SECONDS = 60
 FLOAT_EPS = torch.finfo(torch.float32).eps
@@ -52,7 +53,9 @@ class Native:
             *(ctypes.c_float, ctypes.c_int),
         ]
         self._linear = library.linear
-        self._linear.argtypes = [*(_POINTER,) * 3, *(_INT,) * 3, ctypes.c_int]
+        self._linear.argtypes = [*(_POINTER,) * 4, *(_INT,) * 3, ctypes.c_int]
+        self.amx = bool(library.has_tiles())
+        """Products are made by Intel's AMX."""
         self._turn = library.turn_and_norm
         self._turn.argtypes = [
             *(_POINTER, _INT, _POINTER, _POINTER, _INT, _INT),
@@ -105,14 +108,25 @@ class Native:
         return torch.from_numpy(np.append(np.flatnonzero(begins), len(slots)))
 
     def linear(self, x: Tensor, blocks: Tensor) -> Tensor:
-        """``x [..., K]`` times the columns in ``blocks [N / COLUMNS, K, COLUMNS]``: ``[..., N]``.
+        """``x [..., K]`` times ``Product.blocks``: ``[..., N]``, all float32.
 
-        All float32. A row's bits hang on that row alone."""
+        A row's bits hang on that row alone."""
         x, K = x.contiguous(), x.size(-1)
-        count, _, width = blocks.shape
+        count, depth, width = blocks.shape
+        rows = x.numel() // K
         y = torch.empty((*x.shape[:-1], count * width))
-        pointers = (x.data_ptr(), blocks.data_ptr(), y.data_ptr())
-        self._linear(*pointers, x.numel() // K, K, count, torch.get_num_threads())
+        parts = None
+        if self.amx:
+            parts = torch.empty(
+                3 * depth * min(-(-rows // 16) * 16, SHARED_ROWS), dtype=torch.int16
+            )
+        pointers = (
+            x.data_ptr(),
+            blocks.data_ptr(),
+            y.data_ptr(),
+            0 if parts is None else parts.data_ptr(),
+        )
+        self._linear(*pointers, rows, K, count, torch.get_num_threads())
         return y
 
     def turn_(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
@@ -166,7 +180,7 @@ class Product(nn.Module):
         super().__init__()
         self.native = native
         self.out_features, self.in_features = weight.shape
-        padded = pad(weight, (0, 0, 0, -self.out_features % COLUMNS))
+        padded = pad(weight, (0, -self.in_features % CHUNK, 0, -self.out_features % COLUMNS))
         self.blocks = padded.unflatten(0, (-1, COLUMNS)).transpose(1, 2).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -227,7 +241,16 @@ def native(head_dim: int, group: int) -> Native | None:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "native.so"
         for parallel in (("-fopenmp",), ()):
-            command = [*compiler, *OPTIONS, *parallel, *sizes, str(SOURCE), "-o", str(made), "-lm"]
+            command = [
+                *compiler,
+                *OPTIONS,
+                *parallel,
+                *sizes,
+                *map(str, SOURCES),
+                "-o",
+                str(made),
+                "-lm",
+            ]
             try:
                 subprocess.run(
                     command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS

@@ -1,4 +1,4 @@
-"""Attention in C against torch's, and that a row's bits are its own."""
+"""What is in C against torch's, and that a row's bits are its own."""
 
 from __future__ import annotations
 
@@ -158,18 +158,47 @@ def test_norm(shape: tuple[int, ...]) -> None:
     assert torch.equal(compiled(64, 1).rms_norm(x[:1], 1e-6), got[:1])
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(384, 1152), (300, 96), (12, 6), (1, 1)])
-def test_product(inputs: int, outputs: int) -> None:
+@pytest.fixture(params=[False, True], ids=["vectors", "tiles"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Native:
+    """By AVX512 or what there is; and by AMX, where there is some."""
+    native = compiled(64, 1)
+    monkeypatch.setattr(native, "amx", native.amx and request.param)
+    return native
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(384, 1152), (300, 96), (64, 33), (12, 6), (1, 1), (1100, 64)]
+)
+def test_product(products: Native, inputs: int, outputs: int) -> None:
     noise = torch.Generator().manual_seed(7)
     weight = torch.randn((outputs, inputs), generator=noise)
-    x = torch.randn((41, 1, inputs), generator=noise)
-    product = Product(compiled(64, 1), weight)
+    x = torch.randn((150, 1, inputs), generator=noise)
+    product = Product(products, weight)
     got = product(x)
     torch.testing.assert_close(got, x @ weight.T, rtol=1e-5, atol=1e-4)
-    for rows in range(1, 41):  # a tile of every height, and behind others
+    for rows in (*range(1, 50), 127, 128, 129, 149):  # tiles of every height, and behind others
         assert torch.equal(product(x[-rows:]), got[-rows:]), rows
-    with threads(2):
+    with threads(3):
         assert torch.equal(product(x), got)
+
+
+def test_products_are_as_exact_as_float32(products: Native) -> None:
+    noise = torch.Generator().manual_seed(8)
+    scale = 2.0 ** torch.randint(-20, 21, (40, 500), generator=noise)
+    weight = torch.randn((64, 500), generator=noise)
+    x = torch.randn((40, 500), generator=noise) * scale
+    exact = x.double() @ weight.double().T
+    size = x.double().abs() @ weight.double().abs().T
+    theirs, ours = (
+        ((y - exact).abs() / size) for y in (x @ weight.T, Product(products, weight)(x))
+    )
+    assert ours.max() < 3 * theirs.max()
+    assert ours.mean() < 1.5 * theirs.mean()
+    large, small = torch.tensor([[3e38, 0.0]]), torch.tensor([[0.0, 1e-30]])
+    for row in (large, small):
+        one = Product(products, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))(row)
+        torch.testing.assert_close(one, row, rtol=1e-6, atol=0)
+    assert Product(products, weight)(torch.full((1, 500), torch.nan)).isnan().all()
 
 
 def test_relu_squared() -> None:
