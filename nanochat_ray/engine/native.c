@@ -16,9 +16,25 @@
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float half __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
 typedef float quarter __attribute__((vector_size(LANES)));
+typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 
+#ifdef __clang__
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (lanes){__VA_ARGS__})
+#endif
+
+/* By lanes: a where `is`, which is 0 or -1, and b where not. */
+#define WHERE(is, a, b) ((vec)(((lanes)(a) & (is)) | ((lanes)(b) & ~(is))))
+#define LARGER(a, b) WHERE((a) > (b), a, b)
+#define ALL(x) ((vec){0} + (x))
+
+#ifndef LOC
+#define LOC 3
+#define LINES 1
+#endif
 static inline void fetch(const float *row) {
-    for (int i = 0; i < HEAD; i += LANES) __builtin_prefetch(row + i);
+    for (int i = 0; i < HEAD; i += LANES*LINES) __builtin_prefetch(row + i,0,LOC);
 }
 
 static inline float sum_half(half x) {
@@ -32,20 +48,62 @@ static inline float sum(vec x) {
     return sum_half(of.halves[0] + of.halves[1]);
 }
 
-/* exp for x <= 0: a power of two and a polynomial, as in Cephes (S. Moshier); 1e-7 relative. */
-static inline float exp_negative(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
+static inline float largest(vec x) {
+    union { vec all; float each[LANES]; } of = {x};
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++)
+            of.each[i] = of.each[i] > of.each[i + half] ? of.each[i] : of.each[i + half];
+    return of.each[0];
+}
+
+/* exp for x <= 0: a power of two and a polynomial, as in Cephes (S. Moshier); 1e-7 relative. Next
+   to 3 << 22 a float32 has no fraction: its last bits are the whole number. */
+static inline vec exp_negative(vec x) {
+    x = LARGER(x, ALL(-87.0f));
+    vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    union { int32_t bits; float value; } power = {((int32_t)n + 127) << 23};
-    return p * power.value;
+    return p * (vec)(((lanes)shifted + 127) << 23);
+}
+
+/* A query times 1, 2, 4, 8 and 16 keys: 16 sums of products, for one key or by turns for all. Halves
+   of vectors are added to each other, as in `sum`, but those of all keys at once. */
+#define INLINE static inline __attribute__((always_inline)) vec
+INLINE scores1(const vec *query, const float *keys, const float *next) {
+    const vec *key = (const vec *)keys;
+    if (next) fetch(next);
+    vec products = query[0] * key[0];
+    for (int i = 1; i < VECTORS; i++) products += query[i] * key[i];
+    return products;
+}
+INLINE scores2(const vec *query, const float *keys, const float *next) {
+    vec x = scores1(query, keys, next);
+    vec y = scores1(query, keys + HEAD, next ? next + HEAD : 0);
+    return SHUFFLE(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+        + SHUFFLE(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+INLINE scores4(const vec *query, const float *keys, const float *next) {
+    vec x = scores2(query, keys, next);
+    vec y = scores2(query, keys + 2 * HEAD, next ? next + 2 * HEAD : 0);
+    return SHUFFLE(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+        + SHUFFLE(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+INLINE scores8(const vec *query, const float *keys, const float *next) {
+    vec x = scores4(query, keys, next);
+    vec y = scores4(query, keys + 4 * HEAD, next ? next + 4 * HEAD : 0);
+    return SHUFFLE(x, y, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29)
+        + SHUFFLE(x, y, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+}
+INLINE scores16(const vec *query, const float *keys, const float *next) {
+    vec x = scores8(query, keys, next);
+    vec y = scores8(query, keys + 8 * HEAD, next ? next + 8 * HEAD : 0);
+    return SHUFFLE(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+        + SHUFFLE(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 /* Adds a block's values [KEYS, HEAD] from `from` to `to`, by the weights of `count` queries, and
@@ -73,56 +131,49 @@ static inline __attribute__((always_inline)) void attend(
     const int rows, int64_t used, const float *q, int64_t q_step, const float *keys,
     const float *values, int64_t position, int64_t window, float scale, float *y, int64_t y_step
 ) {
-    vec query[TILE * GROUP][VECTORS], made[TILE * GROUP][VECTORS];
-    float most[TILE * GROUP], total[TILE * GROUP], weight[TILE * GROUP][KEYS];
-    quarter parts[TILE * GROUP][KEYS];
+    vec query[TILE * GROUP][VECTORS], made[TILE * GROUP][VECTORS], total[TILE * GROUP];
+    float most[TILE * GROUP], weight[TILE * GROUP][KEYS];
+    const lanes count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int n = 0; n < rows * GROUP; n++) {
         int64_t row = n / GROUP < used ? n / GROUP : used - 1;
         memcpy(query[n], q + row * q_step + n % GROUP * HEAD, sizeof *query);
         for (int i = 0; i < VECTORS; i++) query[n][i] *= scale, made[n][i] = (vec){0};
-        most[n] = -INFINITY, total[n] = 0;
+        most[n] = -INFINITY, total[n] = (vec){0};
     }
-    memset(parts, 0, rows * GROUP * sizeof *parts);
+    memset(weight, 0, rows * GROUP * sizeof *weight);
 
     int64_t end = position + used, begin = window >= 0 && position > window ? position - window : 0;
     for (int64_t block = begin / KEYS * KEYS; block < end; block += KEYS) {
         int from = begin > block ? begin - block : 0, to = end - block < KEYS ? end - block : KEYS;
-        for (int j = from; j < to; j++) {
-            const vec *key = (const vec *)(keys + (block + j) * HEAD);
-            fetch(values + (block + j) * HEAD);
-            for (int n = 0; n < rows * GROUP; n++) {
-                union { vec all; half halves[2]; } products = {query[n][0] * key[0]};
-                for (int i = 1; i < VECTORS; i++) products.all += query[n][i] * key[i];
-                union { half all; quarter halves[2]; } sums;
-                sums.all = products.halves[0] + products.halves[1];
-                parts[n][j] = sums.halves[0] + sums.halves[1];
-            }
+        for (int j = from / LANES * LANES; j < to; j += LANES) {
+            int64_t at = (block + j) * HEAD;
+            *(vec *)(*weight + j) = scores16(*query, keys + at, values + at);
+            for (int n = 1; n < rows * GROUP; n++)
+                *(vec *)(weight[n] + j) = scores16(query[n], keys + at, 0);
         }
         for (int n = 0; n < rows * GROUP; n++) {
             int64_t at = position + (n / GROUP < used ? n / GROUP : used - 1) - block;
             int first = window >= 0 && at > window ? at - window : 0, last = at < KEYS ? at : KEYS - 1;
-            float *w = weight[n], lanes[LANES], before = most[n];
-            const float *part = (const float *)parts[n];
+            vec *w = (vec *)weight[n], sums = {0};
             if (first > last) {
                 memset(w, 0, sizeof *weight);
                 continue;
             }
-            for (int j = 0; j < KEYS; j++) {
-                float score = (part[4 * j] + part[4 * j + 2]) + (part[4 * j + 1] + part[4 * j + 3]);
-                w[j] = j >= first && j <= last ? score : -INFINITY;
+            lanes seen[KEYS / LANES];
+            vec highest = ALL(most[n]);
+            for (int i = 0; i < KEYS / LANES; i++) {
+                seen[i] = (count + i * LANES >= first) & (count + i * LANES <= last);
+                w[i] = WHERE(seen[i], w[i], ALL(-INFINITY));
+                highest = LARGER(w[i], highest);
             }
-            for (int i = 0; i < LANES; i++) lanes[i] = before;
-            for (int j = 0; j < KEYS; j += LANES)
-                for (int i = 0; i < LANES; i++) lanes[i] = w[j + i] > lanes[i] ? w[j + i] : lanes[i];
-            for (int i = 0; i < LANES; i++) most[n] = lanes[i] > most[n] ? lanes[i] : most[n];
-            for (int j = 0; j < KEYS; j++) {
-                float power = exp_negative(w[j] - most[n]);
-                w[j] = j >= first && j <= last ? power : 0;
+            float before = most[n];
+            most[n] = largest(highest);
+            for (int i = 0; i < KEYS / LANES; i++) {
+                w[i] = WHERE(seen[i], exp_negative(w[i] - most[n]), (vec){0});
+                sums += w[i];
             }
-            vec sums = *(const vec *)w;
-            for (int j = LANES; j < KEYS; j += LANES) sums += *(const vec *)(w + j);
-            float fade = exp_negative(before - most[n]);
-            total[n] = total[n] * fade + sum(sums);
+            float fade = exp_negative(ALL(before - most[n]))[0];
+            total[n] = total[n] * fade + sums;
             for (int i = 0; i < VECTORS; i++) made[n][i] *= fade;
         }
         const float *next = keys + (block + KEYS) * HEAD, *held = values + block * HEAD;
@@ -133,7 +184,8 @@ static inline __attribute__((always_inline)) void attend(
             add_values(1, made + n, weight + n, held, from, to, next, ahead);
     }
     for (int n = 0; n < used * GROUP; n++) {
-        for (int i = 0; i < VECTORS; i++) made[n][i] /= total[n];
+        float all = sum(total[n]);
+        for (int i = 0; i < VECTORS; i++) made[n][i] /= all;
         memcpy(y + n / GROUP * y_step + n % GROUP * HEAD, made[n], sizeof *made);
     }
 }
@@ -159,7 +211,7 @@ void step_attention(
             }
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < count * heads; item++) {
-            int64_t r = tiles[item / heads], used = tiles[item / heads + 1] - r, h = item % heads;
+            int64_t t = item % count, h = item / count, r = tiles[t], used = tiles[t + 1] - r;
             int64_t place = (slots[r] * heads + h) * length * HEAD, y_step = heads * GROUP * HEAD;
             const float *from = q + r * q_step + h * GROUP * HEAD;
             float *to = y + r * y_step + h * GROUP * HEAD;
@@ -219,10 +271,14 @@ void relu_squared(float *x, int64_t count, int threads) {
 
 /* cap * tanh(x / cap) of x [count], in place; 1e-7 of cap. */
 void softcap(float *x, int64_t count, float cap, int threads) {
-    float slope = -2 / cap;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < count; i++) {
-        float t = exp_negative(slope * fabsf(x[i]));
-        x[i] = copysignf(cap * (1 - t) / (1 + t), x[i]);
+    for (int64_t i = 0; i < count; i += LANES) {
+        int64_t rest = count - i < LANES ? count - i : LANES;
+        vec part = {0};
+        memcpy(&part, x + i, rest * sizeof *x);
+        vec t = exp_negative(LARGER(part, -part) * (-2 / cap));
+        vec y = (1 - t) / (1 + t) * cap;
+        y = WHERE(part < 0, -y, y);
+        memcpy(x + i, &y, rest * sizeof *x);
     }
 }
