@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 
 CHUNK_PER_DECODE = 3
-"""``Scheduler.chunk_per_decode``: at 300 tokens before it a decode made a step 0.7 ms longer, a
-token of a prompt 0.2 (``classic``, 14 M weights, one core, 2026-11-21)."""
-DOUBLING_WIDTHS = 4
+"""``Scheduler.chunk_per_decode``: at 300 tokens before it a decode made a step 0.55 ms longer, a
+token of a prompt 0.15 (``classic``, 14 M weights, one core with AMX, 2026-11-21)."""
+DOUBLING_WIDTHS = 2
 """``Scheduler.doubling`` in widths of the model: 24 width² operations of a token and layer against
-4 width for each token before it would make 6; attention is less efficient, 3.6 were measured."""
+4 width for each token before it would make 6, but attention is less efficient than products: 1.6
+were measured with AMX, and 3 without."""
 
 
 @dataclass(eq=False)
