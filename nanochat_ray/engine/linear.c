@@ -207,8 +207,8 @@ static void linear_by_tiles(
 int has_tiles(void) { return 0; }
 #endif
 
-/* x [rows, width] times w into y [rows, blocks * COLUMNS]. With `parts`, memory for three bfloat16 to
-   each of depth * rows, these rounded up to 16 and 128 at most, by tiles. */
+/* x [rows, width] times w into y [rows, blocks * COLUMNS]. By tiles if there are `parts`, memory for
+   three bfloat16 for each of depth * rows, these rounded up to 16, 128 at most. */
 void linear(
     const float *x, const float *w, float *y, void *parts, int64_t rows, int64_t width,
     int64_t blocks, int threads

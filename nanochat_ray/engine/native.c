@@ -29,12 +29,8 @@ typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 #define LARGER(a, b) WHERE((a) > (b), a, b)
 #define ALL(x) ((vec){0} + (x))
 
-#ifndef LOC
-#define LOC 3
-#define LINES 1
-#endif
 static inline void fetch(const float *row) {
-    for (int i = 0; i < HEAD; i += LANES*LINES) __builtin_prefetch(row + i,0,LOC);
+    for (int i = 0; i < HEAD; i += LANES) __builtin_prefetch(row + i);
 }
 
 static inline float sum_half(half x) {
@@ -59,7 +55,7 @@ static inline float largest(vec x) {
 /* exp for x <= 0: a power of two and a polynomial, as in Cephes (S. Moshier); 1e-7 relative. Next
    to 3 << 22 a float32 has no fraction: its last bits are the whole number. */
 static inline vec exp_negative(vec x) {
-    x = LARGER(x, ALL(-87.0f));
+    x = WHERE(x < -87, ALL(-87), x);
     vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -71,8 +67,9 @@ static inline vec exp_negative(vec x) {
     return p * (vec)(((lanes)shifted + 127) << 23);
 }
 
-/* A query times 1, 2, 4, 8 and 16 keys: 16 sums of products, for one key or by turns for all. Halves
-   of vectors are added to each other, as in `sum`, but those of all keys at once. */
+/* A query times 1, 2, 4, 8 and 16 keys: 16 sums of products, of one key or of each by turns. Halves
+   of vectors are added to each other as in `sum`, but for several keys at once. Beside it fetches
+   `next`. */
 #define INLINE static inline __attribute__((always_inline)) vec
 INLINE scores1(const vec *query, const float *keys, const float *next) {
     const vec *key = (const vec *)keys;
@@ -106,8 +103,8 @@ INLINE scores16(const vec *query, const float *keys, const float *next) {
         + SHUFFLE(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-/* Adds a block's values [KEYS, HEAD] from `from` to `to`, by the weights of `count` queries, and
-   fetches `next`, up to `ahead` rows. */
+/* Adds a block's values [KEYS, HEAD] from `from` to `to`, by the weights of `count` queries. Beside
+   it fetches `next`, up to `ahead` rows. */
 static inline __attribute__((always_inline)) void add_values(
     const int count, vec (*made)[VECTORS], float (*weight)[KEYS], const float *values, int from, int to,
     const float *next, int ahead
@@ -126,14 +123,16 @@ static inline __attribute__((always_inline)) void add_values(
 /* Queries q [used, GROUP, HEAD] at `position` and after it, over the keys and values [.., HEAD] of
    their head, into y; `rows` >= `used` is what is computed. Keys come in blocks that begin at a
    multiple of KEYS, and are summed in their order: so it is all one which rows are in one call. The
-   softmax keeps a running maximum and sum (arXiv 1805.02867). */
+   softmax keeps a running maximum and sum (arXiv 1805.02867). Up to 15 keys around those that count
+   are read, and do not. While keys are read their values are fetched, and then the next keys: more
+   at a time would wait for each other. */
 static inline __attribute__((always_inline)) void attend(
     const int rows, int64_t used, const float *q, int64_t q_step, const float *keys,
     const float *values, int64_t position, int64_t window, float scale, float *y, int64_t y_step
 ) {
     vec query[TILE * GROUP][VECTORS], made[TILE * GROUP][VECTORS], total[TILE * GROUP];
     float most[TILE * GROUP], weight[TILE * GROUP][KEYS];
-    const lanes count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const lanes number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int n = 0; n < rows * GROUP; n++) {
         int64_t row = n / GROUP < used ? n / GROUP : used - 1;
         memcpy(query[n], q + row * q_step + n % GROUP * HEAD, sizeof *query);
@@ -162,7 +161,7 @@ static inline __attribute__((always_inline)) void attend(
             lanes seen[KEYS / LANES];
             vec highest = ALL(most[n]);
             for (int i = 0; i < KEYS / LANES; i++) {
-                seen[i] = (count + i * LANES >= first) & (count + i * LANES <= last);
+                seen[i] = (number + i * LANES >= first) & (number + i * LANES <= last);
                 w[i] = WHERE(seen[i], w[i], ALL(-INFINITY));
                 highest = LARGER(w[i], highest);
             }
@@ -191,9 +190,10 @@ static inline __attribute__((always_inline)) void attend(
 }
 
 /* Rows k and v [rows, heads, HEAD], `step` floats from row to row, to their places in keys and
-   values [slots, heads, length, HEAD]; then attention of q [rows, heads * GROUP, HEAD] into y, over
-   at most `window` tokens before their own unless it is < 0. Rows from tiles[t] on to before
-   tiles[t + 1], TILE at most, follow each other in one slot. */
+   values [slots, heads, length, HEAD], where length is a multiple of LANES; then attention of q
+   [rows, heads * GROUP, HEAD] into y, over at most `window` tokens before their own unless it is
+   < 0. Rows from tiles[t] on to before tiles[t + 1], TILE at most, follow each other in one slot.
+   All of a head come together, so that a prompt's tiles find its keys in the cache. */
 void step_attention(
     const float *q, int64_t q_step, const float *k, int64_t k_step, const float *v, int64_t v_step,
     float *keys, float *values, const int64_t *slots, const int64_t *positions,

@@ -84,7 +84,8 @@ class Native:
     ) -> Tensor:
         """Writes ``k`` and ``v [N, Hkv, D]`` to ``keys`` and ``values [slots, Hkv, length, D]``.
 
-        Returns the attention of ``q [N, H, D]``, as large, over what the slots then hold.
+        Returns the attention of ``q [N, H, D]``, as large, over what the slots then hold. ``length``
+        is a multiple of 16.
         ``places`` int64 ``[2, N]`` are slots and positions, ``tiles`` what ``tiles`` made of them;
         all else is float32.
         """
