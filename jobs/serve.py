@@ -152,6 +152,7 @@ def serve_here(config: ServeConfig, args: Args) -> None:
     from nanochat_ray.engine.engine import Engine
     from nanochat_ray.engine.tools import calculator_tool
     from nanochat_ray.serve.app import build_app
+    from nanochat_ray.serve.collector import spare_what_is_there
     from nanochat_ray.serve.local import LocalClient
     from nanochat_ray.serve.service import Limits
 
@@ -177,6 +178,7 @@ def serve_here(config: ServeConfig, args: Args) -> None:
         keys=environment_keys(),
     )
     print(f"{config.name or config.run} is served at http://{args.host}:{args.port}", flush=True)
+    spare_what_is_there()
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
     client.close()
 

@@ -254,7 +254,7 @@ class EngineConfig:
     """Longest prompt plus answer, in tokens; 0 is the model's sequence_len."""
     token_budget: int = 256
     """Tokens of one step: decodes first, what is left goes to prompts."""
-    prefill_chunk: int = 48
+    prefill_chunk: int = 64
     """Prompt tokens of a step in which others decode, or 3 for each of them if that is more; fewer
     late in long prompts, more where there are more prompts than decodes. It bounds the others'
     delay."""

@@ -84,9 +84,9 @@ class Native:
     ) -> Tensor:
         """Writes ``k`` and ``v [N, Hkv, D]`` to ``keys`` and ``values [slots, Hkv, length, D]``.
 
-        Returns the attention of ``q [N, H, D]``, as large, over what the slots then hold. ``length``
-        is a multiple of 16.
-        ``places`` int64 ``[2, N]`` are slots and positions, ``tiles`` what ``tiles`` made of them;
+        Returns the attention of ``q [N, H, D]``, as large, over what the slots then hold.
+        ``places`` int64 ``[2, N]`` are slots and positions, ``tiles`` what ``tiles`` made of them,
+        ``length`` is a multiple of 16;
         all else is float32.
         """
         q, k, v = (x if x.stride()[1:] == (x.size(2), 1) else x.contiguous() for x in (q, k, v))

@@ -27,6 +27,7 @@ from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.machine import engine_threads, in_thread_that_ends
 from nanochat_ray.on_ray.link import ACCEPTED, NOT_HERE, QUEUE_FULL, Link
 from nanochat_ray.on_ray.metrics import RaySink
+from nanochat_ray.serve.collector import spare_what_is_there
 from nanochat_ray.serve.metrics import EngineMetrics
 from nanochat_ray.storage import Store
 
@@ -71,6 +72,7 @@ class EngineReplica:
         """Where each request came from, and the engine that has it."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics = EngineMetrics(RaySink(model or self.name))
+        spare_what_is_there()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         name = user_config["snapshot"]

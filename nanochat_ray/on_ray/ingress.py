@@ -9,6 +9,7 @@ from ray.serve.handle import DeploymentHandle
 from nanochat_ray.on_ray.engine_client import RayEngineClient
 from nanochat_ray.on_ray.metrics import RaySink
 from nanochat_ray.serve.app import build_app
+from nanochat_ray.serve.collector import spare_what_is_there
 from nanochat_ray.serve.service import Limits
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ class Ingress:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         self.client.start()
+        spare_what_is_there()
         return build_app(
             self.client,
             self.tokenizer,
