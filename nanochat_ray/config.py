@@ -255,9 +255,8 @@ class EngineConfig:
     token_budget: int = 256
     """Tokens of one step: decodes first, what is left goes to prompts."""
     prefill_chunk: int = 64
-    """Prompt tokens of a step in which others decode, or 3 for each of them if that is more; fewer
-    late in long prompts, more where there are more prompts than decodes. It bounds the others'
-    delay."""
+    """Prompt tokens, for each prompt, of a step in which others decode, or 3 for each of these if
+    that is more; fewer late in long prompts. It bounds the others' delay."""
     prefix_tokens: int = 4096
     """Tokens of prompt beginnings that are kept for later prompts that begin the same; 0 is off.
     Where the layout is paged, what nobody holds is kept too."""

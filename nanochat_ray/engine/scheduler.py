@@ -120,9 +120,8 @@ class Scheduler:
     """Slots and queues.
 
     Invariants: a sequence is either waiting (no slot) or running (a slot of its own); decodes are
-    in every plan; a plan never exceeds ``token_budget``, nor, while anything decodes, the largest
-    of ``prefill_chunk``, as much for each prompt divided by the decodes, and ``chunk_per_decode``
-    for each decode in prompt tokens.
+    in every plan; a plan never exceeds ``token_budget``, nor, while anything decodes, the larger of
+    ``prefill_chunk`` for each prompt and ``chunk_per_decode`` for each decode in prompt tokens.
 
     With ``blocks``, which hold at least one sequence as long as may be, a sequence is admitted
     when there are blocks for all its tokens. When they run out, it takes them from those behind
@@ -226,13 +225,11 @@ class Scheduler:
         chunks.sort(key=lambda c: (not c.decode, c.sequence.slot if c.decode else 0))
         return chunks
 
-    def _chunk(self, decodes: int, prompts: int) -> float:
-        """Prompt tokens of a step. Where more wait for a first token than for a next one, the few
-        wait for the many."""
+    def _chunk(self, decodes: int, prompts: int) -> int:
+        """Prompt tokens of a step: it takes longer, the more wait for their first token."""
         if not decodes:
             return self.token_budget
-        most = self.prefill_chunk * max(1.0, prompts / decodes)
-        return max(most, self.chunk_per_decode * decodes)
+        return max(self.prefill_chunk * prompts, self.chunk_per_decode * decodes)
 
     def _grow(self, sequence: Sequence, end: int) -> bool:
         """Whether it has blocks up to token ``end``, new ones from what is free if need be."""

@@ -64,15 +64,16 @@ def test_beside_many_decodes_a_prompt_gets_more() -> None:
     assert got == [6, 6, 9, 12]
 
 
-def test_a_few_decodes_wait_for_many_prompts() -> None:
+def test_a_step_has_more_tokens_for_more_prompts() -> None:
     s = scheduler(slots=9, token_budget=40)
     s.add(sequence("first"))
     run(s)
     for name in "abcd":
         s.add(sequence(name, 10))
-    assert run(s) == {"first": 1, "a": 10, "b": 6}  # 4 prompts, 1 decode: 4 times 4 tokens
-    assert run(s) == {"first": 1, "a": 1, "b": 4, "c": 2}  # 3 prompts, 2 decodes
-    assert run(s) == {"first": 1, "a": 1, "b": 1, "c": 4}  # 2 prompts, 3 decodes
+    assert run(s) == {"first": 1, "a": 10, "b": 6}  # 4 prompts: 4 times 4 tokens
+    assert run(s) == {"first": 1, "a": 1, "b": 4, "c": 8}  # 3
+    assert run(s) == {"first": 1, "a": 1, "b": 1, "c": 2, "d": 6}  # 2
+    assert run(s) == {"first": 1, "a": 1, "b": 1, "c": 1, "d": 4}  # 1
 
 
 def test_several_prompts_share_a_step() -> None:
