@@ -43,6 +43,11 @@ class EngineLoop:
         """Why the loop is dead, or None while it lives."""
         return self._failure
 
+    def prepare(self, request: Request) -> None:
+        """What may take long of ``submit``, with its ValueError: a large grammar is compiled, and
+        kept. For a thread of its own."""
+        self._engine.validate(request)
+
     def submit(self, request: Request) -> None:
         """Raises ValueError (the engine can never answer it), EngineFull, or RuntimeError (the
         loop is dead or stopping)."""

@@ -152,10 +152,23 @@ class EngineReplica:
         if self.engine is None:
             link.send("answer", wire["id"], NOT_HERE)
             return
-        answer = ACCEPTED
         self.owners[wire["id"]] = link, self.engine
+        if wire["params"].get("grammar") is None:
+            self._begin(link, wire, self.engine)
+        else:
+            self._spawn(self._prepare(link, wire, self.engine))
+
+    async def _prepare(self, link: Link, wire: dict[str, Any], engine: EngineLoop) -> None:
+        """A grammar may take long to compile, and others' tokens go on meanwhile."""
+        with contextlib.suppress(ValueError):  # ``_begin`` meets it again
+            await asyncio.to_thread(lambda: engine.prepare(Request.from_wire(wire)))
+        if wire["id"] in self.owners:  # nobody has aborted it
+            self._begin(link, wire, engine)
+
+    def _begin(self, link: Link, wire: dict[str, Any], engine: EngineLoop) -> None:
+        answer = ACCEPTED
         try:
-            self.engine.submit(Request.from_wire(wire))
+            engine.submit(Request.from_wire(wire))
         except EngineFull:
             answer = QUEUE_FULL
         except ValueError as error:

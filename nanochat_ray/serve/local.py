@@ -31,6 +31,8 @@ class LocalClient:
 
     async def submit(self, request: Request, stream: OutputStream) -> None:
         self._loop = asyncio.get_running_loop()
+        if request.params.grammar is not None:
+            await asyncio.to_thread(self._engine_loop.prepare, request)
 
         def abort() -> None:
             self._streams.pop(request.id, None)

@@ -22,6 +22,7 @@ from ray import serve
 
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import EngineConfig, ModelConfig, to_json
+from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.engine_replica import EngineReplica
@@ -201,6 +202,61 @@ def engine_processes() -> list[int]:
         if any("ServeReplica:tiny:engine" in part for part in line):
             found.append(child.pid)
     return sorted(found)
+
+
+def test_a_grammar_that_compiles_for_long_holds_up_nobody(
+    config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling, may_go_on = threading.Event(), threading.Event()
+    validate = Engine.validate
+
+    def slowly(engine: Engine, request: Request) -> None:
+        if request.params.grammar is not None:
+            compiling.set()
+            assert may_go_on.wait(60)
+        validate(engine, request)
+
+    monkeypatch.setattr(Engine, "validate", slowly)
+
+    async def run() -> None:
+        engine = to_json(config.engine)
+        replica = EngineReplica(
+            config.storage, "tiny", engine, "cpu", 1, name="r", host="127.0.0.1"
+        )
+        await replica.reconfigure({"snapshot": "step-000100"})
+        answers: list[Any] = []
+        place = await replica.place()
+        _, link = await asyncio.get_running_loop().create_connection(
+            lambda: Link(lambda _, message: answers.append(message), lambda _: None),
+            *place["address"],
+        )
+        link.send("hello", place["secret"], "i")
+
+        def submit(name: str, grammar: dict[str, Any] | None) -> None:
+            params = SamplingParams(max_tokens=3, grammar=grammar)
+            link.send("submit", Request(id=name, prompt=[65], params=params).to_wire())
+
+        async def until(ready: Callable[[], Any]) -> None:
+            async with asyncio.timeout(60):
+                while not ready():
+                    await asyncio.sleep(0.01)
+
+        submit("slow", {"choice": ["yes", "no"]})
+        submit("given up", {"choice": ["no"]})
+        assert await asyncio.to_thread(compiling.wait, 60)
+        submit("plain", None)
+        await until(lambda: ["answer", "plain", ACCEPTED] in answers)
+        link.send("abort", ["given up"])
+        await until(lambda: "given up" not in replica.owners)
+        assert ["answer", "slow", ACCEPTED] not in answers
+        may_go_on.set()
+        await until(lambda: not replica.owners)
+        await until(lambda: ["answer", "slow", ACCEPTED] in answers)
+        assert not any(a[:2] == ["answer", "given up"] for a in answers)
+        assert replica.engine is not None
+        await asyncio.to_thread(replica.engine.stop)
+
+    asyncio.run(run())
 
 
 def test_a_new_snapshot_is_taken_in_place(config: ServeConfig) -> None:

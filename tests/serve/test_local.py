@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from tiny import wait_for
 
 from nanochat_ray.config import EngineConfig, ModelConfig
 from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.request import Request
 from nanochat_ray.engine.scheduler import Chunk
 from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.model.gpt import GPT
@@ -70,6 +72,35 @@ def test_seeds_reproduce_alone_and_together(client: openai.OpenAI) -> None:
         model="tiny", messages=USER, seed=0, n=4, max_tokens=20, extra_body={"ignore_eos": True}
     )
     assert [c.message.content for c in many.choices] == alone
+
+
+def test_a_grammar_that_compiles_for_long_holds_up_nobody(
+    client: openai.OpenAI, local: LocalClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling, may_go_on = threading.Event(), threading.Event()
+    validate = local.engine.validate
+
+    def slowly(request: Request) -> None:
+        if request.params.grammar is not None:
+            compiling.set()
+            assert may_go_on.wait(60)
+        validate(request)
+
+    monkeypatch.setattr(local.engine, "validate", slowly)
+
+    def ask(**fields: object) -> str:
+        answer = client.completions.create(
+            model="tiny", prompt="a", max_tokens=5, extra_body=fields
+        )
+        return answer.choices[0].text
+
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(ask, structured_outputs={"choice": ["yes", "no"]})
+        assert compiling.wait(60)
+        ask()
+        assert not slow.done()
+        may_go_on.set()
+        assert slow.result() in ("yes", "no")
 
 
 def test_stream_says_what_the_whole_says(client: openai.OpenAI) -> None:
