@@ -264,7 +264,7 @@ class EngineConfig:
     """How keys and values lie: by slot, ``max_len`` tokens each, or in blocks that sequences take
     as they grow. "auto" is paged in bf16 on a GPU, and by slot elsewhere: fastest on a CPU."""
     native: bool = True
-    """In fp32 on a CPU: attention of decodes and more in C, where there is a compiler."""
+    """In fp32 on a CPU: all but the sampling in C, where there is a compiler."""
     kv_memory: float = 0.8
     """Share of the free memory that keys and values may take, at most."""
     kv_tokens: int = 0

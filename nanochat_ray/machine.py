@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -54,7 +55,8 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < LARGE_PAGE:
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a system may have none
+        memory.madvise(mmap.MADV_HUGEPAGE)
     # To write now is to have the pages now, and not one by one while others wait.
     return torch.frombuffer(memory, dtype=dtype).zero_().view(tuple(shape))
 

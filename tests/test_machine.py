@@ -53,3 +53,17 @@ def test_loading_leaves_no_threads() -> None:
         torch.set_num_threads(before)
     with pytest.raises(ZeroDivisionError):
         machine.in_thread_that_ends(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (7, 1024, 513)])  # less than a large page, and more
+def test_zeros_are_those_of_torch(shape: tuple[int, ...]) -> None:
+    made = machine.zeros(shape, torch.bfloat16, torch.device("cpu"))
+    assert made.is_contiguous()
+    assert torch.equal(made, torch.zeros(shape, dtype=torch.bfloat16))
+    made += 1
+    assert not machine.zeros(shape, torch.bfloat16, torch.device("cpu")).any()
+
+
+def test_zeros_on_a_system_without_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.mmap, "MADV_HUGEPAGE", 10_000, raising=False)
+    assert not machine.zeros((1 << 20,), torch.float32, torch.device("cpu")).any()

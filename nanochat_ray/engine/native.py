@@ -1,11 +1,11 @@
-"""What an engine's forward waits for on a CPU: ``native.c``, compiled here.
+"""What an engine's forward waits for on a CPU: ``native.c`` and ``linear.c``, compiled here.
 
 A decoding row reads all its keys and values for one query: the memory's speed is what counts. One
 pass that fetches ahead is 1.2 to 1.5 times as fast as torch's attention (NOTES.md), takes each row
-at its own length, and does not mind which slots are in the batch. A few rows' matrix products wait
-for memory too, and none of torch's has a row's result hang on that row alone. What is done to each
-element goes over memory once and not six times. Where there is no C compiler, the engine goes on
-with torch's.
+at its own length, and does not mind which slots are in the batch. None of torch's matrix products
+has a row's result hang on that row alone; ours do, and go by Intel's AMX where there is some, with
+float32's precision. What is done to each element goes over memory once and not six times. Where
+there is no C compiler, the engine goes on with torch's.
 """
 
 from __future__ import annotations
