@@ -204,6 +204,13 @@ def engine_processes() -> list[int]:
     return sorted(found)
 
 
+class Unserved(EngineReplica):
+    """Without Serve nobody awaits its end."""
+
+    def __del__(self) -> None:  # type: ignore[override]
+        pass
+
+
 def test_a_grammar_that_compiles_for_long_holds_up_nobody(
     config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,9 +227,7 @@ def test_a_grammar_that_compiles_for_long_holds_up_nobody(
 
     async def run() -> None:
         engine = to_json(config.engine)
-        replica = EngineReplica(
-            config.storage, "tiny", engine, "cpu", 1, name="r", host="127.0.0.1"
-        )
+        replica = Unserved(config.storage, "tiny", engine, "cpu", 1, name="r", host="127.0.0.1")
         await replica.reconfigure({"snapshot": "step-000100"})
         answers: list[Any] = []
         place = await replica.place()
@@ -266,9 +271,7 @@ def test_a_new_snapshot_is_taken_in_place(config: ServeConfig) -> None:
 
     async def run() -> None:
         engine = to_json(config.engine)
-        replica = EngineReplica(
-            config.storage, "tiny", engine, "cpu", 1, name="r", host="127.0.0.1"
-        )
+        replica = Unserved(config.storage, "tiny", engine, "cpu", 1, name="r", host="127.0.0.1")
         await replica.reconfigure({"snapshot": "step-000100"})
         texts: dict[str, list[int]] = {}
         ended: set[str] = set()
