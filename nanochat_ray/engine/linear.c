@@ -104,6 +104,9 @@ static void split_row(const float *x, int64_t width, int64_t depth, int64_t i, b
     }
 }
 
+/* gcc does not see that what is about tiles reads memory: here all of it has been written. */
+#define SEEN(what) __asm__ volatile("" : : "r"(what) : "memory");
+
 #define LOAD_PARTS(first, second, third, of) \
     _tile_loadd(first, (of), 64); \
     _tile_loadd(second, (of) + PART, 64); \
@@ -138,13 +141,14 @@ static void multiply(
     Layout layout = {.palette = 1};
     for (int i = 0; i < 8; i++)
         layout.bytes[i] = 64, layout.rows[i] = i < 5 ? height : HEIGHT;
+    SEEN(&layout)
     _tile_loadconfig(&layout);
     const int64_t pace = (STEPS * HEIGHT << 16) / (tiles * STEPS * 2 * HALVES);
     for (int64_t c = -1; c < count; c++) {
         const float *next = w + (c + 1) * CHUNK * COLUMNS;
         Weights *b = parts[c & 1], *next_parts = parts[(c + 1) & 1];
         int64_t due = (1 << 16) - 1, split_rows = 0, chunk = c % chunks;
-        __asm__ volatile("" ::: "memory"); /* gcc does not see that loads of tiles read memory */
+        SEEN(parts)
         for (int64_t t = 0; c >= 0 && t < tiles; t++) {
             float *sum = sums[t][0], *other = sums[t][1];
             if (chunk == 0) {
