@@ -145,6 +145,11 @@ class Engine:
                 raise ValueError("grammar: this engine does not know the text of its tokens")
             self._grammars.check(request.params.grammar)
 
+    def slow_to_validate(self, request: Request) -> bool:
+        """Whether a grammar has to be compiled for it."""
+        grammar, known = request.params.grammar, self._grammars
+        return grammar is not None and known is not None and not known.knows(grammar)
+
     def add(self, request: Request) -> None:
         """Raises ValueError (see ``validate``; or its id is in use) or EngineFull."""
         self.validate(request)

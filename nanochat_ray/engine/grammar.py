@@ -6,9 +6,11 @@ replayed. G rows with a grammar, W = ceil((V + 1) / 32) words of mask for V toke
 
 from __future__ import annotations
 
-import functools
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,11 +88,19 @@ class Grammars:
         wrapper = llguidance.TokenizerWrapper(_Words(tokens, self._end))
         self._tokenizer = llguidance.LLTokenizer(wrapper)
         self._executor = llguidance.LLExecutor(1)
-        self._compiled = functools.lru_cache(maxsize=KEPT)(self._compile)
+        self._lock = threading.Lock()
+        self._made: OrderedDict[str, Future[llguidance.LLMatcher | str]] = OrderedDict()
+        """By text; or why it cannot be made."""
 
     def check(self, grammar: Mapping[str, Any]) -> None:
         """ValueError, naming the field, if it does not compile or allows no text."""
         self._compiled(json.dumps(grammar))
+
+    def knows(self, grammar: Mapping[str, Any]) -> bool:
+        """Whether ``check`` takes no time."""
+        with self._lock:
+            made = self._made.get(json.dumps(grammar))
+        return made is not None and made.done()
 
     def start(self, grammar: Mapping[str, Any], ending: Iterable[int]) -> GrammarState:
         """The beginning of an answer that ``ending`` tokens may end. ValueError: see ``check``."""
@@ -98,6 +108,28 @@ class Grammars:
         bits[list(ending)] = 1
         words = np.packbits(bits, bitorder="little").view(np.int32)
         return GrammarState(self._compiled(json.dumps(grammar)).deep_copy(), words)
+
+    def _compiled(self, text: str) -> llguidance.LLMatcher:
+        """Once for all who ask for it, even at the same time."""
+        with self._lock:
+            made = self._made.get(text)
+            if mine := made is None:
+                made = self._made[text] = Future()
+                if len(self._made) > KEPT:
+                    self._made.popitem(last=False)
+            self._made.move_to_end(text)
+        if mine:
+            try:
+                made.set_result(self._compile(text))
+            except ValueError as error:
+                made.set_result(str(error))
+            except BaseException as error:
+                made.set_exception(error)
+                raise
+        found = made.result()
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
 
     def _compile(self, text: str) -> llguidance.LLMatcher:
         ((kind, value),) = json.loads(text).items()

@@ -52,7 +52,7 @@ static inline __attribute__((always_inline)) void tile(
    the sum of three bfloat16: its 24 bits are 8, 8 and 8. Of the nine products of two such sums the
    six largest are made, and added up in float32; the other three are less than 2^-21 of the whole,
    and 2^-24 on average. So the result is as near to the true one as float32 comes, in less time
-   than float32 takes (arXiv 1904.06376). What is below 1e-30 loses bits. */
+   than float32 takes (arXiv 1904.06376). What is below 1e-30 loses bits, and infinity becomes nan. */
 #define STEP 32              /* inputs of a tile */
 #define HEIGHT 16            /* its rows */
 #define PART (HEIGHT * STEP) /* numbers in one of its three */

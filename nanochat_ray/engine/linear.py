@@ -87,26 +87,25 @@ def lay_out(model: GPT, native: Native | None = None) -> int:
             del attn.c_q, attn.c_k, attn.c_v
         if native is not None:
             attn.turn, block.mlp.activation = Turn(native), ReluSquared(native)
-    needed, products = 1, []
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear):
-                if native is None:
-                    layer = faster(layer)
-                else:
-                    layer = Product(native, layer.weight.data)
-                    products.append(layer)
-                setattr(parent, name, layer)
-            if isinstance(layer, nn.Linear | Gate):
-                rows = fewest_rows(layer, model.compute_dtype)
-                needed = max(needed, rows or FEWEST_ROWS[-1])
-    gather(products)
+    layers = [
+        (parent, name, layer)
+        for parent in list(model.modules())
+        for name, layer in list(parent.named_children())
+        if isinstance(layer, nn.Linear)
+    ]
+    if native is not None:
+        # One stretch of large pages, and no second copy of more than a layer at a time.
+        rooms = [Product.room(layer.weight) for _, _, layer in layers]
+        memory = zeros([sum(rooms)], torch.float32, torch.device("cpu")).split(rooms)
+        while layers:
+            parent, name, layer = layers.pop(0)
+            part, memory = memory[0], memory[1:]
+            setattr(parent, name, Product(native, layer.weight.data, part))
+        return 1
+    needed = 1
+    for parent, name, layer in layers:
+        found = faster(layer)
+        setattr(parent, name, found)
+        rows = fewest_rows(found, model.compute_dtype)
+        needed = max(needed, rows or FEWEST_ROWS[-1])
     return needed
-
-
-def gather(products: list[Product]) -> None:
-    """Moves the weights to one stretch of memory, of large pages."""
-    sizes = [product.blocks.numel() for product in products]
-    whole = zeros([sum(sizes)], torch.float32, torch.device("cpu"))
-    for product, part in zip(products, whole.split(sizes), strict=True):
-        product.blocks = part.view(product.blocks.shape).copy_(product.blocks)

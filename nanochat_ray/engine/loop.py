@@ -43,9 +43,12 @@ class EngineLoop:
         """Why the loop is dead, or None while it lives."""
         return self._failure
 
+    def slow_to_submit(self, request: Request) -> bool:
+        """Whether ``prepare`` had better be called before ``submit``, in a thread of its own."""
+        return self._engine.slow_to_validate(request)
+
     def prepare(self, request: Request) -> None:
-        """What may take long of ``submit``, with its ValueError: a large grammar is compiled, and
-        kept. For a thread of its own."""
+        """What may take long of ``submit``: a grammar is compiled, and kept. Raises ValueError."""
         self._engine.validate(request)
 
     def submit(self, request: Request) -> None:

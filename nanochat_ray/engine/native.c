@@ -74,8 +74,8 @@ static inline vec exp_negative(vec x) {
 INLINE scores1(const vec *query, const float *keys, const float *next) {
     const vec *key = (const vec *)keys;
     if (next) fetch(next);
-    vec products = query[0] * key[0];
-    for (int i = 1; i < VECTORS; i++) products += query[i] * key[i];
+    vec products = {0}; /* or with heads of 16 the product alone were fused with what follows */
+    for (int i = 0; i < VECTORS; i++) products += query[i] * key[i];
     return products;
 }
 INLINE scores2(const vec *query, const float *keys, const float *next) {

@@ -177,12 +177,20 @@ class Norm(nn.Module):
 class Product(nn.Module):
     """In place of a ``model.layers.Linear`` with float32 ``weight [N, K]``."""
 
-    def __init__(self, native: Native, weight: Tensor):
+    def __init__(self, native: Native, weight: Tensor, memory: Tensor | None = None):
+        """``memory`` holds ``room(weight)`` numbers."""
         super().__init__()
         self.native = native
         self.out_features, self.in_features = weight.shape
         padded = pad(weight, (0, -self.in_features % CHUNK, 0, -self.out_features % COLUMNS))
-        self.blocks = padded.unflatten(0, (-1, COLUMNS)).transpose(1, 2).contiguous()
+        blocks = padded.unflatten(0, (-1, COLUMNS)).transpose(1, 2)
+        memory = torch.empty(blocks.numel()) if memory is None else memory
+        self.blocks = memory.view(blocks.shape).copy_(blocks)
+
+    @staticmethod
+    def room(weight: Tensor) -> int:
+        N, K = weight.shape
+        return -(-N // COLUMNS) * COLUMNS * -(-K // CHUNK) * CHUNK
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.native.linear(x, self.blocks)

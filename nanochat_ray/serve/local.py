@@ -31,7 +31,7 @@ class LocalClient:
 
     async def submit(self, request: Request, stream: OutputStream) -> None:
         self._loop = asyncio.get_running_loop()
-        if request.params.grammar is not None:
+        if self._engine_loop.slow_to_submit(request):
             await asyncio.to_thread(self._engine_loop.prepare, request)
 
         def abort() -> None:
