@@ -24,9 +24,27 @@ typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 #define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (lanes){__VA_ARGS__})
 #endif
 
-/* By lanes: a where `is`, which is 0 or -1, and b where not. */
-#define WHERE(is, a, b) ((vec)(((lanes)(a) & (is)) | ((lanes)(b) & ~(is))))
-#define LARGER(a, b) WHERE((a) > (b), a, b)
+/* What the processor compares at a time: longer vectors gcc 12 compares one by one. */
+#if defined(__AVX512F__)
+#define REGISTER 16
+#elif defined(__AVX__)
+#define REGISTER 8
+#else
+#define REGISTER 4
+#endif
+typedef float reg __attribute__((vector_size(4 * REGISTER), aligned(4), may_alias));
+typedef int32_t mask __attribute__((vector_size(4 * REGISTER), aligned(4), may_alias));
+
+/* By lanes: a where x < y, and b where not. */
+static inline vec less(vec x, vec y, vec a, vec b) {
+    union { vec all; reg each[LANES / REGISTER]; } p = {x}, q = {y}, r = {a}, s = {b};
+    for (int i = 0; i < LANES / REGISTER; i++) {
+        mask is = p.each[i] < q.each[i];
+        r.each[i] = (reg)(((mask)r.each[i] & is) | ((mask)s.each[i] & ~is));
+    }
+    return r.all;
+}
+
 #define ALL(x) ((vec){0} + (x))
 
 static inline void fetch(const float *row) {
@@ -55,7 +73,7 @@ static inline float largest(vec x) {
 /* exp for x <= 0: a power of two and a polynomial, as in Cephes (S. Moshier); 1e-7 relative. Next
    to 3 << 22 a float32 has no fraction: its last bits are the whole number. */
 static inline vec exp_negative(vec x) {
-    x = WHERE(x < -87, ALL(-87), x);
+    x = less(x, ALL(-87), ALL(-87), x);
     vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -132,7 +150,7 @@ static inline __attribute__((always_inline)) void attend(
 ) {
     vec query[TILE * GROUP][VECTORS], made[TILE * GROUP][VECTORS], total[TILE * GROUP];
     float most[TILE * GROUP], weight[TILE * GROUP][KEYS];
-    const lanes number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vec numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int n = 0; n < rows * GROUP; n++) {
         int64_t row = n / GROUP < used ? n / GROUP : used - 1;
         memcpy(query[n], q + row * q_step + n % GROUP * HEAD, sizeof *query);
@@ -152,23 +170,23 @@ static inline __attribute__((always_inline)) void attend(
         }
         for (int n = 0; n < rows * GROUP; n++) {
             int64_t at = position + (n / GROUP < used ? n / GROUP : used - 1) - block;
-            int first = window >= 0 && at > window ? at - window : 0, last = at < KEYS ? at : KEYS - 1;
+            float first = window >= 0 && at > window ? at - window : 0, last = at < KEYS ? at : KEYS - 1;
             vec *w = (vec *)weight[n], sums = {0};
             if (first > last) {
                 memset(w, 0, sizeof *weight);
                 continue;
             }
-            lanes seen[KEYS / LANES];
+#define SEEN(i, x, y) \
+    less(numbers + 1.0f * i * LANES, ALL(first), y, less(ALL(last), numbers + 1.0f * i * LANES, y, x))
             vec highest = ALL(most[n]);
             for (int i = 0; i < KEYS / LANES; i++) {
-                seen[i] = (number + i * LANES >= first) & (number + i * LANES <= last);
-                w[i] = WHERE(seen[i], w[i], ALL(-INFINITY));
-                highest = LARGER(w[i], highest);
+                w[i] = SEEN(i, w[i], ALL(-INFINITY));
+                highest = less(highest, w[i], w[i], highest);
             }
             float before = most[n];
             most[n] = largest(highest);
             for (int i = 0; i < KEYS / LANES; i++) {
-                w[i] = WHERE(seen[i], exp_negative(w[i] - most[n]), (vec){0});
+                w[i] = SEEN(i, exp_negative(w[i] - most[n]), (vec){0});
                 sums += w[i];
             }
             float fade = exp_negative(ALL(before - most[n]))[0];
@@ -269,16 +287,18 @@ void relu_squared(float *x, int64_t count, int threads) {
     for (int64_t i = 0; i < count; i++) x[i] = x[i] > 0 ? x[i] * x[i] : 0;
 }
 
+static inline vec capped(vec x, float cap) {
+    vec t = exp_negative(less(x, -x, -x, x) * (-2 / cap)), y = (1 - t) / (1 + t) * cap;
+    return less(x, (vec){0}, -y, y);
+}
+
 /* cap * tanh(x / cap) of x [count], in place; 1e-7 of cap. */
 void softcap(float *x, int64_t count, float cap, int threads) {
+    int64_t whole = count / LANES * LANES;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < count; i += LANES) {
-        int64_t rest = count - i < LANES ? count - i : LANES;
-        vec part = {0};
-        memcpy(&part, x + i, rest * sizeof *x);
-        vec t = exp_negative(LARGER(part, -part) * (-2 / cap));
-        vec y = (1 - t) / (1 + t) * cap;
-        y = WHERE(part < 0, -y, y);
-        memcpy(x + i, &y, rest * sizeof *x);
-    }
+    for (int64_t i = 0; i < whole; i += LANES) *(vec *)(x + i) = capped(*(vec *)(x + i), cap);
+    vec rest = {0};
+    memcpy(&rest, x + whole, (count - whole) * sizeof *x);
+    rest = capped(rest, cap);
+    memcpy(x + whole, &rest, (count - whole) * sizeof *x);
 }
