@@ -334,7 +334,7 @@ def test_a_new_snapshot_is_taken_in_place(config: ServeConfig) -> None:
         ended.clear()
         submit("last", 300)
         await until(lambda: texts["last"])
-        await replica.__del__()  # it ends what it has
+        await EngineReplica.__del__(replica)  # it ends what it has
         assert "last" in ended
         assert ["leaving"] in answers
 
