@@ -26,7 +26,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,10 +147,10 @@ class Engine:
                 raise ValueError("grammar: this engine does not know the text of its tokens")
             self._grammars.check(request.params.grammar)
 
-    def slow_to_validate(self, request: Request) -> bool:
-        """Whether a grammar has to be compiled for it."""
-        grammar, known = request.params.grammar, self._grammars
-        return grammar is not None and known is not None and not known.knows(grammar)
+    def prepare(self, request: Request) -> Future[Any] | None:
+        """What ``validate`` and ``add`` would wait for: its grammar is compiled. None without."""
+        grammar = request.params.grammar
+        return self._grammars.compile(grammar) if self._grammars and grammar else None
 
     def add(self, request: Request) -> None:
         """Raises ValueError (see ``validate``; or its id is in use) or EngineFull."""
@@ -156,15 +158,17 @@ class Engine:
         if request.id in self._sequences:
             raise ValueError(f"id={request.id!r} is in use by another request")
         request = request.seeded()
-        params = request.params
+        params, grammar = request.params, None
+        if self._grammars is not None and params.grammar is not None:
+            grammar = self._grammars.start(params.grammar, params.ending, request.generated)
         sequence = Sequence(
             request=request,
             tokens=[*request.prompt, *request.generated],
             seed=params.seed or 0,
             limit=min(self.max_len, len(request.prompt) + params.max_tokens),
             # What a tool writes would not follow the grammar.
-            tool=ToolState(self.tool) if self.tool and params.grammar is None else None,
-            grammar=self._start_grammar(request),
+            tool=ToolState(self.tool) if self.tool and grammar is None else None,
+            grammar=grammar,
             ending=params.ending,
             prompts=[(0, len(request.prompt))],
             # Whoever made a part of the answer has told them.
@@ -198,17 +202,6 @@ class Engine:
                     complete=complete,
                 )
             )
-
-    def _start_grammar(self, request: Request) -> GrammarState | None:
-        if self._grammars is None or request.params.grammar is None:
-            return None
-        ending = request.params.ending
-        state = self._grammars.start(request.params.grammar, ending)
-        made = request.generated
-        # The token that ended the answer is not part of its text.
-        if not state.feed(made[:-1] if made and made[-1] in ending else made):
-            raise ValueError(f"generated: it does not follow the grammar: {state.error}")
-        return state
 
     def abort(self, request_id: str) -> bool:
         """Frees what the request holds, at once; False if there is no such request."""

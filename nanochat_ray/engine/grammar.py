@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,57 +88,50 @@ class Grammars:
         wrapper = llguidance.TokenizerWrapper(_Words(tokens, self._end))
         self._tokenizer = llguidance.LLTokenizer(wrapper)
         self._executor = llguidance.LLExecutor(1)
+        self._compilers = ThreadPoolExecutor(2, "grammar")  # one that takes long is not alone
         self._lock = threading.Lock()
         self._made: OrderedDict[str, Future[llguidance.LLMatcher | str]] = OrderedDict()
         """By text; or why it cannot be made."""
 
-    def check(self, grammar: Mapping[str, Any]) -> None:
-        """ValueError, naming the field, if it does not compile or allows no text."""
-        self._compiled(json.dumps(grammar))
-
-    def knows(self, grammar: Mapping[str, Any]) -> bool:
-        """Whether ``check`` takes no time."""
+    def compile(self, grammar: Mapping[str, Any]) -> Future[llguidance.LLMatcher | str]:
+        """Once for all who ask for it, even at the same time: it may take seconds."""
+        text = json.dumps(grammar)
         with self._lock:
-            made = self._made.get(json.dumps(grammar))
-        return made is not None and made.done()
-
-    def start(self, grammar: Mapping[str, Any], ending: Iterable[int]) -> GrammarState:
-        """The beginning of an answer that ``ending`` tokens may end. ValueError: see ``check``."""
-        bits = np.zeros(self._width * 32, dtype=np.uint8)
-        bits[list(ending)] = 1
-        words = np.packbits(bits, bitorder="little").view(np.int32)
-        return GrammarState(self._compiled(json.dumps(grammar)).deep_copy(), words)
-
-    def _compiled(self, text: str) -> llguidance.LLMatcher:
-        """Once for all who ask for it, even at the same time."""
-        with self._lock:
-            made = self._made.get(text)
-            if mine := made is None:
-                made = self._made[text] = Future()
+            if text not in self._made:
+                self._made[text] = self._compilers.submit(self._compile, text)
                 if len(self._made) > KEPT:
                     self._made.popitem(last=False)
             self._made.move_to_end(text)
-        if mine:
-            try:
-                made.set_result(self._compile(text))
-            except ValueError as error:
-                made.set_result(str(error))
-            except BaseException as error:
-                made.set_exception(error)
-                raise
-        found = made.result()
-        if isinstance(found, str):
-            raise ValueError(found)
-        return found
+            return self._made[text]
 
-    def _compile(self, text: str) -> llguidance.LLMatcher:
+    def check(self, grammar: Mapping[str, Any]) -> llguidance.LLMatcher:
+        """ValueError, naming the field, if it does not compile or allows no text."""
+        made = self.compile(grammar).result()
+        if isinstance(made, str):
+            raise ValueError(made)
+        return made
+
+    def start(
+        self, grammar: Mapping[str, Any], ending: Collection[int], made: Sequence[int] = ()
+    ) -> GrammarState:
+        """An answer that ``ending`` tokens may end, of which ``made`` is there. ValueError: see
+        ``check``, or ``made`` does not follow."""
+        bits = np.zeros(self._width * 32, dtype=np.uint8)
+        bits[list(ending)] = 1
+        words = np.packbits(bits, bitorder="little").view(np.int32)
+        state = GrammarState(self.check(grammar).deep_copy(), words)
+        # The token that ended the answer is not part of its text.
+        if not state.feed(made[:-1] if made and made[-1] in ending else made):
+            raise ValueError(f"generated: it does not follow the grammar: {state.error}")
+        return state
+
+    def _compile(self, text: str) -> llguidance.LLMatcher | str:
         ((kind, value),) = json.loads(text).items()
         matcher = llguidance.LLMatcher(self._tokenizer, _source(kind, value), log_level=0)
         if matcher.is_error():
-            reason = matcher.get_error().strip()
-            raise ValueError(f"grammar: this {kind} does not compile: {reason}")
+            return f"grammar: this {kind} does not compile: {matcher.get_error().strip()}"
         if not (self._one(matcher) & ~_bit(self._end, self._width)).any():
-            raise ValueError(f"grammar: this {kind} allows no text, or none of these tokens")
+            return f"grammar: this {kind} allows no text, or none of these tokens"
         return matcher
 
     def _one(self, matcher: llguidance.LLMatcher) -> np.ndarray:

@@ -4,26 +4,17 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "registers.h"
+
 /* Weights lie in blocks of COLUMNS outputs: w [blocks, depth, COLUMNS], where depth is the width of
    x rounded up to CHUNK, and what is beyond it 0. */
 #define COLUMNS 32
 #define CHUNK 64
 
-/* A tile of sums fills the registers, or nearly: 32 of AVX512, 16 of AVX, 32 of NEON. */
 #define LINE 16 /* floats */
 #define AHEAD 16 /* columns to fetch: a processor's own prefetching ends at a page's end */
-#if defined(__AVX512F__)
-#define REGISTER 16
-#define TILE_ROWS 14
-#elif defined(__AVX__)
-#define REGISTER 8
-#define TILE_ROWS 3
-#else
-#define REGISTER 4
-#define TILE_ROWS 3
-#endif
+#define TILE_ROWS (REGISTER == 16 ? 14 : 3) /* a tile of sums fills the registers, or nearly */
 #define TILE_WIDTH (COLUMNS / REGISTER)
-typedef float reg __attribute__((vector_size(4 * REGISTER), aligned(4), may_alias));
 
 /* `rows` rows and COLUMNS columns of a product, whose sums stay in registers. */
 static inline __attribute__((always_inline)) void tile(

@@ -87,25 +87,23 @@ def lay_out(model: GPT, native: Native | None = None) -> int:
             del attn.c_q, attn.c_k, attn.c_v
         if native is not None:
             attn.turn, block.mlp.activation = Turn(native), ReluSquared(native)
-    layers = [
-        (parent, name, layer)
-        for parent in list(model.modules())
-        for name, layer in list(parent.named_children())
+    places = [
+        (parent, name)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
         if isinstance(layer, nn.Linear)
     ]
     if native is not None:
-        # One stretch of large pages, and no second copy of more than a layer at a time.
-        rooms = [Product.room(layer.weight) for _, _, layer in layers]
+        # One stretch of large pages, to which the weights go one by one: never twice in memory.
+        rooms = [Product.room(getattr(*place).weight) for place in places]
         memory = zeros([sum(rooms)], torch.float32, torch.device("cpu")).split(rooms)
-        while layers:
-            parent, name, layer = layers.pop(0)
-            part, memory = memory[0], memory[1:]
-            setattr(parent, name, Product(native, layer.weight.data, part))
+        for (parent, name), part in zip(places, memory, strict=True):
+            setattr(parent, name, Product(native, getattr(parent, name).weight.data, part))
         return 1
     needed = 1
-    for parent, name, layer in layers:
-        found = faster(layer)
-        setattr(parent, name, found)
-        rows = fewest_rows(found, model.compute_dtype)
+    for parent, name in places:
+        layer = faster(getattr(parent, name))
+        setattr(parent, name, layer)
+        rows = fewest_rows(layer, model.compute_dtype)
         needed = max(needed, rows or FEWEST_ROWS[-1])
     return needed

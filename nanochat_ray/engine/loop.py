@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 from nanochat_ray.engine.engine import Engine, Stats
 from nanochat_ray.engine.request import EngineFull, Output, Request
@@ -43,13 +45,9 @@ class EngineLoop:
         """Why the loop is dead, or None while it lives."""
         return self._failure
 
-    def slow_to_submit(self, request: Request) -> bool:
-        """Whether ``prepare`` had better be called before ``submit``, in a thread of its own."""
-        return self._engine.slow_to_validate(request)
-
-    def prepare(self, request: Request) -> None:
-        """What may take long of ``submit``: a grammar is compiled, and kept. Raises ValueError."""
-        self._engine.validate(request)
+    def prepare(self, request: Request) -> Future[Any] | None:
+        """What ``submit`` would wait for, and perhaps for long; None if for nothing."""
+        return self._engine.prepare(request)
 
     def submit(self, request: Request) -> None:
         """Raises ValueError (the engine can never answer it), EngineFull, or RuntimeError (the

@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "registers.h"
+
 #define LANES 16
 #define VECTORS (HEAD / LANES)
 #define KEYS 64  /* of a block: with HEAD=64 16 KiB, so that scores meet values in the first cache */
@@ -24,18 +26,10 @@ typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 #define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (lanes){__VA_ARGS__})
 #endif
 
-/* What the processor compares at a time: longer vectors gcc 12 compares one by one. */
-#if defined(__AVX512F__)
-#define REGISTER 16
-#elif defined(__AVX__)
-#define REGISTER 8
-#else
-#define REGISTER 4
-#endif
-typedef float reg __attribute__((vector_size(4 * REGISTER), aligned(4), may_alias));
 typedef int32_t mask __attribute__((vector_size(4 * REGISTER), aligned(4), may_alias));
 
-/* By lanes: a where x < y, and b where not. */
+/* By lanes: a where x < y, and b where not; a register at a time, since gcc 12 compares longer
+   vectors number by number. */
 static inline vec less(vec x, vec y, vec a, vec b) {
     union { vec all; reg each[LANES / REGISTER]; } p = {x}, q = {y}, r = {a}, s = {b};
     for (int i = 0; i < LANES / REGISTER; i++) {
@@ -85,41 +79,34 @@ static inline vec exp_negative(vec x) {
     return p * (vec)(((lanes)shifted + 127) << 23);
 }
 
-/* A query times 1, 2, 4, 8 and 16 keys: 16 sums of products, of one key or of each by turns. Halves
-   of vectors are added to each other as in `sum`, but for several keys at once. Beside it fetches
-   `next`. */
-#define INLINE static inline __attribute__((always_inline)) vec
-INLINE scores1(const vec *query, const float *keys, const float *next) {
+/* Sums of neighbours, those of x and then those of y. */
+static inline vec fold(vec x, vec y) {
+    return SHUFFLE(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+        + SHUFFLE(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+/* A query times 1, 2, 4, 8 or 16 keys: 16 sums of products, as many to each key, one key's after the
+   other's. Beside it fetches `next`. */
+#define SCORES(count) \
+    static inline __attribute__((always_inline)) vec scores##count( \
+        const vec *query, const float *keys, const float *next \
+    )
+#define FOLDED(half) \
+    { \
+        vec x = scores##half(query, keys, next); \
+        return fold(x, scores##half(query, keys + half * HEAD, next ? next + half * HEAD : 0)); \
+    }
+SCORES(1) {
     const vec *key = (const vec *)keys;
     if (next) fetch(next);
     vec products = {0}; /* or with heads of 16 the product alone were fused with what follows */
     for (int i = 0; i < VECTORS; i++) products += query[i] * key[i];
     return products;
 }
-INLINE scores2(const vec *query, const float *keys, const float *next) {
-    vec x = scores1(query, keys, next);
-    vec y = scores1(query, keys + HEAD, next ? next + HEAD : 0);
-    return SHUFFLE(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
-        + SHUFFLE(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-}
-INLINE scores4(const vec *query, const float *keys, const float *next) {
-    vec x = scores2(query, keys, next);
-    vec y = scores2(query, keys + 2 * HEAD, next ? next + 2 * HEAD : 0);
-    return SHUFFLE(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
-        + SHUFFLE(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-}
-INLINE scores8(const vec *query, const float *keys, const float *next) {
-    vec x = scores4(query, keys, next);
-    vec y = scores4(query, keys + 4 * HEAD, next ? next + 4 * HEAD : 0);
-    return SHUFFLE(x, y, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29)
-        + SHUFFLE(x, y, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-}
-INLINE scores16(const vec *query, const float *keys, const float *next) {
-    vec x = scores8(query, keys, next);
-    vec y = scores8(query, keys + 8 * HEAD, next ? next + 8 * HEAD : 0);
-    return SHUFFLE(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
-        + SHUFFLE(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
+SCORES(2) FOLDED(1)
+SCORES(4) FOLDED(2)
+SCORES(8) FOLDED(4)
+SCORES(16) FOLDED(8)
 
 /* Adds a block's values [KEYS, HEAD] from `from` to `to`, by the weights of `count` queries. Beside
    it fetches `next`, up to `ahead` rows. */

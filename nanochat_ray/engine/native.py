@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "linear.c"))
+SOURCES = tuple(str(Path(__file__).with_name(name)) for name in ("native.c", "linear.c"))
 HEAD_MULTIPLE = 16
 TILE_QUERIES = 8
 """To a key/value head, that read its keys together: the rows of a prompt, or of guesses."""
@@ -116,17 +116,9 @@ class Native:
         count, depth, width = blocks.shape
         rows = x.numel() // K
         y = torch.empty((*x.shape[:-1], count * width))
-        parts = None
-        if self.amx:
-            parts = torch.empty(
-                3 * depth * min(-(-rows // 16) * 16, SHARED_ROWS), dtype=torch.int16
-            )
-        pointers = (
-            x.data_ptr(),
-            blocks.data_ptr(),
-            y.data_ptr(),
-            0 if parts is None else parts.data_ptr(),
-        )
+        room = 3 * depth * min(-(-rows // 16) * 16, SHARED_ROWS) if self.amx else 0
+        parts = torch.empty(room, dtype=torch.int16)  # of no numbers: a null pointer
+        pointers = (x.data_ptr(), blocks.data_ptr(), y.data_ptr(), parts.data_ptr())
         self._linear(*pointers, rows, K, count, torch.get_num_threads())
         return y
 
@@ -250,16 +242,7 @@ def native(head_dim: int, group: int) -> Native | None:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "native.so"
         for parallel in (("-fopenmp",), ()):
-            command = [
-                *compiler,
-                *OPTIONS,
-                *parallel,
-                *sizes,
-                *map(str, SOURCES),
-                "-o",
-                str(made),
-                "-lm",
-            ]
+            command = [*compiler, *OPTIONS, *parallel, *sizes, *SOURCES, "-o", str(made), "-lm"]
             try:
                 subprocess.run(
                     command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS

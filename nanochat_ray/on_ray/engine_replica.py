@@ -152,27 +152,17 @@ class EngineReplica:
         if self.engine is None:
             link.send("answer", wire["id"], NOT_HERE)
             return
-        try:
-            request = Request.from_wire(wire)
-        except ValueError as error:
-            link.send("answer", wire["id"], str(error))
-            return
-        self.owners[request.id] = link, self.engine
-        if self.engine.slow_to_submit(request):
-            self._spawn(self._prepare(link, request, self.engine))
-        else:
-            self._begin(link, request, self.engine)
+        self.owners[wire["id"]] = link, self.engine
+        self._spawn(self._begin(link, wire, self.engine))
 
-    async def _prepare(self, link: Link, request: Request, engine: EngineLoop) -> None:
-        """A grammar may take long to compile, and others' tokens go on meanwhile."""
-        with contextlib.suppress(ValueError):  # ``submit`` raises it again, at once
-            await asyncio.to_thread(engine.prepare, request)
-        if request.id in self.owners:  # nobody has aborted it
-            self._begin(link, request, engine)
-
-    def _begin(self, link: Link, request: Request, engine: EngineLoop) -> None:
+    async def _begin(self, link: Link, wire: dict[str, Any], engine: EngineLoop) -> None:
         answer = ACCEPTED
         try:
+            request = Request.from_wire(wire)
+            if compiling := engine.prepare(request):  # others' tokens go on meanwhile
+                await asyncio.shield(asyncio.wrap_future(compiling))
+            if request.id not in self.owners:
+                return  # aborted
             engine.submit(request)
         except EngineFull:
             answer = QUEUE_FULL
@@ -181,8 +171,8 @@ class EngineReplica:
         except RuntimeError:  # it is dead: Serve will see that too, and replace this replica
             answer = NOT_HERE
         if answer != ACCEPTED:
-            del self.owners[request.id]
-        link.send("answer", request.id, answer)
+            del self.owners[wire["id"]]
+        link.send("answer", wire["id"], answer)
 
     def _abort(self, requests: Sequence[str]) -> None:
         for request in requests:

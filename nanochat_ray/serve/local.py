@@ -31,8 +31,8 @@ class LocalClient:
 
     async def submit(self, request: Request, stream: OutputStream) -> None:
         self._loop = asyncio.get_running_loop()
-        if self._engine_loop.slow_to_submit(request):
-            await asyncio.to_thread(self._engine_loop.prepare, request)
+        if compiling := self._engine_loop.prepare(request):
+            await asyncio.shield(asyncio.wrap_future(compiling))  # others may wait for it too
 
         def abort() -> None:
             self._streams.pop(request.id, None)

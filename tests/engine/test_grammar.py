@@ -6,10 +6,7 @@ import dataclasses
 import json
 import random
 import re
-import threading
-import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jsonschema
@@ -218,37 +215,16 @@ def test_masks_behind_a_draft_are_those_of_the_draft_taken() -> None:
         assert state.feed([token])
 
 
-def test_it_is_compiled_once_for_all_who_ask_and_so_is_why_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    compiled: list[str] = []
-    all_ask, compile_it = threading.Barrier(4), Grammars._compile
-
-    def slowly(self: Grammars, text: str) -> Any:
-        compiled.append(text)
-        time.sleep(0.1 * (len(compiled) < 3))
-        return compile_it(self, text)
-
-    monkeypatch.setattr(Grammars, "_compile", slowly)
+def test_it_is_compiled_once_for_all_who_ask_and_so_is_why_not() -> None:
     grammars = Grammars(TOK.byte_table(), VOCAB)
     good, bad = {"choice": ["yes", "no"]}, {"regex": "(("}
-
-    def check(grammar: Mapping[str, Any]) -> str:
-        all_ask.wait(60)
-        try:
-            grammars.check(grammar)
-        except ValueError as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(4) as pool:
-        for grammar in (good, bad):
-            assert not grammars.knows(grammar)
-            answers = set(pool.map(check, [grammar] * 4))
-            assert len(answers) == 1
-            assert ("does not compile" in answers.pop()) == (grammar is bad)
-            assert grammars.knows(grammar)
-    assert compiled == [json.dumps(good), json.dumps(bad)]
+    assert grammars.compile(good) is grammars.compile(dict(good))
+    grammars.check(good)
+    refusal = grammars.compile(bad)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="this regex does not compile"):
+            grammars.check(bad)
+    assert grammars.compile(bad) is refusal
     for i in range(KEPT):
         grammars.check({"choice": [f"word {i}"]})
-    assert not grammars.knows(good)
+    assert grammars.compile(bad) is not refusal  # the oldest are forgotten

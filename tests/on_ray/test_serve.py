@@ -22,7 +22,7 @@ from ray import serve
 
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import EngineConfig, ModelConfig, to_json
-from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.engine_replica import EngineReplica
@@ -215,15 +215,14 @@ def test_a_grammar_that_compiles_for_long_holds_up_nobody(
     config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiling, may_go_on = threading.Event(), threading.Event()
-    validate = Engine.validate
+    compile_it = Grammars._compile
 
-    def slowly(engine: Engine, request: Request) -> None:
-        if request.params.grammar is not None:
-            compiling.set()
-            assert may_go_on.wait(60)
-        validate(engine, request)
+    def slowly(grammars: Grammars, text: str) -> Any:
+        compiling.set()
+        assert may_go_on.wait(60)
+        return compile_it(grammars, text)
 
-    monkeypatch.setattr(Engine, "validate", slowly)
+    monkeypatch.setattr(Grammars, "_compile", slowly)
 
     async def run() -> None:
         engine = to_json(config.engine)
