@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 Precision = Literal["fp32", "bf16"]
 KvLayout = Literal["auto", "slots", "paged"]
+Overlap = Literal["auto", "on", "off"]
 Orthogonalizer = Literal["polar_express", "newton_schulz"]
 
 
@@ -272,6 +273,9 @@ class EngineConfig:
     at most, if ``kv_memory`` has room for it."""
     max_waiting: int = 256
     """Requests that may wait for a slot; one more is refused."""
+    overlap: Overlap = "auto"
+    """Whether a step is planned and launched while the one before it runs. "auto" is on a GPU: on a
+    CPU, which is done with a step when it is launched, tokens would only come a step later."""
     precision: Precision = "fp32"
     speculative_tokens: int = 3
     """Guessed tokens that a sequence runs beside its last one, at most; 0 is off. Tokens are the
@@ -306,8 +310,8 @@ class EngineConfig:
             f"more than max_slots={self.max_slots}, or prompts would starve",
         )
         _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
-        layouts = get_args(KvLayout)
-        _require(self.kv_layout in layouts, "kv_layout", self.kv_layout, " or ".join(layouts))
+        for name, kinds in (("kv_layout", get_args(KvLayout)), ("overlap", get_args(Overlap))):
+            _require(getattr(self, name) in kinds, name, getattr(self, name), " or ".join(kinds))
         _require(0 < self.kv_memory <= 1, "kv_memory", self.kv_memory, "above 0, up to 1")
 
 

@@ -61,6 +61,14 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     return torch.frombuffer(memory, dtype=dtype).zero_().view(tuple(shape))
 
 
+def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same values on ``device``, without waiting for what a GPU is at: its order is kept."""
+    if device.type != "cuda":
+        return values.to(device)
+    # From ordinary memory CUDA would wait. Torch keeps pinned memory until it has been read.
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 def cores(folder: Path = CGROUP) -> int:
     """Cores that this process may use: of the machine, or as the container's limit (cgroup v2)
     allows."""

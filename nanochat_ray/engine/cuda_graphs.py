@@ -63,12 +63,16 @@ class DecodeGraphs:
         ids, before = tokens
         return self._model.logits(self._model.hidden(ids[:, None], self._cache, before)[:, 0])
 
-    def run(self, ids: Sequence[int], before: Sequence[int], spans: Sequence[Span]) -> Tensor:
-        """float32 logits ``[N, V]`` of spans of one token each; valid up to the next run."""
-        found = self._recordings[1 << (len(ids) - 1).bit_length()]
-        rows = found.tokens.size(1)
-        rest = [0] * (rows - len(ids))
-        found.tokens.copy_(torch.tensor([[*ids, *rest], [*before, *rest]]), non_blocking=True)
+    def rows(self, count: int) -> int:
+        """Rows of the graph that runs so many, or 0 if there is none for as many."""
+        return 1 << (count - 1).bit_length() if count <= self.largest else 0
+
+    def run(self, tokens: Tensor, spans: Sequence[Span]) -> Tensor:
+        """float32 logits ``[rows, V]`` of spans of one token each, and of padding; valid up to the
+        next run. ``tokens [2, rows]`` as in a recording."""
+        rows = tokens.size(1)
+        found = self._recordings[rows]
+        found.tokens.copy_(tokens)
         found.layout.copy_(self._cache.lay_out(spans, rows))
         found.graph.replay()
-        return found.logits[: len(ids)]
+        return found.logits

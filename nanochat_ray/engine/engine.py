@@ -15,8 +15,12 @@ The way of one request:
    Back come logits for the rows that want some.
 4. ``sampling_state`` bends them (bias, penalties, bans, ``grammar``), ``sampler`` chooses tokens: a
    pure function of (logits, parameters, seed, position); ``scores`` finds log-probabilities.
+   The step is ``launched``.
 5. ``_extend`` decides what a token means: guesses hold up to the first wrong one; a token may end
    the answer or, through ``tools``, force others. What is new leaves as an ``Output``.
+
+On a GPU steps overlap: while one runs, the next is planned and launched, with tokens that only the
+GPU knows. What turns out to have ended by then, or to go on as a tool wants, ran in vain.
 
 Who is preempted waits with its tokens, which are then computed as they were the first time.
 Not thread-safe: ``loop.EngineLoop`` is.
@@ -27,7 +31,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +38,8 @@ from torch import Tensor
 
 from nanochat_ray.config import EngineConfig
 from nanochat_ray.engine.draft import PromptLookup
-from nanochat_ray.engine.grammar import Grammars, GrammarState
+from nanochat_ray.engine.grammar import Grammars
+from nanochat_ray.engine.launched import Launched, Ran, launch
 from nanochat_ray.engine.prefixes import CopiedPrefixes
 from nanochat_ray.engine.request import Finish, Output, Request, TokenLogprob
 from nanochat_ray.engine.runner import Runner
@@ -47,34 +51,10 @@ from nanochat_ray.engine.scheduler import (
     Scheduler,
     Sequence,
 )
-from nanochat_ray.engine.scores import score_chosen, score_prompts
+from nanochat_ray.engine.scores import score_prompts
+from nanochat_ray.engine.stats import Stats
 from nanochat_ray.engine.tools import Tool, ToolState
 from nanochat_ray.model.gpt import GPT
-
-
-@dataclass
-class Stats:
-    """Gauges of the moment and counters since the start."""
-
-    running: int = 0
-    waiting: int = 0
-    slots: int = 0
-    kv_used: float = 0.0
-    """Share of the cache's tokens that are in use."""
-    steps: int = 0
-    step_seconds: float = 0.0
-    """Time spent in steps, in all."""
-    prompt_tokens: int = 0
-    """Tokens computed in prompt chunks (recomputation included)."""
-    generated_tokens: int = 0
-    prefix_queried: int = 0
-    """Prompt tokens that were looked up in the prefix cache, and those found there."""
-    prefix_hit: int = 0
-    drafted: int = 0
-    """Tokens that were guessed, and guesses that held."""
-    draft_accepted: int = 0
-    preemptions: int = 0
-    finished: int = 0
 
 
 class Engine:
@@ -114,6 +94,11 @@ class Engine:
             on_blocks=self.runner.assign,
         )
         self._grammars = Grammars(token_bytes, self.vocab_size) if token_bytes else None
+        self._overlap = config.overlap == "on" or (
+            config.overlap == "auto" and self.runner.device.type == "cuda"
+        )
+        self._flying: Launched | None = None
+        """The last step, where it may still run."""
         self._sequences: dict[str, Sequence] = {}
         self._ready: list[Output] = []
         self._stats = Stats(slots=config.max_slots)
@@ -221,22 +206,42 @@ class Engine:
 
     def reset(self) -> list[str]:
         """Forgets every request; returns their ids."""
-        lost = list(self._sequences)
+        lost, self._flying = list(self._sequences), None
         for sequence in self._sequences.values():
             self.scheduler.remove(sequence)
         self._sequences.clear()
         self._ready.clear()
         return lost
 
+    @torch.inference_mode()
     def step(self) -> list[Output]:
-        """One forward of the batch. At most one output for each request that got tokens or ended
-        (a continued one may have another, earlier in the list)."""
+        """One forward of the batch. At most two outputs for each request that got tokens or ended,
+        the earlier one first.
+
+        Where steps overlap, the outputs are those of the step before, which was still running.
+        """
         began = time.perf_counter()
         outputs, self._ready = self._ready, []
         outputs += self._expire(time.time())
+        flying, self._flying = self._flying, None
+        late = flying.assume() if flying is not None else None
         chunks = self.scheduler.plan()
+        ran = self._run(chunks, late) if chunks else None
+        launched: Launched | None = None
+        if ran is not None and not ran.waits:
+            launched = launch(ran, self._sampling, self._grammars, late)
+        if flying is not None:
+            flying.forget()
+            outputs += self._land(flying)
+        if ran is not None and ran.waits:
+            launched = launch(ran, self._sampling, self._grammars)
+        if launched is not None:
+            guesses = self.scheduler.may_guess(len(launched.chunks))
+            if self._overlap and launched.leads and not guesses:
+                self._flying = launched
+            else:
+                outputs += self._land(launched)
         if chunks:
-            outputs += self._run(chunks)
             self._stats.steps += 1
             self._stats.step_seconds += time.perf_counter() - began
         return outputs
@@ -257,63 +262,40 @@ class Engine:
         draft = sequence.lookup.propose(sequence.tokens, most)
         return draft[: sequence.grammar.agreed(draft)] if draft and sequence.grammar else draft
 
-    @torch.inference_mode()
-    def _run(self, chunks: list[Chunk]) -> list[Output]:
-        logits = self.runner.run(chunks)
+    def _run(self, chunks: list[Chunk], late: Tensor | None) -> Ran:
+        logits = self.runner.run(chunks, late)
         score_prompts(chunks, logits)
-        rows: list[int] = []  # of logits that are sampled from
-        sampling: list[Chunk] = []
+        sampling: list[tuple[int, Chunk]] = []
         row = 0
         for chunk in chunks:
-            s, end = chunk.sequence, chunk.start + chunk.count
-            s.computed, count = end, chunk.rows
+            s, count = chunk.sequence, chunk.rows
+            s.computed = chunk.start + chunk.count
             row += count
             if not chunk.decode:
                 self._stats.prompt_tokens += chunk.count
                 if self._prefixes is not None and chunk.start < len(s.request.prompt):
                     self._prefixes.keep(s)
             if count and chunk.samples:
-                sampling.append(chunk)
-                rows += range(row - 1 - len(chunk.draft), row)
-        if not sampling:
-            return []
-        if len(rows) < len(logits):
-            logits = logits[torch.tensor(rows, device=logits.device)]
-        chosen = self._choose(sampling, logits)
-        scores = score_chosen(sampling, logits, chosen)
+                sampling.append((row - 1 - len(chunk.draft), chunk))
+        return Ran(logits, sampling)
+
+    def _land(self, launched: Launched) -> list[Output]:
+        """Takes the tokens that were chosen, as far as they hold."""
+        chosen, scores = launched.results()
         outputs: list[Output] = []
         pairs: list[tuple[int, int]] = []
         at = 0
-        for chunk in sampling:
+        for chunk in launched.chunks:
             here, slot = slice(at, at + 1 + len(chunk.draft)), chunk.sequence.slot
-            outputs.append(self._extend(chunk, chosen[here], scores[here]))
-            pairs += [(slot, token) for token in outputs[-1].tokens]
             at = here.stop
+            if not chunk.samples:
+                continue  # it ended, or a tool wrote, after this had been launched
+            outputs.append(self._extend(chunk, chosen[here], scores[here]))
+            self._stats.generated_tokens += len(outputs[-1].tokens)
+            if slot >= 0:  # who was put off meanwhile is counted anew
+                pairs += [(slot, token) for token in outputs[-1].tokens]
         self._sampling.count([slot for slot, _ in pairs], [token for _, token in pairs])
-        self._stats.generated_tokens += len(pairs)
         return outputs
-
-    def _choose(self, sampling: list[Chunk], logits: Tensor) -> list[int]:
-        """A token for each row of ``logits [R, V]``: one for each chunk, one more for each guess
-        of its draft, which holds if the guesses before it do."""
-        slots: list[int] = []
-        positions: list[int] = []
-        ahead: list[tuple[int, int]] = []
-        grammars: list[tuple[GrammarState, tuple[int, ...]]] = []
-        masked: list[int] = []
-        for chunk in sampling:
-            s, first, count = chunk.sequence, len(slots), 1 + len(chunk.draft)
-            slots += [s.slot] * count
-            positions += range(len(s.tokens), len(s.tokens) + count)
-            if chunk.draft:
-                ahead += [(first + i, t) for i in range(1, count) for t in chunk.draft[:i]]
-            if s.grammar is not None:
-                masked += range(first, first + count)
-                grammars.append((s.grammar, chunk.draft))
-        allowed = None
-        if self._grammars is not None and grammars:
-            allowed = masked, self._grammars.allowed(grammars)
-        return self._sampling.choose(logits, slots, positions, allowed, ahead).tolist()
 
     def _extend(self, chunk: Chunk, chosen: list[int], scores: list[TokenLogprob | None]) -> Output:
         """Takes the tokens chosen after a chunk, up to the first that was guessed wrong."""
@@ -339,6 +321,7 @@ class Engine:
             if finish is None and s.tool is not None:
                 forced = s.tool.feed(token)[: s.limit - len(s.tokens)]
                 if forced:
+                    s.computed = min(s.computed, len(s.tokens) - 1)
                     s.prompts.append((len(s.tokens) - 1, len(s.tokens) + len(forced)))
                     s.tokens += forced
                     finish = "length" if len(s.tokens) >= s.limit else None
@@ -391,5 +374,8 @@ class Engine:
             self._prefixes.blocks.check_integrity([])
         known = {*self.scheduler.running, *self.scheduler.waiting}
         assert known == set(self._sequences.values()), "a sequence is queued but unknown, or lost"
+        coming = self._flying is not None
         for sequence in self.scheduler.running:
-            assert 0 <= sequence.computed < len(sequence.tokens) <= sequence.limit
+            assert 0 <= sequence.computed < len(sequence.tokens) + coming
+            assert len(sequence.tokens) <= sequence.limit
+            assert sequence.late < 0

@@ -30,7 +30,7 @@ from torch import Tensor
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.engine.blocks import BLOCK
 from nanochat_ray.engine.native import Native
-from nanochat_ray.machine import zeros
+from nanochat_ray.machine import send, zeros
 
 CALL_BYTES = 150_000
 """Reading as much from memory takes about as long as one more call of attention (15 µs)."""
@@ -120,7 +120,7 @@ class SlotCache:
         padded = np.zeros((rows, 1), dtype=np.int64)
         padded[:total, 0] = positions
         device = self.keys.device
-        self.positions = torch.from_numpy(padded).to(device)
+        self.positions = send(torch.from_numpy(padded), device)
         self.end = int(positions.max()) + 1
         if self._native is not None:
             self._places = torch.from_numpy(np.stack([slots, positions]))
@@ -131,7 +131,7 @@ class SlotCache:
         self._masks.clear()
         heads, length = self.keys.shape[2:4]
         write = (slots[:, None] * heads + np.arange(heads)) * length + positions[:, None]
-        self._write = torch.from_numpy(write.reshape(-1)).to(device)
+        self._write = send(torch.from_numpy(write.reshape(-1)), device)
         self._runs = self._find_runs(spans[: self._decodes])
         return rows
 
@@ -240,14 +240,14 @@ class BlockStore:
 
     def load(self, places: Sequence[int], slot: int) -> None:
         """Copies blocks to the beginning of a slot."""
-        at = torch.tensor(places, device=self._pairs[0][0].device)
+        at = send(torch.tensor(places), self._pairs[0][0].device)
         for slots, kept in self._pairs:
             slots[:, slot, :, : len(places) * BLOCK] = kept[:, :, at].flatten(2, 3)
 
     def save(self, slot: int, wanted: Sequence[tuple[int, int]]) -> None:
         """Copies blocks of a slot, (index in the slot, place), to their places."""
         first, count = wanted[0][0], len(wanted)
-        at = torch.tensor([place for _, place in wanted], device=self._pairs[0][0].device)
+        at = send(torch.tensor([place for _, place in wanted]), self._pairs[0][0].device)
         for slots, kept in self._pairs:
             held = slots[:, slot, :, first * BLOCK : (first + count) * BLOCK]
             kept[:, :, at] = held.unflatten(2, (count, BLOCK))

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from nanochat_ray.engine.engine import Engine, Stats
+from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import EngineFull, Output, Request
+from nanochat_ray.engine.stats import Stats
 
 logger = logging.getLogger(__name__)
 

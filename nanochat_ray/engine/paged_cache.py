@@ -24,6 +24,7 @@ from nanochat_ray.config import ModelConfig
 from nanochat_ray.engine.blocks import BLOCK, Blocks, Held
 from nanochat_ray.engine.kv_cache import Span, padded_length, padded_queries
 from nanochat_ray.engine.kv_memory import layer_windows
+from nanochat_ray.machine import send
 
 
 def block_size(device: torch.device) -> int:
@@ -56,11 +57,11 @@ class Layout:
         return [self.positions, self.queries, self.keys, self.lengths, self.tables, self.writes]
 
     def to(self, device: torch.device) -> Layout:
-        return Layout(self.longest, *(t.to(device) for t in self._tensors()))
+        return Layout(self.longest, *(send(t, device) for t in self._tensors()))
 
     def copy_(self, other: Layout) -> None:
         for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
-            mine.copy_(theirs, non_blocking=True)
+            mine.copy_(send(theirs, mine.device))
 
 
 class PagedCache:

@@ -17,8 +17,9 @@ from nanochat_ray.engine.linear import lay_out
 from nanochat_ray.engine.native import Native, native
 from nanochat_ray.engine.paged_cache import PagedCache, block_size
 from nanochat_ray.engine.prefixes import CopiedPrefixes, SharedPrefixes
+from nanochat_ray.engine.sampler import insert
 from nanochat_ray.engine.scheduler import Chunk, Sequence
-from nanochat_ray.machine import free_memory
+from nanochat_ray.machine import free_memory, send
 from nanochat_ray.model.gpt import GPT
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -83,16 +84,23 @@ class Runner:
         self.cache.assign(sequence.slot, sequence.blocks)
 
     @torch.inference_mode()
-    def run(self, chunks: SequenceOf[Chunk]) -> Tensor:
+    def run(self, chunks: SequenceOf[Chunk], chosen: Tensor | None = None) -> Tensor:
         """float32 logits ``[R, V]`` after those rows of each chunk that it wants (its last
-        ``Chunk.rows``), chunk by chunk."""
+        ``Chunk.rows``), chunk by chunk.
+
+        ``chosen`` int64 ``[S]`` holds, on the device, the tokens that the step before chose: those
+        of sequences that are ``late``.
+        """
         ids: list[int] = []
         before: list[int] = []
         spans: list[Span] = []
         last: list[int] = []
+        late: list[tuple[int, int]] = []
         for chunk in chunks:
             tokens, slot, start = chunk.sequence.tokens, chunk.sequence.slot, chunk.start
             before.append(tokens[start - 1] if start else -1)
+            if chunk.sequence.late >= 0:
+                late.append((len(ids), chunk.sequence.late))
             if chunk.count == 1 and not chunk.draft:
                 spans.append(Span(slot, start, 1, chunk.decode))
                 ids.append(tokens[start])
@@ -105,18 +113,24 @@ class Runner:
                 else:
                     spans.append(Span(slot, start, chunk.count, False))
             last += range(len(ids) - chunk.rows, len(ids))
-        graphs = self._graphs
-        if graphs and len(ids) <= graphs.largest and all(chunk.decode for chunk in chunks):
-            at = torch.tensor(last, dtype=torch.int64, device=self.device)
-            return graphs.run(ids, before, spans)[at]
-        rows = self.cache.begin(spans)
+        graphs = self._graphs if all(chunk.decode for chunk in chunks) else None
+        recorded = graphs.rows(len(ids)) if graphs else 0
+        rows = recorded or self.cache.begin(spans)
         table = np.zeros((2, rows), dtype=np.int64)
         table[0, : len(ids)], table[1, : len(ids)] = ids, before
-        ids_N, before_N = torch.from_numpy(table).to(self.device)
+        tokens_2N = send(torch.from_numpy(table), self.device)
+        if chosen is not None and late:
+            insert(tokens_2N[0], late, chosen)
+        if graphs and recorded:
+            logits = graphs.run(tokens_2N, spans)
+            return logits[: len(ids)] if len(last) == len(ids) else logits[self._at(last)]
+        ids_N, before_N = tokens_2N
         hidden = self.model.hidden(ids_N[:, None], self.cache, before_N)[:, 0]
         if not last:
             return hidden.new_empty((0, self.model.config.vocab_size), dtype=torch.float32)
         if last != list(range(rows)):
-            wanted = last + [last[0]] * (self.min_rows - len(last))
-            hidden = hidden[torch.tensor(wanted, device=self.device)]
+            hidden = hidden[self._at(last + [last[0]] * (self.min_rows - len(last)))]
         return self.model.logits(hidden)[: len(last)]
+
+    def _at(self, rows: list[int]) -> Tensor:
+        return send(torch.tensor(rows, dtype=torch.int64), self.device)

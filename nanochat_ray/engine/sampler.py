@@ -6,13 +6,17 @@ could depend on the batch, on preemption or on the engine that runs a request. S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-SAMPLED, TOP_K, TOP_P, MIN_P = 1, 2, 4, 8
-"""Features that any row of a batch uses; what no row uses costs nothing."""
+from nanochat_ray.machine import send
+
+SAMPLED, TOP_K, TOP_P, MIN_P, NUCLEUS = 1, 2, 4, 8, 16
+"""Features that any row of a batch uses; what no row uses costs nothing. NUCLEUS comes with a
+TOP_P without TOP_K."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -31,6 +35,8 @@ class Rows:
     """float32"""
     seed: Tensor
     """int64, any bits"""
+    widest: int
+    """Not below any row's ``top_k``."""
 
 
 def signed(value: int) -> int:
@@ -91,7 +97,7 @@ def _threshold(x: Tensor, rows: Rows, features: int) -> Tensor:
     V = x.size(-1)
     unlimited = (rows.top_k <= 0) | (rows.top_k >= V)
     k = torch.where(unlimited, V, rows.top_k)
-    widest = int(torch.where(unlimited, 1, k).max())
+    widest = min(V, max(1, rows.widest))
     if not features & TOP_P:
         values = x.topk(widest).values
         kth = values.gather(1, (k - 1).clamp_max(widest - 1)[:, None])[:, 0]
@@ -99,6 +105,8 @@ def _threshold(x: Tensor, rows: Rows, features: int) -> Tensor:
     nucleus = rows.top_p < 1
     everything = x.exp().sum(dim=-1, dtype=torch.float64)
     width = min(V, max(widest, 128))
+    if x.device.type != "cpu" and features & NUCLEUS:
+        width = V  # to look whether less is enough would be to wait for the GPU
     while True:
         values = x.topk(width).values  # sorted, largest first
         mass = values.double().exp()
@@ -108,7 +116,7 @@ def _threshold(x: Tensor, rows: Rows, features: int) -> Tensor:
         goal = rows.top_p * total
         # Sorting all of a large vocabulary is slow: only as much as some row's nucleus needs.
         short = nucleus & unlimited & (reached[:, -1] < goal)
-        if width == V or not bool(short.any()):
+        if width == V or not features & NUCLEUS or not bool(short.any()):
             break
         width = min(V, width * 8)
     count = (reached - mass < goal[:, None]).sum(dim=-1).clamp_min(1)
@@ -136,6 +144,12 @@ def allow(logits: Tensor, rows: Tensor, allowed: Tensor) -> Tensor:
     """New logits ``[S, V]``: in ``rows`` (int64 ``[G]``) only what ``allowed`` (bool ``[G, V]``)
     marks remains, the rest is -inf."""
     return logits.index_copy(0, rows, logits[rows].masked_fill_(~allowed, -torch.inf))
+
+
+def insert(ids: Tensor, pairs: Sequence[tuple[int, int]], chosen: Tensor) -> None:
+    """Writes tokens that are on the device alone: ``ids[first] = chosen[second]`` for each pair."""
+    places, rows = send(torch.tensor(pairs), ids.device).unbind(1)
+    ids.index_copy_(0, places, chosen[rows])
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from nanochat_ray.engine import sampler
 from nanochat_ray.engine.sampler import Rows
 from nanochat_ray.engine.scheduler import Sequence
+from nanochat_ray.machine import send
 
-PENALTY, BIAS, BAN = 16, 32, 64
+PENALTY, BIAS, BAN = 32, 64, 128
 """Features beyond those of the sampler."""
 
 
@@ -35,7 +36,9 @@ class SamplingState:
             top_p=column(torch.float64),
             min_p=column(torch.float32),
             seed=column(torch.int64),
+            widest=0,
         )
+        self._top_k = [0] * slots
         # repetition, presence, frequency
         self._penalties = torch.zeros((slots, 3), device=device)
         self._ban_before = column(torch.int64)
@@ -51,9 +54,11 @@ class SamplingState:
         if p.temperature > 0:
             features |= sampler.SAMPLED
             features |= sampler.TOP_K if 0 < p.top_k < self.vocab_size else 0
-            features |= sampler.TOP_P if p.top_p < 1 else 0
+            if p.top_p < 1:
+                features |= sampler.TOP_P | (0 if features & sampler.TOP_K else sampler.NUCLEUS)
             features |= sampler.MIN_P if p.min_p > 0 else 0
         rows = self._rows
+        self._top_k[slot] = p.top_k if features & sampler.TOP_K else 0
         rows.temperature[slot], rows.top_k[slot] = p.temperature, p.top_k
         rows.top_p[slot], rows.min_p[slot] = p.top_p, p.min_p
         rows.seed[slot] = sampler.signed(sequence.seed)
@@ -65,9 +70,8 @@ class SamplingState:
             if self._bias is None:
                 self._bias = self._table(torch.float32)
             self._bias[slot] = 0
-            self._bias[slot, self._ids(list(p.logit_bias))] = torch.tensor(
-                list(p.logit_bias.values()), device=self.device
-            )
+            values = torch.tensor(list(p.logit_bias.values()))
+            self._bias[slot, self._ids(list(p.logit_bias))] = send(values, self.device)
         if p.min_tokens and sequence.ending:
             features |= BAN
             if self._bans is None:
@@ -85,15 +89,14 @@ class SamplingState:
         self._seen[slot, self._ids(sequence.tokens)] = True
         answer = self._ids(sequence.tokens[len(sequence.request.prompt) :])
         self._counts[slot].index_add_(0, answer, torch.ones(len(answer), device=self.device))
-        self._penalties[slot] = torch.tensor(
-            (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
-        )
+        three = torch.tensor((p.repetition_penalty, p.presence_penalty, p.frequency_penalty))
+        self._penalties[slot] = send(three, self.device)
 
     def _table(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros((self.slots, self.vocab_size), dtype=dtype, device=self.device)
 
     def _ids(self, tokens: list[int]) -> Tensor:
-        return torch.tensor(tokens, dtype=torch.int64, device=self.device)
+        return send(torch.tensor(tokens, dtype=torch.int64), self.device)
 
     def choose(
         self,
@@ -102,13 +105,15 @@ class SamplingState:
         positions: SequenceOf[int],
         allowed: tuple[SequenceOf[int], np.ndarray] | None = None,
         ahead: SequenceOf[tuple[int, int]] = (),
+        unknown: tuple[SequenceOf[tuple[int, int]], Tensor] | None = None,
     ) -> Tensor:
         """Tokens int64 ``[S]`` for ``logits [S, V]`` of the sequences in ``slots``, which will
         stand at ``positions``. ``allowed`` holds the rows that follow a grammar and what they
         allow, bool ``[G, V]``; ``ahead`` pairs of a row and a token that it takes to be in the
-        answer beside those that were counted."""
+        answer beside those that were counted; ``unknown`` what ``sampler.insert`` puts there of
+        tokens that are on the device alone."""
         if allowed is not None:
-            marked = torch.from_numpy(allowed[1]).to(self.device)
+            marked = send(torch.from_numpy(allowed[1]), self.device)
             logits = sampler.allow(logits, self._ids(list(allowed[0])), marked)
         features = 0
         for slot in slots:
@@ -124,6 +129,8 @@ class SamplingState:
             seen, counts = self._seen[at], self._counts[at]
             if ahead:
                 pairs = self._ids(list(ahead)).unbind(1)  # type: ignore[arg-type]
+                if unknown is not None:
+                    sampler.insert(pairs[1], *unknown)
                 seen[pairs] = True
                 counts.index_put_(pairs, torch.ones(len(ahead), device=self.device), True)
             changed = sampler.penalise(logits, seen, counts, repetition, presence, frequency)
@@ -134,18 +141,17 @@ class SamplingState:
             # Where a grammar allows only what is banned, the grammar has its way.
             stuck = banned.amax(dim=-1, keepdim=True) == -torch.inf
             logits = torch.where(stuck, logits, banned)
+        columns = ("temperature", "top_k", "top_p", "min_p", "seed")
         rows = Rows(
-            **{
-                name: getattr(self._rows, name)[at]
-                for name in ("temperature", "top_k", "top_p", "min_p", "seed")
-            }
+            **{name: getattr(self._rows, name)[at] for name in columns},
+            widest=max(self._top_k[slot] for slot in slots),
         )
         return sampler.choose(logits, rows, where, features)
 
     def _used(self, feature: int, slots: SequenceOf[int]) -> Tensor:
         """float32 ``[S, 1]``: 1 where the row uses the feature."""
         used = [float(bool(self._features[slot] & feature)) for slot in slots]
-        return torch.tensor(used, device=self.device)[:, None]
+        return send(torch.tensor(used), self.device)[:, None]
 
     def count(self, slots: SequenceOf[int], tokens: SequenceOf[int]) -> None:
         """Notes new tokens of the answers in ``slots``, forced ones too."""

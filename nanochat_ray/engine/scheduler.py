@@ -32,6 +32,10 @@ DOUBLING_WIDTHS = 2
 were measured with AMX, and 3 without."""
 
 
+UNKNOWN = -1
+"""A token that is only on the device yet."""
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request while the engine has it."""
@@ -54,8 +58,12 @@ class Sequence:
     """Those of the prompt's tokens from the second on that are known, if they were asked for."""
     computed: int = 0
     slot: int = -1
+    late: int = -1
+    """While a step is planned and launched before the one ahead of it has told its tokens: the row
+    there of this sequence's last token, which is not known yet (``tokens`` ends in UNKNOWN)."""
     order: int = 0
     """Admission goes by it; it survives preemption."""
+    ended: bool = False
     ending: frozenset[int] = frozenset()
     cached: int = 0
     """Prompt tokens that were found computed when it was admitted last."""
@@ -106,8 +114,10 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """Whether the next token can be sampled after it."""
-        return self.start + self.count == len(self.sequence.tokens)
+        """Whether the next token can be sampled after it. No more, perhaps, once more is known
+        than when it was planned."""
+        s = self.sequence
+        return not s.ended and self.start + self.count == len(s.tokens)
 
     @property
     def rows(self) -> int:
@@ -184,7 +194,8 @@ class Scheduler:
         steady: list[Sequence] = []
         others: list[Sequence] = []
         for s in self.running:
-            (steady if s.decoding else others).append(s)
+            if s.late < 0 or len(s.tokens) < s.limit:  # else its last token is being made
+                (steady if s.decoding else others).append(s)
         chunks: list[Chunk] = []
         budget = self.token_budget - len(steady)
         rest = float(min(budget, self._chunk(len(steady), len(others))))
@@ -224,6 +235,10 @@ class Scheduler:
         # Stable: prompts stay in the order of admission.
         chunks.sort(key=lambda c: (not c.decode, c.sequence.slot if c.decode else 0))
         return chunks
+
+    def may_guess(self, decodes: int) -> bool:
+        """Whether a step of so many decodes has rows left for guesses."""
+        return self.draft_tokens > 0 and (not self.draft_rows or decodes < self.draft_rows)
 
     def _chunk(self, decodes: int, prompts: int) -> int:
         """Prompt tokens of a step: it takes longer, the more wait for their first token."""
@@ -289,6 +304,8 @@ class Scheduler:
                     s.order,
                 ),
             )
+            if first.late >= 0:
+                break  # it has just been put off, and its last token is not known yet
             if not self._free or not self._has_room(first):
                 last = max(self.running, key=_rank)
                 if last.request.priority <= first.request.priority:
@@ -319,6 +336,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forgets a sequence, wherever it is."""
+        sequence.ended = True
         if sequence.slot >= 0:
             self._release(sequence)
         else:

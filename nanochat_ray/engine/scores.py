@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -10,42 +11,45 @@ from torch import Tensor
 from nanochat_ray.engine import sampler
 from nanochat_ray.engine.request import TokenLogprob
 from nanochat_ray.engine.scheduler import Chunk, Sequence
+from nanochat_ray.machine import send
 
 
-def score(
-    logits: Tensor, rows: SequenceOf[int], tokens: SequenceOf[int], tops: SequenceOf[int]
-) -> list[TokenLogprob]:
-    """For each of ``rows`` of float32 ``logits [R, V]``: the token given, and its ``tops``
-    likeliest ones."""
-    if not rows:
-        return []
-    at = torch.tensor(rows, device=logits.device)
-    chosen = torch.tensor(tokens, device=logits.device)
-    top = min(max(tops), logits.size(-1))
-    own, ids, values = (t.tolist() for t in sampler.log_probabilities(logits[at], chosen, top))
-    return [
-        TokenLogprob(logprob=own[i], top=list(zip(ids[i][:n], values[i][:n], strict=True)))
-        for i, n in enumerate(tops)
-    ]
+class ScoreTable:
+    """Those of some rows, on the device until they are fetched or read."""
 
+    def __init__(self, logits: Tensor, tokens: Tensor, tops: SequenceOf[int | None]):
+        """Of float32 ``logits [R, V]`` and int64 ``tokens [R]``: each token, and as many likeliest
+        ones as ``tops`` says; None asks for nothing."""
+        self._asked = [(row, top) for row, top in enumerate(tops) if top is not None]
+        self._columns: tuple[Tensor, ...] = ()
+        if self._asked:
+            if len(self._asked) < len(logits):
+                at = send(torch.tensor([row for row, _ in self._asked]), logits.device)
+                logits, tokens = logits[at], tokens[at]
+            top = min(max(top for _, top in self._asked), logits.size(-1))
+            self._columns = sampler.log_probabilities(logits, tokens, top)
 
-def score_chosen(
-    chunks: SequenceOf[Chunk], logits: Tensor, chosen: SequenceOf[int]
-) -> list[TokenLogprob | None]:
-    """For each row of ``logits [R, V]``, one for each chunk and one more for each guess of its
-    draft: None where nobody asked; an empty list if nobody did at all."""
-    tops = [c.sequence.request.params.logprobs for c in chunks for _ in (0, *c.draft)]
-    asked = [i for i, top in enumerate(tops) if top is not None]
-    if not asked:
-        return []
-    found = score(logits, asked, [chosen[i] for i in asked], [tops[i] or 0 for i in asked])
-    by_row = dict(zip(asked, found, strict=True))
-    return [by_row.get(i) for i in range(len(tops))]
+    def fetch(self) -> Self:
+        """Has it sent to the CPU; to be read once the device is that far."""
+        self._columns = tuple(column.to("cpu", non_blocking=True) for column in self._columns)
+        return self
+
+    def read(self, rows: int) -> list[TokenLogprob | None]:
+        """For each of the R rows: None where nobody asked; an empty list if nobody did at all."""
+        if not self._asked:
+            return []
+        found: list[TokenLogprob | None] = [None] * rows
+        own, ids, values = (column.tolist() for column in self._columns)
+        for i, (row, n) in enumerate(self._asked):
+            top = list(zip(ids[i][:n], values[i][:n], strict=True))
+            found[row] = TokenLogprob(logprob=own[i], top=top)
+        return found
 
 
 def score_prompts(chunks: SequenceOf[Chunk], logits: Tensor) -> None:
     """Adds to the ``prompt_scores`` of sequences what ``logits [R, V]`` of the chunks tell."""
-    rows, tokens, tops = [], [], []
+    tokens = [0] * len(logits)
+    tops: list[int | None] = [None] * len(logits)
     owners: list[Sequence] = []
     row = 0
     for chunk in chunks:
@@ -56,11 +60,13 @@ def score_prompts(chunks: SequenceOf[Chunk], logits: Tensor) -> None:
             # preemption.
             first = max(chunk.start, len(s.prompt_scores))
             for place in range(first, min(chunk.start + chunk.count, len(prompt) - 1)):
-                rows.append(row + place - chunk.start)
-                tokens.append(prompt[place + 1])
-                tops.append(s.request.params.prompt_logprobs or 0)
+                at = row + place - chunk.start
+                tokens[at], tops[at] = prompt[place + 1], s.request.params.prompt_logprobs or 0
                 owners.append(s)
         row += chunk.rows
-    for owner, found in zip(owners, score(logits, rows, tokens, tops), strict=True):
-        assert owner.prompt_scores is not None
-        owner.prompt_scores.append(found)
+    if owners:
+        table = ScoreTable(logits, send(torch.tensor(tokens), logits.device), tops)
+        found = [score for score in table.read(len(logits)) if score is not None]
+        for owner, score in zip(owners, found, strict=True):
+            assert owner.prompt_scores is not None
+            owner.prompt_scores.append(score)

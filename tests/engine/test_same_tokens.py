@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
 
 from nanochat_ray.config import EngineConfig
@@ -149,6 +150,34 @@ def test_with_speculation(guesses: int, ngram: int, preempt: float) -> None:
     assert together(ahead, preempt=preempt) == alone()
     stats = ahead.stats()
     assert 50 < stats.draft_accepted < stats.drafted
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"kv_layout": "paged", "kv_tokens": 700},
+        {"max_slots": 8, "token_budget": 40, "prefill_chunk": 11, "prefix_tokens": 0},
+        {"speculative_tokens": 2, "speculative_ngram": 1, "speculative_rows": 12},
+    ],
+)
+def test_with_steps_launched_before_the_last_tokens_are_known(settings: dict[str, Any]) -> None:
+    some = REQUESTS[::2] if "kv_layout" in settings else REQUESTS
+    overlapping = engine(overlap="on", **settings)
+    run, late, rows = overlapping.runner.run, 0, 0
+
+    def watched(chunks: list[Chunk], chosen: torch.Tensor | None) -> torch.Tensor:
+        nonlocal late, rows
+        decodes = [c for c in chunks if c.decode]
+        rows += len(decodes)
+        late += sum(c.sequence.late >= 0 for c in decodes)
+        return run(chunks, chosen)
+
+    overlapping.runner.run = watched  # type: ignore[method-assign]
+    want = {request.id: alone()[request.id] for request in some}
+    assert together(overlapping, some) == want
+    assert together(overlapping, some[::-1], preempt=0.4) == want
+    assert late > 0.6 * rows
 
 
 def test_guesses_fill_no_more_than_the_rows_that_cost_nothing() -> None:

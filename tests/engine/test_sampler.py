@@ -11,9 +11,18 @@ from torch import Tensor
 
 from nanochat_ray.engine import sampler
 from nanochat_ray.engine.request import SamplingParams
-from nanochat_ray.engine.sampler import MIN_P, SAMPLED, TOP_K, TOP_P, Rows, choose, uniform
+from nanochat_ray.engine.sampler import (
+    MIN_P,
+    NUCLEUS,
+    SAMPLED,
+    TOP_K,
+    TOP_P,
+    Rows,
+    choose,
+    uniform,
+)
 
-ALL = SAMPLED | TOP_K | TOP_P | MIN_P
+ALL = SAMPLED | TOP_K | TOP_P | MIN_P | NUCLEUS
 
 
 def rows(params: list[SamplingParams]) -> Rows:
@@ -23,6 +32,7 @@ def rows(params: list[SamplingParams]) -> Rows:
         top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64),
         min_p=torch.tensor([p.min_p for p in params]),
         seed=torch.tensor([sampler.signed(p.seed or 0) for p in params]),
+        widest=max(p.top_k for p in params),
     )
 
 
@@ -93,7 +103,7 @@ def test_equals_the_slow_sampler_row_by_row(vocab: int) -> None:
         # A row by itself, with only the features that it uses.
         for i, p in enumerate(params):
             used = SAMPLED * (p.temperature > 0) | TOP_K * (0 < p.top_k < vocab)
-            used |= TOP_P * (p.top_p < 1) | MIN_P * (p.min_p > 0)
+            used |= (TOP_P | NUCLEUS) * (p.top_p < 1) | MIN_P * (p.min_p > 0)
             alone = choose(logits[i : i + 1], rows([p]), positions[i : i + 1], used)
             assert alone.tolist() == [got[i]]
 

@@ -187,9 +187,9 @@ def hurried(local: LocalClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
     tokens is never ready in time."""
     run = local.engine.runner.run
 
-    def slowly(chunks: list[Chunk]) -> torch.Tensor:
+    def slowly(chunks: list[Chunk], chosen: torch.Tensor | None) -> torch.Tensor:
         time.sleep(0.005)
-        return run(chunks)
+        return run(chunks, chosen)
 
     monkeypatch.setattr(local.engine.runner, "run", slowly)
     limits = Limits(request_timeout_s=0.5)

@@ -1,0 +1,210 @@
+"""Steps that are launched before the tokens of the step ahead are known, as on a GPU.
+
+On a CPU a step is over when it is launched, so what is seen here is the order of things: nothing
+that the host could not know yet is used. That tokens stay the same, test_same_tokens shows too.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+import torch
+from engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
+
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.launched import Launched, Ran, launch
+from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.engine.sampling_state import SamplingState
+from nanochat_ray.engine.scheduler import UNKNOWN, Chunk, Sequence
+from nanochat_ray.engine.tools import Tool
+
+
+def make(overlap: str = "on", **settings: Any) -> Engine:
+    return make_engine(make_model("modern"), overlap=overlap, speculative_tokens=0, **settings)
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(VOCAB) for _ in range(rng.randint(2, 12))] for _ in range(count)]
+
+
+def answers(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
+    for request in requests:
+        engine.add(request)
+    return {name: tokens(outputs) for name, outputs in finish(engine).items()}
+
+
+def test_a_step_runs_before_the_last_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, events = make(), list[str]()
+    run, results = engine.runner.run, Launched.results
+
+    def spied_run(chunks: list[Chunk], chosen: torch.Tensor | None) -> torch.Tensor:
+        late = [c for c in chunks if c.sequence.late >= 0]
+        assert all(c.sequence.tokens[-1] == UNKNOWN for c in late)
+        events.append(f"run {len(late)}")
+        return run(chunks, chosen)
+
+    def spied_results(launched: Launched) -> Any:
+        events.append("read")
+        return results(launched)
+
+    monkeypatch.setattr(engine.runner, "run", spied_run)
+    monkeypatch.setattr(Launched, "results", spied_results)
+    requests = [ask(str(i), [i + 1, i + 2], max_tokens=4) for i in range(3)]
+    got = answers(engine, requests)
+    assert events == ["run 0", "run 3", "read", "run 3", "read", "run 3", "read", "read"]
+    assert got == answers(make("off"), requests)
+
+
+def test_what_ends_sooner_than_assumed_ran_in_vain_and_disturbs_nobody() -> None:
+    """Stop tokens, and requests that are aborted, late, or put off while their token flies."""
+    plain = [
+        ask(str(i), p, max_tokens=30, temperature=1.0, seed=i, frequency_penalty=0.5)
+        for i, p in enumerate(prompts(24))
+    ]
+    whole = answers(make("off"), plain)
+    rng, engine, found = random.Random(1), make(), dict[str, list[Output]]()
+    stops = {name: made[rng.randrange(len(made))] for name, made in whole.items()}
+    coming = [
+        ask(
+            r.id,
+            list(r.prompt),
+            max_tokens=30,
+            temperature=1.0,
+            seed=int(r.id),
+            frequency_penalty=0.5,
+            stop_ids=[stops[r.id]] if int(r.id) % 2 else [],
+            deadline=time.time() + 3600,
+        )
+        for r in plain
+    ]
+    cut, vain = set[str](), 0
+    while coming or engine.has_work:
+        if coming and rng.random() < 0.5:
+            engine.add(coming.pop(0))
+        for output in engine.step():
+            found.setdefault(output.request_id, []).append(output)
+        if engine._flying is not None:
+            vain += sum(not chunk.samples for chunk in engine._flying.chunks)
+        running = [s for s in engine.scheduler.running if s.request.id not in cut]
+        if running and rng.random() < 0.3:
+            engine.preempt(rng.choice(running).request.id)
+        elif running and rng.random() < 0.2 and len(cut) < 6:
+            gone = rng.choice(running)
+            cut.add(gone.request.id)
+            if len(cut) % 2:
+                engine.abort(gone.request.id)
+            else:
+                object.__setattr__(gone.request, "deadline", 1.0)
+        engine.check_integrity()
+    assert vain > 5
+    assert len(cut) == 6
+    for name, made in whole.items():
+        got = tokens(found[name])
+        if name in cut:
+            assert got == made[: len(got)]
+            assert found[name][-1].finish in ("abort", "error")
+        else:
+            end = made.index(stops[name]) + 1 if int(name) % 2 else len(made)
+            assert got == made[:end]
+
+
+def test_a_tool_writes_although_the_model_was_already_going_on() -> None:
+    tool = Tool(10, 20, 30, 31, lambda ids: ids[::-1])
+    found: list[tuple[dict[str, list[int]], set[tuple[str, int]]]] = []
+    for overlap in ("off", "on"):
+        engine = make_engine(make_model("modern"), tool, overlap=overlap, speculative_tokens=0)
+        run, prompted = engine.runner.run, set[tuple[str, int]]()
+
+        def spied(chunks: list[Chunk], chosen: torch.Tensor | None) -> torch.Tensor:
+            for c in chunks:
+                if not c.decode:
+                    places = range(c.start, c.start + c.count)
+                    prompted.update((c.sequence.request.id, i) for i in places)  # noqa: B023
+            return run(chunks, chosen)  # noqa: B023
+
+        engine.runner.run = spied  # type: ignore[method-assign]
+        bias = {10: 7.0, 20: 7.0}
+        params: dict[str, Any] = {"max_tokens": 40, "temperature": 1.0, "logit_bias": bias}
+        texts = enumerate(prompts(12, seed=2))
+        made = answers(engine, [ask(str(i), p, seed=i, **params) for i, p in texts])
+        found.append((made, prompted))
+    assert sum(30 in made for made in found[0][0].values()) > 5
+    # What it wrote, and the token before it, were run as prompts, also where that had been run.
+    assert found[0] == found[1]
+
+
+def test_a_step_with_guesses_is_read_at_once() -> None:
+    """Also where prompts beside it leave no rows for more."""
+    found = []
+    for overlap in ("off", "on"):
+        engine = make_engine(
+            make_model("modern"), overlap=overlap, speculative_rows=3, speculative_ngram=1
+        )
+        engine.add(ask("a", [1, 2], max_tokens=40, repetition_penalty=0.3))
+        outputs: dict[str, list[Output]] = {}
+        for i in range(60):
+            if i in (15, 20, 25):
+                for k in range(3):
+                    engine.add(ask(f"{i}{k}", [i, k], max_tokens=2))
+            for output in engine.step():
+                outputs.setdefault(output.request_id, []).append(output)
+        assert engine.stats().draft_accepted > 5
+        found.append({name: tokens(made) for name, made in outputs.items()})
+    assert found[0] == found[1]
+
+
+def test_after_a_reset_nothing_is_left_in_flight() -> None:
+    engine, request = make(), ask("a", [1, 2, 3], max_tokens=9)
+    want = answers(make("off"), [request])
+    engine.add(request)
+    for _ in range(3):
+        engine.step()
+    assert engine._flying is not None
+    assert engine.reset() == ["a"]
+    assert answers(engine, [request]) == want
+
+
+def test_guesses_come_first() -> None:
+    """What follows a guess must be known; where there are rows for guesses, steps wait."""
+    for count, waits in ((1, True), (2, True), (4, False)):
+        engine = make_engine(make_model("modern"), overlap="on")
+        for i in range(count):
+            engine.add(ask(str(i), [i + 1], max_tokens=12))
+        engine.step()
+        engine.step()
+        assert (engine._flying is None) == waits
+
+
+def test_choosing_on_a_gpu_waits_for_nothing() -> None:
+    """On tensors without values, where reading one back is an error."""
+    device = torch.device("meta")
+    state, chunks = SamplingState(4, VOCAB, device), []
+    for slot, params in enumerate(
+        (
+            {"temperature": 1.0, "top_p": 0.9, "min_p": 0.1, "logprobs": 3},
+            {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "logit_bias": {3: 1.0}},
+            {"repetition_penalty": 1.2, "frequency_penalty": 0.5},
+            {"min_tokens": 3, "stop_ids": [4], "temperature": 1.0},
+        )
+    ):
+        request = ask(str(slot), [1, 2], **params)
+        s = Sequence(request, [1, 2, UNKNOWN], 7, 99, slot=slot, ending=request.params.ending)
+        state.admit(s)
+        s.late = slot
+        chunks.append((slot, Chunk(s, 2, 1, True)))
+    before = torch.zeros(4, dtype=torch.int64, device=device)
+    launched = launch(Ran(torch.zeros((4, VOCAB), device=device), chunks), state, None, before)
+    assert launched is not None
+    assert launched.chosen.shape == (4,)
+    assert launched.chosen.device == device
+    state.count([2, 3], [5, 6])
+
+
+def test_whether_steps_overlap_is_a_known_word() -> None:
+    assert not make("auto")._overlap  # a CPU
+    with pytest.raises(ValueError, match=r"^overlap='yes' is not allowed: auto or on or off"):
+        make("yes")
