@@ -48,8 +48,8 @@ def _container_memory(folder: Path, unlimited: int) -> int:
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """``torch.zeros``, on a CPU in pages of 2 MiB where the system has them.
 
-    Looking up pages of 4 KiB takes as long as reading them: from large ones the engine's weights
-    come up to twice as fast (engine/NOTES.md).
+    Looking up pages of 4 KiB takes as long as reading them: a sum over 64 MiB was made in half the
+    time, an engine's products in 0.8 to 0.9 of it (engine/NOTES.md).
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < LARGE_PAGE:

@@ -13,22 +13,42 @@
 
 #define LINE 16 /* floats */
 #define AHEAD 16 /* columns to fetch: a processor's own prefetching ends at a page's end */
-#define TILE_ROWS (REGISTER == 16 ? 14 : 3) /* a tile of sums fills the registers, or nearly */
-#define TILE_WIDTH (COLUMNS / REGISTER)
+#define SUMS (REGISTER == 16 ? 28 : 12) /* registers of sums: all, or nearly */
 
-/* `rows` rows and COLUMNS columns of a product, whose sums stay in registers. */
+/* `rows` rows of a product, `across` registers wide: their sums stay in registers. */
 static inline __attribute__((always_inline)) void tile(
-    const int rows, const float *x, int64_t width, const float *w, float *y, int64_t y_step
+    const int rows, const int across, const float *x, int64_t width, const float *w, float *y,
+    int64_t y_step
 ) {
-    reg sums[TILE_ROWS][TILE_WIDTH];
+    reg sums[SUMS];
     memset(sums, 0, sizeof sums);
     for (int64_t k = 0; k < width; k++, w += COLUMNS) {
         const reg *column = (const reg *)w;
         for (int i = 0; i < COLUMNS; i += LINE) __builtin_prefetch(w + AHEAD * COLUMNS + i);
         for (int r = 0; r < rows; r++)
-            for (int i = 0; i < TILE_WIDTH; i++) sums[r][i] += x[r * width + k] * column[i];
+            for (int i = 0; i < across; i++) sums[r * across + i] += x[r * width + k] * column[i];
     }
-    for (int r = 0; r < rows; r++) memcpy(y + r * y_step, sums[r], sizeof sums[r]);
+    for (int r = 0; r < rows; r++) memcpy(y + r * y_step, sums + r * across, across * sizeof(reg));
+}
+
+/* All rows of a product, `across` registers wide. */
+static inline __attribute__((always_inline)) void strip(
+    const int across, const float *x, int64_t rows, int64_t width, const float *w, float *y,
+    int64_t y_step
+) {
+    const int most = SUMS / across;
+    for (int64_t r = 0; r < rows; r += most) {
+        const float *from = x + r * width;
+        float *to = y + r * y_step;
+#define CASE(count) \
+    case count: \
+        tile(count < most ? count : most, across, from, width, w, to, y_step); \
+        break
+        switch (rows - r < most ? rows - r : most) {
+            CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7);
+            CASE(8); CASE(9); CASE(10); CASE(11); CASE(12); CASE(13); CASE(14);
+        }
+    }
 }
 
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512F__)
@@ -216,17 +236,13 @@ void linear(
 #endif
     const int64_t y_step = blocks * COLUMNS, depth = (width + CHUNK - 1) / CHUNK * CHUNK;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t n = 0; n < blocks; n++)
-        for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-            const float *from = x + r * width, *with = w + n * depth * COLUMNS;
-            float *to = y + r * y_step + n * COLUMNS;
-#define CASE(count) \
-    case count: \
-        tile(count < TILE_ROWS ? count : TILE_ROWS, from, width, with, to, y_step); \
-        break
-            switch (rows - r < TILE_ROWS ? rows - r : TILE_ROWS) {
-                CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7);
-                CASE(8); CASE(9); CASE(10); CASE(11); CASE(12); CASE(13); CASE(14);
-            }
-        }
+    for (int64_t n = 0; n < blocks; n++) {
+        const float *with = w + n * depth * COLUMNS;
+        float *to = y + n * COLUMNS;
+        if (rows * COLUMNS <= SUMS * REGISTER)
+            strip(COLUMNS / REGISTER, x, rows, width, with, to, y_step);
+        else
+            for (int64_t i = 0; i < COLUMNS; i += 2 * REGISTER)
+                strip(2, x, rows, width, with + i, to + i, y_step);
+    }
 }

@@ -10,14 +10,15 @@
 
 #include "registers.h"
 
-#define LANES 16
+#define LANES REGISTER
 #define VECTORS (HEAD / LANES)
 #define KEYS 64  /* of a block: with HEAD=64 16 KiB, so that scores meet values in the first cache */
-#define TOGETHER (VECTORS > 4 ? 2 : 4) /* queries whose sums stay in registers */
+#define HELD (LANES == 16 ? 16 : 8) /* registers, half of all, for sums of values */
+#define TOGETHER (HELD < 2 * VECTORS ? 1 : HELD < 4 * VECTORS ? HELD / VECTORS : 4) /* queries */
+#define HALF (LANES < 8 ? LANES : 8)
 
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef float half __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
-typedef float quarter __attribute__((vector_size(LANES)));
+typedef reg vec;
+typedef float half __attribute__((vector_size(4 * HALF), aligned(4), may_alias));
 typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 
 #ifdef __clang__
@@ -25,44 +26,41 @@ typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 #else
 #define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (lanes){__VA_ARGS__})
 #endif
+#if LANES == 16
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif LANES == 8
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
+#endif
 
-typedef int32_t mask __attribute__((vector_size(4 * REGISTER), aligned(4), may_alias));
-
-/* By lanes: a where x < y, and b where not; a register at a time, since gcc 12 compares longer
-   vectors number by number. */
+/* By lanes: a where x < y, and b where not. */
 static inline vec less(vec x, vec y, vec a, vec b) {
-    union { vec all; reg each[LANES / REGISTER]; } p = {x}, q = {y}, r = {a}, s = {b};
-    for (int i = 0; i < LANES / REGISTER; i++) {
-        mask is = p.each[i] < q.each[i];
-        r.each[i] = (reg)(((mask)r.each[i] & is) | ((mask)s.each[i] & ~is));
-    }
-    return r.all;
+    lanes is = x < y;
+    return (vec)(((lanes)a & is) | ((lanes)b & ~is));
 }
 
 #define ALL(x) ((vec){0} + (x))
 
 static inline void fetch(const float *row) {
-    for (int i = 0; i < HEAD; i += LANES) __builtin_prefetch(row + i);
+    for (int i = 0; i < HEAD; i += 16) __builtin_prefetch(row + i);
 }
 
-static inline float sum_half(half x) {
-    union { half all; quarter halves[2]; } of = {x};
-    quarter c = of.halves[0] + of.halves[1];
-    return (c[0] + c[2]) + (c[1] + c[3]);
-}
-
-static inline float sum(vec x) {
-    union { vec all; half halves[2]; } of = {x};
-    return sum_half(of.halves[0] + of.halves[1]);
-}
-
-static inline float largest(vec x) {
-    union { vec all; float each[LANES]; } of = {x};
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++)
-            of.each[i] = of.each[i] > of.each[i + half] ? of.each[i] : of.each[i + half];
+/* Halves on halves, until one number is left. */
+#define REDUCE(x, count, with) \
+    union { __typeof__(x) all; float each[count]; } of = {x}; \
+    for (int rest = count / 2; rest; rest /= 2) \
+        for (int i = 0; i < rest; i++) of.each[i] = with(of.each[i], of.each[i + rest]); \
     return of.each[0];
-}
+#define ADD(a, b) ((a) + (b))
+#define MORE(a, b) ((a) > (b) ? (a) : (b))
+
+static inline float sum_half(half x) { REDUCE(x, HALF, ADD) }
+static inline float sum(vec x) { REDUCE(x, LANES, ADD) }
+static inline float largest(vec x) { REDUCE(x, LANES, MORE) }
 
 /* exp for x <= 0: a power of two and a polynomial, as in Cephes (S. Moshier); 1e-7 relative. Next
    to 3 << 22 a float32 has no fraction: its last bits are the whole number. */
@@ -81,12 +79,11 @@ static inline vec exp_negative(vec x) {
 
 /* Sums of neighbours, those of x and then those of y. */
 static inline vec fold(vec x, vec y) {
-    return SHUFFLE(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
-        + SHUFFLE(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return SHUFFLE(x, y, EVEN) + SHUFFLE(x, y, ODD);
 }
 
-/* A query times 1, 2, 4, 8 or 16 keys: 16 sums of products, as many to each key, one key's after the
-   other's. Beside it fetches `next`. */
+/* A query times so many keys, LANES at most: LANES sums of products, as many to each key, one key's
+   after the other's. Beside it fetches `next`. */
 #define SCORES(count) \
     static inline __attribute__((always_inline)) vec scores##count( \
         const vec *query, const float *keys, const float *next \
@@ -107,6 +104,8 @@ SCORES(2) FOLDED(1)
 SCORES(4) FOLDED(2)
 SCORES(8) FOLDED(4)
 SCORES(16) FOLDED(8)
+#define SCORES_OF(count) JOINED(scores, count)
+#define JOINED(name, count) name##count
 
 /* Adds a block's values [KEYS, HEAD] from `from` to `to`, by the weights of `count` queries. Beside
    it fetches `next`, up to `ahead` rows. */
@@ -128,7 +127,7 @@ static inline __attribute__((always_inline)) void add_values(
 /* Queries q [used, GROUP, HEAD] at `position` and after it, over the keys and values [.., HEAD] of
    their head, into y; `rows` >= `used` is what is computed. Keys come in blocks that begin at a
    multiple of KEYS, and are summed in their order: so it is all one which rows are in one call. The
-   softmax keeps a running maximum and sum (arXiv 1805.02867). Up to 15 keys around those that count
+   softmax keeps a running maximum and sum (arXiv 1805.02867). Up to LANES - 1 keys around those that count
    are read, and do not. While keys are read their values are fetched, and then the next keys: more
    at a time would wait for each other. */
 static inline __attribute__((always_inline)) void attend(
@@ -137,7 +136,8 @@ static inline __attribute__((always_inline)) void attend(
 ) {
     vec query[TILE * GROUP][VECTORS], made[TILE * GROUP][VECTORS], total[TILE * GROUP];
     float most[TILE * GROUP], weight[TILE * GROUP][KEYS];
-    const vec numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vec numbers;
+    for (int i = 0; i < LANES; i++) numbers[i] = i;
     for (int n = 0; n < rows * GROUP; n++) {
         int64_t row = n / GROUP < used ? n / GROUP : used - 1;
         memcpy(query[n], q + row * q_step + n % GROUP * HEAD, sizeof *query);
@@ -151,9 +151,9 @@ static inline __attribute__((always_inline)) void attend(
         int from = begin > block ? begin - block : 0, to = end - block < KEYS ? end - block : KEYS;
         for (int j = from / LANES * LANES; j < to; j += LANES) {
             int64_t at = (block + j) * HEAD;
-            *(vec *)(*weight + j) = scores16(*query, keys + at, values + at);
+            *(vec *)(*weight + j) = SCORES_OF(LANES)(*query, keys + at, values + at);
             for (int n = 1; n < rows * GROUP; n++)
-                *(vec *)(weight[n] + j) = scores16(query[n], keys + at, 0);
+                *(vec *)(weight[n] + j) = SCORES_OF(LANES)(query[n], keys + at, 0);
         }
         for (int n = 0; n < rows * GROUP; n++) {
             int64_t at = position + (n / GROUP < used ? n / GROUP : used - 1) - block;
@@ -239,17 +239,17 @@ void turn_and_norm(
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t r = 0; r < rows; r++)
         for (int64_t h = 0; h < heads; h++) {
-            half *first = (half *)(x + r * step + h * HEAD), *second = first + VECTORS;
+            half *first = (half *)(x + r * step + h * HEAD), *second = first + HEAD / 2 / HALF;
             const half *c = (const half *)(cos + r * HEAD / 2);
             const half *s = (const half *)(sin + r * HEAD / 2);
             half squares = {0};
-            for (int i = 0; i < VECTORS; i++) {
+            for (int i = 0; i < HEAD / 2 / HALF; i++) {
                 half a = first[i] * c[i] + second[i] * s[i], b = second[i] * c[i] - first[i] * s[i];
                 first[i] = a, second[i] = b;
                 squares += a * a + b * b;
             }
             float scale = 1 / sqrtf(sum_half(squares) / HEAD + eps);
-            for (int i = 0; i < 2 * VECTORS; i++) first[i] *= scale;
+            for (int i = 0; i < HEAD / HALF; i++) first[i] *= scale;
         }
 }
 

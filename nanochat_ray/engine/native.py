@@ -14,6 +14,7 @@ import ctypes
 import functools
 import logging
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -34,7 +35,8 @@ TILE_QUERIES = 8
 COLUMNS, CHUNK, SHARED_ROWS = 32, 64, 128
 """Outputs of a block of weights, what its inputs are rounded up to, and the rows that AMX takes at
 a time, as in ``linear.c``."""
-OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+HERE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+OPTIONS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 COMPILE_SECONDS = 60
 FLOAT_EPS = torch.finfo(torch.float32).eps
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -225,7 +227,7 @@ class Softcap(nn.Module):
 
 
 @functools.cache
-def native(head_dim: int, group: int) -> Native | None:
+def native(head_dim: int, group: int, processor: str = HERE) -> Native | None:
     """None where it cannot be compiled, and says why."""
     compiler = shlex.split(os.environ.get("CC") or shutil.which("cc") or "")
     reasons = []
@@ -242,7 +244,8 @@ def native(head_dim: int, group: int) -> Native | None:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "native.so"
         for parallel in (("-fopenmp",), ()):
-            command = [*compiler, *OPTIONS, *parallel, *sizes, *SOURCES, "-o", str(made), "-lm"]
+            options = (*OPTIONS, processor, *parallel, *sizes)
+            command = [*compiler, *options, *SOURCES, "-o", str(made), "-lm"]
             try:
                 subprocess.run(
                     command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS

@@ -29,7 +29,7 @@ token of a prompt 0.15 (``classic``, 14 M weights, one core with AMX, 2026-11-21
 DOUBLING_WIDTHS = 2
 """``Scheduler.doubling`` in widths of the model: 24 width² operations of a token and layer against
 4 width for each token before it would make 6, but attention is less efficient than products: 1.6
-were measured with AMX, and 3 without."""
+were measured with AMX, and 3.6 without (one core, 2026-11-22)."""
 
 
 UNKNOWN = -1

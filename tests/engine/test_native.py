@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from engine_kit import VOCAB, answer, ask, make_engine, make_model
 from torch import Tensor
 
 from nanochat_ray.engine import native as module
-from nanochat_ray.engine.native import FLOAT_EPS, Native, Product, native
+from nanochat_ray.engine.native import FLOAT_EPS, HERE, Native, Product, native
 from nanochat_ray.engine.scheduler import Chunk, Sequence
 from nanochat_ray.model.fused import relu_squared, rms_norm
 from nanochat_ray.model.layers import Turn
@@ -35,15 +36,15 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def compiled(head_dim: int, group: int) -> Native:
-    found = native(head_dim, group)
+def compiled(head_dim: int, group: int, processor: str = HERE) -> Native:
+    found = native(head_dim, group, processor)
     assert found is not None, "the tests need a C compiler, though an engine does without"
     return found
 
 
-def attended(of: Step, window: int) -> Tensor:
+def attended(of: Step, window: int, processor: str = HERE) -> Tensor:
     q, _, _, keys, _, places = of
-    native = compiled(q.size(2), q.size(1) // keys.size(1))
+    native = compiled(q.size(2), q.size(1) // keys.size(1), processor)
     return native.attention(*of, native.tiles(*places.numpy()), window)
 
 
@@ -72,6 +73,9 @@ def defined(of: Step, window: int) -> Tensor:
     return torch.stack(rows)
 
 
+PROCESSORS = [HERE]
+if platform.machine() == "x86_64":  # with registers of 8 and of 4 numbers, as others have too
+    PROCESSORS += ["-march=x86-64-v3", "-march=x86-64-v2"]
 SIZES = [(16, 1), (48, 3), (64, 1), (64, 4), (128, 2), (16, 12)]
 
 
@@ -88,11 +92,17 @@ def test_as_defined(head_dim: int, group: int, window: int) -> None:
 
 
 @pytest.mark.parametrize("window", [-1, 0, 70])
-@pytest.mark.parametrize(("head_dim", "group"), SIZES)
-def test_a_prompt_in_any_chunks_has_the_same_bits(head_dim: int, group: int, window: int) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "group", "processor"),
+    [(*size, HERE) for size in SIZES]
+    + [(*size, level) for size in SIZES[::2] for level in PROCESSORS[1:]],
+)
+def test_a_prompt_in_any_chunks_has_the_same_bits(
+    head_dim: int, group: int, processor: str, window: int
+) -> None:
     n = 150
     q, k, v, keys, values, places = step(head_dim, group, [2] * n, list(range(n)))
-    whole = attended((q, k, v, keys, values, places), window)
+    whole = attended((q, k, v, keys, values, places), window, processor)
     torch.testing.assert_close(
         whole, defined((q, k, v, keys, values, places), window), rtol=2e-5, atol=2e-6
     )
@@ -101,7 +111,7 @@ def test_a_prompt_in_any_chunks_has_the_same_bits(head_dim: int, group: int, win
         for first in range(0, n, size):
             part = slice(first, first + size)
             of = (q[part], k[part], v[part], keys, values, places[:, part])
-            assert torch.equal(attended(of, window), whole[part]), (size, first)
+            assert torch.equal(attended(of, window, processor), whole[part]), (size, first)
 
 
 def test_large_scores_do_not_overflow() -> None:
@@ -139,30 +149,34 @@ def test_who_reads_together() -> None:
     assert tiles.tolist() == [0, 3, 4, 5, 6, 14, 22, 25]
 
 
+@pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("eps", [None, 1e-6])
-def test_turning_and_norm(eps: float | None) -> None:
+def test_turning_and_norm(eps: float | None, processor: str) -> None:
     noise = torch.Generator().manual_seed(3)
     whole = torch.randn((9, 1, 7, 64), generator=noise)
     cos, sin = (t[5:14, None, None] for t in rotary_tables(20, 64, 10_000.0))
     want, rest = Turn()(whole[:, :, :5], (cos, sin), eps), whole[:, :, 5:].clone()
-    got = compiled(64, 1).turn_(whole[:, :, :5], cos, sin, eps or FLOAT_EPS)
+    got = compiled(64, 1, processor).turn_(whole[:, :, :5], cos, sin, eps or FLOAT_EPS)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert torch.equal(whole[:, :, 5:], rest)
 
 
+@pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("shape", [(1, 1, 384), (40, 1, 100), (2, 7, 9)])
-def test_norm(shape: tuple[int, ...]) -> None:
+def test_norm(shape: tuple[int, ...], processor: str) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
-    got = compiled(64, 1).rms_norm(x, 1e-6)
+    native = compiled(64, 1, processor)
+    got = native.rms_norm(x, 1e-6)
     torch.testing.assert_close(got, rms_norm(x, 1e-6), rtol=1e-6, atol=1e-6)
-    assert torch.equal(compiled(64, 1).rms_norm(x[:1], 1e-6), got[:1])
+    assert torch.equal(native.rms_norm(x[:1], 1e-6), got[:1])
 
 
-@pytest.fixture(params=[False, True], ids=["vectors", "tiles"])
+@pytest.fixture(params=["tiles", *PROCESSORS])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Native:
-    """By AVX512 or what there is; and by AMX, where there is some."""
-    native = compiled(64, 1)
-    monkeypatch.setattr(native, "amx", native.amx and request.param)
+    """By AMX, where there is some, and by the registers of each processor."""
+    tiles = request.param == "tiles"
+    native = compiled(64, 1, HERE if tiles else request.param)
+    monkeypatch.setattr(native, "amx", native.amx and tiles)
     return native
 
 
@@ -208,13 +222,15 @@ def test_relu_squared() -> None:
     assert compiled(64, 1).relu_squared_(torch.tensor([-1.0, torch.nan])).tolist()[0] == 0.0
 
 
-def test_softcap() -> None:
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_softcap(processor: str) -> None:
+    native = compiled(64, 1, processor)
     x = torch.tensor([0.0, -0.0, 1e-4, -3.0, 14.9, 40.0, -1e4, 1e30, torch.inf, -torch.inf])
     want = 15 * torch.tanh(x / 15)
-    got = compiled(64, 1).softcap(x.clone(), 15.0)
+    got = native.softcap(x.clone(), 15.0)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=2e-6)
     part = torch.randn((3, 10), generator=torch.Generator().manual_seed(6))[:, :7]
-    torch.testing.assert_close(compiled(64, 1).softcap(part, 2.0), 2 * torch.tanh(part / 2))
+    torch.testing.assert_close(native.softcap(part, 2.0), 2 * torch.tanh(part / 2))
 
 
 @pytest.mark.parametrize("preset", ["classic", "modern"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gzip
 import importlib
 import json
@@ -37,10 +38,15 @@ def strict(schema: Any) -> Any:
     return made
 
 
-def validate(manifest: dict[str, Any]) -> None:
-    schema = strict(SCHEMAS[manifest["kind"]])
+@functools.cache
+def validator(kind: str) -> Any:
+    schema = strict(SCHEMAS[kind])
     schema["properties"]["metadata"] = {"type": "object"}
-    jsonschema.validate(manifest, schema)
+    return jsonschema.validators.validator_for(schema)(schema)
+
+
+def validate(manifest: dict[str, Any]) -> None:
+    validator(manifest["kind"]).validate(manifest)
 
 
 def load(path: Path) -> dict[str, Any]:
