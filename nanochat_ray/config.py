@@ -275,7 +275,8 @@ class EngineConfig:
     """Requests that may wait for a slot; one more is refused."""
     overlap: Overlap = "auto"
     """Whether a step is planned and launched while the one before it runs. "auto" is on a GPU: on a
-    CPU, which is done with a step when it is launched, tokens would only come a step later."""
+    CPU, which is done with a step when it is launched, tokens would only come a step later. Not
+    while a step has rows left for guesses, which need known tokens."""
     precision: Precision = "fp32"
     speculative_tokens: int = 3
     """Guessed tokens that a sequence runs beside its last one, at most; 0 is off. Tokens are the

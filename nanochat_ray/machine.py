@@ -45,8 +45,12 @@ def _container_memory(folder: Path, unlimited: int) -> int:
     return unlimited if limit == "max" else int(limit) - used + int(stats.get("inactive_file", 0))
 
 
-def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def zeros(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, now: bool = True
+) -> torch.Tensor:
     """``torch.zeros``, on a CPU in pages of 2 MiB where the system has them.
+
+    ``now``: all pages are taken now, and not one by one while others wait.
 
     Looking up pages of 4 KiB takes as long as reading them: a sum over 64 MiB was made in half the
     time, an engine's products in 0.8 to 0.9 of it (engine/NOTES.md).
@@ -57,8 +61,8 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a system may have none
         memory.madvise(mmap.MADV_HUGEPAGE)
-    # To write now is to have the pages now, and not one by one while others wait.
-    return torch.frombuffer(memory, dtype=dtype).zero_().view(tuple(shape))
+    made = torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
+    return made.zero_() if now else made
 
 
 def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -84,7 +88,7 @@ def engine_threads(sharing: int) -> int:
     """Torch threads for each of ``sharing`` engines on this machine's cores.
 
     One core is left to all else: the threads wait for each other at every operation, and with as
-    many as cores another busy process made an engine three times slower than one thread is
+    many as cores another busy process made an engine seven times slower than one thread is
     (2 cores, 2026-11-21).
     """
     return max(1, min(MOST_THREADS, (cores() - 1) // sharing))

@@ -54,7 +54,9 @@ class DecodeGraphs:
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         first = self._recordings.get(self.largest)
-        with torch.cuda.graph(graph, pool=first.graph.pool() if first else None):
+        pool = first.graph.pool() if first else None
+        # Another engine of this process may run meanwhile, in a thread of its own.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logits = self._forward(tokens, layout)
         return _Recording(graph, tokens, layout, logits)
 

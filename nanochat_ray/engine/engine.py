@@ -51,7 +51,7 @@ from nanochat_ray.engine.scheduler import (
     Scheduler,
     Sequence,
 )
-from nanochat_ray.engine.scores import score_prompts
+from nanochat_ray.engine.scores import PromptScores
 from nanochat_ray.engine.stats import Stats
 from nanochat_ray.engine.tools import Tool, ToolState
 from nanochat_ray.model.gpt import GPT
@@ -169,6 +169,7 @@ class Engine:
         finish = self._finish(sequence, request.generated[-1]) if request.generated else None
         complete = finish is None and sequence.grammar is not None and sequence.grammar.finished
         finish = "stop" if complete else finish
+        due = [] if finish is not None else due
         if finish is None and due:
             # The engine before this one was lost while it wrote a tool's output.
             due = due[: sequence.limit - len(sequence.tokens)]
@@ -218,21 +219,27 @@ class Engine:
         """One forward of the batch. At most two outputs for each request that got tokens or ended,
         the earlier one first.
 
-        Where steps overlap, the outputs are those of the step before, which was still running.
+        Where steps overlap, outputs are of the step before, which was still running, and of this
+        one only if the next cannot be launched without knowing them.
         """
-        began = time.perf_counter()
+        began, flying = time.perf_counter(), self._flying
         outputs, self._ready = self._ready, []
-        outputs += self._expire(time.time())
-        flying, self._flying = self._flying, None
-        late = flying.assume() if flying is not None else None
-        chunks = self.scheduler.plan()
-        ran = self._run(chunks, late) if chunks else None
-        launched: Launched | None = None
-        if ran is not None and not ran.waits:
-            launched = launch(ran, self._sampling, self._grammars, late)
+        if flying is None:
+            outputs += self._expire(time.time())
+        flown = flying.assume() if flying is not None else None
+        try:
+            chunks = self.scheduler.plan()
+            ran = self._run(chunks, flown) if chunks else None
+            launched: Launched | None = None
+            if ran is not None and not ran.waits:
+                launched = launch(ran, self._sampling, self._grammars, flown)
+        finally:
+            if flying is not None:
+                flying.forget()
+        self._flying = None
         if flying is not None:
-            flying.forget()
             outputs += self._land(flying)
+            outputs += self._expire(time.time())
         if ran is not None and ran.waits:
             launched = launch(ran, self._sampling, self._grammars)
         if launched is not None:
@@ -241,8 +248,8 @@ class Engine:
                 self._flying = launched
             else:
                 outputs += self._land(launched)
-        if chunks:
-            self._stats.steps += 1
+        if chunks or flying:
+            self._stats.steps += bool(chunks)
             self._stats.step_seconds += time.perf_counter() - began
         return outputs
 
@@ -262,9 +269,9 @@ class Engine:
         draft = sequence.lookup.propose(sequence.tokens, most)
         return draft[: sequence.grammar.agreed(draft)] if draft and sequence.grammar else draft
 
-    def _run(self, chunks: list[Chunk], late: Tensor | None) -> Ran:
-        logits = self.runner.run(chunks, late)
-        score_prompts(chunks, logits)
+    def _run(self, chunks: list[Chunk], flown: Tensor | None) -> Ran:
+        logits = self.runner.run(chunks, flown)
+        scored = PromptScores(chunks, logits) if any(c.scores for c in chunks) else None
         sampling: list[tuple[int, Chunk]] = []
         row = 0
         for chunk in chunks:
@@ -277,7 +284,7 @@ class Engine:
                     self._prefixes.keep(s)
             if count and chunk.samples:
                 sampling.append((row - 1 - len(chunk.draft), chunk))
-        return Ran(logits, sampling)
+        return Ran(logits, sampling, scored)
 
     def _land(self, launched: Launched) -> list[Output]:
         """Takes the tokens that were chosen, as far as they hold."""

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import llguidance
 import llguidance.numpy as masks
@@ -90,19 +91,24 @@ class Grammars:
         self._executor = llguidance.LLExecutor(1)
         self._compilers = ThreadPoolExecutor(2, "grammar")  # one that takes long is not alone
         self._lock = threading.Lock()
-        self._made: OrderedDict[str, Future[llguidance.LLMatcher | str]] = OrderedDict()
+        self._made: WeakValueDictionary[str, Future[llguidance.LLMatcher | str]]
+        self._made = WeakValueDictionary()
         """By text; or why it cannot be made."""
+        self._latest: OrderedDict[str, Future[llguidance.LLMatcher | str]] = OrderedDict()
 
     def compile(self, grammar: Mapping[str, Any]) -> Future[llguidance.LLMatcher | str]:
-        """Once for all who ask for it, even at the same time: it may take seconds."""
+        """Once for all who ask for it, even at the same time: it may take seconds. The latest are
+        kept, and each for as long as somebody holds what this returns."""
         text = json.dumps(grammar)
         with self._lock:
-            if text not in self._made:
-                self._made[text] = self._compilers.submit(self._compile, text)
-                if len(self._made) > KEPT:
-                    self._made.popitem(last=False)
-            self._made.move_to_end(text)
-            return self._made[text]
+            made = self._made.get(text)
+            if made is None:
+                made = self._made[text] = self._compilers.submit(self._compile, text)
+            self._latest[text] = made
+            self._latest.move_to_end(text)
+            if len(self._latest) > KEPT:
+                self._latest.popitem(last=False)
+            return made
 
     def check(self, grammar: Mapping[str, Any]) -> llguidance.LLMatcher:
         """ValueError, naming the field, if it does not compile or allows no text."""
@@ -146,7 +152,6 @@ class Grammars:
         draft's (all of which must agree with the grammar), so G counts both.
         """
         firsts = np.cumsum([0, *(1 + len(draft) for _, draft in rows)])
-        # All ones where llguidance writes nothing: behind a draft's token that ends the grammar.
         found = masks.allocate_token_bitmask(int(firsts[-1]), self._width * 32)
         placed = [(s.matcher, int(at), list(d)) for (s, d), at in zip(rows, firsts, strict=False)]
         if plain := [(matcher, at) for matcher, at, draft in placed if not draft]:
@@ -157,6 +162,9 @@ class Grammars:
         may_end = (found[:, self._end // 32] >> (self._end % 32)) & 1
         found |= ending * may_end[:, None]
         bits = np.unpackbits(found.view(np.uint8), axis=1, count=self._end, bitorder="little")
+        if drafted:
+            # Behind a guess that ends it nothing may come, but something must be chosen.
+            bits[~bits.any(axis=1)] = 1
         return bits.view(np.bool_)
 
 

@@ -43,6 +43,11 @@ def padded_length(n: int, queries: int) -> int:
     return n if queries == 1 or rest <= 256 else n - rest + 512
 
 
+def slot_length(max_len: int, native: bool) -> int:
+    """Tokens that a slot has room for, so that attention to ``max_len`` finds its padding."""
+    return padded_length(max_len, 1 if native else 2)
+
+
 def padded_queries(n: int) -> int:
     """Number of queries to run ``n`` as: see above."""
     return n + max(0, 8 - n % 32) if n % 32 else n
@@ -83,7 +88,7 @@ class SlotCache:
     ):
         """``min_rows`` is the least number of rows of a forward; ``native`` has the model's
         sizes."""
-        length = padded_length(max_len, 2)
+        length = slot_length(max_len, native is not None)
         shape = (config.n_layer, slots, config.n_kv_head, length, config.head_dim)
         # Zeros, not garbage: a masked value is multiplied by 0, and 0 * nan is nan.
         self.keys = zeros(shape, dtype, device)

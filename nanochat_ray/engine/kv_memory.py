@@ -6,7 +6,7 @@ import torch
 
 from nanochat_ray.config import EngineConfig, ModelConfig
 from nanochat_ray.engine.blocks import BlockPool, Blocks
-from nanochat_ray.engine.kv_cache import padded_length
+from nanochat_ray.engine.kv_cache import slot_length
 from nanochat_ray.scaling import windows
 
 GIB = 1 << 30
@@ -23,11 +23,16 @@ def token_bytes(config: ModelConfig, dtype: torch.dtype, layers: int) -> int:
 
 
 def check_slots(
-    model: ModelConfig, config: EngineConfig, max_len: int, dtype: torch.dtype, free: int
+    model: ModelConfig,
+    config: EngineConfig,
+    max_len: int,
+    dtype: torch.dtype,
+    free: int,
+    native: bool = False,
 ) -> None:
     """ValueError if the slots and the kept beginnings do not fit into the free memory."""
     each = token_bytes(model, dtype, model.n_layer)
-    slot = padded_length(max_len, 2)
+    slot = slot_length(max_len, native)
     needed = (config.max_slots * slot + config.prefix_tokens) * each
     if needed <= config.kv_memory * free:
         return

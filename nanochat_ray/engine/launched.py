@@ -14,28 +14,34 @@ from nanochat_ray.engine.grammar import Grammars, GrammarState
 from nanochat_ray.engine.request import TokenLogprob
 from nanochat_ray.engine.sampling_state import SamplingState
 from nanochat_ray.engine.scheduler import UNKNOWN, Chunk
-from nanochat_ray.engine.scores import ScoreTable
+from nanochat_ray.engine.scores import PromptScores, ScoreTable
 from nanochat_ray.machine import send
 
 
 class Launched:
-    """What comes of the chunks of a step that sample."""
+    """What comes of a step."""
 
-    def __init__(self, chunks: list[Chunk], chosen: Tensor, scores: ScoreTable):
-        """Tokens ``chosen [S]`` and their scores: a row for each chunk and one more for each guess
-        of its draft."""
-        self.chunks, self.chosen = chunks, chosen
-        self._told, self._scores, self._event = chosen, scores, None
+    def __init__(
+        self, chunks: list[Chunk], chosen: Tensor, scores: ScoreTable, prompts: PromptScores | None
+    ):
+        """The chunks that sample, the tokens ``chosen [S]`` and their scores: a row for each chunk
+        and one more for each guess of its draft."""
+        self.chunks, self.chosen, self._scores, self._prompts = chunks, chosen, scores, prompts
+        self._told, self._event = chosen, None
         if chosen.is_cuda:
             self._told = chosen.to("cpu", non_blocking=True)  # to pinned memory
-            self._scores = scores.fetch()
+            for table in (scores, *([prompts.table] if prompts else [])):
+                table.fetch()
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(chosen.device))
 
     def results(self) -> tuple[list[int], list[TokenLogprob | None]]:
-        """The tokens, and scores as ``ScoreTable.read``. Waits until they are there."""
+        """The tokens, and scores as ``ScoreTable.read``. Waits until the step is over, also where
+        nothing was chosen: no more than one may wait for the device behind it."""
         if self._event is not None:
             self._event.synchronize()
+        if self._prompts is not None:
+            self._prompts.tell()
         tokens = self._told.tolist()
         return tokens, self._scores.read(len(tokens))
 
@@ -70,6 +76,7 @@ class Ran:
     """float32 ``[R, V]``"""
     sampling: list[tuple[int, Chunk]]
     """The chunks that sample, with the row of their last token, behind which their guesses are."""
+    prompts: PromptScores | None = None
 
     @property
     def waits(self) -> bool:
@@ -79,17 +86,17 @@ class Ran:
 
 
 def launch(
-    ran: Ran, sampling: SamplingState, grammars: Grammars | None, before: Tensor | None = None
-) -> Launched | None:
-    """Chooses a token after each chunk that still samples, if any does, and one after each of its
-    guesses, which holds if those before it do. ``before`` int64 are the tokens that the last step
-    chose, while sequences are ``late``."""
+    ran: Ran, sampling: SamplingState, grammars: Grammars | None, flown: Tensor | None = None
+) -> Launched:
+    """Chooses a token after each chunk that still samples, and one after each of its guesses, which
+    holds if those before it do. ``flown`` int64 are the tokens that the last step chose, while
+    sequences are ``late``."""
     chunks: list[Chunk] = []
     rows: list[int] = []
     slots: list[int] = []
     positions: list[int] = []
     ahead: list[tuple[int, int]] = []
-    late: list[tuple[int, int]] = []
+    unknown: list[tuple[int, int]] = []
     states: list[tuple[GrammarState, tuple[int, ...]]] = []
     masked: list[int] = []
     tops: list[int | None] = []
@@ -103,18 +110,16 @@ def launch(
         tops += [s.request.params.logprobs] * count
         positions += range(len(s.tokens), len(s.tokens) + count)
         if s.late >= 0:
-            late.append((len(ahead), s.late))
+            unknown.append((len(ahead), s.late))
             ahead.append((first, UNKNOWN))
         ahead += [(first + i, t) for i in range(1, count) for t in chunk.draft[:i]]
         if s.grammar is not None:
             masked += range(first, first + count)
             states.append((s.grammar, chunk.draft))
-    if not chunks:
-        return None
     logits = ran.logits
     if len(rows) < len(logits):
-        logits = logits[send(torch.tensor(rows), logits.device)]
+        logits = logits[send(torch.tensor(rows, dtype=torch.int64), logits.device)]
     allowed = (masked, grammars.allowed(states)) if grammars and states else None
-    unknown = None if before is None or not late else (late, before)
-    chosen = sampling.choose(logits, slots, positions, allowed, ahead, unknown)
-    return Launched(chunks, chosen, ScoreTable(logits, chosen, tops))
+    late = None if flown is None or not unknown else (unknown, flown)
+    chosen = sampling.choose(logits, slots, positions, allowed, ahead, late)
+    return Launched(chunks, chosen, ScoreTable(logits, chosen, tops), ran.prompts)

@@ -94,10 +94,10 @@ def lay_out(model: GPT, native: Native | None = None) -> int:
         if isinstance(layer, nn.Linear)
     ]
     if native is not None:
-        # One stretch of large pages, to which the weights go one by one: never twice in memory.
+        # One stretch of large pages, to which the weights go one by one: never all twice in memory.
         rooms = [Product.room(getattr(*place).weight) for place in places]
-        memory = zeros([sum(rooms)], torch.float32, torch.device("cpu")).split(rooms)
-        for (parent, name), part in zip(places, memory, strict=True):
+        memory = zeros([sum(rooms)], torch.float32, torch.device("cpu"), now=False)
+        for (parent, name), part in zip(places, memory.split(rooms), strict=True):
             setattr(parent, name, Product(native, getattr(parent, name).weight.data, part))
         return 1
     needed = 1

@@ -31,7 +31,8 @@ class EngineLoop:
         self._engine, self._on_step = engine, on_step
         self._changed = threading.Condition()
         # Under the condition:
-        self._inbox: list[Request] = []
+        self._inbox: list[tuple[Request, Future[Any] | None]] = []
+        """With what was prepared for it, which must not be forgotten before it is added."""
         self._aborts: list[str] = []
         self._ids: set[str] = set()
         self._stopping = self._dropping = False
@@ -65,7 +66,7 @@ class EngineLoop:
                 waiting = self._engine.config.max_waiting
                 raise EngineFull(f"max_waiting={waiting} requests are waiting already")
             self._ids.add(request.id)
-            self._inbox.append(request)
+            self._inbox.append((request, self._engine.prepare(request)))
             self._changed.notify()
 
     def abort(self, request_id: str) -> None:
@@ -124,9 +125,11 @@ class EngineLoop:
             left = sorted(self._ids)
         self._deliver([Output(request_id=i, finish="abort") for i in left])
 
-    def _take(self, inbox: list[Request], aborts: list[str]) -> list[Output]:
+    def _take(
+        self, inbox: list[tuple[Request, Future[Any] | None]], aborts: list[str]
+    ) -> list[Output]:
         refused = []
-        for request in inbox:
+        for request, _ in inbox:
             try:
                 self._engine.add(request)
             except (ValueError, EngineFull) as error:

@@ -12,8 +12,8 @@
 
 #define LANES REGISTER
 #define VECTORS (HEAD / LANES)
-#define KEYS 64  /* of a block: with HEAD=64 16 KiB, so that scores meet values in the first cache */
-#define HELD (LANES == 16 ? 16 : 8) /* registers, half of all, for sums of values */
+#define KEYS 64 /* of a block: with HEAD=64 16 KiB, so that scores meet values in the first cache */
+#define HELD (LANES == 16 ? 16 : 8) /* registers for sums of values: half of 32, or of 16 */
 #define TOGETHER (HELD < 2 * VECTORS ? 1 : HELD < 4 * VECTORS ? HELD / VECTORS : 4) /* queries */
 #define HALF (LANES < 8 ? LANES : 8)
 
@@ -127,9 +127,9 @@ static inline __attribute__((always_inline)) void add_values(
 /* Queries q [used, GROUP, HEAD] at `position` and after it, over the keys and values [.., HEAD] of
    their head, into y; `rows` >= `used` is what is computed. Keys come in blocks that begin at a
    multiple of KEYS, and are summed in their order: so it is all one which rows are in one call. The
-   softmax keeps a running maximum and sum (arXiv 1805.02867). Up to LANES - 1 keys around those that count
-   are read, and do not. While keys are read their values are fetched, and then the next keys: more
-   at a time would wait for each other. */
+   softmax keeps a running maximum and sum (arXiv 1805.02867). Up to LANES - 1 keys around those that
+   count are read, and do not. While keys are read their values are fetched, and then the next keys:
+   more at a time would wait for each other. */
 static inline __attribute__((always_inline)) void attend(
     const int rows, int64_t used, const float *q, int64_t q_step, const float *keys,
     const float *values, int64_t position, int64_t window, float scale, float *y, int64_t y_step
@@ -279,7 +279,7 @@ static inline vec capped(vec x, float cap) {
     return less(x, (vec){0}, -y, y);
 }
 
-/* cap * tanh(x / cap) of x [count], in place; 1e-7 of cap. */
+/* cap * tanh(x / cap) of x [count], in place; 2e-7 of cap. */
 void softcap(float *x, int64_t count, float cap, int threads) {
     int64_t whole = count / LANES * LANES;
 #pragma omp parallel for num_threads(threads) if (threads > 1)

@@ -17,6 +17,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -35,8 +36,11 @@ TILE_QUERIES = 8
 COLUMNS, CHUNK, SHARED_ROWS = 32, 64, 128
 """Outputs of a block of weights, what its inputs are rounded up to, and the rows that AMX takes at
 a time, as in ``linear.c``."""
-HERE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-OPTIONS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+MACHINE = platform.machine()
+TARGET = "-mcpu=native" if MACHINE in ("aarch64", "arm64") else "-march=native"
+OPTIONS: tuple[str, ...] = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+if MACHINE == "x86_64":
+    OPTIONS += ("-mprefer-vector-width=512",)  # clang would take 256 bits where there are 512
 COMPILE_SECONDS = 60
 FLOAT_EPS = torch.finfo(torch.float32).eps
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -227,8 +231,9 @@ class Softcap(nn.Module):
 
 
 @functools.cache
-def native(head_dim: int, group: int, processor: str = HERE) -> Native | None:
-    """None where it cannot be compiled, and says why."""
+def native(head_dim: int, group: int, target: str = TARGET) -> Native | None:
+    """Compiled with the option ``target``, which says for what processor. None where that cannot be
+    done; the log says why."""
     compiler = shlex.split(os.environ.get("CC") or shutil.which("cc") or "")
     reasons = []
     if head_dim % HEAD_MULTIPLE:
@@ -240,20 +245,44 @@ def native(head_dim: int, group: int, processor: str = HERE) -> Native | None:
         return None
     tile = max(1, TILE_QUERIES // group)
     sizes = (f"-DHEAD={head_dim}", f"-DGROUP={group}", f"-DTILE={tile}")
-    # torch has loaded OpenMP already. So it is one pool of threads; and who has it not does alone.
+    # With gcc, OpenMP is what torch has loaded already: one pool of threads. Who has it not does
+    # alone, and who does not know the processor's name does with what all of its kind have.
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "native.so"
-        for parallel in (("-fopenmp",), ()):
-            options = (*OPTIONS, processor, *parallel, *sizes)
-            command = [*compiler, *options, *SOURCES, "-o", str(made), "-lm"]
+        for choice in ([target, "-fopenmp"], [target], []):
+            options = (*OPTIONS, *choice, *sizes)
             try:
-                subprocess.run(
-                    command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS
-                )
-                return Native(head_dim, tile, ctypes.CDLL(str(made)))
-            except subprocess.CalledProcessError as error:
-                reasons.append(error.stderr.strip())
-            except (OSError, subprocess.TimeoutExpired) as error:
+                _run([*compiler, *options, *SOURCES, "-o", str(made), "-lm"], folder)
+            except TimeoutError as error:
                 reasons.append(str(error))
+                break
+            except (OSError, RuntimeError) as error:
+                reasons.append(f"{' '.join(choice)}: {error}")
+                continue
+            if reasons:
+                logger.info("compiled with %s, since: %s", choice, "; ".join(reasons))
+            return Native(head_dim, tile, ctypes.CDLL(str(made)))
     logger.warning("the engine goes on without C: %s", "; ".join(reasons))
     return None
+
+
+def _run(command: list[str], folder: str) -> None:
+    """RuntimeError if it fails; TimeoutError, with all that it has started ended, if it hangs."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": folder},
+        start_new_session=True,  # a compiler's parts are processes too
+    )
+    try:
+        _, said = process.communicate(timeout=COMPILE_SECONDS)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise TimeoutError(f"it took more than {COMPILE_SECONDS} s to compile") from None
+        raise
+    if process.returncode:
+        raise RuntimeError(said.strip())

@@ -44,7 +44,7 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
         free, place = free_memory(self.device), (dtype, self.device, self.min_rows)
         if not self._paged(config):
-            check_slots(model.config, config, max_len, dtype, free)
+            check_slots(model.config, config, max_len, dtype, free, self.native is not None)
             slots = config.max_slots
             self.cache = SlotCache(model.config, slots, max_len, *place, self.native)
             return
@@ -84,23 +84,23 @@ class Runner:
         self.cache.assign(sequence.slot, sequence.blocks)
 
     @torch.inference_mode()
-    def run(self, chunks: SequenceOf[Chunk], chosen: Tensor | None = None) -> Tensor:
+    def run(self, chunks: SequenceOf[Chunk], flown: Tensor | None = None) -> Tensor:
         """float32 logits ``[R, V]`` after those rows of each chunk that it wants (its last
         ``Chunk.rows``), chunk by chunk.
 
-        ``chosen`` int64 ``[S]`` holds, on the device, the tokens that the step before chose: those
+        ``flown`` int64 ``[S]`` holds, on the device, the tokens that the step before chose: those
         of sequences that are ``late``.
         """
         ids: list[int] = []
         before: list[int] = []
         spans: list[Span] = []
         last: list[int] = []
-        late: list[tuple[int, int]] = []
+        unknown: list[tuple[int, int]] = []
         for chunk in chunks:
             tokens, slot, start = chunk.sequence.tokens, chunk.sequence.slot, chunk.start
             before.append(tokens[start - 1] if start else -1)
             if chunk.sequence.late >= 0:
-                late.append((len(ids), chunk.sequence.late))
+                unknown.append((len(ids), chunk.sequence.late))
             if chunk.count == 1 and not chunk.draft:
                 spans.append(Span(slot, start, 1, chunk.decode))
                 ids.append(tokens[start])
@@ -119,8 +119,8 @@ class Runner:
         table = np.zeros((2, rows), dtype=np.int64)
         table[0, : len(ids)], table[1, : len(ids)] = ids, before
         tokens_2N = send(torch.from_numpy(table), self.device)
-        if chosen is not None and late:
-            insert(tokens_2N[0], late, chosen)
+        if flown is not None and unknown:
+            insert(tokens_2N[0], unknown, flown)
         if graphs and recorded:
             logits = graphs.run(tokens_2N, spans)
             return logits[: len(ids)] if len(last) == len(ids) else logits[self._at(last)]

@@ -36,7 +36,7 @@ class Rows:
     seed: Tensor
     """int64, any bits"""
     widest: int
-    """Not below any row's ``top_k``."""
+    """The largest ``top_k`` below V of those rows that sample; 0 if none has one."""
 
 
 def signed(value: int) -> int:

@@ -59,9 +59,12 @@ class SamplingState:
             features |= sampler.MIN_P if p.min_p > 0 else 0
         rows = self._rows
         self._top_k[slot] = p.top_k if features & sampler.TOP_K else 0
-        rows.temperature[slot], rows.top_k[slot] = p.temperature, p.top_k
-        rows.top_p[slot], rows.min_p[slot] = p.top_p, p.min_p
-        rows.seed[slot] = sampler.signed(sequence.seed)
+        # To assign a number to a place of a GPU's tensor would be to wait for the GPU.
+        rows.temperature[slot].fill_(p.temperature)
+        rows.top_k[slot].fill_(p.top_k)
+        rows.top_p[slot].fill_(p.top_p)
+        rows.min_p[slot].fill_(p.min_p)
+        rows.seed[slot].fill_(sampler.signed(sequence.seed))
         if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
             features |= PENALTY
             self._admit_penalties(sequence)
@@ -69,28 +72,26 @@ class SamplingState:
             features |= BIAS
             if self._bias is None:
                 self._bias = self._table(torch.float32)
-            self._bias[slot] = 0
-            values = torch.tensor(list(p.logit_bias.values()))
-            self._bias[slot, self._ids(list(p.logit_bias))] = send(values, self.device)
+            values = send(torch.tensor(list(p.logit_bias.values())), self.device)
+            self._bias[slot].zero_().index_copy_(0, self._ids(list(p.logit_bias)), values)
         if p.min_tokens and sequence.ending:
             features |= BAN
             if self._bans is None:
                 self._bans = self._table(torch.bool)
-            self._bans[slot] = False
-            self._bans[slot, self._ids(list(sequence.ending))] = True
-            self._ban_before[slot] = len(sequence.request.prompt) + p.min_tokens
+            self._bans[slot].zero_().index_fill_(0, self._ids(list(sequence.ending)), True)
+            self._ban_before[slot].fill_(len(sequence.request.prompt) + p.min_tokens)
         self._features[slot] = features
 
     def _admit_penalties(self, sequence: Sequence) -> None:
         p, slot = sequence.request.params, sequence.slot
         if self._seen is None or self._counts is None:
             self._seen, self._counts = self._table(torch.bool), self._table(torch.float32)
-        self._seen[slot], self._counts[slot] = False, 0
-        self._seen[slot, self._ids(sequence.tokens)] = True
+        self._seen[slot].zero_().index_fill_(0, self._ids(sequence.tokens), True)
         answer = self._ids(sequence.tokens[len(sequence.request.prompt) :])
-        self._counts[slot].index_add_(0, answer, torch.ones(len(answer), device=self.device))
+        ones = torch.ones(len(answer), device=self.device)
+        self._counts[slot].zero_().index_add_(0, answer, ones)
         three = torch.tensor((p.repetition_penalty, p.presence_penalty, p.frequency_penalty))
-        self._penalties[slot] = send(three, self.device)
+        self._penalties[slot].copy_(send(three, self.device))
 
     def _table(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros((self.slots, self.vocab_size), dtype=dtype, device=self.device)
@@ -105,13 +106,13 @@ class SamplingState:
         positions: SequenceOf[int],
         allowed: tuple[SequenceOf[int], np.ndarray] | None = None,
         ahead: SequenceOf[tuple[int, int]] = (),
-        unknown: tuple[SequenceOf[tuple[int, int]], Tensor] | None = None,
+        late: tuple[SequenceOf[tuple[int, int]], Tensor] | None = None,
     ) -> Tensor:
         """Tokens int64 ``[S]`` for ``logits [S, V]`` of the sequences in ``slots``, which will
         stand at ``positions``. ``allowed`` holds the rows that follow a grammar and what they
         allow, bool ``[G, V]``; ``ahead`` pairs of a row and a token that it takes to be in the
-        answer beside those that were counted; ``unknown`` what ``sampler.insert`` puts there of
-        tokens that are on the device alone."""
+        answer beside those that were counted; ``late`` what ``sampler.insert`` puts there of tokens
+        that are on the device alone."""
         if allowed is not None:
             marked = send(torch.from_numpy(allowed[1]), self.device)
             logits = sampler.allow(logits, self._ids(list(allowed[0])), marked)
@@ -128,11 +129,10 @@ class SamplingState:
             repetition, presence, frequency = self._penalties[at].unbind(1)
             seen, counts = self._seen[at], self._counts[at]
             if ahead:
-                pairs = self._ids(list(ahead)).unbind(1)  # type: ignore[arg-type]
-                if unknown is not None:
-                    sampler.insert(pairs[1], *unknown)
-                seen[pairs] = True
-                counts.index_put_(pairs, torch.ones(len(ahead), device=self.device), True)
+                pairs = self._ids(list(ahead))  # type: ignore[arg-type]
+                if late is not None:
+                    sampler.insert(pairs[:, 1], *late)
+                self._note(seen, counts, pairs)
             changed = sampler.penalise(logits, seen, counts, repetition, presence, frequency)
             logits = torch.where(use > 0, changed, logits)
         if features & BAN and self._bans is not None:
@@ -158,7 +158,11 @@ class SamplingState:
         pairs = [(s, t) for s, t in zip(slots, tokens, strict=True) if self._features[s] & PENALTY]
         if not pairs or self._seen is None or self._counts is None:
             return
-        at, ids = self._ids(list(pairs)).unbind(1)  # type: ignore[arg-type]
-        self._seen[at, ids] = True
-        ones = torch.ones(len(pairs), device=self.device)
-        self._counts.index_put_((at, ids), ones, accumulate=True)
+        self._note(self._seen, self._counts, self._ids(pairs))  # type: ignore[arg-type]
+
+    def _note(self, seen: Tensor, counts: Tensor, pairs: Tensor) -> None:
+        """Notes ``pairs`` int64 ``[A, 2]`` of a row and a token in ``seen`` and ``counts [R, V]``.
+        By their places in memory: ``index_put_`` may wait for a GPU."""
+        places = pairs[:, 0] * self.vocab_size + pairs[:, 1]
+        seen.view(-1).index_fill_(0, places, True)
+        counts.view(-1).index_add_(0, places, torch.ones(len(places), device=self.device))

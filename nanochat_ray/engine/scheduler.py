@@ -130,8 +130,9 @@ class Scheduler:
     """Slots and queues.
 
     Invariants: a sequence is either waiting (no slot) or running (a slot of its own); decodes are
-    in every plan; a plan never exceeds ``token_budget``, nor, while anything decodes, the larger of
-    ``prefill_chunk`` for each prompt and ``chunk_per_decode`` for each decode in prompt tokens.
+    in every plan, except where the last token is being made; a plan never exceeds
+    ``token_budget``, nor, while anything decodes, the larger of ``prefill_chunk`` for each prompt
+    and ``chunk_per_decode`` for each decode in prompt tokens.
 
     With ``blocks``, which hold at least one sequence as long as may be, a sequence is admitted
     when there are blocks for all its tokens. When they run out, it takes them from those behind

@@ -46,27 +46,33 @@ class ScoreTable:
         return found
 
 
-def score_prompts(chunks: SequenceOf[Chunk], logits: Tensor) -> None:
-    """Adds to the ``prompt_scores`` of sequences what ``logits [R, V]`` of the chunks tell."""
-    tokens = [0] * len(logits)
-    tops: list[int | None] = [None] * len(logits)
-    owners: list[Sequence] = []
-    row = 0
-    for chunk in chunks:
-        s = chunk.sequence
-        if chunk.scores and s.prompt_scores is not None:
-            prompt = s.request.prompt
-            # The row of each token tells of the one behind it; some may be known since before a
-            # preemption.
-            first = max(chunk.start, len(s.prompt_scores))
-            for place in range(first, min(chunk.start + chunk.count, len(prompt) - 1)):
-                at = row + place - chunk.start
-                tokens[at], tops[at] = prompt[place + 1], s.request.params.prompt_logprobs or 0
-                owners.append(s)
-        row += chunk.rows
-    if owners:
-        table = ScoreTable(logits, send(torch.tensor(tokens), logits.device), tops)
-        found = [score for score in table.read(len(logits)) if score is not None]
-        for owner, score in zip(owners, found, strict=True):
-            assert owner.prompt_scores is not None
-            owner.prompt_scores.append(score)
+class PromptScores:
+    """What a step tells of prompts' tokens."""
+
+    def __init__(self, chunks: SequenceOf[Chunk], logits: Tensor):
+        """``logits [R, V]`` are those of the chunks."""
+        tokens = [0] * len(logits)
+        tops: list[int | None] = [None] * len(logits)
+        self._places: list[tuple[Sequence, int]] = []
+        row = 0
+        for chunk in chunks:
+            s, prompt = chunk.sequence, chunk.sequence.request.prompt
+            if chunk.scores:
+                # The row of each token tells of the one behind it.
+                for place in range(
+                    chunk.start + 1, min(chunk.start + chunk.count + 1, len(prompt))
+                ):
+                    at = row + place - 1 - chunk.start
+                    tokens[at], tops[at] = prompt[place], s.request.params.prompt_logprobs or 0
+                    self._places.append((s, place))
+            row += chunk.rows
+        self.table = ScoreTable(logits, send(torch.tensor(tokens), logits.device), tops)
+        self._rows = len(logits)
+
+    def tell(self) -> None:
+        """Adds them to the ``prompt_scores`` of sequences, unless they are known from before a
+        preemption."""
+        found = [score for score in self.table.read(self._rows) if score is not None]
+        for (s, place), score in zip(self._places, found, strict=True):
+            if s.prompt_scores is not None and len(s.prompt_scores) == place - 1:
+                s.prompt_scores.append(score)

@@ -119,8 +119,8 @@ def logits_of(model: GPT, prompt: list[int], budget: int, company: int) -> torch
     seen: list[torch.Tensor] = []
     run = engine.runner.run
 
-    def spy(chunks, chosen):  # type: ignore[no-untyped-def]
-        logits = run(chunks, chosen)
+    def spy(chunks, flown):  # type: ignore[no-untyped-def]
+        logits = run(chunks, flown)
         sampled = [c.sequence.request.id for c in chunks if c.samples]
         if "me" in sampled:
             seen.append(logits[sampled.index("me")].clone())

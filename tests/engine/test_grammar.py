@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import re
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -215,6 +216,13 @@ def test_masks_behind_a_draft_are_those_of_the_draft_taken() -> None:
         assert state.feed([token])
 
 
+def test_a_guess_that_ends_a_grammar_leaves_nothing_to_choose_and_harms_nobody() -> None:
+    engine = make_engine(make_model("modern"), None, TOK.byte_table(), speculative_ngram=2)
+    params = {"grammar": {"regex": "(ab){3}"}, "temperature": 1.0, "logprobs": 0}
+    assert answer(engine, ask("a", [1], max_tokens=9, seed=3, **params)) == list(b"ababab")
+    assert engine.stats().draft_accepted > 0
+
+
 def test_it_is_compiled_once_for_all_who_ask_and_so_is_why_not() -> None:
     grammars = Grammars(TOK.byte_table(), VOCAB)
     good, bad = {"choice": ["yes", "no"]}, {"regex": "(("}
@@ -227,4 +235,9 @@ def test_it_is_compiled_once_for_all_who_ask_and_so_is_why_not() -> None:
     assert grammars.compile(bad) is refusal
     for i in range(KEPT):
         grammars.check({"choice": [f"word {i}"]})
-    assert grammars.compile(bad) is not refusal  # the oldest are forgotten
+    assert grammars.compile(bad) is refusal  # somebody holds it
+    for i in range(KEPT):
+        grammars.check({"choice": [f"word {i}"]})
+    forgotten = weakref.ref(refusal)
+    del refusal
+    assert forgotten() is None

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.launched import Launched, Ran, launch
@@ -41,11 +42,11 @@ def test_a_step_runs_before_the_last_one_is_read(monkeypatch: pytest.MonkeyPatch
     engine, events = make(), list[str]()
     run, results = engine.runner.run, Launched.results
 
-    def spied_run(chunks: list[Chunk], chosen: torch.Tensor | None) -> torch.Tensor:
+    def spied_run(chunks: list[Chunk], flown: torch.Tensor | None) -> torch.Tensor:
         late = [c for c in chunks if c.sequence.late >= 0]
         assert all(c.sequence.tokens[-1] == UNKNOWN for c in late)
         events.append(f"run {len(late)}")
-        return run(chunks, chosen)
+        return run(chunks, flown)
 
     def spied_results(launched: Launched) -> Any:
         events.append("read")
@@ -119,12 +120,12 @@ def test_a_tool_writes_although_the_model_was_already_going_on() -> None:
         engine = make_engine(make_model("modern"), tool, overlap=overlap, speculative_tokens=0)
         run, prompted = engine.runner.run, set[tuple[str, int]]()
 
-        def spied(chunks: list[Chunk], chosen: torch.Tensor | None) -> torch.Tensor:
+        def spied(chunks: list[Chunk], flown: torch.Tensor | None) -> torch.Tensor:
             for c in chunks:
                 if not c.decode:
                     places = range(c.start, c.start + c.count)
                     prompted.update((c.sequence.request.id, i) for i in places)  # noqa: B023
-            return run(chunks, chosen)  # noqa: B023
+            return run(chunks, flown)  # noqa: B023
 
         engine.runner.run = spied  # type: ignore[method-assign]
         bias = {10: 7.0, 20: 7.0}
@@ -179,8 +180,19 @@ def test_guesses_come_first() -> None:
         assert (engine._flying is None) == waits
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes a host wait for a GPU: to assign a number to a place, and to assign
+    through an index, which may check it. (Tensors without values refuse to be read.)"""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = str(func)
+        assert "index_put" not in name
+        assert name != "aten.copy_.default" or any(args[1].stride()), "a number is assigned"
+        return func(*args, **(kwargs or {}))
+
+
 def test_choosing_on_a_gpu_waits_for_nothing() -> None:
-    """On tensors without values, where reading one back is an error."""
+    """On tensors without values."""
     device = torch.device("meta")
     state, chunks = SamplingState(4, VOCAB, device), []
     for slot, params in enumerate(
@@ -193,15 +205,72 @@ def test_choosing_on_a_gpu_waits_for_nothing() -> None:
     ):
         request = ask(str(slot), [1, 2], **params)
         s = Sequence(request, [1, 2, UNKNOWN], 7, 99, slot=slot, ending=request.params.ending)
-        state.admit(s)
+        with NoWaiting():
+            state.admit(s)
         s.late = slot
         chunks.append((slot, Chunk(s, 2, 1, True)))
     before = torch.zeros(4, dtype=torch.int64, device=device)
-    launched = launch(Ran(torch.zeros((4, VOCAB), device=device), chunks), state, None, before)
-    assert launched is not None
+    logits = torch.zeros((4, VOCAB), device=device)
+    with NoWaiting():
+        launched = launch(Ran(logits, chunks), state, None, before)
+        state.count([2, 3], [5, 6])
     assert launched.chosen.shape == (4,)
     assert launched.chosen.device == device
-    state.count([2, 3], [5, 6])
+
+
+def test_a_step_that_samples_nothing_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a long prompt's chunks would all be queued before anybody else's."""
+    engine, events = make(prefill_chunk=8, token_budget=8), list[str]()
+    run, results = engine.runner.run, Launched.results
+
+    def spied_run(chunks: list[Chunk], flown: torch.Tensor | None) -> torch.Tensor:
+        events.append("run")
+        return run(chunks, flown)
+
+    def spied_results(launched: Launched) -> Any:
+        events.append("read")
+        return results(launched)
+
+    monkeypatch.setattr(engine.runner, "run", spied_run)
+    monkeypatch.setattr(Launched, "results", spied_results)
+    prompt = list(range(40))
+    scored = ask("a", prompt, max_tokens=2, prompt_logprobs=1)
+    engine.add(scored)
+    outputs = finish(engine)["a"]
+    assert events == ["run", *["run", "read"] * 5, "read"]
+    other = make("off")
+    other.add(scored)
+    assert outputs[0].prompt_logprobs == finish(other)["a"][0].prompt_logprobs
+    assert len(outputs[0].prompt_logprobs or ()) == len(prompt) - 1
+
+
+def test_an_answer_that_is_ready_is_not_late() -> None:
+    engine = make()
+    engine.add(ask("a", [1, 2], max_tokens=2, deadline=time.time() + 3600))
+    engine.step()
+    engine.step()
+    object.__setattr__(engine.scheduler.running[0].request, "deadline", time.time())
+    assert [(len(o.tokens), o.finish) for o in engine.step()] == [(1, "length")]
+
+
+def test_after_a_step_that_fails_the_tokens_ahead_of_it_are_not_lost() -> None:
+    engine, request = make(), ask("a", [1, 2], max_tokens=6)
+    want = answers(make("off"), [request])
+    run, fail = engine.runner.run, [3]
+
+    def broken(chunks: list[Chunk], flown: torch.Tensor | None) -> torch.Tensor:
+        fail[0] -= 1
+        if fail[0] == 0:
+            raise MemoryError
+        return run(chunks, flown)
+
+    engine.runner.run = broken  # type: ignore[method-assign]
+    engine.add(request)
+    outputs = engine.step() + engine.step()
+    with pytest.raises(MemoryError):
+        engine.step()
+    outputs += finish(engine)["a"]
+    assert {"a": tokens(outputs)} == want
 
 
 def test_whether_steps_overlap_is_a_known_word() -> None:

@@ -103,11 +103,11 @@ def test_layers_with_windows_give_their_old_blocks_back(preset: str) -> None:
     assert short.capacity < 0.6 * full.capacity
     seen = 0
 
-    def spy(chunks, chosen):  # type: ignore[no-untyped-def]
+    def spy(chunks, flown):  # type: ignore[no-untyped-def]
         nonlocal seen
         held = [places for s in engine.scheduler.running for places in s.blocks]
         seen = max(seen, *(places.count(VOID) for places in held))
-        return real(chunks, chosen)
+        return real(chunks, flown)
 
     real, engine.runner.run = engine.runner.run, spy  # type: ignore[method-assign]
     assert run(engine, asked, random.Random(7), preempt=0.05) == slots

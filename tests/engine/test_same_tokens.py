@@ -166,12 +166,12 @@ def test_with_steps_launched_before_the_last_tokens_are_known(settings: dict[str
     overlapping = engine(overlap="on", **settings)
     run, late, rows = overlapping.runner.run, 0, 0
 
-    def watched(chunks: list[Chunk], chosen: torch.Tensor | None) -> torch.Tensor:
+    def watched(chunks: list[Chunk], flown: torch.Tensor | None) -> torch.Tensor:
         nonlocal late, rows
         decodes = [c for c in chunks if c.decode]
         rows += len(decodes)
         late += sum(c.sequence.late >= 0 for c in decodes)
-        return run(chunks, chosen)
+        return run(chunks, flown)
 
     overlapping.runner.run = watched  # type: ignore[method-assign]
     want = {request.id: alone()[request.id] for request in some}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import socket
@@ -19,11 +20,13 @@ from tiny import wait_for
 
 from nanochat_ray.config import EngineConfig, ModelConfig
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.grammar import Grammars
+from nanochat_ray.engine.grammar import KEPT, Grammars
+from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.engine.scheduler import Chunk
 from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.serve.app import build_app
+from nanochat_ray.serve.client import OutputStream
 from nanochat_ray.serve.local import LocalClient
 from nanochat_ray.serve.service import Limits
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -32,13 +35,17 @@ TOK = Tokenizer.bytes_only()
 USER = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture(scope="module")
-def local() -> Iterator[LocalClient]:
+def make_client(**settings: int) -> LocalClient:
     shape = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "sequence_len": 512}
     model = GPT(ModelConfig.modern(vocab_size=TOK.vocab_size, **shape))
     model.init_weights(torch.Generator().manual_seed(0))
-    config = EngineConfig(max_slots=4, token_budget=64, max_waiting=8)
-    client = LocalClient(Engine(model.eval(), config, calculator_tool(TOK), TOK.byte_table()))
+    config = EngineConfig(**settings)
+    return LocalClient(Engine(model.eval(), config, calculator_tool(TOK), TOK.byte_table()))
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[LocalClient]:
+    client = make_client(max_slots=4, token_budget=64, max_waiting=8)
     yield client
     client.close()
     client.engine.check_integrity()
@@ -101,6 +108,33 @@ def test_a_grammar_that_compiles_for_long_holds_up_nobody(
         assert not slow.done()
         may_go_on.set()
         assert slow.result() in ("late", "soon")
+
+
+def test_each_of_many_grammars_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where more are asked for at a time than are kept."""
+    count, client = 3 * KEPT // 2, make_client(max_slots=4, token_budget=64, max_waiting=2 * KEPT)
+    compiled: list[str] = []
+    compile_it = Grammars._compile
+
+    def counted(grammars: Grammars, text: str) -> Any:
+        compiled.append(text)
+        return compile_it(grammars, text)
+
+    monkeypatch.setattr(Grammars, "_compile", counted)
+
+    async def ask(i: int) -> None:
+        params = SamplingParams(grammar={"choice": [f"{i}"]}, max_tokens=5)
+        stream = OutputStream()
+        await client.submit(Request(id=f"{i}", prompt=[1], params=params), stream)
+        async for outputs in stream:
+            assert outputs[-1].error is None
+
+    async def ask_all() -> None:
+        await asyncio.gather(*(ask(i) for i in range(count)))
+
+    asyncio.run(ask_all())
+    client.close()
+    assert len(compiled) == count
 
 
 def test_stream_says_what_the_whole_says(client: openai.OpenAI) -> None:
@@ -187,9 +221,9 @@ def hurried(local: LocalClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
     tokens is never ready in time."""
     run = local.engine.runner.run
 
-    def slowly(chunks: list[Chunk], chosen: torch.Tensor | None) -> torch.Tensor:
+    def slowly(chunks: list[Chunk], flown: torch.Tensor | None) -> torch.Tensor:
         time.sleep(0.005)
-        return run(chunks, chosen)
+        return run(chunks, flown)
 
     monkeypatch.setattr(local.engine.runner, "run", slowly)
     limits = Limits(request_timeout_s=0.5)
