@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.data.shards import Manifest, write_shard
+from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -72,6 +75,22 @@ def wait_for(condition: Callable[[], Any], seconds: float = 30.0, what: str = "i
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not happen within {seconds} s")
         time.sleep(0.02)
+
+
+def hold_up_grammars(
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[threading.Event, threading.Event]:
+    """Grammars take long to compile: set once one is begun, and to be set for them to go on."""
+    compiling, may_go_on = threading.Event(), threading.Event()
+    compile_it = Grammars._compile
+
+    def slowly(grammars: Grammars, text: str) -> Any:
+        compiling.set()
+        assert may_go_on.wait(60)
+        return compile_it(grammars, text)
+
+    monkeypatch.setattr(Grammars, "_compile", slowly)
+    return compiling, may_go_on
 
 
 def free_ports(count: int) -> list[int]:

@@ -169,8 +169,9 @@ class Engine:
         finish = self._finish(sequence, request.generated[-1]) if request.generated else None
         complete = finish is None and sequence.grammar is not None and sequence.grammar.finished
         finish = "stop" if complete else finish
-        due = [] if finish is not None else due
-        if finish is None and due:
+        if finish is not None:
+            due = []
+        elif due:
             # The engine before this one was lost while it wrote a tool's output.
             due = due[: sequence.limit - len(sequence.tokens)]
             sequence.tokens += due

@@ -30,8 +30,9 @@ class Launched:
         self._told, self._event = chosen, None
         if chosen.is_cuda:
             self._told = chosen.to("cpu", non_blocking=True)  # to pinned memory
-            for table in (scores, *([prompts.table] if prompts else [])):
-                table.fetch()
+            scores.fetch()
+            if prompts is not None:
+                prompts.table.fetch()
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(chosen.device))
 
@@ -42,8 +43,7 @@ class Launched:
             self._event.synchronize()
         if self._prompts is not None:
             self._prompts.tell()
-        tokens = self._told.tolist()
-        return tokens, self._scores.read(len(tokens))
+        return self._told.tolist(), self._scores.read()
 
     @property
     def leads(self) -> bool:

@@ -54,6 +54,7 @@ class EngineLoop:
     def submit(self, request: Request) -> None:
         """Raises ValueError (the engine can never answer it), EngineFull, or RuntimeError (the
         loop is dead or stopping)."""
+        prepared = self._engine.prepare(request)
         self._engine.validate(request)
         with self._changed:
             if self._failure is not None:
@@ -66,7 +67,7 @@ class EngineLoop:
                 waiting = self._engine.config.max_waiting
                 raise EngineFull(f"max_waiting={waiting} requests are waiting already")
             self._ids.add(request.id)
-            self._inbox.append((request, self._engine.prepare(request)))
+            self._inbox.append((request, prepared))
             self._changed.notify()
 
     def abort(self, request_id: str) -> None:

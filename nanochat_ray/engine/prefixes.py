@@ -6,8 +6,6 @@ bit, and answers must not depend on who was before.
 
 from __future__ import annotations
 
-import torch
-
 from nanochat_ray.engine.blocks import BLOCK, BlockPool, Blocks
 from nanochat_ray.engine.kv_cache import BlockStore, SlotCache
 from nanochat_ray.engine.scheduler import Sequence
@@ -28,7 +26,6 @@ class CopiedPrefixes:
         self.blocks = Blocks([BlockPool(tokens // BLOCK)])
         self._store = BlockStore(cache, tokens // BLOCK)
 
-    @torch.inference_mode()
     def begin(self, sequence: Sequence) -> None:
         """Gives a sequence that starts what is known of its prompt."""
         held = self.blocks.match(sequence.tokens, _reach(sequence))
@@ -37,7 +34,6 @@ class CopiedPrefixes:
             self._store.load(held[0], sequence.slot)
         self.blocks.release(held)
 
-    @torch.inference_mode()
     def keep(self, sequence: Sequence) -> None:
         """Keeps what is computed of its prompt."""
         known = min(sequence.computed, len(sequence.request.prompt))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ class ScoreTable:
     def __init__(self, logits: Tensor, tokens: Tensor, tops: SequenceOf[int | None]):
         """Of float32 ``logits [R, V]`` and int64 ``tokens [R]``: each token, and as many likeliest
         ones as ``tops`` says; None asks for nothing."""
+        self._rows = len(tops)
         self._asked = [(row, top) for row, top in enumerate(tops) if top is not None]
         self._columns: tuple[Tensor, ...] = ()
         if self._asked:
@@ -29,16 +29,15 @@ class ScoreTable:
             top = min(max(top for _, top in self._asked), logits.size(-1))
             self._columns = sampler.log_probabilities(logits, tokens, top)
 
-    def fetch(self) -> Self:
+    def fetch(self) -> None:
         """Has it sent to the CPU; to be read once the device is that far."""
         self._columns = tuple(column.to("cpu", non_blocking=True) for column in self._columns)
-        return self
 
-    def read(self, rows: int) -> list[TokenLogprob | None]:
+    def read(self) -> list[TokenLogprob | None]:
         """For each of the R rows: None where nobody asked; an empty list if nobody did at all."""
         if not self._asked:
             return []
-        found: list[TokenLogprob | None] = [None] * rows
+        found: list[TokenLogprob | None] = [None] * self._rows
         own, ids, values = (column.tolist() for column in self._columns)
         for i, (row, n) in enumerate(self._asked):
             top = list(zip(ids[i][:n], values[i][:n], strict=True))
@@ -67,12 +66,11 @@ class PromptScores:
                     self._places.append((s, place))
             row += chunk.rows
         self.table = ScoreTable(logits, send(torch.tensor(tokens), logits.device), tops)
-        self._rows = len(logits)
 
     def tell(self) -> None:
         """Adds them to the ``prompt_scores`` of sequences, unless they are known from before a
         preemption."""
-        found = [score for score in self.table.read(self._rows) if score is not None]
+        found = [score for score in self.table.read() if score is not None]
         for (s, place), score in zip(self._places, found, strict=True):
             if s.prompt_scores is not None and len(s.prompt_scores) == place - 1:
                 s.prompt_scores.append(score)

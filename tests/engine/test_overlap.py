@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.launched import Launched, Ran, launch
 from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
 from nanochat_ray.engine.scheduler import UNKNOWN, Chunk, Sequence
 from nanochat_ray.engine.tools import Tool
@@ -38,24 +39,30 @@ def answers(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
     return {name: tokens(outputs) for name, outputs in finish(engine).items()}
 
 
-def test_a_step_runs_before_the_last_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, events = make(), list[str]()
-    run, results = engine.runner.run, Launched.results
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What engines do: "run" with how many rows of unknown tokens, and "read"."""
+    found: list[str] = []
+    run, results = Runner.run, Launched.results
 
-    def spied_run(chunks: list[Chunk], flown: torch.Tensor | None) -> torch.Tensor:
+    def spied_run(runner: Runner, chunks: list[Chunk], flown: torch.Tensor | None) -> torch.Tensor:
         late = [c for c in chunks if c.sequence.late >= 0]
         assert all(c.sequence.tokens[-1] == UNKNOWN for c in late)
-        events.append(f"run {len(late)}")
-        return run(chunks, flown)
+        found.append(f"run {len(late)}")
+        return run(runner, chunks, flown)
 
     def spied_results(launched: Launched) -> Any:
-        events.append("read")
+        found.append("read")
         return results(launched)
 
-    monkeypatch.setattr(engine.runner, "run", spied_run)
+    monkeypatch.setattr(Runner, "run", spied_run)
     monkeypatch.setattr(Launched, "results", spied_results)
+    return found
+
+
+def test_a_step_runs_before_the_last_one_is_read(events: list[str]) -> None:
     requests = [ask(str(i), [i + 1, i + 2], max_tokens=4) for i in range(3)]
-    got = answers(engine, requests)
+    got = answers(make(), requests)
     assert events == ["run 0", "run 3", "read", "run 3", "read", "run 3", "read", "read"]
     assert got == answers(make("off"), requests)
 
@@ -218,30 +225,16 @@ def test_choosing_on_a_gpu_waits_for_nothing() -> None:
     assert launched.chosen.device == device
 
 
-def test_a_step_that_samples_nothing_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_samples_nothing_is_waited_for_too(events: list[str]) -> None:
     """Or a long prompt's chunks would all be queued before anybody else's."""
-    engine, events = make(prefill_chunk=8, token_budget=8), list[str]()
-    run, results = engine.runner.run, Launched.results
-
-    def spied_run(chunks: list[Chunk], flown: torch.Tensor | None) -> torch.Tensor:
-        events.append("run")
-        return run(chunks, flown)
-
-    def spied_results(launched: Launched) -> Any:
-        events.append("read")
-        return results(launched)
-
-    monkeypatch.setattr(engine.runner, "run", spied_run)
-    monkeypatch.setattr(Launched, "results", spied_results)
-    prompt = list(range(40))
-    scored = ask("a", prompt, max_tokens=2, prompt_logprobs=1)
-    engine.add(scored)
-    outputs = finish(engine)["a"]
-    assert events == ["run", *["run", "read"] * 5, "read"]
-    other = make("off")
-    other.add(scored)
-    assert outputs[0].prompt_logprobs == finish(other)["a"][0].prompt_logprobs
-    assert len(outputs[0].prompt_logprobs or ()) == len(prompt) - 1
+    prompt, found = list(range(40)), []
+    for overlap in ("on", "off"):
+        engine = make(overlap, prefill_chunk=8, token_budget=8)
+        engine.add(ask("a", prompt, max_tokens=2, prompt_logprobs=1))
+        found.append(finish(engine)["a"][0].prompt_logprobs)
+    assert events[:12] == ["run 0", *["run 0", "read"] * 4, "run 1", "read", "read"]
+    assert len(found[0] or ()) == len(prompt) - 1
+    assert found[0] == found[1]
 
 
 def test_an_answer_that_is_ready_is_not_late() -> None:

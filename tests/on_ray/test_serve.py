@@ -19,10 +19,10 @@ import openai
 import pytest
 import torch
 from ray import serve
+from tiny import hold_up_grammars
 
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import EngineConfig, ModelConfig, to_json
-from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.engine_replica import EngineReplica
@@ -214,15 +214,7 @@ class Unserved(EngineReplica):
 def test_a_grammar_that_compiles_for_long_holds_up_nobody(
     config: ServeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiling, may_go_on = threading.Event(), threading.Event()
-    compile_it = Grammars._compile
-
-    def slowly(grammars: Grammars, text: str) -> Any:
-        compiling.set()
-        assert may_go_on.wait(60)
-        return compile_it(grammars, text)
-
-    monkeypatch.setattr(Grammars, "_compile", slowly)
+    compiling, may_go_on = hold_up_grammars(monkeypatch)
 
     async def run() -> None:
         engine = to_json(config.engine)

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import openai
 import pytest
 import torch
 from serving import get, post, serving
-from tiny import wait_for
+from tiny import hold_up_grammars, wait_for
 
 from nanochat_ray.config import EngineConfig, ModelConfig
 from nanochat_ray.engine.engine import Engine
@@ -85,15 +84,7 @@ def test_seeds_reproduce_alone_and_together(client: openai.OpenAI) -> None:
 def test_a_grammar_that_compiles_for_long_holds_up_nobody(
     client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiling, may_go_on = threading.Event(), threading.Event()
-    compile_it = Grammars._compile
-
-    def slowly(grammars: Grammars, text: str) -> Any:
-        compiling.set()
-        assert may_go_on.wait(60)
-        return compile_it(grammars, text)
-
-    monkeypatch.setattr(Grammars, "_compile", slowly)
+    compiling, may_go_on = hold_up_grammars(monkeypatch)
 
     def ask(**fields: object) -> str:
         answer = client.completions.create(
