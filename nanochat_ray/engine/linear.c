@@ -15,6 +15,44 @@
 #define AHEAD 16 /* columns to fetch: a processor's own prefetching ends at a page's end */
 #define SUMS (REGISTER == 16 ? 28 : 12) /* registers of sums: most of 32, and of 16 */
 
+/* Blocks of weights that a thread has yet to multiply. */
+typedef union {
+    struct {
+        uint32_t begin, end;
+    };
+    uint64_t both;
+} Share;
+
+static void share_out(Share *shares, int64_t blocks, int threads) {
+    for (int64_t i = 0; i < threads; i++)
+        shares[i] = (Share){{blocks * i / threads, blocks * (i + 1) / threads}};
+}
+
+/* A block for thread `me`: its next, or when it has no more another's last, so that nobody waits for
+   a thread that the system holds up. -1 when all are taken. */
+static int64_t take(Share *shares, int me, int threads) {
+    for (int i = 0; i < threads; i++) {
+        Share *of = shares + (me + i) % threads, is, left;
+        is.both = __atomic_load_n(&of->both, __ATOMIC_RELAXED);
+        while (is.begin < is.end) {
+            left = is;
+            int64_t block = i ? --left.end : left.begin++;
+            if (__atomic_compare_exchange_n(
+                    &of->both, &is.both, left.both, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED
+                ))
+                return block;
+        }
+    }
+    return -1;
+}
+
+#ifdef _OPENMP
+#include <omp.h>
+#define ME omp_get_thread_num()
+#else
+#define ME 0
+#endif
+
 /* `rows` rows of a product, `across` registers wide: their sums stay in registers. */
 static inline __attribute__((always_inline)) void tile(
     const int rows, const int across, const float *x, int64_t width, const float *w, float *y,
@@ -56,9 +94,6 @@ static inline __attribute__((always_inline)) void strip(
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 /* AMX multiplies tiles of bfloat16 some 20 times as fast as AVX512 multiplies float32. A float32 is
    the sum of three bfloat16: its 24 bits are 8, 8 and 8. Of the nine products of two such sums the
@@ -106,13 +141,15 @@ static inline void split_weights(const float *step, int64_t i, Weights to) {
     }
 }
 
-/* A row of x, `width` floats and zeros up to `depth`, to row i of the tiles from `to` on. */
-static void split_row(const float *x, int64_t width, int64_t depth, int64_t i, bfloat16 *to) {
+/* `rows` rows of x, `width` floats and zeros up to `depth`, to the tiles from `to` on. */
+static void split_rows(const float *x, int64_t rows, int64_t width, int64_t depth, bfloat16 *to) {
     for (int64_t k = 0; k < depth; k += STEP, to += 3 * PART) {
         int64_t rest = width < k ? 0 : width - k < STEP ? width - k : STEP;
         __mmask32 is = (__mmask32)((1ull << rest) - 1);
-        split(_mm512_maskz_loadu_ps((__mmask16)is, x + k),
-              _mm512_maskz_loadu_ps((__mmask16)(is >> LINE), x + k + LINE), to + i * STEP);
+        const float *from = x + k;
+        for (int64_t i = 0; i < rows; i++, from += width)
+            split(_mm512_maskz_loadu_ps((__mmask16)is, from),
+                  _mm512_maskz_loadu_ps((__mmask16)(is >> LINE), from + LINE), to + i * STEP);
     }
 }
 
@@ -138,15 +175,15 @@ static void split_row(const float *x, int64_t width, int64_t depth, int64_t i, b
     SPLIT_UP_TO((due += pace) >> 16)
 
 #define SPLIT_UP_TO(row) \
-    for (int64_t until = row; c + 1 < count && split_rows < until; split_rows++) \
+    for (int64_t until = row; next && split_rows < until; split_rows++) \
         split_weights(next + split_rows / HEIGHT * STEP * COLUMNS, split_rows % HEIGHT, \
                       next_parts[split_rows / HEIGHT]);
 
-/* `rows` <= TILES * HEIGHT rows, whose parts are in x_parts, times `count` chunks of w, `chunks` to
-   a block. Tiles are `height` rows each; the last may begin within the one before. */
+/* `rows` <= TILES * HEIGHT rows, whose parts are in x_parts, times the blocks of w, of `chunks` each,
+   that `me` takes. Tiles are `height` rows each; the last may begin within the one before. */
 static void multiply(
     const bfloat16 *x_parts, const float *w, float *y, int64_t rows, int64_t tiles, int64_t height,
-    int64_t count, int64_t chunks, int64_t y_step
+    int64_t chunks, int64_t y_step, Share *shares, int me, int threads
 ) {
     Weights parts[2][STEPS] __attribute__((aligned(64)));
     float sums[TILES][HALVES][HEIGHT * HEIGHT] __attribute__((aligned(64)));
@@ -156,12 +193,15 @@ static void multiply(
     SEEN(&layout)
     _tile_loadconfig(&layout);
     const int64_t pace = (STEPS * HEIGHT << 16) / (tiles * STEPS * 2 * HALVES);
-    for (int64_t c = -1; c < count; c++) {
-        const float *next = w + (c + 1) * CHUNK * COLUMNS;
-        Weights *b = parts[c & 1], *next_parts = parts[(c + 1) & 1];
-        int64_t due = (1 << 16) - 1, split_rows = 0, chunk = c % chunks;
+    int64_t block = -1, chunk = chunks - 1, after = take(shares, me, threads);
+    for (int64_t turn = 0; turn == 0 || block >= 0; turn++) {
+        const int ends = chunk == chunks - 1;
+        const int64_t next_block = ends ? after : block, next_chunk = ends ? 0 : chunk + 1;
+        const float *next = next_block < 0 ? 0 : w + (next_block * chunks + next_chunk) * CHUNK * COLUMNS;
+        Weights *b = parts[turn & 1], *next_parts = parts[(turn + 1) & 1];
+        int64_t due = (1 << 16) - 1, split_rows = 0;
         SEEN(parts)
-        for (int64_t t = 0; c >= 0 && t < tiles; t++) {
+        for (int64_t t = 0; block >= 0 && t < tiles; t++) {
             float *sum = sums[t][0], *other = sums[t][1];
             if (chunk == 0) {
                 _tile_zero(0);
@@ -176,46 +216,45 @@ static void multiply(
                 MULTIPLY(1)
             }
             int64_t step = 64;
-            if (chunk == chunks - 1) {
+            if (ends) {
                 int64_t row = t * height < rows - height ? t * height : rows - height;
-                sum = y + row * y_step + c / chunks * COLUMNS, other = sum + HEIGHT;
+                sum = y + row * y_step + block * COLUMNS, other = sum + HEIGHT;
                 step = y_step * sizeof(float);
             }
             _tile_stored(0, sum, step);
             _tile_stored(1, other, step);
         }
         SPLIT_UP_TO(STEPS * HEIGHT)
+        if (ends && next) after = take(shares, me, threads);
+        block = next_block, chunk = next_chunk;
     }
     _tile_release();
 }
 
+/* Every thread splits all of x for itself: to fetch the half that another had split would take as
+   long. */
 static void linear_by_tiles(
-    const float *x, const float *w, float *y, bfloat16 *x_parts, int64_t rows, int64_t width,
+    const float *x, const float *w, float *y, bfloat16 *parts, int64_t rows, int64_t width,
     int64_t blocks, int threads
 ) {
     const int64_t chunks = (width + CHUNK - 1) / CHUNK, depth = chunks * CHUNK;
     const int64_t y_step = blocks * COLUMNS;
     const int64_t passes = (rows + TILES * HEIGHT - 1) / (TILES * HEIGHT);
+    for (int64_t pass = 0; pass < passes; pass++) {
+        const int64_t top = rows * pass / passes, count = rows * (pass + 1) / passes - top;
+        const int64_t tiles = (count + HEIGHT - 1) / HEIGHT;
+        const int64_t height = (count + tiles - 1) / tiles, last = count - height;
+        Share shares[threads];
+        share_out(shares, blocks, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        int64_t me = 0, all = 1;
-#ifdef _OPENMP
-        me = omp_get_thread_num(), all = omp_get_num_threads();
-#endif
-        const int64_t begin = blocks * me / all, end = blocks * (me + 1) / all;
-        for (int64_t pass = 0; pass < passes; pass++) {
-            const int64_t top = rows * pass / passes, count = rows * (pass + 1) / passes - top;
-            const int64_t tiles = (count + HEIGHT - 1) / HEIGHT;
-            const int64_t height = (count + tiles - 1) / tiles, last = count - height;
-#pragma omp for
-            for (int64_t r = 0; r < tiles * height; r++) {
-                int64_t t = r / height, i = r % height;
-                int64_t row = top + i + (t * height < last ? t * height : last);
-                split_row(x + row * width, width, depth, i, x_parts + t * depth * 3 * HEIGHT);
+        {
+            bfloat16 *mine = parts + ME * tiles * depth * 3 * HEIGHT;
+            for (int64_t t = 0; t < tiles; t++) {
+                int64_t row = top + (t * height < last ? t * height : last);
+                split_rows(x + row * width, height, width, depth, mine + t * depth * 3 * HEIGHT);
             }
-            multiply(x_parts, w + begin * depth * COLUMNS, y + top * y_step + begin * COLUMNS, count,
-                     tiles, height, (end - begin) * chunks, chunks, y_step);
-#pragma omp barrier
+            multiply(mine, w, y + top * y_step, count, tiles, height, chunks, y_step, shares, ME,
+                     threads);
         }
     }
 }
@@ -224,7 +263,7 @@ int has_tiles(void) { return 0; }
 #endif
 
 /* x [rows, width] times w into y [rows, blocks * COLUMNS]. By tiles if there are `parts`, memory for
-   three bfloat16 for each of depth * rows, these rounded up to 16, 128 at most. */
+   each thread of three bfloat16 for each of depth * rows, these rounded up to 16, 128 at most. */
 void linear(
     const float *x, const float *w, float *y, void *parts, int64_t rows, int64_t width,
     int64_t blocks, int threads
@@ -236,8 +275,10 @@ void linear(
     }
 #endif
     const int64_t y_step = blocks * COLUMNS, depth = (width + CHUNK - 1) / CHUNK * CHUNK;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t n = 0; n < blocks; n++) {
+    Share shares[threads];
+    share_out(shares, blocks, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (int64_t n; (n = take(shares, ME, threads)) >= 0;) {
         const float *with = w + n * depth * COLUMNS;
         float *to = y + n * COLUMNS;
         if (rows * COLUMNS <= SUMS * REGISTER)

@@ -122,10 +122,11 @@ class Native:
         count, depth, width = blocks.shape
         rows = x.numel() // K
         y = torch.empty((*x.shape[:-1], count * width))
+        threads = torch.get_num_threads()
         room = 3 * depth * min(-(-rows // 16) * 16, SHARED_ROWS) if self.amx else 0
-        parts = torch.empty(room, dtype=torch.int16)  # of no numbers: a null pointer
+        parts = torch.empty(threads * room, dtype=torch.int16)  # of no numbers: a null pointer
         pointers = (x.data_ptr(), blocks.data_ptr(), y.data_ptr(), parts.data_ptr())
-        self._linear(*pointers, rows, K, count, torch.get_num_threads())
+        self._linear(*pointers, rows, K, count, threads)
         return y
 
     def turn_(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
