@@ -246,8 +246,9 @@ class BlockStore:
     def load(self, places: Sequence[int], slot: int) -> None:
         """Copies blocks to the beginning of a slot."""
         at = send(torch.tensor(places), self._pairs[0][0].device)
-        for slots, kept in self._pairs:
-            slots[:, slot, :, : len(places) * BLOCK] = kept[:, :, at].flatten(2, 3)
+        for slots, kept in self._pairs:  # straight to where they belong: `kept[:, :, at]` is a copy
+            held = slots[:, slot, :, : len(places) * BLOCK]
+            torch.index_select(kept, 2, at, out=held.unflatten(2, (len(places), BLOCK)))
 
     def save(self, slot: int, wanted: Sequence[tuple[int, int]]) -> None:
         """Copies blocks of a slot, (index in the slot, place), to their places."""
@@ -255,4 +256,4 @@ class BlockStore:
         at = send(torch.tensor([place for _, place in wanted]), self._pairs[0][0].device)
         for slots, kept in self._pairs:
             held = slots[:, slot, :, first * BLOCK : (first + count) * BLOCK]
-            kept[:, :, at] = held.unflatten(2, (count, BLOCK))
+            kept.index_copy_(2, at, held.unflatten(2, (count, BLOCK)))
