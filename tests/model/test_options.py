@@ -8,8 +8,6 @@ import pytest
 import torch
 from tiny import tiny_config
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.attention import TrainingAttention, _block_mask
@@ -58,6 +56,9 @@ def test_the_block_mask_of_the_gpu_hides_what_the_dense_mask_hides(window: int, 
 
 @pytest.mark.parametrize("factor", [2.0, 4.0, 16.0])
 def test_yarn_is_that_of_transformers(factor: float) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     scaling = {"rope_type": "yarn", "factor": factor, "rope_theta": 1e5, "truncate": False}
     config = LlamaConfig(
         hidden_size=64,

@@ -74,7 +74,7 @@ def test_sigterm_leaves_a_checkpoint_and_status_75_and_the_run_goes_on(root: Sto
     write_dataset(root, "base")
     command = [sys.executable, str(REPO / "jobs" / "train.py"), "--no-ray", "--storage", root.uri]
     command += ["--depth", "1", "--batch-tokens", "128", "--precision", "fp32"]
-    command += ["--sample-tokens", "0", "--print-every", "1", "--tokens", str(128 * 400)]
+    command += ["--sample-tokens", "0", "--print-every", "1", "--tokens", str(128 * 150)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
     with subprocess.Popen(
         [*command, "--run", "stopped"], env=environment, stdout=subprocess.PIPE, text=True

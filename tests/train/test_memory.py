@@ -28,7 +28,7 @@ def train_config(**fields: Any) -> TrainConfig:
 
 
 def measure(model_values: dict[str, Any], train_values: dict[str, Any]) -> int:
-    """Peak resident bytes of this process after three steps and the copies of a checkpoint."""
+    """Peak resident bytes of this process in a step beside the copies of a checkpoint."""
     torch.set_num_threads(1)
     config = from_json(ModelConfig, model_values)
     train = from_json(TrainConfig, train_values)
@@ -38,14 +38,12 @@ def measure(model_values: dict[str, Any], train_values: dict[str, Any]) -> int:
     optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
     shape = (train.batch_rows, config.sequence_len + 1)
     ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
-    copies = []
-    for step in range(2):
-        train_step(model, optimizer, Batch(ids.numpy()), step, train)
-        if not step:
-            copies += [
-                optimizer.state_dict(),
-                {k: v.clone() for k, v in model.state_dict().items()},
-            ]
+    # A step of one row makes the optimizer's state.
+    one = dataclasses.replace(train, batch_rows=1, micro_rows=1)
+    train_step(model, optimizer, Batch(ids[:1].numpy()), 0, one)
+    copies = [optimizer.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}]
+    train_step(model, optimizer, Batch(ids.numpy()), 1, train)
+    assert copies
     with open("/proc/self/status") as status:
         peak = next(line for line in status if line.startswith("VmHWM"))
     return int(peak.split()[1]) << 10
