@@ -29,7 +29,8 @@ static void share_out(Share *shares, int64_t blocks, int threads) {
 }
 
 /* A block for thread `me`: its next, or when it has no more another's last, so that nobody waits for
-   a thread that the system holds up. -1 when all are taken. */
+   a thread that the system holds up. -1 when all are taken. No order of memory is asked for: results
+   are read when the whole team is done. */
 static int64_t take(Share *shares, int me, int threads) {
     for (int i = 0; i < threads; i++) {
         Share *of = shares + (me + i) % threads, is, left;
@@ -47,7 +48,7 @@ static int64_t take(Share *shares, int me, int threads) {
 }
 
 #ifdef _OPENMP
-#include <omp.h>
+int omp_get_thread_num(void);
 #define ME omp_get_thread_num()
 #else
 #define ME 0
@@ -197,7 +198,8 @@ static void multiply(
     for (int64_t turn = 0; turn == 0 || block >= 0; turn++) {
         const int ends = chunk == chunks - 1;
         const int64_t next_block = ends ? after : block, next_chunk = ends ? 0 : chunk + 1;
-        const float *next = next_block < 0 ? 0 : w + (next_block * chunks + next_chunk) * CHUNK * COLUMNS;
+        const float *next = w + (next_block * chunks + next_chunk) * CHUNK * COLUMNS;
+        if (next_block < 0) next = 0;
         Weights *b = parts[turn & 1], *next_parts = parts[(turn + 1) & 1];
         int64_t due = (1 << 16) - 1, split_rows = 0;
         SEEN(parts)

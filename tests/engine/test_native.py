@@ -195,8 +195,10 @@ def test_product(products: Native, inputs: int, outputs: int) -> None:
     torch.testing.assert_close(got, x @ weight.T, rtol=1e-5, atol=1e-4)
     for rows in (*range(1, 50), 127, 128, 129, 149):  # tiles of every height, and behind others
         assert torch.equal(product(x[-rows:]), got[-rows:]), rows
-    with threads(3):
-        assert torch.equal(product(x), got)
+    for count in (2, 3, 9):  # also more than there are blocks of outputs
+        with threads(count):
+            assert torch.equal(product(x), got)
+            assert torch.equal(product(x[:5]), got[:5])
 
 
 def test_products_are_as_exact_as_float32(products: Native) -> None:
