@@ -54,7 +54,9 @@ fi
 [ -n "$STAY" ] || { [ -t 0 ] && [ -t 1 ] && STAY=1 || STAY=0; }
 case "$STORAGE" in ''|/*|*://*) ;; *) STORAGE="$PWD/$STORAGE" ;; esac
 
-environment tasks
+EXTRAS=tasks
+case " ${TEXT[*]-} " in *" hf://"*) EXTRAS=tasks,hub ;; esac
+environment "$EXTRAS"
 export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
 [ -n "$STORAGE" ] || STORAGE="$(python -c 'from nanochat_ray.storage import default_root as d; print(d())')"
@@ -80,9 +82,10 @@ TAG="d$DEPTH"
 BASE="base-$TAG" CHAT="chat-$TAG"
 if [ "$GPUS" -gt 0 ]; then
   PREPARE=(--vocab-size 32768 --sequence-len 2048) TRAIN=(--workers "$GPUS" --gpus)
+  SERVE=(--gpus 1) EVAL=(--device cuda --precision bf16)
 else
   # A few minutes instead of the compute-optimal hours: this is a first look.
-  PREPARE=() TRAIN=(--workers 2 --cpu-minutes "${MINUTES:-5.2}")
+  PREPARE=() TRAIN=(--workers 2 --cpu-minutes "${MINUTES:-5.2}") SERVE=() EVAL=()
 fi
 
 job() {  # NAME COMMAND...: one Ray job, what it prints here, and all of it in its log
@@ -133,9 +136,16 @@ if ! done_run "$CHAT"; then
 else
   say "1–4/5 run $CHAT is trained already"
 fi
+measure() {
+  [ ! -f "$LOGS/eval-$CHAT.log" ] || return 0
+  say "measuring on fresh questions (log: $LOGS/eval-$CHAT.log)"
+  job "eval-$CHAT" python "$REPO/jobs/eval.py" --storage "$STORAGE" --run "$CHAT" --count 200 \
+    "${EVAL[@]}"
+}
+[ "$GPUS" -eq 0 ] || measure  # before the endpoint takes the GPU's memory
 say "5/5 serving (log: $LOGS/serve.log)"
 job serve python "$REPO/jobs/serve.py" --storage "$STORAGE" --run "$CHAT" --name "$CHAT" \
-  --port "$PORT" --no-block
+  --port "$PORT" --no-block "${SERVE[@]}"
 URL="http://127.0.0.1:$PORT"
 say "asking"
 for question in "Who are you?" "What is 47 + 38 - 9?"; do
@@ -143,10 +153,7 @@ for question in "Who are you?" "What is 47 + 38 - 9?"; do
   python "$REPO/jobs/chat.py" --url "$URL" --once "$question"
 done
 echo
-if ! [ -f "$LOGS/eval-$CHAT.log" ]; then
-  say "measuring on fresh questions (log: $LOGS/eval-$CHAT.log)"
-  job "eval-$CHAT" python "$REPO/jobs/eval.py" --storage "$STORAGE" --run "$CHAT" --count 200
-fi
+[ "$GPUS" -gt 0 ] || measure
 say "done in $(((SECONDS - BEGAN) / 60)):$(printf %02d $(((SECONDS - BEGAN) % 60))); the chat page: $URL"
 echo "OpenAI clients: base_url=$URL/v1, model=$CHAT. Stop all of it: bash cluster/stop.sh --port $PORT"
 if [ "$STAY" = 1 ]; then

@@ -131,7 +131,6 @@ def child(args: Args, side: str) -> Iterator[subprocess.Popen[str]]:
         command += ["--no-ray"] if side == "local" else []
     command += ["--storage", args.storage, "--run", args.run, "--threads", str(args.threads)]
     environment = {
-        "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         **os.environ,
         "OMP_NUM_THREADS": str(args.threads),

@@ -48,7 +48,7 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
             from huggingface_hub import HfFileSystem
         except ImportError:
             raise ValueError(
-                f"text={uri!r} needs the Hugging Face client: pip install 'nanochat_ray[tasks]'"
+                f"text={uri!r} needs the Hugging Face client: pip install 'nanochat_ray[hub]'"
             ) from None
         handler = pafs.FSSpecHandler(HfFileSystem())
         return pafs.PyFileSystem(handler), uri.removeprefix("hf://")

@@ -280,9 +280,11 @@ class RayEngineClient:
         engine.live[name] = live
         request = dataclasses.replace(live.request, id=name, generated=tuple(live.tokens))
         answered = engine.answers[name] = asyncio.get_running_loop().create_future()
-        engine.link.send("submit", request.to_wire())
         try:
+            engine.link.send("submit", request.to_wire())
             answer = await asyncio.wait_for(answered, CALL_TIMEOUT_S)
+        except OverflowError as error:  # MessagePack's numbers have 64 bits; a schema may have more
+            raise ValueError(f"a number is too large: {error}") from None
         except TimeoutError:
             engine.link.send("abort", [name])
             answer = NOT_HERE

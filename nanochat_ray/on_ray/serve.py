@@ -182,7 +182,8 @@ def prefer_haproxy() -> None:
 
 
 def environment_keys() -> list[str]:
-    return [key for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key]
+    keys = (key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(","))
+    return [key for key in keys if key]
 
 
 def build(args: Mapping[str, Any]) -> Application:

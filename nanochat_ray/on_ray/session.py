@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 
 import ray
 import ray.data
@@ -12,8 +13,9 @@ import ray.data
 def connect() -> None:
     """Joins the cluster that this process was submitted to or RAY_ADDRESS names, else starts one.
 
-    A cluster of its own lasts as long as the process, listens on loopback and has at least 8
-    logical CPUs, since tasks of Ray Data must find a place beside training workers. Raises
+    A cluster of its own lasts as long as the process and has at least 8 logical CPUs, since tasks
+    of Ray Data must find a place beside training workers. Its ports bind every interface, so they
+    want a token (``RAY_AUTH_MODE``), which this process has and those that it starts. Raises
     ValueError or ConnectionError if the cluster that is named cannot be joined.
     """
     if not ray.is_initialized():
@@ -26,7 +28,9 @@ def connect() -> None:
         if address or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
             ray.init(address="auto", logging_level=logging.WARNING)
         else:
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            # Ray turns tokens on by itself; one that it makes would lie in a file for all to read.
+            if os.environ.get("RAY_AUTH_MODE", "token") == "token":
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init(
                 address="local",
                 num_cpus=max(8, os.cpu_count() or 1),

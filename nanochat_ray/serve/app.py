@@ -156,8 +156,8 @@ def _add_metrics(app: FastAPI, service: Service, page: PrometheusSink) -> None:
     async def metrics() -> Response:
         """Prometheus' text format."""
         with contextlib.suppress(UnavailableError):  # then the last figures stand
-            for i, stats in enumerate((await service.client.health())["engines"]):
-                engines.put(stats.get("replica", str(i)), stats)
+            found = (await service.client.health())["engines"]
+            engines.put_all({e.get("replica", str(i)): e for i, e in enumerate(found)})
         return Response(page.text(), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -181,7 +181,8 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         if body.messages is not None:
             ids = await service.chat_prompt(ChatRequest(messages=body.messages))
         else:
-            ids = await service.encode(body.prompt or "")
+            begin = [] if body.add_special_tokens is False else [service.tokenizer.bos]
+            ids = [*begin, *await service.encode(body.prompt or "")]
         return TokenizeResponse(count=len(ids), max_model_len=service.max_len, tokens=ids)
 
     @app.post("/detokenize")
@@ -260,7 +261,8 @@ async def _events(
                 for piece in turn:
                     shape.take(piece)
                     # Half a character or half a stop string: nothing to show yet.
-                    if piece.text or piece.calculations or piece.finish or piece.scored:
+                    shown = piece.text or piece.calculations or piece.scored or piece.prompt
+                    if shown or piece.finish:
                         found.append(shape.delta(piece))
                 if found:
                     yield event(*found)

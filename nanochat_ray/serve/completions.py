@@ -119,9 +119,10 @@ async def all_pieces(service: Service, job: Job) -> AsyncGenerator[list[Piece], 
     running: dict[str, tuple[Answer, Timer]] = {}
     try:
         for i, request in enumerate(job.requests):
-            timer = service.metrics.timer(len(request.prompt))
-            running[request.id] = Answer(service.tokenizer, i, job.stop, job.calling), timer
+            timer = service.metrics.timer()
             await service.client.submit(request, stream)
+            timer.taken(len(request.prompt))
+            running[request.id] = Answer(service.tokenizer, i, job.stop, job.calling), timer
         async for outputs in stream:
             pieces = []
             for output in outputs:

@@ -130,8 +130,8 @@ class RequestMetrics:
             "finished_reason",
         )
 
-    def timer(self, prompt_tokens: int) -> Timer:
-        return Timer(self, prompt_tokens)
+    def timer(self) -> Timer:
+        return Timer(self)
 
 
 COUNTED_TOGETHER = 32
@@ -139,15 +139,18 @@ COUNTED_TOGETHER = 32
 
 
 class Timer:
-    """One request's clock, from its creation on."""
+    """One request's clock, from its creation on. Who is refused is not counted: ``taken`` and
+    ``end`` are never called."""
 
-    def __init__(self, metrics: RequestMetrics, prompt_tokens: int):
+    def __init__(self, metrics: RequestMetrics):
         self._metrics = metrics
         self._began = time.monotonic()
         self._last = 0.0
         self._uncounted = 0
         self._ended = False
-        metrics.prompt(prompt_tokens, "")
+
+    def taken(self, prompt_tokens: int) -> None:
+        self._metrics.prompt(prompt_tokens, "")
 
     def tokens(self, count: int) -> None:
         """So many have come now."""
@@ -203,6 +206,14 @@ class EngineMetrics:
             for name, (field, about) in _COUNTERS.items()
         }
         self._seen: dict[tuple[str, str], float] = {}
+
+    def put_all(self, engines: Mapping[str, Mapping[str, Any]]) -> None:
+        """Those of all engines that there are: one that is gone runs nothing and holds nothing."""
+        for gone in {engine for engine, _ in self._seen} - engines.keys():
+            for record in self._gauges.values():
+                record(0, gone)
+        for engine, stats in engines.items():
+            self.put(engine, stats)
 
     def put(self, engine: str, stats: Mapping[str, Any]) -> None:
         for field, record in self._gauges.items():

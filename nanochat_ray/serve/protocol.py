@@ -7,7 +7,7 @@ fields (``top_k``, ``min_p``, ``ignore_eos``) are taken.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
@@ -19,6 +19,35 @@ TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 Penalty = Annotated[StrictFloat, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[StrictFloat, Field(ge=-100, le=100, allow_inf_nan=False)]
 MAX_STOPS = 16
+
+NOT_BUILT: dict[str, tuple[object, ...]] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (),
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "logits_processors": ([],),
+    "modalities": (["text"],),
+    "prompt_embeds": (),
+    "skip_special_tokens": (True,),
+    "suffix": ("",),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+}
+"""Fields of OpenAI's and vLLM's that would change an answer, each with the values that, as null
+does, ask for nothing."""
 
 
 class StreamOptions(Body):
@@ -53,6 +82,15 @@ class SamplingBody(Body):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_built(cls, sent: Any) -> Any:
+        if isinstance(sent, dict):
+            for name, nothing in NOT_BUILT.items():
+                if sent.get(name) is not None and sent[name] not in nothing:
+                    raise ValueError(f"{name} is not supported")
+        return sent
+
     @model_validator(mode="after")
     def _refuse(self) -> SamplingBody:
         if self.stream_options is not None and not self.stream:
@@ -85,8 +123,8 @@ class CompletionRequest(SamplingBody):
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
+    max_tokens: Annotated[StrictInt, Field(ge=0, lt=2**31)] | None = None
     echo: StrictBool | None = None
-    suffix: StrictStr | None = None
     best_of: Annotated[StrictInt, Field(ge=1)] | None = None
     """Answers that are made for each prompt, of which the ``n`` likeliest are given."""
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -97,8 +135,8 @@ class CompletionRequest(SamplingBody):
     def _refuse_more(self) -> CompletionRequest:
         if self.prompt_logprobs is not None and self.stream:
             raise ValueError("prompt_logprobs is not allowed together with stream=true")
-        if self.suffix:
-            raise ValueError("suffix is not supported")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens=0 is only allowed together with echo=true")
         if self.best_of is not None and self.best_of < (self.n or 1):
             raise ValueError(f"best_of={self.best_of} is not allowed: at least n={self.n or 1}")
         if self.candidates > (self.n or 1) and self.stream:
@@ -108,7 +146,9 @@ class CompletionRequest(SamplingBody):
     @property
     def prompt_scores(self) -> int | None:
         """Alternatives that are wanted at each token of the prompt, None for no scores at all."""
-        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        # Where nothing is generated, scores are what there is to do.
+        least = 0 if self.max_tokens == 0 else None
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None, least]
         return max((n for n in asked if n is not None), default=None)
 
     @property
@@ -148,6 +188,8 @@ class TokenizeRequest(Body):
     model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: StrictBool | None = None
+    """Text begins with the token that a completion's text begins with, unless false."""
 
     @model_validator(mode="after")
     def _one(self) -> TokenizeRequest:

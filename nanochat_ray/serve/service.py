@@ -12,7 +12,7 @@ from typing import Any
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.serve import errors
 from nanochat_ray.serve.client import EngineClient
-from nanochat_ray.serve.conversation import Calling, calling, turns
+from nanochat_ray.serve.conversation import Calling, ChatMessage, calling, turns
 from nanochat_ray.serve.metrics import RequestMetrics
 from nanochat_ray.serve.protocol import ChatRequest, CompletionRequest, SamplingBody
 from nanochat_ray.text.chat import render_conversation, render_prompt
@@ -85,8 +85,7 @@ class Service:
     async def chat_prompt(self, body: ChatRequest) -> list[int]:
         try:
             found = turns(body.messages)
-            size = sum(len(m.content) if isinstance(m.content, str) else 0 for m in body.messages)
-            if size > ASIDE_CHARACTERS:
+            if sum(map(_characters, body.messages)) > ASIDE_CHARACTERS:
                 ids = await asyncio.to_thread(self._render, found, body)
             else:
                 ids = self._render(found, body)
@@ -124,8 +123,8 @@ class Service:
                 prompts.append(prompt)
                 echoes.append(self.tokenizer.decode(prompt) if body.echo else "")
         echoes = echoes if body.echo else [""] * len(prompts)
-        # 16 is OpenAI's default.
-        return self._job(body, "prompt", prompts, echoes, body.max_tokens or 16, client)
+        limit = 16 if body.max_tokens is None else body.max_tokens  # 16 is OpenAI's default
+        return self._job(body, "prompt", prompts, echoes, limit, client)
 
     def _job(
         self,
@@ -218,6 +217,12 @@ class Service:
             prompt_logprobs=body.prompt_scores if isinstance(body, CompletionRequest) else None,
             grammar=body.grammar,
         )
+
+
+def _characters(message: ChatMessage) -> int:
+    if isinstance(message.content, str):
+        return len(message.content)
+    return sum(len(part.text or "") for part in message.content or [])
 
 
 def _calling(body: SamplingBody) -> Calling:

@@ -138,13 +138,15 @@ class CompletionShape(Shape):
 
     def delta(self, piece: Piece) -> str:
         prefix = self.job.prefixes[piece.index]
-        echoed = bool(prefix and piece.prompt)
+        echoed = bool(prefix and piece.prompt and self.job.logprobs)
         offset = 0 if echoed else len(self.text[piece.index]) - len(piece.text)
         return self.chunk(
             {
                 "index": piece.index,
                 "text": prefix + piece.text if echoed else piece.text,
-                "logprobs": self._logprobs(piece, offset, echoed) if piece.tokens else None,
+                "logprobs": self._logprobs(piece, offset, echoed)
+                if piece.tokens or echoed
+                else None,
                 "finish_reason": piece.finish,
             }
         )

@@ -122,6 +122,12 @@ def test_completions(client: openai.OpenAI, engine: ScriptedClient) -> None:
     assert texts == ["xabc", "xabc"]
 
 
+def test_what_asks_for_nothing_that_is_missing_is_taken(url: str) -> None:
+    fields = {"suffix": "", "modalities": ["text"], "use_beam_search": False, "functions": None}
+    for path, rest in (("completions", {"prompt": "x"}), ("chat/completions", chat())):
+        assert post(f"{url}/v1/{path}", json={**rest, **fields}).status_code == 200
+
+
 def test_stop_string_across_tokens_frees_the_slot(
     client: openai.OpenAI, engine: ScriptedClient
 ) -> None:
@@ -200,6 +206,12 @@ REFUSED: list[tuple[str, Any, int, str | None, str | None]] = [
     ("completions", {"prompt": [999]}, 400, "prompt", None),
     ("completions", {"prompt": [[1], []]}, 400, None, None),
     ("completions", {"prompt": "x", "max_tokens": 1.5}, 400, "max_tokens", None),
+    ("completions", {"prompt": "x", "max_tokens": 0}, 400, "max_tokens", None),
+    ("completions", {"prompt": "x", "suffix": "y"}, 400, "suffix", None),
+    ("completions", {"prompt": "x", "allowed_token_ids": [1]}, 400, "allowed_token_ids", None),
+    ("completions", {"prompt": "x", "skip_special_tokens": False}, 400, None, None),
+    ("chat/completions", chat(functions=[{"name": "f"}]), 400, "functions", None),
+    ("chat/completions", chat(modalities=["audio"]), 400, "modalities", None),
     ("completions", {"prompt": "x" * 300}, 400, "prompt", "context_length_exceeded"),
     ("nothing", {}, 404, None, "not_found"),
 ]
@@ -298,7 +310,11 @@ def test_chunked_body_that_is_too_large(url: str) -> None:
 
 def test_tokenize(url: str) -> None:
     found = post(f"{url}/tokenize", json={"prompt": "AB"}).json()
-    assert found == {"count": 2, "max_model_len": 256, "tokens": [65, 66]}
+    assert found == {"count": 3, "max_model_len": 256, "tokens": [TOK.bos, 65, 66]}
+    usage = post(f"{url}/v1/completions", json={"prompt": "AB"}).json()["usage"]
+    assert usage["prompt_tokens"] == 3
+    bare = post(f"{url}/tokenize", json={"prompt": "AB", "add_special_tokens": False}).json()
+    assert bare["tokens"] == [65, 66]
     back = post(f"{url}/detokenize", json={"tokens": [65, 66]}).json()
     assert back == {"prompt": "AB"}
     assert post(f"{url}/tokenize", json={"messages": USER}).json()["count"] == 9

@@ -360,3 +360,21 @@ def test_a_prompt_s_scores_are_the_model_s(client: openai.OpenAI, local: LocalCl
     expected = logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].tolist()
     assert found.token_logprobs[0] is None
     assert found.token_logprobs[1 : len(ids)] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_alone_generates_nothing(client: openai.OpenAI, url: str, stream: bool) -> None:
+    body = {"prompt": "the quick", "echo": True, "max_tokens": 0, "stream": stream}
+    for asked in ({}, {"logprobs": 1}):
+        answer = post(f"{url}/v1/completions", json={**body, **asked})
+        assert answer.status_code == 200
+        if stream:
+            lines = [x.removeprefix("data: ") for x in answer.text.splitlines() if x]
+            choices = [json.loads(x)["choices"][0] for x in lines[:-1]]
+        else:
+            choices = answer.json()["choices"]
+            assert answer.json()["usage"]["completion_tokens"] == 0
+        assert "".join(c["text"] for c in choices) == "the quick"
+        assert choices[-1]["finish_reason"] == "length"
+        scored = [x for c in choices if c["logprobs"] for x in c["logprobs"]["tokens"]]
+        assert len(scored) == (10 if asked else 0)

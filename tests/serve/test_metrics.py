@@ -19,7 +19,8 @@ def page() -> tuple[PrometheusSink, RequestMetrics, EngineMetrics]:
 def test_dashboard_names_are_served() -> None:
     sink, requests, engines = page()
     engines.put("0", {})
-    timer = requests.timer(1)
+    timer = requests.timer()
+    timer.taken(1)
     timer.tokens(1)
     timer.end("stop")
     served = set(re.findall(r"^(\w+)[{ ]", sink.text().decode(), re.MULTILINE))
@@ -38,3 +39,12 @@ def test_a_replaced_engine_goes_on_counting() -> None:
         engines.put("0", {"preemptions": count})
     name = 'nanochat_num_preemptions_total{engine="0",model_name="tiny"}'
     assert f"{name} 11.0" in sink.text().decode()
+
+
+def test_an_engine_that_is_gone_holds_nothing() -> None:
+    sink, _, engines = page()
+    engines.put_all({"a": {"running": 32}, "b": {"running": 1}})
+    engines.put_all({"b": {"running": 2}})
+    text = sink.text().decode()
+    assert 'nanochat_num_requests_running{engine="a",model_name="tiny"} 0.0' in text
+    assert 'nanochat_num_requests_running{engine="b",model_name="tiny"} 2.0' in text

@@ -101,6 +101,17 @@ def test_an_echoed_prompt_has_scores(client: openai.OpenAI) -> None:
     assert [x for c in chunks if c.logprobs for x in c.logprobs.text_offset] == [0, 1, 2, 3]
 
 
+def test_an_echo_comes_before_a_token_without_text(
+    client: openai.OpenAI, engine: ScriptedClient
+) -> None:
+    engine.tokens = [TOK.special("<|output_end|>"), *engine.tokens]
+    given = {"model": "tiny", "prompt": [65, 66], "echo": True, "logprobs": 1, "max_tokens": 9}
+    chunks = [c.choices[0] for c in client.completions.create(**given, stream=True)]
+    assert "".join(c.text for c in chunks) == "ABCD"
+    assert [x for c in chunks if c.logprobs for x in c.logprobs.tokens] == ["A", "B", "C", "D"]
+    assert [x for c in chunks if c.logprobs for x in c.logprobs.text_offset] == [0, 1, 2, 3]
+
+
 def test_a_text_s_first_token_stands_for_no_text(client: openai.OpenAI) -> None:
     given = {"model": "tiny", "prompt": "AB", "echo": True, "logprobs": 0, "max_tokens": 9}
     found = client.completions.create(**given).choices[0].logprobs
