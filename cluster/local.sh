@@ -1,4 +1,4 @@
-# A local Ray cluster of this project's own, on loopback; to be sourced after environment.sh.
+# A local Ray cluster of this project's own, closed by a token; to be sourced after environment.sh.
 #
 # Other Rays may run on the machine, so nothing here calls `ray stop`, which would end them all:
 # every process that is started carries NANOCHAT_CLUSTER in its environment, and those alone are

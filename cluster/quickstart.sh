@@ -116,6 +116,7 @@ sys.exit(trainer["step"] < trainer["train_config"]["steps"])
 PY
 }
 
+TRAINED=""
 local_alive || STARTED=1
 local_start "$GPUS"
 if ! done_run "$CHAT"; then
@@ -133,11 +134,12 @@ if ! done_run "$CHAT"; then
   say "4/5 fine-tuning to chat (log: $LOGS/train-sft.log)"
   job train-sft python "$REPO/jobs/train.py" --stage sft --storage "$STORAGE" \
     --dataset "$CHAT" --run "$CHAT" --parent "$BASE" "${TRAIN[@]}"
+  TRAINED=1
 else
   say "1–4/5 run $CHAT is trained already"
 fi
 measure() {
-  [ ! -f "$LOGS/eval-$CHAT.log" ] || return 0
+  [ -n "$TRAINED" ] || [ ! -f "$LOGS/eval-$CHAT.log" ] || return 0
   say "measuring on fresh questions (log: $LOGS/eval-$CHAT.log)"
   job "eval-$CHAT" python "$REPO/jobs/eval.py" --storage "$STORAGE" --run "$CHAT" --count 200 \
     "${EVAL[@]}"
