@@ -116,7 +116,13 @@ sys.exit(trainer["step"] < trainer["train_config"]["steps"])
 PY
 }
 
-TRAINED=""
+measure() {
+  [ ! -f "$LOGS/eval-$CHAT.log" ] || return 0
+  say "measuring on fresh questions (log: $LOGS/eval-$CHAT.log)"
+  job "eval-$CHAT" python "$REPO/jobs/eval.py" --storage "$STORAGE" --run "$CHAT" --count 200 \
+    "${EVAL[@]}"
+}
+
 local_alive || STARTED=1
 local_start "$GPUS"
 if ! done_run "$CHAT"; then
@@ -134,16 +140,10 @@ if ! done_run "$CHAT"; then
   say "4/5 fine-tuning to chat (log: $LOGS/train-sft.log)"
   job train-sft python "$REPO/jobs/train.py" --stage sft --storage "$STORAGE" \
     --dataset "$CHAT" --run "$CHAT" --parent "$BASE" "${TRAIN[@]}"
-  TRAINED=1
+  rm -f "$LOGS/eval-$CHAT.log"  # of other weights
 else
   say "1–4/5 run $CHAT is trained already"
 fi
-measure() {
-  [ -n "$TRAINED" ] || [ ! -f "$LOGS/eval-$CHAT.log" ] || return 0
-  say "measuring on fresh questions (log: $LOGS/eval-$CHAT.log)"
-  job "eval-$CHAT" python "$REPO/jobs/eval.py" --storage "$STORAGE" --run "$CHAT" --count 200 \
-    "${EVAL[@]}"
-}
 [ "$GPUS" -eq 0 ] || measure  # before the endpoint takes the GPU's memory
 say "5/5 serving (log: $LOGS/serve.log)"
 job serve python "$REPO/jobs/serve.py" --storage "$STORAGE" --run "$CHAT" --name "$CHAT" \

@@ -68,13 +68,15 @@ def write_dataset(
     return manifest
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 30.0, what: str = "it") -> None:
+def wait_for(
+    condition: Callable[[], Any], seconds: float = 30.0, what: str = "it", every: float = 0.02
+) -> None:
     """Waits until ``condition`` holds; fails, saying ``what``, when the time is up."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not happen within {seconds} s")
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 def hold_up_grammars(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -186,12 +187,16 @@ class Request:
         wire["prompt"], wire["generated"] = list(self.prompt), list(self.generated)
         # Pairs, since JSON would turn the ids into strings.
         wire["params"]["logit_bias"] = [[k, v] for k, v in self.params.logit_bias.items()]
+        # As text, since MessagePack's numbers have 64 bits, and a schema's as many as it likes.
+        wire["params"]["grammar"] = self.params.grammar and json.dumps(self.params.grammar)
         return wire
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:
         params = dict(wire["params"])
         params["logit_bias"] = {int(k): float(v) for k, v in params.get("logit_bias", ())}
+        if params.get("grammar"):
+            params["grammar"] = json.loads(params["grammar"])
         return cls(**{**wire, "params": SamplingParams(**params)})
 
 

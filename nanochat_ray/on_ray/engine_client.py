@@ -283,8 +283,6 @@ class RayEngineClient:
         try:
             engine.link.send("submit", request.to_wire())
             answer = await asyncio.wait_for(answered, CALL_TIMEOUT_S)
-        except OverflowError as error:  # MessagePack's numbers have 64 bits; a schema may have more
-            raise ValueError(f"a number is too large: {error}") from None
         except TimeoutError:
             engine.link.send("abort", [name])
             answer = NOT_HERE

@@ -35,3 +35,6 @@ class RaySink:
         metric = metrics.Histogram(name, about, list(buckets), self._keys(""))
         metric.set_default_tags(self._tags)
         return lambda value, key: metric.observe(value)
+
+    def forget(self, key: str) -> None:
+        """Nothing: Ray forgets what a process said when the process ends."""

@@ -181,8 +181,8 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         if body.messages is not None:
             ids = await service.chat_prompt(ChatRequest(messages=body.messages))
         else:
-            begin = [] if body.add_special_tokens is False else [service.tokenizer.bos]
-            ids = [*begin, *await service.encode(body.prompt or "")]
+            bare = body.add_special_tokens is False
+            ids = await (service.encode if bare else service.text_prompt)(body.prompt or "")
         return TokenizeResponse(count=len(ids), max_model_len=service.max_len, tokens=ids)
 
     @app.post("/detokenize")

@@ -30,6 +30,10 @@ class Sink(Protocol):
     def gauge(self, name: str, about: str, label: str = "") -> Record: ...
     def histogram(self, name: str, about: str, buckets: Sequence[float]) -> Record: ...
 
+    def forget(self, key: str) -> None:
+        """Drops all that was said of a label's value."""
+        ...
+
 
 class PrometheusSink:
     """Prometheus' client with a registry of its own; ``text`` is what ``/metrics`` answers."""
@@ -37,6 +41,8 @@ class PrometheusSink:
     def __init__(self, model: str):
         self._registry = CollectorRegistry()
         self._model = model
+        self._labelled: list[tuple[Any, dict[str, Any]]] = []
+        """Metrics with a label, and their children by its values."""
 
     def counter(self, name: str, about: str, label: str = "") -> Record:
         metric = Counter(name, about, self._labels(label), registry=self._registry)
@@ -55,6 +61,11 @@ class PrometheusSink:
         observe = metric.labels(self._model).observe
         return lambda value, key: observe(value)
 
+    def forget(self, key: str) -> None:
+        for metric, found in self._labelled:
+            if found.pop(key, None) is not None:
+                metric.remove(self._model, key)
+
     def text(self) -> bytes:
         return generate_latest(self._registry)
 
@@ -65,7 +76,9 @@ class PrometheusSink:
     def _children(self, metric: Any, label: str) -> Callable[[str], Any]:
         """The metric's child for a label's value. ``labels`` takes a lock and is slower."""
         found: dict[str, Any] = {}
-        if not label:
+        if label:
+            self._labelled.append((metric, found))
+        else:
             found[""] = metric.labels(self._model)  # so that it is there from the start, as 0
 
         def child(key: str) -> Any:
@@ -101,6 +114,10 @@ class Tee:
     def histogram(self, name: str, about: str, buckets: Sequence[float]) -> Record:
         args = (name, about, buckets)
         return self._both(self._one.histogram(*args), self._other.histogram(*args))
+
+    def forget(self, key: str) -> None:
+        self._one.forget(key)
+        self._other.forget(key)
 
 
 class RequestMetrics:
@@ -197,6 +214,7 @@ class EngineMetrics:
     """Figures of engines, from their ``Stats`` as plain values, by a name for each engine."""
 
     def __init__(self, sink: Sink):
+        self._sink = sink
         self._gauges = {
             field: sink.gauge(PREFIX + name, about, "engine")
             for name, (field, about) in _GAUGES.items()
@@ -208,10 +226,12 @@ class EngineMetrics:
         self._seen: dict[tuple[str, str], float] = {}
 
     def put_all(self, engines: Mapping[str, Mapping[str, Any]]) -> None:
-        """Those of all engines that there are: one that is gone runs nothing and holds nothing."""
+        """Those of all engines that there are: one that is gone is forgotten, and counts again from
+        0 to where it is if it comes back."""
         for gone in {engine for engine, _ in self._seen} - engines.keys():
-            for record in self._gauges.values():
-                record(0, gone)
+            self._sink.forget(gone)
+            for field in self._counters:
+                del self._seen[gone, field]
         for engine, stats in engines.items():
             self.put(engine, stats)
 

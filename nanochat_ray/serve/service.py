@@ -82,6 +82,10 @@ class Service:
             return await asyncio.to_thread(self.tokenizer.encode, text)
         return self.tokenizer.encode(text)
 
+    async def text_prompt(self, text: str) -> list[int]:
+        # The model has seen every document begin with it.
+        return [self.tokenizer.bos, *await self.encode(text)]
+
     async def chat_prompt(self, body: ChatRequest) -> list[int]:
         try:
             found = turns(body.messages)
@@ -115,8 +119,7 @@ class Service:
         echoes: list[str] = []
         for prompt in body.prompts():
             if isinstance(prompt, str):
-                # The model has seen every document begin with it.
-                prompts.append([self.tokenizer.bos, *await self.encode(prompt)])
+                prompts.append(await self.text_prompt(prompt))
                 echoes.append(prompt)
             else:
                 self.check_ids(prompt, "prompt")

@@ -19,6 +19,7 @@ from engine_kit import (
     tokens,
     uncached_greedy,
 )
+from tiny import wait_for
 
 from nanochat_ray.engine.request import EngineFull, Output, Request, SamplingParams
 from nanochat_ray.engine.tools import Tool
@@ -332,14 +333,15 @@ def test_parameters_out_of_range_are_named(field: str, value: object) -> None:
 
 def test_a_deadline_fails_who_waits_and_who_runs_and_frees_the_slot() -> None:
     engine = make_engine(make_model("classic"), max_slots=1)
-    engine.add(ask("runs", [1], max_tokens=100, deadline=time.time() + 0.3))
+    deadline = time.time() + 0.3
+    engine.add(ask("runs", [1], max_tokens=100, deadline=deadline))
     engine.add(ask("late", [1], deadline=time.time() - 1))
     engine.add(ask("free", [1], max_tokens=2))
     first = engine.step()
     assert [(o.request_id, o.finish) for o in first] == [("late", "error"), ("runs", None)]
     assert first[0].error is not None
     assert first[0].error.startswith("deadline: it passed 1.0")
-    time.sleep(0.3)
+    wait_for(lambda: time.time() > deadline)
     found = finish(engine)
     assert found["runs"][-1].error is not None
     assert "with 1 tokens" in found["runs"][-1].error

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
 from engine_kit import answer, ask, make_engine, make_model
+from tiny import wait_for
 
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Output
@@ -147,9 +147,7 @@ def test_a_loop_that_keeps_failing_says_that_it_is_dead() -> None:
     for i in range(3):
         loop.submit(ask(f"r{i}", [1]))
         out.wait(lambda name=f"r{i}": out.ends(name) == ["error"])  # type: ignore[misc]
-    until = time.monotonic() + 10
-    while loop.failure is None and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_for(lambda: loop.failure is not None, 10, "the loop's end")
     assert "device lost" in str(loop.failure)
     with pytest.raises(RuntimeError, match="dead"):
         loop.submit(ask("late", [1]))

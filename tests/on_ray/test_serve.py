@@ -19,7 +19,7 @@ import openai
 import pytest
 import torch
 from ray import serve
-from tiny import hold_up_grammars
+from tiny import hold_up_grammars, wait_for
 
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import EngineConfig, ModelConfig, to_json
@@ -91,13 +91,6 @@ def url(ray_session: None, config: ServeConfig) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-
-
-def wait_for(ready: Callable[[], Any], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < until, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def test_health_keeps_the_secret(url: str) -> None:

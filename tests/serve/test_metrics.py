@@ -41,10 +41,13 @@ def test_a_replaced_engine_goes_on_counting() -> None:
     assert f"{name} 11.0" in sink.text().decode()
 
 
-def test_an_engine_that_is_gone_holds_nothing() -> None:
+def test_an_engine_that_is_gone_is_forgotten_until_it_comes_back() -> None:
     sink, _, engines = page()
-    engines.put_all({"a": {"running": 32}, "b": {"running": 1}})
+    both = {"a": {"running": 32, "steps": 7}, "b": {"running": 1}}
+    engines.put_all(both)
     engines.put_all({"b": {"running": 2}})
     text = sink.text().decode()
-    assert 'nanochat_num_requests_running{engine="a",model_name="tiny"} 0.0' in text
+    assert 'engine="a"' not in text
     assert 'nanochat_num_requests_running{engine="b",model_name="tiny"} 2.0' in text
+    engines.put_all({**both, "a": {"steps": 9}})
+    assert 'nanochat_engine_steps_total{engine="a",model_name="tiny"} 9.0' in sink.text().decode()

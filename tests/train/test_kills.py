@@ -84,8 +84,7 @@ def kill(
     process: multiprocessing.Process, moment: Callable[[], bool], run: Store
 ) -> tuple[str, str]:
     """SIGKILL at ``moment``; where the run then stood: its latest snapshot and what was begun."""
-    while process.is_alive() and not moment():
-        time.sleep(0.0005)
+    wait_for(lambda: not process.is_alive() or moment(), 60, "the moment to kill", every=0.0005)
     process.kill()
     process.join(20)
     torn = [n for n in run.list() if n.startswith("step-") and not run.exists(f"{n}/manifest.json")]
