@@ -10,7 +10,7 @@ export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
 # Spinning OpenMP threads on shared cores cost more than they give.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0
 
-command -v cc >/dev/null || fail "the tests need a C compiler (cc)"
+command -v "${CC:-cc}" >/dev/null || say "no C compiler (cc): tests of the compiled kernels are skipped"
 # The page is tested in a real browser, from the system's packages where they are to be had.
 if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
   say "installing chromium"
@@ -33,6 +33,13 @@ fi
 status=0
 say "tests without Ray and browser"
 pytest -n 2 --durations=12 -m "not ray and not browser" || status=1
+# The engine again with less than this processor has, as other CPUs will run it.
+for level in $(python -m nanochat_ray.engine.kernels | cut -d" " -f2-) torch; do
+  say "tests of the engine, with NANOCHAT_KERNELS=$level"
+  NANOCHAT_KERNELS="$level" pytest -n 2 tests/engine || status=1
+done
+say "tests of the engine, without a C compiler"
+CC=/none/cc pytest -n 2 tests/engine || status=1
 say "tests with Ray or a browser"
 pytest --durations=12 -m "ray or browser" || status=1
 exit "$status"

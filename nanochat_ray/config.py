@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar, get_args
 
 T = TypeVar("T")
@@ -18,6 +19,7 @@ T = TypeVar("T")
 Precision = Literal["fp32", "bf16"]
 KvLayout = Literal["auto", "slots", "paged"]
 Overlap = Literal["auto", "on", "off"]
+Kernels = Literal["auto", "amx", "avx512", "avx2", "generic", "torch"]
 Orthogonalizer = Literal["polar_express", "newton_schulz"]
 
 
@@ -245,6 +247,11 @@ class TrainConfig:
         )
 
 
+def _default_kernels() -> Kernels:
+    """Checked with the other fields."""
+    return os.environ.get("NANOCHAT_KERNELS") or "auto"  # type: ignore[return-value]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Memory and scheduling of one inference engine."""
@@ -264,8 +271,10 @@ class EngineConfig:
     kv_layout: KvLayout = "auto"
     """How keys and values lie: by slot, ``max_len`` tokens each, or in blocks that sequences take
     as they grow. "auto" is paged in bf16 on a GPU, and by slot elsewhere: fastest on a CPU."""
-    native: bool = True
-    """In fp32 on a CPU: all but the sampling in C, where there is a compiler."""
+    kernels: Kernels = field(default_factory=_default_kernels)
+    """In fp32 on a CPU all but the sampling is in C, compiled for this processor where there is a
+    compiler. "auto" uses all that the processor has; "amx", "avx512", "avx2" or "generic" only
+    that, and "torch" no C. ``NANOCHAT_KERNELS`` is the default where the configuration is made."""
     kv_memory: float = 0.8
     """Share of the free memory that keys and values may take, at most."""
     kv_tokens: int = 0
@@ -311,7 +320,11 @@ class EngineConfig:
             f"more than max_slots={self.max_slots}, or prompts would starve",
         )
         _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
-        for name, kinds in (("kv_layout", get_args(KvLayout)), ("overlap", get_args(Overlap))):
+        for name, kinds in (
+            ("kv_layout", get_args(KvLayout)),
+            ("overlap", get_args(Overlap)),
+            ("kernels", get_args(Kernels)),
+        ):
             _require(getattr(self, name) in kinds, name, getattr(self, name), " or ".join(kinds))
         _require(0 < self.kv_memory <= 1, "kv_memory", self.kv_memory, "above 0, up to 1")
 

@@ -101,7 +101,7 @@ class Engine:
         """The last step, where it may still run."""
         self._sequences: dict[str, Sequence] = {}
         self._ready: list[Output] = []
-        self._stats = Stats(slots=config.max_slots)
+        self._stats = Stats(slots=config.max_slots, kernels=self.runner.kernels)
 
     @property
     def has_work(self) -> bool:

@@ -3,16 +3,16 @@
 Each running sequence has one slot: a contiguous stretch of memory for ``max_len`` tokens. On a CPU
 that decodes fastest, since a batch of neighbouring slots is one view: nothing is gathered.
 
-The forward is flat: N rows of one token each, decodes first, then the prompt chunks. What a row
-yields does not depend, to the bit, on the rows beside it. Attention in C (``native``) sees to that
-by how it is made, and a row is the same whether a decode or a prompt's. With torch's:
+The forward is flat: N rows of one token each, decodes first, then the prompt chunks. With attention
+in C (``native``) a row's bits do not depend on the rows beside it, and are the same whether it is a
+decode or a prompt's. With torch's they are near: the order of sums is MKL's, which depends on the
+CPU. On Intel's, as far as trials show, two things keep it the same:
 
 - keys beyond a row's own are masked, and a masked tail of zeros changes no bit as long as the
   length is a multiple of 16 and, with several queries to a head, not between 256 and 512 modulo
   512, where MKL would split the sum over keys at another place (``padded_length``);
 - queries of a prompt chunk are at least 8 at a time, since with fewer MKL takes another kernel;
-  torch takes them by the 32, so what is left over counts (``padded_queries``). So a prompt may be
-  cut into chunks anywhere.
+  torch takes them by the 32, so what is left over counts (``padded_queries``).
 
 Legend: N rows, H heads, Hkv key/value heads, G = H / Hkv, D head size, L length of the keys.
 """

@@ -1,8 +1,9 @@
-"""Linear layers laid out for decoding on a CPU: the same bits for a row whatever the batch.
+"""Linear layers laid out for decoding on a CPU: a row should not depend on the rows beside it.
 
-A row must not depend on the rows beside it, or answers would depend on who else is served. Ours in
-C keep to that by how they are made (``native.c``). Where there are none, MKL keeps to it from two
-rows on if a matrix is stored column by column; stored row by row, results change at 16 rows.
+Ours in C have the same bits for a row whatever the batch, by how they are made (``linear.c``).
+Where there are none, Intel's MKL has them from two rows on if a matrix is stored column by column
+(stored row by row, results change at 16 rows), as far as a trial at the start shows; on other CPUs
+rounding may depend on the batch.
 """
 
 from __future__ import annotations

@@ -289,3 +289,6 @@ void softcap(float *x, int64_t count, float cap, int threads) {
     rest = capped(rest, cap);
     memcpy(x + whole, &rest, (count - whole) * sizeof *x);
 }
+
+/* The instructions that this was compiled for. */
+const char *kernel_level(void) { return LEVEL; }

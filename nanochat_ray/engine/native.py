@@ -1,47 +1,25 @@
-"""What an engine's forward waits for on a CPU: ``native.c`` and ``linear.c``, compiled here.
+"""What an engine's forward waits for on a CPU: ``native.c`` and ``linear.c``, called from torch.
 
 A decoding row reads all its keys and values for one query: the memory's speed is what counts. One
 pass that fetches ahead is 1.2 to 1.5 times as fast as torch's attention (NOTES.md), takes each row
 at its own length, and does not mind which slots are in the batch. None of torch's matrix products
 has a row's result hang on that row alone; ours do, and go by Intel's AMX where there is some, with
-float32's precision. What is done to each element goes over memory once and not six times. Where
-there is no C compiler, the engine goes on with torch's.
+float32's precision. What is done to each element goes over memory once and not six times.
+``kernels.py`` compiles them; where that cannot be done, the engine computes with torch's.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
-import os
-import platform
-import shlex
-import shutil
-import signal
-import subprocess
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-logger = logging.getLogger(__name__)
-
-SOURCES = tuple(str(Path(__file__).with_name(name)) for name in ("native.c", "linear.c"))
-HEAD_MULTIPLE = 16
-TILE_QUERIES = 8
-"""To a key/value head, that read its keys together: the rows of a prompt, or of guesses."""
 COLUMNS, CHUNK, SHARED_ROWS = 32, 64, 128
 """Outputs of a block of weights, what its inputs are rounded up to, and the rows that AMX takes at
 a time, as in ``linear.c``."""
-MACHINE = platform.machine()
-TARGET = "-mcpu=native" if MACHINE in ("aarch64", "arm64") else "-march=native"
-OPTIONS: tuple[str, ...] = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-if MACHINE == "x86_64":
-    OPTIONS += ("-mprefer-vector-width=512",)  # clang would take 256 bits where there are 512
-COMPILE_SECONDS = 60
 FLOAT_EPS = torch.finfo(torch.float32).eps
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
@@ -62,6 +40,9 @@ class Native:
         self._linear.argtypes = [*(_POINTER,) * 4, *(_INT,) * 3, ctypes.c_int]
         self.amx = bool(library.has_tiles())
         """Products are made by Intel's AMX."""
+        library.kernel_level.restype = ctypes.c_char_p
+        self.level: str = "amx" if self.amx else library.kernel_level().decode()
+        """The instructions in use: amx, avx512, avx2, avx, sse2, neon or generic."""
         self._turn = library.turn_and_norm
         self._turn.argtypes = [
             *(_POINTER, _INT, _POINTER, _POINTER, _INT, _INT),
@@ -229,61 +210,3 @@ class Softcap(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         return self.native.softcap(logits, self.cap) if self.cap else logits
-
-
-@functools.cache
-def native(head_dim: int, group: int, target: str = TARGET) -> Native | None:
-    """Compiled with the option ``target``, which says for what processor. None where that cannot be
-    done; the log says why."""
-    compiler = shlex.split(os.environ.get("CC") or shutil.which("cc") or "")
-    reasons = []
-    if head_dim % HEAD_MULTIPLE:
-        reasons.append(f"heads of {head_dim}, which is no multiple of {HEAD_MULTIPLE}")
-    if not compiler:
-        reasons.append("no C compiler (cc)")
-    if reasons:
-        logger.info("the engine goes on without C: %s", ", ".join(reasons))
-        return None
-    tile = max(1, TILE_QUERIES // group)
-    sizes = (f"-DHEAD={head_dim}", f"-DGROUP={group}", f"-DTILE={tile}")
-    # With gcc, OpenMP is what torch has loaded already: one pool of threads. Who has it not does
-    # alone, and who does not know the processor's name does with what all of its kind have.
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "native.so"
-        for choice in ([target, "-fopenmp"], [target], []):
-            options = (*OPTIONS, *choice, *sizes)
-            try:
-                _run([*compiler, *options, *SOURCES, "-o", str(made), "-lm"], folder)
-            except TimeoutError as error:
-                reasons.append(str(error))
-                break
-            except (OSError, RuntimeError) as error:
-                reasons.append(f"{' '.join(choice)}: {error}")
-                continue
-            if reasons:
-                logger.info("compiled with %s, since: %s", choice, "; ".join(reasons))
-            return Native(head_dim, tile, ctypes.CDLL(str(made)))
-    logger.warning("the engine goes on without C: %s", "; ".join(reasons))
-    return None
-
-
-def _run(command: list[str], folder: str) -> None:
-    """RuntimeError if it fails; TimeoutError, with all that it has started ended, if it hangs."""
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TMPDIR": folder},
-        start_new_session=True,  # a compiler's parts are processes too
-    )
-    try:
-        _, said = process.communicate(timeout=COMPILE_SECONDS)
-    except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise TimeoutError(f"it took more than {COMPILE_SECONDS} s to compile") from None
-        raise
-    if process.returncode:
-        raise RuntimeError(said.strip())

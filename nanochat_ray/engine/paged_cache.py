@@ -193,8 +193,8 @@ def gathered_attention(
 ) -> Tensor:
     """What ``torch.nn.attention.varlen.varlen_attn`` computes, of what the cache asks of it.
 
-    All rows are padded as ``kv_cache`` pads prompts, so that a row's bits do not depend on how
-    many there are with it.
+    All rows are padded as ``kv_cache`` pads prompts: on most CPUs a row then has the same bits
+    however many there are with it, and on all of them nearly the same values.
     """
     H, D = query.shape[1:]
     size, Hkv = key.shape[1:3]

@@ -11,10 +11,11 @@ from torch import Tensor
 from nanochat_ray.config import EngineConfig, Precision
 from nanochat_ray.engine.blocks import BLOCK, Blocks
 from nanochat_ray.engine.cuda_graphs import DecodeGraphs
+from nanochat_ray.engine.kernels import native
 from nanochat_ray.engine.kv_cache import SlotCache, Span
 from nanochat_ray.engine.kv_memory import check_slots, make_blocks
 from nanochat_ray.engine.linear import lay_out
-from nanochat_ray.engine.native import Native, native
+from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.paged_cache import PagedCache, block_size
 from nanochat_ray.engine.prefixes import CopiedPrefixes, SharedPrefixes
 from nanochat_ray.engine.sampler import insert
@@ -35,8 +36,11 @@ class Runner:
         self.device = model.wte.weight.device
         on_cpu, sizes = self.device.type == "cpu", model.config
         self.native: Native | None = None
-        if on_cpu and dtype == torch.float32 and config.native:
-            self.native = native(sizes.head_dim, sizes.n_head // sizes.n_kv_head)
+        if on_cpu and dtype == torch.float32 and config.kernels != "torch":
+            group = sizes.n_head // sizes.n_kv_head
+            self.native = native(sizes.head_dim, group, config.kernels)
+        self.kernels = self.native.level if self.native else "torch"
+        """What computes: the instructions that the kernels in C were compiled for, or torch."""
         self.min_rows = lay_out(model, self.native) if on_cpu else 1
         self.blocks: Blocks | None = None
         """Where the layout is paged: the accounting of its memory."""
@@ -108,7 +112,7 @@ class Runner:
                 run = tokens[start : start + chunk.count] + list(chunk.draft)
                 ids += run
                 before += run[:-1]
-                if chunk.decode:  # each row by itself, to the same bits as one by one
+                if chunk.decode:  # each row by itself, as one by one
                     spans += [Span(slot, start + i, 1, True) for i in range(len(run))]
                 else:
                     spans.append(Span(slot, start, chunk.count, False))

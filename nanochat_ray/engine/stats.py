@@ -12,6 +12,8 @@ class Stats:
     running: int = 0
     waiting: int = 0
     slots: int = 0
+    kernels: str = "torch"
+    """What computes: the instructions that the C kernels use (amx, avx512, ...), or torch."""
     kv_used: float = 0.0
     """Share of the cache's tokens that are in use."""
     steps: int = 0

@@ -224,18 +224,27 @@ class EngineMetrics:
             for name, (field, about) in _COUNTERS.items()
         }
         self._seen: dict[tuple[str, str], float] = {}
+        self._by_kernels = sink.gauge(
+            f"{PREFIX}num_engines",
+            "Engines by the kernels that they compute with: instructions of the CPU, or torch.",
+            "kernels",
+        )
+        self._kernels: dict[str, str] = {}
+        """Of each engine."""
 
     def put_all(self, engines: Mapping[str, Mapping[str, Any]]) -> None:
         """Those of all engines that there are: one that is gone is forgotten, and counts again from
         0 to where it is if it comes back."""
         for gone in {engine for engine, _ in self._seen} - engines.keys():
             self._sink.forget(gone)
+            self._put_kernels(gone, None)
             for field in self._counters:
                 del self._seen[gone, field]
         for engine, stats in engines.items():
             self.put(engine, stats)
 
     def put(self, engine: str, stats: Mapping[str, Any]) -> None:
+        self._put_kernels(engine, stats.get("kernels"))
         for field, record in self._gauges.items():
             record(stats.get(field, 0), engine)
         for field, record in self._counters.items():
@@ -244,3 +253,12 @@ class EngineMetrics:
             # An engine that was replaced in place counts from zero again.
             record(now - before if now >= before else now, engine)
             self._seen[engine, field] = now
+
+    def _put_kernels(self, engine: str, kernels: str | None) -> None:
+        """Shows what an engine computes with; None: it is gone, or has not started yet."""
+        before = self._kernels.pop(engine, None)
+        if kernels is not None:
+            self._kernels[engine] = kernels
+        if before != kernels:
+            for each in {before, kernels} - {None}:
+                self._by_kernels(sum(k == each for k in self._kernels.values()), str(each))

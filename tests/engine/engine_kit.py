@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
+import shlex
+import subprocess
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 
 from nanochat_ray.config import EngineConfig, ModelConfig
@@ -16,6 +20,18 @@ from nanochat_ray.model.gpt import GPT
 
 VOCAB = 300
 
+
+@functools.cache
+def has_compiler() -> bool:
+    """Without one engines compute with torch, and tests of the kernels are skipped."""
+    command = shlex.split(os.environ.get("CC") or "cc")
+    try:
+        return not subprocess.run([*command, "--version"], capture_output=True).returncode
+    except OSError:
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C compiler")
 
 PRESETS = ("classic", "modern")
 

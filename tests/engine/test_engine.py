@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -109,9 +110,12 @@ def test_seeded_tokens_do_not_depend_on_company_order_chunks_or_preemption(prese
 
 
 @torch.inference_mode()
-def logits_of(model: GPT, prompt: list[int], budget: int, company: int) -> torch.Tensor:
+def logits_of(
+    model: GPT, prompt: list[int], budget: int, company: int, **settings: Any
+) -> torch.Tensor:
     """Logits after the prompt and after one decode, beside other requests."""
-    engine = make_engine(model, max_slots=32, token_budget=32 + budget, prefill_chunk=budget)
+    settings |= {"max_slots": 32, "token_budget": 32 + budget, "prefill_chunk": budget}
+    engine = make_engine(model, **settings)
     rng = random.Random(company)
     for i, other in enumerate(prompts(rng, company)):
         engine.add(ask(f"other{i}", other, max_tokens=40))
@@ -133,16 +137,23 @@ def logits_of(model: GPT, prompt: list[int], budget: int, company: int) -> torch
     return torch.stack(seen)
 
 
+@pytest.mark.parametrize("settings", [{}, {"kernels": "torch"}, {"kv_layout": "paged"}])
 @pytest.mark.parametrize(
     "shape", [{}, {"n_kv_head": 4}, {"n_embd": 384, "n_head": 3, "n_kv_head": 3}]
 )
-def test_logits_are_the_same_to_the_bit_alone_and_in_company(shape: dict[str, int]) -> None:
-    model = make_model("modern", sequence_len=640, **shape)
+def test_logits_do_not_depend_on_company(shape: dict[str, int], settings: dict[str, str]) -> None:
+    """Bitwise by slot with the kernels in C, which are made for it; near with torch's, whose order
+    of sums is the CPU's."""
+    model = make_model.__wrapped__("modern", sequence_len=640, **shape)
+    bitwise = not settings and make_engine(model).stats().kernels != "torch"
     prompt = prompts(random.Random(8), 1)[0] * 12
     prompt = prompt[:300]
-    alone = logits_of(model, prompt, budget=600, company=0)
+    alone = logits_of(model, prompt, budget=600, company=0, **settings)
     for budget, company in ((600, 3), (7, 17), (33, 0)):
-        assert torch.equal(logits_of(model, prompt, budget, company), alone)
+        logits = logits_of(model, prompt, budget, company, **settings)
+        if bitwise:
+            assert torch.equal(logits, alone)
+        torch.testing.assert_close(logits, alone, atol=1e-4, rtol=0)
 
 
 def test_chunked_prefill_equals_the_plain_forward(subtests: pytest.Subtests) -> None:

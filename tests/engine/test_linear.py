@@ -1,4 +1,4 @@
-"""The layouts of linear layers: equal values, and equal bits whatever the number of rows."""
+"""The layouts of linear layers: equal values, and the rows from which on they do not change."""
 
 from __future__ import annotations
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_kit import VOCAB, answer, ask, make_engine, make_model
-from tiny import wait_for
+from engine_kit import VOCAB, answer, ask, make_engine, make_model, needs_compiler
 from torch import Tensor
 
-from nanochat_ray.engine import native as module
-from nanochat_ray.engine.native import FLOAT_EPS, TARGET, Native, Product, native
+from nanochat_ray.engine.kernels import available, native
+from nanochat_ray.engine.native import FLOAT_EPS, Native, Product
 from nanochat_ray.engine.scheduler import Chunk, Sequence
 from nanochat_ray.model.fused import relu_squared, rms_norm
 from nanochat_ray.model.layers import Turn
@@ -38,16 +33,17 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def compiled(head_dim: int, group: int, target: str = TARGET) -> Native:
-    # As engines call it where it is for here: it is compiled once for each way that it is called.
-    found = native(head_dim, group, *[target] * (target != TARGET))
-    assert found is not None, "the tests need a C compiler, though an engine does without"
-    return found
+def compiled(head_dim: int, group: int, level: str = "auto") -> Native:
+    kernels = native(head_dim, group, level)
+    if kernels is None and level != "auto":
+        pytest.skip(f"this compiler does not know {level}")
+    assert kernels is not None
+    return kernels
 
 
-def attended(of: Step, window: int, target: str = TARGET) -> Tensor:
+def attended(of: Step, window: int, level: str = "auto") -> Tensor:
     q, _, _, keys, _, places = of
-    native = compiled(q.size(2), q.size(1) // keys.size(1), target)
+    native = compiled(q.size(2), q.size(1) // keys.size(1), level)
     return native.attention(*of, native.tiles(*places.numpy()), window)
 
 
@@ -76,9 +72,8 @@ def defined(of: Step, window: int) -> Tensor:
     return torch.stack(rows)
 
 
-TARGETS = [TARGET]
-if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
-    TARGETS += ["-march=haswell", "-march=nehalem"]  # registers of 8 and of 4 numbers
+LEVELS = available()
+pytestmark = needs_compiler
 SIZES = [(16, 1), (48, 3), (64, 1), (64, 4), (128, 2), (16, 12)]
 
 
@@ -96,16 +91,16 @@ def test_as_defined(head_dim: int, group: int, window: int) -> None:
 
 @pytest.mark.parametrize("window", [-1, 0, 70])
 @pytest.mark.parametrize(
-    ("head_dim", "group", "target"),
-    [(*size, TARGET) for size in SIZES]
-    + [(*size, level) for size in SIZES[::2] for level in TARGETS[1:]],
+    ("head_dim", "group", "level"),
+    [(*size, LEVELS[0]) for size in SIZES]
+    + [(*size, level) for size in SIZES[::2] for level in LEVELS[1:]],
 )
 def test_a_prompt_in_any_chunks_has_the_same_bits(
-    head_dim: int, group: int, target: str, window: int
+    head_dim: int, group: int, level: str, window: int
 ) -> None:
     n = 150
     q, k, v, keys, values, places = step(head_dim, group, [2] * n, list(range(n)))
-    whole = attended((q, k, v, keys, values, places), window, target)
+    whole = attended((q, k, v, keys, values, places), window, level)
     torch.testing.assert_close(
         whole, defined((q, k, v, keys, values, places), window), rtol=2e-5, atol=2e-6
     )
@@ -114,7 +109,7 @@ def test_a_prompt_in_any_chunks_has_the_same_bits(
         for first in range(0, n, size):
             part = slice(first, first + size)
             of = (q[part], k[part], v[part], keys, values, places[:, part])
-            assert torch.equal(attended(of, window, target), whole[part]), (size, first)
+            assert torch.equal(attended(of, window, level), whole[part]), (size, first)
 
 
 def test_large_scores_do_not_overflow() -> None:
@@ -152,35 +147,31 @@ def test_who_reads_together() -> None:
     assert tiles.tolist() == [0, 3, 4, 5, 6, 14, 22, 25]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("eps", [None, 1e-6])
-def test_turning_and_norm(eps: float | None, target: str) -> None:
+def test_turning_and_norm(eps: float | None, level: str) -> None:
     noise = torch.Generator().manual_seed(3)
     whole = torch.randn((9, 1, 7, 64), generator=noise)
     cos, sin = (t[5:14, None, None] for t in rotary_tables(20, 64, 10_000.0))
     want, rest = Turn()(whole[:, :, :5], (cos, sin), eps), whole[:, :, 5:].clone()
-    got = compiled(64, 1, target).turn_(whole[:, :, :5], cos, sin, eps or FLOAT_EPS)
+    got = compiled(64, 1, level).turn_(whole[:, :, :5], cos, sin, eps or FLOAT_EPS)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert torch.equal(whole[:, :, 5:], rest)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("shape", [(1, 1, 384), (40, 1, 100), (2, 7, 9)])
-def test_norm(shape: tuple[int, ...], target: str) -> None:
+def test_norm(shape: tuple[int, ...], level: str) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
-    native = compiled(64, 1, target)
+    native = compiled(64, 1, level)
     got = native.rms_norm(x, 1e-6)
     torch.testing.assert_close(got, rms_norm(x, 1e-6), rtol=1e-6, atol=1e-6)
     assert torch.equal(native.rms_norm(x[:1], 1e-6), got[:1])
 
 
-@pytest.fixture(params=["tiles", *TARGETS])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Native:
-    """By AMX, where there is some, and by the registers of each target."""
-    tiles = request.param == "tiles"
-    native = compiled(64, 1, TARGET if tiles else request.param)
-    monkeypatch.setattr(native, "amx", native.amx and tiles)
-    return native
+@pytest.fixture(params=LEVELS)
+def products(request: pytest.FixtureRequest) -> Native:
+    return compiled(64, 1, request.param)
 
 
 @pytest.mark.parametrize(
@@ -202,17 +193,18 @@ def test_product(products: Native, inputs: int, outputs: int) -> None:
 
 
 def test_products_are_as_exact_as_float32(products: Native) -> None:
-    noise = torch.Generator().manual_seed(8)
-    scale = 2.0 ** torch.randint(-20, 21, (40, 500), generator=noise)
-    weight = torch.randn((64, 500), generator=noise)
-    x = torch.randn((40, 500), generator=noise) * scale
+    """The rounding errors of n sums in float32, seen as independent, add up to at most some √n·eps
+    of Σ|x·w| (Higham and Mary, 2019), and to n·eps in any case. Two bfloat16 for each number
+    instead of three, or one product less, would be above."""
+    n, noise = 500, torch.Generator().manual_seed(8)
+    scale = 2.0 ** torch.randint(-20, 21, (40, n), generator=noise)
+    weight = torch.randn((64, n), generator=noise)
+    x = torch.randn((40, n), generator=noise) * scale
     exact = x.double() @ weight.double().T
     size = x.double().abs() @ weight.double().abs().T
-    theirs, ours = (
-        ((y - exact).abs() / size) for y in (x @ weight.T, Product(products, weight)(x))
-    )
-    assert ours.max() < 3 * theirs.max()
-    assert ours.mean() < 1.5 * theirs.mean()
+    error = (Product(products, weight)(x) - exact).abs() / size
+    assert error.max() < n**0.5 * FLOAT_EPS
+    assert error.mean() < 2 * FLOAT_EPS
     large, small = torch.tensor([[3e38, 0.0]]), torch.tensor([[0.0, 1e-30]])
     for row in (large, small):
         one = Product(products, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))(row)
@@ -227,9 +219,9 @@ def test_relu_squared() -> None:
     assert compiled(64, 1).relu_squared_(torch.tensor([-1.0, torch.nan])).tolist()[0] == 0.0
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_softcap(target: str) -> None:
-    native = compiled(64, 1, target)
+@pytest.mark.parametrize("level", LEVELS)
+def test_softcap(level: str) -> None:
+    native = compiled(64, 1, level)
     x = torch.tensor([0.0, -0.0, 1e-4, -3.0, 14.9, 40.0, -1e4, 1e30, torch.inf, -torch.inf])
     want = 15 * torch.tanh(x / 15)
     got = native.softcap(x.clone(), 15.0)
@@ -242,17 +234,19 @@ def test_softcap(target: str) -> None:
 def test_an_engine_without_it_says_the_same(preset: str) -> None:
     prompts = [[(7 * i + j) % VOCAB for j in range(5 + 9 * i)] for i in range(4)]
     answers = []
-    for on in (True, False):
+    for kernels in ("auto", "torch"):
         # A model of its own: an engine lays it out anew.
-        engine = make_engine(make_model.__wrapped__(preset), native=on)
-        assert (engine.runner.native is not None) == on
+        engine = make_engine(make_model.__wrapped__(preset), kernels=kernels)
+        assert (engine.runner.native is not None) == (kernels == "auto")
         answers.append([answer(engine, ask(str(i), p)) for i, p in enumerate(prompts)])
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("preset", ["classic", "modern"])
-def test_a_prompt_and_its_tokens_one_by_one_give_the_same_bits(preset: str) -> None:
-    runner = make_engine(make_model.__wrapped__(preset)).runner
+def test_a_prompt_and_its_tokens_one_by_one_give_the_same_bits(preset: str, level: str) -> None:
+    compiled(16, 2, level)
+    runner = make_engine(make_model.__wrapped__(preset), kernels=level).runner
     tokens = [(11 * i * i + i) % VOCAB for i in range(100)]
 
     def logits(slot: int, size: int, decode: bool) -> Tensor:
@@ -264,54 +258,3 @@ def test_a_prompt_and_its_tokens_one_by_one_give_the_same_bits(preset: str) -> N
     assert torch.equal(logits(1, 1, decode=True), whole)
     assert torch.equal(logits(2, 7, decode=True), whole)
     assert torch.equal(logits(0, 33, decode=False), whole)
-
-
-def test_who_cannot_compile_says_why_and_goes_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    anew = native.__wrapped__
-    broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\necho out of order >&2\nexit 3\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CC", str(broken))
-    assert anew(64, 1) is None
-    assert "out of order" in caplog.text
-    monkeypatch.setenv("CC", str(tmp_path / "none"))
-    assert anew(64, 1) is None
-    monkeypatch.delenv("CC")
-    monkeypatch.setattr(module.shutil, "which", lambda name: None)
-    with caplog.at_level(logging.INFO):
-        assert anew(64, 1) is None
-    assert "no C compiler" in caplog.text
-    monkeypatch.undo()
-    assert anew(40, 1) is None  # no multiple of 16
-
-
-def test_who_compiles_with_less_says_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    picky = tmp_path / "cc"
-    picky.write_text(
-        '#!/bin/sh\ncase "$*" in *=native*) echo who? >&2; exit 1;; esac\nexec cc "$@"\n'
-    )
-    picky.chmod(0o755)
-    monkeypatch.setenv("CC", str(picky))
-    with caplog.at_level(logging.INFO):
-        assert native.__wrapped__(64, 1) is not None
-    assert "who?" in caplog.text
-
-
-def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    slow, part = tmp_path / "cc", tmp_path / "pid"
-    slow.write_text(f"#!/bin/sh\nsleep 600 & echo $! > {part}; wait\n")
-    slow.chmod(0o755)
-    monkeypatch.setenv("CC", str(slow))
-    monkeypatch.setattr(module, "COMPILE_SECONDS", 0.5)
-    began = time.monotonic()
-    assert native.__wrapped__(64, 1) is None
-    assert time.monotonic() - began < 5
-    assert "more than 0.5 s" in caplog.text
-    pid = int(part.read_text())
-    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")

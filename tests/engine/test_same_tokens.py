@@ -98,6 +98,20 @@ def together(
     return answers(found)
 
 
+def assert_same(
+    found: dict[str, tuple[list[int], str | None]],
+    want: dict[str, tuple[list[int], str | None]],
+    by: Engine,
+) -> None:
+    """Equal answers: all of them by slot with the kernels in C, whose bits do not depend on the
+    batch. With torch's, logits differ by some 1e-5 on some CPUs, and so may the token of one draw
+    in some 1e5."""
+    assert found.keys() == want.keys()
+    differ = sum(found[name] != want[name] for name in want)
+    exact = by.stats().kernels != "torch" and by.runner.blocks is None
+    assert differ <= (0 if exact else max(1, len(want) // 100))
+
+
 def test_the_requests_are_a_mixture() -> None:
     found = alone()
     assert len(found) == COUNT
@@ -107,29 +121,32 @@ def test_the_requests_are_a_mixture() -> None:
 
 
 def test_in_a_batch_of_64() -> None:
-    assert together(engine(prefix_tokens=0)) == alone()
+    batched = engine(prefix_tokens=0)
+    assert_same(together(batched), alone(), batched)
 
 
 def test_without_c() -> None:
     model = make_model.__wrapped__("modern")  # an engine lays out its model for good
-    single = engine(model, max_slots=1, prefix_tokens=0, native=False)
+    single = engine(model, max_slots=1, prefix_tokens=0, kernels="torch")
     some = REQUESTS[::5]
     for request in some:
         single.add(request)
-    alone = answers(finish(single))
-    assert together(engine(model, native=False, token_budget=100), some, preempt=0.3) == alone
+    one_by_one = answers(finish(single))
+    shaken = engine(model, kernels="torch", token_budget=100)
+    assert_same(together(shaken, some, preempt=0.3), one_by_one, shaken)
+    assert_same(one_by_one, {request.id: alone()[request.id] for request in some}, shaken)
 
 
 def test_after_preemption_in_small_chunks() -> None:
     shaken = engine(prefix_tokens=0, max_slots=16, token_budget=40, prefill_chunk=11)
-    assert together(shaken, preempt=0.7) == alone()
+    assert_same(together(shaken, preempt=0.7), alone(), shaken)
     assert shaken.stats().preemptions > 100
 
 
 def test_after_prefix_hits() -> None:
     warm = engine()
-    assert together(warm, REQUESTS[::-1]) == alone()
-    assert together(warm, REQUESTS) == alone()
+    assert_same(together(warm, REQUESTS[::-1]), alone(), warm)
+    assert_same(together(warm, REQUESTS), alone(), warm)
     assert warm.stats().prefix_hit > 5000
 
 
@@ -138,16 +155,16 @@ def test_continued_elsewhere_after_some_tokens() -> None:
     for request in REQUESTS:
         made, _ = alone()[request.id]
         cuts.append(dataclasses.replace(request, generated=made[: rng.randrange(len(made))]))
-    found = together(engine(speculative_tokens=2, speculative_ngram=1), cuts)
-    for request in cuts:
-        made, finish = found[request.id]
-        assert ([*request.generated, *made], finish) == alone()[request.id]
+    elsewhere = engine(speculative_tokens=2, speculative_ngram=1)
+    found = together(elsewhere, cuts)
+    whole = {r.id: ([*r.generated, *found[r.id][0]], found[r.id][1]) for r in cuts}
+    assert_same(whole, alone(), elsewhere)
 
 
 @pytest.mark.parametrize(("guesses", "ngram", "preempt"), [(4, 1, 0.0), (3, 2, 0.5)])
 def test_with_speculation(guesses: int, ngram: int, preempt: float) -> None:
     ahead = engine(speculative_tokens=guesses, speculative_ngram=ngram)
-    assert together(ahead, preempt=preempt) == alone()
+    assert_same(together(ahead, preempt=preempt), alone(), ahead)
     stats = ahead.stats()
     assert 50 < stats.draft_accepted < stats.drafted
 
@@ -175,8 +192,8 @@ def test_with_steps_launched_before_the_last_tokens_are_known(settings: dict[str
 
     overlapping.runner.run = watched  # type: ignore[method-assign]
     want = {request.id: alone()[request.id] for request in some}
-    assert together(overlapping, some) == want
-    assert together(overlapping, some[::-1], preempt=0.4) == want
+    assert_same(together(overlapping, some), want, overlapping)
+    assert_same(together(overlapping, some[::-1], preempt=0.4), want, overlapping)
     assert late > 0.6 * rows
 
 
@@ -201,15 +218,19 @@ def test_guesses_fill_no_more_than_the_rows_that_cost_nothing() -> None:
 
 
 def test_guesses_save_steps_where_a_text_repeats_itself() -> None:
-    want, steps = [], []
+    want, logprobs, steps = [], [], []
     for guesses in (0, 4):
         single = engine(max_slots=1, speculative_tokens=guesses, speculative_ngram=1)
         single.add(ask("r", [1, 2], max_tokens=60, repetition_penalty=0.3, logprobs=0))
         outputs = finish(single)["r"]
         scores = [p.logprob for o in outputs for p in o.logprobs or () if p]
-        want.append((tokens(outputs), scores))
+        want.append(tokens(outputs))
+        logprobs.append(scores)
         steps.append(single.stats().steps)
-    assert want[0] == want[1]  # log-probabilities too, to the bit
+    assert want[0] == want[1]
+    if single.stats().kernels != "torch":
+        assert logprobs[0] == logprobs[1]  # to the bit
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
     assert steps[1] < steps[0] / 2
 
 

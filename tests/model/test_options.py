@@ -98,7 +98,8 @@ def test_a_window_schedule_acts_in_training_only() -> None:
         assert torch.equal(model(ids), whole)
         model.train()
         short = model(ids)
-    assert torch.equal(short[:, :64], whole[:, :64])
+    # Near and not equal: attention to another number of keys may sum in another order.
+    torch.testing.assert_close(short[:, :64], whole[:, :64], atol=1e-5, rtol=0)
     assert (short[:, 128:] - whole[:, 128:]).abs().max() > 1e-3
 
 
@@ -111,7 +112,29 @@ def test_dropout_is_for_training() -> None:
         assert not torch.equal(model(ids), model(ids))
 
 
-def test_fp8_products_are_near_the_exact_ones() -> None:
+@pytest.fixture
+def fp8_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN multiplies fp8 with AVX512 alone: elsewhere by the definition of ``_scaled_mm``."""
+    one = torch.ones(16, 16).to(torch.float8_e4m3fn)
+    scale = torch.ones(())
+    try:
+        torch._scaled_mm(one, one.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
+    except RuntimeError:
+
+        def product(
+            a: torch.Tensor,
+            b: torch.Tensor,
+            *,
+            scale_a: torch.Tensor,
+            scale_b: torch.Tensor,
+            out_dtype: torch.dtype,
+        ) -> torch.Tensor:
+            return (a.float() * scale_a @ (b.float() * scale_b)).to(out_dtype)
+
+        monkeypatch.setattr(torch, "_scaled_mm", product)
+
+
+def test_fp8_products_are_near_the_exact_ones(fp8_on_any_cpu: None) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 32, 64, generator=generator).bfloat16().requires_grad_()
     # One matrix much smaller than fp8's range: the scales must bring it in.
@@ -129,7 +152,7 @@ def test_fp8_products_are_near_the_exact_ones() -> None:
         assert (a.float() - b).norm() < bound * b.norm()
 
 
-def test_fp8_takes_the_large_matrices_only() -> None:
+def test_fp8_takes_the_large_matrices_only(fp8_on_any_cpu: None) -> None:
     model = GPT(ModelConfig.modern(vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=64,
                                    sequence_len=32), torch.bfloat16)  # fmt: skip
     model.init_weights(torch.Generator().manual_seed(0))

@@ -51,3 +51,18 @@ def test_an_engine_that_is_gone_is_forgotten_until_it_comes_back() -> None:
     assert 'nanochat_num_requests_running{engine="b",model_name="tiny"} 2.0' in text
     engines.put_all({**both, "a": {"steps": 9}})
     assert 'nanochat_engine_steps_total{engine="a",model_name="tiny"} 9.0' in sink.text().decode()
+
+
+def test_engines_are_counted_by_their_kernels() -> None:
+    sink, _, engines = page()
+
+    def shown(kernels: str) -> str:
+        (line,) = re.findall(rf'nanochat_num_engines{{kernels="{kernels}".*', sink.text().decode())
+        return str(line).rpartition(" ")[2]
+
+    engines.put_all({"a": {"kernels": "amx"}, "b": {"kernels": "amx"}, "c": {"kernels": "torch"}})
+    assert (shown("amx"), shown("torch")) == ("2.0", "1.0")
+    engines.put_all({"a": {"kernels": "amx"}, "c": {"kernels": "amx"}})
+    assert (shown("amx"), shown("torch")) == ("2.0", "0.0")
+    engines.put("d", {})  # it has not started yet
+    assert shown("amx") == "2.0"

@@ -1,0 +1,386 @@
+"""How kernels come to be: chosen by level, compiled, cached, and done without where they cannot."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from engine_kit import answer, ask, make_engine, make_model, needs_compiler
+from tiny import wait_for
+
+from nanochat_ray.config import EngineConfig
+from nanochat_ray.engine import kernel_cache, kernels
+from nanochat_ray.engine.kernels import available, native
+
+MakeCompiler = Callable[[str], Path]
+ANEW = native.__wrapped__
+"""Not what this process has compiled or loaded before."""
+PASS_ON = f'exec {os.environ.get("CC") or "cc"} "$@"'
+pytestmark = needs_compiler
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, and a compiler in a hurry; the folder that kernels are kept in."""
+    monkeypatch.setattr(kernels, "OPTIONS", ("-O0", "-shared", "-fPIC"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "nanochat_ray" / "kernels"
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeCompiler:
+    """Makes a shell script the compiler."""
+
+    def make(script: str) -> Path:
+        path = tmp_path / "compiler"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("CC", str(path))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def counted(compiler: MakeCompiler, tmp_path: Path) -> Callable[[], int]:
+    """A compiler that says how often it has compiled."""
+    log = tmp_path / "compiled"
+    log.touch()
+    compiler(f'case "$*" in *--version*) ;; *) echo x >> {log};; esac\n{PASS_ON}')
+    return lambda: len(log.read_text().splitlines())
+
+
+def libraries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+# --- levels ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", available())
+def test_each_level_is_what_was_asked_for(level: str) -> None:
+    found = ANEW(64, 1, level)
+    if found is None:
+        pytest.skip(f"this compiler does not know {level}")
+    wanted = {"sse2", "neon", "generic"} if level == "generic" else {level}
+    assert found.level in wanted
+    assert found.amx == (level == "amx")
+
+
+def test_auto_is_the_best_level() -> None:
+    found = ANEW(64, 1)
+    assert found is not None
+    best = {"generic": found.level}.get(available()[0], available()[0])
+    assert found.level == best or best == "amx"  # an old compiler does not know AMX
+
+
+def test_a_level_that_the_cpu_lacks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        "vendor_id : AuthenticAMD\nflags\t: sse2 avx2 fma f16c bmi2\n\nflags : amx\n"
+    )
+    monkeypatch.setattr(kernels, "CPUINFO", cpuinfo)
+    assert available() == ("avx2", "generic")
+    for level in ("avx512", "amx"):
+        with pytest.raises(
+            ValueError, match=rf"kernels='{level}' is not .* auto, avx2, generic, t"
+        ):
+            ANEW(64, 1, level)
+    monkeypatch.setattr(kernels, "CPUINFO", tmp_path / "none")
+    assert available() == ("generic",)
+
+
+def test_amx_counts_only_where_the_system_grants_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = " ".join(set.union(*kernels._NEEDED.values()))
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(kernels, "CPUINFO", cpuinfo)
+    for granted, best in ((True, "amx"), (False, "avx512")):
+        monkeypatch.setattr(kernels, "_tiles_granted", lambda granted=granted: granted)
+        assert available()[0] == best
+
+
+def test_the_variable_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NANOCHAT_KERNELS", raising=False)
+    assert EngineConfig().kernels == "auto"
+    monkeypatch.setenv("NANOCHAT_KERNELS", "generic")
+    assert EngineConfig().kernels == "generic"
+    assert EngineConfig(kernels="torch").kernels == "torch"
+    monkeypatch.setenv("NANOCHAT_KERNELS", "fast")
+    with pytest.raises(ValueError, match="kernels='fast' is not allowed: auto or amx"):
+        EngineConfig()
+
+
+def test_an_engine_tells_what_it_computes_with() -> None:
+    engine = make_engine(make_model.__wrapped__("classic"), kernels=available()[-1])
+    assert engine.runner.native is not None
+    assert engine.stats().kernels == engine.runner.native.level != "torch"
+    plain = make_engine(make_model.__wrapped__("classic"), kernels="torch")
+    assert plain.stats().kernels == "torch"
+    assert answer(engine, ask("r", [1, 2, 3])) == answer(plain, ask("r", [1, 2, 3]))
+
+
+# --- what goes wrong -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo out of order >&2; exit 3", "out of order"),
+        (f'case "$*" in *--version*) {PASS_ON};; esac\nexit 4', "failed: status 4"),
+        (f'case "$*" in *--version*) {PASS_ON};; esac', "native.so"),  # writes nothing
+    ],
+)
+def test_a_compiler_that_fails_is_named_in_one_warning(
+    script: str, reason: str, compiler: MakeCompiler, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler(script)
+    assert ANEW(64, 1) is None
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert "2 to 3 times slower" in warning
+    assert reason in warning
+
+
+@pytest.mark.parametrize("cc", ["/none/cc", 'cc "'])
+def test_without_a_compiler_an_engine_starts_and_warns(
+    cc: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", cc)
+    native.cache_clear()
+    try:
+        engines = [make_engine(make_model.__wrapped__("classic"), kernels="auto") for _ in range(2)]
+    finally:
+        native.cache_clear()
+    assert engines[0].stats().kernels == "torch"
+    assert len(answer(engines[0], ask("r", [1, 2, 3], max_tokens=4))) == 4
+    warnings = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(warnings) == 1  # once a process
+    assert "2 to 3 times slower" in warnings[0].getMessage()
+
+
+def test_no_compiler_at_all_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    assert ANEW(64, 1) is None
+    assert "no C compiler" in caplog.text
+
+
+def test_heads_of_another_size_do_without(caplog: pytest.LogCaptureFixture) -> None:
+    assert ANEW(40, 1) is None
+    assert "heads of 40" in caplog.text
+
+
+def test_a_compiler_without_this_cpu_compiles_with_less(
+    compiler: MakeCompiler, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler(f'case "$*" in *=native*) echo who? >&2; exit 1;; esac\n{PASS_ON}')
+    for _ in range(2):  # from the cache it is said as well
+        caplog.clear()
+        found = ANEW(64, 1)
+        assert found is not None
+        assert found.level in ("sse2", "neon", "generic")
+        assert "who?" in caplog.text
+
+
+def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(
+    compiler: MakeCompiler,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    child = tmp_path / "pid"
+    compiler(f"sleep 600 & echo $! > {child}; wait")
+    monkeypatch.setattr(kernels, "COMPILE_SECONDS", 0.5)
+    began = time.monotonic()
+    assert ANEW(64, 1) is None
+    assert time.monotonic() - began < 60  # and not 600
+    assert "more than 0.5 s" in caplog.text
+    pid = int(child.read_text())
+    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+
+
+# --- the cache -------------------------------------------------------------------------------
+
+
+def test_kernels_are_compiled_once(counted: Callable[[], int], home: Path) -> None:
+    one, again = ANEW(64, 1), ANEW(64, 1)
+    assert one is not None
+    assert again is not None
+    assert counted() == 1
+    (library,) = libraries(home)
+    assert home.stat().st_mode & 0o777 == 0o700
+    assert library.stat().st_mode & 0o077 == 0
+    assert ANEW(64, 2) is not None  # other sizes are another library
+    assert counted() == 2
+
+
+def test_another_cpu_compiler_or_source_is_another_library(
+    counted: Callable[[], int],
+    compiler: MakeCompiler,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert ANEW(64, 1) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "processor", lambda: {"flags": "of another machine"})
+        assert ANEW(64, 1) is not None
+    compiler(f'case "$*" in --version) echo 99.1; exit;; esac\n{PASS_ON}')
+    assert ANEW(64, 1) is not None
+    header = tmp_path / "registers.h"
+    header.write_text(kernels.HEADERS[0].read_text() + "\n")
+    monkeypatch.setattr(kernels, "HEADERS", (header,))
+    assert ANEW(64, 1) is not None
+    assert len({p.name.partition("-")[0] for p in libraries(home)}) == 4
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "link", "fifo", "folder"])
+def test_a_damaged_file_is_compiled_again(
+    damage: str, counted: Callable[[], int], home: Path, tmp_path: Path
+) -> None:
+    assert ANEW(64, 1) is not None
+    (library,) = libraries(home)
+    content = library.read_bytes()
+    library.unlink()  # not written over: this process has it mapped
+    if damage == "cut":
+        library.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        library.write_bytes(content[:999] + bytes([content[999] ^ 1]) + content[1000:])
+    elif damage == "empty":
+        library.touch()
+    elif damage == "link":
+        elsewhere = tmp_path / "elsewhere.so"
+        elsewhere.write_bytes(content)
+        library.symlink_to(elsewhere)
+    elif damage == "fifo":
+        os.mkfifo(library)
+    else:
+        library.mkdir()
+    assert ANEW(64, 1) is not None
+    assert counted() == 2
+    assert ANEW(64, 1) is not None
+    assert counted() == (3 if damage == "folder" else 2)  # a folder in its place stays there
+
+
+def test_what_another_user_planted_is_not_loaded(
+    counted: Callable[[], int], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ANEW(64, 1) is not None
+    monkeypatch.setattr(kernel_cache.os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        kernel_cache.private_folder(home)
+    (library,) = libraries(home)
+    assert not kernel_cache._is_intact(library)
+    assert ANEW(64, 1) is not None  # compiled, in a temporary folder
+    assert counted() == 2
+
+
+def test_a_file_that_others_may_write_is_not_loaded(counted: Callable[[], int], home: Path) -> None:
+    assert ANEW(64, 1) is not None
+    (library,) = libraries(home)
+    library.chmod(0o666)
+    assert ANEW(64, 1) is not None
+    assert counted() == 2
+
+
+def test_a_folder_that_others_may_replace_is_not_used(
+    counted: Callable[[], int], home: Path
+) -> None:
+    cache = home.parents[1]
+    cache.mkdir()
+    cache.chmod(0o777)
+    for _ in range(2):
+        assert ANEW(64, 1) is not None
+    assert counted() == 2
+    assert not libraries(home)
+    cache.chmod(0o1777)  # as /tmp has it: only owners rename
+    for _ in range(2):
+        assert ANEW(64, 1) is not None
+    assert counted() == 3
+
+
+def test_a_cache_open_to_others_is_closed(home: Path) -> None:
+    home.mkdir(parents=True)
+    home.chmod(0o755)
+    assert ANEW(64, 1) is not None
+    assert home.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_home_that_cannot_be_written_is_done_without(
+    counted: Callable[[], int], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.parents[1].write_text("a file where the folder should be")
+    assert ANEW(64, 1) is not None
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(kernel_cache.Path, "home", no_home)
+    assert ANEW(64, 1) is not None
+    assert counted() == 2
+
+
+@pytest.mark.parametrize("where", ["temporary", "cache", "both"])
+def test_folders_mounted_noexec(
+    where: str,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(kernels.tempfile, "tempdir", str(temporary))
+    refused = {"temporary": [temporary], "cache": [home], "both": [temporary, home]}[where]
+
+    class Loader(ctypes.CDLL):
+        def __init__(self, name: str | None):
+            if name and any(folder in Path(name).parents for folder in refused):
+                raise OSError(f"{name}: failed to map segment from shared object")
+            super().__init__(name)
+
+    monkeypatch.setattr(kernels.ctypes, "CDLL", Loader)
+    for _ in range(2):
+        caplog.clear()
+        found = ANEW(64, 1, "generic")
+        assert (found is None) == (where == "both")
+    assert ("failed to map segment" in caplog.text) == (where == "both")
+    assert not list(temporary.iterdir())
+
+
+def test_no_temporary_folder_at_all(
+    counted: Callable[[], int], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(kernels.tempfile, "gettempdir", none)
+    assert ANEW(64, 1) is not None
+    assert len(libraries(home)) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    assert ANEW(64, 1) is None
+
+
+def test_old_libraries_make_room(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_cache, "KEPT_FILES", 3)
+    folder = kernel_cache.private_folder(home)
+    for i in range(5):
+        path = kernel_cache.publish(folder, f"key{i}", bytes([i]))
+        os.utime(path, (1000 + i, 1000 + i))
+    assert len(libraries(home)) == 3
+    assert kernel_cache.find(folder, "key4") == path
+    assert kernel_cache.find(folder, "key0") is None
+    assert kernel_cache.find(folder, "key") is None
