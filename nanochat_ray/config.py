@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeVar, get_args
+from types import UnionType
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -362,20 +364,55 @@ def to_json(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def _typed(kind: Any, name: str, value: Any) -> Any:
+    """``value`` as a field of type ``kind`` may hold it; whole floats' ints become floats.
+
+    ValueError names the field. Types that are none of JSON's are left to the dataclass.
+    """
+    choices = get_args(kind)
+    if get_origin(kind) is Literal:
+        _require(value in choices, name, shortened(value), f"one of {choices}")
+    elif get_origin(kind) is UnionType or kind in (bool, int, float, str):
+        kinds = choices or (kind,)
+        if float in kinds and type(value) is int and abs(value) < 1 << 53:
+            return float(value)
+        names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+        _require(type(value) in kinds, name, shortened(value), names)
+        sound = math.isfinite(value) if type(value) is float else True
+        sound = abs(value) < 1 << 63 if type(value) is int else sound
+        _require(sound, name, shortened(value), "a finite number of at most 64 bits")
+    return value
+
+
+def shortened(value: object, limit: int = 60) -> object:
+    """``value``, or something with a short repr if its own is longer than ``limit``."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an int of {value.bit_length()} bits"
+    text = repr(value)
+    return value if len(text) <= limit else text[:limit] + "…"
+
+
 def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
-    """The configuration that ``to_json`` wrote. ValueError names a missing or unknown field."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
+    """The configuration that ``to_json`` wrote.
+
+    ValueError names a missing or unknown field, or one of the wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{kind.__name__} is {shortened(values)!r}, not an object")
+    fields = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - fields)
     if unknown:
-        raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {sorted(fields)}")
-    nested = {"optim": OptimConfig}
-    made = {
-        name: from_json(nested[name], value)
-        if name in nested and isinstance(value, Mapping)
-        else value
+        raise ValueError(
+            f"{kind.__name__} has no field {shortened(unknown[0])!r}; it has {sorted(fields)}"
+        )
+    types = get_type_hints(kind)
+    arguments = {
+        name: from_json(types[name], value)
+        if dataclasses.is_dataclass(types[name])
+        else _typed(types[name], name, value)
         for name, value in values.items()
     }
     try:
-        return kind(**made)
+        return kind(**arguments)
     except TypeError as error:
         raise ValueError(f"{kind.__name__}: {error}") from None

@@ -2,18 +2,20 @@
 
 ``runs/<run>/step-000100/`` holds config.json, weights.msgpack, optimizer.msgpack, trainer.json
 and tokenizer.json, and last of all manifest.json with the size and SHA-256 of each. A folder
-without a manifest is not a snapshot. ``runs/<run>/latest`` names the newest one and moves after
-it is whole, so a crash at any moment leaves the last whole snapshot in place. Nothing in it
-depends on the number of workers.
+without a manifest is not a snapshot, so a crash at any moment leaves the last whole one in place:
+the newest whole one is the run's latest. ``runs/<run>/latest`` names it too, for people and
+scripts; no reader depends on it. Nothing in a snapshot depends on the number of workers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,9 @@ from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
+
+FORMAT = "nanochat_ray snapshot 1"
+_LOG = logging.getLogger(__name__)
 
 
 class _Hashed:
@@ -70,7 +75,15 @@ def name_of(step: int) -> str:
 
 
 def step_of(name: str) -> int:
-    return int(name.removeprefix("step-"))
+    """ValueError for a name that ``name_of`` does not give."""
+    digits = name.removeprefix("step-")
+    # Not str.isdigit alone, which takes other scripts' digits and "²" too.
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 12):
+        digits = ""
+    if not digits or name_of(int(digits)) != name:
+        shown = configs.shortened(name)
+        raise ValueError(f"checkpoint={shown!r} is not allowed: a name such as {name_of(100)}")
+    return int(digits)
 
 
 def save(
@@ -83,13 +96,41 @@ def save(
     trainer: Mapping[str, Any],
     tokenizer: Tokenizer,
     score: float | None = None,
+    may_publish: Callable[[], None] = lambda: None,
 ) -> str:
     """Writes a snapshot, publishes it, then moves ``latest``. Returns its name.
 
     ``score`` is what a validation of these weights gave, lower being better; see ``best``.
+    ``may_publish`` is called when all is written but the manifest; what it raises leaves the
+    snapshot unpublished. FloatingPointError, naming the tensor, before anything is written if
+    one is not finite.
     """
+    for file, tensors in (("weights", weights), ("optimizer state", optimizer or {})):
+        if (bad := not_finite(tensors)) is not None:
+            raise FloatingPointError(
+                f"{file}: {bad} is not finite after step {step}: that checkpoint is not written, "
+                "and the one before it is sound"
+            )
     name = name_of(step)
     folder = run.child(name)
+    arguments = (model_config, weights, optimizer, trainer, tokenizer, score)
+    _write(folder, step, *arguments, may_publish)
+    run.write_text("latest", name)
+    return name
+
+
+def _write(
+    folder: Store,
+    step: int,
+    model_config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor] | None,
+    trainer: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    score: float | None,
+    may_publish: Callable[[], None] = lambda: None,
+) -> None:
+    """The files of a snapshot, and last its manifest."""
     # What an earlier attempt left there is no snapshot any more from here on.
     folder.delete("manifest.json")
     files: dict[str, dict[str, Any]] = {}
@@ -117,36 +158,94 @@ def save(
         stream.read()
         note(file, stream)
     manifest = {
-        "format": "nanochat_ray snapshot 1",
+        "format": FORMAT,
         "step": step,
         "score": score if score is not None and math.isfinite(score) else None,
         "files": files,
     }
+    may_publish()
     folder.write_text("manifest.json", json.dumps(manifest, indent=1))
-    run.write_text("latest", name)
-    return name
 
 
 def latest(run: Store) -> str | None:
-    """Name of the newest whole snapshot, or None if there is none."""
-    return run.read_text("latest").strip() if run.exists("latest") else None
+    """Name of the newest complete snapshot, or None if there is none.
+
+    The folders decide, not the file ``latest``, which a crash may have left behind or emptied.
+    """
+    return next((name for name in _names(run) if _is_complete(run, name)), None)
 
 
-def _manifest(run: Store, name: str) -> dict[str, Any]:
-    folder = run.child(name)
-    if not folder.exists("manifest.json"):
-        raise ValueError(f"checkpoint {folder.uri} is not whole: manifest.json is missing")
+def _is_complete(run: Store, name: str) -> bool:
     try:
-        return json.loads(folder.read_text("manifest.json"))["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {folder.uri}: manifest.json is damaged ({error})") from None
+        run.size(f"{name}/manifest.json")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def skipped(run: Store) -> list[str]:
+    """One line for each thing that seemed to be newer than ``latest`` but is no whole snapshot."""
+    found = latest(run)
+    lines = []
+    for name in _names(run):
+        if name == found:
+            break
+        lines.append(f"{name} is incomplete (it has no manifest.json): skipped")
+    pointer = ""
+    with contextlib.suppress(OSError):
+        pointer = run.read_bytes("latest").decode(errors="replace").strip()
+    if found is not None and pointer != found:
+        shown = f"names {configs.shortened(pointer)!r}" if pointer else "is missing or empty"
+        lines.append(f"the file latest {shown}; the newest complete checkpoint is {found}")
+    return lines
 
 
 def _find(run: Store, name: str | None) -> str:
     found = name or latest(run)
     if found is None:
-        raise ValueError(f"run {run.uri} has no checkpoint")
+        raise ValueError(f"run {run.uri} has no complete checkpoint")
+    if name is None:
+        for line in skipped(run):
+            _LOG.warning("run %s: %s", run.uri, line)
     return found
+
+
+def _object(where: str, data: bytes) -> dict[str, Any]:
+    """The JSON object in ``data``. ValueError, naming ``where``, for anything else."""
+    try:
+        found = json.loads(data.decode())
+    except RecursionError:
+        raise ValueError(f"{where} is damaged: it is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged: {configs.shortened(str(error), 200)}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is damaged: it is {configs.shortened(found)!r}, not an object")
+    return found
+
+
+def _manifest(run: Store, name: str) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file of a snapshot. ValueError if the manifest is damaged."""
+    folder, step = run.child(name), step_of(name)
+    where = f"checkpoint {folder.uri}: manifest.json"
+    try:
+        data = folder.read_bytes("manifest.json")
+    except OSError:
+        raise ValueError(f"{where} is missing: it is not whole") from None
+    found = _object(where, data)
+    if found.get("format") != FORMAT:
+        raise ValueError(f"{where} is damaged: format={configs.shortened(found.get('format'))!r}")
+    if found.get("step") != step:
+        raise ValueError(f"{where} is of step {configs.shortened(found.get('step'))!r}, not {step}")
+    files = found.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+        raise ValueError(f"{where} is damaged: files={configs.shortened(files)!r}")
+    return files
+
+
+def _is_entry(value: Any) -> bool:
+    """Whether a manifest's entry of a file has a size and a SHA-256."""
+    sound = isinstance(value, dict) and type(value.get("size")) is int
+    return sound and isinstance(value.get("sha256"), str)
 
 
 class _Reader:
@@ -155,53 +254,143 @@ class _Reader:
     def __init__(self, run: Store, name: str):
         self.folder, self.files = run.child(name), _manifest(run, name)
 
-    def _check(self, file: str, found: dict[str, Any]) -> None:
-        if found != self.files[file]:
+    def _where(self, file: str) -> str:
+        return f"checkpoint {self.folder.uri}: {file}"
+
+    def _check(self, file: str, size: int, sha256: str = "") -> None:
+        known = self.files[file]
+        if size != known["size"] or (sha256 and sha256 != known["sha256"]):
+            hashed = f", SHA-256 {sha256[:16]}…" if sha256 else ""
+            expected = f"{configs.shortened(known['size'])}, {known['sha256'][:16]}…"
             raise ValueError(
-                f"checkpoint {self.folder.uri}: {file} is damaged ({found['size']} bytes, SHA-256 "
-                f"{found['sha256'][:16]}…; the manifest says {self.files[file]['size']}, "
-                f"{self.files[file]['sha256'][:16]}…)"
+                f"{self._where(file)} is damaged ({size} bytes{hashed}; the manifest says "
+                f"{expected}); a copy, or another checkpoint of the run, is needed"
             )
 
-    def _open(self, file: str) -> Any:
-        if file not in self.files or not self.folder.exists(file):
-            raise ValueError(f"checkpoint {self.folder.uri}: {file} is missing")
-        return self.folder.open_input(file)
+    @contextlib.contextmanager
+    def _open(self, file: str) -> Iterator[_Hashed]:
+        """The file as a stream; what is left of it when the block ends is read and checked."""
+        if file not in self.files:
+            raise ValueError(f"{self._where(file)} is missing from the manifest")
+        try:
+            self._check(file, self.folder.size(file))
+            with self.folder.open_input(file) as source:
+                stream = _Hashed(source)
+                damage = None
+                try:
+                    yield stream
+                except ValueError as error:
+                    damage = error
+                while stream.read(1 << 20):
+                    pass
+        except FileNotFoundError:
+            raise ValueError(f"{self._where(file)} is missing") from None
+        except OSError as error:
+            raise ValueError(f"{self._where(file)} cannot be read: {error}") from None
+        self._check(file, stream.size, stream.sha256.hexdigest())
+        if damage is not None:
+            raise ValueError(f"{self._where(file)}: {damage}")
 
-    def text(self, file: str) -> str:
-        with self._open(file) as source:
-            stream = _Hashed(source)
-            data = stream.read()
-        self._check(file, {"size": stream.size, "sha256": stream.sha256.hexdigest()})
-        return data.decode()
+    def bytes(self, file: str) -> bytes:
+        data = []
+        with self._open(file) as stream:
+            data.append(stream.read())
+        return data[0]
+
+    def object(self, file: str) -> dict[str, Any]:
+        return _object(self._where(file), self.bytes(file))
 
     def tensors(self, file: str) -> dict[str, Tensor]:
-        with self._open(file) as source:
-            stream = _Hashed(source)
-            try:
-                tensors = read_tensors(stream, self.files[file]["size"])
-                damage = None
-            except ValueError as error:
-                tensors, damage = {}, error
-            while stream.read(1 << 20):
-                pass
-        self._check(file, {"size": stream.size, "sha256": stream.sha256.hexdigest()})
-        if damage is not None:
-            raise ValueError(f"checkpoint {self.folder.uri}: {file}: {damage}")
+        """ValueError, naming the tensor, also for one that is not finite."""
+        tensors: dict[str, Tensor] = {}
+        with self._open(file) as stream:
+            tensors = read_tensors(stream, self.files[file]["size"])
+        if (name := not_finite(tensors)) is not None:
+            raise ValueError(
+                f"{self._where(file)}: {name} has values that are not finite: the run had "
+                "diverged; an earlier checkpoint is needed"
+            )
         return tensors
 
     def config(self) -> RunConfigFile:
-        found = json.loads(self.text("config.json"))
-        return RunConfigFile(configs.from_json(ModelConfig, found["model"]), found["tokenizer"])
+        found = self.object("config.json")
+        try:
+            model = configs.from_json(ModelConfig, found["model"])
+            tokenizer = found["tokenizer"]
+            if not isinstance(tokenizer, str):
+                raise ValueError(f"tokenizer={configs.shortened(tokenizer)!r} is no fingerprint")
+        except KeyError as error:
+            raise ValueError(f"{self._where('config.json')} has no field {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{self._where('config.json')}: {error}") from None
+        return RunConfigFile(model, tokenizer)
 
-    def tokenizer(self, expected: str) -> Tokenizer:
-        tokenizer = Tokenizer.from_json(self.text("tokenizer.json"))
-        if tokenizer.fingerprint != expected:
+    def tokenizer(self, config: RunConfigFile) -> Tokenizer:
+        where = self._where("tokenizer.json")
+        try:
+            tokenizer = Tokenizer.from_json(self.bytes("tokenizer.json").decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where} is damaged: {error}") from None
+        except RecursionError:
+            raise ValueError(f"{where} is damaged: it is nested too deep") from None
+        if tokenizer.fingerprint != config.tokenizer:
             raise ValueError(
-                f"checkpoint {self.folder.uri}: tokenizer.json ({tokenizer.fingerprint[:16]}…) is "
-                f"not the one that the weights were trained with ({expected[:16]}…)"
+                f"{where} ({tokenizer.fingerprint[:16]}…) is "
+                f"not the one that the weights were trained with ({config.tokenizer[:16]}…)"
+            )
+        if tokenizer.vocab_size != config.model.vocab_size:
+            raise ValueError(
+                f"{where} has {tokenizer.vocab_size} tokens, and the model of config.json "
+                f"vocab_size={config.model.vocab_size}"
             )
         return tokenizer
+
+    def model(self, config: ModelConfig, dtype: torch.dtype) -> GPT:
+        """The model with its weights, in training's float32."""
+        weights = self.tensors("weights.msgpack")
+        _check_size(self._where("config.json"), config, weights)
+        model = GPT(config, compute_dtype=dtype)
+        load_weights(model, weights, self._where("weights.msgpack"))
+        return model
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor with a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return name
+    return None
+
+
+def _check_size(where: str, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    """Refuses a configuration of far more layers or channels than the weights have.
+
+    Before a model is built of it: one of 10^9 layers would take all memory and hours.
+    """
+    table = weights.get("transformer.wte.weight")
+    shape = (config.padded_vocab_size, config.n_embd)
+    if table is None or tuple(table.shape) != shape or config.n_layer > len(weights):
+        raise ValueError(
+            f"{where} does not fit weights.msgpack: n_layer={config.n_layer}, "
+            f"n_embd={config.n_embd} and {config.padded_vocab_size} tokens with padding; there "
+            f"are {len(weights)} tensors, and embeddings "
+            f"{'are missing' if table is None else list(table.shape)}"
+        )
+
+
+def load_weights(model: GPT, weights: Mapping[str, Tensor], where: str) -> None:
+    """Fills ``model``. ValueError names the first tensor that is missing, unknown or of another
+    shape."""
+    expected = dict(model.named_parameters())
+    for name in sorted({*expected, *weights}):
+        have = list(weights[name].shape) if name in weights else "nothing"
+        need = list(expected[name].shape) if name in expected else "nothing"
+        if have != need:
+            raise ValueError(
+                f"{where} does not fit the model: {configs.shortened(name)} is {have}, expected "
+                f"{need}"
+            )
+    model.load_state_dict(dict(weights))
 
 
 def load_config(run: Store, name: str | None = None) -> RunConfigFile:
@@ -209,14 +398,22 @@ def load_config(run: Store, name: str | None = None) -> RunConfigFile:
 
 
 def load_trainer(run: Store, name: str | None = None) -> dict[str, Any]:
-    return json.loads(_Reader(run, _find(run, name)).text("trainer.json"))
+    return _Reader(run, _find(run, name)).object("trainer.json")
+
+
+def weights_digest(run: Store, name: str) -> str:
+    """SHA-256 (hex) of a snapshot's weights, as its manifest has it."""
+    files = _manifest(run, name)
+    if "weights.msgpack" not in files:
+        raise ValueError(f"checkpoint {run.child(name).uri}: weights.msgpack is missing")
+    return str(files["weights.msgpack"]["sha256"])
 
 
 def load(run: Store, name: str | None = None, *, optimizer: bool) -> Snapshot:
     """A verified snapshot, by default the latest, with the optimizer's state if asked for.
 
-    Raises ValueError, naming the file, if one is missing or damaged or if the tokenizer is not
-    the one that belongs to the weights.
+    Raises ValueError, naming the file, if one is missing or damaged, if the tokenizer is not
+    the one that belongs to the weights, or if a tensor is not finite.
     """
     name = _find(run, name)
     reader = _Reader(run, name)
@@ -227,8 +424,8 @@ def load(run: Store, name: str | None = None, *, optimizer: bool) -> Snapshot:
         model_config=config.model,
         weights=reader.tensors("weights.msgpack"),
         optimizer=reader.tensors("optimizer.msgpack") if optimizer else None,
-        trainer=json.loads(reader.text("trainer.json")),
-        tokenizer=reader.tokenizer(config.tokenizer),
+        trainer=reader.object("trainer.json"),
+        tokenizer=reader.tokenizer(config),
     )
 
 
@@ -239,34 +436,38 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[GPT, Tokenizer]:
-    """A model ready for inference, its weights in ``dtype``, and its tokenizer."""
+    """A model ready for inference, its weights in ``dtype``, and its tokenizer.
+
+    Raises ValueError as ``load`` does.
+    """
     reader = _Reader(run, _find(run, name))
     config = reader.config()
-    tokenizer = reader.tokenizer(config.tokenizer)
-    model = GPT(config.model, compute_dtype=dtype)
-    try:
-        model.load_state_dict(reader.tensors("weights.msgpack"))
-    except RuntimeError as error:
-        raise ValueError(
-            f"checkpoint {run.uri}: the weights do not fit config.json: {error}"
-        ) from None
+    tokenizer = reader.tokenizer(config)
+    model = reader.model(config.model, dtype)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False), tokenizer
 
 
 def _scores(run: Store, names: Iterable[str]) -> dict[str, float]:
-    """Those of the whole snapshots that were validated, with what they were given."""
+    """Those of the whole snapshots that were validated, with what they were given.
+
+    A damaged manifest gives no score: it is refused by name when its snapshot is loaded.
+    """
     found = {}
     for name in names:
-        if run.exists(f"{name}/manifest.json"):
-            score = json.loads(run.read_text(f"{name}/manifest.json")).get("score")
-            if score is not None:
+        with contextlib.suppress(OSError, ValueError):
+            score = _object(name, run.read_bytes(f"{name}/manifest.json")).get("score")
+            if isinstance(score, int | float) and math.isfinite(score):
                 found[name] = float(score)
     return found
 
 
 def _names(run: Store) -> list[str]:
-    """Folders of snapshots, whole or not, the newest first."""
-    return sorted((n for n in run.list() if n.startswith("step-")), key=step_of, reverse=True)
+    """Folders of snapshots, whole or not, the newest first; other names are not ours."""
+    own = []
+    for name in run.list():
+        with contextlib.suppress(ValueError):
+            own.append((step_of(name), name))
+    return [name for _, name in sorted(own, reverse=True)]
 
 
 def best(run: Store) -> str | None:
@@ -278,15 +479,15 @@ def best(run: Store) -> str | None:
 def prune(run: Store, keep: int, *, keep_best: bool = False) -> None:
     """Removes all but the ``keep`` newest snapshots, and what never became one.
 
-    The one that ``latest`` names stays in any case, so does anything newer, and with
-    ``keep_best`` the one with the best validation.
+    The newest whole one stays in any case, so does anything newer, and with ``keep_best`` the one
+    with the best validation.
     """
     current = latest(run)
     if current is None:
         return
     names = _names(run)
     older = [n for n in names if step_of(n) < step_of(current)]
-    whole = [n for n in older if run.child(n).exists("manifest.json")]
+    whole = [n for n in older if _is_complete(run, n)]
     kept = set(whole[: keep - 1])
     if keep_best:
         scores = _scores(run, [current, *whole])

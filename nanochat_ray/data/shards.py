@@ -59,6 +59,20 @@ class Manifest:
     def rows(self, split: str) -> int:
         return sum(shard.rows for shard in self.splits[split])
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the content: of all that the batches of a training run depend on.
+
+        Unlike ``key`` it is made of the rows themselves and not of where they came from: input
+        that was copied or touched gives the same digest, other bytes never do.
+        """
+        shards = {
+            split: [(shard.rows, shard.sha256) for shard in self.splits[split]]
+            for split in sorted(self.splits)
+        }
+        values = [self.kind, self.tokenizer, self.sequence_len, self.dtype, shards]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
 

@@ -7,9 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from nanochat_ray import config as configs
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import TrainConfig
@@ -71,7 +68,6 @@ class Checkpointer:
         }
 
         def write() -> None:
-            _check_finite(step, {**weights, **state})
             self._publish_metrics(records, trainer)
             snapshot.save(
                 self.store,
@@ -125,12 +121,3 @@ class Checkpointer:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-
-
-def _check_finite(step: int, tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise FloatingPointError(
-                f"{name} is not finite after step {step}: that checkpoint is not written, and "
-                "the one before it is sound"
-            )

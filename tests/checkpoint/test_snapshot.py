@@ -76,7 +76,7 @@ def test_a_crash_while_saving_leaves_the_last_one(
         real(self, name, data)
 
     monkeypatch.setattr(Store, "write_bytes", dying)
-    for allowed in range(5):
+    for allowed in range(4):  # the manifest is the fourth
         left = allowed
         with pytest.raises(OSError, match="gone"):
             save(root, 6)
@@ -188,3 +188,76 @@ def test_rubbish_is_a_value_error() -> None:
     head = {"format": "nanochat_ray tensors 1", "tensors": 1}
     with pytest.raises(ValueError, match="does not fit into its file"):
         read_tensors(io.BytesIO(msgpack.packb(head) + msgpack.packb(huge)), 1000)
+
+
+def test_the_newest_complete_one_is_the_latest(
+    root: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        save(root, step)
+    for pointer in ("", "step-000001\n", "step-000099", "\udcff", "../other"):
+        root.write_bytes("latest", pointer.encode(errors="surrogateescape"))
+        assert snapshot.latest(root) == "step-000003"
+    root.delete("latest")
+    assert snapshot.load(root, optimizer=False).step == 3
+    assert "the file latest is missing or empty" in caplog.text
+    root.delete("step-000003")
+    save(root, 2)
+    root.write_text("latest", "step-000003")
+    root.write_text("step-000004/config.json", "{}")
+    assert snapshot.load(root, optimizer=False).step == 2
+    assert "step-000004 is incomplete (it has no manifest.json): skipped" in caplog.text
+    assert "latest names 'step-000003'; the newest complete checkpoint is step-000002" in (
+        caplog.text
+    )
+
+
+FOREIGN = ("step-000002-good", "step-", "step-2", "step-0000002", "step-²", "step--00001", "notes")
+
+
+def test_foreign_names_are_left_alone(root: Store) -> None:
+    save(root, 1)
+    for name in FOREIGN:
+        root.write_text(f"{name}/manifest.json", "{}")
+    for step in (2, 3):
+        save(root, step)
+        snapshot.prune(root, 1, keep_best=True)
+    assert snapshot.latest(root) == "step-000003"
+    assert snapshot.best(root) is None
+    assert root.list() == sorted([*FOREIGN, "latest", "step-000003"])
+    for name in ("../x", *FOREIGN[1:]):
+        with pytest.raises(ValueError, match=r"checkpoint=.* is not allowed: a name such as"):
+            snapshot.load_config(root, name)
+
+
+def test_values_that_are_not_finite_are_refused(root: Store) -> None:
+    model = save(root, 1)
+    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    state = {"x/momentum": torch.ones(3)}
+    for file, tensors, name in (
+        ("weights.msgpack", weights, "lm_head.weight"),
+        ("optimizer.msgpack", state, "x/momentum"),
+    ):
+        tensors[name].view(-1)[-1] = float("nan")
+        # Written past the check that saving makes, as an older program may have done.
+        snapshot._write(
+            root.child("step-000002"), 2, model.config, weights, state, {}, TOKENIZER, None
+        )
+        with pytest.raises(ValueError, match=rf"{file}: {name} has values that are not finite"):
+            snapshot.load(root, optimizer=True)
+        tensors[name].view(-1)[-1] = 0.0
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(root: Store) -> None:
+    model = GPT(tiny_config(vocab_size=300))
+    snapshot.save(
+        root,
+        1,
+        model_config=model.config,
+        weights=dict(model.named_parameters()),
+        optimizer=None,
+        trainer={},
+        tokenizer=TOKENIZER,
+    )
+    with pytest.raises(ValueError, match=r"tokenizer\.json has 265 tokens, .* vocab_size=300"):
+        snapshot.load_model(root)
