@@ -7,91 +7,24 @@ this machine's cache.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
-import os
-import tempfile
-import uuid
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from nanochat_ray.data.cache import local_copy
+from nanochat_ray.data.manifest import Manifest, Shard, Split
 from nanochat_ray.storage import Store
 
-Split = Literal["train", "val"]
+__all__ = ["Manifest", "RowReader", "Shard", "Split", "record_batch", "token_dtype", "write_shard"]
 _TOKENIZER = b"tokenizer"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The narrowest of uint16 and uint32 that holds every id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    name: str
-    rows: int
-    size: int
-    """Bytes of the file."""
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a dataset consists of and how it was made; a dataset without one does not exist."""
-
-    kind: Literal["base", "sft"]
-    tokenizer: str
-    """Fingerprint."""
-    sequence_len: int
-    """T; rows hold T + 1 ids."""
-    dtype: str
-    splits: dict[str, list[Shard]]
-    key: str
-    """Hash of everything the rows depend on: equal keys, equal rows."""
-    about: dict[str, Any] = field(default_factory=dict)
-    """Parameters and statistics of the preparation."""
-
-    def rows(self, split: str) -> int:
-        return sum(shard.rows for shard in self.splits[split])
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 (hex) of the content: of all that the batches of a training run depend on.
-
-        Unlike ``key`` it is made of the rows themselves and not of where they came from: input
-        that was copied or touched gives the same digest, other bytes never do.
-        """
-        shards = {
-            split: [(shard.rows, shard.sha256) for shard in self.splits[split]]
-            for split in sorted(self.splits)
-        }
-        values = [self.kind, self.tokenizer, self.sequence_len, self.dtype, shards]
-        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        """Raises ValueError if ``text`` is no manifest."""
-        try:
-            found = json.loads(text)
-            found["splits"] = {
-                name: [Shard(**shard) for shard in shards]
-                for name, shards in found["splits"].items()
-            }
-            return cls(**found)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"manifest.json cannot be read: {error}") from None
-
-    @classmethod
-    def load(cls, store: Store) -> Manifest:
-        return cls.from_json(store.read_text("manifest.json"))
 
 
 class _Hashing:
@@ -143,28 +76,6 @@ def write_shard(
     return Shard(name=name, rows=len(ids), size=out.size, sha256=out.sha256.hexdigest())
 
 
-def _cached(store: Store, shard: Shard) -> Path:
-    """A file on this disk with the shard's content as storage has it."""
-    local = store.local_path(shard.name)
-    if local is not None:
-        if not local.exists():
-            raise ValueError(f"shard {shard.name} of {store.uri} is missing")
-        return local
-    folder = Path(os.environ.get("NANOCHAT_SHARD_CACHE") or Path(tempfile.gettempdir()))
-    # Named by content: another dataset with the same bytes may share it, no stale one can.
-    target = folder / "nanochat_ray-shards" / f"{shard.sha256}.arrow"
-    if not (target.exists() and target.stat().st_size == shard.size):
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        aside = target.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        try:
-            data = store.read_bytes(shard.name)
-        except FileNotFoundError:
-            raise ValueError(f"shard {shard.name} of {store.uri} is missing") from None
-        aside.write_bytes(data)
-        os.replace(aside, target)
-    return target
-
-
 class RowReader:
     """Random access to the rows of one split. Each shard is checked when it is first opened."""
 
@@ -189,16 +100,14 @@ class RowReader:
     def _arrays(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
         if number not in self._open:
             shard = self.shards[number]
-            path = _cached(self.store, shard)
+            path = local_copy(self.store, shard)
             where = f"shard {shard.name} of {self.store.uri}"
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != shard.sha256:
-                raise ValueError(
-                    f"{where} is damaged: its SHA-256 is {found[:16]}…, the manifest says "
-                    f"{shard.sha256[:16]}…; prepare the dataset again"
-                )
-            self._open[number] = self._mapped(path, where, shard)
+            try:
+                self._open[number] = self._mapped(path, where, shard)
+            except (pa.ArrowException, AttributeError) as error:
+                # Its checksum is right, so the manifest names a file that is no shard.
+                reason = str(error).partition("\n")[0]
+                raise ValueError(f"{where} is no shard of rows: {reason:.200}") from None
         return self._open[number]
 
     def _mapped(self, path: Path, where: str, shard: Shard) -> tuple[np.ndarray, np.ndarray | None]:
@@ -218,6 +127,8 @@ class RowReader:
             if name not in batch.schema.names:
                 raise ValueError(f"{where} has no column {name!r}, only {batch.schema.names}")
             column = batch.column(name)
+            if column.null_count or len(column.values) != len(batch) * width:
+                raise ValueError(f"{where} has a column {name!r} that is not rows of {width}")
             size, kind = column.type.list_size, column.type.value_type
             if size != width or kind != pa.from_numpy_dtype(dtype):
                 raise ValueError(

@@ -24,13 +24,16 @@ class Ingress:
         engines: DeploymentHandle,
         storage: str,
         tokenizer: str,
+        fingerprint: str,
         name: str,
         max_len: int,
         keys: list[str],
         deadline_s: float,
         request_timeout_s: float,
     ):
-        self.tokenizer = Tokenizer.load(Store.at(storage).child(*tokenizer.split("/")))
+        self.tokenizer = Tokenizer.load(
+            Store.at(storage).child(*tokenizer.split("/")), fingerprint
+        )
         self.name, self.max_len, self.keys = name, max_len, keys
         self.limits = Limits(request_timeout_s=request_timeout_s)
         self.client = RayEngineClient(engines, deadline_s=deadline_s)

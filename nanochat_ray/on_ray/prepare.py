@@ -108,7 +108,7 @@ def _tokenizer(
     key = key_of("tokenizer", identity, asdict(divided), vocab_size, TOKENIZER_SAMPLE)
     known = root.child("tokenizers", _BY_INPUT)
     if known.exists(key[:16]):
-        tokenizer = Tokenizer.load(root.child("tokenizers", known.read_text(key[:16])))
+        tokenizer = _by_folder(root, known.read_text(key[:16]))
         say(f"tokenizer: {tokenizer.vocab_size:,} tokens (trained before)")
         return tokenizer
     began = time.perf_counter()
@@ -210,7 +210,8 @@ def find_tokenizer(root: Store, name: str) -> tuple[Tokenizer, int | None]:
     datasets, tokenizers = root.child("datasets"), root.child("tokenizers")
     if name and datasets.exists(f"{name}/manifest.json"):
         manifest = Manifest.load(datasets.child(name))
-        return Tokenizer.load(tokenizers.child(manifest.tokenizer[:16])), manifest.sequence_len
+        folder = tokenizers.child(manifest.tokenizer[:16])
+        return Tokenizer.load(folder, manifest.tokenizer), manifest.sequence_len
     have = [found for found in tokenizers.list() if found != _BY_INPUT]
     matches = [found for found in have if len(name) >= 4 and found.startswith(name[:16])]
     if len(matches) != 1:
@@ -218,7 +219,19 @@ def find_tokenizer(root: Store, name: str) -> tuple[Tokenizer, int | None]:
             f"tokenizer={name!r} is no dataset and no fingerprint in {root.uri}; there are the "
             f"datasets {datasets.list() or 'none'} and the fingerprints {have or 'none'}"
         )
-    return Tokenizer.load(tokenizers.child(matches[0])), None
+    return _by_folder(root, matches[0]), None
+
+
+def _by_folder(root: Store, name: str) -> Tokenizer:
+    """The tokenizer in the folder that the first 16 digits of its fingerprint name."""
+    folder = root.child("tokenizers", name)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.fingerprint[:16] != name:
+        raise ValueError(
+            f"{folder.uri}/tokenizer.json is damaged or another tokenizer: its fingerprint is "
+            f"{tokenizer.fingerprint[:16]}"
+        )
+    return tokenizer
 
 
 def _conversations(tasks: Sequence[tuple[str, int]], seed: int) -> list[Any]:

@@ -53,8 +53,8 @@ def summary(manifest: Manifest) -> str:
     a = manifest.about
     return (
         f"{manifest.rows('train'):,} rows to train on and {manifest.rows('val'):,} to validate, "
-        f"{manifest.sequence_len:,} tokens each; {a['tokens'] / 1e6:.2f} M tokens from "
-        f"{a['documents']:,} documents, {a['share_kept']:.2%} of them kept"
+        f"{manifest.sequence_len:,} tokens each; {a.get('tokens', 0) / 1e6:.2f} M tokens from "
+        f"{a.get('documents', 0):,} documents, {a.get('share_kept', 1):.2%} of them kept"
     )
 
 

@@ -135,6 +135,7 @@ def build_application(config: ServeConfig, *, keys: list[str] | None = None) -> 
         engines,
         storage=config.storage,
         tokenizer=tokenizer,
+        fingerprint=found.tokenizer,
         name=config.name or config.run,
         max_len=max_len,
         keys=environment_keys() if keys is None else keys,

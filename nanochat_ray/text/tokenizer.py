@@ -80,9 +80,15 @@ class Tokenizer:
         if vocab_size < least:
             raise ValueError(f"vocab_size={vocab_size} is not allowed: {least} or more")
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(
-            iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
-        )
+        try:
+            trainer.train_from_iterator(
+                iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
+            )
+        except BaseException as error:
+            # A panic of Rust is no Exception: it would pass by everything that reports errors.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"the tokenizer cannot be trained: {error}") from None
         ranked = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
         return cls([bytes(token) for token, _ in ranked])
 
@@ -147,13 +153,16 @@ class Tokenizer:
         try:
             found = json.loads(text)
             if found["format"] != "nanochat_ray tokenizer 1":
-                raise ValueError(f"its format is {found['format']!r}")
+                raise ValueError(f"its format is {repr(found['format'])[:60]}")
             if tuple(found["specials"]) != SPECIAL_TOKENS:
-                raise ValueError(f"its special tokens are {found['specials']}")
+                raise ValueError(f"its special tokens are {repr(found['specials'])[:120]}")
             tokens = [base64.b64decode(token, validate=True) for token in found["tokens"]]
             return cls(tokens, found["pattern"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"tokenizer.json cannot be read: {error}") from None
+        except RecursionError:
+            raise ValueError("tokenizer.json cannot be read: it is nested too deep") from None
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"tokenizer.json cannot be read: {reason:.200}") from None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -164,9 +173,29 @@ class Tokenizer:
         store.write_text("tokenizer.json", self.to_json())
 
     @classmethod
-    def load(cls, store: Store) -> Tokenizer:
-        """Raises FileNotFoundError or ValueError."""
-        return cls.from_json(store.read_text("tokenizer.json"))
+    def load(cls, store: Store, fingerprint: str | None = None) -> Tokenizer:
+        """The tokenizer of a folder. ``fingerprint`` is that of the one it must be.
+
+        Raises ValueError, naming the file, if it is missing, damaged or another one.
+        """
+        where = f"{store.uri}/tokenizer.json"
+        try:
+            data = store.read_bytes("tokenizer.json")
+        except OSError as error:
+            raise ValueError(f"{where} cannot be read: {error}") from None
+        # A fingerprint is the hash of the file, so no altered file is even parsed.
+        digest = hashlib.sha256(data).hexdigest()
+        if fingerprint is not None and digest != fingerprint:
+            raise ValueError(
+                f"{where} is damaged or another tokenizer: its SHA-256 is {digest[:16]}…, "
+                f"expected is {fingerprint[:16]}…"
+            )
+        try:
+            return cls.from_json(data.decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where} is not UTF-8 text (byte {error.start})") from None
+        except ValueError as error:
+            raise ValueError(f"{store.uri}: {error}") from None
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[tuple[bytes, ...], str]]:
         # Ray ships tokenizers between its own processes; tiktoken's part is built anew there.

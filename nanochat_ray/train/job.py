@@ -73,7 +73,8 @@ def open_dataset(storage: str, name: str) -> tuple[Store, Manifest, Tokenizer]:
         have = root.list("datasets")
         raise ValueError(f"dataset={name!r} is not in {storage}; prepared there: {have or 'none'}")
     manifest = Manifest.load(dataset)
-    tokenizer = Tokenizer.load(root.child("tokenizers", manifest.tokenizer[:16]))
+    folder = root.child("tokenizers", manifest.tokenizer[:16])
+    tokenizer = Tokenizer.load(folder, manifest.tokenizer)
     return dataset, manifest, tokenizer
 
 

@@ -26,6 +26,9 @@ def greedy(model: GPT, ids: Sequence[int], count: int, ends: Sequence[int]) -> l
 
     Stops where the context that the model was trained for is full.
     """
+    if len(ids) >= model.config.sequence_len:
+        # A context this short holds the end of the prompt, with room for an answer.
+        ids = ids[-max(1, model.config.sequence_len // 2) :]
     first = len(ids)
     last = min(first + count, model.config.sequence_len)
     # One length for all forwards: on a GPU each length of its own may compile anew. What stands

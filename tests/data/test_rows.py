@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny import write_dataset
 
+from nanochat_ray.data.cache import cache_folder
 from nanochat_ray.data.order import batch_rows, permute
 from nanochat_ray.data.packing import pack, pack_whole
 from nanochat_ray.data.shards import Manifest, RowReader, write_shard
@@ -110,7 +111,8 @@ def test_a_flipped_byte_is_refused_by_name(root: Store) -> None:
 def test_a_shard_of_another_width_is_refused(root: Store) -> None:
     write_dataset(root, "base")
     store = root.child("datasets", "base")
-    store.write_text("manifest.json", store.read_text("manifest.json").replace("32", "48", 1))
+    wider = replace(Manifest.load(store), sequence_len=48)
+    store.write_text("manifest.json", wider.to_json())
     with pytest.raises(ValueError, match=r"has rows of 33 uint16; the manifest says 49"):
         reader(root).rows(np.asarray([0]))
 
@@ -137,4 +139,28 @@ def test_shards_on_s3_are_read_and_checked_too(
     local = Store.at(str(tmp_path / "local"))
     write_dataset(local, "base")
     numbers = np.asarray([3, 49, 0])
-    assert np.array_equal(reader(root).rows(numbers)[0], reader(local).rows(numbers)[0])
+    expected = reader(local).rows(numbers)[0]
+    assert np.array_equal(reader(root).rows(numbers)[0], expected)
+    copies = sorted(tmp_path.glob("*.arrow"))
+    assert len(copies) == 2
+    for copy in copies:  # one of the right size that is damaged, one that is cut
+        data = copy.read_bytes()
+        copy.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if copy == copies[0] else data[:9])
+    assert np.array_equal(reader(root).rows(numbers)[0], expected)
+    assert sorted(tmp_path.glob("*")) == [*copies, tmp_path / "local"]
+    store = root.child("datasets", "base")
+    damaged = store.read_bytes("train-0.arrow")[:-1] + b"?"
+    copies[0].unlink()
+    copies[1].unlink()
+    store.write_bytes("train-0.arrow", damaged)
+    with pytest.raises(ValueError, match=r"shard train-0\.arrow of s3.* is damaged"):
+        reader(root).rows(np.asarray([3]))
+
+
+def test_the_shard_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NANOCHAT_SHARD_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "nanochat_ray" / "shards"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "home" / ".cache" / "nanochat_ray" / "shards"

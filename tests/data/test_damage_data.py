@@ -1,0 +1,120 @@
+"""Damaged datasets and tokenizers: refused in one line that names the file, never another one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from damage import check_damage
+from tiny import TOKENIZER, write_dataset
+
+from nanochat_ray.data.manifest import Manifest, _checksum
+from nanochat_ray.data.shards import RowReader
+from nanochat_ray.storage import Store
+from nanochat_ray.text.tokenizer import Tokenizer
+
+
+def content(folder: Path) -> tuple[Manifest, list[bytes]]:
+    store = Store.at(str(folder))
+    manifest = Manifest.load(store)
+    values = []
+    for split in ("train", "val"):
+        reader = RowReader(store, manifest, split)  # type: ignore[arg-type]
+        ids, mask = reader.rows(np.arange(len(reader)))
+        values += [ids.tobytes(), b"" if mask is None else mask.tobytes()]
+    return manifest, values
+
+
+def reseal(folder: Path) -> None:
+    """Gives a changed manifest its checksum again, or none, as manifests had before."""
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    values.pop("checksum")
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("kind", ["base", "sft"])
+def test_no_damaged_dataset_loads(root: Store, kind: str) -> None:
+    write_dataset(root, "data", kind, rows=12, length=16)
+    folder = Path(root.root) / "datasets" / "data"
+    expected = content(folder)
+    outcomes = check_damage(
+        folder, content, same=lambda value: value == expected, count=260, seed=1
+    )
+    assert outcomes["refused"] > 200
+
+
+def test_an_old_manifest_is_read_strictly(root: Store) -> None:
+    """Without a checksum what may differ is what nothing else in the dataset repeats."""
+    write_dataset(root, "data", "sft", rows=12, length=16)
+    folder = Path(root.root) / "datasets" / "data"
+    expected = content(folder)
+
+    def same(value: tuple[Manifest, list[bytes]]) -> bool:
+        return value[1] == expected[1]
+
+    check_damage(folder, content, same=same, count=260, seed=2, reseal=reseal)
+    reseal(folder)
+    assert content(folder) == expected
+
+
+def test_no_altered_tokenizer_loads(tmp_path: Path) -> None:
+    store = Store.at(str(tmp_path / "tokenizer"))
+    TOKENIZER.save(store)
+
+    def load(folder: Path) -> Tokenizer:
+        return Tokenizer.load(Store.at(str(folder)), TOKENIZER.fingerprint)
+
+    outcomes = check_damage(
+        tmp_path / "tokenizer",
+        load,
+        same=lambda value: value.fingerprint == TOKENIZER.fingerprint,
+        count=260,
+        seed=3,
+    )
+    assert outcomes["refused"] > 200
+    # Without a fingerprint to compare, what loads is a tokenizer, and what does not is named.
+    check_damage(
+        tmp_path / "tokenizer",
+        lambda folder: Tokenizer.load(Store.at(str(folder))),
+        same=lambda value: value.decode(value.encode("hé 1\n")) == "hé 1\n",
+        count=130,
+        seed=4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("kind", "chat"),
+        ("tokenizer", "../../x"),
+        ("sequence_len", 32.0),
+        ("sequence_len", 10**12),
+        ("dtype", ">f8"),
+        ("splits", {"train": []}),
+        ("splits.train", [{"name": "../x", "rows": 1, "size": 1, "sha256": "0" * 64}]),
+        ("about.tokens", "many"),
+        ("key", None),
+    ],
+)
+def test_a_wrong_field_is_named(root: Store, field: str, value: Any) -> None:
+    document = json.loads(write_dataset(root, "data").to_json())
+    document.pop("checksum")
+    *path, last = field.split(".")
+    at = document
+    for name in path:
+        at = at[name]
+    at[last] = value
+    with pytest.raises(ValueError, match=rf"^manifest\.json: {field}.* is not allowed: "):
+        Manifest.from_json(json.dumps(document))
+
+
+def test_a_changed_manifest_is_refused(root: Store) -> None:
+    document = json.loads(write_dataset(root, "data").to_json())
+    assert document.pop("checksum") == _checksum(document)
+    document["key"] = "other"
+    with pytest.raises(ValueError, match=r"^manifest\.json is damaged"):
+        Manifest.from_json(json.dumps(document | {"checksum": "0" * 64}))
