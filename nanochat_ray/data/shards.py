@@ -127,13 +127,13 @@ class RowReader:
             if name not in batch.schema.names:
                 raise ValueError(f"{where} has no column {name!r}, only {batch.schema.names}")
             column = batch.column(name)
-            if column.null_count or len(column.values) != len(batch) * width:
-                raise ValueError(f"{where} has a column {name!r} that is not rows of {width}")
             size, kind = column.type.list_size, column.type.value_type
             if size != width or kind != pa.from_numpy_dtype(dtype):
                 raise ValueError(
                     f"{where} has rows of {size} {kind}; the manifest says {width} {dtype}"
                 )
+            if column.null_count or len(column.values) != len(batch) * width:
+                raise ValueError(f"{where} has a column {name!r} that is not rows of {width}")
             found.append(column.values.to_numpy().reshape(-1, width))
         if len(batch) != shard.rows:
             raise ValueError(f"{where} has {len(batch)} rows, the manifest says {shard.rows}")

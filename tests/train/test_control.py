@@ -321,3 +321,12 @@ def test_samples_are_greedy_and_stop_at_the_end_of_the_context(stage: str) -> No
     texts = samples.sampler(TOKENIZER, stage, 3)(model)
     assert len(texts) == 3
     assert all(prompt for prompt, _ in texts)
+
+
+@pytest.mark.parametrize("length", [8, 12, 24])
+@pytest.mark.parametrize("stage", ["base", "sft"])
+def test_samples_fit_into_a_short_context(stage: str, length: int) -> None:
+    model = GPT(tiny_config(sequence_len=length))
+    model.init_weights(torch.Generator().manual_seed(0))
+    texts = samples.sampler(TOKENIZER, stage, 48)(model)
+    assert len(texts) == 3
