@@ -31,9 +31,7 @@ class Ingress:
         deadline_s: float,
         request_timeout_s: float,
     ):
-        self.tokenizer = Tokenizer.load(
-            Store.at(storage).child(*tokenizer.split("/")), fingerprint
-        )
+        self.tokenizer = Tokenizer.load(Store.at(storage).child(*tokenizer.split("/")), fingerprint)
         self.name, self.max_len, self.keys = name, max_len, keys
         self.limits = Limits(request_timeout_s=request_timeout_s)
         self.client = RayEngineClient(engines, deadline_s=deadline_s)
