@@ -81,11 +81,11 @@ TAG="d$DEPTH"
 [ ${#TEXT[@]} -eq 0 ] || TAG="$TAG-$(printf '%s\n' "${TEXT[@]}" | cksum | cut -d' ' -f1)"
 BASE="base-$TAG" CHAT="chat-$TAG"
 if [ "$GPUS" -gt 0 ]; then
-  PREPARE=(--vocab-size 32768 --sequence-len 2048) TRAIN=(--workers "$GPUS" --gpus)
+  PREPARE=(--vocab-size 32768 --sequence-len 2048) TRAIN=(--workers "$GPUS" --gpus) BOUND=()
   SERVE=(--gpus 1) EVAL=(--device cuda --precision bf16)
 else
   # A few minutes instead of the compute-optimal hours: this is a first look.
-  PREPARE=() TRAIN=(--workers 2 --cpu-minutes "${MINUTES:-5.2}") SERVE=() EVAL=()
+  PREPARE=() TRAIN=(--workers 2) BOUND=(--cpu-minutes "${MINUTES:-5.2}") SERVE=() EVAL=()
 fi
 
 job() {  # NAME COMMAND...: one Ray job, what it prints here, and all of it in its log
@@ -132,7 +132,7 @@ if ! done_run "$CHAT"; then
       --dataset "$BASE" "${PREPARE[@]}" ${TEXT[@]+--text "${TEXT[@]}"}
     say "2/5 training the base model (log: $LOGS/train-base.log)"
     job train-base python "$REPO/jobs/train.py" --stage base --storage "$STORAGE" \
-      --dataset "$BASE" --run "$BASE" --depth "$DEPTH" "${TRAIN[@]}"
+      --dataset "$BASE" --run "$BASE" --depth "$DEPTH" "${TRAIN[@]}" "${BOUND[@]}"
   fi
   say "3/5 preparing conversations (log: $LOGS/prepare-sft.log)"
   job prepare-sft python "$REPO/jobs/prepare.py" --stage sft --storage "$STORAGE" \

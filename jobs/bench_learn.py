@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from bench_learn_trial import Trial, build, ours, run_trial
 
+from nanochat_ray.checks import check_float, check_int, check_name
+from nanochat_ray.cli import entry
 from nanochat_ray.data.shards import RowReader
 from nanochat_ray.storage import default_root
 from nanochat_ray.train.feed import from_shards
@@ -75,6 +76,14 @@ class Args:
     eval_rows: int = 96
     child: str = ""
     """Internal: one run, as JSON."""
+
+    def __post_init__(self) -> None:
+        for name in self.datasets:
+            check_name("datasets", name)
+        for name in ("depth", "width", "batch_rows", "steps", "seeds", "jobs", "eval_rows"):
+            check_int(name, getattr(self, name), 1)
+        for share in (self.tuned_at, *self.horizons):
+            check_float("horizons", share, 0, 1, above=True)
 
 
 class Bench:
@@ -311,4 +320,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    entry.run(main, Args, __doc__)

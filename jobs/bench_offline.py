@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import tyro
 
 from nanochat_ray.checkpoint import hf
+from nanochat_ray.checks import check_int
+from nanochat_ray.cli import entry
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -239,6 +240,13 @@ class Args:
     options: dict[str, int] = field(default_factory=dict)
     """Fields of EngineConfig for this engine, such as ``--options token_budget 256``."""
 
+    def __post_init__(self) -> None:
+        for name in ("prompt_len", "max_tokens", "repeats"):
+            check_int(name, getattr(self, name), 1)
+        for name in ("batches", "threads"):
+            for value in getattr(self, name):
+                check_int(name, value, 1)
+
 
 def pythons(pairs: Sequence[str]) -> dict[str, str]:
     """NAME=PATH by name; ValueError if a name is unknown or the path is no file."""
@@ -288,9 +296,9 @@ def run(args: Args) -> dict[str, Any]:
     return result
 
 
+def main(args: Args) -> None:
+    print(json.dumps(run(args)))
+
+
 if __name__ == "__main__":
-    try:
-        print(json.dumps(run(tyro.cli(Args, description=__doc__))))
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    entry.run(main, Args, __doc__)

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import tyro
 
 from nanochat_ray import scaling
+from nanochat_ray.checks import check_float, check_int, check_name
+from nanochat_ray.cli import entry
 from nanochat_ray.data.shards import RowReader
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
@@ -45,6 +45,15 @@ class Args:
     preset: str = "modern"
     precision: str = "bf16"
     eval_rows: int = 128
+
+    def __post_init__(self) -> None:
+        check_name("dataset", self.dataset)
+        for name in ("depth", "width", "tokens", "seeds", "eval_rows"):
+            check_int(name, getattr(self, name), 1)
+        for batch in self.batches:
+            check_int("batches", batch, 1)
+        for scale in self.scales:
+            check_float("scales", scale, above=True)
 
 
 def one_run(args: Args, batch: int, scale: float, seed: int) -> tuple[float, float]:
@@ -97,8 +106,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    entry.run(main, Args, __doc__)

@@ -32,8 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from nanochat_ray.checks import check_float, check_int, check_name, check_port
+from nanochat_ray.cli import entry
 from nanochat_ray.config import EngineConfig
 from nanochat_ray.serve import load, load_engine
 from nanochat_ray.serve.chart import lines_svg
@@ -94,6 +94,17 @@ class Args:
     """Where to write all figures by side and streams, as JSON."""
     child: str = ""
     """Internal: the side that this process is."""
+
+    def __post_init__(self) -> None:
+        check_name("run", self.run)
+        check_port("port", self.port)
+        for name in ("requests", "repeats", "threads", "prompt", "output", "own", "shared_output"):
+            check_int(name, getattr(self, name), 1)
+        check_int("shared", self.shared, 0)
+        for streams in self.concurrency:
+            check_int("concurrency", streams, 1)
+        check_float("rate", self.rate)
+        check_float("spread", self.spread, 0, 1)
 
 
 # ---- our sides, each a process of its own
@@ -388,9 +399,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the sides are ended too
-    try:
-        given = tyro.cli(Args, description=__doc__)
-        be_engine(given) if given.child else main(given)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    entry.run(lambda args: be_engine(args) if args.child else main(args), Args, __doc__)

@@ -26,9 +26,10 @@ from typing import Any
 import bench_train_step
 import numpy as np
 import torch
-import tyro
 
 from nanochat_ray import scaling
+from nanochat_ray.checks import check_int, check_name
+from nanochat_ray.cli import entry
 from nanochat_ray.config import ModelConfig, TrainConfig
 from nanochat_ray.data.shards import Manifest, RowReader, write_shard
 from nanochat_ray.storage import Store, default_root
@@ -62,6 +63,12 @@ class Args:
     """Tokens of a batch."""
     child: str = ""
     """Internal: what a process of its own is to measure, as JSON."""
+
+    def __post_init__(self) -> None:
+        for name in self.datasets:
+            check_name("datasets", name)
+        for name in ("repeats", "steps", "depth", "width", "vocab", "length", "batch"):
+            check_int(name, getattr(self, name), 1)
 
 
 def shape(args: Args) -> ModelConfig:
@@ -337,8 +344,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    entry.run(main, Args, __doc__)

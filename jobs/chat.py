@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
+from nanochat_ray.checks import check_float, check_int, require
+from nanochat_ray.cli import entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,13 @@ class Args:
     max_tokens: int = 0
     """Longest answer; 0 is what fits."""
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        ok = self.url.startswith(("http://", "https://"))
+        require(ok, "url", self.url, "http://host:port or https://…")
+        check_float("temperature", self.temperature)
+        check_int("top_k", self.top_k, -1)
+        check_int("max_tokens", self.max_tokens, 0)
 
 
 def call(args: Args, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -127,8 +134,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    entry.run(main, Args, __doc__)

@@ -8,20 +8,21 @@ The last line is one JSON object.
 from __future__ import annotations
 
 import json
-import sys
+import re
 import time
 from dataclasses import dataclass, field
 
 import torch
-import tyro
 
 from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checks import check_int, check_name, require
+from nanochat_ray.cli import entry
 from nanochat_ray.config import EngineConfig, Precision
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.evals.tasks import evaluate
 from nanochat_ray.machine import engine_threads
-from nanochat_ray.storage import Store, default_root
+from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.train.job import DTYPES
 
@@ -30,6 +31,8 @@ from nanochat_ray.train.job import DTYPES
 class Args:
     storage: str = field(default_factory=default_root)
     run: str = "chat"
+    snapshot: str = ""
+    """Checkpoint to measure: step-000200, or best by validation; by default the latest."""
     tasks: tuple[str, ...] = ("chain_sum", "leg_counting", "products")
     count: int = 200
     """Questions of each task, none of which was trained on."""
@@ -41,6 +44,25 @@ class Args:
     slots: int = 32
     show_wrong: int = 2
     """Wrong answers that are shown for each task."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "storage", absolute(self.storage))
+        check_name("run", self.run)
+        if self.snapshot:
+            check_name("snapshot", self.snapshot)
+        for name, least in (("count", 1), ("seed", 0), ("threads", 0), ("slots", 1)):
+            check_int(name, getattr(self, name), least, 1 << 30)
+        check_int("show_wrong", self.show_wrong, 0)
+        check_device("device", self.device)
+
+
+def check_device(field: str, name: str) -> None:
+    """ValueError if torch has no such device here."""
+    allowed = "cpu, or cuda where this machine has a CUDA device"
+    ok = re.fullmatch(r"cpu|cuda(:\d+)?", name) is not None
+    if ok and name != "cpu":
+        ok = int(name.partition(":")[2] or 0) < torch.cuda.device_count()
+    require(ok, field, name, allowed)
 
 
 def text_figures(args: Args) -> dict[str, float]:
@@ -60,7 +82,8 @@ def main(args: Args) -> None:
     store = Store.at(args.storage).child("runs", args.run)
     tasks = [make_task(name, "test", size=args.count, seed=args.seed) for name in args.tasks]
     dtype = DTYPES[args.precision]
-    model, tokenizer = snapshot.load_model(store, device=args.device, dtype=dtype)
+    name = snapshot.chosen(store, args.snapshot)
+    model, tokenizer = snapshot.load_model(store, name, device=args.device, dtype=dtype)
     config = EngineConfig(max_slots=args.slots, precision=args.precision)
     engine = Engine(model, config, calculator_tool(tokenizer))
     found = text_figures(args)
@@ -81,8 +104,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    entry.run(main, Args, __doc__)

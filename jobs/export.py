@@ -8,15 +8,14 @@ Only models of the classic preset can go out: transformers' NanoChatForCausalLM 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tyro
-
 from nanochat_ray.checkpoint import hf, snapshot
+from nanochat_ray.checks import check_name
+from nanochat_ray.cli import entry
 from nanochat_ray.config import Precision
-from nanochat_ray.storage import Store, default_root
+from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.train.job import DTYPES
 
 
@@ -24,6 +23,8 @@ from nanochat_ray.train.job import DTYPES
 class Args:
     storage: str = field(default_factory=default_root)
     run: str = "chat"
+    snapshot: str = ""
+    """Checkpoint to write: step-000200, or best by validation; by default the latest."""
     out: Path | None = None
     """Folder to write."""
     take: Path | None = None
@@ -31,13 +32,19 @@ class Args:
     precision: Precision = "fp32"
     """Of the weights that are written."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "storage", absolute(self.storage))
+        check_name("run", self.run)
+        if self.snapshot:
+            check_name("snapshot", self.snapshot)
+
 
 def main(args: Args) -> None:
     run = Store.at(args.storage).child("runs", args.run)
     if (args.out is None) == (args.take is None):
         raise ValueError("give either --out, to write a folder, or --take, to read one")
     if args.out is not None:
-        model, tokenizer = snapshot.load_model(run)
+        model, tokenizer = snapshot.load_model(run, snapshot.chosen(run, args.snapshot))
         hf.export(model, tokenizer, args.out, dtype=DTYPES[args.precision])
         print(f"{args.out} holds run {args.run} for transformers")
     elif args.take is not None:
@@ -58,8 +65,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    entry.run(main, Args, __doc__)

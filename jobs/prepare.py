@@ -7,16 +7,18 @@ ray job submit -- python jobs/prepare.py ...
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-import tyro
-
-from nanochat_ray.storage import Store, default_root
+from nanochat_ray.checks import check_int, check_name, require
+from nanochat_ray.cli import entry
+from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.tasks.registry import DEFAULT_MIXTURE
+from nanochat_ray.text.tokenizer import SPECIAL_TOKENS
 
 TaskCount = str
+BASE_FLAGS = ("text", "vocab_size")
+SFT_FLAGS = ("tokenizer", "tasks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +31,33 @@ class Args:
     text: tuple[str, ...] = ()
     """Files, folders, globs, s3:// or hf:// (.txt .md .jsonl .parquet .arrow, plain or
     compressed); none is the documentation on this machine (base)."""
-    vocab_size: int = 4096
-    """Tokens of the tokenizer that is trained (base)."""
+    vocab_size: int | None = None
+    """Tokens of the tokenizer that is trained, by default 4096 (base)."""
     sequence_len: int | None = None
     """Tokens of a row; by default 512, or what the dataset has whose tokenizer is used."""
     seed: int = 0
-    tokenizer: str = "base"
-    """Dataset whose tokenizer the conversations take, or a tokenizer's fingerprint (sft)."""
-    tasks: tuple[TaskCount, ...] = DEFAULT_MIXTURE
-    """Conversations, as task:count (sft)."""
+    tokenizer: str | None = None
+    """Dataset whose tokenizer the conversations take, or a tokenizer's fingerprint; by default
+    "base" (sft)."""
+    tasks: tuple[TaskCount, ...] | None = None
+    """Conversations, as task:count; by default a mixture (sft)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "storage", absolute(self.storage))
+        if self.dataset:
+            check_name("dataset", self.dataset)
+        if self.tokenizer is not None:
+            check_name("tokenizer", self.tokenizer)
+        other, flags = ("base", BASE_FLAGS) if self.stage == "sft" else ("sft", SFT_FLAGS)
+        for name in flags:
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            require(value is None or value == (), flag, value, f"only with --stage {other}")
+        check_int("seed", self.seed, 0, 2**62)
+        if self.sequence_len is not None:
+            check_int("sequence_len", self.sequence_len, 8, 1 << 20)
+        if self.vocab_size is not None:
+            check_int("vocab_size", self.vocab_size, 256 + len(SPECIAL_TOKENS), 1 << 20)
+        require(all(self.text), "text", self.text, "files, folders, globs or URIs")
 
 
 def mixture(tasks: tuple[str, ...]) -> list[tuple[str, int]]:
@@ -66,13 +86,13 @@ def main(args: Args) -> None:
             args.storage,
             name,
             text=args.text,
-            vocab_size=args.vocab_size,
+            vocab_size=args.vocab_size or 4096,
             sequence_len=args.sequence_len or 512,
             seed=args.seed,
         )
         return
-    tasks = mixture(args.tasks)
-    tokenizer, sequence_len = find_tokenizer(root, args.tokenizer)
+    tasks = mixture(DEFAULT_MIXTURE if args.tasks is None else args.tasks)
+    tokenizer, sequence_len = find_tokenizer(root, args.tokenizer or "base")
     session.connect()
     prepare_sft(
         args.storage,
@@ -85,8 +105,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    entry.run(main, Args, __doc__)

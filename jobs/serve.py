@@ -14,17 +14,17 @@ import dataclasses
 import json
 import signal
 import socket
-import sys
 import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 
 import ray
-import tyro
 from ray import serve
 
 from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checks import check_float, check_int, check_name, check_port
+from nanochat_ray.cli import entry
 from nanochat_ray.config import EngineConfig, Precision, with_options
 from nanochat_ray.machine import engine_threads, in_thread_that_ends
 from nanochat_ray.on_ray import session
@@ -34,7 +34,7 @@ from nanochat_ray.on_ray.serve import (
     environment_keys,
     prefer_haproxy,
 )
-from nanochat_ray.storage import Store, default_root
+from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train.job import DTYPES
 
@@ -47,7 +47,7 @@ class Args:
     """Folder, s3:// or gs:// that holds the runs."""
     run: str = "chat"
     snapshot: str = ""
-    """Name of a checkpoint; by default the run's latest."""
+    """Name of a checkpoint, or best by validation; by default the run's latest."""
     name: str = ""
     """The model's name for clients; by default that of the run."""
     host: str = "127.0.0.1"
@@ -84,6 +84,20 @@ class Args:
     block: bool = True
     """Stay until Ctrl-C; --no-block returns once the model answers."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "storage", absolute(self.storage))
+        check_name("run", self.run)
+        if self.snapshot:
+            check_name("snapshot", self.snapshot)
+        check_port("port", self.port)
+        for name, least in (
+            *(("engines", 1), ("max_engines", 0), ("ingresses", 1), ("threads", 0)),
+            *(("max_slots", 1), ("max_len", 0), ("token_budget", 0), ("max_waiting", 1)),
+        ):
+            check_int(name, getattr(self, name), least, 1 << 30)
+        check_float("gpus", self.gpus)
+        check_float("request_timeout_s", self.request_timeout_s)
+
 
 def config_of(args: Args) -> ServeConfig:
     engine = EngineConfig(
@@ -112,10 +126,8 @@ def config_of(args: Args) -> ServeConfig:
     )
 
 
-def check_port(args: Args) -> None:
+def check_port_is_free(args: Args) -> None:
     """ValueError if something else has the port. A Serve that runs already keeps its own."""
-    if not 1 <= args.port <= 65535:
-        raise ValueError(f"port={args.port} is not allowed: from 1 to 65535")
     with contextlib.suppress(ValueError):
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
         return
@@ -158,9 +170,10 @@ def serve_here(config: ServeConfig, args: Args) -> None:
 
     def load() -> tuple[Engine, Tokenizer]:
         torch.set_num_threads(config.threads or engine_threads(sharing=1))
+        run = Store.at(config.storage).child("runs", config.run)
         model, tokenizer = snapshot.load_model(
-            Store.at(config.storage).child("runs", config.run),
-            config.snapshot or None,
+            run,
+            snapshot.chosen(run, config.snapshot),
             device="cuda" if config.gpus else "cpu",
             dtype=DTYPES[config.engine.precision],
         )
@@ -193,7 +206,7 @@ def main(args: Args) -> None:
         prefer_haproxy()
     name = config.name or config.run
     session.connect()
-    check_port(args)
+    check_port_is_free(args)
     serve.start(http_options={"host": args.host, "port": args.port})
     serve.run(app, name=APP, route_prefix="/")
     url = f"http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}"
@@ -211,8 +224,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    entry.run(main, Args, __doc__)

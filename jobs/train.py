@@ -18,22 +18,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from nanochat_ray import machine, scaling
 from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checks import check_float, check_int, check_name, require
+from nanochat_ray.cli import entry
 from nanochat_ray.config import ModelConfig, Precision, TrainConfig, to_json, with_options
-from nanochat_ray.storage import Store, default_root
+from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.train import hardware, memory, plan
 from nanochat_ray.train.job import Resume, TrainJob, check, check_resume, execute, open_dataset
 from nanochat_ray.train.metrics import duration, progress_line, wanted
 from nanochat_ray.train.stop import STOPPED, StopOnSignal
 
+BASE_FLAGS = ("depth", "preset", "ratio", "tokens", "cpu_minutes")
+"""Fine-tuning takes the model from its parent and the tokens from its dataset."""
+SFT_FLAGS = ("parent", "epochs")
+PRESETS = ("modern", "classic")
+MAX_INT = 2**62
 PLANNED_VOCABULARY = 32_768
 """What a plan counts with where no dataset is prepared (nanochat's)."""
 
@@ -49,21 +54,22 @@ class Args:
     """Name of the run; by default "base" or "chat"."""
     resume: Resume = "auto"
     """auto goes on with a run that exists and begins one that does not; never and must refuse."""
-    parent: str = "base"
-    """Run that sft starts from."""
-    depth: int = 4
-    """Layers; all else follows from it."""
-    preset: str = "modern"
-    ratio: float = scaling.TOKENS_PER_PARAMETER
-    """Tokens to train on for each parameter of blocks and head."""
-    tokens: int = 0
-    """Tokens to train on; 0 follows the ratio."""
-    cpu_minutes: float = 0.0
-    """On a CPU: no more tokens than about so many minutes take; 0 is no bound."""
+    parent: str | None = None
+    """Run that sft starts from; by default "base"."""
+    depth: int | None = None
+    """Layers, by default 4; all else follows from it (base)."""
+    preset: str | None = None
+    """modern (the default) or classic (base)."""
+    ratio: float | None = None
+    """Tokens to train on for each parameter of blocks and head, by default 12 (base)."""
+    tokens: int | None = None
+    """Tokens to train on; by default they follow the ratio (base)."""
+    cpu_minutes: float | None = None
+    """On a CPU: no more tokens than about so many minutes take; by default no bound (base)."""
     batch_tokens: int = 0
     """Tokens of a global batch; 0 follows the scaling rule."""
-    epochs: float = 1.0
-    """Passes over the data (sft)."""
+    epochs: float | None = None
+    """Passes over the data, by default 1 (sft)."""
     micro_rows: int = 0
     """Rows of one forward pass of one worker; 0 chooses."""
     lr_scale: float = 1.0
@@ -106,6 +112,39 @@ class Args:
     plan_only: bool = False
     """Print what would be trained and what it would take, and stop."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "storage", absolute(self.storage))
+        for name in ("dataset", "run"):
+            if getattr(self, name):
+                check_name(name, getattr(self, name))
+        if self.parent is not None:
+            check_name("parent", self.parent)
+        other, flags = ("base", BASE_FLAGS) if self.stage == "sft" else ("sft", SFT_FLAGS)
+        for name in flags:
+            flag = f"--{name.replace('_', '-')}"
+            allowed = f"only with --stage {other}"
+            require(getattr(self, name) is None, flag, getattr(self, name), allowed)
+        if self.preset is not None:
+            allowed = f"one of {', '.join(PRESETS)}"
+            require(self.preset in PRESETS, "preset", self.preset, allowed)
+        for name, least in (
+            *(("depth", 1), ("tokens", 0), ("batch_tokens", 0), ("micro_rows", 0), ("workers", 1)),
+            *(("min_workers", 0), ("threads", 1), ("seed", 0), ("save_every", 0), ("keep", 1)),
+            *(("print_every", 1), ("sample_tokens", 0)),
+        ):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), least, MAX_INT)
+        for name in ("ratio", "epochs", "lr_scale"):
+            if getattr(self, name) is not None:
+                check_float(name, getattr(self, name), above=True)
+        for name in ("cpu_minutes", "spike_clip"):
+            if getattr(self, name) is not None:
+                check_float(name, getattr(self, name))
+        if self.hardware:
+            hardware.named(self.hardware)
+        if self.gpus and not self.ray and not self.plan_only:
+            require(torch.cuda.is_available(), "gpus", True, "this machine has no CUDA device")
+
 
 def planned_hardware(args: Args) -> hardware.Hardware:
     """What --hardware names, or what this machine has. Raises ValueError."""
@@ -120,27 +159,28 @@ def planned_hardware(args: Args) -> hardware.Hardware:
 
 def base_model(args: Args, dataset: str) -> ModelConfig:
     """The transformer of --depth for a dataset; a plan does without one."""
+    depth, preset = args.depth or 4, args.preset or "modern"
     prepared = Store.at(args.storage).child("datasets", dataset).exists("manifest.json")
     if args.plan_only and not prepared:
-        return scaling.model_config(args.depth, PLANNED_VOCABULARY, preset=args.preset)
+        return scaling.model_config(depth, PLANNED_VOCABULARY, preset=preset)
     _, manifest, tokenizer = open_dataset(args.storage, dataset)
     return scaling.model_config(
-        args.depth,
+        depth,
         tokenizer.vocab_size,
-        preset=args.preset,
+        preset=preset,
         sequence_len=manifest.sequence_len,
     )
 
 
 def base_train(args: Args, model: ModelConfig) -> TrainConfig:
-    tokens = args.tokens
+    tokens, ratio = args.tokens or 0, args.ratio or scaling.TOKENS_PER_PARAMETER
     if args.cpu_minutes and not args.gpus and not tokens:
         bound = scaling.tokens_in_minutes(model, args.cpu_minutes, args.workers)
-        tokens = min(bound, scaling.horizon(model, args.ratio))
+        tokens = min(bound, scaling.horizon(model, ratio))
     train = scaling.base_plan(
         model,
         tokens=tokens,
-        ratio=args.ratio,
+        ratio=ratio,
         batch=args.batch_tokens,
         micro_rows=args.micro_rows,
         workers=args.workers,
@@ -157,7 +197,7 @@ def sft_train(args: Args, parent: ModelConfig, dataset: str) -> TrainConfig:
     return scaling.sft_config(
         parent,
         manifest.rows("train"),
-        epochs=args.epochs,
+        epochs=args.epochs or 1.0,
         batch=args.batch_tokens,
         micro_rows=args.micro_rows,
         workers=args.workers,
@@ -169,10 +209,11 @@ def sft_train(args: Args, parent: ModelConfig, dataset: str) -> TrainConfig:
 def build(args: Args) -> TrainJob:
     """The job that the flags describe. Raises ValueError."""
     dataset = args.dataset or args.stage
+    parent = args.parent or "base"
     if args.stage == "sft":
-        store = Store.at(args.storage).child("runs", args.parent)
+        store = Store.at(args.storage).child("runs", parent)
         if snapshot.latest(store) is None:
-            raise ValueError(f"parent={args.parent!r} has no checkpoint in {args.storage}")
+            raise ValueError(f"parent={parent!r} has no checkpoint in {args.storage}")
         model = snapshot.load_config(store).model
         train = sft_train(args, model, dataset)
     else:
@@ -207,7 +248,7 @@ def build(args: Args) -> TrainJob:
         run=args.run or {"base": "base", "sft": "chat"}[args.stage],
         model=model,
         train=train,
-        parent=args.parent if args.stage == "sft" else "",
+        parent=parent if args.stage == "sft" else "",
         tensorboard=args.tensorboard,
         wandb=args.wandb,
     )
@@ -305,8 +346,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Args, description=__doc__)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    entry.run(main, Args, __doc__)

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
+from nanochat_ray.checks import require as _require
+
 T = TypeVar("T")
 
 Precision = Literal["fp32", "bf16"]
@@ -25,9 +27,10 @@ Kernels = Literal["auto", "amx", "avx512", "avx2", "generic", "torch"]
 Orthogonalizer = Literal["polar_express", "newton_schulz"]
 
 
-def _require(ok: bool, field: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{field}={value!r} is not allowed: {allowed}")
+def _require_finite(config: Any) -> None:
+    for name in (f.name for f in dataclasses.fields(config)):
+        value = getattr(config, name)
+        _require(not isinstance(value, float) or math.isfinite(value), name, value, "a number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,7 @@ class ModelConfig:
         return -(-self.vocab_size // self.pad_vocab_to) * self.pad_vocab_to
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
         _require(self.pad_vocab_to >= 1, "pad_vocab_to", self.pad_vocab_to, "from 1")
@@ -138,6 +142,9 @@ class ModelConfig:
             "0 without residual_scalars",
         )
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 to below 1")
+        _require(self.rope_base > 0, "rope_base", self.rope_base, "above 0")
+        eps = self.norm_eps
+        _require(eps is None or eps >= 0, "norm_eps", eps, "0 or more, or none for the dtype's")
         _require(self.rope_factor >= 1, "rope_factor", self.rope_factor, "1 (off) or more")
         start = self.document_start
         _require(-1 <= start < self.vocab_size, "document_start", start, "a token, or -1 for none")
@@ -175,7 +182,9 @@ class OptimConfig:
     """Largest global gradient norm; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
-        for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr"):
+        _require_finite(self)
+        rates = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
+        for name in (*rates, "weight_decay", "grad_clip"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         iterations = ("polar_express", "newton_schulz")
         allowed = f"one of {iterations}"
@@ -227,6 +236,7 @@ class TrainConfig:
     """Tokens of the texts that are written at each validation, for a person to read; 0 is none."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         for name in ("steps", "batch_rows", "micro_rows", "keep"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
         for name in ("eval_every", "save_every", "eval_rows", "sample_tokens"):
@@ -299,6 +309,7 @@ class EngineConfig:
     """Tokens that must have stood before in this order for a guess at what follows them."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         for name in (
             "speculative_ngram",
             "max_slots",

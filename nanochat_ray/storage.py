@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,13 +19,37 @@ from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
 
+from nanochat_ray.checks import check_name, require, shown
+
 SCHEMES = ("file", "s3", "gs")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # one letter would be a drive of Windows
 
 
 def default_root() -> str:
     """``$XDG_CACHE_HOME/nanochat_ray``, by default ``~/.cache/nanochat_ray``."""
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return str(Path(cache) / "nanochat_ray")
+
+
+def absolute(uri: str) -> str:
+    """``uri`` so that it means the same in every process, whatever its working directory and home.
+
+    A local path, with or without ``file://``, becomes an absolute one with ``~`` expanded; other
+    URIs stay as they are. Raises ValueError, naming the URI, for a scheme that is not supported.
+    """
+    allowed = ", ".join(f"{s}://" for s in SCHEMES)
+    require(isinstance(uri, str), "storage", uri, f"a folder or one of {allowed}")
+    match = _SCHEME.match(uri)
+    scheme = match[1].lower() if match else ""
+    ok = bool(uri) and "\0" not in uri and (not scheme or scheme in SCHEMES)
+    require(ok, "storage", uri, f"give a folder or one of {allowed}")
+    if scheme not in ("", "file"):
+        return uri
+    path = Path(re.sub("^file:(//)?", "", uri, flags=re.IGNORECASE))
+    try:
+        return str(path.expanduser().absolute())
+    except RuntimeError as error:  # ~nobody
+        raise ValueError(f"storage={shown(uri)} is not allowed: {error}") from None
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -34,22 +59,24 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     (``s3://bucket/path?endpoint_override=host:port&scheme=http``); its credentials come from the
     environment, never from the URI. Raises ValueError, naming the URI, for any other scheme.
     """
-    scheme = urlsplit(uri).scheme
-    if not uri or (scheme and scheme not in SCHEMES and len(scheme) > 1):
-        allowed = ", ".join(f"{s}://" for s in SCHEMES)
-        raise ValueError(f"storage={uri!r} is not allowed: give a folder or one of {allowed}")
-    if scheme in ("", "file") or len(scheme) == 1:
-        path = uri.removeprefix("file://") if scheme == "file" else uri
-        return pafs.LocalFileSystem(), str(Path(path).expanduser().absolute())
-    if "@" in urlsplit(uri).netloc:
+    uri = absolute(uri)
+    if uri.startswith("/") or _SCHEME.match(uri) is None:
+        return pafs.LocalFileSystem(), uri
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise ValueError(f"storage={shown(uri)} is not allowed: {error}") from None
+    if "@" in parts.netloc:
         raise ValueError(
-            f"storage={scheme}://… holds credentials: set AWS_ACCESS_KEY_ID and "
+            f"storage={parts.scheme}://… holds credentials: set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY in the environment instead"
         )
+    require(bool(parts.netloc), "storage", uri, f"{parts.scheme}://bucket or a folder of it")
     try:
+        # An endpoint that is dead or silent ends a call after about 10 s, by pyarrow's defaults.
         return pafs.FileSystem.from_uri(uri)
     except (ValueError, OSError) as error:
-        raise ValueError(f"storage={uri!r} cannot be opened: {error}") from None
+        raise ValueError(f"storage={shown(uri)} cannot be opened: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -63,7 +90,7 @@ class Store:
     @classmethod
     def at(cls, uri: str) -> Store:
         fs, root = filesystem(uri)
-        return cls(uri, fs, root.rstrip("/"))
+        return cls(absolute(uri), fs, root.rstrip("/"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A store travels to other processes as its URI: credentials stay in their environment.
@@ -74,7 +101,10 @@ class Store:
         return isinstance(self.fs, pafs.LocalFileSystem)
 
     def child(self, *parts: str) -> Store:
-        base, mark, query = self.uri.partition("?")
+        """The folder below this one that ``parts`` name, each one entry. Raises ValueError."""
+        for part in parts:
+            check_name("name", part)
+        base, mark, query = (self.uri, "", "") if self.is_local else self.uri.partition("?")
         uri = "/".join([base.rstrip("/"), *parts]) + mark + query
         return Store(uri, self.fs, "/".join([self.root, *parts]))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_ray.storage import Store, default_root
+from nanochat_ray.storage import Store, absolute, default_root
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -49,6 +49,33 @@ def test_folders(store: Store) -> None:
     store.delete("runs/one")
     assert store.list("runs") == ["two"]
     assert not child.exists("b")
+
+
+def test_a_local_root_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes to processes that have another working directory, and perhaps another home."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for uri, path in (
+        ("rel", tmp_path / "rel"),
+        ("./rel/x", tmp_path / "rel" / "x"),
+        ("~/x", tmp_path / "home" / "x"),
+        (f"file://{tmp_path}/x", tmp_path / "x"),
+        (f"{tmp_path}/a?b", tmp_path / "a?b"),
+        (f"{tmp_path}/a b#c%20", tmp_path / "a b#c%20"),
+    ):
+        store = Store.at(uri)
+        assert store.uri == store.root == absolute(uri) == str(path)
+        child = pickle.loads(pickle.dumps(store.child("runs", "one")))
+        child.write_text("f", "text")
+        assert (path / "runs" / "one" / "f").read_text() == "text"
+
+
+@pytest.mark.parametrize(
+    "uri", ["", "a\0b", "ftp://x/y", "s3:///x", "s3://[x", "S4://b", "ab:c", "s3://b/x?foo=1"]
+)
+def test_a_root_that_cannot_be_is_named(uri: str) -> None:
+    with pytest.raises(ValueError, match="storage="):
+        Store.at(uri)
 
 
 def test_what_is_not_there_is_named(store: Store) -> None:

@@ -476,6 +476,22 @@ def best(run: Store) -> str | None:
     return min(found, key=found.__getitem__) if found else None
 
 
+def chosen(run: Store, name: str = "") -> str:
+    """Name of the checkpoint that a user asks for: "" is the latest, "best" that by validation.
+
+    Raises ValueError that names those there are.
+    """
+    found = latest(run) if not name else best(run) if name == "best" else name
+    if found is not None and run.exists(found):  # whether it is whole shows when it is loaded
+        return found
+    whole = [n for n in _names(run) if run.exists(f"{n}/manifest.json")]
+    if not whole:
+        raise ValueError(f"run {run.uri} has no checkpoint")
+    if name == "best":
+        raise ValueError(f"snapshot='best' is not in run {run.uri}: no validation was kept")
+    raise ValueError(f"snapshot={found!r} is not in run {run.uri}: it has {', '.join(whole)}")
+
+
 def prune(run: Store, keep: int, *, keep_best: bool = False) -> None:
     """Removes all but the ``keep`` newest snapshots, and what never became one.
 

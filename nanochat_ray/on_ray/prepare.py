@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from nanochat_ray.checks import check_name
 from nanochat_ray.data import corpus, documentation, sources
 from nanochat_ray.data.holdout import HoldOut
 from nanochat_ray.data.order import permute, stream
@@ -26,7 +27,6 @@ from nanochat_ray.on_ray.documentation import documentation_corpus
 from nanochat_ray.on_ray.mapping import Progress, Row, mapped, say
 from nanochat_ray.on_ray.publish import (
     SPLITS,
-    check_name,
     key_of,
     publish,
     shards_for,
@@ -207,6 +207,7 @@ def find_tokenizer(root: Store, name: str) -> tuple[Tokenizer, int | None]:
 
     Raises ValueError if ``name`` is neither, or the beginning of several fingerprints.
     """
+    check_name("tokenizer", name)
     datasets, tokenizers = root.child("datasets"), root.child("tokenizers")
     if name and datasets.exists(f"{name}/manifest.json"):
         manifest = Manifest.load(datasets.child(name))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -31,11 +30,6 @@ def key_of(*values: Any) -> str:
 def shards_for(size: float) -> int:
     """Shards for about ``size`` bytes of rows."""
     return max(1, round(size / SHARD_BYTES))
-
-
-def check_name(field: str, name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-        raise ValueError(f"{field}={name!r} is not allowed: letters, digits, '.', '_' and '-'")
 
 
 def unchanged(dataset: Store, key: str) -> Manifest | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,11 +23,12 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import LoggingConfig
 
 from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checks import check_float, check_int, check_name
 from nanochat_ray.config import EngineConfig, from_json, to_json
 from nanochat_ray.on_ray import autoscaling
 from nanochat_ray.on_ray.engine_replica import EngineReplica
 from nanochat_ray.on_ray.ingress import Ingress
-from nanochat_ray.storage import Store, default_root
+from nanochat_ray.storage import Store, absolute, default_root
 
 KEYS_VARIABLE = "NANOCHAT_API_KEYS"
 """Comma-separated API keys; without it nobody needs one."""
@@ -72,32 +72,35 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("engines", 1), ("ingresses", 1), ("threads", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} is not allowed: a whole number from {least}")
+            check_int(name, getattr(self, name), least)
         most = self.max_engines
         if not isinstance(most, int) or 0 != most < self.engines:
             allowed = f"0, or a whole number from engines={self.engines}"
             raise ValueError(f"max_engines={most!r} is not allowed: {allowed}")
-        if self.request_timeout_s < 0:
-            raise ValueError(f"request_timeout_s={self.request_timeout_s} is not allowed: from 0")
-        if not re.fullmatch(r"[\w.-]+", self.run):
-            raise ValueError(f"run={self.run!r} is not allowed: letters, digits, '.', '_' and '-'")
+        for name in ("upscale_delay_s", "downscale_delay_s", "deadline_s", "request_timeout_s"):
+            check_float(name, getattr(self, name))
+        for name in ("gpus", "cpus", "ingress_cpus"):
+            check_float(name, getattr(self, name))
+        check_name("run", self.run)
+        if self.snapshot:
+            check_name("snapshot", self.snapshot)
+        # The replicas' working directory is another one.
+        object.__setattr__(self, "storage", absolute(self.storage))
 
 
 def build_application(config: ServeConfig, *, keys: list[str] | None = None) -> Application:
     """The Serve application. ValueError names a run, snapshot or setting that does not do."""
     root = Store.at(config.storage)
     run = root.child("runs", config.run)
-    name = config.snapshot or snapshot.latest(run)
-    if name is None:
+    if snapshot.latest(run) is None:
         raise ValueError(f"run={config.run!r} has no checkpoint in {config.storage}")
+    name = snapshot.chosen(run, config.snapshot)
     found = snapshot.load_config(run, name)
     max_len = config.engine.max_len or found.model.sequence_len
     # Serve restarts an ingress whose arguments change. A path that stays when the snapshot changes
     # lets new weights in without that.
     tokenizer = f"tokenizers/{found.tokenizer[:16]}"
-    if not root.child(tokenizer).exists("tokenizer.json"):
+    if not root.exists(f"{tokenizer}/tokenizer.json"):
         tokenizer = f"runs/{config.run}/{name}"
     engine = serve.deployment(
         name="engine",

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from nanochat_ray import config as configs
 from nanochat_ray import machine
 from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checks import check_name
 from nanochat_ray.config import ModelConfig, TrainConfig
 from nanochat_ray.data.shards import Manifest, RowReader
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.storage import Store
+from nanochat_ray.storage import Store, absolute
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train import hardware, loop, memory, observers, validation
 from nanochat_ray.train.feed import from_shards
@@ -51,6 +52,14 @@ class TrainJob:
     """Project at Weights & Biases that the run is shown in; empty is none."""
     about: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Ray Train's workers have a working directory of their own.
+        object.__setattr__(self, "storage", absolute(self.storage))
+        check_name("dataset", self.dataset)
+        check_name("run", self.run)
+        if self.parent:
+            check_name("parent", self.parent)
+
     def to_json(self) -> dict[str, Any]:
         return configs.to_json(self)
 
@@ -67,6 +76,7 @@ class TrainJob:
 
 def open_dataset(storage: str, name: str) -> tuple[Store, Manifest, Tokenizer]:
     """A prepared dataset and its tokenizer. ValueError if there is none of that name."""
+    check_name("dataset", name)
     root = Store.at(storage)
     dataset = root.child("datasets", name)
     if not dataset.exists("manifest.json"):

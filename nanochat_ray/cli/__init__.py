@@ -1,0 +1,1 @@
+"""The command line: how every job reads its flags and ends."""

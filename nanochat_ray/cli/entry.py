@@ -1,0 +1,184 @@
+"""The one way into every job: flags, the job, and how it ends.
+
+    if __name__ == "__main__":
+        entry.run(main, Args, __doc__)
+
+What a user can mend is one line on stderr, ``error: …``, and exit status 2: a wrong flag, a file or
+folder that cannot be used, storage or a cluster that does not answer. A defect of the program keeps
+its traceback and status 1. Ctrl-C is status 130, a reader of stdout that left (``| head``) 141.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+from tyro import _errors as parse_errors  # its documented hook; pyproject names the exact version
+
+A = TypeVar("A")
+
+USAGE, FAILED, INTERRUPTED, NO_READER = 2, 1, 130, 141
+MAX_MESSAGE = 2000
+"""Characters of the line on stderr."""
+_NUMBERS = {
+    r"invalid literal for int\(\) with base 10: (?P<value>.*)": "a whole number",
+    r"could not convert string to float: (?P<value>.*)": "a number",
+}
+
+
+def run(
+    main: Callable[[A], int | None],
+    args: type[A],
+    description: str | None,
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+    """Parses the flags into ``args``, runs ``main`` and ends the process with its status."""
+    try:
+        status = main(parse(args, description, argv)) or 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # Python would flush stdout once more, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(NO_READER)
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        _say(f"error: {message}")
+        sys.exit(FAILED if isinstance(_cause(error), FloatingPointError) else USAGE)
+    sys.exit(status)
+
+
+def parse(args: type[A], description: str | None, argv: Sequence[str] | None = None) -> A:
+    """The flags as ``args``. Raises ValueError that names the flag, the value and what is allowed.
+
+    SystemExit(0) after ``--help``.
+    """
+
+    def refuse(event: parse_errors.ParseErrorEvent) -> None:
+        if message := _flag_message(event):
+            raise _FlagError(message)
+
+    try:
+        with parse_errors.on_parse_error(refuse):
+            return tyro.cli(args, description=description, args=argv)
+    except _FlagError as error:
+        raise ValueError(str(error)) from None
+
+
+class _FlagError(Exception):
+    """Not a ValueError, which tyro would catch itself."""
+
+
+def _flag_message(event: parse_errors.ParseErrorEvent) -> str:
+    """What is wrong with a flag; "" for an event that this does not know."""
+    if isinstance(event, parse_errors.InvalidChoice):
+        name = event.argument.display_name()
+        return f"{name}={event.value!r} is not allowed: one of {', '.join(event.choices)}"
+    if isinstance(event, parse_errors.BadValue):
+        name = event.argument.display_name()
+        return f"{name} needs a value"
+    if isinstance(event, parse_errors.UnrecognizedArgs):
+        tokens = " ".join(event.tokens)
+        return f"unknown argument {tokens!r}: see --help"
+    if isinstance(event, parse_errors.InstantiationFailure):
+        text = "".join(str(part) for part in event.message)
+        if event.argument is None:
+            return text
+        name = event.argument.display_name()
+        for pattern, allowed in _NUMBERS.items():
+            if match := re.search(pattern, text, re.DOTALL):
+                return f"{name}={match['value']} is not allowed: {allowed}"
+        return f"{name} is not allowed: {text}"
+    return ""
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that a user can mend; None for a defect of the program."""
+    cause = _cause(error)
+    if not isinstance(cause, _expected()):
+        return None
+    return one_line(_text(cause))
+
+
+def one_line(text: str) -> str:
+    text = " ".join(text.split())
+    half = MAX_MESSAGE // 2
+    return text if len(text) <= MAX_MESSAGE else f"{text[:half]} … {text[-half:]}"
+
+
+def _expected() -> tuple[type[BaseException], ...]:
+    """The kinds that are the input's or the machine's. Libraries count only if they are in use."""
+    kinds: list[type[BaseException]] = [
+        ValueError,  # ours name the flag or file; pyarrow's ArrowInvalid is one too
+        OSError,
+        FloatingPointError,  # a run that diverged
+        ModuleNotFoundError,  # an optional package
+    ]
+    for module, names in (
+        ("pyarrow", ("ArrowException",)),
+        # Not RayError: a worker's own exception, which may be a defect, is one of those.
+        (
+            "ray.exceptions",
+            (
+                *("RaySystemError", "RpcError", "AuthenticationError", "RuntimeEnvSetupError"),
+                *("OutOfMemoryError", "OutOfDiskError", "ObjectStoreFullError"),
+            ),
+        ),
+        (
+            "ray.train.v2._internal.exceptions",
+            ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"),
+        ),
+    ):
+        if module in sys.modules:
+            kinds += [getattr(sys.modules[module], n) for n in names if _has(module, n)]
+    return tuple(kinds)
+
+
+def _has(module: str, name: str) -> bool:
+    return isinstance(getattr(sys.modules[module], name, None), type)
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return str(error) or "the disk is full"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error}: install the package {error.name.partition('.')[0]}"
+    return str(error) or type(error).__name__
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The exception that a worker raised, out of what Ray wrapped around it."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        error = next(_wrapped(error), error)
+    return error
+
+
+def _wrapped(error: BaseException) -> Iterator[BaseException]:
+    # Ray's own fields, by name, so that a job that needs no Ray does not import it.
+    if not type(error).__module__.startswith("ray."):
+        return
+    failures: Any = getattr(error, "worker_failures", None)
+    if isinstance(failures, dict):  # ray.train's WorkerGroupError, by rank
+        yield from (failures[rank] for rank in sorted(failures))
+    # RayTaskError; ray.train's ControllerError; what holds a worker's exception with its trace
+    for name in ("cause", "controller_failure", "_base_exc"):
+        inner = getattr(error, name, None)
+        if isinstance(inner, BaseException):
+            yield inner

@@ -1,0 +1,355 @@
+"""Whatever is wrong with a flag or with what it names: one line on stderr and status 2."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import io
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from tiny import TOKENIZER, write_dataset
+
+from nanochat_ray.checks import check_float, check_int, check_name, shown
+from nanochat_ray.cli import entry
+from nanochat_ray.config import EngineConfig, ModelConfig, OptimConfig, with_options
+from nanochat_ray.storage import Store
+
+REPO = Path(__file__).parents[1]
+sys.path.append(str(REPO / "jobs"))  # bench jobs import their siblings
+
+
+def ended(main: Callable[..., Any], args: type, *flags: str) -> tuple[Any, str]:
+    """Status and stderr of a job that is called with these flags, in this process."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as exit_:
+        entry.run(main, args, None, flags)
+    return exit_.value.code, said.getvalue()
+
+
+def refused(job: str, *flags: str) -> str:
+    """The one line with which a job refuses its flags."""
+    module = importlib.import_module(f"jobs.{job}")
+    status, said = ended(module.main, module.Args, *flags)
+    assert status == 2, said
+    (line,) = said.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+BAD_FLAGS = {
+    "train": [
+        ("--workers 0", "workers=0"),
+        ("--workers x", "--workers='x' is not allowed: a whole number"),
+        ("--workers 1.5", "--workers='1.5'"),
+        ("--workers", "--workers needs a value"),
+        ("--worker 3", "unknown argument '--worker 3'"),
+        ("base", "unknown argument 'base'"),
+        ("--min-workers -1", "min_workers=-1"),
+        ("--threads 0", "threads=0"),
+        ("--tokens -5", "tokens=-5"),
+        ("--tokens 1e6", "--tokens='1e6'"),
+        ("--batch-tokens -1", "batch_tokens=-1"),
+        ("--micro-rows -1", "micro_rows=-1"),
+        ("--cpu-minutes inf", "cpu_minutes=inf"),
+        ("--cpu-minutes nan", "cpu_minutes=nan"),
+        ("--cpu-minutes -1", "cpu_minutes=-1.0"),
+        ("--print-every 0", "print_every=0"),
+        ("--sample-tokens -1", "sample_tokens=-1"),
+        ("--save-every -1", "save_every=-1"),
+        ("--keep 0", "keep=0"),
+        ("--seed -1", "seed=-1"),
+        ("--lr-scale nan", "lr_scale=nan"),
+        ("--lr-scale 0", "lr_scale=0.0"),
+        ("--ratio -1", "ratio=-1.0"),
+        ("--spike-clip nan", "spike_clip=nan"),
+        ("--depth 0", "depth=0"),
+        ("--depth 99999999999999999999", "depth=99999999999999999999"),
+        ("--preset newest", "preset='newest' is not allowed: one of modern, classic"),
+        ("--precision fp64", "--precision='fp64' is not allowed: one of fp32, bf16"),
+        ("--stage rl", "--stage='rl'"),
+        ("--resume maybe", "--resume='maybe'"),
+        ("--hardware h999", "hardware='h999'"),
+        ("--run ../../evil", "run='../../evil'"),
+        ("--run a/b", "run='a/b'"),
+        ("--run .", "run='.'"),
+        ("--run 'a b'", "run='a b'"),
+        ("--dataset /etc", "dataset='/etc'"),
+        ("--dataset nothing", "dataset='nothing' is not in"),
+        ("--storage ''", "storage=''"),
+        ("--storage ftp://x", "storage='ftp://x'"),
+        ("--stage sft --parent ..", "parent='..'"),
+        ("--stage sft --parent nothing", "parent='nothing' has no checkpoint"),
+        ("--stage sft --parent ''", "parent=''"),
+        ("--stage sft --depth 4", "--depth=4 is not allowed: only with --stage base"),
+        ("--stage sft --preset modern", "--preset='modern'"),
+        ("--stage sft --tokens 0", "--tokens=0"),
+        ("--stage sft --ratio 3", "--ratio=3.0"),
+        ("--stage sft --cpu-minutes 3", "--cpu-minutes=3.0"),
+        ("--stage sft --epochs 0", "epochs=0.0"),
+        ("--epochs 2", "--epochs=2.0 is not allowed: only with --stage sft"),
+    ],
+    "prepare": [
+        ("--dataset ../x", "dataset='../x'"),
+        ("--vocab-size 10", "vocab_size=10"),
+        ("--vocab-size -1", "vocab_size=-1"),
+        ("--sequence-len 7", "sequence_len=7"),
+        ("--seed -1", "seed=-1"),
+        ("--text ''", "text=('',)"),
+        ("--tasks chain_sum:5", "--tasks=('chain_sum:5',) is not allowed: only with --stage sft"),
+        ("--stage sft --text a.txt", "--text=('a.txt',) is not allowed: only with --stage base"),
+        ("--stage sft --vocab-size 4096", "--vocab-size=4096"),
+        ("--stage sft --tokenizer nothing", "tokenizer='nothing'"),
+        ("--stage sft --tokenizer ../x", "tokenizer='../x'"),
+        ("--stage sft --tasks chain_sum", "tasks='chain_sum'"),
+        ("--stage sft --tasks chain_sum:0", "tasks='chain_sum:0'"),
+        ("--stage sft --tasks", "tasks is empty"),
+        ("--stage pretrain", "--stage='pretrain'"),
+    ],
+    "eval": [
+        ("--run ../x", "run='../x'"),
+        ("--run nothing", "has no checkpoint"),
+        ("--snapshot a/b", "snapshot='a/b'"),
+        ("--count 0", "count=0"),
+        ("--count -1", "count=-1"),
+        ("--slots 0", "slots=0"),
+        ("--threads -1", "threads=-1"),
+        ("--seed -1", "seed=-1"),
+        ("--show-wrong -1", "show_wrong=-1"),
+        ("--device tpu", "device='tpu'"),
+        ("--device cuda:99", "device='cuda:99'"),
+        ("--precision int8", "--precision='int8'"),
+        ("--tasks nothing", "task='nothing'"),
+    ],
+    "export": [
+        ("--run ..", "run='..'"),
+        ("--run nothing --out x", "has no checkpoint"),
+        ("--run nothing --snapshot ../x --out x", "snapshot='../x'"),
+        ("--precision int8", "--precision='int8'"),
+    ],
+    "serve": [
+        ("--port 99999", "port=99999 is not allowed: a whole number from 1 to 65535"),
+        ("--port 0", "port=0"),
+        ("--port http", "--port='http'"),
+        ("--run a/b", "run='a/b'"),
+        ("--run nothing", "has no checkpoint"),
+        ("--run nothing --no-ray", "has no checkpoint"),
+        ("--snapshot ../x", "snapshot='../x'"),
+        ("--engines 0", "engines=0"),
+        ("--max-engines -1", "max_engines=-1"),
+        ("--engines 3 --max-engines 2", "max_engines=2"),
+        ("--ingresses 0", "ingresses=0"),
+        ("--gpus nan", "gpus=nan"),
+        ("--gpus -1", "gpus=-1.0"),
+        ("--threads -1", "threads=-1"),
+        ("--max-slots 0", "max_slots=0"),
+        ("--max-len -1", "max_len=-1"),
+        ("--token-budget -1", "token_budget=-1"),
+        ("--token-budget 3", "token_budget=3"),
+        ("--max-waiting 0", "max_waiting=0"),
+        ("--request-timeout-s inf", "request_timeout_s=inf"),
+        ("--engine colour=red", "engine='colour=red'"),
+        ("--engine kv_memory=2", "kv_memory=2"),
+        ("--engine kv_layout=heap", "kv_layout='heap'"),
+    ],
+    "chat": [
+        ("--url localhost:8000", "url='localhost:8000'"),
+        ("--temperature -1", "temperature=-1.0"),
+        ("--temperature nan", "temperature=nan"),
+        ("--top-k -2", "top_k=-2"),
+        ("--max-tokens -1", "max_tokens=-1"),
+        ("--url http://127.0.0.1:1 --once hi", "url=http://127.0.0.1:1 cannot be reached"),
+    ],
+    "bench_train": [("--only nothing", "only='nothing'"), ("--steps 0", "steps=0")],
+    "bench_learn": [("--depth 0", "depth=0"), ("--datasets ../x", "datasets='../x'")],
+    "bench_rates": [("--scales 0", "scales=0.0"), ("--dataset nothing", "dataset='nothing'")],
+    "bench_serve": [("--concurrency 0", "concurrency=0"), ("--rate nan", "rate=nan")],
+    "bench_offline": [("--batches 0", "batches=0"), ("--repeats 0", "repeats=0")],
+}
+WITHOUT_STORAGE = ("chat", "bench_train", "bench_learn", "bench_serve", "bench_offline")
+
+
+@pytest.mark.parametrize("job", BAD_FLAGS)
+def test_a_wrong_flag_is_one_line(job: str, root: Store) -> None:
+    storage = () if job in WITHOUT_STORAGE else ("--storage", root.uri)
+    for flags, named in BAD_FLAGS[job]:
+        assert named in refused(job, *storage, *shlex.split(flags)), flags
+    assert not Path(root.root).exists()
+
+
+def test_gpus_need_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "gpus=True" in refused("train", "--no-ray", "--gpus")
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["softcap=NaN", "rope_base=0", "norm_eps=-1", "qk_scale=Infinity", "n_layer=true", "n_head=0"],
+)
+def test_options_of_the_model_are_bounded(option: str) -> None:
+    config = ModelConfig(
+        vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, sequence_len=64
+    )
+    with pytest.raises(ValueError, match=option.partition("=")[0]):
+        with_options(config, [option])
+
+
+def test_options_of_the_optimizer_are_bounded() -> None:
+    for option in ("grad_clip=-1", "weight_decay=-1", "matrix_lr=Infinity", "momentum=NaN"):
+        with pytest.raises(ValueError, match=option.partition("=")[0]):
+            with_options(OptimConfig(), [option])
+    with pytest.raises(ValueError, match="kv_memory"):
+        EngineConfig(kv_memory=float("nan"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "",
+            ".",
+            "..",
+            "a/b",
+            "/a",
+            "../a",
+            "a\\b",
+            "a b",
+            "-a",
+            ".a",
+            "a\n",
+            "a\0",
+            "é",
+            "x.tmp",
+        ),
+        *("a" * 129, None, 3),
+    ],
+)
+def test_a_name_is_one_entry_of_a_folder(name: Any, root: Store) -> None:
+    with pytest.raises(ValueError, match=r"run=.* is not allowed"):
+        check_name("run", name)
+    with pytest.raises(ValueError, match=r"name=.* is not allowed"):
+        root.child("runs", name)
+
+
+def test_names_that_are_in_use_stay_allowed() -> None:
+    for name in ("base-d4-1234", "step-000100", "chat_2.1", "d20", "0", "_x"):
+        assert check_name("run", name) == name
+
+
+def test_long_values_are_shortened() -> None:
+    with pytest.raises(ValueError, match="run=") as caught:
+        check_name("run", "x" * 1_000_000)
+    assert len(str(caught.value)) < 400
+    assert len(shown(list(range(10_000)))) < 200
+    for wrong in (True, "3", 2.0, None):
+        with pytest.raises(ValueError, match="n="):
+            check_int("n", wrong, 1)
+    for wrong in (True, "3", float("inf"), None):
+        with pytest.raises(ValueError, match="x="):
+            check_float("x", wrong)
+
+
+def _raise(error: BaseException) -> Callable[[Any], None]:
+    def main(_: Any) -> None:
+        raise error
+
+    return main
+
+
+ERRORS = [
+    (ValueError("run='x' has\nno checkpoint"), 2, "error: run='x' has no checkpoint"),
+    (OSError(errno.ENOSPC, "No space left on device", "/full/x"), 2, "/full/x: No space left"),
+    (OSError(errno.EROFS, "Read-only file system", "/ro"), 2, "/ro: Read-only file system"),
+    (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "/root/x: Permission"),
+    (pa.ArrowInvalid("Parquet magic bytes not found"), 2, "Parquet magic bytes"),
+    (pa.ArrowNotImplementedError("codec lz9"), 2, "codec lz9"),
+    (FloatingPointError("the loss is nan at step 3"), 1, "the loss is nan at step 3"),
+    (ModuleNotFoundError("No module named 'wandb'", name="wandb"), 2, "install the package wandb"),
+    (ConnectionError("Ray cannot be reached"), 2, "Ray cannot be reached"),
+    (ValueError("x" * 10_000), 2, " … "),
+    (KeyboardInterrupt(), 130, "interrupted"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "line"), ERRORS, ids=lambda v: type(v).__name__)
+def test_an_expected_error_is_one_line(error: BaseException, status: int, line: str) -> None:
+    from jobs.chat import Args
+
+    code, said = ended(_raise(error), Args)
+    assert code == status
+    assert line in said
+    assert len(said.splitlines()) == 1
+    assert len(said) < 2100
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    from jobs.chat import Args
+
+    for defect in (KeyError("x"), TypeError("y"), AssertionError("z"), RuntimeError("w")):
+        with pytest.raises(type(defect)):
+            entry.run(_raise(defect), Args, None, [])
+
+
+def test_a_worker_s_error_is_unwrapped() -> None:
+    from ray.exceptions import RayTaskError
+    from ray.train import ControllerError, WorkerGroupError
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+    own = ValueError("shard x is damaged")
+    inside = UserExceptionWithTraceback(own, "Traceback …")
+    for error in (
+        RayTaskError("f", "Traceback …", own),
+        WorkerGroupError("two lines\nof it", {1: inside}),
+        ControllerError(own),
+        ControllerError(WorkerGroupError("", {0: inside})),
+    ):
+        assert entry.explain(error) == "shard x is damaged"
+    assert entry.explain(RayTaskError("f", "Traceback …", KeyError("x"))) is None
+
+
+def test_a_reader_that_leaves_ends_the_job_quietly(root: Store) -> None:
+    write_dataset(root, "base")
+    code = (
+        "import sys; sys.argv[0] = 'job'\n"
+        "from jobs.chat import Args\n"
+        "from nanochat_ray.cli import entry\n"
+        "entry.run(lambda _: [print('x' * 100) for _ in range(10_000)] and None, Args, None)\n"
+    )
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$0" -c "$1" | head -n 1', sys.executable, code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+    )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    from jobs.serve import Args
+
+    with pytest.raises(SystemExit) as exit_:
+        entry.run(_raise(KeyError()), Args, "Serve a run.", ["--help"])
+    assert exit_.value.code == 0
+    assert "--port" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_named(root: Store) -> None:
+    """/proc takes no files from anybody, root included."""
+    TOKENIZER.save(root.child("tokenizers", TOKENIZER.fingerprint[:16]))
+    with pytest.raises(OSError, match="/proc/no") as caught:
+        Store.at("/proc/no").write_text("x", "y")
+    message = entry.explain(caught.value)
+    assert message is not None
+    assert "/proc/no" in message
