@@ -5,6 +5,8 @@ The converters are plain functions from a data set's row to messages.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import re
 from typing import Any
 
@@ -47,11 +49,15 @@ def gsm8k(row: dict[str, Any]) -> list[Message]:
     ]
 
 
+HELD_APART = 32
+"""One in this many questions of a Hub's train split is for validation, where the Hub has no split
+for that: its test split is for the final measurement alone."""
+
 _SETS: dict[str, tuple[str, str | None, dict[Split, str], Any]] = {
     "smoltalk": (
         "HuggingFaceTB/smol-smoltalk",
         None,
-        {"train": "train", "val": "test", "test": "test"},
+        {"train": "train", "val": "train", "test": "test"},
         smoltalk,
     ),
     "mmlu": (
@@ -60,7 +66,7 @@ _SETS: dict[str, tuple[str, str | None, dict[Split, str], Any]] = {
         {"train": "auxiliary_train", "val": "validation", "test": "test"},
         mmlu,
     ),
-    "gsm8k": ("openai/gsm8k", "main", {"train": "train", "val": "test", "test": "test"}, gsm8k),
+    "gsm8k": ("openai/gsm8k", "main", {"train": "train", "val": "train", "test": "test"}, gsm8k),
 }
 NAMES = tuple(_SETS)
 
@@ -78,6 +84,12 @@ def final_answer(name: str, text: str) -> str:
         found = re.findall(r"####\s*(-?[\d.,]+)", text)
         return found[-1].replace(",", "").rstrip(".") if found else ""
     return text.strip()
+
+
+def _held_apart(messages: list[Message]) -> bool:
+    """By what the user asks first, so that a question that comes twice is in one split."""
+    first = next((m["content"] for m in messages if m["role"] == "user"), "")
+    return hashlib.sha256(first.encode("utf-8", "replace")).digest()[0] % HELD_APART == 0
 
 
 class HubTask:
@@ -101,13 +113,18 @@ class HubTask:
                 ) from None
             data = data.shuffle(seed=seed)
         self._data = data
-        self._size = min(size or len(data), len(data))
+        shares = splits["train"] == splits["val"] and split != "test"
+        rows = (i for i in range(len(data)) if not shares or self._is_of(i, split))
+        self._rows = list(itertools.islice(rows, size or None))
+
+    def _is_of(self, row: int, split: Split) -> bool:
+        return _held_apart(self._convert(self._data[row])) == (split == "val")
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._rows)
 
     def example(self, index: int) -> list[Message]:
-        return self._convert(self._data[index])
+        return self._convert(self._data[self._rows[index]])
 
     def question(self, index: int) -> list[Message]:
         return self.example(index)[:-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import reasoning_gym
 
@@ -114,6 +116,46 @@ def test_hub_rows_become_conversations(name: str) -> None:
             *("text", "python", "python_output", "text")
         ]
         assert calculate(answer["content"][1]["text"]) == answer["content"][2]["text"]
+
+
+class _Rows(list):
+    def shuffle(self, seed: int) -> _Rows:
+        return _Rows(random.Random(seed).sample(self, len(self)))
+
+
+def _hub_row(name: str, split: str, number: int) -> dict:
+    text = f"{split} {number % 500}?"  # every question of the first 500 comes twice
+    said = {"role": "assistant", "content": "x"}
+    return {
+        "smoltalk": {"messages": [{"role": "user", "content": text}, said]},
+        "mmlu": {"question": text, "choices": ["1", "2", "3", "4"], "answer": 3},
+        "gsm8k": {"question": text, "answer": "x\n#### 1"},
+    }[name]
+
+
+@pytest.mark.parametrize("name", hub.NAMES)
+def test_hub_validation_never_sees_the_test_split(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import datasets
+
+    def load(path: str, config: str | None, *, split: str) -> _Rows:
+        return _Rows(_hub_row(name, split, number) for number in range(700))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    questions = {}
+    for split in ("train", "val", "test"):
+        task = make_task(name, split, seed=3)
+        questions[split] = {task.question(i)[-1]["content"] for i in range(len(task))}
+        few = make_task(name, split, size=5, seed=3)
+        assert [few.example(i) for i in range(5)] == [task.example(i) for i in range(5)]
+    assert questions["train"]
+    assert questions["val"]
+    assert not questions["train"] & questions["val"]
+    for split in ("train", "val"):
+        assert not questions[split] & questions["test"]
+        assert not any("test" in question for question in questions[split])
+    assert all("test " in question for question in questions["test"])
 
 
 def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
