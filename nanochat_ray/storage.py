@@ -15,20 +15,51 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
 import pyarrow.fs as pafs
 
 from nanochat_ray.checks import check_name, require, shown
 
 SCHEMES = ("file", "s3", "gs")
+OBJECT_STORES = ("s3", "gs")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # one letter would be a drive of Windows
+_OPTIONS = re.compile(r"[a-z_]+=[^&?]*(&[a-z_]+=[^&?]*)*")
 
 
 def default_root() -> str:
     """``$XDG_CACHE_HOME/nanochat_ray``, by default ``~/.cache/nanochat_ray``."""
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return str(Path(cache) / "nanochat_ray")
+
+
+def split_uri(uri: str) -> tuple[str, str, str]:
+    """(scheme, path, options) of a URI, nothing of them decoded but a ``file:`` path.
+
+    The scheme is empty for a local path, which may hold any character. Object keys may too, so
+    only what looks like pyarrow's fields (``name=value&…``) after the last ``?`` are options; a
+    key that ends in such a text is written with one more ``?`` after it.
+    """
+    match = _SCHEME.match(uri)
+    if match is None:
+        return "", uri, ""
+    scheme, rest = match[1].lower(), uri[match.end() :]
+    if scheme == "file":
+        path = rest[2:].removeprefix("localhost/") if rest.startswith("//") else rest
+        return scheme, unquote("/" + path if rest.startswith("//localhost/") else path), ""
+    rest = rest.removeprefix("//")
+    path, mark, options = rest.rpartition("?")
+    if scheme in OBJECT_STORES and mark and (not options or _OPTIONS.fullmatch(options)):
+        return scheme, path, options
+    return scheme, rest, ""
+
+
+def join_uri(scheme: str, path: str, options: str) -> str:
+    """The URI that ``split_uri`` takes apart."""
+    if scheme in ("", "file"):
+        return path
+    mark = "?" if options or (scheme in OBJECT_STORES and "?" in path) else ""
+    return f"{scheme}://{path}{mark}{options}"
 
 
 def absolute(uri: str) -> str:
@@ -39,15 +70,13 @@ def absolute(uri: str) -> str:
     """
     allowed = ", ".join(f"{s}://" for s in SCHEMES)
     require(isinstance(uri, str), "storage", uri, f"a folder or one of {allowed}")
-    match = _SCHEME.match(uri)
-    scheme = match[1].lower() if match else ""
+    scheme, path, _ = split_uri(uri)
     ok = bool(uri) and "\0" not in uri and (not scheme or scheme in SCHEMES)
     require(ok, "storage", uri, f"give a folder or one of {allowed}")
-    if scheme not in ("", "file"):
+    if scheme in OBJECT_STORES:
         return uri
-    path = Path(re.sub("^file:(//)?", "", uri, flags=re.IGNORECASE))
     try:
-        return str(path.expanduser().absolute())
+        return str(Path(path).expanduser().absolute())
     except RuntimeError as error:  # ~nobody
         raise ValueError(f"storage={shown(uri)} is not allowed: {error}") from None
 
@@ -57,26 +86,27 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
     A path without a scheme is a local one. S3 takes pyarrow's query fields
     (``s3://bucket/path?endpoint_override=host:port&scheme=http``); its credentials come from the
-    environment, never from the URI. Raises ValueError, naming the URI, for any other scheme.
+    environment, never from the URI. Keys are taken as they are written, without decoding ``%``.
+    Raises ValueError, naming the URI, for any other scheme.
     """
     uri = absolute(uri)
-    if uri.startswith("/") or _SCHEME.match(uri) is None:
+    scheme, path, options = split_uri(uri)
+    if uri.startswith("/") or scheme not in OBJECT_STORES:
         return pafs.LocalFileSystem(), uri
-    try:
-        parts = urlsplit(uri)
-    except ValueError as error:
-        raise ValueError(f"storage={shown(uri)} is not allowed: {error}") from None
-    if "@" in parts.netloc:
+    bucket = path.partition("/")[0]
+    if "@" in bucket:
         raise ValueError(
-            f"storage={parts.scheme}://… holds credentials: set AWS_ACCESS_KEY_ID and "
+            f"storage={scheme}://… holds credentials: set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY in the environment instead"
         )
-    require(bool(parts.netloc), "storage", uri, f"{parts.scheme}://bucket or a folder of it")
+    require(bool(bucket), "storage", uri, f"{scheme}://bucket or a folder of it")
     try:
         # An endpoint that is dead or silent ends a call after about 10 s, by pyarrow's defaults.
-        return pafs.FileSystem.from_uri(uri)
+        fs, _ = pafs.FileSystem.from_uri(join_uri(scheme, bucket, options))
     except (ValueError, OSError) as error:
-        raise ValueError(f"storage={shown(uri)} cannot be opened: {error}") from None
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"storage={shown(uri)} cannot be opened: {reason}") from None
+    return fs, path.rstrip("/")
 
 
 @dataclass(frozen=True)
@@ -90,6 +120,9 @@ class Store:
     @classmethod
     def at(cls, uri: str) -> Store:
         fs, root = filesystem(uri)
+        scheme, path, options = split_uri(uri)
+        if scheme in OBJECT_STORES:
+            return cls(join_uri(scheme, path.rstrip("/"), options), fs, root)
         return cls(absolute(uri), fs, root.rstrip("/"))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -104,9 +137,11 @@ class Store:
         """The folder below this one that ``parts`` name, each one entry. Raises ValueError."""
         for part in parts:
             check_name("name", part)
-        base, mark, query = (self.uri, "", "") if self.is_local else self.uri.partition("?")
-        uri = "/".join([base.rstrip("/"), *parts]) + mark + query
-        return Store(uri, self.fs, "/".join([self.root, *parts]))
+        root = "/".join([self.root, *parts])
+        if self.is_local:
+            return Store(root, self.fs, root)
+        scheme, path, options = split_uri(self.uri)
+        return Store(join_uri(scheme, "/".join([path, *parts]), options), self.fs, root)
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root

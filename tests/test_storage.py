@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_ray.storage import Store, absolute, default_root
+from nanochat_ray.storage import Store, absolute, default_root, join_uri, split_uri
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -97,6 +97,61 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         fail()
     assert store.read_text("a") == "whole"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+ODD = ["a?b", "a#b", "100%", "a%20b", "a b", "a[1]", "grüße-日本", "a&b=c", "a+b", "what?x=1"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    store = Store.at(str(tmp_path / name))
+    child = store.child("runs", "one")
+    child.write_text("a", "x")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name / "runs" / "one" / "a").read_text() == "x"
+    for again in (Store.at(child.uri), pickle.loads(pickle.dumps(child)), Store.at(child.uri)):
+        assert again.list() == ["a"]
+    assert Store.at((tmp_path / name / "runs").as_uri()).list("one") == ["a"]
+
+
+def test_keys_may_have_any_name(s3: str) -> None:
+    root = Store.at(s3).child(f"odd-{uuid.uuid4().hex}")
+    scheme, path, options = split_uri(root.uri)
+    for name in ODD:
+        child = Store.at(join_uri(scheme, f"{path}/{name}", options))
+        child.write_text("a", name)
+        assert Store.at(child.uri).read_text("a") == name
+        assert pickle.loads(pickle.dumps(child)).list() == ["a"]
+    assert root.list() == sorted(ODD)
+
+
+@pytest.mark.parametrize(
+    ("uri", "parts"),
+    [
+        ("s3://b/k", ("s3", "b/k", "")),
+        ("s3://b/k?region=x&scheme=http", ("s3", "b/k", "region=x&scheme=http")),
+        ("s3://b/what?.txt", ("s3", "b/what?.txt", "")),
+        ("s3://b/what?.txt?region=x", ("s3", "b/what?.txt", "region=x")),
+        ("s3://b/k?a=b?", ("s3", "b/k?a=b", "")),
+        ("/a?b=c", ("", "/a?b=c", "")),
+        ("ab:c", ("ab", "c", "")),
+        ("/x/s3://y", ("", "/x/s3://y", "")),
+        ("file:///a%20b?c", ("file", "/a b?c", "")),
+        ("file:/a", ("file", "/a", "")),
+        ("file://localhost/a", ("file", "/a", "")),
+        ("hf://d/x?.txt", ("hf", "d/x?.txt", "")),
+    ],
+)
+def test_uris_are_split(uri: str, parts: tuple[str, str, str]) -> None:
+    assert split_uri(uri) == parts
+    if parts[0] in ("s3", "gs"):
+        assert split_uri(join_uri(*parts)) == parts
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:x@y/k", "s3://key:secret@b/k", "a\0b"])
+def test_uris_that_are_none_are_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match="storage="):
+        Store.at(uri)
 
 
 def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
