@@ -5,6 +5,9 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import lzma
+import os
+import socket
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +16,8 @@ import pytest
 
 from nanochat_ray.data import corpus, documentation, sources
 from nanochat_ray.data.holdout import cut
+from nanochat_ray.data.sources import ReadOptions, Skipped
+from nanochat_ray.storage import Store
 
 
 def texts(*uris: str) -> list[str]:
@@ -55,8 +60,6 @@ def test_every_format(folder: Path) -> None:
 
 
 def test_on_s3(s3: str, folder: Path) -> None:
-    from nanochat_ray.storage import Store
-
     store = Store.at(s3).child("text")
     for name in ("a.txt", "c.txt.gz", "f.parquet"):
         store.write_bytes(name, (folder / name).read_bytes())
@@ -127,6 +130,240 @@ def test_what_is_no_text_is_refused_by_name(
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=error):
         texts(str(tmp_path / name))
+
+
+DEEP = b"[" * 100_000
+ONE = [{"text": "a"}, {"text": None}, {"text": "b"}]
+
+
+def as_parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("x.json", json.dumps(ONE).encode(), ["a", "b"]),
+        ("x.json", b'{"text": "a\\nb"}', ["a\nb"]),
+        ("x.json", b'["a", "b"]', ["a", "b"]),
+        ("x.json", b'{"text": "a"}\n{"text": null}\n{"text": "b"}\n', ["a", "b"]),
+        ("x.ndjson", b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": null}\r\n', ["a"]),
+        ("x.jsonl", '{"text": "ä"}\n{"text": "b"}'.encode("utf-16"), ["b", "ä"]),
+        ("x.csv", b'id,text\r\n1,"a, ""q""\nb"\r\n2,\r\n\r\n3,c\r\n', ['a, "q"\nb', "c"]),
+        ("x.csv", b"\xef\xbb\xbftext\n" + b"a" * 300_000 + b"\n", ["a" * 300_000]),
+        ("x.tsv", b"text\tn\na,b\t1\n", ["a,b"]),
+        ("x.txt.xz", lzma.compress(b"a"), ["a"]),
+        ("x.jsonl.xz", lzma.compress(b'{"text": "a"}'), ["a"]),
+        ("x.csv.gz", gzip.compress(b"text\na\n"), ["a"]),
+        ("x.txt.gz", gzip.compress(b"a\n") + gzip.compress(b"b"), ["a\nb"]),
+        ("x.parquet.bz2", bz2.compress(as_parquet(pa.table({"text": ["a"]}))), ["a"]),
+        ("x.PY", b"def f():\r\n    pass\r\n", ["def f():\n    pass\n"]),
+        ("x.txt", b"\xef\xbb\xbfa", ["a"]),
+        ("x.txt", "äb".encode("utf-16"), ["äb"]),
+        ("x.md", "äb".encode("utf-32"), ["äb"]),
+        ("x.txt", b"a" * 3_000_000, ["a" * 3_000_000]),
+        (
+            "x.html",
+            b"<html><head><title>t</title><style>s{}</style></head><body><h1>One &amp; two</h1>"
+            b"<script>alert(1)</script><p>A <b>bold</b>\n word.<p>Next<br>line<pre>x\n  y</pre>"
+            b"<ul><li>i<li>j</ul><table><tr><td>c</td></tr></table></div></body></html>",
+            ["One & two\n\nA bold word.\n\nNext\nline\n\nx\n  y\n\ni\nj\n\nc\n"],
+        ),
+        ("x.htm", b'<meta charset="latin-1"><p>\xe4</p>', ["ä\n"]),
+        (
+            "x.parquet",
+            as_parquet(pa.table({"text": pa.array(["a", None]).dictionary_encode()})),
+            ["a"],
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_formats(tmp_path: Path, name: str, data: bytes, expected: list[str]) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert texts(str(tmp_path)) == expected
+
+
+def invalid_utf8() -> pa.Table:
+    values = pa.array([b"fine", b"\xff\xfe", b"too"]).cast(pa.binary())
+    column = pa.StringArray.from_buffers(3, *values.buffers()[1:])
+    return pa.table({"text": column})
+
+
+def flipped_page() -> bytes:
+    sink = pa.BufferOutputStream()
+    table = pa.table({"text": [f"number {i}" for i in range(5000)]})
+    pq.write_table(table, sink, write_page_checksum=True, use_dictionary=False)
+    data = bytearray(sink.getvalue().to_pybytes())
+    data[len(data) // 3] ^= 1
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "error", "rest"),
+    [
+        (
+            "x.jsonl",
+            b'{"text": "a"}\n' + DEEP + b'\n{"text": "b"}',
+            "line 2: .*too deep",
+            ["a", "b"],
+        ),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8", ["a"]),
+        ("x.jsonl", b'{"text": "a"}\n{"text": ["b"]}', "line 2: .*'text', which is", ["a"]),
+        ("x.json", DEEP, "nested too deep", []),
+        ("x.json", b'[{"text": "a"}, {"b": 1}]', "item 2: not a JSON object", ["a"]),
+        ("x.json", b'[{"text": "a"}', "is not JSON", []),
+        ("x.csv", b'text\na\n"b', "line 3: unexpected end of data", ["a"]),
+        ("x.csv", b"n\n1\n", r"no column 'text', only \['n'\]; --text-column", []),
+        ("x.csv", b"n,text\n1\n2,b\n", "row 2: it has 1 columns of 2", ["b"]),
+        ("x.csv", b"text\n\xe4\n", "not UTF-8 text", []),
+        ("x.txt", "ä".encode("latin-1"), r"not UTF-8 text \(byte 0\); convert it", []),
+        ("x.txt.xz", lzma.compress(b"abc" * 99)[:-30], "cannot be read", []),
+        ("x.txt.gz", gzip.compress(b"abc" * 99)[:-12], "cannot be read", []),
+        ("x.html", b"<p> </p>", "no text in its HTML", []),
+        ("x.parquet", as_parquet(invalid_utf8()), "row 2: not UTF-8 text", ["fine", "too"]),
+        ("x.parquet", flipped_page(), "cannot be read: ", []),
+        ("x.parquet", as_parquet(pa.table({"text": [1]})), "holds int64, not strings", []),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_named_or_skipped(
+    tmp_path: Path, name: str, data: bytes, error: str, rest: list[str]
+) -> None:
+    (tmp_path / "ok.txt").write_text("ok")
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=error) as raised:
+        texts(str(tmp_path))
+    assert name in str(raised.value)
+    assert "\n" not in str(raised.value)
+    options, skipped = ReadOptions(skip_bad=True), Skipped()
+    plan = sources.units(sources.find([str(tmp_path)], options, skipped), skip_bad=True)
+    read = [text for unit in plan for text in corpus.read(unit, options, skipped)]
+    assert read == ["ok", *rest]
+    assert skipped.count == len(skipped.first) == 1
+    assert name in skipped.first[0]
+
+
+def test_the_text_column_has_any_name(tmp_path: Path) -> None:
+    table = pa.table({"body": ["p"], "text": [1]})
+    (tmp_path / "a.parquet").write_bytes(as_parquet(table))
+    (tmp_path / "b.jsonl").write_text('{"body": "j"}')
+    (tmp_path / "c.csv").write_text("x,body\n1,c\n")
+    options = ReadOptions(text_column="body")
+    plan = sources.units(sources.find([str(tmp_path)], options))
+    assert [text for unit in plan for text in corpus.read(unit, options)] == ["p", "j", "c"]
+
+
+def test_links_bring_each_file_once(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "a.txt").write_text("a")
+    (folder / "deep" / "b.txt").write_text("b")
+    (tmp_path / "beside.txt").write_text("beside")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "c.txt").write_text("c")
+    links = {
+        "loop": ".",
+        "deep/up": "..",
+        "deep/er/up": "..",
+        "out": "../other",
+        "deep/z": "../deep",
+    }
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    (folder / "above").symlink_to("..")
+    (folder / "again.txt").symlink_to("a.txt")
+    assert texts(str(folder)) == ["a", "b", "c"]
+    assert texts(f"{folder}/**/*.txt", str(folder), f"{folder}/again.txt") == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "socket", "link", "loop", "folder"])
+def test_special_files_are_refused_and_never_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    (tmp_path / "ok.txt").write_text("ok")
+    path = tmp_path / "x.txt"
+    error = {"link": "No such file", "loop": "symbolic links"}.get(kind, f"is a {kind}")
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "socket":
+        monkeypatch.chdir(tmp_path)  # the path of a socket may not be long
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind("x.txt")
+    elif kind == "folder":
+        path.mkdir()
+        assert texts(str(tmp_path)) == ["ok"]
+        return
+    else:
+        path.symlink_to("x.txt" if kind == "loop" else "nowhere")
+    for uri in (str(tmp_path), f"{tmp_path}/*.txt"):
+        with pytest.raises(ValueError, match=error):
+            texts(uri)
+    skipped = Skipped()
+    found = sources.find([str(tmp_path)], ReadOptions(skip_bad=True), skipped)
+    assert [source.uri for source in found] == [str(tmp_path / "ok.txt")]
+    assert skipped.count == 1
+    # One that has become a FIFO since it was listed.
+    source = sources.Source(uri=str(path), size=1, modified=0)
+    with pytest.raises(ValueError, match=r"x\.txt"):
+        list(corpus.read((source,)))
+
+
+def test_empty_source_files_are_nothing_wrong(tmp_path: Path) -> None:
+    (tmp_path / "__init__.py").touch()
+    (tmp_path / "a.py").write_text("a = 1\n")
+    assert texts(str(tmp_path)) == ["a = 1\n"]
+
+
+@pytest.mark.parametrize("where", ["folder", "s3"])
+def test_files_may_have_any_name(
+    request: pytest.FixtureRequest, tmp_path: Path, where: str
+) -> None:
+    store = Store.at(str(tmp_path / "t"))
+    if where == "s3":
+        store = Store.at(request.getfixturevalue("s3")).child(f"names-{tmp_path.name}")
+    names = ["a b", "grüße", "a#b", "a?b", "a%b", "a%20b", "a[1]", "a&b=c", "what?x=1", "日本"]
+    for name in names:
+        store.write_text(f"{name}/{name}.txt", name)
+    assert texts(store.uri) == sorted(names)
+    assert texts(store.child("*", "*.txt").uri) == sorted(names)
+    for name in names:
+        assert texts(store.child(name).uri) == [name]
+        assert texts(store.child(name, f"{name}.txt").uri) == [name]
+
+
+def test_long_lines_are_cut_between_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(corpus, "LINE_BYTES", 50)
+    said = "ä€😀x" * 900
+    (tmp_path / "x.txt").write_text(said)
+    plan = sources.units(sources.find([str(tmp_path)]))
+    read = [text for unit in plan for text in corpus.read(unit)]
+    assert "".join(read) == said
+    assert max(map(len, read)) <= 300
+
+
+def test_long_compressed_text_is_read_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(corpus, "WHOLE_BYTES", 1000)
+    lines = "".join(f"{i} " + "ä€😀" * (i % 30) + "\n" for i in range(200))
+    for said in (lines, "ä€😀x" * 900):
+        for name, data in {
+            "x.txt.gz": gzip.compress(said.encode()),
+            "x.txt.xz": lzma.compress(said.encode()),
+        }.items():
+            (tmp_path / name).write_bytes(data)
+            read = list(corpus.read(tuple(sources.find([str(tmp_path / name)]))))
+            assert "".join(read) == said
+            assert len(read) > 10
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
