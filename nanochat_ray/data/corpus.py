@@ -81,7 +81,7 @@ class _Stream:
         self._raw = fs.open_input_stream(path, compression=None)
         self.file: Any = self._raw
         if compression == "xz":
-            self.file = lzma.open(self._raw)
+            self.file = lzma.LZMAFile(self._raw)  # noqa: SIM115 (closed with this)
         elif compression:
             self.file = pa.CompressedInputStream(self._raw, compression)
 
@@ -458,9 +458,9 @@ def read(
             yield from _documents(source, options.text_column, bad)
         except Exception as error:
             known = isinstance(error, ValueError) and source.uri in str(error)
-            if not known and not isinstance(error, (*_DAMAGE, ValueError)):
-                if not is_outside(error, source.uri):
-                    raise
+            damage = isinstance(error, (*_DAMAGE, ValueError))
+            if not damage and not is_outside(error, source.uri):
+                raise
             reason = str(error).partition("\n")[0][:300] or type(error).__name__
             message = str(error) if known else f"text file {source.uri} cannot be read: {reason}"
             if not options.skip_bad:

@@ -6,51 +6,12 @@ import re
 from html.parser import HTMLParser
 
 _HIDDEN = {"script", "style", "template", "noscript", "svg", "head", "iframe", "object"}
-_BLOCKS = set(
-    [
-        "address",
-        "article",
-        "aside",
-        "blockquote",
-        "br",
-        "dd",
-        "details",
-        "dialog",
-        "div",
-        "dl",
-        "dt",
-        "fieldset",
-        "figcaption",
-        "figure",
-        "footer",
-        "form",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "header",
-        "hr",
-        "li",
-        "main",
-        "nav",
-        "ol",
-        "p",
-        "pre",
-        "section",
-        "summary",
-        "table",
-        "tbody",
-        "td",
-        "tfoot",
-        "th",
-        "thead",
-        "title",
-        "tr",
-        "ul",
-    ]
+_BLOCK_TAGS = (
+    "address article aside blockquote br dd details dialog div dl dt fieldset figcaption "
+    "figure footer form h1 h2 h3 h4 h5 h6 header hr li main nav ol p pre section summary "
+    "table tbody td tfoot th thead title tr ul "
 )
+_BLOCKS = frozenset(_BLOCK_TAGS.split())
 _PARAGRAPHS = {"p", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "blockquote", "ul", "ol", "table"}
 
 
@@ -98,7 +59,10 @@ class _Text(HTMLParser):
 
 
 def text_of(page: str) -> str:
-    """The visible text of ``page``, blocks on lines of their own; most broken markup is no error."""
+    """The visible text of ``page``, blocks on lines of their own.
+
+    Broken markup is read as well as it can be; ValueError where Python's parser cannot.
+    """
     parser = _Text()
     try:
         parser.feed(page)
