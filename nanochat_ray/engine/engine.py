@@ -317,13 +317,16 @@ class Engine:
         while finish is None:
             i = len(made)
             token = chosen[i]
+            if not 0 <= token < self.vocab_size:
+                error, finish = self._no_token(s), "error"
+                break
             s.tokens.append(token)
             made.append(token)
             finish = self._finish(s, token)
             if finish != "stop" and s.grammar is not None:
                 s.grammar.feed([token])
                 if (reason := s.grammar.error) is not None:
-                    error, finish = f"grammar: {reason}", "error"
+                    error, finish = reason, "error"
                 elif complete := s.grammar.finished:
                     finish = "stop"
             if finish is None and s.tool is not None:
@@ -352,8 +355,15 @@ class Engine:
             complete=complete,
             cached_tokens=s.cached if first else 0,
             logprobs=[*scores[: len(made)], *[None] * len(forced)] if asked else None,
-            prompt_logprobs=s.prompt_scores if first else None,
+            prompt_logprobs=s.prompt_scores if first and error is None else None,
         )
+
+    @staticmethod
+    def _no_token(sequence: Sequence) -> str:
+        """Why a row has no token: the others of its step have theirs."""
+        if sequence.grammar is not None and sequence.grammar.error is not None:
+            return sequence.grammar.error
+        return f"logits: they are not finite at position {len(sequence.tokens)}"
 
     @staticmethod
     def _finish(sequence: Sequence, token: int) -> Finish | None:

@@ -6,10 +6,12 @@ replayed. G rows with a grammar, W = ceil((V + 1) / 32) words of mask for V toke
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +21,23 @@ import llguidance
 import llguidance.numpy as masks
 import numpy as np
 
-from nanochat_ray.engine.request import GRAMMARS
+from nanochat_ray.engine.request import GRAMMARS, EngineFull
 
 KEPT = 64
 """Compiled grammars that are kept: a service asks for few different ones, many times."""
+MAX_CHARACTERS = 128 << 10
+"""Of a grammar as JSON. Compile time grows faster than size: 0.1 to 1.5 s at this one."""
+SMALL_CHARACTERS = 8 << 10
+"""Grammars up to this size, which compile in milliseconds, never wait behind larger ones."""
+MAX_PENDING = 32
+"""Grammars above that size that may wait to be compiled."""
+MAX_REASON = 300
+"""Characters of llguidance's error that are passed on; a dump of its state may follow them."""
+# Rows of the parser grow with alternatives and optional properties: the default, 2,000, is 500 of
+# these. Work per step stays bounded (llguidance says 20,000 items take about 1 ms).
+_LIMITS = llguidance.LLParserLimits(
+    max_items_in_row=20_000, step_max_items=200_000, verbose_errors=False
+)
 # Without blanks between JSON's parts: a weak model may otherwise write blanks until it is cut.
 # A schema's own "x-guidance" has the last word.
 _COMPACT: llguidance.JsonCompileOptions = {"whitespace_flexible": False}  # type: ignore[name-defined]
@@ -51,23 +66,41 @@ class GrammarState:
     ending: np.ndarray
     """int32 ``[W]``: bits of the tokens that may end the answer where the grammar may end."""
 
+    failure: str | None = None
+
     def feed(self, tokens: Iterable[int]) -> bool:
         """Takes tokens of the answer; False, for good, once one does not follow the grammar."""
-        return self.matcher.consume_tokens(list(tokens))
+        with self.guarded():
+            return self.matcher.consume_tokens(list(tokens))
+        return False
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Whatever llguidance raises, a Rust panic too, ends this answer and no other."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            self.failure = f"{type(error).__name__}: {error}"
 
     def agreed(self, draft: Sequence[int]) -> int:
         """How many of the tokens, from the first on, follow the grammar. Changes nothing."""
-        return self.matcher.validate_tokens(list(draft))
+        with self.guarded():
+            return self.matcher.validate_tokens(list(draft))
+        return 0
 
     @property
     def finished(self) -> bool:
         """Whether nothing can be added."""
-        return self.matcher.is_stopped() and not self.matcher.is_error()
+        return self.error is None and self.matcher.is_stopped()
 
     @property
     def error(self) -> str | None:
         """Why it cannot be followed on, such as a limit of llguidance's; None if it can."""
-        return self.matcher.get_error() if self.matcher.is_error() else None
+        if self.failure is None and self.matcher.is_error():
+            self.failure = self.matcher.get_error()
+        return None if self.failure is None else f"grammar: {_reason(self.failure)}"
 
 
 class Grammars:
@@ -89,7 +122,9 @@ class Grammars:
         wrapper = llguidance.TokenizerWrapper(_Words(tokens, self._end))
         self._tokenizer = llguidance.LLTokenizer(wrapper)
         self._executor = llguidance.LLExecutor(1)
-        self._compilers = ThreadPoolExecutor(2, "grammar")  # one that takes long is not alone
+        self._small = ThreadPoolExecutor(1, "grammar")
+        self._large = ThreadPoolExecutor(1, "large-grammar")
+        self._pending = 0
         self._lock = threading.Lock()
         self._made: WeakValueDictionary[str, Future[llguidance.LLMatcher | str]]
         self._made = WeakValueDictionary()
@@ -97,18 +132,39 @@ class Grammars:
         self._latest: OrderedDict[str, Future[llguidance.LLMatcher | str]] = OrderedDict()
 
     def compile(self, grammar: Mapping[str, Any]) -> Future[llguidance.LLMatcher | str]:
-        """Once for all who ask for it, even at the same time: it may take seconds. The latest are
-        kept, and each for as long as somebody holds what this returns."""
-        text = json.dumps(grammar)
+        """Once for all who ask for it, even at the same time: a large one may take a second. The
+        latest are kept, and each for as long as somebody holds what this returns. EngineFull if
+        too many large ones wait."""
+        try:
+            text = json.dumps(grammar)
+        except RecursionError:
+            return _refused("grammar: it is nested too deep")
+        if len(text) > MAX_CHARACTERS:
+            return _refused(
+                f"grammar: it has {len(text):,} characters as JSON, {MAX_CHARACTERS:,} are allowed"
+            )
         with self._lock:
             made = self._made.get(text)
             if made is None:
-                made = self._made[text] = self._compilers.submit(self._compile, text)
+                made = self._made[text] = self._submit(text)
             self._latest[text] = made
             self._latest.move_to_end(text)
             if len(self._latest) > KEPT:
                 self._latest.popitem(last=False)
             return made
+
+    def _submit(self, text: str) -> Future[llguidance.LLMatcher | str]:
+        if len(text) <= SMALL_CHARACTERS:
+            return self._small.submit(self._compile, text)
+        if self._pending >= MAX_PENDING:
+            raise EngineFull(f"grammars={MAX_PENDING} are waiting to be compiled already")
+        self._pending += 1
+        future = self._large.submit(self._compile, text)
+        future.add_done_callback(self._compiled)
+        return future
+
+    def _compiled(self, _: object) -> None:
+        self._pending -= 1  # in the one thread of the large ones
 
     def check(self, grammar: Mapping[str, Any]) -> llguidance.LLMatcher:
         """ValueError, naming the field, if it does not compile or allows no text."""
@@ -132,13 +188,29 @@ class Grammars:
         return state
 
     def _compile(self, text: str) -> llguidance.LLMatcher | str:
-        ((kind, value),) = json.loads(text).items()
-        matcher = llguidance.LLMatcher(self._tokenizer, _source(kind, value), log_level=0)
+        kind = "grammar"
+        try:
+            ((kind, value),) = json.loads(text).items()
+            source = _source(kind, value)
+            matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=_LIMITS)
+            some = not matcher.is_error() and bool(
+                (self._one(matcher) & ~_bit(self._end, self._width)).any()
+            )
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of llguidance's is no Exception
+            return f"grammar: this {kind} does not compile: {_reason(str(error))}"
         if matcher.is_error():
-            return f"grammar: this {kind} does not compile: {matcher.get_error().strip()}"
-        if not (self._one(matcher) & ~_bit(self._end, self._width)).any():
+            return f"grammar: this {kind} does not compile: {_reason(matcher.get_error())}"
+        if not some:
             return f"grammar: this {kind} allows no text, or none of these tokens"
         return matcher
+
+    def _fill(self, plain: list[Any], drafted: list[Any], found: np.ndarray) -> None:
+        if plain:
+            masks.fill_next_token_bitmask_par(self._executor, plain, found)
+        if drafted:
+            masks.fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, found)
 
     def _one(self, matcher: llguidance.LLMatcher) -> np.ndarray:
         found = masks.allocate_token_bitmask(1, self._width * 32)
@@ -154,10 +226,17 @@ class Grammars:
         firsts = np.cumsum([0, *(1 + len(draft) for _, draft in rows)])
         found = masks.allocate_token_bitmask(int(firsts[-1]), self._width * 32)
         placed = [(s.matcher, int(at), list(d)) for (s, d), at in zip(rows, firsts, strict=False)]
-        if plain := [(matcher, at) for matcher, at, draft in placed if not draft]:
-            masks.fill_next_token_bitmask_par(self._executor, plain, found)
-        if drafted := [each for each in placed if each[2]]:
-            masks.fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, found)
+        plain = [(matcher, at) for matcher, at, draft in placed if not draft]
+        drafted = [each for each in placed if each[2]]
+        try:
+            self._fill(plain, drafted, found)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # one by one, so that each fails alone
+            for (state, draft), (matcher, at, tokens) in zip(rows, placed, strict=True):
+                with state.guarded():
+                    one = (matcher, at, tokens)
+                    self._fill([] if draft else [one[:2]], [one] if draft else [], found)
         ending = np.repeat([s.ending for s, _ in rows], np.diff(firsts), axis=0)
         may_end = (found[:, self._end // 32] >> (self._end % 32)) & 1
         found |= ending * may_end[:, None]
@@ -166,6 +245,21 @@ class Grammars:
             # Behind a guess that ends it nothing may come, but something must be chosen.
             bits[~bits.any(axis=1)] = 1
         return bits.view(np.bool_)
+
+
+_REGEX_SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")
+
+
+def _refused(reason: str) -> Future[llguidance.LLMatcher | str]:
+    future: Future[llguidance.LLMatcher | str] = Future()
+    future.set_result(reason)
+    return future
+
+
+def _reason(error: str) -> str:
+    """The first of llguidance's error, which may go on with all of its state."""
+    text = " ".join(error.split("<state>")[0].replace("<non-verbose/>", "").split())
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}…"
 
 
 def _bit(at: int, width: int) -> np.ndarray:
@@ -182,7 +276,8 @@ def _source(kind: str, value: Any) -> str:
     if kind == "lark":
         return llguidance.LLMatcher.grammar_from_lark(value)
     if kind == "choice":
-        either = " | ".join(json.dumps(text, ensure_ascii=False) for text in value)
-        return llguidance.LLMatcher.grammar_from_lark(f"start: {either}")
+        # One lexeme: an alternative of its own for each text would be a row of the parser.
+        either = "|".join(_REGEX_SPECIAL.sub(r"\\\g<0>", text) for text in dict.fromkeys(value))
+        return llguidance.LLMatcher.grammar_from_regex(f"({either})")
     schema = {"type": "object"} if kind == "json_object" else value
     return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_COMPACT)

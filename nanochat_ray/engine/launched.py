@@ -58,7 +58,8 @@ class Launched:
             if chunk.samples:
                 chunk.sequence.tokens.append(UNKNOWN)
                 chunk.sequence.late = row
-        return self.chosen
+        # A row that failed has no token; the next step may take any, since it comes to nothing.
+        return self.chosen.clamp_min(0)
 
     def forget(self) -> None:
         """Takes back what ``assume`` gave."""

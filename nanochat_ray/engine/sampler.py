@@ -18,6 +18,12 @@ SAMPLED, TOP_K, TOP_P, MIN_P, NUCLEUS = 1, 2, 4, 8, 16
 """Features that any row of a batch uses; what no row uses costs nothing. NUCLEUS comes with a
 TOP_P without TOP_K."""
 
+MIN_TEMPERATURE = 0.01
+"""Temperatures between 0 and this are raised to it, as in vLLM: below it float32 overflows, and
+the likeliest token is all that is left anyway."""
+INVALID = -1
+"""The token of a row whose logits are not finite: its request fails, and no other."""
+
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -64,17 +70,18 @@ def uniform(seed: Tensor, position: Tensor) -> Tensor:
 
 
 def choose(logits: Tensor, rows: Rows, positions: Tensor, features: int) -> Tensor:
-    """Token ids int64 ``[S]`` for float32 ``logits [S, V]``.
+    """Token ids int64 ``[S]`` for float32 ``logits [S, V]``; ``INVALID`` for a row that holds NaN
+    or whose largest logit is not finite.
 
     ``positions [S]`` are the places that the tokens will have in their sequences; ``features``
     is the union of what the rows use.
     """
-    greedy = logits.argmax(dim=-1)
+    peak, _ = best = logits.max(dim=-1)
     if not features & SAMPLED:
-        return greedy
+        return _checked(*best)
     hot = rows.temperature > 0
-    x = logits / torch.where(hot, rows.temperature, 1.0)[:, None]
-    x = x - x.amax(dim=-1, keepdim=True)
+    # The maximum goes first: a small temperature would make it infinite, and inf - inf is NaN.
+    x = (logits - peak[:, None]) / torch.where(hot, rows.temperature, 1.0)[:, None]
     if features & MIN_P:
         # Nguyen et al., arXiv 2407.01082: p >= min_p * p_max.
         x = x.masked_fill(x < rows.min_p.log()[:, None], -torch.inf)
@@ -85,7 +92,16 @@ def choose(logits: Tensor, rows: Rows, positions: Tensor, features: int) -> Tens
     cumulative = x.exp_().cumsum(dim=-1, dtype=torch.float64)
     target = uniform(rows.seed, positions)[:, None] * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return torch.where(hot, drawn, greedy)
+    return _checked(peak, torch.where(hot, drawn, best.indices))
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The likeliest tokens int64 ``[S]`` of ``logits [S, V]``; ``INVALID`` as in ``choose``."""
+    return _checked(*logits.max(dim=-1))
+
+
+def _checked(peak: Tensor, tokens: Tensor) -> Tensor:
+    return torch.where(peak.isfinite(), tokens, INVALID)
 
 
 def _threshold(x: Tensor, rows: Rows, features: int) -> Tensor:
@@ -153,7 +169,9 @@ def insert(ids: Tensor, pairs: Sequence[tuple[int, int]], chosen: Tensor) -> Non
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the ``tokens [S]``: float32 ``[S]``; of the likeliest: ids and values ``[S, top]``."""
+    """Of the ``tokens [S]``: float32 ``[S]``; of the likeliest: ids and values ``[S, top]``.
+    An ``INVALID`` token gets any value."""
     logs = logits.log_softmax(dim=-1)
+    tokens = tokens.clamp_min(0)
     values, ids = logs.topk(top) if top else (logs[:, :0], logs[:, :0].long())
     return logs.gather(1, tokens[:, None])[:, 0], ids, values

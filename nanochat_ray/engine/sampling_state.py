@@ -60,7 +60,8 @@ class SamplingState:
         rows = self._rows
         self._top_k[slot] = p.top_k if features & sampler.TOP_K else 0
         # To assign a number to a place of a GPU's tensor would be to wait for the GPU.
-        rows.temperature[slot].fill_(p.temperature)
+        hot = max(p.temperature, sampler.MIN_TEMPERATURE) if p.temperature > 0 else 0.0
+        rows.temperature[slot].fill_(hot)
         rows.top_k[slot].fill_(p.top_k)
         rows.top_p[slot].fill_(p.top_p)
         rows.min_p[slot].fill_(p.min_p)
@@ -120,7 +121,7 @@ class SamplingState:
         for slot in slots:
             features |= self._features[slot]
         if not features:
-            return logits.argmax(dim=-1)
+            return sampler.greedy(logits)
         at, where = self._ids(list(slots)), self._ids(list(positions))
         if features & BIAS and self._bias is not None:
             logits = logits + self._used(BIAS, slots) * self._bias[at]

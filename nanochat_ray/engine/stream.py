@@ -40,12 +40,13 @@ class TextStream:
         text = self.push(tokens)
         return text if output.finish is None else text + self.flush()
 
-    def push(self, tokens: Iterable[int]) -> str:
-        """New text after ``tokens``."""
+    def push(self, tokens: Iterable[int], may_stop: bool = True) -> str:
+        """New text after ``tokens``; no stop string that is complete with them ends it unless
+        ``may_stop``."""
         if self.stopped:
             return ""
         visible = [token for token in tokens if self._visible(token)]
-        return self._emit(self._decoder.decode(self._tokenizer.decode_bytes(visible)))
+        return self._emit(self._decoder.decode(self._tokenizer.decode_bytes(visible)), may_stop)
 
     def flush(self) -> str:
         """What was held back; call it once, after the last token."""
@@ -63,13 +64,13 @@ class TextStream:
         self._hidden_until = self._closes.get(token)
         return token not in self._special
 
-    def _emit(self, new: str) -> str:
+    def _emit(self, new: str, may_stop: bool = True) -> str:
         text = self._held + new
         if not self._stop:
             return text
         # The string that is complete first ends the text, wherever the pieces were cut.
         ends = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
-        if ends:
+        if ends and may_stop:
             self.stopped, self._held = True, ""
             return text[: min(ends)[1]]
         keep = max(_overlap(text, stop) for stop in self._stop)

@@ -27,7 +27,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from nanochat_ray.engine.request import EngineFull
 from nanochat_ray.serve import errors
 from nanochat_ray.serve.client import EngineClient, UnavailableError
-from nanochat_ray.serve.completions import DeadlineError, EngineFailedError, Piece, all_pieces
+from nanochat_ray.serve.completions import (
+    DeadlineError,
+    EngineFailedError,
+    GrammarError,
+    Piece,
+    all_pieces,
+)
 from nanochat_ray.serve.errors import ApiError
 from nanochat_ray.serve.guard import Guard, client_of
 from nanochat_ray.serve.metrics import (
@@ -233,6 +239,8 @@ async def _translated(step: Callable[[], Awaitable[list[Piece]]]) -> list[Piece]
         raise errors.unavailable(str(error)) from error
     except DeadlineError as error:
         raise errors.too_late(str(error)) from error
+    except GrammarError as error:
+        raise errors.invalid(str(error)) from error
     except EngineFailedError as error:
         raise ApiError(500, str(error), kind="server_error", code="engine_failed") from error
     except ValueError as error:

@@ -39,6 +39,10 @@ class EngineFailedError(Exception):
     """The engine gave a request up."""
 
 
+class GrammarError(EngineFailedError):
+    """It gave it up because what the client wants its answer to fit is too much to follow."""
+
+
 class DeadlineError(EngineFailedError):
     """It gave it up because the request's time was over."""
 
@@ -52,9 +56,16 @@ class Answer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, index: int, stop: Sequence[str], calling: Calling = "no"
+        self,
+        tokenizer: Tokenizer,
+        index: int,
+        stop: Sequence[str],
+        calling: Calling = "no",
+        min_tokens: int = 0,
     ):
+        """Stop strings count from the token behind the first ``min_tokens`` on, as in vLLM."""
         self.index = index
+        self._min_tokens, self._num_tokens = min_tokens, 0
         self._calling = calling
         self._call_end = tokenizer.special("<|python_end|>") if calling != "no" else -1
         self._tokenizer = tokenizer
@@ -72,6 +83,7 @@ class Answer:
         # The token that ended the answer is no part of its text.
         tokens = output.tokens[:-1] if output.ended_by_last else output.tokens
         for i, token in enumerate(tokens):
+            self._num_tokens += 1
             mark = self._marks.get(token)
             if mark is not None:
                 self._mark(mark, piece)
@@ -80,9 +92,12 @@ class Answer:
             else:
                 if output.logprobs is not None and (found := output.logprobs[i]) is not None:
                     piece.scored.append((token, found))
-                piece.text += self._text.push((token,))
+                may_stop = self._num_tokens > self._min_tokens
+                piece.text += self._text.push((token,), may_stop)
                 if self._text.stopped:
                     piece.finish = "stop"
+                    # What a step with draft tokens brought behind it is no part of the answer.
+                    piece.tokens = i + 1
                     return piece
         if output.ended_by_last and output.tokens[-1] == self._call_end and self._inside:
             piece.call = self._tokenizer.decode(self._held)
@@ -122,7 +137,9 @@ async def all_pieces(service: Service, job: Job) -> AsyncGenerator[list[Piece], 
             timer = service.metrics.timer()
             await service.client.submit(request, stream)
             timer.taken(len(request.prompt))
-            running[request.id] = Answer(service.tokenizer, i, job.stop, job.calling), timer
+            least = request.params.min_tokens
+            answer = Answer(service.tokenizer, i, job.stop, job.calling, least)
+            running[request.id] = answer, timer
         async for outputs in stream:
             pieces = []
             for output in outputs:
@@ -137,7 +154,10 @@ async def all_pieces(service: Service, job: Job) -> AsyncGenerator[list[Piece], 
                 elif output.finish is not None and piece.finish is None:
                     timer.end("error")
                     reason = output.error or f"the engine ended the answer ({output.finish})"
-                    if reason.startswith("deadline:"):  # an engine names what it failed on
+                    # An engine names what it failed on.
+                    if reason.startswith("grammar:"):
+                        raise GrammarError(reason)
+                    if reason.startswith("deadline:"):
                         most = service.limits.request_timeout_s
                         raise DeadlineError(f"the answer was not ready after {most:g} s, the limit")
                     raise EngineFailedError(reason)

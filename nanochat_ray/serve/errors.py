@@ -15,6 +15,8 @@ from starlette.exceptions import HTTPException
 logger = logging.getLogger(__name__)
 
 INVALID = "invalid_request_error"
+MAX_MESSAGE = 500
+"""Characters."""
 
 
 class ApiError(Exception):
@@ -30,9 +32,14 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
     ):
+        # Parts of what the client sent may be in it: of any length, with lone surrogates.
+        message = message.encode(errors="replace").decode()
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[:MAX_MESSAGE]}…"
         super().__init__(message)
         self.status, self.message, self.kind = status, message, kind
-        self.param, self.code, self.retry_after = param, code, retry_after
+        self.param = param and param.encode(errors="replace").decode()[:100]
+        self.code, self.retry_after = code, retry_after
 
     def body(self) -> dict[str, Any]:
         return {

@@ -34,20 +34,31 @@ def for_chat(tokenizer: Tokenizer, scored: Sequence[Scored]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
+class TextOffsets:
+    """Where tokens begin in their text, in characters. Counted by the tokens themselves: text may
+    be held back while the scores of its tokens are shown already."""
+
+    def __init__(self, tokenizer: Tokenizer, hidden: int = 0):
+        """The first ``hidden`` tokens stand for no text."""
+        self._tokenizer, self._hidden, self._offset = tokenizer, hidden, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def after(self, token: int) -> int:
+        """The token's offset; the next one begins behind it."""
+        offset = self._offset
+        if self._hidden > 0:
+            self._hidden -= 1
+        else:
+            self._offset += len(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+        return offset
+
+
 def for_completion(
     tokenizer: Tokenizer,
     scored: Sequence[tuple[int, TokenLogprob | None]],
-    offset: int,
-    hidden: int = 0,
+    offsets: TextOffsets,
 ) -> dict[str, list[Any]]:
-    """``offset``: characters of the text before the first of these tokens, of which the first
-    ``hidden`` stand for none. None is said of a prompt's very first token."""
-    offsets = []
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for i, (token, _) in enumerate(scored):
-        offsets.append(offset)
-        if i >= hidden:
-            offset += len(decoder.decode(tokenizer.decode_bytes([token])))
+    """``offsets`` knows the tokens before these. A prompt's very first token has None."""
     return {
         "tokens": [_name(tokenizer, token) for token, _ in scored],
         "token_logprobs": [found and found.logprob for _, found in scored],
@@ -56,7 +67,7 @@ def for_completion(
             found and {_name(tokenizer, t): x for t, x in (*found.top, (token, found.logprob))}
             for token, found in scored
         ],
-        "text_offset": offsets,
+        "text_offset": [offsets.after(token) for token, _ in scored],
     }
 
 

@@ -16,6 +16,7 @@ from nanochat_ray.serve.conversation import Body, ChatMessage, ToolChoice, ToolS
 from nanochat_ray.serve.structure import Grammar, ResponseFormat, StructuredOutputs, grammar_of
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+MaxTokens = Annotated[StrictInt, Field(ge=-1, lt=2**31)]
 Penalty = Annotated[StrictFloat, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[StrictFloat, Field(ge=-100, le=100, allow_inf_nan=False)]
 MAX_STOPS = 16
@@ -60,7 +61,8 @@ class SamplingBody(Body):
     model: StrictStr | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: MaxTokens | None = None
+    """Cut to what fits behind the prompt; -1 is all of that."""
     temperature: Annotated[StrictFloat, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[StrictFloat, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1, lt=2**31)] | None = None
@@ -123,7 +125,6 @@ class CompletionRequest(SamplingBody):
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
-    max_tokens: Annotated[StrictInt, Field(ge=0, lt=2**31)] | None = None
     echo: StrictBool | None = None
     best_of: Annotated[StrictInt, Field(ge=1)] | None = None
     """Answers that are made for each prompt, of which the ``n`` likeliest are given."""
@@ -165,7 +166,7 @@ class CompletionRequest(SamplingBody):
 
 class ChatRequest(SamplingBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: MaxTokens | None = None
     """OpenAI's newer name of ``max_tokens``; it wins."""
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -174,7 +175,10 @@ class ChatRequest(SamplingBody):
 
     @model_validator(mode="after")
     def _refuse_more(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        for name in ("max_tokens", "max_completion_tokens"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name}=0 is not allowed: 1 or more, or -1 for all that fits")
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is only allowed together with logprobs=true")
         forced = calling(self.tools, self.tool_choice) in ("required", "named")
         if forced and self.grammar is not None:

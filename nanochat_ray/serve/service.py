@@ -110,7 +110,7 @@ class Service:
     async def chat_job(self, body: ChatRequest, client: str = "") -> Job:
         self.check_model(body.model)
         ids = await self.chat_prompt(body)
-        limit = body.max_completion_tokens or body.max_tokens or self.max_len - len(ids)
+        limit = body.max_completion_tokens or body.max_tokens
         return self._job(body, "messages", [ids], [""], limit, client)
 
     async def completion_job(self, body: CompletionRequest, client: str = "") -> Job:
@@ -120,7 +120,7 @@ class Service:
         for prompt in body.prompts():
             if isinstance(prompt, str):
                 prompts.append(await self.text_prompt(prompt))
-                echoes.append(prompt)
+                echoes.append(readable(prompt))
             else:
                 self.check_ids(prompt, "prompt")
                 prompts.append(prompt)
@@ -135,9 +135,10 @@ class Service:
         param: str,
         prompts: list[list[int]],
         echoes: list[str],
-        max_tokens: int,
+        max_tokens: int | None,
         client: str,
     ) -> Job:
+        """``max_tokens``: None or -1 is all that fits behind a prompt, and more is cut to that."""
         n = body.n or 1
         candidates = body.candidates if isinstance(body, CompletionRequest) else n
         if candidates * len(prompts) > self.limits.max_choices:
@@ -146,8 +147,7 @@ class Service:
                 f"is more than {self.limits.max_choices} choices",
                 "n",
             )
-        for ids in prompts:
-            self._check_length(ids, param, max_tokens)
+        limits = [self._room(ids, param, max_tokens) for ids in prompts]
         # Without a seed of its own, each request draws another one; choices differ by their place.
         seed = secrets.randbits(62) if body.seed is None else body.seed
         timeout = self.limits.request_timeout_s
@@ -156,12 +156,12 @@ class Service:
             Request(
                 id=secrets.token_hex(8),
                 prompt=ids,
-                params=self._params(body, max_tokens, (seed + i) % 2**63),
+                params=self._params(body, limit, (seed + i) % 2**63),
                 priority=body.priority or 0,
                 client=client,
                 deadline=deadline,
             )
-            for ids in prompts
+            for ids, limit in zip(prompts, limits, strict=True)
             for i in range(candidates)
         ]
         return Job(
@@ -179,19 +179,16 @@ class Service:
             candidates=candidates,
         )
 
-    def _check_length(self, ids: Sequence[int], param: str, max_tokens: int) -> None:
-        asked = f"the prompt has {len(ids)} tokens"
-        if len(ids) >= self.max_len:
-            message = f"This model's longest sequence is {self.max_len} tokens, but {asked}."
-        elif len(ids) + max_tokens > self.max_len:
+    def _room(self, ids: Sequence[int], param: str, max_tokens: int | None) -> int:
+        """Tokens that the answer to a prompt may have. ApiError if not one fits that is needed."""
+        room = self.max_len - len(ids)
+        if room < (max_tokens != 0):
             message = (
-                f"This model's longest sequence is {self.max_len} tokens, but {asked} and "
-                f"max_tokens is {max_tokens}."
+                f"This model's maximum context length is {self.max_len} tokens, but the prompt has "
+                f"{len(ids)} tokens."
             )
-            param = "max_tokens"
-        else:
-            return
-        raise errors.invalid(message, param, "context_length_exceeded")
+            raise errors.invalid(message, param, "context_length_exceeded")
+        return room if max_tokens in (None, -1) else min(max_tokens or 0, room)
 
     def _stop_ids(self, body: SamplingBody) -> tuple[int, ...]:
         ids = tuple(body.stop_token_ids or ())
@@ -220,6 +217,12 @@ class Service:
             prompt_logprobs=body.prompt_scores if isinstance(body, CompletionRequest) else None,
             grammar=body.grammar,
         )
+
+
+def readable(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, as the tokenizer reads it: JSON can carry them, but
+    UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _characters(message: ChatMessage) -> int:

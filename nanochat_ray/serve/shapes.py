@@ -13,7 +13,7 @@ from nanochat_ray.engine.request import TokenLogprob
 from nanochat_ray.serve import logprobs
 from nanochat_ray.serve.completions import Piece
 from nanochat_ray.serve.conversation import FUNCTION, arguments
-from nanochat_ray.serve.logprobs import Scored
+from nanochat_ray.serve.logprobs import Scored, TextOffsets
 from nanochat_ray.serve.responses import (
     AnswerMessage,
     Calculation,
@@ -118,14 +118,20 @@ class Shape:
 class CompletionShape(Shape):
     kind = "text_completion"
 
-    def _logprobs(self, piece: Piece, offset: int, echoed: bool) -> dict[str, Any] | None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Of streams: each choice's tokens so far.
+        self._offsets = [self._text_offsets(i) for i in range(len(self.job.requests))]
+
+    def _text_offsets(self, index: int) -> TextOffsets:
+        hidden = self.job.hidden if self.job.prefixes[index] else 0
+        return TextOffsets(self.service.tokenizer, hidden)
+
+    def _logprobs(self, piece: Piece, offsets: TextOffsets) -> dict[str, Any] | None:
         if not self.job.logprobs:
             return None
-        prompt = self._prompt(piece) if echoed else []
-        hidden = self.job.hidden if echoed else 0
-        return logprobs.for_completion(
-            self.service.tokenizer, [*prompt, *piece.scored], offset, hidden
-        )
+        prompt = self._prompt(piece) if self.job.prefixes[piece.index] else []
+        return logprobs.for_completion(self.service.tokenizer, [*prompt, *piece.scored], offsets)
 
     def _prompt(self, piece: Piece) -> list[tuple[int, TokenLogprob | None]]:
         ids = self.job.requests[piece.index].prompt
@@ -139,12 +145,11 @@ class CompletionShape(Shape):
     def delta(self, piece: Piece) -> str:
         prefix = self.job.prefixes[piece.index]
         echoed = bool(prefix and piece.prompt and self.job.logprobs)
-        offset = 0 if echoed else len(self.text[piece.index]) - len(piece.text)
         return self.chunk(
             {
                 "index": piece.index,
                 "text": prefix + piece.text if echoed else piece.text,
-                "logprobs": self._logprobs(piece, offset, echoed)
+                "logprobs": self._logprobs(piece, self._offsets[piece.index])
                 if piece.tokens or echoed
                 else None,
                 "finish_reason": piece.finish,
@@ -162,12 +167,12 @@ class CompletionShape(Shape):
 
     def _choice(self, index: int, i: int) -> CompletionChoice:
         piece = Piece(i, scored=self.scored[i], prompt=self.prompt_scores[i])
-        prefix, shown = self.job.prefixes[i], self.job.prompt_logprobs
+        shown = self.job.prompt_logprobs
         tokenizer = self.service.tokenizer
         return CompletionChoice(
             index=index,
             text=self.text[i],
-            logprobs=self._logprobs(piece, 0, bool(prefix)),
+            logprobs=self._logprobs(piece, self._text_offsets(i)),
             finish_reason=self.finish[i],
             prompt_logprobs=None
             if shown is None

@@ -85,3 +85,9 @@ def test_the_token_that_ended_the_answer_is_no_text() -> None:
     assert stream.add(Output(request_id="r", tokens=TOKENIZER.encode("abz"))) == "ab"
     ended = Output(request_id="r", tokens=TOKENIZER.encode("c;"), finish="stop")
     assert stream.add(ended) == "zc"
+
+
+def test_stop_strings_wait_for_min_tokens() -> None:
+    stream = TextStream(TOKENIZER, ["ab"])
+    parts = [stream.push([t], i >= 5) for i, t in enumerate(TOKENIZER.encode("xababababz"))]
+    assert ("".join(parts), stream.stopped) == ("xabab", True)

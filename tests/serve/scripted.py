@@ -19,6 +19,8 @@ class ScriptedClient:
 
     def __init__(self, tokens: list[int], *, delay: float = 0.0, finish: Any = "stop"):
         self.tokens, self.delay, self.finish = tokens, delay, finish
+        self.per_step = 1
+        self.error: str | None = None
         self.refuse: Exception | None = None
         self.break_after: int | None = None
         self.requests: list[Request] = []
@@ -41,7 +43,11 @@ class ScriptedClient:
         self.tasks.append(task)
 
     async def _play(self, request: Request, stream: OutputStream) -> None:
-        for i, token in enumerate(self.tokens[: request.params.max_tokens]):
+        tokens = self.tokens[: request.params.max_tokens]
+        if self.per_step > 1:
+            stream.push(Output(request_id=request.id, tokens=tokens))
+            tokens = []
+        for i, token in enumerate(tokens):
             await asyncio.sleep(self.delay)
             if request.id not in self.running:
                 return
@@ -67,7 +73,7 @@ class ScriptedClient:
         # A real engine's "stop" comes with the token that stopped it.
         last = [] if short or self.finish != "stop" else [max(request.params.eos_ids)]
         finish = "length" if short else self.finish
-        stream.push(Output(request_id=request.id, tokens=last, finish=finish))
+        stream.push(Output(request_id=request.id, tokens=last, finish=finish, error=self.error))
 
     async def health(self) -> dict[str, Any]:
         if isinstance(self.refuse, UnavailableError):

@@ -21,6 +21,7 @@ from nanochat_ray.text.tokenizer import Tokenizer
 
 TOK = Tokenizer.bytes_only()
 USER = [{"role": "user", "content": "hello"}]
+JSON = {"content-type": "application/json"}
 
 
 def ids(text: str) -> list[int]:
@@ -188,7 +189,9 @@ REFUSED: list[tuple[str, Any, int, str | None, str | None]] = [
     ("chat/completions", chat(seed=2**70), 400, "seed", None),
     ("chat/completions", chat(n=9), 400, "n", None),
     ("chat/completions", chat(max_tokens=0), 400, "max_tokens", None),
-    ("chat/completions", chat(max_tokens=250), 400, "max_tokens", "context_length_exceeded"),
+    ("chat/completions", chat(max_tokens=0), 400, "max_tokens", None),
+    ("chat/completions", chat(max_completion_tokens=-2), 400, "max_completion_tokens", None),
+    ("completions", {"prompt": "x", "max_tokens": -2}, 400, "max_tokens", None),
     ("chat/completions", chat(stop=["a"] * 17), 400, "stop", None),
     ("chat/completions", chat(stream_options={}), 400, "stream_options", None),
     ("chat/completions", chat(tools=[{}]), 400, "tools[0].type", None),
@@ -327,3 +330,82 @@ def test_page_carries_its_policy(url: str) -> None:
     response = get(url)
     assert "script-src 'sha256-" in response.headers["content-security-policy"]
     assert "http" not in response.text.split("<body>")[1]
+
+
+@pytest.mark.parametrize(("value", "room"), [(10**6, True), (-1, True), (None, True), (5, False)])
+def test_max_tokens_is_cut_to_what_fits(
+    url: str, engine: ScriptedClient, value: int | None, room: bool
+) -> None:
+    assert post(f"{url}/v1/chat/completions", json=chat(max_tokens=value)).status_code == 200
+    fields = {"messages": USER, "max_completion_tokens": value}
+    assert post(f"{url}/v1/chat/completions", json=fields).status_code == 200
+    prompts = {"prompt": ["a", "longer"], "max_tokens": 16 if value is None else value}
+    assert post(f"{url}/v1/completions", json=prompts).status_code == 200
+    for request in engine.requests[: 4 if value is not None else 2]:
+        expected = 256 - len(request.prompt) if room else 5
+        assert request.params.max_tokens == expected
+
+
+def test_draft_tokens_behind_a_stop_are_not_counted(url: str, engine: ScriptedClient) -> None:
+    engine.tokens, engine.per_step = ids("one two three"), 100
+    body = {"prompt": "x", "stop": "two"}
+    answer = post(f"{url}/v1/completions", json=body).json()
+    assert answer["choices"][0]["text"] == "one "
+    assert answer["usage"]["completion_tokens"] == len("one two")
+
+
+def test_min_tokens_holds_against_stop_strings(url: str, engine: ScriptedClient) -> None:
+    engine.tokens = ids("abababab")
+    body = {"prompt": "x", "stop": ["ab"], "min_tokens": 5}
+    answer = post(f"{url}/v1/completions", json=body).json()
+    assert answer["choices"][0]["text"] == "abab"
+    assert answer["usage"]["completion_tokens"] == 6
+
+
+def test_streamed_text_offsets_are_those_of_the_whole(url: str, engine: ScriptedClient) -> None:
+    engine.tokens = ids("a<b é <x>y")
+    body = {"prompt": "x", "stop": "<x>z", "logprobs": 0, "max_tokens": 40}
+    whole = post(f"{url}/v1/completions", json=body).json()["choices"][0]
+    offsets: list[int] = []
+    with httpx.stream("POST", f"{url}/v1/completions", json={**body, "stream": True}) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                scores = json.loads(line[6:])["choices"][0]["logprobs"]
+                offsets += scores["text_offset"] if scores else []
+    assert offsets == whole["logprobs"]["text_offset"]
+    assert offsets[:5] == [0, 1, 2, 3, 4]
+
+
+def test_lone_surrogates_are_answered(url: str) -> None:
+    for body in (
+        b'{"prompt": "a\\ud800b", "echo": true}',
+        b'{"prompt": "a", "stop": "\\udc00"}',
+        b'{"prompt": "a", "stop": "\\udc00", "stream": true}',
+    ):
+        assert post(f"{url}/v1/completions", content=body, headers=JSON).status_code == 200, body
+    body = b'{"prompt": "\\ud800", "echo": true}'
+    echoed = post(f"{url}/v1/completions", content=body, headers=JSON).json()
+    assert echoed["choices"][0]["text"].startswith("\N{REPLACEMENT CHARACTER}")
+    for body in (b'{"prompt": "a", "model": "\\ud800"}', b'{"prompt": "a", "stop": [["\\ud800"]]}'):
+        answer = post(f"{url}/v1/completions", content=body, headers=JSON)
+        assert answer.status_code in (400, 404)
+        assert answer.json()["error"]["message"]
+
+
+def test_echo_alone_may_fill_the_context(url: str) -> None:
+    body = {"prompt": "x" * 255, "echo": True, "max_tokens": 0}
+    assert post(f"{url}/v1/completions", json=body).status_code == 200
+    assert post(f"{url}/v1/completions", json={**body, "max_tokens": 1}).status_code == 400
+
+
+def test_zero_top_logprobs_need_no_logprobs(url: str) -> None:
+    for extra in ({"logprobs": False, "top_logprobs": 0}, {"top_logprobs": 0}):
+        assert post(f"{url}/v1/chat/completions", json=chat(**extra)).status_code == 200
+
+
+def test_a_grammar_that_fails_later_is_a_400(url: str, engine: ScriptedClient) -> None:
+    engine.finish, engine.error = "error", "grammar: the lexer has too many states"
+    engine.tokens = []
+    answer = post(f"{url}/v1/completions", json={"prompt": "x"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == engine.error
