@@ -31,10 +31,11 @@ free_ports() {  # N: prints N free ports of the loopback interface
   "$VENV/bin/python" - "$1" <<'PY'
 import random, socket, sys
 
-# Below the range from which the system takes ports for outgoing connections, and above the one
-# that Ray gives to its workers: a port found free there stays free until Ray binds it.
+# Below the range from which the system takes ports for outgoing connections and the blocks of Ray
+# Serve (nanochat_ray/on_ray/ports.py), and above the range that Ray gives to its workers: a port
+# that is free there stays free until Ray binds it.
 found = []
-for port in random.sample(range(20100, 32000), 2000):
+for port in random.sample(range(20100, 23000), 2000):
     try:
         found.append(socket.create_server(("", port)))
     except OSError:
@@ -74,8 +75,10 @@ local_start() {  # GPUS: a Ray head on loopback, unless it runs already
 }
 
 local_address() {  # chooses ports and a token, and notes them
-  local ports token
-  read -r -a ports <<<"$(free_ports 7)"
+  local ports token serve
+  read -r -a ports <<<"$(free_ports 5)"
+  # Two clusters on one host must not answer each other's requests.
+  serve="$("$VENV/bin/python" -m nanochat_ray.on_ray.ports)"
   token="$("$VENV/bin/python" -c 'import secrets; print(secrets.token_hex(32))')"
   # The dashboard binds loopback, but Ray's other ports bind every interface: a token guards them.
   (umask 077; cat >"$STATE/address" <<ADDRESS
@@ -83,7 +86,7 @@ export RAY_ADDRESS=127.0.0.1:${ports[0]}
 export RAY_API_SERVER_ADDRESS=http://127.0.0.1:${ports[1]}
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN=$token
-export RAY_SERVE_HAPROXY_STATS_PORT=${ports[5]} RAY_SERVE_HAPROXY_METRICS_PORT=${ports[6]}
+$serve
 RAY_PORTS=(--port=${ports[0]} --dashboard-port=${ports[1]} --ray-client-server-port=${ports[2]}
   --metrics-export-port=${ports[3]} --dashboard-agent-listen-port=${ports[4]})
 ADDRESS
@@ -102,11 +105,22 @@ local_head() (  # GPUS
     --object-store-memory="${NANOCHAT_OBJECT_STORE:-500000000}"
 )
 
+local_clear() {  # removes HAProxy's files of the cluster that has ended
+  [ -f "$STATE/address" ] || return 0
+  (
+    . "$STATE/address"
+    case "${RAY_SERVE_HAPROXY_SERVER_STATE_BASE:-}" in
+      */nanochat-*) rm -rf "$RAY_SERVE_HAPROXY_SERVER_STATE_BASE" ;;
+    esac
+  )
+}
+
 local_stop() {  # ends the cluster's processes and waits until they are gone
   local pids round signal=TERM
   pids="$(local_processes)"
   if [ -z "$pids" ]; then
     [ "${1:-}" = quietly ] || say "nothing runs for port $PORT"
+    local_clear
     return 0
   fi
   [ "${1:-}" = quietly ] || say "stopping $(wc -w <<<"$pids") processes of port $PORT"
@@ -114,7 +128,7 @@ local_stop() {  # ends the cluster's processes and waits until they are gone
     kill -"$signal" $pids 2>/dev/null || true
     sleep 0.5
     pids="$(local_processes)"
-    [ -n "$pids" ] || return 0
+    if [ -z "$pids" ]; then local_clear; return 0; fi
     [ "$round" -lt 10 ] || signal=KILL
   done
   fail "these processes would not end: $pids"

@@ -202,10 +202,11 @@ def main(args: Args) -> None:
         serve_here(config, args)
         return
     app = build_application(config)
-    if args.haproxy:
+    if args.haproxy and not session.joins_cluster():
         prefer_haproxy()
     name = config.name or config.run
     session.connect()
+    session.check_gpus(config.gpus)
     check_port_is_free(args)
     serve.start(http_options={"host": args.host, "port": args.port})
     serve.run(app, name=APP, route_prefix="/")

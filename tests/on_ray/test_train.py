@@ -133,6 +133,17 @@ def test_what_no_restart_would_mend_ends_the_run_at_once(tmp_path: Path) -> None
         fit(job(root.uri, "run"), workers=9)
 
 
+def test_an_error_of_one_worker_is_not_repeated(tmp_path: Path) -> None:
+    """Rank 0 alone writes for TensorBoard; /proc takes no folder from anybody."""
+    from nanochat_ray.on_ray.train import fit
+
+    root = Store.at(str(tmp_path))
+    write_dataset(root, "base")
+    shown = dataclasses.replace(job(root.uri, "run"), tensorboard="/proc/nowhere")
+    with pytest.raises(FileNotFoundError, match="/proc/nowhere"):
+        fit(shown, workers=2, cpus_per_worker=0.5)
+
+
 def test_what_cannot_run_is_refused_before_a_worker_starts(tmp_path: Path) -> None:
     from nanochat_ray.on_ray.train import fit
 

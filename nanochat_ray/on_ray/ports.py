@@ -1,0 +1,107 @@
+"""What Ray Serve takes on a host, so that no two clusters of a host share any of it.
+
+Serve's defaults are the same for every cluster: HAProxy's backup server on port 8500, ingress
+replicas from port 30000 on, statistics on 8404 and 9101, sockets and files in /tmp/haproxy-serve.
+A cluster whose ingress has died then sends its requests to another cluster's on the same port.
+
+    eval "$(python -m nanochat_ray.on_ray.ports)"    # before ray start, as cluster/local.sh does
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import random
+import shlex
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+
+BLOCK, GRPC_PORTS = 256, 28
+"""Consecutive ports of one cluster, the last ones for gRPC. Serve holds the port of an ingress that
+has ended back for minutes."""
+FIRST, LAST = 23_040, 32_000
+"""Above the ports that Ray gives to its workers and those that cluster/local.sh takes, below those
+of outgoing connections."""
+SINGLE = (
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+)
+"""One port each, the first ones of the block."""
+HTTP_RANGE = ("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT")
+GRPC_RANGE = ("RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT")
+STATE_BASE = "RAY_SERVE_HAPROXY_SERVER_STATE_BASE"
+FILES = {
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    STATE_BASE: "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+}
+MAX_FOLDER = 28
+"""Characters: Serve appends a node's id of 56 and a file's name; HAProxy allows a path of 97."""
+
+
+def serve_environment() -> dict[str, str]:
+    """Variables that give a Ray that is about to start ports and files of its own.
+
+    The ports are a block of free ones, chosen at random, so that a cluster that starts at the same
+    moment is unlikely to choose the same; one that runs already holds some of its block. The folder
+    is new, and the user's alone: who reaches HAProxy's admin socket, which Serve opens to all, can
+    redirect requests. Raises OSError if no block is free.
+    """
+    first = _free_block()
+    variables = {name: str(first + number) for number, name in enumerate(SINGLE)}
+    low, middle, high = first + len(SINGLE), first + BLOCK - GRPC_PORTS, first + BLOCK
+    variables |= dict(zip(HTTP_RANGE, (str(low), str(middle)), strict=True))
+    variables |= dict(zip(GRPC_RANGE, (str(middle), str(high)), strict=True))
+    folder = _new_folder()
+    return variables | {name: os.path.join(folder, file) for name, file in FILES.items()}
+
+
+def set_serve_environment() -> None:
+    """Sets those variables for what this process starts, but for those that are set already.
+
+    The folder is removed when this process ends, and the cluster with it.
+    """
+    variables = serve_environment()
+    folder = variables[STATE_BASE].rstrip("/")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    given = set(os.environ)
+    for name, value in variables.items():
+        # A range keeps both its ends.
+        pair = next((pair for pair in (HTTP_RANGE, GRPC_RANGE) if name in pair), (name,))
+        if not given & {name, *pair}:
+            os.environ[name] = value
+
+
+def _new_folder() -> str:
+    base = tempfile.gettempdir()
+    if len(base) > MAX_FOLDER - len("/nanochat-") - 8:
+        base = "/tmp"
+    return tempfile.mkdtemp(prefix="nanochat-", dir=base)
+
+
+def _free_block() -> int:
+    """The first port of a block that is free."""
+    starts = list(range(FIRST, LAST - BLOCK, BLOCK))
+    for start in random.SystemRandom().sample(starts, len(starts)):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for port in range(start, start + BLOCK):
+                stack.enter_context(socket.create_server(("", port)))
+            return start
+    raise OSError(f"no {BLOCK} consecutive ports are free between {FIRST} and {LAST}")
+
+
+def exports() -> Iterator[str]:
+    """Lines for a shell."""
+    for name, value in serve_environment().items():
+        yield f"export {name}={shlex.quote(value)}"
+
+
+if __name__ == "__main__":
+    print(*exports(), sep="\n")

@@ -1,0 +1,114 @@
+"""Two clusters on one host share no port, no file and no socket of Ray Serve's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray.serve._private import constants
+
+from nanochat_ray.on_ray import ports
+
+REPO = Path(__file__).parents[2]
+SERVES = """
+import json
+from ray.serve._private import constants, haproxy
+c = haproxy.HAProxyConfig()
+print(json.dumps({
+    "files": [constants.RAY_SERVE_HAPROXY_CONFIG_FILE_LOC, c.socket_path, c.server_state_base,
+              c.server_state_file, c.metrics_socket_path],
+    "ports": [constants.RAY_SERVE_FALLBACK_PROXY_HTTP_PORT,
+              constants.RAY_SERVE_FALLBACK_PROXY_GRPC_PORT, c.stats_port, c.metrics_port],
+    "ranges": [[constants.RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT,
+                constants.RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT],
+               [constants.RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT,
+                constants.RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT]],
+}))
+"""
+
+
+def test_every_fixed_port_and_path_of_serve_is_set() -> None:
+    """Read from Ray's own list, so that one that another version adds is missed here."""
+    source = Path(constants.__file__).read_text()
+    fixed = set(re.findall(r'"(RAY_SERVE_\w*_PORT)",?\s*"?\d+', source))
+    fixed |= set(re.findall(r'"(RAY_SERVE_\w+)",\s*"/tmp', source))
+    assert len(fixed) >= 13
+    variables = ports.serve_environment()
+    shutil.rmtree(variables[ports.STATE_BASE])
+    assert fixed <= set(variables)
+
+
+def test_two_clusters_share_nothing() -> None:
+    """What HAProxy's configuration is made from, as Ray reads it in two environments."""
+    clusters = []
+    first = ports.serve_environment()
+    # A cluster that runs holds some port of its block.
+    with socket.create_server(("", int(first["RAY_SERVE_HAPROXY_STATS_PORT"]))):
+        environments = [first, ports.serve_environment()]
+        for environment in environments:
+            done = subprocess.run(
+                [sys.executable, "-c", SERVES],
+                env={**os.environ, **environment},
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=True,
+            )
+            clusters.append(json.loads(done.stdout.splitlines()[-1]))
+    one, two = (
+        set(cluster["ports"]).union(*(range(low, high) for low, high in cluster["ranges"]))
+        for cluster in clusters
+    )
+    assert len(one) == len(two) == ports.BLOCK
+    assert not one & two
+    assert not set(clusters[0]["files"]) & set(clusters[1]["files"])
+    for environment, cluster in zip(environments, clusters, strict=True):
+        folder = environment[ports.STATE_BASE].rstrip("/")
+        assert os.stat(folder).st_mode & 0o077 == 0
+        assert all(file.startswith(folder) for file in cluster["files"])
+        node = "f" * 56
+        longest = max(len(f"{folder}/{node}/{Path(file).name}") for file in cluster["files"])
+        assert longest <= 97
+        shutil.rmtree(folder)
+
+
+def test_what_is_set_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):  # what is set below is taken back
+        if name.startswith("RAY_SERVE_"):
+            monkeypatch.delenv(name)
+    before = set(os.environ)
+    try:
+        os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] = "7"
+        os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = "30000"
+        ports.set_serve_environment()
+        assert os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] == "7"
+        assert "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT" not in os.environ  # Ray's, as the minimum
+        assert int(os.environ["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"]) >= ports.FIRST
+        assert "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT" in os.environ
+    finally:
+        for name in set(os.environ) - before:
+            del os.environ[name]
+
+
+def test_the_local_cluster_takes_its_own() -> None:
+    """cluster/local.sh sources what it writes; no block is shared with its other ports."""
+    lines = list(ports.exports())
+    done = subprocess.run(
+        ["bash", "-c", "\n".join([*lines, 'echo "$RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"'])],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert int(done.stdout) >= ports.FIRST
+    script = (REPO / "cluster" / "local.sh").read_text()
+    low, high = map(int, re.findall(r"range\((\d+), (\d+)\)", script)[0])
+    assert 20_000 <= low < high <= ports.FIRST
+    assert 'python" -m nanochat_ray.on_ray.ports' in script
+    assert ports.LAST <= 32_768
