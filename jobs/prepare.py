@@ -17,7 +17,7 @@ from nanochat_ray.tasks.registry import DEFAULT_MIXTURE
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS
 
 TaskCount = str
-BASE_FLAGS = ("text", "vocab_size")
+BASE_FLAGS = ("text", "text_column", "skip_bad", "vocab_size")
 SFT_FLAGS = ("tokenizer", "tasks")
 
 
@@ -29,8 +29,14 @@ class Args:
     dataset: str = ""
     """Name of the dataset; by default that of the stage."""
     text: tuple[str, ...] = ()
-    """Files, folders, globs, s3:// or hf:// (.txt .md .jsonl .parquet .arrow, plain or
-    compressed); none is the documentation on this machine (base)."""
+    """Files, folders, globs, s3:// or hf:// (.txt .md .html .json .jsonl .csv .tsv .parquet
+    .arrow, source code; plain or .gz .bz2 .xz .zst .lz4); none is the documentation on this
+    machine (base)."""
+    text_column: str | None = None
+    """Column or JSON field that has the text, by default "text" (base)."""
+    skip_bad: bool = False
+    """Leave out files, lines and rows that cannot be read, count and name them; without it the
+    first is refused (base)."""
     vocab_size: int | None = None
     """Tokens of the tokenizer that is trained, by default 4096 (base)."""
     sequence_len: int | None = None
@@ -51,12 +57,14 @@ class Args:
         other, flags = ("base", BASE_FLAGS) if self.stage == "sft" else ("sft", SFT_FLAGS)
         for name in flags:
             value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
-            require(value is None or value == (), flag, value, f"only with --stage {other}")
+            unset = value is None or value is False or value == ()
+            require(unset, flag, value, f"only with --stage {other}")
         check_int("seed", self.seed, 0, 2**62)
         if self.sequence_len is not None:
             check_int("sequence_len", self.sequence_len, 8, 1 << 20)
         if self.vocab_size is not None:
             check_int("vocab_size", self.vocab_size, 256 + len(SPECIAL_TOKENS), 1 << 20)
+        require(self.text_column != "", "text_column", "", "the name of a column")
         require(all(self.text), "text", self.text, "files, folders, globs or URIs")
 
 
@@ -89,6 +97,8 @@ def main(args: Args) -> None:
             vocab_size=args.vocab_size or 4096,
             sequence_len=args.sequence_len or 512,
             seed=args.seed,
+            text_column=args.text_column or "text",
+            skip_bad=args.skip_bad,
         )
         return
     tasks = mixture(DEFAULT_MIXTURE if args.tasks is None else args.tasks)

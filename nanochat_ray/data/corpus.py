@@ -26,6 +26,7 @@ import pyarrow.fs as pafs
 from nanochat_ray.data import markup
 from nanochat_ray.data.formats import format_of
 from nanochat_ray.data.sources import (
+    DEFAULT,
     ReadOptions,
     Skipped,
     Source,
@@ -438,7 +439,7 @@ def _html(data: bytes, where: str) -> str:
 
 def read(
     unit: Unit,
-    options: ReadOptions = ReadOptions(),  # noqa: B008 (it is frozen)
+    options: ReadOptions = DEFAULT,
     skipped: Skipped | None = None,
 ) -> Iterator[str]:
     """The documents of a unit. Raises ValueError, naming the file, for what is not text.

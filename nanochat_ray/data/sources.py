@@ -59,6 +59,9 @@ class ReadOptions:
     """Leave out files, lines and rows that cannot be read, instead of refusing them."""
 
 
+DEFAULT = ReadOptions()
+
+
 @dataclass
 class Skipped:
     """What was left out because it cannot be read: how much, and the first of it by name."""
@@ -214,7 +217,7 @@ def _expand(uri: str, bad: Callable[[str], None]) -> Iterator[tuple[Any, Source]
 
 def find(
     text: Sequence[str],
-    options: ReadOptions = ReadOptions(),
+    options: ReadOptions = DEFAULT,
     skipped: Skipped | None = None,
 ) -> list[Source]:
     """Every file that ``text`` names, each once, in an order that depends on the names alone.

@@ -8,8 +8,9 @@ the input, the parameters and the seed alone.
 
 from __future__ import annotations
 
+import base64
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,12 +18,13 @@ import numpy as np
 import ray
 
 from nanochat_ray.checks import check_name
-from nanochat_ray.data import corpus, documentation, sources
-from nanochat_ray.data.holdout import HoldOut
+from nanochat_ray.data import corpus, documentation, sample, sources
+from nanochat_ray.data.holdout import Census, HoldOut
 from nanochat_ray.data.order import permute, stream
 from nanochat_ray.data.packing import pack, pack_whole
 from nanochat_ray.data.shards import Manifest, Split, token_dtype
 from nanochat_ray.data.shuffle import scatter
+from nanochat_ray.data.sources import ReadOptions, Skipped
 from nanochat_ray.on_ray.documentation import documentation_corpus
 from nanochat_ray.on_ray.mapping import Progress, Row, mapped, say
 from nanochat_ray.on_ray.publish import (
@@ -38,8 +40,11 @@ from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.text.chat import render_conversation
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-TOKENIZER_SAMPLE = 16_000_000
-"""Characters the tokenizer is trained on, at most."""
+CENSUS_BYTES = 8 << 20
+"""Text up to this size is counted before it is divided; of more, what is held out is checked when
+it is tokenized."""
+COUNTED_BYTES = 4 << 30
+"""Of more text than this, duplicates are counted in a sample of the different documents."""
 CONVERSATIONS_PER_TASK = 2048
 _BY_INPUT = "by-input"
 """Folder beside the tokenizers: which one was trained on what input."""
@@ -88,31 +93,23 @@ def _totals(rows: Sequence[Row]) -> dict[str, Any]:
 # --- base: text ---------------------------------------------------------------------------------
 
 
-def _sample(plan: Sequence[sources.Unit], divided: HoldOut) -> Iterator[str]:
-    """Text to train the tokenizer on: from evenly spread units, none of it held out."""
-    size = sum(source.text_size for unit in plan for source in unit)
-    stride = max(1, size // (2 * TOKENIZER_SAMPLE))
-    taken = 0
-    for unit in plan[::stride]:
-        for piece in divided.divide(corpus.read(unit))[0]:
-            yield piece
-            taken += len(piece)
-            if taken > TOKENIZER_SAMPLE:
-                return
-
-
 def _tokenizer(
-    root: Store, identity: Any, plan: Sequence[sources.Unit], divided: HoldOut, vocab_size: int
+    root: Store,
+    identity: Any,
+    plan: Sequence[sources.Unit],
+    divided: HoldOut,
+    options: ReadOptions,
+    vocab_size: int,
 ) -> Tokenizer:
     """Trained on a sample of the text, or the one that was trained on the same sample before."""
-    key = key_of("tokenizer", identity, asdict(divided), vocab_size, TOKENIZER_SAMPLE)
+    key = key_of("tokenizer", identity, asdict(divided), vocab_size, sample.CHARACTERS)
     known = root.child("tokenizers", _BY_INPUT)
     if known.exists(key[:16]):
         tokenizer = _by_folder(root, known.read_text(key[:16]))
         say(f"tokenizer: {tokenizer.vocab_size:,} tokens (trained before)")
         return tokenizer
     began = time.perf_counter()
-    tokenizer = Tokenizer.train(_sample(plan, divided), vocab_size)
+    tokenizer = Tokenizer.train(sample.tokenizer_sample(plan, divided, options), vocab_size)
     tokenizer.save(root.child("tokenizers", tokenizer.fingerprint[:16]))
     known.write_text(key[:16], tokenizer.fingerprint[:16])
     say(f"tokenizer: {tokenizer.vocab_size:,} tokens, {time.perf_counter() - began:.1f} s")
@@ -135,56 +132,58 @@ def prepare_base(
     vocab_size: int = 4096,
     sequence_len: int = 512,
     seed: int = 0,
+    text_column: str = "text",
+    skip_bad: bool = False,
 ) -> Manifest:
     """Prepares ``datasets/<name>`` from ``text`` (URIs; none is the default corpus).
 
-    An unchanged input is not prepared twice. Raises ValueError for input that cannot be used.
+    An unchanged input is not prepared twice. Raises ValueError for input that cannot be used; with
+    ``skip_bad`` what cannot be read is left out, counted and named.
     """
     check_name("dataset", name)
     _check(sequence_len, vocab_size)
     root = Store.at(storage)
     dataset = root.child("datasets", name)
-    found = sources.find(list(text) or [documentation_corpus(root)])
+    options, skipped = ReadOptions(text_column=text_column, skip_bad=skip_bad), Skipped()
+    found = sources.find(list(text) or [documentation_corpus(root)], options, skipped)
     identity: Any = [[s.uri, s.size, s.modified] for s in found]
     if not text:
         identity = ["documentation", documentation.key()]
+    identity = [identity, asdict(options)]
     key = key_of("base", identity, vocab_size, sequence_len, seed)
     if (manifest := unchanged(dataset, key)) is not None:
         return manifest
 
     began = time.perf_counter()
     size = sum(source.text_size for source in found)
-    plan = sources.units(found)
+    plan = sources.units(found, skip_bad=skip_bad)
     say(f"text: {len(found):,} files, about {size / 1e6:.1f} MB, in {len(plan):,} units of work")
-    divided = HoldOut.of(size, len(plan), sequence_len)
-    tokenizer = _tokenizer(root, identity, plan, divided, vocab_size)
-    dtype = token_dtype(tokenizer.vocab_size)
-    # A token of a trained vocabulary has 3 to 4 bytes of English.
-    rows_out = _Scatter(dataset.uri, shards_for(size / 3.5 * dtype.itemsize), seed)
-    shared = ray.put(tokenizer)
-
-    def tokenize(item: list[Any]) -> Row:
-        number, unit = item
-        tok: Tokenizer = ray.get(shared)
-        pieces = divided.divide(corpus.read(tuple(sources.Source(**s) for s in unit)))
-        counts: Row = dict.fromkeys(("documents", "bytes", "tokens", "kept"), 0)
-        names: Row = {}
-        for split, texts in zip(SPLITS, pieces, strict=True):
-            documents = [np.asarray(tok.encode(text), dtype=dtype) for text in texts]
-            packed = pack(documents, length=sequence_len + 1, bos=tok.bos, dtype=dtype)
-            counts["documents"] += len(texts)
-            counts["bytes"] += sum(len(text.encode()) for text in texts)
-            counts["tokens"] += packed.tokens_in
-            counts["kept"] += packed.tokens_kept
-            names[split] = rows_out.write(split, number, packed.rows, None)
-        return {"number": number, **counts, **names}
-
-    items = [[number, [asdict(source) for source in unit]] for number, unit in enumerate(plan)]
-    passed = time.perf_counter()
-    rows = _first_pass(items, tokenize, "tokenized")
-    about = _totals(rows)
-    about["tokens_per_s"] = round(about["tokens"] / (time.perf_counter() - passed))
-    about |= {"vocab_size": tokenizer.vocab_size, "seed": seed, "split": asdict(divided)}
+    divided = HoldOut.of(size, sequence_len)
+    # Four rows, at about four characters a token.
+    least = 16 * sequence_len
+    if size <= CENSUS_BYTES:
+        units = (divided.divide(corpus.read(unit, options)).census for unit in plan)
+        divided = divided.settled(Census.join(list(units)), least)
+    while True:
+        tokenizer = _tokenizer(root, identity, plan, divided, options, vocab_size)
+        # A token of a trained vocabulary has 3 to 4 bytes of English.
+        dtype = token_dtype(tokenizer.vocab_size)
+        out = _Scatter(dataset.uri, shards_for(size / 3.5 * dtype.itemsize), seed)
+        tokenized = _Tokenized.of(plan, tokenizer, divided, options, sequence_len, out, size)
+        settled = divided.settled(tokenized.census, least // tokenized.every)
+        if settled == divided:
+            break
+        say("  the split is drawn again: the text has many duplicates")
+        divided = settled
+    skipped.merge(tokenized.skipped)
+    about = tokenized.about | {
+        "vocab_size": tokenizer.vocab_size,
+        "seed": seed,
+        "split": asdict(divided) | {"never": list(divided.never)},
+        "skipped": asdict(skipped),
+    }
+    _say_duplicates(about, divided)
+    _say_skipped(skipped)
     draft = Manifest(
         kind="base",
         tokenizer=tokenizer.fingerprint,
@@ -194,9 +193,102 @@ def prepare_base(
         key=key,
         about=about,
     )
-    done = publish(dataset, draft, _parts(rows), rows_out.shards, seed)
+    done = publish(dataset, draft, _parts(tokenized.rows), out.shards, seed)
     say(f"dataset {dataset.uri}: {summary(done)}; {time.perf_counter() - began:.0f} s")
     return done
+
+
+@dataclass(frozen=True)
+class _Tokenized:
+    """What the first pass made of the text."""
+
+    rows: list[Row]
+    about: dict[str, Any]
+    census: Census
+    every: int
+    """The census counted one in this many different documents."""
+    skipped: Skipped
+
+    @classmethod
+    def of(
+        cls,
+        plan: Sequence[sources.Unit],
+        tokenizer: Tokenizer,
+        divided: HoldOut,
+        options: ReadOptions,
+        sequence_len: int,
+        out: _Scatter,
+        size: int,
+    ) -> _Tokenized:
+        """Tokenizes and packs every unit of ``plan`` (about ``size`` bytes of text)."""
+        dtype = token_dtype(tokenizer.vocab_size)
+        shared = ray.put(tokenizer)
+        every = max(1, size // COUNTED_BYTES)
+
+        def tokenize(item: list[Any]) -> Row:
+            number, unit = item
+            tok: Tokenizer = ray.get(shared)
+            skipped = Skipped()
+            texts = corpus.read(tuple(sources.Source(**s) for s in unit), options, skipped)
+            split = divided.divide(texts)
+            counts: Row = dict.fromkeys(("documents", "bytes", "tokens", "kept"), 0)
+            names: Row = {}
+            for name, pieces in zip(SPLITS, (split.train, split.val), strict=True):
+                documents = [np.asarray(tok.encode(text), dtype=dtype) for text in pieces]
+                packed = pack(documents, length=sequence_len + 1, bos=tok.bos, dtype=dtype)
+                counts["documents"] += len(pieces)
+                counts["bytes"] += sum(len(text.encode()) for text in pieces)
+                counts["tokens"] += packed.tokens_in
+                counts["kept"] += packed.tokens_kept
+                names[name] = out.write(name, number, packed.rows, None)
+            census = split.census.thinned(every)
+            return {
+                "number": number,
+                **counts,
+                **names,
+                "hashes": base64.b64encode(census.hashes.tobytes()).decode(),
+                "sizes": base64.b64encode(census.sizes.astype(np.uint32).tobytes()).decode(),
+                "skipped": asdict(skipped),
+            }
+
+        items = [[number, [asdict(source) for source in unit]] for number, unit in enumerate(plan)]
+        began = time.perf_counter()
+        rows = _first_pass(items, tokenize, "tokenized")
+        skipped, parts = Skipped(), []
+        for row in rows:
+            skipped.merge(Skipped(**row.pop("skipped")))
+            hashes = np.frombuffer(base64.b64decode(row.pop("hashes")), np.uint64)
+            sizes = np.frombuffer(base64.b64decode(row.pop("sizes")), np.uint32)
+            parts.append(Census(hashes, sizes.astype(np.int64)))
+        about = _totals(rows)
+        about["tokens_per_s"] = round(about["tokens"] / (time.perf_counter() - began))
+        census = Census.join(parts)
+        copies, share = census.duplicates()
+        about |= {"duplicates": copies * every, "duplicate_share": share}
+        return cls(rows, about, census, every, skipped)
+
+
+def _say_duplicates(about: dict[str, Any], divided: HoldOut) -> None:
+    if about["duplicates"]:
+        say(
+            f"duplicates: {about['duplicates']:,} of {about['documents']:,} documents are copies "
+            f"of others, {about['duplicate_share']:.1%} of the text"
+            + ("" if divided.by_copy else "; all copies of one are in one split")
+        )
+    if divided.by_copy:
+        say(
+            "WARNING: too little text differs to hold any of it out: the rows to validate repeat "
+            "text that is trained on, so their loss says nothing about other text"
+        )
+
+
+def _say_skipped(skipped: Skipped) -> None:
+    if skipped.count:
+        say(f"WARNING: {skipped.count:,} files, lines or rows cannot be read and are left out:")
+        for message in skipped.first:
+            say(f"  {message}")
+        if skipped.count > len(skipped.first):
+            say(f"  … and {skipped.count - len(skipped.first):,} more")
 
 
 # --- sft: conversations -------------------------------------------------------------------------

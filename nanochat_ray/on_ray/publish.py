@@ -17,7 +17,7 @@ from nanochat_ray.storage import Store
 SPLITS: tuple[Split, ...] = ("train", "val")
 SHARD_BYTES = 64 << 20
 """What a shard is to have, about."""
-FORMAT = "3"
+FORMAT = "4"
 """Part of every key: a change of what is written makes old datasets stale."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nanochat_ray.data.holdout import HoldOut, cut, held_out
+from nanochat_ray.data.holdout import MAX_SHARE, HoldOut, cut
 from nanochat_ray.data.shuffle import draw, gather, scatter
 from nanochat_ray.storage import Store
 
@@ -43,34 +43,82 @@ def test_rows_are_drawn_evenly() -> None:
     assert np.array_equal(draw(50, 7, key=3), draw(100, 7, key=3)[:50])
 
 
+RULE = HoldOut(longest=1000, limit=int(0.05 * 2**64))
+
+
+def settled(rule: HoldOut, documents: list[str], least: int) -> HoldOut:
+    return rule.settled(rule.divide(documents).census, least)
+
+
 def test_holding_out_depends_on_the_text_alone() -> None:
     pieces = [f"document {i}" for i in range(5000)]
-    held = held_out(pieces, 0.05)
-    assert np.mean(held) == pytest.approx(0.05, abs=0.01)
-    assert held_out(pieces[::-1], 0.05)[::-1] == held
-    assert held_out(pieces[:10], 0.0) == [False] * 10
-    twice = held_out([*pieces, *pieces], 0.05)
-    assert twice == [*held, *held]
+    split = RULE.divide(pieces)
+    assert len(split.val) / 5000 == pytest.approx(0.05, abs=0.01)
+    assert sorted(RULE.divide(pieces[::-1]).val) == sorted(split.val)
+    assert RULE.divide([*pieces, *pieces]).val == [*split.val, *split.val]
+    assert settled(RULE, pieces, 100) is RULE
 
 
-@pytest.mark.parametrize("count", [2, 5, 40])
+@pytest.mark.parametrize("count", [2, 3, 5, 40])
 def test_a_little_text_is_held_out_however_few_documents(count: int) -> None:
-    pieces = [f"{i}" * 100 for i in range(count)]
-    held = held_out(pieces, 0.001, least=150)
-    assert 150 <= sum(len(p) for p, out in zip(pieces, held, strict=True) if out) <= 500
+    pieces = [f"{i:03d}" * 100 for i in range(count)]
+    rule = settled(HoldOut(longest=1000, limit=0), pieces, 150)
+    split = rule.divide(pieces)
+    assert len(split.val) == 1
+    assert not rule.by_copy
+
+
+def test_duplicates_do_not_move_data_between_splits() -> None:
+    """However often a document comes, its copies are together, and little is held out."""
+    rng = np.random.default_rng(0)
+    documents = [f"document {i} " * 9 for i in range(200)]
+    copies = [documents[i] for i in rng.zipf(1.3, 20_000) % 200]
+    for corpus in (documents, documents * 7, copies, ["boilerplate " * 20] * 5000 + documents):
+        rule = settled(HoldOut(longest=1000, limit=2**57), corpus, 4000)
+        split = rule.divide(corpus)
+        assert not set(split.train) & set(split.val)
+        held = sum(map(len, split.val)) / sum(map(len, corpus))
+        assert 0 < held <= MAX_SHARE
+        again = split.census.join([split.census])
+        assert rule.settled(again, 4000) == rule
+    assert RULE.divide(documents * 7).census.duplicates() == (1200, pytest.approx(6 / 7))
+
+
+@pytest.mark.parametrize("size", [1_000, 300_000])
+def test_equal_lines_still_train(size: int) -> None:
+    """2 rows to train on and 1,563 to validate, it was."""
+    text = "the same line again\n" * size
+    for documents in ([text], text.splitlines(), [text] * 3):
+        rule = HoldOut.of(len(text), 64)
+        rule = settled(rule, documents, 16 * 64)
+        split = rule.divide(documents)
+        held = sum(map(len, split.val)) / sum(map(len, split.train + split.val))
+        assert rule.by_copy
+        assert 0.01 < held < 0.3
 
 
 @pytest.mark.parametrize("size", [20_000, 1_000_000])
 @pytest.mark.parametrize("sequence_len", [256, 2048])
 def test_one_book_is_divided(size: int, sequence_len: int) -> None:
     text = "".join(f"{i:06d} is a number.\n" for i in range(size // 20))
-    rule = HoldOut.of(len(text), 1, sequence_len)
-    train, val = rule.divide([text])
-    assert sorted([*train, *val]) == sorted(cut(text, rule.longest))
-    held = sum(map(len, val))
-    assert min(16 * sequence_len, len(text) // 5) <= held <= len(text) // 2
+    rule = settled(HoldOut.of(len(text), sequence_len), [text], 16 * sequence_len)
+    split = rule.divide([text])
+    assert sorted([*split.train, *split.val]) == sorted(cut(text, rule.longest))
+    held = sum(map(len, split.val))
+    assert min(16 * sequence_len, len(text) // 6) <= held <= len(text) // 2
 
 
 def test_little_of_much_text_is_held_out() -> None:
-    assert HoldOut.of(25_000_000, 6, 512).share == pytest.approx(0.016)
-    assert HoldOut.of(10**12, 4000, 2048) == HoldOut(longest=64_000, share=0.002, least=0)
+    assert HoldOut.of(25_000_000, 512).limit / 2**64 == pytest.approx(0.016)
+    huge = HoldOut.of(10**12, 2048)
+    assert (huge.longest, huge.limit / 2**64) == (64_000, pytest.approx(0.002))
+
+
+def test_a_census_in_part_counts_as_the_whole() -> None:
+    documents = [f"document {i % 4000}" for i in range(12_000)]
+    census = RULE.divide(documents).census
+    copies, share = census.duplicates()
+    assert copies == 8000
+    few, share_of_few = census.thinned(8).duplicates()
+    assert 8 * few == pytest.approx(copies, rel=0.2)
+    assert share_of_few == pytest.approx(share, rel=0.02)

@@ -118,6 +118,35 @@ def test_a_bad_file_is_named_and_nothing_is_lost(root: Store, text: Path, tmp_pa
         prepare_base(root.uri, "../x")
 
 
+def test_duplicates_and_bad_lines_are_counted(
+    root: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        json.dumps({"body": f"Note {i % 300}: the sea was calm that day."}) for i in range(900)
+    ]
+    lines[10] = "{"
+    lines[20] = json.dumps({"body": None})
+    (tmp_path / "notes.jsonl").write_text("\n".join(lines))
+    wanted = {"text": [str(tmp_path)], "vocab_size": 300, "sequence_len": 32, "text_column": "body"}
+    with pytest.raises(ValueError, match=r"notes\.jsonl, line 11: not a JSON object"):
+        prepare_base(root.uri, "notes", **wanted)
+    manifest = prepare_base(root.uri, "notes", **wanted, skip_bad=True)
+    assert manifest == Manifest.load(root.child("datasets", "notes"))
+    assert (manifest.about["documents"], manifest.about["duplicates"]) == (898, 598)
+    assert manifest.about["skipped"]["count"] == 1
+    assert manifest.rows("train") > manifest.rows("val") > 0
+    said = capsys.readouterr().out
+    assert "598 of 898 documents are copies of others" in said
+    assert "WARNING: 1 files, lines or rows cannot be read" in said
+    assert "notes.jsonl, line 11" in said
+    (tmp_path / "notes.jsonl").write_text("")
+    (tmp_path / "same.txt").write_text("the same line again and again\n" * 20_000)
+    wanted["text"] = [str(tmp_path / "same.txt")]
+    manifest = prepare_base(root.uri, "same", **wanted)
+    assert manifest.rows("train") > 3 * manifest.rows("val") > 0
+    assert "WARNING: too little text differs" in capsys.readouterr().out
+
+
 def test_tasks_become_rows(root: Store) -> None:
     tok = Tokenizer.bytes_only()
     tasks = [("chain_sum", 120), ("identity", 60)]
