@@ -11,7 +11,6 @@ import base64
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import re
 import secrets
 import time
@@ -59,9 +58,12 @@ from nanochat_ray.serve.responses import (
     TokenizeResponse,
     VersionResponse,
 )
+from nanochat_ray.serve.responses_api import responses_job
+from nanochat_ray.serve.responses_request import ResponsesRequest
+from nanochat_ray.serve.responses_shape import ResponsesShape
 from nanochat_ray.serve.service import Job, Limits, Service
 from nanochat_ray.serve.shapes import ChatShape, CompletionShape, Shape
-from nanochat_ray.serve.sse import DONE, ClientGoneError, EventStream, event, unless_gone
+from nanochat_ray.serve.sse import ClientGoneError, EventStream, unless_gone
 from nanochat_ray.text.tokenizer import Tokenizer
 
 FAILURES: dict[int | str, dict[str, Any]] = {
@@ -211,6 +213,11 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         shape = ChatShape(service, job, f"chatcmpl-{secrets.token_hex(12)}")
         return await _respond(service, job, shape, http)
 
+    @app.post("/v1/responses", responses=STREAMED)
+    async def responses(body: ResponsesRequest, http: HttpRequest) -> Response:
+        job = await responses_job(service, body, client_of(http))
+        return await _respond(service, job, ResponsesShape(service, job, body), http)
+
 
 async def _respond(service: Service, job: Job, shape: Shape, http: HttpRequest) -> Response:
     pieces = all_pieces(service, job)
@@ -271,13 +278,13 @@ async def _events(
                     # Half a character or half a stop string: nothing to show yet.
                     shown = piece.text or piece.calculations or piece.scored or piece.prompt
                     if shown or piece.finish:
-                        found.append(shape.delta(piece))
+                        found += shape.deltas(piece)
                 if found:
-                    yield event(*found)
+                    yield shape.frame(found)
                 found = []
                 turn = await _translated(pieces.__anext__)
-        yield event(shape.usage_chunk(), DONE) if include_usage else event(DONE)
+        yield shape.closing(include_usage)
     except ApiError as error:
-        yield event(json.dumps(error.body()))
+        yield shape.failure(error)
     finally:
         await pieces.aclose()

@@ -13,6 +13,7 @@ from nanochat_ray.engine.request import TokenLogprob
 from nanochat_ray.serve import logprobs
 from nanochat_ray.serve.completions import Piece
 from nanochat_ray.serve.conversation import FUNCTION, arguments
+from nanochat_ray.serve.errors import ApiError
 from nanochat_ray.serve.logprobs import Scored, TextOffsets
 from nanochat_ray.serve.responses import (
     AnswerMessage,
@@ -27,6 +28,7 @@ from nanochat_ray.serve.responses import (
     Usage,
 )
 from nanochat_ray.serve.service import Job, Service
+from nanochat_ray.serve.sse import DONE, event
 
 
 @dataclass
@@ -110,6 +112,19 @@ class Shape:
 
     def delta(self, piece: Piece) -> str:
         raise NotImplementedError
+
+    def deltas(self, piece: Piece) -> list[str]:
+        return [self.delta(piece)]
+
+    def frame(self, events: list[str]) -> str:
+        """Events as they are sent."""
+        return event(*events)
+
+    def closing(self, include_usage: bool) -> str:
+        return event(self.usage_chunk(), DONE) if include_usage else event(DONE)
+
+    def failure(self, error: ApiError) -> str:
+        return event(json.dumps(error.body()))
 
     def whole(self) -> dict[str, Any]:
         raise NotImplementedError

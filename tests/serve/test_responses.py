@@ -1,0 +1,188 @@
+"""``/v1/responses``, with the official client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from pydantic import BaseModel
+from scripted import ScriptedClient
+from serving import post, serving
+
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.text.tokenizer import Tokenizer
+
+TOK = Tokenizer.bytes_only()
+START, END = TOK.special("<|python_start|>"), TOK.special("<|python_end|>")
+CALCULATOR = {
+    "type": "function",
+    "name": "calculator",
+    "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}},
+}
+
+
+@pytest.fixture
+def engine() -> ScriptedClient:
+    return ScriptedClient(TOK.encode("Grüße 🙂"))
+
+
+@pytest.fixture
+def url(engine: ScriptedClient) -> Iterator[str]:
+    with serving(build_app(engine, TOK, "tiny", 256)) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def test_text_in_text_out(client: openai.OpenAI, engine: ScriptedClient) -> None:
+    answer = client.responses.create(
+        model="tiny", input="hi", instructions="Be kind.", metadata={"a": "b"}
+    )
+    assert (answer.output_text, answer.status) == ("Grüße 🙂", "completed")
+    assert answer.usage.input_tokens == len(engine.requests[0].prompt)
+    assert answer.usage.output_tokens == len(engine.tokens) + 1
+    assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
+    assert (answer.metadata, answer.instructions) == ({"a": "b"}, "Be kind.")
+    system = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]
+    client.chat.completions.create(model="tiny", messages=system)
+    assert engine.requests[0].prompt == engine.requests[1].prompt
+
+
+def test_events_tell_the_same_as_the_whole(client: openai.OpenAI) -> None:
+    events = list(client.responses.create(model="tiny", input="hi", stream=True))
+    assert [e.sequence_number for e in events] == list(range(len(events)))
+    kinds = [e.type.removeprefix("response.") for e in events]
+    assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+    assert set(kinds[4:-4]) == {"output_text.delta"}
+    ends = ["output_text.done", "content_part.done", "output_item.done", "completed"]
+    assert kinds[-4:] == ends
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == "Grüße 🙂"
+    final = events[-1].response
+    assert final.output_text == events[-4].text == "Grüße 🙂"
+    assert final.output[0].id == events[2].item.id == events[4].item_id
+    assert final.usage.output_tokens == len(TOK.encode("Grüße 🙂")) + 1
+    with client.responses.stream(model="tiny", input="hi") as stream:
+        assert stream.get_final_response().output_text == "Grüße 🙂"
+
+
+def test_answer_that_is_cut_is_incomplete(client: openai.OpenAI) -> None:
+    answer = client.responses.create(model="tiny", input="hi", max_output_tokens=3)
+    assert answer.status == "incomplete"
+    assert answer.incomplete_details.reason == "max_output_tokens"
+    *_, last = client.responses.create(model="tiny", input="hi", max_output_tokens=3, stream=True)
+    assert last.type == "response.incomplete"
+
+
+def test_function_call_and_its_output(client: openai.OpenAI, engine: ScriptedClient) -> None:
+    engine.tokens = [*TOK.encode("Well: "), START, *TOK.encode("12+7"), END]
+    question: Any = {"role": "user", "content": [{"type": "input_text", "text": "12+7?"}]}
+    answer = client.responses.create(model="tiny", input=[question], tools=[CALCULATOR])
+    message, call = answer.output
+    assert message.content[0].text == "Well: "
+    assert (call.name, call.arguments) == ("calculator", '{"expression": "12+7"}')
+    events = list(
+        client.responses.create(model="tiny", input=[question], tools=[CALCULATOR], stream=True)
+    )
+    (done,) = [e for e in events if e.type == "response.function_call_arguments.done"]
+    assert (done.arguments, done.output_index) == (call.arguments, 1)
+    assert [item.type for item in events[-1].response.output] == ["message", "function_call"]
+    items = [question, *(item.model_dump(exclude_none=True) for item in answer.output)]
+    items.append({"type": "function_call_output", "call_id": call.call_id, "output": "19"})
+    engine.tokens = TOK.encode("It is 19.")
+    again = client.responses.create(model="tiny", input=items, tools=[CALCULATOR])
+    assert again.output_text == "It is 19."
+    prompt = TOK.decode([t for t in engine.requests[-1].prompt if t not in TOK.specials.values()])
+    assert prompt == "12+7?Well: 12+719"
+
+
+def test_parse_gives_the_schema_to_the_engine(
+    client: openai.OpenAI, engine: ScriptedClient
+) -> None:
+    class Sum(BaseModel):
+        total: int
+
+    engine.tokens = TOK.encode('{"total":19}')
+    assert client.responses.parse(model="tiny", input="x", text_format=Sum).output_parsed == Sum(
+        total=19
+    )
+    grammar = engine.requests[-1].params.grammar
+    assert grammar is not None
+    assert "total" in grammar["json_schema"]["properties"]
+
+
+def test_truncation_drops_the_oldest_turns(url: str, engine: ScriptedClient) -> None:
+    items = [{"role": "system", "content": "S"}]
+    for i in range(30):
+        items.append({"role": "user", "content": f"question {i}"})
+        items.append({"role": "assistant", "content": f"answer {i}"})
+    items.append({"role": "user", "content": "the last"})
+    refused = post(f"{url}/v1/responses", json={"input": items})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
+    body = {"input": items, "truncation": "auto"}
+    assert post(f"{url}/v1/responses", json=body).status_code == 200
+    text = TOK.decode([t for t in engine.requests[-1].prompt if t < 256])
+    assert text.startswith("S\n\nquestion 2")
+    assert text.endswith("answer 29the last")
+    body = {"input": "x" * 300, "truncation": "auto"}
+    assert post(f"{url}/v1/responses", json=body).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [5]}, "input[0]"),
+        ({"input": [{}] * 100_000}, "input[0].role"),
+        ({"input": [{"role": "wizard", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, None),
+        ({"input": [{"role": "user", "content": 5}]}, "input[0].content"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+        ({"input": "x", "previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"input": "x", "conversation": "c"}, "conversation"),
+        ({"input": "x", "background": True}, "background"),
+        ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"input": "x", "tools": [5]}, "tools[0].type"),
+        ({"input": "x", "tool_choice": {"type": "mcp"}}, "tool_choice"),
+        ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format"),
+        ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format"),
+        ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": "x", "max_output_tokens": -2}, "max_output_tokens"),
+        ({"input": "x", "temperature": 3}, "temperature"),
+        ({"input": "x", "metadata": {str(i): "x" for i in range(17)}}, "metadata"),
+        ({"input": "x" * 300}, "input"),
+    ],
+)
+def test_refusals_name_the_field(url: str, body: dict[str, Any], param: str | None) -> None:
+    response = post(f"{url}/v1/responses", json=body)
+    error = response.json()["error"]
+    assert response.status_code == 400, response.text
+    if param is not None:
+        assert error["param"] == param, error
+    assert "messages" not in error["message"]
+
+
+def test_harmless_fields_are_ignored(url: str) -> None:
+    body = {"input": "x", "store": True, "user": "u", "service_tier": "auto", "include": []}
+    body |= {"reasoning": {"effort": "low"}, "stream_options": {"include_obfuscation": False}}
+    assert post(f"{url}/v1/responses", json=body).json()["store"] is False
+
+
+def test_engine_failure_is_an_event(client: openai.OpenAI, engine: ScriptedClient) -> None:
+    engine.break_after = 2
+    *_, last = client.responses.create(model="tiny", input="hi", stream=True)
+    assert (last.type, last.response.status) == ("response.failed", "failed")
+    assert last.response.error.code == "engine_unavailable"
+
+
+def test_logprobs_come_with_the_text(client: openai.OpenAI) -> None:
+    answer = client.responses.create(
+        model="tiny", input="hi", top_logprobs=2, include=["message.output_text.logprobs"]
+    )
+    assert len(answer.output[0].content[0].logprobs) == len(TOK.encode("Grüße 🙂"))
