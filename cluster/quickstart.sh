@@ -8,7 +8,8 @@
 #   --storage URI    where data and checkpoints are kept: a folder, s3://, gs://
 #   --depth D        layers of the model; all else follows from it (default 4)
 #   --gpus N         train on N GPUs (default 0: two workers on the CPU)
-#   --minutes M      about how long the base model is trained on a CPU (default 5.2)
+#   --minutes M      about how long the base model is trained on a CPU (default: as long as all
+#                    of this ends within 12 minutes on this machine, 5.2 at most)
 #   --port P         of the HTTP endpoint (default 8000)
 #   --stay | --leave wait for Ctrl-C at the end, or leave the endpoint up and return
 #                    (default: wait if a person is at the terminal)
@@ -85,7 +86,10 @@ if [ "$GPUS" -gt 0 ]; then
   SERVE=(--gpus 1) EVAL=(--device cuda --precision bf16)
 else
   # A few minutes instead of the compute-optimal hours: this is a first look.
-  PREPARE=() TRAIN=(--workers 2) BOUND=(--cpu-minutes "${MINUTES:-5.2}") SERVE=() EVAL=()
+  # How many tokens that is on this machine is measured when training begins.
+  PREPARE=() TRAIN=(--workers 2) SERVE=() EVAL=()
+  SFT_MINUTES="$(python -c 'import sys; print(max(2, float(sys.argv[1] or 0) / 2))' "$MINUTES")"
+  BOUND=(--cpu-minutes "$SFT_MINUTES")
 fi
 
 job() {  # NAME COMMAND...: one Ray job, what it prints here, and all of it in its log
@@ -116,6 +120,27 @@ sys.exit(trainer["step"] < trainer["train_config"]["steps"])
 PY
 }
 
+base_minutes() {  # SECONDS: minutes of training, where preparing the text has taken so long
+  python - "$STORAGE" "$BASE" "${MINUTES:-0}" "$1" "$((SECONDS - BEGAN))" "$SFT_MINUTES" \
+    "${#TEXT[@]}" <<'PY'
+import json, sys
+from nanochat_ray.storage import Store
+from nanochat_ray.train.speed import PLAN
+
+storage, base, minutes, prepared, spent, sft, texts = sys.argv[1:]
+run = Store.at(storage).child("runs", base)
+try:  # a run that was begun keeps its plan
+    planned = json.loads(run.read_text(PLAN))["plan"]["cpu_minutes"]
+except (OSError, ValueError, KeyError, TypeError):
+    planned = 0
+# What else there is to do takes 6 times as long as preparing the text, on a fast and on a slow
+# machine. The promise is 12 minutes; texts of one's own may be of any size.
+left = 690 - int(spent) - 60 * float(sft) - 6 * int(prepared)
+default = 5.2 if texts != "0" else round(min(5.2, max(1, left / 60)), 1)
+print(planned or float(minutes) or default)
+PY
+}
+
 measure() {
   [ ! -f "$LOGS/eval-$CHAT.log" ] || return 0
   say "measuring on fresh questions (log: $LOGS/eval-$CHAT.log)"
@@ -128,18 +153,26 @@ local_start "$GPUS"
 if ! done_run "$CHAT"; then
   if ! done_run "$BASE"; then
     say "1/5 preparing the text (log: $LOGS/prepare-base.log)"
+    preparing=$SECONDS
     job prepare-base python "$REPO/jobs/prepare.py" --stage base --storage "$STORAGE" \
       --dataset "$BASE" "${PREPARE[@]}" ${TEXT[@]+--text "${TEXT[@]}"}
-    say "2/5 training the base model (log: $LOGS/train-base.log)"
+    if [ "$GPUS" -eq 0 ]; then
+      minutes="$(base_minutes $((SECONDS - preparing)))"
+      say "2/5 training the base model for $minutes minutes (log: $LOGS/train-base.log)"
+      bound=(--cpu-minutes "$minutes")
+    else
+      say "2/5 training the base model (log: $LOGS/train-base.log)"
+      bound=()
+    fi
     job train-base python "$REPO/jobs/train.py" --stage base --storage "$STORAGE" \
-      --dataset "$BASE" --run "$BASE" --depth "$DEPTH" "${TRAIN[@]}" "${BOUND[@]}"
+      --dataset "$BASE" --run "$BASE" --depth "$DEPTH" "${TRAIN[@]}" "${bound[@]}"
   fi
   say "3/5 preparing conversations (log: $LOGS/prepare-sft.log)"
   job prepare-sft python "$REPO/jobs/prepare.py" --stage sft --storage "$STORAGE" \
     --dataset "$CHAT" --tokenizer "$BASE"
   say "4/5 fine-tuning to chat (log: $LOGS/train-sft.log)"
   job train-sft python "$REPO/jobs/train.py" --stage sft --storage "$STORAGE" \
-    --dataset "$CHAT" --run "$CHAT" --parent "$BASE" "${TRAIN[@]}"
+    --dataset "$CHAT" --run "$CHAT" --parent "$BASE" "${TRAIN[@]}" "${BOUND[@]}"
   rm -f "$LOGS/eval-$CHAT.log"  # of other weights
 else
   say "1–4/5 run $CHAT is trained already"

@@ -15,9 +15,11 @@ torchrun passes SIGTERM on and waits 30 s, and its own status is 1 whatever its 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,14 +29,14 @@ from nanochat_ray import machine, scaling
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.cli import entry
-from nanochat_ray.config import ModelConfig, Precision, TrainConfig, to_json, with_options
+from nanochat_ray.config import ModelConfig, TrainConfig, to_json, with_options
 from nanochat_ray.storage import Store, absolute, default_root
-from nanochat_ray.train import hardware, memory, plan
+from nanochat_ray.train import hardware, memory, plan, speed
 from nanochat_ray.train.job import Resume, TrainJob, check, check_resume, execute, open_dataset
 from nanochat_ray.train.metrics import duration, progress_line, wanted
 from nanochat_ray.train.stop import STOPPED, StopOnSignal
 
-BASE_FLAGS = ("depth", "preset", "ratio", "tokens", "cpu_minutes")
+BASE_FLAGS = ("depth", "preset", "ratio", "tokens")
 """Fine-tuning takes the model from its parent and the tokens from its dataset."""
 SFT_FLAGS = ("parent", "epochs")
 PRESETS = ("modern", "classic")
@@ -65,7 +67,8 @@ class Args:
     tokens: int | None = None
     """Tokens to train on; by default they follow the ratio (base)."""
     cpu_minutes: float | None = None
-    """On a CPU: no more tokens than about so many minutes take; by default no bound (base)."""
+    """On a CPU: no more tokens than about so many minutes take, by the speed that is measured at
+    the start; by default no bound. A run that goes on keeps the plan that it began with."""
     batch_tokens: int = 0
     """Tokens of a global batch; 0 follows the scaling rule."""
     epochs: float | None = None
@@ -82,7 +85,8 @@ class Args:
     """One GPU for each worker."""
     threads: int = 1
     """Torch threads of a worker on the CPU."""
-    precision: Precision = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 on GPUs, and on a CPU the faster one, measured (sft: that of its parent)."""
     seed: int = 0
     options: list[str] = field(default_factory=list)
     """Any field of ModelConfig, TrainConfig and OptimConfig (nanochat_ray/config.py) as name=value,
@@ -172,38 +176,97 @@ def base_model(args: Args, dataset: str) -> ModelConfig:
     )
 
 
-def base_train(args: Args, model: ModelConfig) -> TrainConfig:
+def measure(args: Args, probe: speed.Probe) -> speed.Speed:
+    """The speed of all workers together, where they will train."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("measuring how fast this machine trains", flush=True)
+    if args.ray and not args.plan_only and not under_torchrun():
+        from nanochat_ray.on_ray import session
+        from nanochat_ray.on_ray import speed as on_ray
+
+        session.connect()
+        return on_ray.measure(probe, workers=args.min_workers or args.workers)
+    torch.set_num_threads(args.threads)
+    found = speed.measure(probe, sharing=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if args.plan_only:  # in this process alone: others get as much each, while there are cores
+        many = max(1, min(args.workers, machine.cores() // args.threads))
+        return dataclasses.replace(found, tokens_per_s=many * found.tokens_per_s)
+    return found
+
+
+def plan_length(args: Args, model: ModelConfig, tokens: int, batch_tokens: int) -> speed.RunPlan:
+    """The length and precision of a run on a CPU. Raises ValueError."""
+    shaped, _ = with_options(model, args.options)
+    probe = speed.Probe(
+        model=shaped,
+        precision=args.precision,
+        minutes=args.cpu_minutes or 0.0,
+        batch_tokens=batch_tokens,
+        micro_rows=args.micro_rows,
+        threads=args.threads,
+    )
+    run = Store.at(args.storage).child("runs", run_name(args))
+    store = not args.plan_only and int(os.environ.get("RANK", 0)) == 0
+    found = speed.plan_length(
+        run, probe, tokens, args.workers, lambda probe: measure(args, probe), store
+    )
+    if args.precision != "auto":
+        return dataclasses.replace(found, precision=args.precision)
+    return found
+
+
+def base_train(args: Args, model: ModelConfig) -> tuple[TrainConfig, float]:
+    """Also gives the tokens per second that were measured, or 0."""
     tokens, ratio = args.tokens or 0, args.ratio or scaling.TOKENS_PER_PARAMETER
-    if args.cpu_minutes and not args.gpus and not tokens:
-        bound = scaling.tokens_in_minutes(model, args.cpu_minutes, args.workers)
-        tokens = min(bound, scaling.horizon(model, ratio))
+    precision, batch, tokens_per_s = args.precision, args.batch_tokens, 0.0
+    if not args.gpus and args.cpu_minutes and not tokens:
+        found = plan_length(args, model, scaling.horizon(model, ratio), batch)
+        tokens, batch, precision = found.tokens, batch or found.batch_tokens, found.precision
+        tokens_per_s = found.tokens_per_s
+    elif not args.gpus and precision == "auto" and not args.plan_only:
+        unbounded = dataclasses.replace(args, cpu_minutes=0.0)
+        precision = plan_length(unbounded, model, tokens or 1, batch).precision
     train = scaling.base_plan(
         model,
         tokens=tokens,
         ratio=ratio,
-        batch=args.batch_tokens,
+        batch=batch,
         micro_rows=args.micro_rows,
         workers=args.workers,
-        precision=args.precision,
+        precision="bf16" if precision == "auto" else precision,
         seed=args.seed,
     ).train
-    if args.micro_rows:
-        return train
-    return plan.fitted(model, train, workers=args.workers, hardware=planned_hardware(args))
+    if not args.micro_rows:
+        gpu = planned_hardware(args)
+        train = plan.fitted(model, train, workers=args.workers, hardware=gpu)
+    return train, tokens_per_s
 
 
-def sft_train(args: Args, parent: ModelConfig, dataset: str) -> TrainConfig:
+def sft_train(args: Args, parent: Store, dataset: str) -> tuple[TrainConfig, float]:
+    """Also gives the tokens per second that were measured, or 0."""
+    model = snapshot.load_config(parent).model
     _, manifest, _ = open_dataset(args.storage, dataset)
-    return scaling.sft_config(
-        parent,
-        manifest.rows("train"),
-        epochs=args.epochs or 1.0,
-        batch=args.batch_tokens,
-        micro_rows=args.micro_rows,
-        workers=args.workers,
-        precision=args.precision,
-        seed=args.seed,
-    )
+    rows, precision = manifest.rows("train"), args.precision
+    if precision == "auto":
+        before = snapshot.load_trainer(parent).get("train_config", {})
+        precision = "bf16" if args.gpus else before.get("precision", "fp32")
+    sizes = {
+        "batch": args.batch_tokens,
+        "micro_rows": args.micro_rows,
+        "workers": args.workers,
+        "seed": args.seed,
+    }
+    epochs = args.epochs or 1.0
+    train = scaling.sft_config(model, rows, epochs=epochs, precision=precision, **sizes)
+    if args.gpus or not args.cpu_minutes:
+        return train, 0.0
+    size = train.batch_rows * model.sequence_len
+    bounded = dataclasses.replace(args, precision=precision)
+    found = plan_length(bounded, model, train.steps * size, size)
+    sizes["batch"] = found.batch_tokens
+    epochs = found.tokens // model.sequence_len / rows
+    train = scaling.sft_config(model, rows, epochs=epochs, precision=precision, **sizes)
+    return train, found.tokens_per_s
 
 
 def build(args: Args) -> TrainJob:
@@ -215,10 +278,10 @@ def build(args: Args) -> TrainJob:
         if snapshot.latest(store) is None:
             raise ValueError(f"parent={parent!r} has no checkpoint in {args.storage}")
         model = snapshot.load_config(store).model
-        train = sft_train(args, model, dataset)
+        train, tokens_per_s = sft_train(args, store, dataset)
     else:
         model = base_model(args, dataset)
-        train = base_train(args, model)
+        train, tokens_per_s = base_train(args, model)
     train = dataclasses.replace(
         train,
         optim=scaling.scaled(train.optim, args.lr_scale),
@@ -245,19 +308,34 @@ def build(args: Args) -> TrainJob:
     return TrainJob(
         storage=args.storage,
         dataset=dataset,
-        run=args.run or {"base": "base", "sft": "chat"}[args.stage],
+        run=run_name(args),
         model=model,
         train=train,
         parent=parent if args.stage == "sft" else "",
         tensorboard=args.tensorboard,
         wandb=args.wandb,
+        about={"tokens_per_s": tokens_per_s} if tokens_per_s else {},
     )
+
+
+def run_name(args: Args) -> str:
+    return args.run or {"base": "base", "sft": "chat"}[args.stage]
+
+
+def under_torchrun() -> bool:
+    return "LOCAL_WORLD_SIZE" in os.environ
 
 
 def print_plan(job: TrainJob, args: Args) -> dict[str, Any]:
     """Prints the plan; returns it with what memory says of it."""
     found = planned_hardware(args)
-    described = plan.describe(job.model, job.train, workers=args.workers, hardware=found)
+    described = plan.describe(
+        job.model,
+        job.train,
+        workers=args.workers,
+        hardware=found,
+        tokens_per_s=job.about.get("tokens_per_s", 0.0),
+    )
     print(f"{plan.render(described)}\nstorage   {job.storage}, run {job.run}", flush=True)
     # Workers on CPUs are taken to share this machine.
     free = found.memory or machine.free_memory(torch.device("cpu"), args.workers)
@@ -271,35 +349,43 @@ def print_plan(job: TrainJob, args: Args) -> dict[str, Any]:
 
 def run_here(job: TrainJob, args: Args) -> dict[str, Any]:
     """Trains in this process, or as one rank of ``torchrun``."""
-    import torch.distributed as dist
-
     torch.set_num_threads(args.threads)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if args.gpus:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if args.gpus else "gloo")
 
     def report(record: dict[str, Any]) -> None:
         if rank == 0 and wanted(record, args.print_every):
             print(progress_line(record), flush=True)
 
+    with StopOnSignal() as stop:
+        return execute(
+            job,
+            rank=rank,
+            world=world,
+            sharing=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            device=device,
+            report=report,
+            should_stop=stop.asked.is_set,
+        )
+
+
+@contextlib.contextmanager
+def process_group(args: Args) -> Iterator[None]:
+    """torchrun's, if this is one of several ranks."""
+    import torch.distributed as dist
+
+    if not under_torchrun() or args.plan_only or int(os.environ["WORLD_SIZE"]) == 1:
+        yield
+        return
+    if args.gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if args.gpus else "gloo")
     try:
-        with StopOnSignal() as stop:
-            return execute(
-                job,
-                rank=rank,
-                world=world,
-                sharing=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-                device=device,
-                report=report,
-                should_stop=stop.asked.is_set,
-            )
+        yield
     finally:
-        if world > 1:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def run_on_ray(job: TrainJob, args: Args) -> dict[str, Any]:
@@ -319,8 +405,12 @@ def run_on_ray(job: TrainJob, args: Args) -> dict[str, Any]:
 
 
 def main(args: Args) -> int:
-    under_torchrun = "LOCAL_WORLD_SIZE" in os.environ
-    if under_torchrun:
+    with process_group(args):
+        return train(args)
+
+
+def train(args: Args) -> int:
+    if under_torchrun():
         args = dataclasses.replace(args, workers=int(os.environ["WORLD_SIZE"]))
     elif not args.ray and not args.plan_only:
         args = dataclasses.replace(args, workers=1)
@@ -338,7 +428,7 @@ def main(args: Args) -> int:
         check_resume(job.storage, job.run, args.resume)
     if first:
         print_plan(job, args)
-    here = under_torchrun or not args.ray
+    here = under_torchrun() or not args.ray
     result = run_here(job, args) if here else run_on_ray(job, args)
     if first:
         print(f"trained in {duration(result.get('train_seconds', 0.0))}")

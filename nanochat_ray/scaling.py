@@ -25,10 +25,6 @@ REFERENCE_TOKENS = 1.32e9
 """Compute-optimal tokens of depth 12 with a vocabulary of 32,768."""
 
 
-CPU_FLOPS = 1.4e11
-"""FLOP/s of one of two training workers at depth 4 in bf16 (measured, 2 cores, AVX512-BF16)."""
-
-
 def head_dim(width: int) -> int:
     """128 as in nanochat; narrow models need more than two heads more than they need wide ones."""
     return 128 if width >= 768 else 64
@@ -117,14 +113,6 @@ def horizon(config: ModelConfig, ratio: float = TOKENS_PER_PARAMETER) -> int:
     """Tokens to train on."""
     counts = parameters(config)
     return int(ratio * (counts.matrices + counts.head))
-
-
-def tokens_in_minutes(config: ModelConfig, minutes: float, workers: int) -> int:
-    """Tokens that ``workers`` CPU processes of one thread train on in about that time.
-
-    A fixed figure for the machine, so that equal flags give equal runs.
-    """
-    return int(minutes * 60 * workers * CPU_FLOPS / flops_per_token(config))
 
 
 def batch_tokens(tokens: int) -> int:

@@ -93,7 +93,6 @@ BAD_FLAGS = {
         ("--stage sft --preset modern", "--preset='modern'"),
         ("--stage sft --tokens 0", "--tokens=0"),
         ("--stage sft --ratio 3", "--ratio=3.0"),
-        ("--stage sft --cpu-minutes 3", "--cpu-minutes=3.0"),
         ("--stage sft --epochs 0", "epochs=0.0"),
         ("--epochs 2", "--epochs=2.0 is not allowed: only with --stage sft"),
     ],

@@ -12,12 +12,18 @@ from nanochat_ray.train.hardware import Hardware
 
 
 def describe(
-    model: ModelConfig, train: TrainConfig, *, workers: int, hardware: Hardware
+    model: ModelConfig,
+    train: TrainConfig,
+    *,
+    workers: int,
+    hardware: Hardware,
+    tokens_per_s: float = 0.0,
 ) -> dict[str, Any]:
     """The plan as JSON values; memory in bytes of a worker, time in hours.
 
-    Hours are training FLOPs over ``workers`` times the hardware's peak times its assumed MFU, so
-    without validation, checkpoints and start-up.
+    Hours follow from ``tokens_per_s``, measured of all workers together, or if that is 0 are
+    training FLOPs over ``workers`` times the hardware's peak times its assumed MFU: without
+    validation, checkpoints and start-up.
     """
     counts = scaling.parameters(model)
     size = train.batch_rows * model.sequence_len
@@ -58,7 +64,8 @@ def describe(
             "memory": hardware.memory,
         },
         "memory": {"total": needed.total, **vars(needed)},
-        "hours": flops / rate / 3600,
+        "measured_tokens_per_s": tokens_per_s,
+        "hours": (tokens / tokens_per_s if tokens_per_s else flops / rate) / 3600,
     }
 
 
@@ -93,6 +100,12 @@ def render(plan: dict[str, Any]) -> str:
     has = f" of {hardware['memory'] / memory.GIB:.0f}" if hardware["memory"] else ""
     many = f"{plan['workers']} × {hardware['name']}"
     kinds = {"blocks": "matrices", "embedding": "embedding", "value embeddings": "value_embedding"}
+    speed = (
+        f"{hardware['assumed_mfu']:.0%} of {hardware['peak_flops'] / 1e12:,.4g} TFLOP/s each "
+        f"(assumed share of the peak in {plan['precision']}; {hardware['peak_source']})"
+    )
+    if plan["measured_tokens_per_s"]:
+        speed = f"{plan['measured_tokens_per_s']:,.0f} tokens/s of all workers (measured)"
     shown = ", ".join(f"{millions(counts[key])} {name}" for name, key in kinds.items())
     return "\n".join(
         (
@@ -106,9 +119,7 @@ def render(plan: dict[str, Any]) -> str:
             f"rows at a time, {batch['accumulation']} times",
             f"rates     {rates}; weight decay {plan['weight_decay']:.3g}",
             f"memory    {gib(plan['memory']['total'])}{has} GiB on each worker: {holds}",
-            f"time      {hours(plan['hours'])} on {many}, at {hardware['assumed_mfu']:.0%} of "
-            f"{hardware['peak_flops'] / 1e12:,.4g} TFLOP/s each (assumed share of the peak in "
-            f"{plan['precision']}; {hardware['peak_source']})",
+            f"time      {hours(plan['hours'])} on {many}, at {speed}",
         )
     )
 

@@ -1,0 +1,148 @@
+"""How long a run is: measured once, and the same whenever it is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from tiny import tiny_config, write_dataset
+
+from jobs import train as script
+from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.storage import Store
+from nanochat_ray.train import speed
+from nanochat_ray.train.job import TrainJob, execute
+from nanochat_ray.train.speed import Probe, RunPlan, Speed, plan_length
+
+MODEL = tiny_config()
+
+
+class Machine:
+    """A machine of a given speed; counts how often it is measured."""
+
+    def __init__(self, tokens_per_s: float):
+        self.tokens_per_s, self.measured = tokens_per_s, 0
+
+    def __call__(self, probe: Probe) -> Speed:
+        self.measured += 1
+        return Speed(precision="fp32", tokens_per_s=self.tokens_per_s)
+
+
+@pytest.fixture
+def run(root: Store) -> Store:
+    return root.child("runs", "run")
+
+
+def test_real_steps_are_measured() -> None:
+    found = speed.measure(Probe(model=MODEL, minutes=0.01), seconds=0.05)
+    assert found.precision in ("bf16", "fp32")
+    assert found.tokens_per_s > 0
+    assert found.tokens_in(2.0) == pytest.approx(2 * found.tokens_in(1.0), abs=1)
+
+
+@pytest.mark.parametrize("slow", ["bf16", "fp32"])
+def test_the_faster_precision_is_taken(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        speed, "_rate", lambda model, train, *_: 1.0 if train.precision == slow else 2.0
+    )
+    assert speed.measure(Probe(model=MODEL)).precision == {"bf16": "fp32", "fp32": "bf16"}[slow]
+    assert speed.measure(Probe(model=MODEL, precision="bf16")).precision == "bf16"
+
+
+def test_half_the_speed_is_half_the_tokens(root: Store) -> None:
+    probe = Probe(model=MODEL, minutes=5.0)
+    one, two = (
+        plan_length(root.child("runs", str(rate)), probe, 10**9, 2, Machine(rate))
+        for rate in (1000.0, 2000.0)
+    )
+    assert two.tokens == 2 * one.tokens == int(5 * 60 * 2000 * speed.SHARE_OF_STEPS)
+    assert plan_length(root.child("runs", "few"), probe, 99, 2, Machine(1e9)).tokens == 99
+
+
+def test_a_plan_is_measured_once(run: Store) -> None:
+    probe, machine = Probe(model=MODEL, minutes=5.0), Machine(1000.0)
+    first = plan_length(run, probe, 10**9, 2, machine)
+    machine.tokens_per_s = 7.0
+    assert plan_length(run, probe, 10**9, 4, machine) == first
+    assert machine.measured == 1
+    # Without a checkpoint another model or time is another plan.
+    for other in (
+        dataclasses.replace(probe, minutes=9.0),
+        dataclasses.replace(probe, model=tiny_config(n_layer=1)),
+    ):
+        assert plan_length(run, other, 10**9, 2, machine).tokens != first.tokens
+    run.write_text("plan.json", '{"plan": {"tok')
+    assert plan_length(run, probe, 10**9, 2, Machine(1000.0)) == first
+
+
+def train(root: Store, **flags: Any) -> TrainJob:
+    settings = {"storage": root.uri, "ray": False, "depth": 1, "batch_tokens": 128}
+    settings |= {"sample_tokens": 0}
+    return script.build(script.Args(**{**settings, **flags}))
+
+
+def test_a_begun_run_keeps_its_plan(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(root, "base")
+    rate = 16.0
+    monkeypatch.setattr(
+        speed, "measure", lambda probe, **_: Speed(precision="fp32", tokens_per_s=rate)
+    )
+    began = train(root, cpu_minutes=1.0, workers=2)
+    assert began.train.steps == round(60 * 16 * speed.SHARE_OF_STEPS / 128)
+    assert began.train.precision == "fp32"
+    execute(began, should_stop=iter([False, True]).__next__)
+    run = root.child("runs", "base")
+    assert snapshot.latest(run) == "step-000002"
+    rate = 1e6  # a faster machine, other workers, or a note that was lost
+    for workers in (1, 3):
+        again = train(root, cpu_minutes=1.0, workers=workers)
+        assert dataclasses.replace(again.train, micro_rows=began.train.micro_rows) == began.train
+    with pytest.raises(ValueError, match=r"cpu_minutes=3 is not what this run was started with"):
+        train(root, cpu_minutes=3.0)
+    run.delete("plan.json")
+    assert train(root, cpu_minutes=1.0).train == began.train
+    assert execute(again)["done"]
+
+
+def test_fine_tuning_is_bounded_and_takes_its_parents_precision(
+    root: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in ("base", "sft"):
+        write_dataset(root, stage, stage, length=32)
+    monkeypatch.setattr(
+        speed, "measure", lambda probe, **_: Speed(precision=probe.precision, tokens_per_s=16.0)
+    )
+    execute(train(root, tokens=256, precision="fp32"))
+    flags = {"stage": "sft", "depth": None}
+    whole = train(root, **flags)
+    assert whole.train.precision == "fp32"
+    assert whole.train.steps == round(50 / 4)
+    short = train(root, cpu_minutes=0.5, **flags)
+    assert short.train.steps == int(30 * 16 * speed.SHARE_OF_STEPS) // 128
+    assert short.train.precision == "fp32"
+    assert train(root, cpu_minutes=50.0, **flags).train == whole.train
+
+
+def test_the_plan_says_what_was_measured(
+    root: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(root, "base")
+    monkeypatch.setattr(
+        speed, "measure", lambda probe, **_: Speed(precision="fp32", tokens_per_s=16.0)
+    )
+    args = script.Args(
+        storage=root.uri, ray=False, depth=1, batch_tokens=128, cpu_minutes=1.0, workers=1
+    )
+    described = script.print_plan(script.build(args), args)
+    assert described["measured_tokens_per_s"] == 16.0
+    assert described["hours"] * 60 == pytest.approx(speed.SHARE_OF_STEPS, rel=0.15)
+    assert "at 16 tokens/s of all workers (measured)" in capsys.readouterr().out
+
+
+def test_notes_are_plain_json(run: Store) -> None:
+    plan = RunPlan(precision="bf16", tokens=5, batch_tokens=1, cpu_minutes=2.5)
+    speed.store_plan(run, MODEL, plan)
+    assert json.loads(run.read_text("plan.json"))["plan"]["cpu_minutes"] == 2.5
+    assert speed.stored_plan(run, MODEL) == plan
