@@ -31,9 +31,9 @@ from nanochat_ray.on_ray import session
 from nanochat_ray.on_ray.serve import (
     ServeConfig,
     build_application,
-    environment_keys,
     prefer_haproxy,
 )
+from nanochat_ray.serve import keys
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train.job import DTYPES
@@ -122,6 +122,8 @@ def config_of(args: Args) -> ServeConfig:
         gpus=args.gpus,
         threads=args.threads,
         request_timeout_s=args.request_timeout_s,
+        # Those of this command's environment, also where the cluster has been up for long.
+        key_hashes=tuple(keys.hash_key(key) for key in keys.from_environment()),
         engine=engine,
     )
 
@@ -188,7 +190,7 @@ def serve_here(config: ServeConfig, args: Args) -> None:
         config.name or config.run,
         client.max_len,
         limits=Limits(request_timeout_s=config.request_timeout_s),
-        keys=environment_keys(),
+        keys=config.key_hashes,
     )
     print(f"{config.name or config.run} is served at http://{args.host}:{args.port}", flush=True)
     spare_what_is_there()

@@ -25,7 +25,7 @@ from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Output, Request
 from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.machine import engine_threads, in_thread_that_ends
-from nanochat_ray.on_ray.link import ACCEPTED, NOT_HERE, QUEUE_FULL, Link
+from nanochat_ray.on_ray.link import ACCEPTED, NOT_HERE, QUEUE_FULL, Handshakes, Link
 from nanochat_ray.on_ray.metrics import RaySink
 from nanochat_ray.serve.collector import spare_what_is_there
 from nanochat_ray.serve.metrics import EngineMetrics
@@ -68,6 +68,7 @@ class EngineReplica:
         self.secret = secrets.token_hex(32)
         self.server: asyncio.Server | None = None
         self.links: set[Link] = set()
+        self.handshakes = Handshakes()
         self.owners: dict[str, tuple[Link, EngineLoop]] = {}
         """Where each request came from, and the engine that has it."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -79,15 +80,22 @@ class EngineReplica:
         if name == self.snapshot:
             return
         loop = asyncio.get_running_loop()
-        if self.server is None:
-            self.server = await loop.create_server(
-                lambda: Link(self._received, self._lost, trusted=False), self.host, 0
-            )
-            self._spawn(self._tell())
+        await self.listen()
         fresh = await asyncio.to_thread(in_thread_that_ends, self._start, name, loop)
         old, self.engine, self.snapshot = self.engine, fresh, name
         if old is not None:
             self._spawn(self._retire(old))
+
+    async def listen(self) -> None:
+        """Takes connections of ingresses from here on."""
+        if self.server is not None:
+            return
+
+        def link() -> Link:
+            return Link(self._received, self._lost, trusted=False, on_made=self.handshakes.begin)
+
+        self.server = await asyncio.get_running_loop().create_server(link, self.host, 0)
+        self._spawn(self._tell())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -136,6 +144,7 @@ class EngineReplica:
             kind, secret, _ = message
             if kind == "hello" and hmac.compare_digest(secret, self.secret):
                 link.trusted = True
+                self.handshakes.end(link)
                 self.links.add(link)
                 link.send("hello", self.status())
         elif message[0] == "submit":
@@ -145,6 +154,7 @@ class EngineReplica:
 
     def _lost(self, link: Link) -> None:
         """An ingress has gone: nobody waits for its requests."""
+        self.handshakes.end(link)
         self.links.discard(link)
         self._abort([name for name, (owner, _) in self.owners.items() if owner is link])
 

@@ -8,6 +8,7 @@ from ray.serve.handle import DeploymentHandle
 
 from nanochat_ray.on_ray.engine_client import RayEngineClient
 from nanochat_ray.on_ray.metrics import RaySink
+from nanochat_ray.serve import keys
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.collector import spare_what_is_there
 from nanochat_ray.serve.service import Limits
@@ -27,12 +28,15 @@ class Ingress:
         fingerprint: str,
         name: str,
         max_len: int,
-        keys: list[str],
+        key_hashes: list[str],
+        key_file: str,
         deadline_s: float,
         request_timeout_s: float,
     ):
         self.tokenizer = Tokenizer.load(Store.at(storage).child(*tokenizer.split("/")), fingerprint)
-        self.name, self.max_len, self.keys = name, max_len, keys
+        self.name, self.max_len = name, max_len
+        # From the deployment alone: a worker's environment may be older than it.
+        self.keys = [*key_hashes, *(keys.from_file(key_file) if key_file else [])]
         self.limits = Limits(request_timeout_s=request_timeout_s)
         self.client = RayEngineClient(engines, deadline_s=deadline_s)
 

@@ -22,6 +22,8 @@ import msgpack
 
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_HELLO_BYTES = 1 << 10
+MAX_HANDSHAKES = 128
+HANDSHAKE_S = 5.0
 # What an engine answers to a request; anything else says why it refuses it.
 ACCEPTED = "accepted"
 QUEUE_FULL = "queue full"
@@ -41,8 +43,9 @@ class Link(asyncio.Protocol):
         on_message: Callable[[Link, list[Any]], None],
         on_lost: Callable[[Link], None],
         trusted: bool = True,
+        on_made: Callable[[Link], None] = lambda link: None,
     ):
-        self._on_message, self._on_lost = on_message, on_lost
+        self._on_message, self._on_lost, self._on_made = on_message, on_lost, on_made
         self.trusted = trusted
         self._unpacker: Any = msgpack.Unpacker(max_buffer_size=MAX_MESSAGE_BYTES)
         self._seen = 0
@@ -56,6 +59,7 @@ class Link(asyncio.Protocol):
         for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        self._on_made(self)
 
     def data_received(self, data: bytes) -> None:
         self._seen += len(data)
@@ -85,3 +89,31 @@ class Link(asyncio.Protocol):
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
+
+
+class Handshakes:
+    """Bounds the connections that have not said the secret yet, in number and in time, so that they
+    cannot use up the process's file descriptors."""
+
+    def __init__(self, *, most: int = MAX_HANDSHAKES, seconds: float = HANDSHAKE_S):
+        self._most, self._seconds = most, seconds
+        self._waiting: dict[Link, asyncio.TimerHandle] = {}  # the oldest first
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def begin(self, link: Link) -> None:
+        """Closes ``link`` unless ``end`` comes in time; if there are too many, the oldest."""
+        while len(self._waiting) >= self._most:
+            self._drop(next(iter(self._waiting)))
+        later = asyncio.get_running_loop().call_later(self._seconds, self._drop, link)
+        self._waiting[link] = later
+
+    def end(self, link: Link) -> None:
+        """``link`` is trusted, or gone."""
+        if timer := self._waiting.pop(link, None):
+            timer.cancel()
+
+    def _drop(self, link: Link) -> None:
+        self.end(link)
+        link.close()

@@ -27,10 +27,9 @@ from nanochat_ray.config import EngineConfig, from_json, to_json
 from nanochat_ray.on_ray import autoscaling, ports
 from nanochat_ray.on_ray.engine_replica import EngineReplica
 from nanochat_ray.on_ray.ingress import Ingress
+from nanochat_ray.serve import keys
 from nanochat_ray.storage import Store, absolute, default_root
 
-KEYS_VARIABLE = "NANOCHAT_API_KEYS"
-"""Comma-separated API keys; without it nobody needs one."""
 LOOK_BACK_S = 15.0
 """Over which engines' loads are averaged for autoscaling; they come every 10 s."""
 
@@ -68,6 +67,12 @@ class ServeConfig:
     """How long a request may wait for an engine after its own has died."""
     request_timeout_s: float = 0.0
     """How long an answer may take, waiting and running; 0 is for ever."""
+    key_hashes: tuple[str, ...] = ()
+    """Of the API keys of which clients need one (``serve.keys``); without these and ``key_file``
+    nobody needs one."""
+    key_file: str = ""
+    """File on every node that runs ingresses, such as a mounted Kubernetes secret, with API keys;
+    read when an ingress starts, which fails without it."""
 
     def __post_init__(self) -> None:
         for name, least in (("engines", 1), ("ingresses", 1), ("threads", 0)):
@@ -80,6 +85,8 @@ class ServeConfig:
             check_float(name, getattr(self, name))
         for name in ("gpus", "cpus", "ingress_cpus"):
             check_float(name, getattr(self, name))
+        object.__setattr__(self, "key_hashes", tuple(self.key_hashes))
+        keys.check_hashes("key_hashes", self.key_hashes)
         check_name("run", self.run)
         if self.snapshot:
             check_name("snapshot", self.snapshot)
@@ -87,7 +94,7 @@ class ServeConfig:
         object.__setattr__(self, "storage", absolute(self.storage))
 
 
-def build_application(config: ServeConfig, *, keys: list[str] | None = None) -> Application:
+def build_application(config: ServeConfig) -> Application:
     """The Serve application. ValueError names a run, snapshot or setting that does not do."""
     root = Store.at(config.storage)
     run = root.child("runs", config.run)
@@ -140,7 +147,8 @@ def build_application(config: ServeConfig, *, keys: list[str] | None = None) -> 
         fingerprint=found.tokenizer,
         name=config.name or config.run,
         max_len=max_len,
-        keys=environment_keys() if keys is None else keys,
+        key_hashes=list(config.key_hashes),
+        key_file=config.key_file,
         deadline_s=config.deadline_s,
         request_timeout_s=config.request_timeout_s,
     )
@@ -179,16 +187,17 @@ def prefer_haproxy() -> None:
     ports.set_serve_environment()
 
 
-def environment_keys() -> list[str]:
-    keys = (key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(","))
-    return [key for key in keys if key]
-
-
 def build(args: Mapping[str, Any]) -> Application:
     """For ``import_path`` of a Serve config file; ``args`` has the fields of ServeConfig."""
-    values = dict(args)
-    values["engine"] = from_json(EngineConfig, values.get("engine", {}))
-    return build_application(from_json(ServeConfig, values))
+    config = from_json(ServeConfig, args)
+    if keys.from_environment() and not (config.key_hashes or config.key_file):
+        # This runs in some worker, whose environment says nothing about this deployment. Without
+        # the refusal, whoever set the variable would believe that it guards the endpoint.
+        raise ValueError(
+            f"{keys.VARIABLE} in a cluster's environment guards no deployment: give key_hashes "
+            "(python -m nanochat_ray.serve.keys prints them) or key_file in args"
+        )
+    return build_application(config)
 
 
 def settings(config: ServeConfig) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Sequence
 
 from starlette.exceptions import HTTPException
@@ -10,6 +9,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat_ray.serve.errors import ApiError
+from nanochat_ray.serve.keys import KeyRing
 
 OPEN_PATHS = ("/", "/health", "/metrics", "/version", "/openapi.json")
 """Answered without a key: the page asks for one itself."""
@@ -24,12 +24,12 @@ def client_of(request: Request) -> str:
 
 
 class Guard:
-    """ASGI middleware. ``keys`` empty: nobody needs one."""
+    """ASGI middleware. ``keys``: API keys or hashes of them; empty: nobody needs one."""
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int, keys: Sequence[str] = ()):
         self.app = app
         self.max_body_bytes = max_body_bytes
-        self.keys = [key.encode() for key in keys]
+        self.keys = KeyRing(keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,11 +68,7 @@ class Guard:
         """A name for whoever has this key, None if it is no key of ours."""
         given = headers.get(b"authorization", b"")
         scheme, _, key = given.partition(b" ")
-        # Every key is compared, in constant time, so that timing tells nothing about them.
-        found = [hmac.compare_digest(key.strip(), known) for known in self.keys]
-        if scheme.lower() != b"bearer" or not any(found):
-            return None
-        return f"key {found.index(True)}"
+        return self.keys.name_of(key.strip()) if scheme.lower() == b"bearer" else None
 
     @staticmethod
     def _declared(headers: dict[bytes, bytes]) -> int:

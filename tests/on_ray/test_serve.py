@@ -29,12 +29,14 @@ from nanochat_ray.on_ray.engine_replica import EngineReplica
 from nanochat_ray.on_ray.link import ACCEPTED, Link
 from nanochat_ray.on_ray.routing import MAX_LEAD, PrefixRouter
 from nanochat_ray.on_ray.serve import ServeConfig, build, settings
+from nanochat_ray.serve.keys import hash_key
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.ray
 
 TOK = Tokenizer.bytes_only()
+KEY = "test-key-of-the-deployment"
 USER = [{"role": "user", "content": "hello"}]
 LONG = {"max_tokens": 900, "seed": 7, "extra_body": {"ignore_eos": True}}
 
@@ -72,6 +74,7 @@ def config(s3: str) -> ServeConfig:
         downscale_delay_s=1,
         ingresses=2,
         cpus=0.5,
+        key_hashes=(hash_key(KEY),),
         engine=EngineConfig(max_slots=8, token_budget=64, max_waiting=16),
     )
 
@@ -90,7 +93,7 @@ def url(ray_session: None, config: ServeConfig) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60)
 
 
 def test_health_keeps_the_secret(url: str) -> None:
@@ -120,7 +123,11 @@ def test_client_lists_completes_chats_and_streams(client: openai.OpenAI, url: st
     text = "".join(c.choices[0].delta.content or "" for c in chunks)
     assert text == whole.choices[0].message.content
     assert "<textarea" in httpx.get(url).text
-    assert httpx.post(f"{url}/v1/completions", content=b"{").status_code == 400
+    with_key = {"Authorization": f"Bearer {KEY}"}
+    assert httpx.post(f"{url}/v1/completions", content=b"{", headers=with_key).status_code == 400
+    # The key came with the deployment: no process of this Ray has it in its environment.
+    assert "NANOCHAT_API_KEYS" not in os.environ
+    assert httpx.post(f"{url}/v1/completions", content=b"{").status_code == 401
 
 
 def test_unknown_model_is_refused(client: openai.OpenAI) -> None:
@@ -134,6 +141,7 @@ def test_leaving_frees_the_slot(url: str) -> None:
     body = json.dumps({"messages": USER, "stream": True, "ignore_eos": True}).encode()
     host, port = url.removeprefix("http://").split(":")
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Authorization: Bearer {KEY}\r\n"
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert b"200 OK" in connection.recv(65536)
