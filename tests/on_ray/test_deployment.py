@@ -94,7 +94,7 @@ def test_the_best_checkpoint_can_be_served(root: Store) -> None:
     write_run(root)
     for asked, served in (("", "step-000002"), ("best", "step-000001"), ("step-000001",) * 2):
         application = build({"storage": root.uri, "snapshot": asked})
-        engines = ingress_arguments(application)["engines"]
+        (engines,) = application._bound_deployment.init_args
         assert engines._bound_deployment.user_config == {"snapshot": served}
     with pytest.raises(ValueError, match=r"snapshot='step-000009' is not in .* step-000001"):
         build({"storage": root.uri, "snapshot": "step-000009"})
