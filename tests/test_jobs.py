@@ -167,7 +167,7 @@ def test_a_checkpoint_that_misses_a_file_is_refused(root: Store) -> None:
         "eval", "--storage", root.uri, "--tasks", "identity"
     )
     (folder / "manifest.json").unlink()
-    assert "is not whole" in refused("eval", "--storage", root.uri, "--tasks", "identity")
+    assert "has no checkpoint" in refused("eval", "--storage", root.uri, "--tasks", "identity")
 
 
 def commands() -> list[list[str]]:

@@ -20,6 +20,8 @@ class TaskScore:
     total: int
     wrong: list[tuple[str, str]]
     """Up to ten (question, answer) that were not right."""
+    too_long: int = 0
+    """Of ``total``, those that do not fit into the context: they count as wrong."""
 
     @property
     def accuracy(self) -> float:
@@ -46,7 +48,7 @@ def evaluate(
     streams: dict[str, TextStream] = {}
     said: dict[str, str] = {}
     waiting = list(range(total))
-    done = 0
+    done = too_long = 0
     while waiting or engine.has_work:
         # A full batch and as much again in the queue keeps every slot busy.
         while waiting and len(streams) < 2 * engine.config.max_slots:
@@ -58,6 +60,7 @@ def evaluate(
                 engine.add(request)
             except ValueError:
                 done += 1
+                too_long += 1
                 continue
             streams[request.id] = TextStream(tokenizer)
         for output in engine.step():
@@ -74,4 +77,4 @@ def evaluate(
         for index, ok in enumerate(right)
         if not ok
     ]
-    return TaskScore(task.name, sum(right), total, wrong[:10])
+    return TaskScore(task.name, sum(right), total, wrong[:10], too_long)

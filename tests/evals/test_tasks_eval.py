@@ -50,7 +50,7 @@ def test_accuracy_is_counted_over_all_questions() -> None:
     score = evaluate(
         shared, TOKENIZER, task, count=26, max_tokens=12, progress=lambda d, t: done.append((d, t))
     )
-    assert (score.correct, score.total) == (3, 26)
+    assert (score.correct, score.total, score.too_long) == (3, 26, 1)
     assert len(score.wrong) == 10
     assert done[-1] == (26, 26)
     assert task.seen[7] == ""  # it does not fit into the context: asked, not answered, wrong

@@ -1,0 +1,113 @@
+"""Bits per byte of any text, against the definition and through jobs/eval.py."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import TOKENIZER, tiny_config
+
+from jobs import eval as job
+from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.evals.bpb import evaluate_text
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.storage import Store
+
+
+def model() -> GPT:
+    made = GPT(tiny_config(sequence_len=16))
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3, generator=torch.Generator().manual_seed(1))
+    return made.eval().requires_grad_(False)
+
+
+def test_every_byte_counts_once() -> None:
+    """Against the sum of log-probabilities, a document and a span of the context at a time."""
+    texts, gpt = ["a" * 40 + "bc", "", "héllo"], model()
+    score = evaluate_text(gpt, TOKENIZER, texts)
+    nats = 0.0
+    for text in texts:
+        ids = [TOKENIZER.bos, *TOKENIZER.encode(text)]
+        for start in range(0, len(ids) - 1, 16):
+            span = torch.tensor([ids[start : start + 17]])
+            if span.shape[1] > 1:
+                nats += gpt.loss(span[:, :-1], span[:, 1:], reduction="sum").item()
+    size = sum(len(text.encode()) for text in texts)
+    assert score.bytes == size
+    assert score.documents == 3
+    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert evaluate_text(gpt, TOKENIZER, ["a" * 1000], max_tokens=50).tokens == 64
+    with pytest.raises(ValueError, match="text is empty"):
+        evaluate_text(gpt, TOKENIZER, ["", ""])
+
+
+def save(root: Store, run: str, stage: str, **trainer: Any) -> None:
+    gpt = model()
+    snapshot.save(
+        root.child("runs", run),
+        1,
+        model_config=gpt.config,
+        weights=dict(gpt.named_parameters()),
+        optimizer=None,
+        trainer={"step": 1, "metrics": {}, "train_config": {"stage": stage}, **trainer},
+        tokenizer=TOKENIZER,
+    )
+
+
+def measured(root: Store, capsys: pytest.CaptureFixture[str], **args: Any) -> dict[str, Any]:
+    job.main(job.Args(storage=root.uri, threads=1, **args))
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_base_model_is_measured_on_text(
+    root: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"first_bits_per_byte": 8.0, "bits_per_byte": 3.0}
+    save(root, "base", "base", metrics=figures)
+    (tmp_path / "x.txt").write_text("some text")
+    result = measured(root, capsys, run="base", text=(str(tmp_path / "x.txt"),))
+    expected = evaluate_text(model(), TOKENIZER, ["some text"])
+    assert result["text_bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-5)
+    assert result["text_bytes"] == 9
+    assert result["bits_per_byte"] == 3.0
+    assert "accuracy" not in result  # it answers no chat
+    assert measured(root, capsys, run="base")["bits_per_byte_before"] == 8.0
+
+
+def test_eval_without_the_parent_run(root: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    save(root, "chat", "sft", about={"parent": "gone"})
+    result = measured(root, capsys, tasks=("identity",), count=3, show_wrong=0)
+    assert result["accuracy"] == {"identity": 0.0}
+    assert result["questions"] == {"identity": 3}
+    assert "bits_per_byte" not in result
+
+
+class Short:
+    """A task with fewer questions than are asked for, one of which does not fit."""
+
+    name = "short"
+
+    def __len__(self) -> int:
+        return 4
+
+    def question(self, index: int) -> list[dict[str, str]]:
+        return [{"role": "user", "content": "x" * (900 if index == 2 else 1)}]
+
+    def grade(self, index: int, answer: str) -> bool:
+        return False
+
+
+def test_eval_says_what_it_asked(
+    root: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(root, "chat", "sft")
+    monkeypatch.setattr(job, "make_task", lambda *_, **__: Short())
+    job.main(job.Args(storage=root.uri, threads=1, tasks=("short",), show_wrong=0))
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1])["questions"] == {"short": 4}
+    assert "0/4 right" in printed
+    assert "no more than 4 questions; 1 do not fit" in printed
