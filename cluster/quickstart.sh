@@ -76,10 +76,26 @@ trap finish EXIT
 trap 'echo; exit 130' INT
 trap 'exit 143' TERM
 
+text_state() {  # what --text names now, with the files in folders, so that one that is new is noticed
+  python - "${TEXT[@]}" <<'PY'
+import sys
+from nanochat_ray.data import sources
+
+for name in sys.argv[1:]:
+    print(name)
+    if "://" not in name:
+        try:
+            for source in sources.find([name]):
+                print(source.uri, source.size, source.modified)
+        except (ValueError, OSError):  # the first stage says what is wrong with it
+            pass
+PY
+}
+
 # Other text, another depth or other minutes are another run, with a name of its own.
 TAG="d$DEPTH"
 [ -z "$MINUTES" ] || TAG="$TAG-${MINUTES}m"
-[ ${#TEXT[@]} -eq 0 ] || TAG="$TAG-$(printf '%s\n' "${TEXT[@]}" | cksum | cut -d' ' -f1)"
+[ ${#TEXT[@]} -eq 0 ] || TAG="$TAG-$(text_state | cksum | cut -d' ' -f1)"
 BASE="base-$TAG" CHAT="chat-$TAG"
 if [ "$GPUS" -gt 0 ]; then
   PREPARE=(--vocab-size 32768 --sequence-len 2048) TRAIN=(--workers "$GPUS" --gpus) BOUND=()

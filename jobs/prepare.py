@@ -85,9 +85,11 @@ def mixture(tasks: tuple[str, ...]) -> list[tuple[str, int]]:
 def main(args: Args) -> None:
     from nanochat_ray.on_ray import session
     from nanochat_ray.on_ray.prepare import find_tokenizer, prepare_base, prepare_sft
+    from nanochat_ray.on_ray.publish import check_replaceable
 
     name = args.dataset or args.stage
     root = Store.at(args.storage)
+    check_replaceable(root, name, args.stage)  # before a Ray starts
     if args.stage == "base":
         session.connect()
         prepare_base(

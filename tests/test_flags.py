@@ -344,6 +344,16 @@ def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--port" in capsys.readouterr().out
 
 
+def test_no_stage_replaces_a_dataset_of_another(root: Store) -> None:
+    for kind, other in (("base", "sft"), ("sft", "base")):
+        write_dataset(root, kind, kind)
+        before = root.read_bytes(f"datasets/{kind}/manifest.json")
+        flags = ("--storage", root.uri, "--stage", other, "--dataset", kind)
+        line = refused("prepare", *flags)
+        assert f"dataset='{kind}' is not allowed: it was prepared for stage {kind}" in line
+        assert root.read_bytes(f"datasets/{kind}/manifest.json") == before
+
+
 def test_a_folder_that_cannot_be_written_is_named(root: Store) -> None:
     """/proc takes no files from anybody, root included."""
     TOKENIZER.save(root.child("tokenizers", TOKENIZER.fingerprint[:16]))

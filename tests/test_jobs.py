@@ -211,6 +211,33 @@ def test_the_quickstart_refuses_what_it_does_not_know(flags: list[str], error: s
     assert error in done.stderr
 
 
+def test_the_quickstart_notices_a_new_file(tmp_path: Path) -> None:
+    """What names its runs changes with the files of a folder, and with nothing else."""
+    script = (REPO / "cluster" / "quickstart.sh").read_text()
+    function = re.search(r"^text_state\(\) \{.*?^\}$", script, re.DOTALL | re.MULTILINE)
+    assert function is not None
+    (tmp_path / "a.txt").write_text("one")
+
+    def state() -> str:
+        command = f'{function[0]}\nTEXT=("$1" hf://datasets/x/y.parquet)\ntext_state'
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-c", command, "quickstart", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PATH": path, "PYTHONPATH": str(REPO)},
+            check=True,
+        )
+        return done.stdout
+
+    before = state()
+    assert "hf://datasets/x/y.parquet" in before
+    assert state() == before
+    (tmp_path / "b.txt").write_text("two")
+    assert state() != before
+
+
 def test_a_plan_needs_no_dataset_and_ends_in_one_object(root: Store) -> None:
     flags = ("--storage", root.uri, "--plan-only", "--depth", "20", "--workers", "8")
     plan = json.loads(run("train", *flags, "--hardware", "h100").splitlines()[-1])

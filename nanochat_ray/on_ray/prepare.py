@@ -29,6 +29,7 @@ from nanochat_ray.on_ray.documentation import documentation_corpus
 from nanochat_ray.on_ray.mapping import Progress, Row, mapped, say
 from nanochat_ray.on_ray.publish import (
     SPLITS,
+    check_replaceable,
     key_of,
     publish,
     shards_for,
@@ -143,6 +144,7 @@ def prepare_base(
     check_name("dataset", name)
     _check(sequence_len, vocab_size)
     root = Store.at(storage)
+    check_replaceable(root, name, "base")
     dataset = root.child("datasets", name)
     options, skipped = ReadOptions(text_column=text_column, skip_bad=skip_bad), Skipped()
     found = sources.find(list(text) or [documentation_corpus(root)], options, skipped)
@@ -362,6 +364,7 @@ def prepare_sft(
     check_name("dataset", name)
     _check(sequence_len, tokenizer.vocab_size)
     root = Store.at(storage)
+    check_replaceable(root, name, "sft")
     dataset = root.child("datasets", name)
     key = key_of("sft", list(tasks), tokenizer.fingerprint, sequence_len, seed)
     if (manifest := unchanged(dataset, key)) is not None:

@@ -32,6 +32,19 @@ def shards_for(size: float) -> int:
     return max(1, round(size / SHARD_BYTES))
 
 
+def check_replaceable(root: Store, name: str, stage: str) -> None:
+    """ValueError if ``datasets/<name>`` is a dataset of another stage, which runs may rest on."""
+    dataset = root.child("datasets", name)
+    if not dataset.exists("manifest.json"):
+        return
+    kind = Manifest.load(dataset).kind
+    if kind != stage:
+        raise ValueError(
+            f"dataset={name!r} is not allowed: it was prepared for stage {kind}, and preparing it "
+            f"for stage {stage} would replace it; choose another name, or delete {dataset.uri}"
+        )
+
+
 def unchanged(dataset: Store, key: str) -> Manifest | None:
     """The manifest, if the dataset was prepared from the same input before."""
     if not dataset.exists("manifest.json"):
