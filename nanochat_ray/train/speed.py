@@ -34,8 +34,10 @@ from nanochat_ray.train.step import Batch, train_step
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 6.0
-"""Of steps that count."""
+SECONDS = 4.0
+"""Of the steps that are measured together."""
+LEAST_STEPS = 2
+ROUNDS = 3
 PATIENCE = 2.0
 """A first step that takes longer in seconds says enough by itself."""
 SHARE_OF_STEPS = 0.9
@@ -84,25 +86,44 @@ def measure(probe: Probe, *, sharing: int = 1, seconds: float = SECONDS) -> Spee
     world = dist.get_world_size() if dist.is_initialized() else 1
     rates = {}
     for kind in kinds:
-        rows = TrainConfig(steps=1, batch_rows=world, micro_rows=1, precision=kind)
-        rates[kind] = _rate(probe.model, rows, 0.0, sharing)
+        row = TrainConfig(steps=1, batch_rows=world, micro_rows=1, precision=kind)
+        # The fastest step: other work may come between, in one precision and not in the other.
+        best_step = min(_step_seconds(probe.model, row, 0.0, sharing))
+        rates[kind] = world * probe.model.sequence_len / _largest(best_step)
     best = max(rates, key=rates.__getitem__)
-    rough = Speed(precision=best, tokens_per_s=rates[best])
+    speed = Speed(precision=best, tokens_per_s=rates[best])
     if not probe.minutes:
-        return rough
-    train = scaling.base_plan(
+        return speed
+    # A faster machine has larger batches, and these are faster: until the batch is the one that
+    # follows from its own speed.
+    train = _planned(probe, speed, world)
+    for _ in range(ROUNDS):
+        times = _step_seconds(probe.model, train, seconds, sharing)
+        tokens = train.batch_rows * probe.model.sequence_len
+        speed = Speed(precision=best, tokens_per_s=tokens * len(times) / _largest(sum(times)))
+        before, train = train, _planned(probe, speed, world)
+        if train.batch_rows == before.batch_rows:
+            break
+    return speed
+
+
+def _planned(probe: Probe, speed: Speed, world: int) -> TrainConfig:
+    tokens = min(speed.tokens_in(probe.minutes), scaling.horizon(probe.model))
+    return scaling.base_plan(
         probe.model,
-        tokens=max(1, rough.tokens_in(probe.minutes)),
+        tokens=max(1, tokens),
         batch=probe.batch_tokens,
         micro_rows=probe.micro_rows,
         workers=world,
-        precision=best,
+        precision=speed.precision,
     ).train
-    return Speed(precision=best, tokens_per_s=_rate(probe.model, train, seconds, sharing))
 
 
-def _rate(config: ModelConfig, train: TrainConfig, seconds: float, sharing: int) -> float:
-    """Tokens per second of all ranks in steps of ``train``'s batch."""
+def _step_seconds(
+    config: ModelConfig, train: TrainConfig, seconds: float, sharing: int
+) -> list[float]:
+    """What steps of ``train``'s batch take, for so many seconds and ``LEAST_STEPS`` at least; as
+    many on each rank."""
     distributed = dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     free = machine.free_memory(torch.device("cpu"), sharing)
@@ -113,25 +134,18 @@ def _rate(config: ModelConfig, train: TrainConfig, seconds: float, sharing: int)
     optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
     rows = len(rank_rows(train, train.batch_rows, 0, rank, world))
     shape = (rows, config.sequence_len + 1)
-    ids = np.random.default_rng(rank).integers(0, config.vocab_size, shape)
-    batch, steps, began = Batch(ids), 0, time.perf_counter()
-
-    def step(limit: float) -> tuple[float, bool]:
-        """Seconds since ``began``, and whether they are up on any rank."""
-        up = time.perf_counter() - began >= limit
-        result = train_step(model, optimizer, batch, steps, train, flags=(up,))
-        return time.perf_counter() - began, result.flags[0] > 0
-
-    # The first step also sets everything up. Its time decides for all ranks by the second's flag.
-    spent, _ = step(PATIENCE)
-    slow = _largest(spent) > PATIENCE
-    if not slow:
+    batch = Batch(np.random.default_rng(rank).integers(0, config.vocab_size, shape))
+    times: list[float] = []
+    while True:
         began = time.perf_counter()
-        over = False
-        while not over:
-            spent, over = step(seconds)
-            steps += 1
-    return max(1, steps) * train.batch_rows * config.sequence_len / _largest(spent)
+        train_step(model, optimizer, batch, 0, train)
+        times.append(time.perf_counter() - began)
+        if len(times) == 1:  # it also sets everything up
+            if _largest(times[0]) > PATIENCE:
+                return times
+            continue
+        if len(times) > LEAST_STEPS and _largest(sum(times[1:])) >= seconds:
+            return times[1:]
 
 
 def _largest(value: float) -> float:

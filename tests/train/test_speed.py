@@ -44,11 +44,30 @@ def test_real_steps_are_measured() -> None:
 
 @pytest.mark.parametrize("slow", ["bf16", "fp32"])
 def test_the_faster_precision_is_taken(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Other work comes between all steps but one.
     monkeypatch.setattr(
-        speed, "_rate", lambda model, train, *_: 1.0 if train.precision == slow else 2.0
+        speed, "_step_seconds", lambda model, train, *_: [9.0, 2 - (train.precision != slow), 9.0]
     )
     assert speed.measure(Probe(model=MODEL)).precision == {"bf16": "fp32", "fp32": "bf16"}[slow]
     assert speed.measure(Probe(model=MODEL, precision="bf16")).precision == "bf16"
+
+
+def test_the_batch_follows_from_its_own_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
+
+    def steps(model: Any, train: Any, *_: Any) -> list[float]:
+        batches.append(train.batch_rows)
+        # Every step has a second's work for the optimizer, and little for each row.
+        return [1 + train.batch_rows / 1000] * 2
+
+    monkeypatch.setattr(speed, "_step_seconds", steps)
+    model = tiny_config(n_layer=4, n_embd=256, sequence_len=512)
+    found = speed.measure(Probe(model=model, precision="fp32", minutes=60.0))
+    assert batches[0] == 1
+    assert batches == sorted(batches)
+    assert len(set(batches)) > 2
+    assert len(batches) <= 1 + speed.ROUNDS
+    assert found.tokens_per_s == pytest.approx(512 * batches[-1] / (1 + batches[-1] / 1000))
 
 
 def test_half_the_speed_is_half_the_tokens(root: Store) -> None:
