@@ -1,7 +1,8 @@
 """Who holds which blocks of keys and values, and which beginnings they are of. No torch.
 
 A block of tokens is known by a hash chain: a digest of its tokens and of the digest of the block
-before it, so that it is found only behind the very same beginning. Two layouts stand on this:
+before it (of the first one: of its scope), so that it is found only behind the very same beginning
+and by the same ones who may share it. Two layouts stand on this:
 
 - paged: a sequence holds blocks and grows by taking more; beginnings that it has in common with
   others are held by all of them, and layers with windows give back what no token will see again;
@@ -25,12 +26,12 @@ Held = list[list[int]]
 """Blocks of one sequence: for each pool its places, in the order of the tokens."""
 
 
-def chain(tokens: Sequence[int], limit: int, block: int) -> list[bytes]:
-    """The names of the whole blocks of ``tokens[:limit]``."""
+def chain(tokens: Sequence[int], limit: int, block: int, scope: str = "") -> list[bytes]:
+    """The names of the whole blocks of ``tokens[:limit]``; no two scopes have one in common."""
     numbers = array("q", tokens[: limit // block * block])
     data, size = numbers.tobytes(), block * numbers.itemsize
     names: list[bytes] = []
-    name = b""
+    name = hashlib.sha256(scope.encode("utf-8", "surrogatepass")).digest() if scope else b""
     for at in range(0, len(data), size):
         # Not Python's hash: who sends prompts must not be able to make two of them collide.
         name = hashlib.sha256(name + data[at : at + size]).digest()
@@ -173,12 +174,12 @@ class Blocks:
         for pool, places in zip(self.pools, held, strict=True):
             pool.release(places)
 
-    def match(self, tokens: Sequence[int], limit: int) -> Held:
+    def match(self, tokens: Sequence[int], limit: int, scope: str = "") -> Held:
         """The longest known beginning of ``tokens[:limit]``, whole blocks, held from now on.
 
         Of layers with windows only what the token behind it sees must be known.
         """
-        names = chain(tokens, limit, self.block)
+        names = chain(tokens, limit, self.block, scope)
         best = 0
         runs = [0] * len(self.pools)  # blocks up to here that are known without a gap
         for count, name in enumerate(names, 1):
@@ -199,22 +200,22 @@ class Blocks:
             held.append([VOID] * gone + [pool.claim(name) for name in names[gone:best]])
         return held
 
-    def register(self, held: Held, tokens: Sequence[int], limit: int) -> None:
+    def register(self, held: Held, tokens: Sequence[int], limit: int, scope: str = "") -> None:
         """From now on the whole blocks of ``tokens[:limit]``, which are computed, can be found."""
-        names = chain(tokens, limit, self.block)
+        names = chain(tokens, limit, self.block, scope)
         for pool, places in zip(self.pools, held, strict=True):
             for place, name in zip(places, names, strict=False):
                 if place != VOID:
                     pool.name(place, name)
 
-    def keep(self, tokens: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    def keep(self, tokens: Sequence[int], limit: int, scope: str = "") -> list[tuple[int, int]]:
         """Makes room for what is not yet known of ``tokens[:limit]``, held by nobody. One pool.
 
         Returns (index of the block in the sequence, its place) for each that the caller must fill
         now. What is kept may end before ``limit`` if the capacity is smaller.
         """
         (pool,) = self.pools
-        names = chain(tokens, min(limit, pool.capacity * self.block), self.block)
+        names = chain(tokens, min(limit, pool.capacity * self.block), self.block, scope)
         places: list[int] = []
         wanted: list[tuple[int, int]] = []
         for index, name in enumerate(names):

@@ -1,7 +1,7 @@
 """Beginnings of prompts that are known already, by layout: copied into a slot, or held.
 
 Only what was computed as a prompt is kept and found. Keys of decoded tokens differ in the last
-bit, and answers must not depend on who was before.
+bit, and answers must not depend on who was before. Scopes (``Request.cache_scope``) share nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CopiedPrefixes:
 
     def begin(self, sequence: Sequence) -> None:
         """Gives a sequence that starts what is known of its prompt."""
-        held = self.blocks.match(sequence.tokens, _reach(sequence))
+        held = self.blocks.match(sequence.tokens, _reach(sequence), sequence.request.cache_scope)
         sequence.cached = sequence.computed = len(held[0]) * BLOCK
         if held[0]:
             self._store.load(held[0], sequence.slot)
@@ -37,7 +37,7 @@ class CopiedPrefixes:
     def keep(self, sequence: Sequence) -> None:
         """Keeps what is computed of its prompt."""
         known = min(sequence.computed, len(sequence.request.prompt))
-        wanted = self.blocks.keep(sequence.tokens, known)
+        wanted = self.blocks.keep(sequence.tokens, known, sequence.request.cache_scope)
         if wanted:
             self._store.save(sequence.slot, wanted)
 
@@ -50,10 +50,13 @@ class SharedPrefixes:
 
     def begin(self, sequence: Sequence) -> None:
         """Gives a sequence that starts what is known of its prompt."""
-        sequence.blocks = self.blocks.match(sequence.tokens, _reach(sequence))
+        sequence.blocks = self.blocks.match(
+            sequence.tokens, _reach(sequence), sequence.request.cache_scope
+        )
         sequence.cached = sequence.computed = len(sequence.blocks[0]) * self.blocks.block
 
     def keep(self, sequence: Sequence) -> None:
         """Keeps what is computed of its prompt."""
         known = min(sequence.computed, len(sequence.request.prompt))
-        self.blocks.register(sequence.blocks, sequence.tokens, known)
+        scope = sequence.request.cache_scope
+        self.blocks.register(sequence.blocks, sequence.tokens, known, scope)

@@ -166,6 +166,9 @@ class Request:
     """Lower goes first, and may push out a running request of a higher number."""
     client: str = ""
     """Within a priority, clients take turns, however many requests each of them has."""
+    cache_scope: str = ""
+    """Prompts share computed prefixes with those of the same scope alone: how long an answer
+    takes would else tell one client what another has sent."""
     deadline: float | None = None
     """Seconds since the epoch at which it fails if it has not ended, waiting or running."""
 
@@ -173,6 +176,7 @@ class Request:
         ok = self.deadline is None or _finite(self.deadline)
         _require(ok, "deadline", self.deadline, "seconds since the epoch, or None")
         _require(_whole(self.priority), "priority", self.priority, "a whole number")
+        _require(isinstance(self.cache_scope, str), "cache_scope", self.cache_scope, "a string")
 
     def seeded(self) -> Self:
         """The same with a seed drawn for it, if it has none: what may have to continue elsewhere

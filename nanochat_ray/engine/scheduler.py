@@ -276,7 +276,9 @@ class Scheduler:
         end = chunk.start // BLOCK * BLOCK + BLOCK
         if sequence.unscored or end > min(chunk.start + chunk.count, len(sequence.request.prompt)):
             return False
-        return chunk.sequence.tokens[:end] == sequence.tokens[:end]
+        other = chunk.sequence
+        alike = other.request.cache_scope == sequence.request.cache_scope
+        return alike and other.tokens[:end] == sequence.tokens[:end]
 
     def expire(self, now: float) -> list[Sequence]:
         """Forgets those whose deadline is at ``now`` or before, and returns them."""

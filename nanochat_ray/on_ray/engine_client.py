@@ -289,7 +289,8 @@ class RayEngineClient:
         finally:
             engine.answers.pop(name, None)
         if answer == ACCEPTED:
-            self.router.sent(engine.replica, live.request.prompt)
+            request = live.request
+            self.router.sent(engine.replica, request.prompt, request.cache_scope)
         return answer
 
     async def _choose(self, live: Live, full: set[str], until: float, patient: bool) -> Remote:
@@ -298,7 +299,8 @@ class RayEngineClient:
             if usable:
                 loads = {e.replica: e.load for e in usable if e.replica not in full}
                 if loads:
-                    return self.engines[self.router.choose(live.request.prompt, loads)]
+                    prompt, scope = live.request.prompt, live.request.cache_scope
+                    return self.engines[self.router.choose(prompt, loads, scope)]
                 if not patient or time.monotonic() > until:
                     raise EngineFull("every engine's queue is full")
                 full.clear()

@@ -17,10 +17,10 @@ MAX_LEAD = 4
 has cached. A hit saves a prefill; waiting behind four others costs more."""
 
 
-def chain(tokens: Sequence[int]) -> list[int]:
-    """A hash for each whole block, of all tokens up to its end."""
+def chain(tokens: Sequence[int], scope: str = "") -> list[int]:
+    """A hash for each whole block, of all tokens up to its end and of who may share them."""
     found: list[int] = []
-    before = 0
+    before = hash(scope)
     for at in range(0, len(tokens) - BLOCK + 1, BLOCK):
         before = hash((before, *tokens[at : at + BLOCK]))
         found.append(before)
@@ -33,10 +33,10 @@ class PrefixRouter:
     def __init__(self) -> None:
         self._sent: dict[str, OrderedDict[int, None]] = {}
 
-    def choose(self, tokens: Sequence[int], loads: Mapping[str, int]) -> str:
-        """One of ``loads`` (requests by engine, not empty)."""
+    def choose(self, tokens: Sequence[int], loads: Mapping[str, int], scope: str = "") -> str:
+        """One of ``loads`` (requests by engine, not empty). ``scope``: ``Request.cache_scope``."""
         least = min(loads.values())
-        blocks = chain(tokens)
+        blocks = chain(tokens, scope)
 
         def preference(engine: str) -> tuple[int, int]:
             near = loads[engine] <= least + MAX_LEAD
@@ -48,10 +48,10 @@ class PrefixRouter:
         sent: Mapping[int, None] = self._sent.get(engine, {})
         return next((i for i, block in enumerate(blocks) if block not in sent), len(blocks))
 
-    def sent(self, engine: str, tokens: Sequence[int]) -> None:
+    def sent(self, engine: str, tokens: Sequence[int], scope: str = "") -> None:
         """``tokens`` went there."""
         kept = self._sent.setdefault(engine, OrderedDict())
-        for block in chain(tokens):
+        for block in chain(tokens, scope):
             kept[block] = None
             kept.move_to_end(block)
         while len(kept) > REMEMBERED:

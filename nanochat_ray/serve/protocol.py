@@ -81,6 +81,9 @@ class SamplingBody(Body):
     frequency_penalty: Penalty | None = None
     logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias] | None = None
 
+    cache_salt: Annotated[StrictStr, Field(min_length=1)] | None = None
+    """vLLM's: prompts share computed prefixes with those of the same salt (and API key) alone."""
+
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import secrets
 import time
 from collections.abc import Sequence
@@ -150,6 +152,7 @@ class Service:
         limits = [self._room(ids, param, max_tokens) for ids in prompts]
         # Without a seed of its own, each request draws another one; choices differ by their place.
         seed = secrets.randbits(62) if body.seed is None else body.seed
+        scope = cache_scope(client, body.cache_salt or "")
         timeout = self.limits.request_timeout_s
         deadline = time.time() + timeout if timeout else None
         requests = [
@@ -159,6 +162,7 @@ class Service:
                 params=self._params(body, limit, (seed + i) % 2**63),
                 priority=body.priority or 0,
                 client=client,
+                cache_scope=scope,
                 deadline=deadline,
             )
             for ids, limit in zip(prompts, limits, strict=True)
@@ -217,6 +221,14 @@ class Service:
             prompt_logprobs=body.prompt_scores if isinstance(body, CompletionRequest) else None,
             grammar=body.grammar,
         )
+
+
+def cache_scope(client: str, salt: str) -> str:
+    """Who shares computed prefixes: all who send neither an API key nor a salt, else those with
+    the same ones (CVE-2025-46570). Hashed, since a salt is a secret."""
+    if not client and not salt:
+        return ""
+    return hashlib.sha256(json.dumps([client, salt]).encode()).hexdigest()
 
 
 def readable(text: str) -> str:

@@ -342,6 +342,10 @@ def test_prompts_go_where_their_beginning_is_unless_that_is_busy() -> None:
     assert router.choose([*system, 7, 8], {"a": 3 + MAX_LEAD, "b": 1}) == "b"
     assert router.choose([*other, 7], {"a": 0, "b": 1}) == "b"
     assert router.choose([5], {"a": 1, "b": 0}) == "b"
+    # Another scope finds nothing there.
+    assert router.choose([*system, 7, 8], {"a": 1, "b": 0}, "bob") == "b"
+    router.sent("a", system, "bob")
+    assert router.choose([*system, 7, 8], {"a": 1, "b": 0}, "bob") == "a"
     router.forget("a")
     assert router.choose(system, {"a": 1, "b": 0}) == "b"
 

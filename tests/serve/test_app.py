@@ -16,6 +16,7 @@ from tiny import wait_for
 
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.client import UnavailableError
+from nanochat_ray.serve.keys import hash_key
 from nanochat_ray.serve.service import Limits
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -307,6 +308,38 @@ def test_keys(engine: ScriptedClient) -> None:
         assert one != two
         assert get(f"{url}/health").status_code == 200
         assert get(url).status_code == 200
+
+
+def test_keys_and_salts_scope_the_cache(engine: ScriptedClient) -> None:
+    def scopes(keys: list[str], asked: list[tuple[str, str | None]]) -> list[str]:
+        engine.requests.clear()
+        with serving(build_app(engine, TOK, "tiny", 256, keys=keys)) as url:
+            for key, salt in asked:
+                headers = {"Authorization": f"Bearer {key}"}
+                body = {"max_tokens": 1, "cache_salt": salt}
+                chat = {**body, "messages": USER}
+                for path, sent in (
+                    ("completions", {**body, "prompt": "x"}),
+                    ("chat/completions", chat),
+                ):
+                    answer = post(f"{url}/v1/{path}", json=sent, headers=headers)
+                    assert answer.status_code == 200, answer.text
+        found = [request.cache_scope for request in engine.requests]
+        assert found[::2] == found[1::2]  # of completions and of chats
+        return found[::2]
+
+    plain, same, salted, other = scopes([], [("x", None), ("y", None), ("x", "s"), ("x", "t")])
+    assert plain == same == ""
+    assert len({plain, salted, other}) == 3
+    keys = [hash_key("one"), hash_key("two")]
+    one, two, one_salted = scopes(keys, [("one", None), ("two", None), ("one", "s")])
+    assert len({"", one, two, one_salted, salted}) == 5
+    # Engines outlive a deployment in which a key has another place.
+    assert scopes(keys[::-1], [("one", None), ("two", None)]) == [one, two]
+    with serving(build_app(engine, TOK, "tiny", 256)) as url:
+        answer = post(f"{url}/v1/completions", json={"prompt": "x", "cache_salt": ""})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "cache_salt"
 
 
 def test_chunked_body_that_is_too_large(url: str) -> None:
