@@ -32,16 +32,22 @@ _NAMES = {
     "model.layers.{}.mlp.fc1.weight": "transformer.h.{}.mlp.c_fc.weight",
     "model.layers.{}.mlp.fc2.weight": "transformer.h.{}.mlp.c_proj.weight",
 }
+# As text.chat renders: a system message is part of the user's turn, and neighbours of one role are
+# one turn.
 _CHAT_TEMPLATE = (
-    "{{ '<|bos|>' }}"
-    "{% if messages[0]['role'] == 'system' %}"
-    "{% set lead = messages[0]['content'] + '\n\n' %}{% set turns = messages[1:] %}"
-    "{% else %}{% set lead = '' %}{% set turns = messages %}{% endif %}"
-    "{% for m in turns %}"
-    "{% if m['role'] == 'user' %}"
-    "{{ '<|user_start|>' + (lead if loop.first else '') + m['content'] + '<|user_end|>' }}"
-    "{% else %}{{ '<|assistant_start|>' + m['content'] + '<|assistant_end|>' }}{% endif %}"
+    "{{ '<|bos|>' }}{% set ns = namespace(role='', text='') %}"
+    "{% for m in messages %}"
+    "{% set role = 'assistant' if m['role'] == 'assistant' else 'user' %}"
+    "{% if ns.role and role != ns.role %}"
+    "{{ '<|' + ns.role + '_start|>' + ns.text + '<|' + ns.role + '_end|>' }}"
+    "{% set ns.text = '' %}"
+    "{% endif %}"
+    "{% set ns.role = role %}{% set content = m['content'] or '' %}"
+    "{% set ns.text = ns.text + ('\n\n' if ns.text and content else '') + content %}"
     "{% endfor %}"
+    "{% if ns.role %}"
+    "{{ '<|' + ns.role + '_start|>' + ns.text + '<|' + ns.role + '_end|>' }}"
+    "{% endif %}"
     "{% if add_generation_prompt %}{{ '<|assistant_start|>' }}{% endif %}"
 )
 

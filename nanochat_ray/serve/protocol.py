@@ -22,14 +22,12 @@ Bias = Annotated[StrictFloat, Field(ge=-100, le=100, allow_inf_nan=False)]
 MAX_STOPS = 16
 
 NOT_BUILT: dict[str, tuple[object, ...]] = {
-    "add_generation_prompt": (True,),
     "add_special_tokens": (),
     "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
     "chat_template": (),
     "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "documents": ([],),
     "function_call": ("none",),
     "functions": ([],),
@@ -175,9 +173,20 @@ class ChatRequest(SamplingBody):
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: list[ToolSpec] | None = None
     tool_choice: ToolChoice = None
+    add_generation_prompt: StrictBool | None = None
+    """vLLM's: false begins no turn of the assistant's behind the last message."""
+    continue_final_message: StrictBool | None = None
+    """vLLM's prefill: the answer continues the last message, which is the assistant's."""
+    echo: StrictBool | None = None
+    """vLLM's: the answer's text begins with the last message, if that is the assistant's."""
 
     @model_validator(mode="after")
     def _refuse_more(self) -> ChatRequest:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError(
+                "continue_final_message=true is not allowed together with "
+                "add_generation_prompt=true: the answer either continues a message or is a new one"
+            )
         for name in ("max_tokens", "max_completion_tokens"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}=0 is not allowed: 1 or more, or -1 for all that fits")

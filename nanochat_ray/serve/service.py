@@ -14,10 +14,10 @@ from typing import Any
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.serve import errors
 from nanochat_ray.serve.client import EngineClient
-from nanochat_ray.serve.conversation import Calling, ChatMessage, calling, turns
+from nanochat_ray.serve.conversation import Calling, ChatMessage, calling, message_text, turns
 from nanochat_ray.serve.metrics import RequestMetrics
 from nanochat_ray.serve.protocol import ChatRequest, CompletionRequest, SamplingBody
-from nanochat_ray.text.chat import render_conversation, render_prompt
+from nanochat_ray.text.chat import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
 
 # Longer texts are tokenized beside the event loop: at some MB/s they would hold up every stream.
@@ -102,18 +102,20 @@ class Service:
         return ids
 
     def _render(self, found: list[dict[str, Any]], body: ChatRequest) -> list[int]:
-        if body.messages[-1].role != "tool":
-            return render_prompt(self.tokenizer, found)
-        # The answer goes on after the result: its turn is still open.
-        ids, _ = render_conversation(self.tokenizer, found)
-        assert ids[-1] == self.tokenizer.special("<|assistant_end|>")
-        return ids[:-1]
+        return render_prompt(
+            self.tokenizer,
+            found,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            continue_final_message=bool(body.continue_final_message),
+        )
 
     async def chat_job(self, body: ChatRequest, client: str = "") -> Job:
         self.check_model(body.model)
         ids = await self.chat_prompt(body)
         limit = body.max_completion_tokens or body.max_tokens
-        return self._job(body, "messages", [ids], [""], limit, client)
+        echoed = body.echo and body.messages[-1].role == "assistant"
+        echo = readable(message_text(body.messages[-1])) if echoed else ""
+        return self._job(body, "messages", [ids], [echo], limit, client)
 
     async def completion_job(self, body: CompletionRequest, client: str = "") -> Job:
         self.check_model(body.model)

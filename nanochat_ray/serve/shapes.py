@@ -202,10 +202,13 @@ class ChatShape(Shape):
         return logprobs.for_chat(self.service.tokenizer, scored) if self.job.logprobs else None
 
     def opening(self) -> list[str]:
-        delta = {"role": "assistant", "content": ""}
+        deltas: list[tuple[int, dict[str, Any]]] = [
+            (i, {"role": "assistant", "content": ""}) for i in range(len(self.job.requests))
+        ]
+        deltas += [(i, {"content": echo}) for i, echo in enumerate(self.job.prefixes) if echo]
         return [
             self.chunk({"index": i, "delta": delta, "logprobs": None, "finish_reason": None})
-            for i in range(len(self.job.requests))
+            for i, delta in deltas
         ]
 
     def delta(self, piece: Piece) -> str:

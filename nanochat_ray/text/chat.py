@@ -2,12 +2,19 @@
 
 ``<|bos|> (<|user_start|> … <|user_end|> <|assistant_start|> … <|assistant_end|>)*``; inside an
 assistant's turn ``<|python_start|> expression <|python_end|>`` calls the calculator, which answers
-``<|output_start|> value <|output_end|>``.
+``<|output_start|> value <|output_end|>``. A call of another function is written between the same
+delimiters as ``{"name":…,"arguments":{…}}``.
+
+nanochat's models have seen user and assistant alternate, and a system message at the head of the
+first user turn. Every other order is brought into that form: a system message becomes part of the
+user turn where it stands, and neighbours of one role become one turn, with a blank line between
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -17,43 +24,203 @@ Message = dict[str, Any]
 ``{"type": "text" | "python" | "python_output", "text": str}`` and only assistants have parts."""
 
 ROLES = ("system", "user", "assistant")
+OPENAI_ROLES = (*ROLES, "developer", "tool")
+CALCULATOR = "calculator"
+EXPRESSION = "expression"
+"""The calculator's argument, where it is called as a function."""
+_BLANK = "\n\n"
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
+# --- messages in OpenAI's form ------------------------------------------------------------------
+
+
+def from_openai(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[Message]:
+    """OpenAI's messages in the form of this module; ``tools`` as in a request.
+
+    An assistant's messages and the results of its calls between them become one turn. ValueError
+    names the message that is wrong.
+    """
+    rendered: list[Message] = []
+    pending: dict[str, str] = {}  # calls without a result yet, by id, as the model writes them
+    turn_is_open = False  # the assistant's turn continues behind a result
+    for i, message in enumerate(messages):
+        at = f"messages[{i}]"
+        role = message.get("role")
+        if role not in OPENAI_ROLES:
+            raise ValueError(f"{at}.role={role!r:.40} is not allowed: one of {list(OPENAI_ROLES)}")
+        text = content_text(message.get("content"), f"{at}.content")
+        if role == "tool":
+            call = pending.pop(message.get("tool_call_id") or "", None)
+            if call is None:
+                raise ValueError(
+                    f"{at}.tool_call_id={message.get('tool_call_id')!r:.80} is not allowed: the id "
+                    "of a call in an assistant's message before it that has no result yet"
+                )
+            rendered[-1]["content"] += [
+                {"type": "python", "text": call},
+                {"type": "python_output", "text": text},
+            ]
+            turn_is_open = True
+            continue
+        if pending:
+            raise ValueError(
+                f"{at}.role={role!r} is not allowed: the result of the call "
+                f"{next(iter(pending))!r:.80} must come first"
+            )
+        if role != "assistant":
+            rendered.append({"role": "user" if role == "user" else "system", "content": text})
+            turn_is_open = False
+            continue
+        parts = [{"type": "text", "text": text}] if text else []
+        if turn_is_open:
+            rendered[-1]["content"] += parts
+        else:
+            rendered.append({"role": "assistant", "content": parts})
+        for k, call in enumerate(message.get("tool_calls") or ()):
+            where = f"{at}.tool_calls[{k}]"
+            if call["id"] in pending:
+                raise ValueError(f"{where}.id={call['id']!r:.80} is not allowed: it comes twice")
+            pending[call["id"]] = _call_text(call["function"], f"{where}.function")
+        turn_is_open = False
+    if pending:
+        raise ValueError(f"messages: the result of the call {next(iter(pending))!r:.80} is missing")
+    if text := tools_text(tools):
+        rendered.insert(
+            int(bool(rendered) and rendered[0]["role"] == "system"),
+            {"role": "system", "content": text},
+        )
+    return rendered
+
+
+def content_text(content: Any, at: str) -> str:
+    """A message's text; text parts are joined by line breaks, as in vLLM."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"{at}={content!r:.60} is not allowed: a text or a list of text parts")
+    texts = []
+    for i, part in enumerate(content):
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        text = part.get(_TEXT_PARTS[kind]) if kind in _TEXT_PARTS else None
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{at}[{i}]: type {kind!r:.40} is not supported, only 'text' with its text"
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _call_text(function: Mapping[str, Any], at: str) -> str:
+    name, arguments = function["name"], function["arguments"]
+    try:
+        parsed = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{at}.arguments={arguments!r:.80} is not allowed: a JSON object")
+    return call_text(name, parsed)
+
+
+def call_text(name: str, arguments: Mapping[str, Any]) -> str:
+    """A call as the model writes it: the calculator's expression, or JSON."""
+    if name == CALCULATOR and isinstance(expression := arguments.get(EXPRESSION), str):
+        return expression
+    return (
+        f"{call_prefix(name)}{json.dumps(arguments, ensure_ascii=False, separators=(',', ':'))}}}"
+    )
+
+
+def call_prefix(name: str) -> str:
+    """How a call of ``name`` begins; its arguments and ``}`` follow."""
+    return f'{{"name":{json.dumps(name, ensure_ascii=False)},"arguments":'
+
+
+def is_calculator(function: Mapping[str, Any]) -> bool:
+    """Whether a function of a client's is the calculator that the model has learnt."""
+    if function.get("name") != CALCULATOR:
+        return False
+    schema = function.get("parameters")
+    if not schema:
+        return True
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, dict) or not isinstance(properties.get(EXPRESSION), dict):
+        return False
+    is_text = properties[EXPRESSION].get("type", "string") == "string"
+    return is_text and (required is None or required in ([], [EXPRESSION]))
+
+
+def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
+    """What tells the model of functions other than its calculator; "" if there are none."""
+    functions = [t["function"] for t in tools if not is_calculator(t["function"])]
+    if not functions:
+        return ""
+    lines = [
+        json.dumps(
+            {k: f[k] for k in ("name", "description", "parameters") if f.get(k)},
+            ensure_ascii=False,
+            separators=(",", ":"),
+        )
+        for f in functions
+    ]
+    return "\n".join(["Functions:", *lines])
+
+
+# --- turns --------------------------------------------------------------------------------------
 
 
 def _turns(messages: Sequence[Message]) -> list[Message]:
-    """Checked messages, a leading system message merged into the first user's."""
+    """Checked messages as turns of "user" and "assistant", which alternate."""
     if not messages:
         raise ValueError("messages: there must be at least one")
+    turns: list[Message] = []
     for i, message in enumerate(messages):
-        if message.get("role") not in ROLES:
-            raise ValueError(f"messages[{i}].role={message.get('role')!r}: one of {list(ROLES)}")
-        content = message.get("content")
-        if not isinstance(content, str) and (message["role"] != "assistant" or content is None):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"messages[{i}].role={role!r}: one of {list(ROLES)}")
+        if not isinstance(content, str) and (role != "assistant" or content is None):
             raise ValueError(f"messages[{i}].content: a text is expected, not {content!r:.60}")
-    turns = list(messages)
-    if turns[0]["role"] == "system":
-        if len(turns) < 2 or turns[1]["role"] != "user":
-            raise ValueError("messages[1].role: a user message must follow the system message")
-        content = f"{turns[0]['content']}\n\n{turns[1]['content']}"
-        turns = [{"role": "user", "content": content}, *turns[2:]]
-    for i, message in enumerate(turns):
-        wanted = ("user", "assistant")[i % 2]
-        if message["role"] != wanted:
-            at = i + len(messages) - len(turns)
-            raise ValueError(
-                f"messages[{at}].role={message['role']!r}: {wanted!r} is expected there, since "
-                "user and assistant take turns"
-            )
+        role = "assistant" if role == "assistant" else "user"
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] = _joined(turns[-1]["content"], content)
+        else:
+            turns.append({"role": role, "content": content})
     return turns
 
 
+def _joined(first: Any, second: Any) -> Any:
+    if not first or not second:
+        return first or second
+    if isinstance(first, str) and isinstance(second, str):
+        return f"{first}{_BLANK}{second}"
+    parts = [*_parts(first), {"type": "text", "text": _BLANK}, *_parts(second)]
+    joined: list[dict[str, Any]] = []
+    for part in parts:  # neighbouring texts are tokenized as one
+        if joined and joined[-1].get("type") == part.get("type") == "text":
+            joined[-1] = {"type": "text", "text": joined[-1]["text"] + part["text"]}
+        else:
+            joined.append(part)
+    return joined
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
 def _assistant(tok: Tokenizer, content: Any) -> tuple[list[int], list[int]]:
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     ids: list[int] = []
     mask: list[int] = []
     marks = {"python": ("<|python_start|>", "<|python_end|>", 1)}
     # The calculator writes its answers itself: the model does not learn them.
     marks["python_output"] = ("<|output_start|>", "<|output_end|>", 0)
-    for part in parts:
+    for part in _parts(content):
         kind, text = part.get("type"), part.get("text")
         if kind != "text" and kind not in marks:
             raise ValueError(f"content part type={kind!r}: one of text, {', '.join(marks)}")
@@ -71,24 +238,43 @@ def _assistant(tok: Tokenizer, content: Any) -> tuple[list[int], list[int]]:
 def render_conversation(tok: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Ids, and a mask of equal length with 1 where the assistant's own tokens stand.
 
-    Raises ValueError for an unknown role or part, or for turns out of order.
+    Raises ValueError for an unknown role or part.
     """
     ids, mask = [tok.bos], [0]
-    for message in _turns(messages):
-        if message["role"] == "user":
-            piece = tok.encode(message["content"])
+    for turn in _turns(messages):
+        if turn["role"] == "user":
+            piece = tok.encode(turn["content"])
             ids += [tok.special("<|user_start|>"), *piece, tok.special("<|user_end|>")]
             mask += [0] * (len(piece) + 2)
         else:
-            piece, learned = _assistant(tok, message["content"])
+            piece, learned = _assistant(tok, turn["content"])
             ids += [tok.special("<|assistant_start|>"), *piece, tok.special("<|assistant_end|>")]
             mask += [0, *learned, 1]
     return ids, mask
 
 
-def render_prompt(tok: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Ids up to where the assistant begins to speak. The last message must be a user's."""
-    if messages and messages[-1].get("role") == "assistant":
-        raise ValueError("messages: the last one must be a user's")
+def render_prompt(
+    tok: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+) -> list[int]:
+    """Ids up to where the model begins to write, with transformers' and vLLM's two switches.
+
+    By default that is a new turn of the assistant's, or the open turn whose last part is a tool's
+    result. ``continue_final_message`` leaves the last message open, which must then be the
+    assistant's, so that the answer continues it.
+    """
     ids, _ = render_conversation(tok, messages)
-    return [*ids, tok.special("<|assistant_start|>")]
+    last = messages[-1]
+    is_assistant = last["role"] == "assistant"
+    if continue_final_message and not is_assistant:
+        raise ValueError(
+            f"messages[{len(messages) - 1}].role={last['role']!r} is not allowed with "
+            "continue_final_message: 'assistant'"
+        )
+    parts = _parts(last["content"]) if is_assistant else []
+    if continue_final_message or (parts and parts[-1]["type"] == "python_output"):
+        return ids[:-1]
+    return [*ids, tok.special("<|assistant_start|>")] if add_generation_prompt else ids

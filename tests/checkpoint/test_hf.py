@@ -94,6 +94,15 @@ def test_transformers_tokenizes_alike(tokenizer: Tokenizer, tmp_path: Path) -> N
             {"role": "assistant", "content": "Yo"},
             {"role": "user", "content": "More"},
         ],
+        [{"role": "system", "content": "Be brief."}],
+        [{"role": "user", "content": "Hi"}, {"role": "user", "content": "there"}],
+        [
+            {"role": "assistant", "content": "Yo"},
+            {"role": "assistant", "content": "ho"},
+            {"role": "system", "content": ""},
+            {"role": "user", "content": "Hi"},
+            {"role": "system", "content": "Be brief."},
+        ],
     ):
         rendered = peer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert peer.encode(rendered, add_special_tokens=False) == render_prompt(tokenizer, messages)

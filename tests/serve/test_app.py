@@ -174,7 +174,8 @@ REFUSED: list[tuple[str, Any, int, str | None, str | None]] = [
     ("chat/completions", chat(messages=[]), 400, "messages", None),
     ("chat/completions", chat(messages="hi"), 400, "messages", None),
     ("chat/completions", chat(messages=[{"role": "king"}]), 400, "messages[0].role", None),
-    ("chat/completions", chat(messages=[*USER, *USER]), 400, "messages", None),
+    ("chat/completions", chat(messages=[*USER, {"role": "x"}]), 400, "messages[1].role", None),
+    ("chat/completions", chat(continue_final_message=True), 400, "messages", None),
     ("chat/completions", chat(messages=[{"role": "user", "content": 3}]), 400, None, None),
     (
         "chat/completions",

@@ -98,7 +98,7 @@ def test_no_call_when_none_is_wanted(client: openai.OpenAI, engine: ScriptedClie
     assert ask(client).choices[0].finish_reason == "stop"
 
 
-CALL = {"id": "c1", "type": "function", "function": {"name": "calculator", "arguments": "{}"}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "calculator", "arguments": "{"}}
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,6 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "calculator", "argu
             {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, USER]},
             r"messages\[1\].tool_calls\[0\].function.arguments",
         ),
-        ({"messages": [{"role": "assistant", "tool_calls": []}]}, r"messages\[0\].content"),
     ],
 )
 def test_refusals(client: openai.OpenAI, fields: dict[str, Any], says: str) -> None:

@@ -100,15 +100,12 @@ def test_the_mask_marks_what_the_assistant_says(tok: Tokenizer) -> None:
     [
         ([], "at least one"),
         ([{"role": "bot", "content": "x"}], r"messages\[0\]\.role='bot'"),
-        ([{"role": "assistant", "content": "x"}], "'user' is expected there"),
-        ([{"role": "system", "content": "x"}], "must follow the system message"),
-        ([{"role": "user", "content": "x"}] * 2, r"messages\[1\]\.role='user'"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\.content: a text"),
         ([USER, {"role": "assistant"}], r"messages\[1\]\.content: a text is expected, not None"),
         ([USER, {"role": "assistant", "content": [{"type": "image"}]}], "type='image': one of"),
         ([USER, {"role": "assistant", "content": [{"type": "python"}]}], "text=None: a text"),
     ],
 )
-def test_turns_out_of_order_are_refused(tok: Tokenizer, messages: list, error: str) -> None:
+def test_wrong_messages_are_refused(tok: Tokenizer, messages: list, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         render_conversation(tok, messages)
