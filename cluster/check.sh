@@ -29,6 +29,7 @@ if [ $# -gt 0 ]; then
   say "tests"
   exec pytest "$@"
 fi
+say "kernels for this $(uname -m): $(python -m nanochat_ray.engine.kernels)"
 # A Ray and a browser keep two cores busy by themselves.
 status=0
 say "tests without Ray and browser"

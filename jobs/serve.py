@@ -184,6 +184,7 @@ def serve_here(config: ServeConfig, args: Args) -> None:
 
     engine, tokenizer = in_thread_that_ends(load)
     client = LocalClient(engine)
+    print(f"the engine computes with {engine.runner.kernels}", flush=True)
     app = build_app(
         client,
         tokenizer,

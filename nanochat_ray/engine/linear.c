@@ -1,4 +1,4 @@
-/* Matrix products of a CPU engine; `native.py` compiles it where it runs. A row of the result hangs
+/* Matrix products of a CPU engine; `kernels.py` compiles it where it runs. A row of the result hangs
    on its row of x alone, to the bit: each sum is made in one order, however many rows there are. */
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-/* What an engine's forward waits for on a CPU; `native.py` compiles it where it runs. What a row
+/* What an engine's forward waits for on a CPU; `kernels.py` compiles it where it runs. What a row
    yields depends on that row alone: not on the batch, the number of threads or who takes it.
 
    HEAD (a multiple of 16), GROUP, the queries of a key/value head, and TILE are given when
