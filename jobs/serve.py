@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import signal
 import socket
 import time
@@ -139,6 +140,21 @@ def check_port_is_free(args: Args) -> None:
         raise ValueError(f"port={args.port} on {args.host} cannot be had: {error}") from None
 
 
+def deploy(app: serve.Application) -> None:
+    """Runs ``app`` in place of what was deployed before.
+
+    Raises ValueError with what a replica says that refuses to start.
+    """
+    try:
+        serve.run(app, name=APP, route_prefix="/")
+    except RuntimeError as error:
+        # Serve has the replica's exception as the text of its trace.
+        refusals = re.findall(r"^\s*(?:ValueError|\w*Error: \[Errno \d+\]).*$", str(error), re.M)
+        if not refusals:
+            raise
+        raise ValueError(refusals[-1].strip().removeprefix("ValueError: ")) from None
+
+
 def wait_until_up(url: str, name: str, seconds: float = 60.0) -> None:
     """ValueError if ``url`` does not serve ``name`` in time."""
     until = time.monotonic() + seconds
@@ -212,7 +228,7 @@ def main(args: Args) -> None:
     session.check_gpus(config.gpus)
     check_port_is_free(args)
     serve.start(http_options={"host": args.host, "port": args.port})
-    serve.run(app, name=APP, route_prefix="/")
+    deploy(app)
     url = f"http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}"
     wait_until_up(url, name)
     print(f"{name} is served\n  chat page:     {url}\n  OpenAI client: base_url={url}/v1")

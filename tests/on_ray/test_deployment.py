@@ -146,3 +146,25 @@ def test_strangers_cannot_lock_an_ingress_out(root: Store) -> None:
             task.cancel()
 
     asyncio.run(run())
+
+
+def test_what_a_replica_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve reports a replica's exception as the text of a trace."""
+    trace = (
+        "Deploying application nanochat failed: The deployment failed to start 3 times in a row:\n"
+        "Traceback (most recent call last):\n  File 'x', line 1, in __init__\n"
+        "ValueError: checkpoint /s/step-1: weights.msgpack is damaged\n"
+    )
+
+    def fail(text: str) -> Any:
+        def run(*_: Any, **__: Any) -> None:
+            raise RuntimeError(text)
+
+        return run
+
+    monkeypatch.setattr(job.serve, "run", fail(trace))
+    with pytest.raises(ValueError, match="^checkpoint /s/step-1: weights.msgpack is damaged$"):
+        job.deploy(None)  # type: ignore[arg-type]
+    monkeypatch.setattr(job.serve, "run", fail("KeyError: 'a defect'"))
+    with pytest.raises(RuntimeError, match="a defect"):
+        job.deploy(None)  # type: ignore[arg-type]
