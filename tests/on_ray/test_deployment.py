@@ -163,7 +163,7 @@ def test_what_a_replica_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
         return run
 
     monkeypatch.setattr(job.serve, "run", fail(trace))
-    with pytest.raises(ValueError, match="^checkpoint /s/step-1: weights.msgpack is damaged$"):
+    with pytest.raises(ValueError, match=r"^checkpoint .* is damaged$"):
         job.deploy(None)  # type: ignore[arg-type]
     monkeypatch.setattr(job.serve, "run", fail("KeyError: 'a defect'"))
     with pytest.raises(RuntimeError, match="a defect"):
