@@ -63,6 +63,33 @@ def call(args: Args, path: str, body: dict[str, Any] | None = None) -> Any:
         raise ValueError(f"url={args.url} cannot be reached: {error}") from None
 
 
+def count(args: Args, messages: list[dict[str, str]]) -> tuple[int, int] | None:
+    """(tokens of the messages, tokens of the context); None if the server cannot tell."""
+    try:
+        with call(args, "/tokenize", {"messages": messages}) as response:
+            figures = json.load(response)
+        return int(figures["count"]), int(figures["max_model_len"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def make_room(args: Args, messages: list[dict[str, str]]) -> int:
+    """Drops the oldest turns, in place, until the rest and an answer of some length fit into the
+    context; system messages and the last question stay. Returns how many messages were dropped."""
+    start = 0
+    while start < len(messages) and messages[start]["role"] == "system":
+        start += 1
+    dropped = 0
+    while (figures := count(args, messages)) is not None:
+        tokens, context = figures
+        users = [i for i in range(start + 1, len(messages)) if messages[i]["role"] == "user"]
+        if not users or tokens + min(args.max_tokens or 256, context // 4) <= context:
+            break
+        dropped += users[0] - start
+        del messages[start : users[0]]
+    return dropped
+
+
 def deltas(args: Args, model: str, messages: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
     body: dict[str, Any] = {
         "model": model,
@@ -126,6 +153,8 @@ def main(args: Args) -> None:
             messages = list(opening)
         elif said:
             messages.append({"role": "user", "content": said})
+            if dropped := make_room(args, messages):
+                print(f"[the context is full: the oldest {dropped} messages are left out]")
             try:
                 messages.append({"role": "assistant", "content": answer(args, model, messages)})
             except ValueError as error:

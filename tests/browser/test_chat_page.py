@@ -203,3 +203,25 @@ def test_calculator_and_picture(page: Page, engine: ScriptedClient) -> None:
         page.set_viewport_size({"width": 880, "height": 560})
         page.get_by_label("Your message").blur()
         page.screenshot(path=picture)
+
+
+def test_full_context_drops_oldest_turns(browser: Browser, engine: ScriptedClient) -> None:
+    with serving(build_app(engine, TOK, "tiny-d2", 200)) as url:
+        page = browser.new_page()
+        page.goto(url)
+        for i in range(8):
+            say(page, f"question {i} is a little longer")
+            wait_for(lambda n=i + 1: len(engine.requests) == n)
+            done(page)
+        divider = page.get_by_role("note")
+        expect(divider).to_contain_text("no longer fit")
+        expect(page.locator(".user")).to_have_count(8)
+        text = TOK.decode(engine.requests[-1].prompt)
+        assert "question 7" in text
+        assert "question 6" in text
+        assert "question 0" not in text
+        page.reload()
+        expect(divider).to_contain_text("no longer fit")
+        page.get_by_role("button", name="New chat").click()
+        expect(divider).to_have_count(0)
+        page.close()

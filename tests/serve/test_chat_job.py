@@ -1,0 +1,56 @@
+"""``jobs/chat.py`` over a real server: a context that is full loses its oldest turns, visibly."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterator
+
+import pytest
+from scripted import ScriptedClient
+from serving import serving
+
+from jobs import chat
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.text.tokenizer import Tokenizer
+
+TOK = Tokenizer.bytes_only()
+
+
+@pytest.fixture
+def engine() -> ScriptedClient:
+    return ScriptedClient(TOK.encode("Hello there."))
+
+
+@pytest.fixture
+def url(engine: ScriptedClient) -> Iterator[str]:
+    with serving(build_app(engine, TOK, "tiny", 200)) as url:
+        yield url
+
+
+def test_full_context_drops_oldest_turns(
+    url: str,
+    engine: ScriptedClient,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = iter([*(f"question {i} is a little longer" for i in range(8)), "/quit"])
+    monkeypatch.setattr(builtins, "input", lambda prompt="": next(lines))
+    chat.main(chat.Args(url=url, system="Be brief."))
+    printed = capsys.readouterr().out
+    assert printed.count("Hello there.") == 8
+    assert "the oldest 2 messages are left out" in printed
+    text = TOK.decode(engine.requests[-1].prompt)
+    assert "Be brief." in text
+    assert "question 7" in text
+    assert "question 0" not in text
+
+
+def test_question_that_alone_is_too_long_is_an_error(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["x" * 300, "short", "/quit"])
+    monkeypatch.setattr(builtins, "input", lambda prompt="": next(lines))
+    chat.main(chat.Args(url=url))
+    printed = capsys.readouterr().out
+    assert "error: This model's maximum context length is 200 tokens" in printed
+    assert "Hello there." in printed
