@@ -25,6 +25,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from nanochat_ray.engine.request import EngineFull
 from nanochat_ray.serve import errors
+from nanochat_ray.serve.body import JsonRoute
 from nanochat_ray.serve.client import EngineClient, UnavailableError
 from nanochat_ray.serve.completions import (
     DeadlineError,
@@ -105,6 +106,7 @@ def build_app(
     app = FastAPI(
         title="nanochat_ray", version=VERSION, docs_url=None, redoc_url=None, responses=FAILURES
     )
+    app.router.route_class = JsonRoute
     errors.install(app)
     app.add_middleware(Guard, max_body_bytes=service.limits.max_body_bytes, keys=keys)
     _add_pages(app, service)

@@ -12,7 +12,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StrictStr
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, StrictStr
+from pydantic_core import CoreSchema
 
 from nanochat_ray.text.chat import CALCULATOR, EXPRESSION, content_text, from_openai, is_calculator
 
@@ -24,6 +25,21 @@ Calling = Literal["no", "auto", "required", "named"]
 """How a client wants calls: the last two force one; they end differently in OpenAI's protocol."""
 
 
+def _stop_at_first_error(schema: Any) -> None:
+    """Every list and dictionary in a pydantic schema ends at its first wrong item.
+
+    By default there is an error for each: 450,000 wrong numbers cost 12 s and 1.9 GiB.
+    """
+    if isinstance(schema, dict):
+        if schema.get("type") in ("list", "dict", "set", "frozenset", "tuple"):
+            schema["fail_fast"] = True
+        for inner in schema.values():
+            _stop_at_first_error(inner)
+    elif isinstance(schema, (list, tuple)):
+        for inner in schema:
+            _stop_at_first_error(inner)
+
+
 class Body(BaseModel):
     """Base of all that clients send. Unknown fields are ignored, as vLLM does.
 
@@ -31,6 +47,14 @@ class Body(BaseModel):
     """
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: type[BaseModel], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        schema = handler(source)
+        _stop_at_first_error(schema)
+        return schema
 
 
 class ContentPart(Body):

@@ -99,6 +99,13 @@ def _field(location: Sequence[int | str]) -> str:
     return name
 
 
+def _depth(location: Sequence[int | str]) -> tuple[int, int]:
+    """Levels, then items before the first wrong one."""
+    levels = len(_PATH_PART.findall(_field(location)))
+    return levels, max((part for part in location if isinstance(part, int)), default=0)
+
+
+_PATH_PART = re.compile(r"\w+")
 # What pydantic writes into a location for the branch of a union that it tried.
 _UNION_TAGS = {"str", "int", "float", "list", "dict", "bool"}
 
@@ -113,7 +120,10 @@ def from_validation(problems: Sequence[Any]) -> ApiError:
     param = _field(location)
     if problem["type"] == "missing" and not param:
         return invalid("A JSON object is needed as the body.")
-    # A union reports every branch: say all that would have been right, once.
+    # A union reports every branch: the one that came furthest is what the client meant. Say all
+    # that would have been right there, once.
+    branches = [p for p in problems if p.get("loc", ())[:2] == location[:2]]
+    param = _field(max((p.get("loc", ()) for p in branches), key=_depth))
     same = [p["msg"] for p in problems if _field(p.get("loc", ())) == param]
     message = " or ".join(dict.fromkeys(m.removeprefix("Value error, ") for m in same))
     if not param and (named := re.match(r"[a-z_]+(?=[=: ])", message)):

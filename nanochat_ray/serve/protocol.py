@@ -20,6 +20,8 @@ MaxTokens = Annotated[StrictInt, Field(ge=-1, lt=2**31)]
 Penalty = Annotated[StrictFloat, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[StrictFloat, Field(ge=-100, le=100, allow_inf_nan=False)]
 MAX_STOPS = 16
+MAX_PROMPTS = 1024
+"""Of one request; the server's own limit is in tokens and choices."""
 
 NOT_BUILT: dict[str, tuple[object, ...]] = {
     "add_special_tokens": (),
@@ -122,9 +124,12 @@ class SamplingBody(Body):
 class CompletionRequest(SamplingBody):
     prompt: (
         StrictStr
-        | Annotated[list[StrictStr], Field(min_length=1)]
+        | Annotated[list[StrictStr], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_PROMPTS),
+        ]
     )
     echo: StrictBool | None = None
     best_of: Annotated[StrictInt, Field(ge=1)] | None = None

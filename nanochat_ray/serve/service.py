@@ -89,6 +89,13 @@ class Service:
         return [self.tokenizer.bos, *await self.encode(text)]
 
     async def chat_prompt(self, body: ChatRequest) -> list[int]:
+        if len(body.messages) >= self.max_len:  # every message has two tokens, or more
+            raise errors.invalid(
+                f"This model's longest sequence is {self.max_len} tokens, but there are "
+                f"{len(body.messages)} messages.",
+                "messages",
+                "context_length_exceeded",
+            )
         try:
             found = turns(body.messages)
             if sum(map(_characters, body.messages)) > ASIDE_CHARACTERS:
@@ -119,6 +126,7 @@ class Service:
 
     async def completion_job(self, body: CompletionRequest, client: str = "") -> Job:
         self.check_model(body.model)
+        self._check_choices(body, len(body.prompts()))
         prompts: list[list[int]] = []
         echoes: list[str] = []
         for prompt in body.prompts():
@@ -126,12 +134,25 @@ class Service:
                 prompts.append(await self.text_prompt(prompt))
                 echoes.append(readable(prompt))
             else:
+                self._room(prompt, "prompt", body.max_tokens)
                 self.check_ids(prompt, "prompt")
                 prompts.append(prompt)
                 echoes.append(self.tokenizer.decode(prompt) if body.echo else "")
         echoes = echoes if body.echo else [""] * len(prompts)
         limit = 16 if body.max_tokens is None else body.max_tokens  # 16 is OpenAI's default
         return self._job(body, "prompt", prompts, echoes, limit, client)
+
+    def _check_choices(self, body: SamplingBody, prompts: int) -> int:
+        """Answers that are made for each of so many prompts. ApiError if those are too many."""
+        n = body.n or 1
+        candidates = body.candidates if isinstance(body, CompletionRequest) else n
+        if candidates * prompts > self.limits.max_choices:
+            raise errors.invalid(
+                f"{'n' if candidates == n else 'best_of'}={candidates} for {prompts} prompts "
+                f"is more than {self.limits.max_choices} choices",
+                "n",
+            )
+        return candidates
 
     def _job(
         self,
@@ -144,13 +165,7 @@ class Service:
     ) -> Job:
         """``max_tokens``: None or -1 is all that fits behind a prompt, and more is cut to that."""
         n = body.n or 1
-        candidates = body.candidates if isinstance(body, CompletionRequest) else n
-        if candidates * len(prompts) > self.limits.max_choices:
-            raise errors.invalid(
-                f"{'n' if candidates == n else 'best_of'}={candidates} for {len(prompts)} prompts "
-                f"is more than {self.limits.max_choices} choices",
-                "n",
-            )
+        candidates = self._check_choices(body, len(prompts))
         limits = [self._room(ids, param, max_tokens) for ids in prompts]
         # Without a seed of its own, each request draws another one; choices differ by their place.
         seed = secrets.randbits(62) if body.seed is None else body.seed

@@ -8,7 +8,9 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -41,6 +43,28 @@ SPLIT_PATTERN = "|".join(
         r"\s+",
     )
 )
+
+MAX_WHITE_SPACE = 999_000
+"""Characters of one run of white space that the split pattern takes: it tries each run for a line's
+end, and keeps one state a character, of which the regular expression engine allows a million."""
+# What Rust's \s matches; Python's has four control characters more.
+_WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+
+
+def _cuts(text: str) -> list[int]:
+    """Where a text is cut before it is split: only inside of runs that are too long for that.
+
+    Whatever comes before a run and after it is split as in the whole text, since the pattern looks
+    ahead no further than one character behind a run.
+    """
+    if len(text) <= MAX_WHITE_SPACE:
+        return []
+    return [
+        cut
+        for run in _WHITE_SPACE.finditer(text)
+        if run.end() - run.start() > MAX_WHITE_SPACE
+        for cut in range(run.start() + MAX_WHITE_SPACE, run.end(), MAX_WHITE_SPACE)
+    ]
 
 
 class Tokenizer:
@@ -109,10 +133,31 @@ class Tokenizer:
         return self.specials[name]
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        """Token ids of any text; a lone surrogate becomes U+FFFD, as in ``decode``.
+
+        A run of white space longer than ``MAX_WHITE_SPACE`` is encoded in several parts.
+        ValueError if the split pattern, a foreign one, cannot take the text.
+        """
+        cuts = _cuts(text)
+        if not cuts:
+            return self._encode_part(text)
+        bounds = [0, *cuts, len(text)]
+        parts = itertools.pairwise(bounds)
+        return [token for a, b in parts for token in self._encode_part(text[a:b])]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._encoding.encode_ordinary(text) for text in texts]
+        return [self.encode(text) for text in texts]
+
+    def _encode_part(self, text: str) -> list[int]:
+        try:
+            return self._encoding.encode_ordinary(text)
+        except BaseException as error:
+            # A panic of Rust's is no Exception: it would pass every handler up to the server's.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(
+                f"a text of {len(text)} characters cannot be split by pattern={self.pattern!r:.200}"
+            ) from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """KeyError if there is no such token."""

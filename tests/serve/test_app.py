@@ -186,7 +186,7 @@ REFUSED: list[tuple[str, Any, int, str | None, str | None]] = [
     ),
     ("chat/completions", chat(temperature=3), 400, "temperature", None),
     ("chat/completions", chat(temperature="hot"), 400, "temperature", None),
-    ("chat/completions", b'{"messages": [], "temperature": NaN}', 400, None, None),
+    ("chat/completions", b'{"messages": [], "temperature": NaN}', 400, None, "invalid_json"),
     ("chat/completions", chat(top_p=0), 400, "top_p", None),
     ("chat/completions", chat(seed=2**70), 400, "seed", None),
     ("chat/completions", chat(n=9), 400, "n", None),

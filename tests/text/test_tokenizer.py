@@ -7,6 +7,7 @@ import random
 import pytest
 
 from nanochat_ray.storage import Store
+from nanochat_ray.text import tokenizer
 from nanochat_ray.text.chat import render_conversation, render_prompt
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -109,3 +110,34 @@ def test_the_mask_marks_what_the_assistant_says(tok: Tokenizer) -> None:
 def test_wrong_messages_are_refused(tok: Tokenizer, messages: list, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         render_conversation(tok, messages)
+
+
+def test_cut_runs_change_no_other_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    tok = Tokenizer.train([" ".join(CORPUS) + " " * 64 + "\n\n \t" * 50], 330)
+    rng = random.Random(0)
+    pieces = [" ", "\n", "\t", "\u00a0", "\u3000", "a", "b's", "12", "!", " fox", "\x1c", "\u0301"]
+    texts = [
+        "".join(rng.choices(pieces, rng.choices(range(1, 20), k=12), k=60)) for _ in range(300)
+    ]
+    whole = [tok.encode(text) for text in texts]
+    monkeypatch.setattr(tokenizer, "MAX_WHITE_SPACE", 40)
+    assert [tok.encode(text) for text in texts] == whole
+    for before, after in (("fox", " dog"), ("", ""), ("12!", "\nfox's"), ("\x1c", "\x1c")):
+        text = before + " " * 97 + after
+        assert tok.decode(tok.encode(text)) == text
+        start, end = (tok.encode(part) for part in (before, after))
+        assert tok.encode(text)[: len(start)] == start
+        assert not end or tok.encode(text)[-1] == end[-1]
+
+
+@pytest.mark.parametrize("space", [" ", "\u00a0", "\n "[1:] + "\t"])
+def test_a_million_white_spaces_are_tokens(space: str) -> None:
+    tok = Tokenizer.bytes_only()
+    text = "a" + (space * 1_100_000)[:1_100_000] + "b"
+    assert tok.decode(tok.encode(text)) == text
+
+
+def test_panic_of_a_foreign_pattern_is_an_error() -> None:
+    tok = Tokenizer([bytes([b]) for b in range(256)], r"(?:a|ab)*(?!\S)c|[\s\S]")
+    with pytest.raises(ValueError, match=r"pattern="):
+        tok.encode("a" * 2_000_000)

@@ -1,0 +1,149 @@
+"""Bodies that no client should send: the cost of a refusal, and its form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+from scripted import ScriptedClient
+from serving import post, serving
+
+from nanochat_ray.serve import protocol
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.serve.conversation import Body
+from nanochat_ray.serve.errors import MAX_MESSAGE
+from nanochat_ray.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest
+from nanochat_ray.serve.responses_request import ResponsesRequest
+from nanochat_ray.text.tokenizer import Tokenizer
+
+TOK = Tokenizer.bytes_only()
+MANY = 20_000
+USER = {"role": "user", "content": "x"}
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serving(build_app(ScriptedClient([65]), TOK, "tiny", 256)) as url:
+        yield url
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"messages": [USER], **fields}
+
+
+WRONG: list[tuple[type[BaseModel], dict[str, Any]]] = [
+    (CompletionRequest, {"prompt": [-1] * MANY}),
+    (CompletionRequest, {"prompt": [[-1]] * MANY}),
+    (CompletionRequest, {"prompt": [{}] * MANY}),
+    (CompletionRequest, {"prompt": "x", "stop": [1] * MANY}),
+    (CompletionRequest, {"prompt": "x", "stop_token_ids": [-1] * MANY}),
+    (CompletionRequest, {"prompt": "x", "logit_bias": {f"{i}x": 1 for i in range(MANY)}}),
+    (CompletionRequest, {"prompt": "x", "logit_bias": {str(i): "1" for i in range(MANY)}}),
+    (ChatRequest, {"messages": [{}] * MANY}),
+    (ChatRequest, {"messages": [{"role": "user", "content": [{}] * MANY}]}),
+    (ChatRequest, {"messages": [{"role": "user", "content": [1] * MANY}] * 2}),
+    (ChatRequest, {"messages": [{"role": "assistant", "tool_calls": [1] * MANY}]}),
+    (ChatRequest, chat(tools=[1] * MANY)),
+    (ChatRequest, chat(structured_outputs={"choice": [1] * MANY})),
+    (DetokenizeRequest, {"tokens": [-1] * MANY}),
+    (ResponsesRequest, {"input": "x", "metadata": {str(i): i for i in range(MANY)}}),
+]
+
+
+@pytest.mark.parametrize("case", range(len(WRONG)))
+def test_validation_stops_at_the_first_error(case: int) -> None:
+    model, body = WRONG[case]
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    assert caught.value.error_count() <= 8  # one for each branch of a union
+
+
+def test_every_list_of_a_body_stops_early() -> None:
+    def lists(schema: Any) -> Iterator[dict[str, Any]]:
+        if isinstance(schema, dict):
+            if schema.get("type") in ("list", "dict") and (
+                "fail_fast" in schema or len(schema) > 1
+            ):
+                yield schema
+            for inner in schema.values():
+                yield from lists(inner)
+        elif isinstance(schema, list | tuple):
+            for inner in schema:
+                yield from lists(inner)
+
+    models = [m for m in vars(protocol).values() if isinstance(m, type) and issubclass(m, Body)]
+    for model in (*models, ResponsesRequest):
+        assert all(each.get("fail_fast") for each in lists(model.__pydantic_core_schema__))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [
+        ([65, 66, -1], "prompt[2]"),
+        (["a", "b", 3], "prompt[2]"),
+        ([[65], [66, "x"]], "prompt[1][1]"),
+        (5, "prompt"),
+    ],
+)
+def test_the_branch_that_came_furthest_is_named(url: str, prompt: Any, param: str) -> None:
+    error = post(f"{url}/v1/completions", json={"prompt": prompt}).json()["error"]
+    assert error["param"] == param
+    assert param in error["message"]
+
+
+JSON = {"content-type": "application/json"}
+ODD: list[tuple[bytes, dict[str, str], int]] = [
+    (b"", JSON, 400),
+    (b"  ", JSON, 400),
+    (b"[1]", JSON, 400),
+    (b'"x"', JSON, 400),
+    (b"[" * 100_000, JSON, 400),
+    (b'{"a":' * 100_000, JSON, 400),
+    (b'{"prompt": "x", "seed": ' + b"9" * 100_000 + b"}", JSON, 400),
+    (b'{"prompt": "x", "seed": ' + b"9" * 1000 + b"}", JSON, 400),
+    (b'{"prompt": "x", "temperature": NaN}', JSON, 400),
+    (b'{"prompt": "x", "temperature": -Infinity}', JSON, 400),
+    (b'{"prompt": "x", "temperature": 1e999}', JSON, 400),
+    (b'{"prompt": "\xff"}', JSON, 400),
+    (b'{"prompt": "\xed\xa0\x80"}', JSON, 400),
+    (b'{"prompt": "\\ud8"}', JSON, 400),
+    ('{"prompt": "x"}'.encode("utf-16"), JSON, 400),
+    (b'{"prompt": "x"} x', JSON, 400),
+    (b'{"prompt": "x"', JSON, 400),
+    (b'{"prompt": "x", "prompt": 1}', JSON, 400),
+    (b'{"prompt": "x"}', {"content-type": "text/plain"}, 415),
+    (b'{"prompt": "x"}', {"content-type": "multipart/form-data; boundary=x"}, 415),
+    (b'{"prompt": "x"}', {}, 415),
+    (b"\x1f\x8b\x08", {**JSON, "content-encoding": "gzip"}, 415),
+    (b'{"prompt": "x"}', {"content-type": "application/json; charset=utf-8"}, 200),
+    (b'{"prompt": "x\\ud83d\\ude42\\ud83d\\\\ud83d"}', JSON, 200),
+]
+
+
+@pytest.mark.parametrize("case", range(len(ODD)))
+def test_odd_bodies_are_the_clients_error(url: str, case: int) -> None:
+    body, headers, status = ODD[case]
+    response = post(f"{url}/v1/completions", content=body, headers=headers)
+    assert response.status_code == status, response.text
+    if status != 200:
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["message"]
+
+
+@pytest.mark.parametrize("field", ["model", "role", "key"])
+def test_no_megabyte_is_echoed(url: str, field: str) -> None:
+    long = "x" * 1_000_000
+    body: dict[str, Any] = {
+        "model": {"prompt": "x", "model": long},
+        "role": {"messages": [{"role": long, "content": "x"}]},
+        "key": {"prompt": "x", "logit_bias": {long: 1}},
+    }[field]
+    path = "chat/completions" if field == "role" else "completions"
+    response = post(f"{url}/v1/{path}", content=json.dumps(body).encode(), headers=JSON)
+    assert response.status_code in (400, 404)
+    assert len(response.json()["error"]["message"]) <= MAX_MESSAGE + 1
+    assert len(response.content) < 4 * MAX_MESSAGE
