@@ -30,6 +30,7 @@ from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.cli import entry
 from nanochat_ray.config import ModelConfig, TrainConfig, to_json, with_options
+from nanochat_ray.data.shards import Manifest
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.train import hardware, memory, plan, speed
 from nanochat_ray.train.job import Resume, TrainJob, check, check_resume, execute, open_dataset
@@ -329,12 +330,15 @@ def under_torchrun() -> bool:
 def print_plan(job: TrainJob, args: Args) -> dict[str, Any]:
     """Prints the plan; returns it with what memory says of it."""
     found = planned_hardware(args)
+    dataset = Store.at(job.storage).child("datasets", job.dataset)
+    rows = Manifest.load(dataset).rows("train") if dataset.exists("manifest.json") else 0
     described = plan.describe(
         job.model,
         job.train,
         workers=args.workers,
         hardware=found,
         tokens_per_s=job.about.get("tokens_per_s", 0.0),
+        rows=rows,
     )
     print(f"{plan.render(described)}\nstorage   {job.storage}, run {job.run}", flush=True)
     # Workers on CPUs are taken to share this machine.

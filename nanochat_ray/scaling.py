@@ -109,6 +109,11 @@ def flops_per_token(config: ModelConfig) -> float:
     return 6.0 * (counts.matrices + counts.head) + 12.0 * config.n_embd * sum(seen)
 
 
+MANY_PASSES = 16
+"""Passes over the data above which more of them hardly help: up to 4 are nearly as good as new
+text, and the gain is gone at about 16 (Muennighoff et al., arXiv 2305.16264)."""
+
+
 def horizon(config: ModelConfig, ratio: float = TOKENS_PER_PARAMETER) -> int:
     """Tokens to train on."""
     counts = parameters(config)

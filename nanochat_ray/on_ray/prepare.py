@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from nanochat_ray import scaling
 from nanochat_ray.checks import check_name
 from nanochat_ray.data import corpus, documentation, sample, sources
 from nanochat_ray.data.holdout import Census, HoldOut
@@ -41,6 +42,8 @@ from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.text.chat import render_conversation
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
+DEPTH = 4
+"""Of the model for which passes over the data are told: the default of training."""
 CENSUS_BYTES = 8 << 20
 """Text up to this size is counted before it is divided; of more, what is held out is checked when
 it is tokenized."""
@@ -197,7 +200,24 @@ def prepare_base(
     )
     done = publish(dataset, draft, _parts(tokenized.rows), out.shards, seed)
     say(f"dataset {dataset.uri}: {summary(done)}; {time.perf_counter() - began:.0f} s")
+    _say_passes(done, tokenizer.vocab_size)
     return done
+
+
+def _say_passes(manifest: Manifest, vocab_size: int) -> None:
+    """How often the smallest usual model would pass over the rows."""
+    tokens = manifest.rows("train") * manifest.sequence_len
+    model = scaling.model_config(DEPTH, vocab_size, sequence_len=manifest.sequence_len)
+    passes = scaling.horizon(model) / tokens
+    say(
+        f"one pass over the rows to train on is {tokens / 1e6:,.2f} M tokens; training at "
+        f"--depth {DEPTH} to its full length passes over them {passes:,.1f} times"
+    )
+    if passes > scaling.MANY_PASSES:
+        say(
+            f"WARNING: more than {scaling.MANY_PASSES} passes teach little but to recite the "
+            "text: give more of it, or train fewer tokens"
+        )
 
 
 @dataclass(frozen=True)

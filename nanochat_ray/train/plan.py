@@ -18,12 +18,14 @@ def describe(
     workers: int,
     hardware: Hardware,
     tokens_per_s: float = 0.0,
+    rows: int = 0,
 ) -> dict[str, Any]:
     """The plan as JSON values; memory in bytes of a worker, time in hours.
 
     Hours follow from ``tokens_per_s``, measured of all workers together, or if that is 0 are
     training FLOPs over ``workers`` times the hardware's peak times its assumed MFU: without
-    validation, checkpoints and start-up.
+    validation, checkpoints and start-up. ``rows`` are those of the dataset's train split, 0 if it
+    is not prepared.
     """
     counts = scaling.parameters(model)
     size = train.batch_rows * model.sequence_len
@@ -49,6 +51,7 @@ def describe(
             "micro_rows": train.micro_rows,
             "accumulation": -(-train.batch_rows // (workers * train.micro_rows)),
         },
+        "data": {"rows": rows, "passes": train.steps * train.batch_rows / rows if rows else 0.0},
         "learning_rates": {
             name: getattr(train.optim, name)
             for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
@@ -107,7 +110,14 @@ def render(plan: dict[str, Any]) -> str:
     if plan["measured_tokens_per_s"]:
         speed = f"{plan['measured_tokens_per_s']:,.0f} tokens/s of all workers (measured)"
     shown = ", ".join(f"{millions(counts[key])} {name}" for name, key in kinds.items())
-    return "\n".join(
+    data, many_passes = plan["data"], ""
+    if data["passes"] > scaling.MANY_PASSES:
+        many_passes = (
+            f"\nWARNING: training passes {data['passes']:,.0f} times over {data['rows']:,} rows, "
+            f"and more than {scaling.MANY_PASSES} passes teach little but to recite them: give "
+            "more text, or train fewer tokens"
+        )
+    lines = "\n".join(
         (
             f"model     {plan['depth']} layers, {plan['width']} wide, {plan['heads']} heads, "
             f"vocabulary {plan['vocabulary']:,}, context {plan['sequence_len']:,}: "
@@ -117,11 +127,19 @@ def render(plan: dict[str, Any]) -> str:
             f"blocks and head), {plan['flops']:.2e} FLOPs in {plan['precision']}",
             f"batch     {batch['rows']} rows: {plan['workers']} workers, {batch['micro_rows']} "
             f"rows at a time, {batch['accumulation']} times",
+            *_data_line(data),
             f"rates     {rates}; weight decay {plan['weight_decay']:.3g}",
             f"memory    {gib(plan['memory']['total'])}{has} GiB on each worker: {holds}",
             f"time      {hours(plan['hours'])} on {many}, at {speed}",
         )
     )
+    return lines + many_passes
+
+
+def _data_line(data: dict[str, Any]) -> list[str]:
+    if not data["rows"]:
+        return []
+    return [f"data      {data['rows']:,} rows, seen {data['passes']:,.2f} times each"]
 
 
 def gib(size: float) -> str:

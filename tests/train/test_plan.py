@@ -110,3 +110,16 @@ def test_a_gpu_gets_as_many_rows_at_a_time_as_it_has_memory_for() -> None:
 def test_hardware_that_is_not_known_is_refused() -> None:
     with pytest.raises(ValueError, match=r"hardware='h999' is not known: one of .*h100"):
         named("h999")
+
+
+@pytest.mark.parametrize(("rows", "many"), [(0, False), (10**7, False), (2, True)])
+def test_the_plan_tells_passes_over_the_data(rows: int, many: bool) -> None:
+    model = scaling.model_config(4, VOCABULARY)
+    train = scaling.base_plan(model, workers=1).train
+    described = plan.describe(model, train, workers=1, hardware=named("cpu"), rows=rows)
+    trained = train.steps * train.batch_rows
+    assert described["data"]["passes"] == (trained / rows if rows else 0)
+    text = plan.render(described)
+    assert (f"{rows:,} rows, seen" in text) == bool(rows)
+    warning = f"WARNING: training passes {trained / max(rows, 1):,.0f} times over {rows:,} rows"
+    assert (warning in text) == many
