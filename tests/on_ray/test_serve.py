@@ -137,7 +137,7 @@ def test_unknown_model_is_refused(client: openai.OpenAI) -> None:
 
 
 def test_leaving_frees_the_slot(url: str) -> None:
-    wait_for(lambda: running(url) == 0, 5)
+    wait_for(lambda: running(url) == 0)
     body = json.dumps({"messages": USER, "stream": True, "ignore_eos": True}).encode()
     host, port = url.removeprefix("http://").split(":")
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -145,7 +145,7 @@ def test_leaving_frees_the_slot(url: str) -> None:
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert b"200 OK" in connection.recv(65536)
-    wait_for(lambda: running(url) == 0, 2.5)
+    wait_for(lambda: running(url) == 0, 20)
 
 
 def test_a_killed_engine_is_not_noticed_by_those_who_wait(client: openai.OpenAI, url: str) -> None:
@@ -161,7 +161,7 @@ def test_a_killed_engine_is_not_noticed_by_those_who_wait(client: openai.OpenAI,
     began = time.monotonic()
     for i, victim in enumerate(victims):
         texts[i] += "".join(c.choices[0].delta.content or "" for c in victim)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert texts == [undisturbed] * 4
     wait_for(lambda: len(engines(url)) == 2 and killed not in engine_processes(), 90)
 

@@ -286,7 +286,7 @@ def test_a_client_that_leaves_frees_its_slots(
         wait_for(lambda: len(engine.running) == n)
         if stream:
             assert b"200 OK" in connection.recv(65536)
-    wait_for(lambda: not engine.running, 1.0)
+    wait_for(lambda: not engine.running)
     assert len(engine.aborted) == n
 
 

@@ -228,7 +228,7 @@ def test_broken_requests_break_nothing() -> None:
             seen[status] = seen.get(status, 0) + count
         gc.collect()
         assert process.memory_info().rss - before < (64 << 20)
-        wait_for(lambda: not local.engine.has_work, 10)
+        wait_for(lambda: not local.engine.has_work)
         assert not local._streams
         assert httpx.get(f"{url}/health").status_code == 200
     local.close()

@@ -190,7 +190,7 @@ def test_leaving_frees_the_slots_within_a_step(url: str, local: LocalClient, n: 
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             assert b"200 OK" in connection.recv(65536)
             wait_for(lambda: local.engine.stats().running == n)
-        wait_for(lambda: not local.engine.has_work, 2.0)
+        wait_for(lambda: not local.engine.has_work)
     finally:
         local._engine_loop.abort = abort  # type: ignore[method-assign]
     assert len(aborted) == n
