@@ -97,8 +97,9 @@ def test_what_is_set_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
             del os.environ[name]
 
 
-def test_the_local_cluster_takes_its_own() -> None:
+def test_the_local_cluster_takes_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """cluster/local.sh sources what it writes; no block is shared with its other ports."""
+    monkeypatch.setattr(ports, "_new_folder", lambda: str(tmp_path))
     lines = list(ports.exports())
     done = subprocess.run(
         ["bash", "-c", "\n".join([*lines, 'echo "$RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"'])],
