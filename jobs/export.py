@@ -9,10 +9,9 @@ Only models of the classic preset can go out: transformers' NanoChatForCausalLM 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from nanochat_ray.checkpoint import hf, snapshot
-from nanochat_ray.checks import check_name
+from nanochat_ray.checkpoint import folder, hf, snapshot
+from nanochat_ray.checks import check_name, require
 from nanochat_ray.cli import entry
 from nanochat_ray.config import Precision
 from nanochat_ray.storage import Store, absolute, default_root
@@ -25,9 +24,9 @@ class Args:
     run: str = "chat"
     snapshot: str = ""
     """Checkpoint to write: step-000200, or best by validation; by default the latest."""
-    out: Path | None = None
-    """Folder to write."""
-    take: Path | None = None
+    out: str | None = None
+    """Folder to write, s3:// or gs:// too: new, empty, or written by an earlier export."""
+    take: str | None = None
     """Folder to read into the run, which must not exist yet."""
     precision: Precision = "fp32"
     """Of the weights that are written."""
@@ -35,6 +34,10 @@ class Args:
     def __post_init__(self) -> None:
         object.__setattr__(self, "storage", absolute(self.storage))
         check_name("run", self.run)
+        for name in ("out", "take"):
+            if (value := getattr(self, name)) is not None:
+                require(bool(value), name, value, "a folder, s3:// or gs://")
+                object.__setattr__(self, name, absolute(value))
         if self.snapshot:
             check_name("snapshot", self.snapshot)
 
@@ -44,13 +47,16 @@ def main(args: Args) -> None:
     if (args.out is None) == (args.take is None):
         raise ValueError("give either --out, to write a folder, or --take, to read one")
     if args.out is not None:
+        out = Store.at(args.out)
+        folder.check_target(out)
         model, tokenizer = snapshot.load_model(run, snapshot.chosen(run, args.snapshot))
-        hf.export(model, tokenizer, args.out, dtype=DTYPES[args.precision])
+        hf.export(model, tokenizer, out, dtype=DTYPES[args.precision])
         print(f"{args.out} holds run {args.run} for transformers")
     elif args.take is not None:
         if (name := snapshot.latest(run)) is not None:
             raise ValueError(f"run={args.run!r} exists already, with {name}")
-        model, tokenizer = hf.import_folder(args.take)
+        with folder.local_copy(args.take, "take") as local:
+            model, tokenizer = hf.import_folder(local)
         tokenizer.save(Store.at(args.storage).child("tokenizers", tokenizer.fingerprint[:16]))
         snapshot.save(
             run,
@@ -58,7 +64,7 @@ def main(args: Args) -> None:
             model_config=model.config,
             weights=dict(model.named_parameters()),
             optimizer=None,
-            trainer={"step": 0, "metrics": {}, "about": {"taken_from": args.take.name}},
+            trainer={"step": 0, "metrics": {}, "about": {"taken_from": args.take}},
             tokenizer=tokenizer,
         )
         print(f"run {args.run} holds {args.take}")

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from nanochat_ray.checkpoint.folder import Fields, read_json, regular, writing
+from nanochat_ray.checks import shown
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
+WHAT = "Hugging Face folder"
+MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 10_000, 1 << 20, 1 << 24, 1 << 24
 # Their names, with ours; {} is the layer.
 _NAMES = {
     "model.embed_tokens.weight": "transformer.wte.weight",
@@ -136,28 +142,71 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _tokenizer_from_json(found: dict[str, Any]) -> Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a ``tokenizer.json``.
+
+    ValueError, naming the file, if it is damaged or splits, merges or spells otherwise than the
+    tokenizers here can.
+    """
+    document = read_json(path, WHAT)
+    try:
+        return _tokenizer_from_json(document)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: a field is missing or of the wrong type: {error!r}") from None
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _tokenizer_from_json(document: dict[str, Any]) -> Tokenizer:
     byte_of = {letter: b for b, letter in enumerate(_byte_letters())}
-    specials = {t["content"]: t["id"] for t in found.get("added_tokens", [])}
-    vocab = {k: v for k, v in found["model"]["vocab"].items() if k not in specials}
+    specials = {t["content"]: t["id"] for t in document.get("added_tokens", [])}
+    model = document["model"]
+    vocab = {word: rank for word, rank in model["vocab"].items() if word not in specials}
+    if any(type(rank) is not int for rank in vocab.values()):
+        raise ValueError("model.vocab: its ids are not all whole numbers")
     ranked = sorted(vocab.items(), key=lambda item: item[1])
     if [rank for _, rank in ranked] != list(range(len(ranked))):
-        raise ValueError("tokenizer.json: its ids have gaps")
+        raise ValueError("model.vocab: its ids have gaps")
+    for word, _ in ranked:
+        if not all(letter in byte_of for letter in word):
+            raise ValueError(f"model.vocab: {shown(word)} is not spelled in bytes")
     ranks = [bytes(byte_of[letter] for letter in word) for word, _ in ranked]
-    splits = [
-        step["pattern"]["Regex"]
-        for step in found["pre_tokenizer"].get("pretokenizers", [])
-        if step["type"] == "Split"
-    ]
-    if len(splits) != 1:
-        raise ValueError("tokenizer.json: one split by a regular expression is expected")
-    tokenizer = Tokenizer(ranks, splits[0])
+    steps = document["pre_tokenizer"].get("pretokenizers", [])
+    splits = [step for step in steps if step["type"] == "Split"]
+    if len(splits) != 1 or not isinstance(splits[0]["pattern"]["Regex"], str):
+        raise ValueError("pre_tokenizer: one split by a regular expression is expected")
+    tokenizer = Tokenizer(ranks, splits[0]["pattern"]["Regex"])
     if specials != tokenizer.specials:
         raise ValueError(
-            f"tokenizer.json: its special tokens are {specials}; they must be "
+            f"added_tokens: its special tokens are {shown(specials)}; they must be "
             f"{', '.join(SPECIAL_TOKENS)}, in this order, after all others"
         )
+    _check_like(document, _tokenizer_json(tokenizer))
     return tokenizer
+
+
+def _check_like(document: dict[str, Any], ours: dict[str, Any]) -> None:
+    """ValueError where ``document`` works otherwise than ``ours``, what we write for it."""
+    for name in ("normalizer", "post_processor", "truncation", "padding"):
+        if document.get(name) is not None:
+            raise ValueError(f"{name}={shown(document[name])} is not allowed: null")
+    for step, expected in zip(
+        document["pre_tokenizer"]["pretokenizers"],
+        ours["pre_tokenizer"]["pretokenizers"],
+        strict=False,
+    ):
+        for name in ("type", "behavior", "invert", "add_prefix_space", "use_regex"):
+            if step.get(name, expected.get(name)) != expected.get(name):
+                raise ValueError(f"pre_tokenizer.{name}={shown(step[name])} is not allowed")
+    model = document["model"]
+    for name, value in ours["model"].items():
+        if name in ("vocab", "merges"):
+            continue
+        if (model.get(name) or None) != (value or None):
+            raise ValueError(f"model.{name}={shown(model[name])} is not allowed: {value!r}")
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    if merges != ours["model"]["merges"]:
+        raise ValueError("model.merges: they are not those that build its ids in their order")
 
 
 # --- the folder ---------------------------------------------------------------------------------
@@ -182,11 +231,21 @@ def _check_exportable(config: ModelConfig) -> None:
         )
 
 
-def export(model: GPT, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype) -> None:
-    """Writes ``folder``. ValueError if the model has features that the architecture lacks."""
+def export(
+    model: GPT, tokenizer: Tokenizer, out: Store | Path | str, *, dtype: torch.dtype
+) -> None:
+    """Writes the folder ``out``, whole or not at all.
+
+    ValueError if the model has features that the architecture lacks, or if the folder has files
+    that no export wrote.
+    """
+    _check_exportable(model.config)
+    with writing(out if isinstance(out, Store) else Store.at(str(out))) as folder:
+        _write(model, tokenizer, folder, dtype)
+
+
+def _write(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -> None:
     config = model.config
-    _check_exportable(config)
-    folder.mkdir(parents=True, exist_ok=True)
     ours = model.state_dict()
     tensors: dict[str, Tensor] = {}
     for theirs, name in _names(config.n_layer).items():
@@ -216,6 +275,7 @@ def export(model: GPT, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype
             "attention_dropout": 0.0,
             "tie_word_embeddings": False,
             "dtype": str(dtype).removeprefix("torch."),
+            "tokenizer_fingerprint": tokenizer.fingerprint,
             **ids,
         },
         "generation_config.json": {**ids, "eos_token_id": [end, tokenizer.bos]},
@@ -234,72 +294,141 @@ def export(model: GPT, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
 
 
-def _json(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        return json.loads((folder / name).read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is no Hugging Face folder: {name} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{folder / name} cannot be read: {error}") from None
+# --- reading ------------------------------------------------------------------------------------
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if not single.exists() and index.exists():
-        names = sorted(set(_json(folder, index.name)["weight_map"].values()))
-    found: dict[str, Tensor] = {}
-    for name in names:
-        if not re.fullmatch(r"[\w.-]+\.safetensors", name) or not (folder / name).exists():
-            raise ValueError(f"{folder} is no Hugging Face folder: {name} is missing")
-        try:
-            found.update(load_file(folder / name))
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name} cannot be read: {error}") from None
-    return found
+    if single.exists() or not index.exists():
+        return [single]
+    weight_map = read_json(index, WHAT).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map={shown(weight_map)} is not allowed: an object")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+            raise ValueError(
+                f"{index}: weight_map names {shown(name)}, which is no file of this folder"
+            )
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def _open(path: Path) -> Any:
+    """A file of tensors, whose header is checked; none is read yet."""
+    regular(path, WHAT)
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def read_weights(folder: Path, config: ModelConfig, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """float32 weights by our names; ``names`` gives ours for theirs.
+
+    Names, shapes and dtypes are checked against ``config`` before a tensor is read. ValueError
+    names the file and the tensor.
+    """
+    with torch.device("meta"):
+        shapes = {name: list(p.shape) for name, p in GPT(config).named_parameters()}
+    weights: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        with _open(path) as file:
+            for theirs in file.keys():  # noqa: SIM118 (not a mapping)
+                if theirs not in names:
+                    raise ValueError(f"{path}: tensor {shown(theirs)} is not of this architecture")
+                ours = names[theirs]
+                part = file.get_slice(theirs)
+                shape, dtype = list(part.get_shape()), part.get_dtype()
+                if shape != shapes[ours]:
+                    raise ValueError(
+                        f"{path}: tensor {theirs} has the shape {shape}, which does not fit "
+                        f"config.json: {shapes[ours]}"
+                    )
+                if dtype not in ("F32", "BF16", "F16"):
+                    raise ValueError(
+                        f"{path}: tensor {theirs} is {dtype}, which is not allowed: F32, BF16, F16"
+                    )
+                if ours in weights:
+                    raise ValueError(f"{path}: tensor {theirs} comes twice")
+                weights[ours] = file.get_tensor(theirs).float()
+                if not torch.isfinite(weights[ours]).all():
+                    raise ValueError(f"{path}: tensor {theirs} has values that are not finite")
+    for theirs, ours in names.items():
+        if ours not in weights:
+            raise ValueError(f"{folder}: tensor {theirs} is missing")
+    return weights
+
+
+def _count_tensors(folder: Path) -> int:
+    count = 0
+    for path in _weight_files(folder):
+        with _open(path) as file:
+            count += len(file.keys())
+    return count
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The model that a folder's ``config.json`` describes. ValueError names the field."""
+    path = folder / "config.json"
+    values = read_json(path, WHAT)
+    if values.get("model_type") != "nanochat":
+        raise ValueError(f"{path}: model_type={shown(values.get('model_type'))} is not 'nanochat'")
+    fields = Fields(path, values)
+    heads = fields.int("num_attention_heads", MAX_WIDTH)
+    rope = fields.object("rope_parameters")
+    rope.equal("rope_parameters.rope_type", "default")
+    fields.equal("rope_scaling", None)
+    theta = fields.float("rope_theta", 1e12, 10_000.0)
+    try:
+        config = ModelConfig.classic(
+            vocab_size=fields.int("vocab_size", MAX_VOCABULARY),
+            n_layer=fields.int("num_hidden_layers", MAX_LAYERS),
+            n_head=heads,
+            n_kv_head=fields.int("num_key_value_heads", MAX_WIDTH, heads),
+            n_embd=fields.int("hidden_size", MAX_WIDTH),
+            sequence_len=fields.int("max_position_embeddings", MAX_POSITIONS),
+            norm_eps=fields.float("rms_norm_eps", 1.0),
+            rope_base=rope.float("rope_parameters.rope_theta", 1e12, theta),
+            softcap=fields.float("final_logit_softcapping", 1e6, 0.0),
+        )
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if str(path) in text else f"{path}: {text}") from None
+    fields.equal("intermediate_size", 4 * config.n_embd)
+    fields.equal("hidden_act", "relu2")
+    for name in ("attention_bias", "tie_word_embeddings"):
+        fields.equal(name, False)
+    return config
 
 
 def import_folder(folder: Path) -> tuple[GPT, Tokenizer]:
     """A float32 model and its tokenizer from a folder. ValueError names what does not fit."""
-    found = _json(folder, "config.json")
-    if found.get("model_type") != "nanochat":
+    config = read_config(folder)
+    needed, have = len(_NAMES) - 2, _count_tensors(folder)
+    if config.n_layer * needed > have:
         raise ValueError(
-            f"{folder / 'config.json'}: model_type={found.get('model_type')!r} is not 'nanochat'"
+            f"{folder / 'config.json'}: num_hidden_layers={config.n_layer} does not fit the "
+            f"{have} tensors of the weights: the tensor model.layers."
+            f"{(have - 2) // needed}.self_attn.q_proj.weight is missing"
         )
-    try:
-        tokenizer = _tokenizer_from_json(_json(folder, "tokenizer.json"))
-        rope = found.get("rope_parameters") or {}
-        heads = found["num_attention_heads"]
-        config = ModelConfig.classic(
-            vocab_size=found["vocab_size"],
-            n_layer=found["num_hidden_layers"],
-            n_head=heads,
-            n_kv_head=found.get("num_key_value_heads") or heads,
-            n_embd=found["hidden_size"],
-            sequence_len=found["max_position_embeddings"],
-            norm_eps=found["rms_norm_eps"],
-            rope_base=float(rope.get("rope_theta", found.get("rope_theta", 10_000.0))),
-            softcap=float(found.get("final_logit_softcapping") or 0.0),
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: a field is missing or damaged: {error}") from None
-    wanted = {
-        "intermediate_size": 4 * config.n_embd,
-        "hidden_act": "relu2",
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-    }
-    for name, value in wanted.items():
-        if found.get(name, value) != value:
-            raise ValueError(f"{folder / 'config.json'}: {name}={found[name]!r} must be {value!r}")
-    theirs = _tensors(folder)
-    names = _names(config.n_layer)
-    for name in names:
-        if name not in theirs:
-            raise ValueError(f"{folder}: tensor {name} is missing")
-    model = GPT(config)
-    try:
-        model.load_state_dict({ours: theirs[name].float() for name, ours in names.items()})
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: the tensors do not fit config.json: {error}") from None
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    check_tokenizer(folder, config, tokenizer)
+    weights = read_weights(folder, config, _names(config.n_layer))
+    model = GPT(config)  # only now, when the files have shown that it has this size
+    model.load_state_dict(weights)
     return model.eval(), tokenizer
+
+
+def check_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """ValueError if the tokenizer is not that of ``config.json``."""
+    path = folder / "config.json"
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{path}: vocab_size={config.vocab_size} does not fit tokenizer.json, which has "
+            f"{tokenizer.vocab_size} tokens"
+        )
+    fingerprint = read_json(path, WHAT).get("tokenizer_fingerprint", tokenizer.fingerprint)
+    if fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{path}: tokenizer_fingerprint={shown(fingerprint)} is not that of tokenizer.json, "
+            f"{tokenizer.fingerprint}"
+        )

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from damage import check_damage
+from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 
 from nanochat_ray.checkpoint import hf
+from nanochat_ray.checkpoint.folder import local_copy
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.storage import Store
 from nanochat_ray.text.chat import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -122,8 +129,8 @@ def test_a_folder_that_does_not_fit_is_refused(tokenizer: Tokenizer, tmp_path: P
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"model_type": "llama"}, "model_type='llama'"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' must be 'relu2'"),
-        ({"hidden_size": 64, "intermediate_size": 256}, "do not fit"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not allowed"),
+        ({"hidden_size": 64, "intermediate_size": 256}, "does not fit"),
         ({"num_hidden_layers": 3}, r"layers\.2\..* is missing"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
@@ -133,3 +140,178 @@ def test_a_folder_that_does_not_fit_is_refused(tokenizer: Tokenizer, tmp_path: P
     (tmp_path / "model.safetensors").write_bytes(b"rubbish" * 20)
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
         hf.import_folder(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    hf.export(model_for(tokenizer), tokenizer, folder, dtype=torch.float32)
+    return folder
+
+
+def changed(exported: Path, folder: Path, **fields: object) -> Path:
+    shutil.copytree(exported, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_hidden_layers", 10**9, "num_hidden_layers=1000000000 is not allowed"),
+        ("num_hidden_layers", 9_999, "num_hidden_layers=9999 does not fit the 14 tensors"),
+        ("num_hidden_layers", 1, r"tensor 'model\.layers\.1\..*' is not of this architecture"),
+        ("num_hidden_layers", "2", "num_hidden_layers='2' is not allowed"),
+        ("num_hidden_layers", None, "num_hidden_layers=None is not allowed"),
+        ("hidden_size", 10**30, "hidden_size=1000000"),
+        ("hidden_size", 2**20, "intermediate_size=128 is not allowed: 4194304"),
+        ("vocab_size", 10**6, "vocab_size=1000000 does not fit tokenizer.json"),
+        ("max_position_embeddings", 10**12, "max_position_embeddings=1000000000000"),
+        ("num_attention_heads", 3, r"config\.json: n_embd=32 is not allowed"),
+        ("num_key_value_heads", 3, r"config\.json: n_kv_head=3 is not allowed"),
+        ("rms_norm_eps", "x", "rms_norm_eps='x' is not allowed"),
+        ("rope_parameters", {"rope_type": "yarn"}, "rope_type='yarn' is not allowed"),
+        ("rope_parameters", 3, "rope_parameters=3 is not allowed"),
+        ("rope_scaling", {"factor": 2.0}, "rope_scaling="),
+        ("tie_word_embeddings", True, "tie_word_embeddings=True is not allowed"),
+        ("tokenizer_fingerprint", "ff", "tokenizer_fingerprint='ff' is not that"),
+        ("final_logit_softcapping", -1, "final_logit_softcapping=-1 is not allowed"),
+    ],
+)
+def test_a_wrong_config_is_named(
+    exported: Path, tmp_path: Path, field: str, value: object, message: str
+) -> None:
+    folder = changed(exported, tmp_path / "bad", **{field: value})
+    with pytest.raises(ValueError, match=message) as caught:
+        hf.import_folder(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_damaged_folders_are_refused_by_name(exported: Path) -> None:
+    expected, tokenizer = hf.import_folder(exported)
+    shapes = {name: p.shape for name, p in expected.named_parameters()}
+
+    def same(loaded: Any) -> bool:
+        # Weights have no checksum there: flipped bits in them are other weights.
+        model, other = loaded
+        fits = {name: p.shape for name, p in model.named_parameters()} == shapes
+        return fits and other.fingerprint == tokenizer.fingerprint
+
+    check_damage(exported, hf.import_folder, same=same, count=150, seed=0)
+
+
+def test_weights_that_do_not_fit_are_named(exported: Path, tmp_path: Path) -> None:
+    weights = load_file(exported / "model.safetensors")
+    name = "model.layers.0.mlp.fc1.weight"
+    for change, message in (
+        ({name: weights[name].to(torch.int32)}, f"{name} is I32"),
+        ({name: weights[name][:3].clone()}, rf"{name} has the shape \[3, 32\]"),
+        ({name: weights[name] * torch.inf}, f"{name} has values that are not finite"),
+        ({"extra": torch.zeros(3)}, "tensor 'extra' is not of this architecture"),
+        ({name: None}, f"tensor {name} is missing|does not fit the 13 tensors"),
+    ):
+        folder = tmp_path / str(len(message))
+        shutil.copytree(exported, folder)
+        merged = {k: v for k, v in {**weights, **change}.items() if v is not None}
+        save_file(merged, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            hf.import_folder(folder)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "outside", "big"])
+def test_files_that_never_end_are_refused(exported: Path, tmp_path: Path, kind: str) -> None:
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        folder = tmp_path / name
+        shutil.copytree(exported, folder)
+        (folder / name).unlink()
+        if kind == "fifo":
+            os.mkfifo(folder / name)
+        elif kind == "device":
+            (folder / name).symlink_to("/dev/zero")
+        elif kind == "folder":
+            (folder / name).mkdir()
+        elif kind == "big":
+            with (folder / name).open("wb") as file:
+                file.truncate(1 << 40)  # a sparse file
+        else:
+            index = {"weight_map": {"lm_head.weight": "../model.safetensors"}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=r"cannot be read|is missing|no file of this folder"):
+            hf.import_folder(folder)
+
+
+def test_tokenizers_that_work_otherwise_are_refused(exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(exported, folder)
+    path = folder / "tokenizer.json"
+    for at, value, message in (
+        (("normalizer",), {"type": "NFKC"}, "normalizer="),
+        (("model", "merges"), [], "model.merges"),
+        (("model", "byte_fallback"), True, "model.byte_fallback=True"),
+        (("model", "vocab"), {"a": 0}, "every byte must be a token"),
+        (("added_tokens",), [], "added_tokens: its special tokens are"),
+        (("pre_tokenizer", "pretokenizers", 1, "add_prefix_space"), True, "add_prefix_space=True"),
+    ):
+        document = json.loads((exported / "tokenizer.json").read_text())
+        target = document
+        for key in at[:-1]:
+            target = target[key]
+        target[at[-1]] = value
+        path.write_text(json.dumps(document))
+        with pytest.raises(ValueError, match=message) as caught:
+            hf.import_folder(folder)
+        assert str(path) in str(caught.value)
+
+
+def test_an_export_replaces_only_an_export(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model, folder = model_for(tokenizer), tmp_path / "out"
+    folder.mkdir()
+    hf.export(model, tokenizer, folder, dtype=torch.float32)
+    hf.export(model, tokenizer, folder, dtype=torch.bfloat16)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert os.listdir(tmp_path) == ["out"]
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"out='.*out' is not allowed: the folder has notes\.txt"):
+        hf.export(model, tokenizer, folder, dtype=torch.float32)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {**before, "notes.txt": b"mine"}
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(ValueError, match="it is no folder"):
+        hf.export(model, tokenizer, file, dtype=torch.float32)
+    assert file.read_text() == "mine"
+
+
+def test_a_failed_export_leaves_the_old_one(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = model_for(tokenizer), tmp_path / "out"
+    hf.export(model, tokenizer, folder, dtype=torch.float32)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf, "_tokenizer_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        hf.export(model, tokenizer, folder, dtype=torch.bfloat16)
+    with pytest.raises(OSError, match="No space left"):
+        hf.export(model, tokenizer, tmp_path / "new", dtype=torch.bfloat16)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_export_goes_to_s3(s3: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    out = Store.at(s3).child("exports", "one")
+    model = model_for(tokenizer)
+    for _ in range(2):
+        hf.export(model, tokenizer, out, dtype=torch.float32)
+    with local_copy(out.uri, "take") as folder:
+        back, _ = hf.import_folder(folder)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(back(ids), model(ids))
+    out.write_text("notes.txt", "mine")
+    with pytest.raises(ValueError, match=r"the folder has notes\.txt"):
+        hf.export(model, tokenizer, out, dtype=torch.float32)
