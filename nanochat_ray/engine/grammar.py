@@ -21,6 +21,7 @@ import llguidance
 import llguidance.numpy as masks
 import numpy as np
 
+from nanochat_ray.engine.json_schema import bounded, json_object
 from nanochat_ray.engine.request import GRAMMARS, EngineFull
 
 KEPT = 64
@@ -191,11 +192,14 @@ class Grammars:
         kind = "grammar"
         try:
             ((kind, value),) = json.loads(text).items()
-            source = _source(kind, value)
-            matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=_LIMITS)
-            some = not matcher.is_error() and bool(
-                (self._one(matcher) & ~_bit(self._end, self._width)).any()
-            )
+            sources = _sources(kind, value)
+            for source in sources:
+                matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=_LIMITS)
+                some = not matcher.is_error() and bool(
+                    (self._one(matcher) & ~_bit(self._end, self._width)).any()
+                )
+                if some:
+                    break
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of llguidance's is no Exception
@@ -268,16 +272,20 @@ def _bit(at: int, width: int) -> np.ndarray:
     return np.packbits(bits, bitorder="little").view(np.int32)
 
 
-def _source(kind: str, value: Any) -> str:
-    """A grammar as llguidance reads it."""
+def _sources(kind: str, value: Any) -> list[str]:
+    """A grammar as llguidance reads it; the later ones are for where those before fail."""
     assert kind in GRAMMARS, kind
     if kind == "regex":
-        return llguidance.LLMatcher.grammar_from_regex(value)
+        return [llguidance.LLMatcher.grammar_from_regex(value)]
     if kind == "lark":
-        return llguidance.LLMatcher.grammar_from_lark(value)
+        return [llguidance.LLMatcher.grammar_from_lark(value)]
     if kind == "choice":
         # One lexeme: an alternative of its own for each text would be a row of the parser.
         either = "|".join(_REGEX_SPECIAL.sub(r"\\\g<0>", text) for text in dict.fromkeys(value))
-        return llguidance.LLMatcher.grammar_from_regex(f"({either})")
-    schema = {"type": "object"} if kind == "json_object" else value
-    return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_COMPACT)
+        return [llguidance.LLMatcher.grammar_from_regex(f"({either})")]
+    # Bounds may not go together with what a schema asks for in ways that they know nothing of.
+    schemas = [json_object()] if kind == "json_object" else [bounded(value), value]
+    return [
+        llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_COMPACT)
+        for schema in schemas
+    ]

@@ -181,7 +181,7 @@ def test_large_grammars_are_followed(grammars: Grammars, grammar: dict[str, obje
     ("grammar", "words"),
     [
         ({"choice": ["x" * 80] * 2000}, f"{MAX_CHARACTERS:,} are allowed"),
-        ({"json_schema": nested(130)}, "recursion"),
+        ({"json_schema": nested(130)}, "nested deeper"),
         ({"json_schema": {"$ref": "#"}}, "does not compile"),
         ({"json_schema": {"type": "integer", "minimum": 10**400}}, "does not compile"),
         ({"regex": "(" * 1000}, "does not compile"),
