@@ -109,9 +109,13 @@ def _tokenizer(
     key = key_of("tokenizer", identity, asdict(divided), vocab_size, sample.CHARACTERS)
     known = root.child("tokenizers", _BY_INPUT)
     if known.exists(key[:16]):
-        tokenizer = _by_folder(root, known.read_text(key[:16]))
-        say(f"tokenizer: {tokenizer.vocab_size:,} tokens (trained before)")
-        return tokenizer
+        try:
+            tokenizer = _by_folder(root, known.read_text(key[:16]))
+        except ValueError as error:
+            say(f"WARNING: {error}; it is trained again")
+        else:
+            say(f"tokenizer: {tokenizer.vocab_size:,} tokens (trained before)")
+            return tokenizer
     began = time.perf_counter()
     tokenizer = Tokenizer.train(sample.tokenizer_sample(plan, divided, options), vocab_size)
     tokenizer.save(root.child("tokenizers", tokenizer.fingerprint[:16]))
@@ -156,7 +160,8 @@ def prepare_base(
         identity = ["documentation", documentation.key()]
     identity = [identity, asdict(options)]
     key = key_of("base", identity, vocab_size, sequence_len, seed)
-    if (manifest := unchanged(dataset, key)) is not None:
+    manifest = unchanged(dataset, key)
+    if manifest is not None and _has_tokenizer(root, manifest):
         return manifest
 
     began = time.perf_counter()
@@ -335,6 +340,15 @@ def find_tokenizer(root: Store, name: str) -> tuple[Tokenizer, int | None]:
             f"datasets {datasets.list() or 'none'} and the fingerprints {have or 'none'}"
         )
     return _by_folder(root, matches[0]), None
+
+
+def _has_tokenizer(root: Store, manifest: Manifest) -> bool:
+    try:
+        Tokenizer.load(root.child("tokenizers", manifest.tokenizer[:16]), manifest.tokenizer)
+    except ValueError as error:
+        say(f"WARNING: {error}; it is made again")
+        return False
+    return True
 
 
 def _by_folder(root: Store, name: str) -> Tokenizer:

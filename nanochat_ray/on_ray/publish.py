@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from nanochat_ray.data.order import stream
-from nanochat_ray.data.shards import Manifest, Shard, Split, write_shard
+from nanochat_ray.data.shards import Manifest, RowReader, Shard, Split, write_shard
 from nanochat_ray.data.shuffle import gather
 from nanochat_ray.on_ray.mapping import Row, mapped, say
 from nanochat_ray.storage import Store
@@ -17,6 +17,8 @@ from nanochat_ray.storage import Store
 SPLITS: tuple[Split, ...] = ("train", "val")
 SHARD_BYTES = 64 << 20
 """What a shard is to have, about."""
+CHECKED_BYTES = 512 << 20
+"""Shards of a split up to this size together are checked before a dataset is up to date."""
 FORMAT = "4"
 """Part of every key: a change of what is written makes old datasets stale."""
 
@@ -37,7 +39,10 @@ def check_replaceable(root: Store, name: str, stage: str) -> None:
     dataset = root.child("datasets", name)
     if not dataset.exists("manifest.json"):
         return
-    kind = Manifest.load(dataset).kind
+    try:
+        kind = Manifest.load(dataset).kind
+    except ValueError:
+        return  # a damaged one is made again
     if kind != stage:
         raise ValueError(
             f"dataset={name!r} is not allowed: it was prepared for stage {kind}, and preparing it "
@@ -49,8 +54,15 @@ def unchanged(dataset: Store, key: str) -> Manifest | None:
     """The manifest, if the dataset was prepared from the same input before."""
     if not dataset.exists("manifest.json"):
         return None
-    manifest = Manifest.load(dataset)
-    if manifest.key != key:
+    try:
+        manifest = Manifest.load(dataset)
+        if manifest.key != key:
+            return None
+        for split in SPLITS:
+            RowReader(dataset, manifest, split).check(CHECKED_BYTES)
+    except ValueError as error:
+        # Who is told to prepare a damaged dataset again must be able to.
+        say(f"WARNING: {error}; it is made again")
         return None
     say(f"dataset {dataset.uri} is up to date: {summary(manifest)}")
     return manifest

@@ -115,3 +115,19 @@ def test_a_changed_manifest_is_refused(root: Store) -> None:
     document["key"] = "other"
     with pytest.raises(ValueError, match=r"^manifest\.json is damaged"):
         Manifest.from_json(json.dumps(document | {"checksum": "0" * 64}))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train-1.arrow", "val-0.arrow"])
+def test_a_damaged_dataset_is_not_up_to_date(
+    root: Store, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    from nanochat_ray.on_ray.publish import unchanged
+
+    manifest = write_dataset(root, "data")
+    store = root.child("datasets", "data")
+    assert unchanged(store, manifest.key) == manifest
+    assert unchanged(store, "other") is None
+    data = store.read_bytes(name)
+    store.write_bytes(name, data[:-9] + b"?" + data[-8:])
+    assert unchanged(store, manifest.key) is None
+    assert name in capsys.readouterr().out.splitlines()[-1]
