@@ -148,8 +148,11 @@ def deploy(app: serve.Application) -> None:
     try:
         serve.run(app, name=APP, route_prefix="/")
     except RuntimeError as error:
-        # Serve has the replica's exception as the text of its trace.
-        refusals = re.findall(r"^\s*(?:ValueError|\w*Error: \[Errno \d+\]).*$", str(error), re.M)
+        # Serve has the replica's exception as the text of a trace, here or in its status.
+        status = serve.status().applications.get(APP)
+        deployments = status.deployments.values() if status else ()
+        text = "\n".join([str(error), *(each.message for each in deployments)])
+        refusals = re.findall(r"^\s*(?:ValueError|\w*Error: \[Errno \d+\]).*$", text, re.M)
         if not refusals:
             raise
         raise ValueError(refusals[-1].strip().removeprefix("ValueError: ")) from None

@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,9 +163,17 @@ def test_what_a_replica_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 
         return run
 
+    status = SimpleNamespace(applications={})
+    monkeypatch.setattr(job.serve, "status", lambda: status)
     monkeypatch.setattr(job.serve, "run", fail(trace))
     with pytest.raises(ValueError, match=r"^checkpoint .* is damaged$"):
         job.deploy(None)  # type: ignore[arg-type]
+    engine = SimpleNamespace(message=trace)
+    status.applications["nanochat"] = SimpleNamespace(deployments={"engine": engine})
+    monkeypatch.setattr(job.serve, "run", fail("Failed to update the deployments ['engine']."))
+    with pytest.raises(ValueError, match=r"^checkpoint .* is damaged$"):
+        job.deploy(None)  # type: ignore[arg-type]
+    engine.message = ""
     monkeypatch.setattr(job.serve, "run", fail("KeyError: 'a defect'"))
     with pytest.raises(RuntimeError, match="a defect"):
         job.deploy(None)  # type: ignore[arg-type]
