@@ -145,7 +145,8 @@ class Engine:
         request = request.seeded()
         params, grammar = request.params, None
         if self._grammars is not None and params.grammar is not None:
-            grammar = self._grammars.start(params.grammar, params.ending, request.generated)
+            limit = min(params.max_tokens, self.max_len - len(request.prompt))
+            grammar = self._grammars.start(params.grammar, params.ending, request.generated, limit)
         sequence = Sequence(
             request=request,
             tokens=[*request.prompt, *request.generated],

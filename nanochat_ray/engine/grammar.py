@@ -21,6 +21,7 @@ import llguidance
 import llguidance.numpy as masks
 import numpy as np
 
+from nanochat_ray.engine.grammar_ending import Ending, Preferences
 from nanochat_ray.engine.json_schema import bounded, json_object
 from nanochat_ray.engine.request import GRAMMARS, EngineFull
 
@@ -68,11 +69,19 @@ class GrammarState:
     """int32 ``[W]``: bits of the tokens that may end the answer where the grammar may end."""
 
     failure: str | None = None
+    closing: Ending | None = None
+    """Holds the answer to an end before its limit; None for what has no end of its own."""
 
     def feed(self, tokens: Iterable[int]) -> bool:
         """Takes tokens of the answer; False, for good, once one does not follow the grammar."""
         with self.guarded():
-            return self.matcher.consume_tokens(list(tokens))
+            if self.closing is None:
+                return self.matcher.consume_tokens(list(tokens))
+            for token in tokens:
+                if not self.matcher.consume_token(token):
+                    return False
+                self.closing.feed(token, self.matcher)
+            return True
         return False
 
     @contextlib.contextmanager
@@ -88,7 +97,8 @@ class GrammarState:
     def agreed(self, draft: Sequence[int]) -> int:
         """How many of the tokens, from the first on, follow the grammar. Changes nothing."""
         with self.guarded():
-            return self.matcher.validate_tokens(list(draft))
+            agreed = self.matcher.validate_tokens(list(draft))
+            return agreed if self.closing is None else min(agreed, self.closing.free)
         return 0
 
     @property
@@ -122,6 +132,7 @@ class Grammars:
         tokens = [*token_bytes, *[b""] * (vocab_size - len(token_bytes)), b"\xff<|end|>"]
         wrapper = llguidance.TokenizerWrapper(_Words(tokens, self._end))
         self._tokenizer = llguidance.LLTokenizer(wrapper)
+        self._preferences = Preferences(tokens[:vocab_size])
         self._executor = llguidance.LLExecutor(1)
         self._small = ThreadPoolExecutor(1, "grammar")
         self._large = ThreadPoolExecutor(1, "large-grammar")
@@ -175,14 +186,23 @@ class Grammars:
         return made
 
     def start(
-        self, grammar: Mapping[str, Any], ending: Collection[int], made: Sequence[int] = ()
+        self,
+        grammar: Mapping[str, Any],
+        ending: Collection[int],
+        made: Sequence[int] = (),
+        limit: int = 0,
     ) -> GrammarState:
-        """An answer that ``ending`` tokens may end, of which ``made`` is there. ValueError: see
-        ``check``, or ``made`` does not follow."""
+        """An answer that ``ending`` tokens may end, of which ``made`` is there; JSON ends within
+        ``limit`` tokens where it can (0: no limit). ValueError: see ``check``, or ``made`` does not
+        follow."""
         bits = np.zeros(self._width * 32, dtype=np.uint8)
         bits[list(ending)] = 1
         words = np.packbits(bits, bitorder="little").view(np.int32)
         state = GrammarState(self.check(grammar).deep_copy(), words)
+        if limit and not grammar.keys().isdisjoint(("json_schema", "json_object")):
+            state.closing = Ending(limit, self._preferences, self._next)
+            with state.guarded():
+                state.closing.look(state.matcher)
         # The token that ended the answer is not part of its text.
         if not state.feed(made[:-1] if made and made[-1] in ending else made):
             raise ValueError(f"generated: it does not follow the grammar: {state.error}")
@@ -209,6 +229,21 @@ class Grammars:
         if not some:
             return f"grammar: this {kind} allows no text, or none of these tokens"
         return matcher
+
+    def _next(self, matcher: llguidance.LLMatcher) -> np.ndarray:
+        """bool ``[V]``: which tokens may come."""
+        words = self._one(matcher).view(np.uint8)
+        return np.unpackbits(words, count=self._end, bitorder="little").view(np.bool_)
+
+    def _hold(self, bits: np.ndarray, path: Sequence[int], state: GrammarState) -> None:
+        """Leaves the path's next token alone, or behind its last one those that end the answer."""
+        if path:
+            bits[:] = 0
+            bits[path[0]] = 1
+            return
+        ending = np.unpackbits(state.ending.view(np.uint8), count=self._end, bitorder="little")
+        if (bits & ending).any():
+            bits &= ending
 
     def _fill(self, plain: list[Any], drafted: list[Any], found: np.ndarray) -> None:
         if plain:
@@ -245,6 +280,9 @@ class Grammars:
         may_end = (found[:, self._end // 32] >> (self._end % 32)) & 1
         found |= ending * may_end[:, None]
         bits = np.unpackbits(found.view(np.uint8), axis=1, count=self._end, bitorder="little")
+        for (state, _), row in zip(rows, firsts, strict=False):
+            if state.closing is not None and state.closing.path is not None:
+                self._hold(bits[row], state.closing.path, state)
         if drafted:
             # Behind a guess that ends it nothing may come, but something must be chosen.
             bits[~bits.any(axis=1)] = 1

@@ -1,0 +1,80 @@
+"""Structured answers are valid JSON when their tokens run out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from engine_kit import ask, finish, make_engine, make_model, tokens
+
+from nanochat_ray.text.tokenizer import Tokenizer
+
+TOK = Tokenizer.bytes_only()
+ITEM = {
+    "type": "object",
+    "properties": {"id": {"type": "integer"}, "tags": {"type": "array"}, "x": {"type": "number"}},
+    "required": ["id", "tags", "x"],
+    "additionalProperties": False,
+}
+SCHEMAS: list[Any] = [
+    {"type": "string"},
+    {"type": "array", "items": ITEM},
+    {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "items": {"type": "array", "items": ITEM}},
+        "required": ["name", "items"],
+        "additionalProperties": False,
+    },
+]
+
+
+def answers(grammar: dict[str, Any], limit: int, **fields: Any) -> list[list[int]]:
+    engine = make_engine(make_model("classic"), token_bytes=TOK.byte_table(), **fields)
+    for seed in range(4):
+        request = ask(
+            str(seed),
+            [1, 2, 3],
+            grammar=grammar,
+            temperature=5.0,
+            seed=seed,
+            max_tokens=limit,
+            eos_ids=(TOK.bos,),
+        )
+        engine.add(request)
+    outputs = finish(engine)
+    return [tokens(outputs[str(seed)]) for seed in range(4)]
+
+
+def text(ids: list[int]) -> str:
+    return TOK.decode([t for t in ids if t != TOK.bos])
+
+
+@pytest.mark.parametrize("limit", [30, 60, 110])
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_json_ends_before_its_limit(schema: Any, limit: int) -> None:
+    for ids in answers({"json_schema": schema}, limit):
+        assert len(ids) <= limit
+        jsonschema.validate(json.loads(text(ids)), schema)
+
+
+def test_any_json_object_ends_before_its_limit() -> None:
+    for ids in answers({"json_object": True}, 40):
+        assert isinstance(json.loads(text(ids)), dict)
+
+
+def test_closing_is_the_same_when_an_answer_moves() -> None:
+    grammar = {"json_schema": SCHEMAS[2]}
+    whole = answers(grammar, 70)[0]
+    assert answers(grammar, 70, speculative_tokens=0)[0] == whole
+    for at in range(3, len(whole) - 1, 17):
+        engine = make_engine(make_model("classic"), token_bytes=TOK.byte_table())
+        params = {"temperature": 5.0, "seed": 0, "max_tokens": 70, "eos_ids": (TOK.bos,)}
+        engine.add(ask("a", [1, 2, 3], whole[:at], grammar=grammar, **params))
+        assert whole[:at] + tokens(finish(engine)["a"]) == whole
+
+
+def test_limit_too_small_for_any_end_is_no_error() -> None:
+    for ids in answers({"json_schema": SCHEMAS[2]}, 5):
+        assert len(ids) == 5
