@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import re
 import signal
 import socket
@@ -35,6 +36,7 @@ from nanochat_ray.on_ray.serve import (
     prefer_haproxy,
 )
 from nanochat_ray.serve import keys
+from nanochat_ray.serve.guard import check_origins
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train.job import DTYPES
@@ -82,6 +84,10 @@ class Args:
     """--no-ray: one process with one engine, no replicas; for a look, and to compare."""
     haproxy: bool = True
     """Where this starts Ray itself: HAProxy before the ingresses, not Serve's Python proxy."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins whose web pages may ask (CORS), such as https://chat.example.org, or *."""
+    access_log: bool = True
+    """A line for each request: with --no-ray on stderr, else in Serve's log of the ingress."""
     block: bool = True
     """Stay until Ctrl-C; --no-block returns once the model answers."""
 
@@ -91,6 +97,7 @@ class Args:
         if self.snapshot:
             check_name("snapshot", self.snapshot)
         check_port("port", self.port)
+        check_origins("allowed_origins", self.allowed_origins)
         for name, least in (
             *(("engines", 1), ("max_engines", 0), ("ingresses", 1), ("threads", 0)),
             *(("max_slots", 1), ("max_len", 0), ("token_budget", 0), ("max_waiting", 1)),
@@ -123,6 +130,8 @@ def config_of(args: Args) -> ServeConfig:
         gpus=args.gpus,
         threads=args.threads,
         request_timeout_s=args.request_timeout_s,
+        allowed_origins=args.allowed_origins,
+        access_log=args.access_log,
         # Those of this command's environment, also where the cluster has been up for long.
         key_hashes=tuple(keys.hash_key(key) for key in keys.from_environment()),
         engine=engine,
@@ -180,10 +189,10 @@ def wait_until_up(url: str, name: str, seconds: float = 60.0) -> None:
 def serve_here(config: ServeConfig, args: Args) -> None:
     """The same API over an engine in this process, until Ctrl-C."""
     import torch
-    import uvicorn
 
     from nanochat_ray.engine.engine import Engine
     from nanochat_ray.engine.tools import calculator_tool
+    from nanochat_ray.serve import access, http_server
     from nanochat_ray.serve.app import build_app
     from nanochat_ray.serve.collector import spare_what_is_there
     from nanochat_ray.serve.local import LocalClient
@@ -201,6 +210,7 @@ def serve_here(config: ServeConfig, args: Args) -> None:
         tool, table = calculator_tool(tokenizer), tokenizer.byte_table()
         return Engine(model.eval(), config.engine, tool, table), tokenizer
 
+    http_server.bind(args.host, args.port).close()  # before a model is loaded in vain
     engine, tokenizer = in_thread_that_ends(load)
     client = LocalClient(engine)
     print(f"the engine computes with {engine.runner.kernels}", flush=True)
@@ -211,11 +221,21 @@ def serve_here(config: ServeConfig, args: Args) -> None:
         client.max_len,
         limits=Limits(request_timeout_s=config.request_timeout_s),
         keys=config.key_hashes,
+        allowed_origins=config.allowed_origins,
     )
-    print(f"{config.name or config.run} is served at http://{args.host}:{args.port}", flush=True)
+    if args.access_log:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        access.log_to([handler])
     spare_what_is_there()
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
-    client.close()
+    listener = http_server.bind(args.host, args.port)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    name, port = config.name or config.run, listener.getsockname()[1]
+    print(f"{name} is served at http://{host}:{port}", flush=True)
+    try:
+        http_server.server_of(app).run(sockets=[listener])
+    finally:
+        client.close()
 
 
 def main(args: Args) -> None:

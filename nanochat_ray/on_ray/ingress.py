@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from nanochat_ray.on_ray.engine_client import RayEngineClient
 from nanochat_ray.on_ray.metrics import RaySink
-from nanochat_ray.serve import keys
+from nanochat_ray.serve import access, keys
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.collector import spare_what_is_there
 from nanochat_ray.serve.service import Limits
@@ -32,12 +34,17 @@ class Ingress:
         key_file: str,
         deadline_s: float,
         request_timeout_s: float,
+        allowed_origins: list[str],
+        access_log: bool,
     ):
         self.tokenizer = Tokenizer.load(Store.at(storage).child(*tokenizer.split("/")), fingerprint)
         self.name, self.max_len = name, max_len
         # From the deployment alone: a worker's environment may be older than it.
         self.keys = [*key_hashes, *(keys.from_file(key_file) if key_file else [])]
         self.limits = Limits(request_timeout_s=request_timeout_s)
+        self.allowed_origins = allowed_origins
+        if access_log:
+            access.log_to(logging.getLogger("ray.serve").handlers)  # a file of this replica's
         self.client = RayEngineClient(engines, deadline_s=deadline_s)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
@@ -51,6 +58,7 @@ class Ingress:
             limits=self.limits,
             keys=self.keys,
             sink=RaySink(self.name),
+            allowed_origins=self.allowed_origins,
         )
 
     async def __del__(self) -> None:

@@ -28,6 +28,7 @@ from nanochat_ray.on_ray import autoscaling, ports
 from nanochat_ray.on_ray.engine_replica import EngineReplica
 from nanochat_ray.on_ray.ingress import Ingress
 from nanochat_ray.serve import keys
+from nanochat_ray.serve.guard import check_origins
 from nanochat_ray.storage import Store, absolute, default_root
 
 LOOK_BACK_S = 15.0
@@ -73,6 +74,10 @@ class ServeConfig:
     key_file: str = ""
     """File on every node that runs ingresses, such as a mounted Kubernetes secret, with API keys;
     read when an ingress starts, which fails without it."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins whose web pages may ask (CORS), or "*"."""
+    access_log: bool = True
+    """A line for each request in Serve's log of the ingress that answered it."""
 
     def __post_init__(self) -> None:
         for name, least in (("engines", 1), ("ingresses", 1), ("threads", 0)):
@@ -87,6 +92,8 @@ class ServeConfig:
             check_float(name, getattr(self, name))
         object.__setattr__(self, "key_hashes", tuple(self.key_hashes))
         keys.check_hashes("key_hashes", self.key_hashes)
+        object.__setattr__(self, "allowed_origins", tuple(self.allowed_origins))
+        check_origins("allowed_origins", self.allowed_origins)
         check_name("run", self.run)
         if self.snapshot:
             check_name("snapshot", self.snapshot)
@@ -151,6 +158,8 @@ def build_application(config: ServeConfig) -> Application:
         key_file=config.key_file,
         deadline_s=config.deadline_s,
         request_timeout_s=config.request_timeout_s,
+        allowed_origins=list(config.allowed_origins),
+        access_log=config.access_log,
     )
 
 

@@ -22,9 +22,11 @@ from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 
 from nanochat_ray.engine.request import EngineFull
 from nanochat_ray.serve import errors
+from nanochat_ray.serve.access import AccessLog
 from nanochat_ray.serve.body import JsonRoute
 from nanochat_ray.serve.client import EngineClient, UnavailableError
 from nanochat_ray.serve.completions import (
@@ -95,10 +97,11 @@ def build_app(
     limits: Limits | None = None,
     keys: Sequence[str] = (),
     sink: Sink | None = None,
+    allowed_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The application. ``name`` is the model's, ``max_len`` the engine's longest sequence in
     tokens, ``keys`` the API keys of which one is then needed, ``sink`` where figures of requests
-    go besides ``/metrics``."""
+    go besides ``/metrics``, ``allowed_origins`` those whose pages may ask (CORS), or "*"."""
     page = PrometheusSink(name)
     metrics = RequestMetrics(Tee(page, sink) if sink is not None else page)
     service = Service(client, tokenizer, name, max_len, limits or Limits(), metrics)
@@ -108,7 +111,21 @@ def build_app(
     )
     app.router.route_class = JsonRoute
     errors.install(app)
-    app.add_middleware(Guard, max_body_bytes=service.limits.max_body_bytes, keys=keys)
+    app.add_middleware(
+        Guard,
+        max_body_bytes=service.limits.max_body_bytes,
+        keys=keys,
+        body_timeout_s=service.limits.body_timeout_s,
+    )
+    if allowed_origins:  # around the guard: a browser asks first without a key, and reads refusals
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(AccessLog)
     _add_pages(app, service)
     _add_metrics(app, service, page)
     _add_models(app, service)

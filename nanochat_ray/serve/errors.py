@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +10,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-
-logger = logging.getLogger(__name__)
 
 INVALID = "invalid_request_error"
 MAX_MESSAGE = 500
@@ -131,8 +128,11 @@ def from_validation(problems: Sequence[Any]) -> ApiError:
     return invalid(f"{param}: {message}" if param else message, param or None)
 
 
+_CODES = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout"}
+
+
 def install(app: FastAPI) -> None:
-    """Makes ``app`` answer every failure in this form."""
+    """Makes ``app`` answer every failure of a request in this form; defects are ``access``'s."""
 
     @app.exception_handler(ApiError)
     async def own(_: Request, error: ApiError) -> JSONResponse:
@@ -144,13 +144,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        code = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout"}.get(
+            error.status_code
+        )
         found = ApiError(error.status_code, str(error.detail), code=code)
         answer = found.response()
         answer.headers.update(error.headers or {})
         return answer
-
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        logger.exception("a request failed", exc_info=error)
-        return internal().response()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import Sequence
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nanochat_ray.checks import require
 from nanochat_ray.serve.errors import ApiError
 from nanochat_ray.serve.keys import KeyRing
 
@@ -23,11 +26,33 @@ def client_of(request: Request) -> str:
     return request.scope.get(CLIENT, "")
 
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+", re.IGNORECASE)
+
+
+def check_origins(field: str, origins: Sequence[str]) -> None:
+    """ValueError for what no browser sends as ``Origin``."""
+    for origin in origins:
+        require(
+            origin in ("*", "null") or _ORIGIN.fullmatch(origin) is not None,
+            field,
+            origin,
+            "* or scheme://host[:port], without a path",
+        )
+
+
 class Guard:
     """ASGI middleware. ``keys``: API keys or hashes of them; empty: nobody needs one."""
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, keys: Sequence[str] = ()):
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        keys: Sequence[str] = (),
+        body_timeout_s: float = 60.0,
+    ):
         self.app = app
+        self.body_timeout_s = body_timeout_s
         self.max_body_bytes = max_body_bytes
         self.keys = KeyRing(keys)
 
@@ -52,11 +77,18 @@ class Guard:
         if refusal is not None:
             await refusal.response()(scope, receive, send)
             return
-        seen = 0
+        seen, ended = 0, False
+        until = asyncio.get_running_loop().time() + self.body_timeout_s
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, ended
+            try:
+                async with asyncio.timeout_at(None if ended else until):
+                    message = await receive()
+            except TimeoutError:
+                text = f"The body did not come within {self.body_timeout_s:g} s."
+                raise HTTPException(408, text) from None
+            ended = not message.get("more_body", False)
             seen += len(message.get("body", b""))
             if seen > self.max_body_bytes:  # a chunked body declares no length
                 raise HTTPException(413, self._too_large().message)
@@ -73,7 +105,7 @@ class Guard:
     @staticmethod
     def _declared(headers: dict[bytes, bytes]) -> int:
         length = headers.get(b"content-length", b"0")
-        return int(length) if length.isdigit() else 0
+        return int(length[:19]) if length.isdigit() else 0
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"The body is larger than {self.max_body_bytes:,} bytes.")

@@ -27,6 +27,8 @@ ASIDE_CHARACTERS = 20_000
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     max_body_bytes: int = 2 << 20
+    body_timeout_s: float = 60.0
+    """How long the body of a request may take to come."""
     max_choices: int = 128
     """Prompts times ``n`` of one request."""
     request_timeout_s: float = 0.0

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import uvicorn
 from tiny import wait_for
+
+from nanochat_ray.serve.http_server import bind, server_of
 
 get = functools.partial(httpx.get, timeout=60)
 post = functools.partial(httpx.post, timeout=60)
@@ -20,12 +21,12 @@ post = functools.partial(httpx.post, timeout=60)
 @contextlib.contextmanager
 def serving(app: Any) -> Iterator[str]:
     """The URL at which ``app`` answers while the block runs."""
-    config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    server, listener = server_of(app), bind("127.0.0.1", 0)
+    server.config.timeout_graceful_shutdown = 1
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     wait_for(lambda: server.started)
-    port = server.servers[0].sockets[0].getsockname()[1]
+    port = listener.getsockname()[1]
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

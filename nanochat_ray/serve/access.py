@@ -1,0 +1,113 @@
+"""Around every request: its id, one line in the access log, and an end to failures of any kind.
+
+The line has the method, path, status, time, bytes and id: no query, key, prompt or answer. HEAD is
+answered as GET is, without a body.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanochat_ray.serve import errors
+
+logger = logging.getLogger(__name__)
+failures = logging.getLogger(f"{__name__}.failures")
+
+REQUEST_ID = b"x-request-id"
+MAX_PATH = 200
+_ALLOWED_ID = re.compile(rb"[\w.:+/=@-]{1,128}", re.ASCII)
+
+request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+"""The id of the request that the current task serves."""
+
+
+def log_to(handlers: Sequence[logging.Handler]) -> None:
+    """Has the access log written by ``handlers``, and by nothing else."""
+    logger.handlers = list(handlers)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+@dataclass
+class _Response:
+    status: int = 0
+    """0 until it starts; 499 if the client left before."""
+    size: int = 0
+    """Bytes of the body."""
+
+
+class AccessLog:
+    """ASGI middleware, the outermost of the application."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = next((v for name, v in scope["headers"] if name == REQUEST_ID), b"")
+        own = given if _ALLOWED_ID.fullmatch(given) else secrets.token_hex(16).encode()
+        request_id.set(own.decode())
+        head = scope["method"] == "HEAD"
+        response, start = _Response(), time.perf_counter()
+
+        async def tagged(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                response.status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (REQUEST_ID, own)]}
+            elif message["type"] == "http.response.body":
+                body = b"" if head else message.get("body", b"")
+                response.size += len(body)
+                message = {**message, "body": body}
+            await send(message)
+
+        try:
+            await self._answer({**scope, "method": "GET"} if head else scope, receive, tagged)
+        finally:
+            if logger.isEnabledFor(logging.INFO):
+                logger.info(
+                    "%s %s %d %.1f ms %d bytes id=%s",
+                    scope["method"],
+                    _path(scope),
+                    response.status or 499,
+                    1000 * (time.perf_counter() - start),
+                    response.size,
+                    own.decode(),
+                )
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Any) -> None:
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except BaseException as error:
+            # A panic of a library in Rust is a BaseException; the others end the task or process.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            failures.exception("%s failed, id=%s", _path(scope), request_id.get())
+            if started:  # an answer cut short must not look like a whole one
+                raise RuntimeError("the response was cut short") from error
+            with contextlib.suppress(OSError):
+                await errors.internal().response()(scope, receive, send)
+
+
+def _path(scope: Scope) -> str:
+    """As it came, percent-encoded: no line's end, no control character."""
+    raw = scope.get("raw_path") or scope["path"].encode()
+    return raw[:MAX_PATH].decode("ascii", errors="backslashreplace").split("?")[0]

@@ -1,0 +1,191 @@
+"""Around requests: ids, the access log, CORS, HEAD, upgrades, slow clients, an address in use."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from scripted import ScriptedClient
+from serving import get, post, serving
+from tiny import wait_for
+
+from nanochat_ray.serve import access
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.serve.guard import check_origins
+from nanochat_ray.serve.http_server import bind, server_of
+from nanochat_ray.serve.service import Limits
+from nanochat_ray.text.tokenizer import Tokenizer
+
+TOK = Tokenizer.bytes_only()
+ORIGIN = "https://chat.example.org"
+KEY = "sk-very-secret"
+AUTH = {"authorization": f"Bearer {KEY}"}
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Lines:
+    lines = Lines()
+    for name, value in (("handlers", [lines]), ("level", logging.INFO), ("propagate", False)):
+        monkeypatch.setattr(access.logger, name, value)
+    access.logger.manager._clear_cache()
+    return lines
+
+
+@pytest.fixture
+def engine() -> ScriptedClient:
+    return ScriptedClient([65])
+
+
+@pytest.fixture
+def url(engine: ScriptedClient) -> Iterator[str]:
+    limits = Limits(body_timeout_s=0.3)
+    app = build_app(engine, TOK, "tiny", 256, limits=limits, keys=[KEY], allowed_origins=[ORIGIN])
+    with serving(app) as url:
+        yield url
+
+
+def test_request_ids_are_kept_or_made(url: str) -> None:
+    given = get(f"{url}/health", headers={"x-request-id": "abc-1:2"})
+    assert given.headers["x-request-id"] == "abc-1:2"
+    for bad in ("", "x" * 129, "a b", "<script>", "a;b"):
+        own = get(f"{url}/v1/nothing", headers={"x-request-id": bad} if bad else {})
+        assert own.headers["x-request-id"] != bad
+        assert len(own.headers["x-request-id"]) == 32
+
+
+def test_access_log_tells_no_secret(url: str, log: Lines) -> None:
+    body = {"prompt": "a private question", "max_tokens": 3}
+    post(f"{url}/v1/completions?key={KEY}", json=body, headers={**AUTH, "x-request-id": "r1"})
+    post(f"{url}/v1/completions", json=body)
+    get(f"{url}/a%0Ab", headers=AUTH)
+    wait_for(lambda: len(log.lines) == 3)
+    first, second, third = log.lines
+    assert first.startswith("POST /v1/completions 200 ")
+    assert first.endswith(" id=r1")
+    assert second.startswith("POST /v1/completions 401 ")
+    assert third.startswith("GET /a%0Ab 404 ")
+    assert not any(word in "".join(log.lines) for word in (KEY, "private", "\n"))
+
+
+def test_a_panic_is_an_openai_error(url: str, engine: ScriptedClient, log: Lines) -> None:
+    class PanicException(BaseException):
+        pass
+
+    for error in (PanicException("index out of bounds"), ZeroDivisionError("a defect")):
+        engine.refuse = error  # type: ignore[assignment]
+        response = post(f"{url}/v1/completions", json={"prompt": "x"}, headers=AUTH)
+        assert response.status_code == 500
+        assert response.json()["error"]["type"] == "server_error"
+        assert response.headers["x-request-id"] in "".join(log.lines)
+
+
+def test_cors_is_for_allowed_origins(url: str) -> None:
+    asked = {"origin": ORIGIN, "access-control-request-method": "POST"}
+    asked["access-control-request-headers"] = "authorization, content-type"
+    preflight = httpx.options(f"{url}/v1/chat/completions", headers=asked)
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == ORIGIN
+    refused = post(f"{url}/v1/completions", json={}, headers={"origin": ORIGIN})
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == ORIGIN
+    other = get(f"{url}/health", headers={"origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_cors_is_off_by_default() -> None:
+    with serving(build_app(ScriptedClient([65]), TOK, "tiny", 256)) as url:
+        assert "access-control-allow-origin" not in get(url, headers={"origin": ORIGIN}).headers
+
+
+@pytest.mark.parametrize("origin", ["chat.example.org", "https://a/b", "", "https://a b"])
+def test_origins_are_checked(origin: str) -> None:
+    with pytest.raises(ValueError, match="allowed_origins"):
+        check_origins("allowed_origins", ["*", ORIGIN, origin])
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/version", "/v1/models", "/metrics"])
+def test_head_is_get_without_a_body(url: str, path: str) -> None:
+    head = httpx.head(f"{url}{path}", headers=AUTH)
+    assert head.status_code == 200
+    assert head.content == b""
+    assert head.headers["content-type"] == get(f"{url}{path}", headers=AUTH).headers["content-type"]
+    assert httpx.head(f"{url}/v1/completions", headers=AUTH).status_code == 405
+
+
+def connect(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def test_an_offer_of_h2c_keeps_the_body(url: str) -> None:
+    body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+        b"Authorization: Bearer " + KEY.encode() + b"\r\nContent-Length: %d\r\n\r\n" % len(body)
+    )
+    with connect(url) as sock:
+        for apart in (False, True):  # one connection, one write or two
+            sock.sendall(head if apart else head + body)
+            if apart:
+                time.sleep(0.05)
+                sock.sendall(body)
+            answer = b""
+            while b"usage" not in answer:
+                part = sock.recv(65536)
+                assert part, answer
+                answer += part
+            assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_a_body_that_never_ends_is_408(url: str) -> None:
+    with connect(url) as sock:
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Authorization: Bearer " + KEY.encode() + b"\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"1\r\n{\r\n"
+        )
+        assert sock.recv(65536).startswith(b"HTTP/1.1 408")
+
+
+def test_a_client_that_does_not_read_ends() -> None:
+    engine = ScriptedClient([65] * 100_000)
+    server, listener = server_of(build_app(engine, TOK, "tiny", 200_000)), bind("127.0.0.1", 0)
+    server.config.timeout_graceful_shutdown = 1
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    wait_for(lambda: server.started)
+    body = b'{"prompt": "x", "stream": true, "max_tokens": 100000}'
+    with socket.create_connection(listener.getsockname()) as sock:
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(body) + body
+        )
+        wait_for(lambda: bool(engine.running))
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_an_address_in_use_is_one_error() -> None:
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"port={port} .* not allowed: .*use"):
+            bind("127.0.0.1", port)
+    with pytest.raises(ValueError, match=r"host=192\.0\.2\.1"):
+        bind("192.0.2.1", 0)
