@@ -2,6 +2,7 @@
 
 python jobs/prepare.py --storage DIR --dataset base --text folder/ books/*.txt
 python jobs/prepare.py --storage DIR --stage sft --dataset sft --tokenizer base
+python jobs/prepare.py --storage DIR --stage sft --dataset sft --chats my.jsonl --tasks identity:500
 ray job submit -- python jobs/prepare.py ...
 """
 
@@ -13,12 +14,13 @@ from typing import Literal
 from nanochat_ray.checks import check_int, check_name, require
 from nanochat_ray.cli import entry
 from nanochat_ray.storage import Store, absolute, default_root
+from nanochat_ray.tasks.conversations import parse_entry
 from nanochat_ray.tasks.registry import DEFAULT_MIXTURE
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS
 
 TaskCount = str
 BASE_FLAGS = ("text", "text_column", "skip_bad", "vocab_size")
-SFT_FLAGS = ("tokenizer", "tasks")
+SFT_FLAGS = ("tokenizer", "tasks", "chats")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,11 @@ class Args:
     """Dataset whose tokenizer the conversations take, or a tokenizer's fingerprint; by default
     "base" (sft)."""
     tasks: tuple[TaskCount, ...] | None = None
-    """Conversations, as task:count; by default a mixture (sft)."""
+    """Conversations, as task:count; by default a mixture, or none beside --chats (sft)."""
+    chats: tuple[str, ...] = ()
+    """Your own conversations: files, folders, globs or URIs of JSON lines in OpenAI's fine-tuning
+    format or ShareGPT's. PATH:2000 samples or repeats so many, PATH:2.5x passes over them so often
+    (sft)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "storage", absolute(self.storage))
@@ -103,7 +109,12 @@ def main(args: Args) -> None:
             skip_bad=args.skip_bad,
         )
         return
-    tasks = mixture(DEFAULT_MIXTURE if args.tasks is None else args.tasks)
+    chats = [parse_entry(entry) for entry in args.chats]
+    tasks = (
+        []
+        if chats and args.tasks is None
+        else mixture(DEFAULT_MIXTURE if args.tasks is None else args.tasks)
+    )
     tokenizer, sequence_len = find_tokenizer(root, args.tokenizer or "base")
     session.connect()
     prepare_sft(
@@ -111,6 +122,7 @@ def main(args: Args) -> None:
         name,
         tokenizer=tokenizer,
         tasks=tasks,
+        chats=chats,
         sequence_len=args.sequence_len or sequence_len or 512,
         seed=args.seed,
     )

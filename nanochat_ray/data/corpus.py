@@ -49,7 +49,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_DAMAGE = (pa.ArrowException, lzma.LZMAError, zlib.error, EOFError, csv.Error, RecursionError)
+DAMAGE = (pa.ArrowException, lzma.LZMAError, zlib.error, EOFError, csv.Error, RecursionError)
 OnBad = Callable[[str], None]
 
 
@@ -60,7 +60,7 @@ def _encoding(beginning: bytes) -> str:
     return next((name for mark, name in _MARKS if beginning.startswith(mark)), "utf-8-sig")
 
 
-def _decode(data: bytes, where: str, start: int = 0, encoding: str = "") -> str:
+def decode(data: bytes, where: str, start: int = 0, encoding: str = "") -> str:
     """Text of ``data``, which begins at byte ``start`` of its file."""
     encoding = encoding or _encoding(data)
     if encoding == "utf-8-sig" and (zero := data.find(b"\0")) >= 0:
@@ -75,7 +75,7 @@ def _decode(data: bytes, where: str, start: int = 0, encoding: str = "") -> str:
     return text.replace("\r\n", "\n") if "\r" in text else text
 
 
-class _Stream:
+class Stream:
     """A file's bytes as a stream, decompressed; closes all that it opened."""
 
     def __init__(self, fs: pafs.FileSystem, path: str, compression: str | None):
@@ -153,13 +153,13 @@ def _block(file: Any, block: tuple[int, int], where: str) -> str:
     first, last = _cut(file, block[0]), _cut(file, block[1])
     file.seek(first)
     # A mark stands at the start of a file alone; elsewhere it is a character.
-    return _decode(file.read(max(0, last - first)), where, first, "" if first == 0 else "utf-8-sig")
+    return decode(file.read(max(0, last - first)), where, first, "" if first == 0 else "utf-8-sig")
 
 
 # --- formats ------------------------------------------------------------------------------------
 
 
-def _whole(stream: Any) -> bytes:
+def read_whole(stream: Any) -> bytes:
     return b"".join(_chunks(stream))
 
 
@@ -180,12 +180,12 @@ def _plain(stream: Any, where: str) -> Iterator[str]:
             if not end:
                 tail = next((i for i in range(1, 5) if data[-i] & 0xC0 != 0x80), 1)
                 end = len(data) - tail
-            yield _decode(data[:end], where, start, encoding)
+            yield decode(data[:end], where, start, encoding)
             start += end
             data = data[end:] + chunk
     else:
         data += b"".join(chunks)
-    text = _decode(data, where, start, encoding)
+    text = decode(data, where, start, encoding)
     if start == 0 and not text.strip():
         raise ValueError(f"text file {where} is empty")
     yield text
@@ -241,7 +241,7 @@ def _json_lines(lines: Iterator[bytes], where: str, column: str, bad: OnBad) -> 
 
 def _json(data: bytes, where: str, column: str, bad: OnBad) -> Iterator[str]:
     """A JSON file: an array of objects or texts, one object, or objects on lines."""
-    text = _decode(data, where)
+    text = decode(data, where)
     try:
         values = json.loads(text)
     except RecursionError:
@@ -404,7 +404,7 @@ def _documents(source: Source, column: str, bad: OnBad) -> Iterator[str]:
         with fs.open_input_file(path) as file:
             yield from _parquet(file, source, where, column, bad)
         return
-    with _Stream(fs, path, compression) as stream:
+    with Stream(fs, path, compression) as stream:
         if kind in ("text", "code"):
             yield from _plain(stream, where)
         elif kind == "jsonl":
@@ -412,29 +412,29 @@ def _documents(source: Source, column: str, bad: OnBad) -> Iterator[str]:
         elif kind in ("csv", "tsv"):
             yield from _table_of_text(stream, "," if kind == "csv" else "\t", where, column, bad)
         elif kind == "json":
-            yield from _json(_whole(stream), where, column, bad)
+            yield from _json(read_whole(stream), where, column, bad)
         elif kind == "html":
-            text = markup.text_of(_html(_whole(stream), where))
+            text = markup.text_of(_html(read_whole(stream), where))
             if not text.strip():
                 raise ValueError(f"text file {where} has no text in its HTML")
             yield text
         elif kind == "parquet":
-            file = pa.BufferReader(_whole(stream))
+            file = pa.BufferReader(read_whole(stream))
             yield from _parquet(file, source, where, column, bad)
         else:
-            yield from _arrow(_whole(stream), where, column, bad)
+            yield from _arrow(read_whole(stream), where, column, bad)
 
 
 def _html(data: bytes, where: str) -> str:
     """A page may name its own encoding, in a ``meta`` near its start."""
     named = re.search(rb"""<meta[^>]+charset=["']?([\w-]+)""", data[:2048], re.IGNORECASE)
     if named is None or _encoding(data) != "utf-8-sig":
-        return _decode(data, where)
+        return decode(data, where)
     try:
         codec = codecs.lookup(named[1].decode())
         return data.decode(codec.name)
     except (LookupError, ValueError):
-        return _decode(data, where)
+        return decode(data, where)
 
 
 def read(
@@ -459,7 +459,7 @@ def read(
             yield from _documents(source, options.text_column, bad)
         except Exception as error:
             known = isinstance(error, ValueError) and source.uri in str(error)
-            damage = isinstance(error, (*_DAMAGE, ValueError))
+            damage = isinstance(error, (*DAMAGE, ValueError))
             if not damage and not is_outside(error, source.uri):
                 raise
             reason = str(error).partition("\n")[0][:300] or type(error).__name__

@@ -38,8 +38,10 @@ from nanochat_ray.on_ray.publish import (
     unchanged,
 )
 from nanochat_ray.storage import Store
+from nanochat_ray.tasks import conversations
+from nanochat_ray.tasks.conversations import Conversations, Entry
 from nanochat_ray.tasks.registry import make_task
-from nanochat_ray.text.chat import render_conversation
+from nanochat_ray.text.chat import Message, render_conversation
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 DEPTH = 4
@@ -363,7 +365,9 @@ def _by_folder(root: Store, name: str) -> Tokenizer:
     return tokenizer
 
 
-def _conversations(tasks: Sequence[tuple[str, int]], seed: int) -> list[Any]:
+def _conversations(
+    tasks: Sequence[tuple[str, int]], chats: Sequence[Conversations], seed: int
+) -> list[Any]:
     """Items [number, split, slices]; a slice is [task, size of the task, first, stop].
 
     Every item has its share of every task, so that the rows it makes are mixed: were they of one
@@ -375,6 +379,7 @@ def _conversations(tasks: Sequence[tuple[str, int]], seed: int) -> list[Any]:
         for task, count in tasks:
             wanted = count if split == "train" else max(8, min(200, count // 20))
             sizes.append((task, len(make_task(task, split, size=wanted, seed=seed))))
+        sizes += [(own.name, len(own.split(split))) for own in chats]
         items = -(-sum(size for _, size in sizes) // CONVERSATIONS_PER_TASK)
         for i in range(items):
             slices = [[t, n, n * i // items, n * (i + 1) // items] for t, n in sizes]
@@ -387,20 +392,24 @@ def prepare_sft(
     name: str,
     *,
     tokenizer: Tokenizer,
-    tasks: Sequence[tuple[str, int]],
+    tasks: Sequence[tuple[str, int]] = (),
+    chats: Sequence[Entry] = (),
     sequence_len: int = 512,
     seed: int = 0,
 ) -> Manifest:
-    """Prepares ``datasets/<name>`` from tasks, given as (name, number of conversations).
+    """Prepares ``datasets/<name>`` from tasks, given as (name, number of conversations), and from
+    files of conversations.
 
-    Raises ValueError for an unknown task, or if nothing fits into a row.
+    Raises ValueError for an unknown task or a damaged file, or if nothing fits into a row.
     """
     check_name("dataset", name)
     _check(sequence_len, tokenizer.vocab_size)
     root = Store.at(storage)
     check_replaceable(root, name, "sft")
     dataset = root.child("datasets", name)
-    key = key_of("sft", list(tasks), tokenizer.fingerprint, sequence_len, seed)
+    own = conversations.load(chats, seed)
+    content = [conversations.digest(own)] if own else []
+    key = key_of("sft", list(tasks), tokenizer.fingerprint, sequence_len, seed, *content)
     if (manifest := unchanged(dataset, key)) is not None:
         return manifest
 
@@ -408,19 +417,26 @@ def prepare_sft(
     kept_in = root.child("tokenizers", tokenizer.fingerprint[:16])
     if not kept_in.exists("tokenizer.json"):
         tokenizer.save(kept_in)
-    plan = _conversations(tasks, seed)
-    say(f"conversations: {', '.join(f'{count:,} of {task}' for task, count in tasks)}")
+    plan = _conversations(tasks, own, seed)
+    counts = [*tasks, *((entry.name, len(entry.train)) for entry in own)]
+    say(f"conversations: {', '.join(f'{count:,} of {task}' for task, count in counts)}")
+    for entry in own:
+        say(f"  {len(entry.val):,} other ones of {entry.name} are held out for validation")
     dtype = token_dtype(tokenizer.vocab_size)
     # Conversations of a hundred or two tokens, each with its mask.
-    size = sum(count for _, count in tasks) * 150 * (dtype.itemsize + 1)
+    size = sum(count for _, count in counts) * 150 * (dtype.itemsize + 1)
     rows_out, length = _Scatter(dataset.uri, shards_for(size), seed), sequence_len + 1
-    shared = ray.put(tokenizer)
+    shared, shared_chats = ray.put(tokenizer), ray.put({entry.name: entry for entry in own})
 
     def render(item: list[Any]) -> Row:
         number, split, slices = item
         tok: Tokenizer = ray.get(shared)
-        examples = []
+        own_chats: dict[str, Conversations] = ray.get(shared_chats)
+        examples: list[list[Message]] = []
         for task, size, first, stop in slices:
+            if task in own_chats:
+                examples += own_chats[task].split(split)[first:stop]
+                continue
             made = make_task(task, split, size=size, seed=seed)
             examples += [made.example(i) for i in range(first, stop)]
         order = np.arange(len(examples), dtype=np.int64)
@@ -440,7 +456,7 @@ def prepare_sft(
         }
 
     rows = _first_pass(plan, render, "rendered")
-    about = _totals(rows) | {"tasks": [list(task) for task in tasks], "seed": seed}
+    about = _totals(rows) | {"tasks": [list(task) for task in counts], "seed": seed}
     about["share_filled"] = about["share_kept"] * about["tokens"] / max(about.pop("places"), 1)
     if about["dropped"]:
         say(f"  {about['dropped']:,} conversations are longer than {length} tokens: left out")

@@ -21,7 +21,8 @@ from nanochat_ray.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 """``{"role": "system" | "user" | "assistant", "content": str | parts}``; a part is
-``{"type": "text" | "python" | "python_output", "text": str}`` and only assistants have parts."""
+``{"type": "text" | "python" | "python_output", "text": str}`` and only assistants have parts. A
+part with ``"weight": 0`` is not learnt."""
 
 ROLES = ("system", "user", "assistant")
 OPENAI_ROLES = (*ROLES, "developer", "tool")
@@ -36,15 +37,19 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 
 
 def from_openai(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    open_calls: bool = False,
 ) -> list[Message]:
     """OpenAI's messages in the form of this module; ``tools`` as in a request.
 
-    An assistant's messages and the results of its calls between them become one turn. ValueError
-    names the message that is wrong.
+    An assistant's messages and the results of its calls between them become one turn. With
+    ``open_calls`` the last message may call without a result, as what is trained on does. An
+    assistant's ``weight`` of 0 marks its parts. ValueError names the message that is wrong.
     """
     rendered: list[Message] = []
-    pending: dict[str, str] = {}  # calls without a result yet, by id, as the model writes them
+    pending: dict[str, Message] = {}  # calls without a result yet, by id, as the model writes them
     turn_is_open = False  # the assistant's turn continues behind a result
     for i, message in enumerate(messages):
         at = f"messages[{i}]"
@@ -59,10 +64,7 @@ def from_openai(
                     f"{at}.tool_call_id={message.get('tool_call_id')!r:.80} is not allowed: the id "
                     "of a call in an assistant's message before it that has no result yet"
                 )
-            rendered[-1]["content"] += [
-                {"type": "python", "text": call},
-                {"type": "python_output", "text": text},
-            ]
+            rendered[-1]["content"] += [call, {"type": "python_output", "text": text}]
             turn_is_open = True
             continue
         if pending:
@@ -74,7 +76,8 @@ def from_openai(
             rendered.append({"role": "user" if role == "user" else "system", "content": text})
             turn_is_open = False
             continue
-        parts = [{"type": "text", "text": text}] if text else []
+        weight = {"weight": 0} if message.get("weight") == 0 else {}
+        parts = [{"type": "text", "text": text, **weight}] if text else []
         if turn_is_open:
             rendered[-1]["content"] += parts
         else:
@@ -83,9 +86,12 @@ def from_openai(
             where = f"{at}.tool_calls[{k}]"
             if call["id"] in pending:
                 raise ValueError(f"{where}.id={call['id']!r:.80} is not allowed: it comes twice")
-            pending[call["id"]] = _call_text(call["function"], f"{where}.function")
+            written = _call_text(call["function"], f"{where}.function")
+            pending[call["id"]] = {"type": "python", "text": written, **weight}
         turn_is_open = False
-    if pending:
+    if pending and open_calls and messages[-1]["role"] == "assistant":
+        rendered[-1]["content"] += pending.values()
+    elif pending:
         raise ValueError(f"messages: the result of the call {next(iter(pending))!r:.80} is missing")
     if text := tools_text(tools):
         rendered.insert(
@@ -231,7 +237,7 @@ def _assistant(tok: Tokenizer, content: Any) -> tuple[list[int], list[int]]:
             start, end, learned = marks[kind]
             piece = [tok.special(start), *piece, tok.special(end)]
         ids += piece
-        mask += [learned] * len(piece)
+        mask += [learned if part.get("weight", 1) else 0] * len(piece)
     return ids, mask
 
 
@@ -249,7 +255,8 @@ def render_conversation(tok: Tokenizer, messages: Sequence[Message]) -> tuple[li
         else:
             piece, learned = _assistant(tok, turn["content"])
             ids += [tok.special("<|assistant_start|>"), *piece, tok.special("<|assistant_end|>")]
-            mask += [0, *learned, 1]
+            parts = _parts(turn["content"])
+            mask += [0, *learned, 1 if not parts or parts[-1].get("weight", 1) else 0]
     return ids, mask
 
 

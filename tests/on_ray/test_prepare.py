@@ -17,6 +17,7 @@ from nanochat_ray.on_ray import session
 from nanochat_ray.on_ray.mapping import mapped
 from nanochat_ray.on_ray.prepare import find_tokenizer, prepare_base, prepare_sft
 from nanochat_ray.storage import Store
+from nanochat_ray.tasks.conversations import Entry
 from nanochat_ray.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.ray
@@ -173,6 +174,45 @@ def test_tasks_become_rows(root: Store) -> None:
         prepare_sft(root.uri, "chat", tokenizer=tok, tasks=[("nothing", 10)])
     with pytest.raises(ValueError, match=r"tokenizer='ffff' is no dataset and no fingerprint"):
         find_tokenizer(root, "ffff")
+
+
+def test_own_conversations_become_rows(root: Store, tmp_path: Path) -> None:
+    lines = []
+    for i in range(60):
+        answers = [
+            {"role": "assistant", "content": f"{word} {i}.", "weight": weight}
+            for word, weight in (("left out", 0), ("learnt", 1))
+        ]
+        asks = [{"role": "user", "content": f"Which is number {i}?"}] * 2
+        turns = [turn for pair in zip(asks, answers, strict=True) for turn in pair]
+        lines.append(json.dumps({"messages": turns}))
+    path = tmp_path / "my.jsonl"
+    path.write_text("\n".join(lines))
+    tok = Tokenizer.bytes_only()
+    chats, tasks = [Entry(str(path), passes=2.0)], [("identity", 60)]
+    wanted = {"tokenizer": tok, "tasks": tasks, "chats": chats, "sequence_len": 512}
+    manifest = prepare_sft(root.uri, "chat", **wanted)
+    assert ["identity", 60] in manifest.about["tasks"]
+    assert [f"chats:{path}", 114] in manifest.about["tasks"]
+    dataset = root.child("datasets", "chat")
+    text, learnt = {}, {}
+    for split in ("train", "val"):
+        reader = RowReader(dataset, manifest, split)  # type: ignore[arg-type]
+        ids, mask = reader.rows(np.arange(len(reader)))
+        assert mask is not None
+        text[split], learnt[split] = tok.decode(ids.reshape(-1)), tok.decode(ids[mask == 1])
+    assert sum(text["train"].count(f" learnt {i}.") for i in range(60)) == 0
+    counts = [text["train"].count(f">learnt {i}.<") for i in range(60)]
+    held_out = [i for i in range(60) if f">learnt {i}.<" in text["val"]]
+    assert len(held_out) == 3
+    assert counts == [0 if i in held_out else 2 for i in range(60)]
+    assert "left out" in text["train"]
+    assert "left out" not in learnt["train"] + learnt["val"]
+    assert prepare_sft(root.uri, "chat", **wanted) == manifest
+    path.write_text("\n".join([*lines, "{}"]))
+    with pytest.raises(ValueError, match=r"my\.jsonl, line 61: "):
+        prepare_sft(root.uri, "chat", **wanted)
+    assert Manifest.load(dataset) == manifest
 
 
 def test_an_error_of_a_task_comes_through_ray_as_it_was() -> None:
