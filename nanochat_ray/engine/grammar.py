@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 import llguidance
 import llguidance.numpy as masks
 import numpy as np
+from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
 from nanochat_ray.engine.grammar_ending import Ending, Preferences
 from nanochat_ray.engine.json_schema import bounded, json_object
@@ -310,13 +311,23 @@ def _bit(at: int, width: int) -> np.ndarray:
     return np.packbits(bits, bitorder="little").view(np.int32)
 
 
+def _lark(text: str) -> str:
+    """A grammar in Lark's syntax, or in llama.cpp's GBNF, as Lark. ValueError for a GBNF that
+    would take long to convert."""
+    if is_lark_syntax(text):
+        return text
+    if len(text) > SMALL_CHARACTERS:  # its conversion takes time with the square of its rules
+        raise ValueError(f"GBNF of {len(text):,} characters, {SMALL_CHARACTERS:,} are allowed")
+    return gbnf_to_lark(text)
+
+
 def _sources(kind: str, value: Any) -> list[str]:
     """A grammar as llguidance reads it; the later ones are for where those before fail."""
     assert kind in GRAMMARS, kind
     if kind == "regex":
         return [llguidance.LLMatcher.grammar_from_regex(value)]
     if kind == "lark":
-        return [llguidance.LLMatcher.grammar_from_lark(value)]
+        return [llguidance.LLMatcher.grammar_from_lark(_lark(value))]
     if kind == "choice":
         # One lexeme: an alternative of its own for each text would be a row of the parser.
         either = "|".join(_REGEX_SPECIAL.sub(r"\\\g<0>", text) for text in dict.fromkeys(value))

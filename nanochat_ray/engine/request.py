@@ -77,8 +77,9 @@ class SamplingParams:
     ignore_eos: bool = False
     grammar: Mapping[str, Any] | None = None
     """What the answer must follow, as one of ``{"json_schema": {...}}``, ``{"json_object": True}``,
-    ``{"regex": "..."}``, ``{"choice": ["a", "b"]}`` and ``{"lark": "..."}``. The answer ends where
-    nothing can be added; where it may end, ``stop_ids`` and ``eos_ids`` may end it."""
+    ``{"regex": "..."}``, ``{"choice": ["a", "b"]}`` and ``{"lark": "..."}`` (or llama.cpp's GBNF).
+    Schemas are closed and bounded (``json_schema.bounded``). The answer ends where nothing can be
+    added; where it may end, ``stop_ids`` and ``eos_ids`` may end it."""
     logprobs: int | None = None
     """Report the log-probability of each chosen token and of this many likeliest ones."""
     prompt_logprobs: int | None = None

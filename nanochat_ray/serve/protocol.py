@@ -13,7 +13,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model
 
 from nanochat_ray.engine.request import MAX_LOGPROBS
 from nanochat_ray.serve.conversation import Body, ChatMessage, ToolChoice, ToolSpec, calling
-from nanochat_ray.serve.structure import Grammar, ResponseFormat, StructuredOutputs, grammar_of
+from nanochat_ray.serve.structure import Structured
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 MaxTokens = Annotated[StrictInt, Field(ge=-1, lt=2**31)]
@@ -33,10 +33,6 @@ NOT_BUILT: dict[str, tuple[object, ...]] = {
     "documents": ([],),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_stop_str_in_output": (False,),
     "logits_processors": ([],),
     "modalities": (["text"],),
@@ -55,7 +51,7 @@ class StreamOptions(Body):
     include_usage: StrictBool = False
 
 
-class SamplingBody(Body):
+class SamplingBody(Structured):
     """What both kinds of request share; ``None`` everywhere is as good as an absent field."""
 
     model: StrictStr | None = None
@@ -84,9 +80,6 @@ class SamplingBody(Body):
     cache_salt: Annotated[StrictStr, Field(min_length=1)] | None = None
     """vLLM's: prompts share computed prefixes with those of the same salt (and API key) alone."""
 
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_is_not_built(cls, sent: Any) -> Any:
@@ -107,10 +100,6 @@ class SamplingBody(Body):
                 "ignore_eos and min_tokens are not allowed where an answer must fit a grammar"
             )
         return self
-
-    @property
-    def grammar(self) -> Grammar | None:
-        return grammar_of(self.response_format, self.structured_outputs)
 
     @property
     def stops(self) -> list[str]:

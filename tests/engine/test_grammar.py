@@ -241,3 +241,17 @@ def test_it_is_compiled_once_for_all_who_ask_and_so_is_why_not() -> None:
     forgotten = weakref.ref(refusal)
     del refusal
     assert forgotten() is None
+
+
+def test_gbnf_is_followed_as_lark_is() -> None:
+    grammars = Grammars(TOK.byte_table(), TOK.vocab_size)
+    gbnf = {"lark": 'root ::= item+\nitem ::= "a" [0-9]'}
+    state = grammars.start(gbnf, ())
+    assert state.feed(b"a1a2")
+    assert state.matcher.is_accepting()
+    assert not state.feed(b"b")
+    long = "root ::= " + " | ".join(['"a"'] * 2000)
+    for wrong in ("root ::=", 'rule ::= "a"', "root ::= " + "(" * 5000, long, "\ud800"):
+        with pytest.raises(ValueError, match=r"^grammar: this lark") as error:
+            grammars.check({"lark": wrong})
+        assert len(str(error.value)) < 500

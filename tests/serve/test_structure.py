@@ -18,6 +18,9 @@ TOK = Tokenizer.bytes_only()
 USER = [{"role": "user", "content": "hello"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
+LARK = 'start: "a" | "b"'
+GBNF = 'root ::= "a" | "b"'
+
 
 @pytest.fixture
 def engine() -> ScriptedClient:
@@ -47,6 +50,17 @@ def client(url: str) -> openai.OpenAI:
         ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, {"json_schema": SCHEMA}),
         ({"structured_outputs": {"choice": ["yes", "no"]}}, {"choice": ["yes", "no"]}),
         ({"structured_outputs": {"regex": "[a-c]+"}}, {"regex": "[a-c]+"}),
+        ({"structured_outputs": {"grammar": LARK}}, {"lark": LARK}),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, {"json_schema": SCHEMA}),
+        ({"response_format": {"type": "json_object", "schema": {}}}, {"json_object": True}),
+        ({"response_format": {"type": "json_schema", "schema": SCHEMA}}, {"json_schema": SCHEMA}),
+        ({"guided_json": SCHEMA}, {"json_schema": SCHEMA}),
+        ({"guided_json": json.dumps(SCHEMA), "grammar": ""}, {"json_schema": SCHEMA}),
+        ({"guided_regex": "[a-c]+", "guided_json": None}, {"regex": "[a-c]+"}),
+        ({"guided_choice": ["yes", "no"]}, {"choice": ["yes", "no"]}),
+        ({"guided_grammar": LARK}, {"lark": LARK}),
+        ({"grammar": GBNF, "response_format": {"type": "text"}}, {"lark": GBNF}),
+        ({"json_schema": SCHEMA}, {"json_schema": SCHEMA}),
     ],
 )
 def test_grammars_reach_the_engine(
@@ -74,6 +88,20 @@ TOOL = {"type": "function", "function": {"name": "calculator"}}
         {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
         {"structured_outputs": {"regex": "a"}, "ignore_eos": True},
         {"structured_outputs": {"regex": "a"}, "min_tokens": 3},
+        {"structured_outputs": {"structural_tag": {}}},
+        {"structured_outputs": {"regex": "a", "grammar": "root ::= [a]"}},
+        {"response_format": {"type": "text", "schema": SCHEMA}},
+        {"response_format": {"type": "json_object", "json_schema": {"schema": SCHEMA}}},
+        {"response_format": {"type": "json_object", "schema": "no object"}},
+        {"response_format": {"type": "json_object"}, "guided_regex": "a"},
+        {"guided_json": "no json"},
+        {"guided_json": "[" * 100_000},
+        {"guided_regex": ""},
+        {"guided_choice": []},
+        {"guided_choice": "yes"},
+        {"grammar": 1},
+        {"grammar": GBNF, "json_schema": SCHEMA},
+        {"json_schema": []},
         {"response_format": {"type": "json_object"}, "tools": [TOOL], "tool_choice": "required"},
     ],
 )
@@ -81,7 +109,8 @@ def test_what_cannot_be_is_refused(url: str, fields: dict[str, Any]) -> None:
     body = {"messages": USER, **fields}
     response = post(f"{url}/v1/chat/completions", json=body)
     assert response.status_code == 400, response.text
-    assert response.json()["error"]["message"]
+    message = response.json()["error"]["message"]
+    assert 0 < len(message) < 500
 
 
 def test_an_echoed_prompt_has_scores(client: openai.OpenAI) -> None:
