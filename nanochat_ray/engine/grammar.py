@@ -332,9 +332,26 @@ def _sources(kind: str, value: Any) -> list[str]:
         # One lexeme: an alternative of its own for each text would be a row of the parser.
         either = "|".join(_REGEX_SPECIAL.sub(r"\\\g<0>", text) for text in dict.fromkeys(value))
         return [llguidance.LLMatcher.grammar_from_regex(f"({either})")]
+    if kind == "structures":
+        closed = [{**one, "schema": bounded(one["schema"])} for one in value]
+        return [_structures(closed), _structures(value)]
     # Bounds may not go together with what a schema asks for in ways that they know nothing of.
     schemas = [json_object()] if kind == "json_object" else [bounded(value), value]
-    return [
-        llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_COMPACT)
-        for schema in schemas
-    ]
+    return [_json_schema(schema) for schema in schemas]
+
+
+def _json_schema(schema: Any) -> str:
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_COMPACT)
+
+
+def _structures(structures: Sequence[Mapping[str, Any]]) -> str:
+    """One grammar for each schema, whose references then stay its own, and one over them all."""
+    schemas: list[dict[str, Any]] = []
+    alternatives = []
+    for i, one in enumerate(structures):
+        (schema,) = json.loads(_json_schema(one["schema"]))["grammars"]
+        schemas.append({**schema, "name": f"schema_{i}"})
+        begin, end = (json.dumps(one[name], ensure_ascii=False) for name in ("begin", "end"))
+        alternatives.append(f"{begin} @schema_{i}" + (f" {end}" if one["end"] else ""))
+    start = {"lark_grammar": f"start: {' | '.join(alternatives)}"}
+    return json.dumps({"grammars": [start, *schemas]})

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 Finish = Literal["stop", "length", "abort", "error"]
-GRAMMARS = ("json_schema", "json_object", "regex", "choice", "lark")
+GRAMMARS = ("json_schema", "json_object", "regex", "choice", "lark", "structures")
 """Kinds of grammar that an answer may follow."""
 MAX_LOGPROBS = 20
 """Alternatives that may be asked for at each position (OpenAI's limit)."""
@@ -77,9 +77,11 @@ class SamplingParams:
     ignore_eos: bool = False
     grammar: Mapping[str, Any] | None = None
     """What the answer must follow, as one of ``{"json_schema": {...}}``, ``{"json_object": True}``,
-    ``{"regex": "..."}``, ``{"choice": ["a", "b"]}`` and ``{"lark": "..."}`` (or llama.cpp's GBNF).
-    Schemas are closed and bounded (``json_schema.bounded``). The answer ends where nothing can be
-    added; where it may end, ``stop_ids`` and ``eos_ids`` may end it."""
+    ``{"regex": "..."}``, ``{"choice": ["a", "b"]}``, ``{"lark": "..."}`` (or llama.cpp's GBNF) and
+    ``{"structures": [{"begin": "...", "schema": {...}, "end": "..."}]}``, which is one of these
+    texts with a value of its schema inside, as in vLLM's structural tags. Schemas are closed and
+    bounded (``json_schema.bounded``). The answer ends where nothing can be added; where it may
+    end, ``stop_ids`` and ``eos_ids`` may end it."""
     logprobs: int | None = None
     """Report the log-probability of each chosen token and of this many likeliest ones."""
     prompt_logprobs: int | None = None
@@ -146,9 +148,25 @@ def check_grammar(grammar: object) -> None:
     allowed, what = {
         "json_schema": (isinstance(value, Mapping | bool), "an object"),
         "json_object": (value is True, "True"),
+        "structures": (_structures(value), "a list of objects with begin, schema and end"),
         "choice": (words and len(value) > 0, "texts, at least one, none of them empty"),
     }.get(kind, (isinstance(value, str) and value != "", "a text that is not empty"))
     _require(allowed, f"grammar.{kind}", value, what)
+
+
+def _structures(value: object) -> bool:
+    return (
+        bool(value)
+        and isinstance(value, list | tuple)
+        and all(
+            isinstance(one, Mapping)
+            and isinstance(one.get("begin"), str)
+            and one["begin"] != ""
+            and isinstance(one.get("schema"), Mapping | bool)
+            and isinstance(one.get("end"), str)
+            for one in value
+        )
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -296,7 +296,7 @@ async def _events(
                     shape.take(piece)
                     # Half a character or half a stop string: nothing to show yet.
                     shown = piece.text or piece.calculations or piece.scored or piece.prompt
-                    if shown or piece.finish:
+                    if shown or piece.calls or piece.finish:
                         found += shape.deltas(piece)
                 if found:
                     yield shape.frame(found)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from nanochat_ray.engine.request import Output, TokenLogprob
 from nanochat_ray.engine.stream import TextStream
 from nanochat_ray.serve.client import OutputStream
-from nanochat_ray.serve.conversation import Calling
 from nanochat_ray.serve.logprobs import Scored
 from nanochat_ray.serve.metrics import Timer
 from nanochat_ray.serve.responses import Calculation, FinishReason
 from nanochat_ray.serve.service import Job, Service
+from nanochat_ray.serve.tool_calls import CallDelta, CallStream, ToolCalling
 from nanochat_ray.text.tokenizer import Tokenizer
 
 
@@ -30,8 +30,8 @@ class Piece:
     tokens: int = 0
     cached: int = 0
     """Prompt tokens that needed no computation."""
-    call: str | None = None
-    """The expression of a call that the client is to run; then ``finish`` is set too."""
+    calls: list[CallDelta] = field(default_factory=list)
+    """Of a call that the client is to run."""
     finish: FinishReason | None = None
 
 
@@ -60,19 +60,24 @@ class Answer:
         tokenizer: Tokenizer,
         index: int,
         stop: Sequence[str],
-        calling: Calling = "no",
+        calling: ToolCalling = ToolCalling(),  # noqa: B008 - it is frozen
         min_tokens: int = 0,
     ):
         """Stop strings count from the token behind the first ``min_tokens`` on, as in vLLM."""
         self.index = index
         self._min_tokens, self._num_tokens = min_tokens, 0
         self._calling = calling
-        self._call_end = tokenizer.special("<|python_end|>") if calling != "no" else -1
+        self._call_end = tokenizer.special("<|python_end|>") if calling.calculator else -1
         self._tokenizer = tokenizer
         self._text = TextStream(tokenizer, stop)
         self._marks = {tokenizer.special(name): name for name in tokenizer.specials}
         # A forced call's first mark is the prompt's last token.
-        self._inside = "<|python_start|>" if calling in ("required", "named") else ""
+        self._inside = "<|python_start|>" if calling.forced else ""
+        self._called = False
+        self._call: CallStream | None = None
+        if calling.grammar is not None:
+            self._call = CallStream(calling.functions)
+            self._call_text = TextStream(tokenizer)
         self._held: list[int] = []
         self._expression = ""
 
@@ -87,6 +92,12 @@ class Answer:
             mark = self._marks.get(token)
             if mark is not None:
                 self._mark(mark, piece)
+                if self._called:
+                    piece.finish = self._finish("stop")
+                    piece.tokens = i + 1
+                    return piece
+            elif self._call is not None:
+                self._add_calls(piece, self._call.push(self._call_text.push((token,))))
             elif self._inside:
                 self._held.append(token)
             else:
@@ -100,16 +111,30 @@ class Answer:
                     piece.tokens = i + 1
                     return piece
         if output.ended_by_last and output.tokens[-1] == self._call_end and self._inside:
-            piece.call = self._tokenizer.decode(self._held)
+            self._parse_call(self._tokenizer.decode(self._held), piece)
         return piece
 
     def end(self, piece: Piece, finish: FinishReason) -> None:
         """Adds what was held back in case a stop string or a character would follow."""
         if piece.finish is None:
             piece.text += self._text.flush()
-            piece.finish = finish
-            if piece.call is not None and self._calling != "named":
-                piece.finish = "tool_calls"
+            if self._call is not None:
+                self._add_calls(piece, self._call.push(self._call_text.flush()))
+                self._add_calls(piece, self._call.end(complete=finish == "stop"))
+            piece.finish = self._finish(finish)
+
+    def _finish(self, finish: FinishReason) -> FinishReason:
+        # As at OpenAI, where a call that the client has named ends with "stop".
+        is_call = self._called and finish == "stop" and self._calling.choice != "named"
+        return "tool_calls" if is_call else finish
+
+    def _add_calls(self, piece: Piece, calls: list[CallDelta]) -> None:
+        self._called = self._called or bool(calls)
+        piece.calls += calls
+
+    def _parse_call(self, text: str, piece: Piece) -> None:
+        if self._calling.choice != "none" and (call := self._calling.parse(text)) is not None:
+            self._add_calls(piece, [call])
 
     def _mark(self, mark: str, piece: Piece) -> None:
         held = self._tokenizer.decode(self._held)
@@ -119,6 +144,8 @@ class Answer:
             return
         if mark == "<|python_end|>":
             self._expression = held
+            if self._inside == "<|python_start|>":
+                self._parse_call(held, piece)
         elif mark == "<|output_end|>":
             piece.calculations.append(Calculation(expression=self._expression, result=held))
         self._inside = ""

@@ -1,28 +1,14 @@
-"""Messages and tools in OpenAI's shape: the calculator as a function that clients call themselves.
-
-Without ``tools`` the engine runs the calculator in the middle of an answer. A client that declares
-it as a function gets the answer up to the call instead (``finish_reason`` "tool_calls"), and sends
-the result back as a message of the role "tool": the same answer then goes on after it. Both are
-the same tokens, ``<|python_start|> expression <|python_end|> <|output_start|> result …``.
-"""
+"""Messages and tools as clients send them, in OpenAI's form; ``text.chat`` renders them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, StrictStr
 from pydantic_core import CoreSchema
 
-from nanochat_ray.text.chat import CALCULATOR, EXPRESSION, content_text, from_openai, is_calculator
-
-FUNCTION = CALCULATOR
-ARGUMENT = EXPRESSION
-SIGNATURE = f"{FUNCTION}({ARGUMENT}: string)"
-
-Calling = Literal["no", "auto", "required", "named"]
-"""How a client wants calls: the last two force one; they end differently in OpenAI's protocol."""
+from nanochat_ray.text.chat import content_text, from_openai
 
 
 def _stop_at_first_error(schema: Any) -> None:
@@ -102,32 +88,6 @@ class NamedTool(Body):
 
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool | None
-
-
-def calling(tools: Sequence[ToolSpec] | None, choice: ToolChoice) -> Calling:
-    """How a request wants calls. ValueError for tools that the model has never seen, or a choice
-    that is not among them."""
-    if not tools and choice not in (None, "none", "auto"):
-        raise ValueError("tool_choice is only allowed together with tools")
-    if not tools or choice == "none":
-        return "no"
-    for i, tool in enumerate(tools):
-        if not is_calculator(tool.function.model_dump()):
-            raise ValueError(
-                f"tools[{i}].function: {tool.function.name!r} with these parameters is not "
-                f"supported: the model has learnt one function, {SIGNATURE}"
-            )
-    if choice is None or choice == "auto":
-        return "auto"
-    if choice == "required":
-        return "required"
-    if choice.function.name != FUNCTION:
-        raise ValueError(f"tool_choice names {choice.function.name!r}, which is not among tools")
-    return "named"
-
-
-def arguments(expression: str) -> str:
-    return json.dumps({ARGUMENT: expression}, ensure_ascii=False)
 
 
 def turns(messages: Sequence[ChatMessage], tools: Sequence[ToolSpec] = ()) -> list[dict[str, Any]]:

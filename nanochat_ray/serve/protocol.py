@@ -12,8 +12,9 @@ from typing import Annotated, Any
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
 from nanochat_ray.engine.request import MAX_LOGPROBS
-from nanochat_ray.serve.conversation import Body, ChatMessage, ToolChoice, ToolSpec, calling
+from nanochat_ray.serve.conversation import Body, ChatMessage, ToolChoice, ToolSpec
 from nanochat_ray.serve.structure import Structured
+from nanochat_ray.serve.tool_calls import ToolCalling, tool_calling
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 MaxTokens = Annotated[StrictInt, Field(ge=-1, lt=2**31)]
@@ -186,10 +187,16 @@ class ChatRequest(SamplingBody):
                 raise ValueError(f"{name}=0 is not allowed: 1 or more, or -1 for all that fits")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is only allowed together with logprobs=true")
-        forced = calling(self.tools, self.tool_choice) in ("required", "named")
-        if forced and self.grammar is not None:
+        calling = self.calling
+        if calling.forced and self.grammar is not None:
             raise ValueError("response_format is not allowed where a call of a tool is forced")
+        if calling.grammar is not None and (self.ignore_eos or self.min_tokens):
+            raise ValueError("ignore_eos and min_tokens are not allowed where a call is forced")
         return self
+
+    @property
+    def calling(self) -> ToolCalling:
+        return tool_calling(self.tools, self.tool_choice)
 
 
 class TokenizeRequest(Body):

@@ -14,9 +14,10 @@ from typing import Any
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.serve import errors
 from nanochat_ray.serve.client import EngineClient
-from nanochat_ray.serve.conversation import Calling, ChatMessage, calling, message_text, turns
+from nanochat_ray.serve.conversation import ChatMessage, message_text, turns
 from nanochat_ray.serve.metrics import RequestMetrics
 from nanochat_ray.serve.protocol import ChatRequest, CompletionRequest, SamplingBody
+from nanochat_ray.serve.tool_calls import ToolCalling
 from nanochat_ray.text.chat import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -48,7 +49,7 @@ class Job:
     include_usage: bool
     logprobs: bool
     prompt_tokens: int
-    calling: Calling
+    calling: ToolCalling
     prompt_logprobs: int | None = None
     """Alternatives at each token of the prompt that vLLM's form shows."""
     hidden: int = 0
@@ -99,14 +100,15 @@ class Service:
                 "context_length_exceeded",
             )
         try:
-            found = turns(body.messages)
+            declared = body.tools if body.calling.choice != "none" else None
+            found = turns(body.messages, declared or ())
             if sum(map(_characters, body.messages)) > ASIDE_CHARACTERS:
                 ids = await asyncio.to_thread(self._render, found, body)
             else:
                 ids = self._render(found, body)
         except ValueError as error:
             raise errors.invalid(str(error), "messages") from None
-        if calling(body.tools, body.tool_choice) in ("required", "named"):
+        if body.calling.forced:
             ids.append(self.tokenizer.special("<|python_start|>"))
         return ids
 
@@ -216,8 +218,8 @@ class Service:
     def _stop_ids(self, body: SamplingBody) -> tuple[int, ...]:
         ids = tuple(body.stop_token_ids or ())
         # Where the expression is written the client takes over.
-        called = _calling(body) != "no"
-        return (*ids, self.tokenizer.special("<|python_end|>")) if called else ids
+        calculator = _calling(body).calculator
+        return (*ids, self.tokenizer.special("<|python_end|>")) if calculator else ids
 
     def _params(self, body: SamplingBody, max_tokens: int, seed: int) -> SamplingParams:
         return SamplingParams(
@@ -238,7 +240,7 @@ class Service:
             seed=seed,
             logprobs=_logprobs(body) or 0 if _ranked(body) else _logprobs(body),
             prompt_logprobs=body.prompt_scores if isinstance(body, CompletionRequest) else None,
-            grammar=body.grammar,
+            grammar=_calling(body).grammar or body.grammar,
         )
 
 
@@ -262,8 +264,8 @@ def _characters(message: ChatMessage) -> int:
     return sum(len(part.text or "") for part in message.content or [])
 
 
-def _calling(body: SamplingBody) -> Calling:
-    return calling(body.tools, body.tool_choice) if isinstance(body, ChatRequest) else "no"
+def _calling(body: SamplingBody) -> ToolCalling:
+    return body.calling if isinstance(body, ChatRequest) else ToolCalling()
 
 
 def _ranked(body: SamplingBody) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 from nanochat_ray.engine.request import TokenLogprob
 from nanochat_ray.serve import logprobs
 from nanochat_ray.serve.completions import Piece
-from nanochat_ray.serve.conversation import FUNCTION, arguments
 from nanochat_ray.serve.errors import ApiError
 from nanochat_ray.serve.logprobs import Scored, TextOffsets
 from nanochat_ray.serve.responses import (
@@ -60,11 +59,13 @@ class Shape:
         self.cached[piece.index] += piece.cached
         self.text[piece.index] += piece.text
         self.calculations[piece.index] += piece.calculations
-        if piece.call is not None:
-            self.calls[piece.index] = CalledTool(
-                id=f"call_{secrets.token_hex(12)}",
-                function=CalledFunction(name=FUNCTION, arguments=arguments(piece.call)),
-            )
+        for delta in piece.calls:
+            call = self.calls[piece.index]
+            if call is None:
+                function = CalledFunction(name=delta.name or "", arguments="")
+                call = CalledTool(id=f"call_{secrets.token_hex(12)}", function=function)
+                self.calls[piece.index] = call
+            call.function.arguments += delta.arguments
         self.finish[piece.index] = piece.finish
         self.scored[piece.index] += piece.scored
         self.prompt_scores[piece.index] += piece.prompt
@@ -217,8 +218,13 @@ class ChatShape(Shape):
             delta["calculator"] = [c.model_dump() for c in piece.calculations]
         if piece.text:
             delta["content"] = piece.text
-        if piece.call is not None and (call := self.calls[piece.index]):
-            delta["tool_calls"] = [{"index": 0, **call.model_dump()}]
+        if piece.calls and (call := self.calls[piece.index]):
+            function = {"arguments": "".join(part.arguments for part in piece.calls)}
+            if (name := piece.calls[0].name) is None:
+                delta["tool_calls"] = [{"index": 0, "function": function}]
+            else:
+                opening = {"index": 0, "id": call.id, "type": "function"}
+                delta["tool_calls"] = [{**opening, "function": {"name": name, **function}}]
         return self.chunk(
             {
                 "index": piece.index,

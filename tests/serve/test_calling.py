@@ -1,4 +1,4 @@
-"""The calculator as a function of the client's: calls, results, and what is refused."""
+"""Functions of the client's, and the calculator as one: calls, results, and refusals."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 from scripted import ScriptedClient
 from serving import serving
 
+from nanochat_ray.engine.grammar import Grammars
+from nanochat_ray.engine.request import Request
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.conversation import ChatMessage, turns
 from nanochat_ray.text.chat import render_conversation
@@ -35,7 +37,7 @@ def engine() -> ScriptedClient:
 
 @pytest.fixture
 def client(engine: ScriptedClient) -> Iterator[openai.OpenAI]:
-    with serving(build_app(engine, TOK, "tiny", 256)) as url:
+    with serving(build_app(engine, TOK, "tiny", 1024)) as url:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
@@ -98,13 +100,119 @@ def test_no_call_when_none_is_wanted(client: openai.OpenAI, engine: ScriptedClie
     assert ask(client).choices[0].finish_reason == "stop"
 
 
+PLACE = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Of a place.",
+        "parameters": {
+            "properties": {"place": {"$ref": "#/$defs/Place"}, "days": {"enum": [1, 7]}},
+            "required": ["place", "days"],
+            "$defs": {"Place": PLACE},
+        },
+    },
+}
+PING = {"type": "function", "function": {"name": "ping"}}
+WRITTEN = '{"name":"weather","arguments":{"place":{"name":"Köln {}"},"days":7}}'
+ARGUMENTS = {"place": {"name": "Köln {}"}, "days": 7}
+BY_NAME = {"type": "function", "function": {"name": "weather"}}
+
+
+def follows(grammar: Any, text: str) -> bool:
+    grammars = Grammars([TOK.decode_bytes([i]) for i in range(256)], 256)
+    state = grammars.start(grammar, [])
+    return state.feed(TOK.encode(text)) and state.matcher.is_accepting()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("choice", "finish"), [("required", "tool_calls"), (BY_NAME, "stop")])
+def test_any_function_can_be_forced(
+    client: openai.OpenAI, engine: ScriptedClient, choice: Any, finish: str, stream: bool
+) -> None:
+    engine.tokens = TOK.encode(WRITTEN)
+    sent = {"tools": [PING, WEATHER, TOOL], "tool_choice": choice, "parallel_tool_calls": False}
+    answer = ask(client, **sent, stream=stream)
+    if stream:
+        choices = [c.choices[0] for c in answer]
+        calls = [c.delta.tool_calls[0] for c in choices if c.delta.tool_calls]
+        assert len(calls) > 10  # the arguments come as they are written
+        assert [c.id is not None for c in calls] == [True] + [False] * (len(calls) - 1)
+        assert calls[0].function.name == "weather"
+        written = "".join(c.function.arguments for c in calls)
+        assert choices[-1].finish_reason == finish
+    else:
+        (found,) = answer.choices
+        (call,) = found.message.tool_calls
+        assert (call.function.name, found.finish_reason) == ("weather", finish)
+        assert found.message.content is None
+        written = call.function.arguments
+    assert json.loads(written) == ARGUMENTS
+    request = engine.requests[0]
+    assert request.prompt[-1] == START
+    grammar = request.params.grammar
+    assert follows(grammar, WRITTEN)
+    assert not follows(grammar, WRITTEN.replace("7", "8"))
+    assert not follows(grammar, WRITTEN.replace('"days":7', '"days":7,"more":1'))
+    assert follows(grammar, '{"name":"ping","arguments":{}}') == (choice == "required")
+    assert Request.from_wire(request.to_wire()).params.grammar == grammar
+
+
+def test_a_forced_call_that_is_cut(client: openai.OpenAI, engine: ScriptedClient) -> None:
+    engine.tokens = TOK.encode(WRITTEN)
+    cut = len(TOK.encode(WRITTEN.partition(',"days')[0]))
+    found = ask(client, tools=[WEATHER], tool_choice="required", max_tokens=cut).choices[0]
+    assert found.finish_reason == "length"
+    assert found.message.tool_calls[0].function.arguments == '{"place":{"name":"Köln {}"}'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_of_the_models_own_accord(
+    client: openai.OpenAI, engine: ScriptedClient, stream: bool
+) -> None:
+    engine.tokens = [*TOK.encode("So: "), START, *TOK.encode(WRITTEN), END, *TOK.encode("more")]
+    answer = ask(client, tools=[WEATHER], stream=stream)
+    choices = [c.choices[0] for c in answer] if stream else answer.choices
+    said = [c.delta if stream else c.message for c in choices]
+    assert "".join(m.content or "" for m in said) == "So: "
+    ((call,),) = [m.tool_calls for m in said if m.tool_calls]
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments) == ARGUMENTS
+    assert choices[-1].finish_reason == "tool_calls"
+    assert engine.aborted == [engine.requests[0].id]
+
+    result = {"role": "tool", "tool_call_id": call.id, "content": "wet"}
+    called = {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]}
+    engine.tokens = TOK.encode("Wet.")
+    again = ask(client, tools=[WEATHER], messages=[USER, called, result])
+    assert again.choices[0].message.content == "Wet."
+    shown = TOK.decode(engine.requests[1].prompt)
+    assert shown.endswith(f"{WRITTEN}<|python_end|><|output_start|>wet<|output_end|>")
+
+
+def test_the_calculator_runs_beside_functions(
+    client: openai.OpenAI, engine: ScriptedClient
+) -> None:
+    out = [TOK.special("<|output_start|>"), *TOK.encode("19"), TOK.special("<|output_end|>")]
+    engine.tokens = [START, *TOK.encode("12+7"), END, *out, *TOK.encode("19.")]
+    found = ask(client, tools=[WEATHER]).choices[0]
+    assert (found.message.content, found.finish_reason) == ("19.", "stop")
+    assert found.message.calculator == [{"expression": "12+7", "result": "19"}]
+    # Where a client declares it, an expression is a call of the client's.
+    assert ask(client, tools=[WEATHER, TOOL]).choices[0].message.tool_calls
+
+
 CALL = {"id": "c1", "type": "function", "function": {"name": "calculator", "arguments": "{"}}
 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"tools": [{**TOOL, "function": {"name": "weather"}}]}, "one function, calculator"),
+        ({"tools": [{**TOOL, "function": {"name": ""}}]}, r"tools\[0\].function.name"),
+        (
+            {"tool_choice": "required", "tools": [WEATHER], "extra_body": {"min_tokens": 2}},
+            "min_tokens",
+        ),
         ({"tool_choice": {**NAMED, "function": {"name": "x"}}}, "not among tools"),
         ({"tools": [], "tool_choice": "required"}, "together with tools"),
         ({"messages": [USER, {"role": "tool", "content": "1"}]}, r"messages\[1\].tool_call_id"),
