@@ -16,9 +16,11 @@ import numpy as np
 
 HORIZON = 512
 """Tokens before the limit from which on ends are looked for."""
-SLACK = 6
-"""Tokens that must be left beside the shortest end, else the answer is held to it."""
-_OUTSIDE = ("}]", '"', "0123456789", ":tfn", "[", "{", ",", "-.eE")
+MIN_SLACK, MAX_SLACK = 6, 32
+"""Tokens that must be left beside the shortest end, else the answer is held to it: the lower bound,
+and the upper one of a quarter of what is left. One token may make the end longer by as much as a
+whole item of a list, so where that was seen, as much is kept."""
+_OUTSIDE = ("}]", ",", '"', "0123456789", ":tfn", "[", "{", "-.eE")
 _INSIDE = ('"', "0123456789abcdefghijklmnopqrstuvwxyz_", " ", "\\")
 """First bytes of tokens outside and inside of a string, those that close soonest first."""
 
@@ -30,6 +32,7 @@ class Preferences:
     def __init__(self, tokens: Sequence[bytes]):
         self.tokens = tokens
         self.outside, self.inside = _ranked(tokens, _OUTSIDE), _ranked(tokens, _INSIDE)
+        self.comma = next((i for i, token in enumerate(tokens) if token == b","), None)
 
 
 def _ranked(tokens: Sequence[bytes], order: Sequence[str]) -> np.ndarray:
@@ -68,6 +71,9 @@ class Ending:
     path: list[int] | None = None
     """The tokens that the answer is held to, then it may end; None while it is free."""
     quotes: Quotes = Quotes()
+    _growth: int = 0
+    """By how much the end has come closer from one look to the next, at most."""
+    _end: int = 0
     _num_tokens: int = 0
     _next_look: int = field(init=False)
     """The tokens left at which the shortest end is looked for again."""
@@ -99,12 +105,28 @@ class Ending:
         if left > self._next_look or left <= 0:
             return
         path = self._shortest(matcher, left)
-        slack = left - 1 - len(path) if path is not None else left // 2  # 1: the end itself
-        if path is not None and 0 <= slack <= SLACK:
+        if path is None:
+            self._next_look = left // 2
+            return
+        # Tokens left after the shortest end: each that does not lead there takes 1 and more.
+        end = left - len(path)
+        self._growth = max(self._growth, self._end - end, self._next_item(matcher, len(path)))
+        self._end = end
+        least = max(MIN_SLACK, self._growth + 2, min(MAX_SLACK, left // 4))
+        slack = end - 1  # 1: the token that ends the answer
+        if 0 <= slack <= least:
             self.path = path
-        # A token may make the shortest end longer, by a nested object say: look four times before
-        # the slack would be gone.
-        self._next_look = left - max(1, slack // 4)
+        self._next_look = left - max(1, (slack - least - MAX_SLACK) // 4)
+
+    def _next_item(self, matcher: llguidance.LLMatcher, length: int) -> int:
+        """By how much the shortest end, of ``length`` tokens here, grows with one more item."""
+        comma = self.preferences.comma
+        if comma is None or self.quotes.inside or not self.allowed(matcher)[comma]:
+            return 0
+        matcher = matcher.deep_copy()
+        matcher.consume_token(comma)
+        path = self._shortest(matcher, self._left)
+        return self._left if path is None else len(path) + 1 - length
 
     def _shortest(self, matcher: llguidance.LLMatcher, most: int) -> list[int] | None:
         matcher, quotes = matcher.deep_copy(), self.quotes
