@@ -1,7 +1,8 @@
-"""Write a run as a Hugging Face folder, or take such a folder in as a run.
+"""Write a run as a Hugging Face folder, or take such a folder or nanochat's checkpoint in as a run.
 
     python jobs/export.py --run chat --out my/folder        # for transformers and vLLM
     python jobs/export.py --run theirs --take my/folder     # to serve or fine-tune it here
+    python jobs/export.py --run d20 --take ~/.cache/nanochat/base_checkpoints/d20
 
 Only models of the classic preset can go out: transformers' NanoChatForCausalLM is that nanochat.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nanochat_ray.checkpoint import folder, hf, snapshot
+from nanochat_ray.checkpoint import folder, hf, nanochat, snapshot
 from nanochat_ray.checks import check_name, require
 from nanochat_ray.cli import entry
 from nanochat_ray.config import Precision
@@ -27,7 +28,8 @@ class Args:
     out: str | None = None
     """Folder to write, s3:// or gs:// too: new, empty, or written by an earlier export."""
     take: str | None = None
-    """Folder to read into the run, which must not exist yet."""
+    """Folder to read into the run, which must not exist yet: Hugging Face's, or a checkpoint folder
+    of nanochat's, such as base_checkpoints/d20, with its tokenizer."""
     precision: Precision = "fp32"
     """Of the weights that are written."""
 
@@ -56,7 +58,8 @@ def main(args: Args) -> None:
         if (name := snapshot.latest(run)) is not None:
             raise ValueError(f"run={args.run!r} exists already, with {name}")
         with folder.local_copy(args.take, "take") as local:
-            model, tokenizer = hf.import_folder(local)
+            reader = nanochat if nanochat.is_checkpoint(local) else hf
+            model, tokenizer = reader.import_folder(local)
         tokenizer.save(Store.at(args.storage).child("tokenizers", tokenizer.fingerprint[:16]))
         snapshot.save(
             run,
