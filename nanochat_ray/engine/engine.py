@@ -28,6 +28,7 @@ Not thread-safe: ``loop.EngineLoop`` is.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
@@ -55,6 +56,8 @@ from nanochat_ray.engine.scores import PromptScores
 from nanochat_ray.engine.stats import Stats
 from nanochat_ray.engine.tools import Tool, ToolState
 from nanochat_ray.model.gpt import GPT
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -299,7 +302,12 @@ class Engine:
             at = here.stop
             if not chunk.samples:
                 continue  # it ended, or a tool wrote, after this had been launched
-            outputs.append(self._extend(chunk, chosen[here], scores[here]))
+            try:
+                outputs.append(self._extend(chunk, chosen[here], scores[here]))
+            except Exception as error:  # of a tool, say: the others of the step have their tokens
+                logger.exception("request %s failed", chunk.sequence.request.id)
+                outputs.append(self._give_up(chunk.sequence, f"{type(error).__name__}: {error}"))
+                continue
             self._stats.generated_tokens += len(outputs[-1].tokens)
             if slot >= 0:  # who was put off meanwhile is counted anew
                 pairs += [(slot, token) for token in outputs[-1].tokens]
@@ -358,6 +366,14 @@ class Engine:
             logprobs=[*scores[: len(made)], *[None] * len(forced)] if asked else None,
             prompt_logprobs=s.prompt_scores if first and error is None else None,
         )
+
+    def _give_up(self, sequence: Sequence, reason: str) -> Output:
+        """Ends a request that failed, and no other."""
+        if not sequence.ended:
+            self.scheduler.remove(sequence)
+        self._sequences.pop(sequence.request.id, None)
+        self._stats.finished += 1
+        return Output(request_id=sequence.request.id, finish="error", error=reason)
 
     @staticmethod
     def _no_token(sequence: Sequence) -> str:

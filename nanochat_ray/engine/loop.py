@@ -111,7 +111,7 @@ class EngineLoop:
             try:
                 outputs = self._take(inbox, aborts) + self._engine.step()
                 failures = 0
-            except Exception as error:
+            except BaseException as error:  # a panic in Rust is no Exception, and ends no less
                 logger.exception("a step of the engine failed")
                 failures += 1
                 outputs = self._fail(f"{type(error).__name__}: {error}")
@@ -135,6 +135,10 @@ class EngineLoop:
                 self._engine.add(request)
             except (ValueError, EngineFull) as error:
                 refused.append(Output(request_id=request.id, finish="error", error=str(error)))
+            except Exception as error:  # it must not end those that run
+                logger.exception("request %s cannot be added", request.id)
+                reason = f"{type(error).__name__}: {error}"
+                refused.append(Output(request_id=request.id, finish="error", error=reason))
         for request_id in aborts:
             self._engine.abort(request_id)
         return refused

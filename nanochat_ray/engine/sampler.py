@@ -21,6 +21,8 @@ TOP_P without TOP_K."""
 MIN_TEMPERATURE = 0.01
 """Temperatures between 0 and this are raised to it, as in vLLM: below it float32 overflows, and
 the likeliest token is all that is left anyway."""
+MAX_TEMPERATURE = 1e30
+"""Larger ones are lowered to it: float32 cannot hold them, and all tokens are as likely anyway."""
 INVALID = -1
 """The token of a row whose logits are not finite: its request fails, and no other."""
 

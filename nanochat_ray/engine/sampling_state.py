@@ -60,7 +60,8 @@ class SamplingState:
         rows = self._rows
         self._top_k[slot] = p.top_k if features & sampler.TOP_K else 0
         # To assign a number to a place of a GPU's tensor would be to wait for the GPU.
-        hot = max(p.temperature, sampler.MIN_TEMPERATURE) if p.temperature > 0 else 0.0
+        hot = min(max(p.temperature, sampler.MIN_TEMPERATURE), sampler.MAX_TEMPERATURE)
+        hot = hot if p.temperature > 0 else 0.0
         rows.temperature[slot].fill_(hot)
         rows.top_k[slot].fill_(p.top_k)
         rows.top_p[slot].fill_(p.top_p)

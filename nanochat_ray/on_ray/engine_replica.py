@@ -176,8 +176,8 @@ class EngineReplica:
             engine.submit(request)
         except EngineFull:
             answer = QUEUE_FULL
-        except ValueError as error:
-            answer = str(error)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            answer = str(error) or type(error).__name__
         except RuntimeError:  # it is dead: Serve will see that too, and replace this replica
             answer = NOT_HERE
         if answer != ACCEPTED:

@@ -84,7 +84,8 @@ class Link(asyncio.Protocol):
 
     def send(self, *message: Any) -> None:
         if self._transport is not None:
-            self._transport.write(msgpack.packb(message))
+            # Text from a client may hold lone surrogates, which UTF-8 cannot carry.
+            self._transport.write(msgpack.packb(message, unicode_errors="replace"))
 
     def close(self) -> None:
         if self._transport is not None:

@@ -8,10 +8,13 @@ import random
 import pytest
 import torch
 from engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
+from tiny import wait_for
 
 from nanochat_ray.engine import sampler
 from nanochat_ray.engine.grammar import MAX_CHARACTERS, Grammars, GrammarState
-from nanochat_ray.engine.request import EngineFull, Request
+from nanochat_ray.engine.loop import EngineLoop
+from nanochat_ray.engine.request import EngineFull, Output, Request
+from nanochat_ray.engine.tools import Tool
 from nanochat_ray.text.tokenizer import Tokenizer
 
 TOK = Tokenizer.bytes_only()
@@ -80,7 +83,7 @@ def extreme(rng: random.Random, name: str) -> Request:
     return ask(
         name,
         [rng.randrange(VOCAB) for _ in range(rng.randint(1, 20))],
-        temperature=choose([5e-324, 1e-38, 1e-35, 1e-5, 0.0, 2.0, 1e30]),
+        temperature=choose([5e-324, 1e-38, 1e-35, 1e-5, 0.0, 2.0, 1e300]),
         top_p=choose([5e-324, 1e-38, 0.5, 1.0]),
         top_k=choose([0, 1, VOCAB, 2**31 - 1]),
         min_p=choose([0.0, 5e-324, 1.0]),
@@ -211,3 +214,50 @@ def test_large_grammars_hold_up_no_small_one() -> None:
 def _compile_many(grammars: Grammars, fields: dict[str, object]) -> None:
     for i in range(40):
         grammars.compile({"json_schema": {"properties": fields, "title": f"more {i}"}})
+
+
+def test_tool_that_raises_ends_only_its_answer() -> None:
+    def run(ids: list[int]) -> list[int]:
+        raise OSError("no tool today")
+
+    tool = Tool(start=11, end=10, out_start=12, out_end=13, run=run)
+    engine = make_engine(make_model("modern"), tool)
+    engine.add(ask("steady", [1, 2], logit_bias={20: 100.0}))
+    # It has begun its call already, and now ends it.
+    engine.add(ask("bad", [1, 2], generated=[11], logit_bias={10: 100.0}))
+    outputs = finish(engine)
+    assert tokens(outputs["steady"]) == [20] * 16
+    last = outputs["bad"][-1]
+    assert (last.finish, last.error) == ("error", "OSError: no tool today")
+
+
+class Panic(BaseException):
+    """As pyo3's PanicException."""
+
+
+@pytest.mark.parametrize("kind", [KeyError, Panic])
+def test_loop_outlives_what_one_request_raises(
+    kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: dict[str, Output] = {}
+    engine = make_engine(make_model("modern"))
+    loop = EngineLoop(engine, lambda outputs: ended.update({o.request_id: o for o in outputs}))
+    add = engine.add
+
+    def adds(request: Request) -> None:
+        if request.id == "bad":
+            raise kind("odd")
+        add(request)
+
+    monkeypatch.setattr(engine, "add", adds)
+    loop.start()
+    loop.submit(ask("steady", [1, 2, 3], max_tokens=100))
+    loop.submit(ask("bad", [1]))
+    wait_for(lambda: "bad" in ended and ended["bad"].finish)
+    assert "odd" in str(ended["bad"].error)
+    if kind is KeyError:
+        wait_for(lambda: ended["steady"].finish == "length")
+    loop.submit(ask("next", [1]))
+    wait_for(lambda: "next" in ended and ended["next"].finish == "length")
+    assert loop.failure is None
+    loop.stop()

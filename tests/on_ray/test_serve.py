@@ -306,6 +306,11 @@ def test_a_new_snapshot_is_taken_in_place(config: ServeConfig) -> None:
         submit("before", 200)
         await until(lambda: "before" in ended)
         assert answers == [["answer", "before", ACCEPTED]]
+        # What cannot be read is refused, and the link goes on.
+        link.send("submit", {"id": "odd\ud800", "params": {}, "prompts": [65]})
+        await until(lambda: len(answers) == 2)
+        _, name, reason = answers.pop()
+        assert (name, "prompts" in reason, name in replica.owners) == ("odd?", True, False)
         submit("during", 200)
         await until(lambda: len(answers) == 2)
         old = replica.engine
