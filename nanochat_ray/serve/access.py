@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat_ray.serve import errors
@@ -96,6 +97,8 @@ class AccessLog:
 
         try:
             await self.app(scope, receive, watched)
+        except ClientDisconnect:
+            return  # in the middle of its body
         except BaseException as error:
             # A panic of a library in Rust is a BaseException; the others end the task or process.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

@@ -6,18 +6,18 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import gc
-import json
 import os
-import random
-from typing import Any
+import runpy
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import torch
 from serving import serving
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 from tiny import wait_for
 
 from nanochat_ray.config import EngineConfig, ModelConfig
@@ -26,144 +26,12 @@ from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.local import LocalClient
+from nanochat_ray.serve.mutations import Mutation, mutations
 from nanochat_ray.serve.service import Limits
 from nanochat_ray.text.tokenizer import Tokenizer
 
 COUNT = int(os.environ.get("NANOCHAT_FUZZ", "400"))
 TOK = Tokenizer.bytes_only()
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "calculator",
-        "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}},
-    },
-}
-CALL = {
-    "id": "c1",
-    "type": "function",
-    "function": {"name": "calculator", "arguments": '{"expression": "1+1"}'},
-}
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-SAMPLING = {
-    "model": "tiny",
-    "max_tokens": 5,
-    "temperature": 0.7,
-    "top_p": 0.9,
-    "top_k": 5,
-    "min_p": 0.1,
-    "seed": 3,
-    "n": 2,
-    "stop": ["x", "yz"],
-    "stop_token_ids": [7],
-    "min_tokens": 1,
-    "repetition_penalty": 1.1,
-    "presence_penalty": 0.5,
-    "frequency_penalty": 0.5,
-    "logit_bias": {"65": 5},
-    "ignore_eos": True,
-    "stream": False,
-}
-SEEDS: list[tuple[str, dict[str, Any]]] = [
-    ("/v1/completions", {**SAMPLING, "prompt": "hello", "echo": True}),
-    ("/v1/completions", {**SAMPLING, "prompt": "hello", "logprobs": 2}),
-    ("/v1/completions", {**SAMPLING, "prompt": [65, 66, 67], "best_of": 2}),
-    ("/v1/completions", {**SAMPLING, "prompt": ["a", "b"], "stream": True}),
-    ("/v1/completions", {**SAMPLING, "prompt": [[65], [66]], "stream": True, "logprobs": 0}),
-    (
-        "/v1/chat/completions",
-        {
-            **SAMPLING,
-            "messages": [
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": [{"type": "text", "text": "hi"}]},
-            ],
-            "logprobs": True,
-            "top_logprobs": 2,
-        },
-    ),
-    (
-        "/v1/chat/completions",
-        {
-            **SAMPLING,
-            "messages": [
-                {"role": "user", "content": "1+1?"},
-                {"role": "assistant", "content": None, "tool_calls": [CALL]},
-                {"role": "tool", "tool_call_id": "c1", "content": "2"},
-            ],
-            "tools": [TOOL],
-            "tool_choice": "auto",
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        },
-    ),
-    (
-        "/v1/chat/completions",
-        {
-            "messages": [{"role": "user", "content": "json"}],
-            "max_completion_tokens": 5,
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "s", "schema": SCHEMA},
-            },
-        },
-    ),
-    ("/tokenize", {"model": "tiny", "prompt": "hello"}),
-    ("/tokenize", {"messages": [{"role": "user", "content": "hello"}]}),
-    ("/detokenize", {"model": "tiny", "tokens": [65, 66]}),
-]
-DEEP: Any = 0
-for _ in range(60):
-    DEEP = [DEEP]
-ODD: list[Any] = [
-    *(None, True, False, 0, 1, -1, 2**31, 2**63, -(2**63) - 1, 2**200, 0.5, -0.5, 1e308, 1e-320),
-    *(float("nan"), float("inf"), "", "x", "\x00", "\ud800", "é🙂", "1", "a" * 3000, "[" * 500),
-    *([], {}, [None], [""], [0], [-1], [[]], {"": 0}, {"type": "text"}, {"type": None}, DEEP),
-    *([65] * 600, ["x"] * 200, {"65": 1e9}, {"-1": 1}, {"99999": 1}, "auto", "required", "none"),
-]
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something stands in a JSON value."""
-    found = [path] if path else []
-    if isinstance(value, (dict, list)):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            found += places(inner, (*path, key))
-    return found
-
-
-def mutate(rng: random.Random, body: dict[str, Any]) -> bytes:
-    body = copy.deepcopy(body)
-    for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
-        where = places(body)
-        if not where:
-            break
-        *path, key = rng.choice(where)
-        holder: Any = body
-        for step in path:
-            holder = holder[step]
-        kind = rng.random()
-        if kind < 0.15:
-            del holder[key]
-        elif kind < 0.25 and isinstance(holder, list):
-            holder += [copy.deepcopy(holder[key])] * rng.randint(1, 9)
-        elif kind < 0.3 and isinstance(holder, dict):
-            holder[rng.choice(["suffix", "echo", "functions", "priority", "", "🙂"])] = holder[key]
-        else:
-            holder[key] = copy.deepcopy(rng.choice(ODD))
-    raw = json.dumps(body).encode()
-    if rng.random() < 0.1:
-        raw = bytearray(raw)
-        for _ in range(rng.randint(1, 4)):
-            at = rng.randrange(len(raw))
-            kind = rng.random()
-            if kind < 0.4:
-                raw[at] = rng.randrange(256)
-            elif kind < 0.7:
-                del raw[at:]
-                raw += b"{"
-            else:
-                raw[at:at] = rng.choice([b"\xff\xfe", b"[" * 2000, b"1e999", b"\x00", b"NaN"])
-    return bytes(raw)
 
 
 def server() -> LocalClient:
@@ -176,24 +44,18 @@ def server() -> LocalClient:
 
 async def fuzz(url: str, count: int, seed: int) -> dict[int, int]:
     """How often each status came; a 5xx other than 503, or no answer in time, fails."""
-    rng = random.Random(seed)
     seen: dict[int, int] = {}
-    jobs = []
-    for _ in range(count):
-        path, body = rng.choice(SEEDS)
-        leaves = rng.uniform(0, 0.05) if rng.random() < 0.1 else None
-        kind = rng.choice(["application/json"] * 12 + ["text/plain", "", "application/x-json"])
-        method = rng.choice(["POST"] * 25 + ["GET", "PUT", "DELETE", "OPTIONS", "HEAD"])
-        jobs.append((path, mutate(rng, body), leaves, kind, method))
+    sent = mutations(count, seed, huge_bytes=15_000)
     gate = asyncio.Semaphore(12)
     # No bound of the client's own: its pool loses places when a call is cancelled.
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits) as client:
 
-        async def one(path: str, raw: bytes, leaves: float | None, kind: str, method: str) -> None:
-            headers = {"content-type": kind} if kind else {}
+        async def one(mutation: Mutation) -> None:
+            method, raw, leaves = mutation.method, mutation.body, mutation.leaves_after_s
+            path = mutation.path
             async with gate:
-                call = client.request(method, path, content=raw, headers=headers)
+                call = client.request(method, path, content=raw, headers=mutation.headers)
                 try:
                     response = await asyncio.wait_for(call, leaves)
                 except TimeoutError:
@@ -209,9 +71,10 @@ async def fuzz(url: str, count: int, seed: int) -> dict[int, int]:
             elif response.headers.get("content-type", "").startswith("text/event-stream"):
                 assert response.text.endswith("\n\n"), raw
                 last = response.text.rstrip().split("\n")[-1]
-                assert last == "data: [DONE]", (raw[:2000], last)
+                ended = "data: [DONE]", '"response.completed"', '"response.incomplete"'
+                assert any(end in last for end in ended), (raw[:2000], last)
 
-        await asyncio.gather(*(one(*job) for job in jobs))
+        await asyncio.gather(*map(one, sent))
     return seen
 
 
@@ -236,3 +99,30 @@ def test_broken_requests_break_nothing() -> None:
     print(dict(sorted(seen.items())))
     assert seen[200] > COUNT // 20
     assert seen[400] > COUNT // 4
+
+
+def test_steady_streams_outlive_broken_requests() -> None:
+    job = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "replay_serve.py"))
+    local = server()
+    with serving(build_app(local, TOK, "tiny", local.max_len)) as url:
+        # A second instead of half of one: this process is the clients too.
+        args = job["Args"](url=url, count=150, streams=2, stream_tokens=150, max_gap_s=1.0)
+        report = job["replay"](args)
+    local.close()
+    local.engine.check_integrity()
+    assert not report.failures
+    assert report.streams >= 2
+    assert len(report.gaps_s) > 150
+    assert sum(report.statuses.values()) > 100
+
+
+def test_a_broken_server_is_reported() -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        status = 200 if scope["path"] == "/v1/chat/completions" else 500
+        await PlainTextResponse("no", status)(scope, receive, send)
+
+    job = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "replay_serve.py"))
+    with serving(broken) as url:
+        report = job["replay"](job["Args"](url=url, count=20, streams=1, huge_bytes=0))
+    assert any("a steady stream ended with 500" in line for line in report.failures)
+    assert any("/v1/completions" in line and " 500 " in line for line in report.failures)
