@@ -110,7 +110,7 @@ def _wrong(mutation: Mutation, response: http.client.HTTPResponse, text: bytes) 
             return text
     if "event-stream" in (response.getheader("content-type") or ""):
         ended = (b"data: [DONE]\n\n", b"response.completed", b"response.incomplete")
-        return None if any(end in text[-20_000:] for end in ended) else text[-BODY_SHOWN:]
+        return None if any(end in text for end in ended) else text[-BODY_SHOWN:]
     return None
 
 

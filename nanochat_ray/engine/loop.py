@@ -33,6 +33,8 @@ class EngineLoop:
         # Under the condition:
         self._inbox: list[tuple[Request, Future[Any] | None]] = []
         """With what was prepared for it, which must not be forgotten before it is added."""
+        self._arriving = 0
+        """Taken from the inbox, and not yet the scheduler's: they count as waiting too."""
         self._aborts: list[str] = []
         self._ids: set[str] = set()
         self._stopping = self._dropping = False
@@ -63,7 +65,7 @@ class EngineLoop:
                 raise RuntimeError("the engine is stopping")
             if request.id in self._ids:
                 raise ValueError(f"id={request.id!r} is in use by another request")
-            if self._engine.scheduler.room - len(self._inbox) <= 0:
+            if self._engine.scheduler.room - self._arriving - len(self._inbox) <= 0:
                 waiting = self._engine.config.max_waiting
                 raise EngineFull(f"max_waiting={waiting} requests are waiting already")
             self._ids.add(request.id)
@@ -105,6 +107,7 @@ class EngineLoop:
                     lambda: self._inbox or self._aborts or self._stopping or self._engine.has_work
                 )
                 inbox, self._inbox = self._inbox, []
+                self._arriving = len(inbox)
                 aborts, self._aborts = self._aborts, []
                 if self._dropping or (self._stopping and not self._ids):
                     break
@@ -139,6 +142,8 @@ class EngineLoop:
                 logger.exception("request %s cannot be added", request.id)
                 reason = f"{type(error).__name__}: {error}"
                 refused.append(Output(request_id=request.id, finish="error", error=reason))
+            finally:
+                self._arriving -= 1
         for request_id in aborts:
             self._engine.abort(request_id)
         return refused

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from nanochat_ray.engine.request import Output, TokenLogprob
+from nanochat_ray.engine.request import EngineFull, Output, TokenLogprob
 from nanochat_ray.engine.stream import TextStream
 from nanochat_ray.serve.client import OutputStream
 from nanochat_ray.serve.logprobs import Scored
@@ -187,6 +187,8 @@ async def all_pieces(service: Service, job: Job) -> AsyncGenerator[list[Piece], 
                     if reason.startswith("deadline:"):
                         most = service.limits.request_timeout_s
                         raise DeadlineError(f"the answer was not ready after {most:g} s, the limit")
+                    if reason.startswith("max_waiting="):  # filled up after it was taken
+                        raise EngineFull(reason)
                     raise EngineFailedError(reason)
                 if piece.finish is not None:
                     timer.end("stop" if piece.finish == "tool_calls" else piece.finish)

@@ -20,7 +20,8 @@ from tiny import hold_up_grammars, wait_for
 from nanochat_ray.config import EngineConfig, ModelConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.grammar import KEPT, Grammars
-from nanochat_ray.engine.request import Request, SamplingParams
+from nanochat_ray.engine.loop import EngineLoop
+from nanochat_ray.engine.request import EngineFull, Request, SamplingParams
 from nanochat_ray.engine.scheduler import Chunk
 from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.model.gpt import GPT
@@ -391,3 +392,28 @@ def test_an_echo_alone_generates_nothing(client: openai.OpenAI, url: str, stream
         assert choices[-1]["finish_reason"] == "length"
         scored = [x for c in choices if c["logprobs"] for x in c["logprobs"]["tokens"]]
         assert len(scored) == (10 if asked else 0)
+
+
+def test_a_queue_that_fills_up_late_is_429(
+    local: LocalClient, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(request: Request) -> None:
+        raise EngineFull("max_waiting=8 requests are waiting already")
+
+    monkeypatch.setattr(local.engine, "add", add)
+    for stream in (False, True):
+        response = post(f"{url}/v1/completions", json={"prompt": "x", "stream": stream})
+        assert response.status_code == 429
+        assert response.json()["error"]["code"] == "queue_full"
+
+
+def test_requests_on_their_way_count_as_waiting() -> None:
+    client = make_client(max_slots=1, max_waiting=1)
+    client.close()
+    engine = client.engine
+    loop = EngineLoop(engine, lambda outputs: None)  # not started: nothing leaves its inbox
+    for name in ("a", "b"):
+        loop.submit(Request(id=name, prompt=[1], params=SamplingParams()))
+    loop._arriving, loop._inbox = 2, []
+    with pytest.raises(EngineFull):
+        loop.submit(Request(id="c", prompt=[1], params=SamplingParams()))
