@@ -160,8 +160,9 @@ class Tokenizer:
             ) from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """KeyError if there is no such token."""
-        return b"".join([self._bytes[token] for token in ids])
+        """Ids that are no token have no text: a model may have rows that its tokenizer lacks."""
+        text = self._bytes
+        return b"".join([text.get(token, b"") for token in ids])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text; bytes that are no UTF-8 (half a character, say) become U+FFFD."""

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from nanochat_ray.engine.request import Output
+from nanochat_ray.engine.request import Output, TokenLogprob
 from nanochat_ray.engine.stream import TextStream
+from nanochat_ray.serve.logprobs import TextOffsets, for_chat, for_completion
 from nanochat_ray.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.bytes_only()
@@ -91,3 +92,17 @@ def test_stop_strings_wait_for_min_tokens() -> None:
     stream = TextStream(TOKENIZER, ["ab"])
     parts = [stream.push([t], i >= 5) for i, t in enumerate(TOKENIZER.encode("xababababz"))]
     assert ("".join(parts), stream.stopped) == ("xabab", True)
+
+
+def test_ids_that_are_no_token_have_no_text() -> None:
+    tokenizer = Tokenizer.bytes_only()
+    padding = tokenizer.vocab_size + 3  # a model's vocabulary may be padded
+    stream = TextStream(tokenizer, ["never"])
+    assert stream.push([65, padding, 66]) + stream.flush() == "AB"
+    score = TokenLogprob(logprob=-1.0, top=[(padding, -1.0)])
+    assert for_chat(tokenizer, [(padding, score)])["content"][0]["bytes"] == []
+    offsets = TextOffsets(tokenizer)
+    assert for_completion(tokenizer, [(padding, score), (65, score)], offsets)["text_offset"] == [
+        0,
+        0,
+    ]
