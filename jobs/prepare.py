@@ -20,7 +20,7 @@ from nanochat_ray.text.tokenizer import SPECIAL_TOKENS
 
 TaskCount = str
 BASE_FLAGS = ("text", "text_column", "skip_bad", "vocab_size")
-SFT_FLAGS = ("tokenizer", "tasks", "chats")
+SFT_FLAGS = ("tasks", "chats")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,8 @@ class Args:
     """Tokens of a row; by default 512, or what the dataset has whose tokenizer is used."""
     seed: int = 0
     tokenizer: str | None = None
-    """Dataset whose tokenizer the conversations take, or a tokenizer's fingerprint; by default
+    """Dataset or run whose tokenizer is taken, or a tokenizer's fingerprint; by default a base
+    dataset has a new one trained, and conversations take that of the dataset
     "base" (sft)."""
     tasks: tuple[TaskCount, ...] | None = None
     """Conversations, as task:count; by default a mixture, or none beside --chats (sft)."""
@@ -70,6 +71,9 @@ class Args:
             check_int("sequence_len", self.sequence_len, 8, 1 << 20)
         if self.vocab_size is not None:
             check_int("vocab_size", self.vocab_size, 256 + len(SPECIAL_TOKENS), 1 << 20)
+        if self.stage == "base" and self.tokenizer is not None:
+            allowed = "not with --tokenizer, which has its own"
+            require(self.vocab_size is None, "--vocab-size", self.vocab_size, allowed)
         require(self.text_column != "", "text_column", "", "the name of a column")
         require(all(self.text), "text", self.text, "files, folders, globs or URIs")
 
@@ -97,14 +101,16 @@ def main(args: Args) -> None:
     root = Store.at(args.storage)
     check_replaceable(root, name, args.stage)  # before a Ray starts
     if args.stage == "base":
+        chosen, length = find_tokenizer(root, args.tokenizer) if args.tokenizer else (None, None)
         session.connect()
         prepare_base(
             args.storage,
             name,
             text=args.text,
             vocab_size=args.vocab_size or 4096,
-            sequence_len=args.sequence_len or 512,
+            sequence_len=args.sequence_len or length or 512,
             seed=args.seed,
+            tokenizer=chosen,
             text_column=args.text_column or "text",
             skip_bad=args.skip_bad,
         )

@@ -2,6 +2,7 @@
 
 python jobs/train.py --storage DIR --dataset base --run base --depth 4
 python jobs/train.py --storage DIR --stage sft --dataset sft --run chat --parent base
+python jobs/train.py --dataset more --run more --parent base     # continued pre-training
 python jobs/train.py --depth 20 --hardware h100 --workers 8 --plan-only   # what would it take?
 ray job submit -- python jobs/train.py ...          # on a cluster: Ray Train and Ray Data
 torchrun --nproc-per-node 2 -- jobs/train.py ...      # the same loop without Ray
@@ -39,7 +40,9 @@ from nanochat_ray.train.stop import STOPPED, StopOnSignal
 
 BASE_FLAGS = ("depth", "preset", "ratio", "tokens")
 """Fine-tuning takes the model from its parent and the tokens from its dataset."""
-SFT_FLAGS = ("parent", "epochs")
+SFT_FLAGS = ("epochs",)
+MODEL_FLAGS = ("depth", "preset")
+"""What a parent has already."""
 PRESETS = ("modern", "classic")
 MAX_INT = 2**62
 PLANNED_VOCABULARY = 32_768
@@ -58,7 +61,8 @@ class Args:
     resume: Resume = "auto"
     """auto goes on with a run that exists and begins one that does not; never and must refuse."""
     parent: str | None = None
-    """Run that sft starts from; by default "base"."""
+    """Run whose weights this one starts from: for sft by default "base", for base by default none
+    (--parent continues its pre-training, on a dataset with its tokenizer)."""
     depth: int | None = None
     """Layers, by default 4; all else follows from it (base)."""
     preset: str | None = None
@@ -129,6 +133,9 @@ class Args:
             flag = f"--{name.replace('_', '-')}"
             allowed = f"only with --stage {other}"
             require(getattr(self, name) is None, flag, getattr(self, name), allowed)
+        for name in MODEL_FLAGS if self.parent is not None else ():
+            value, flag = getattr(self, name), f"--{name}"
+            require(value is None, flag, value, "not with --parent, which has its own model")
         if self.preset is not None:
             allowed = f"one of {', '.join(PRESETS)}"
             require(self.preset in PRESETS, "preset", self.preset, allowed)
@@ -216,6 +223,14 @@ def plan_length(args: Args, model: ModelConfig, tokens: int, batch_tokens: int) 
     return found
 
 
+def parent_model(args: Args, parent: str) -> tuple[Store, ModelConfig]:
+    """The run that this one starts from, and its model. Raises ValueError."""
+    run = Store.at(args.storage).child("runs", parent)
+    if snapshot.latest(run) is None:
+        raise ValueError(f"parent={parent!r} has no checkpoint in {args.storage}")
+    return run, snapshot.load_config(run).model
+
+
 def base_train(args: Args, model: ModelConfig) -> tuple[TrainConfig, float]:
     """Also gives the tokens per second that were measured, or 0."""
     tokens, ratio = args.tokens or 0, args.ratio or scaling.TOKENS_PER_PARAMETER
@@ -273,15 +288,14 @@ def sft_train(args: Args, parent: Store, dataset: str) -> tuple[TrainConfig, flo
 def build(args: Args) -> TrainJob:
     """The job that the flags describe. Raises ValueError."""
     dataset = args.dataset or args.stage
-    parent = args.parent or "base"
+    parent = args.parent or ("base" if args.stage == "sft" else "")
     if args.stage == "sft":
-        store = Store.at(args.storage).child("runs", parent)
-        if snapshot.latest(store) is None:
-            raise ValueError(f"parent={parent!r} has no checkpoint in {args.storage}")
-        model = snapshot.load_config(store).model
+        store, model = parent_model(args, parent)
         train, tokens_per_s = sft_train(args, store, dataset)
     else:
-        model = base_model(args, dataset)
+        if parent == run_name(args):
+            raise ValueError(f"parent={parent!r} is not allowed: another run than --run")
+        model = parent_model(args, parent)[1] if parent else base_model(args, dataset)
         train, tokens_per_s = base_train(args, model)
     train = dataclasses.replace(
         train,
@@ -294,7 +308,7 @@ def build(args: Args) -> TrainJob:
         sample_tokens=args.sample_tokens,
     )
     shaped, options = with_options(model, args.options)
-    if args.stage == "sft":
+    if parent:
         changed = {name for name, value in to_json(model).items() if getattr(shaped, name) != value}
         if wrong := sorted(changed - {"dropout", "document_start", "rope_factor"}):
             raise ValueError(f"options: {wrong[0]} of a parent's model cannot be changed")
@@ -312,7 +326,7 @@ def build(args: Args) -> TrainJob:
         run=run_name(args),
         model=model,
         train=train,
-        parent=parent if args.stage == "sft" else "",
+        parent=parent,
         tensorboard=args.tensorboard,
         wandb=args.wandb,
         about={"tokens_per_s": tokens_per_s} if tokens_per_s else {},

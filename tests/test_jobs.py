@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import TOKENIZER, tiny_config, write_dataset
 
 from nanochat_ray.storage import Store
@@ -73,6 +74,16 @@ def test_training_without_ray_and_out_to_hugging_face_and_back(root: Store, tmp_
     one, two = (snapshot.load_model(root.child("runs", r))[0] for r in ("base", "back"))
     for (_, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
         assert a.equal(b)
+    # Continued pre-training starts from what was taken in: at no learning rate it ends there too.
+    flags = ("--no-ray", "--storage", root.uri, "--tokens", "128", "--batch-tokens", "128")
+    more = ("--run", "more", "--parent", "back", "--lr-scale", "1e-30", "--precision", "fp32")
+    assert '"done": true' in run("train", *flags, *more).splitlines()[-1]
+    three = snapshot.load_model(root.child("runs", "more"))[0]
+    for (_, a), (_, b) in zip(one.named_parameters(), three.named_parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+    from nanochat_ray.on_ray.prepare import find_tokenizer
+
+    assert find_tokenizer(root, "back")[0].fingerprint == TOKENIZER.fingerprint
 
 
 def test_torchrun_gives_what_one_process_gives(root: Store) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import ray
 
 from nanochat_ray import scaling
+from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.checks import check_name
 from nanochat_ray.data import corpus, documentation, sample, sources
 from nanochat_ray.data.holdout import Census, HoldOut
@@ -144,13 +145,17 @@ def prepare_base(
     seed: int = 0,
     text_column: str = "text",
     skip_bad: bool = False,
+    tokenizer: Tokenizer | None = None,
 ) -> Manifest:
     """Prepares ``datasets/<name>`` from ``text`` (URIs; none is the default corpus).
+
+    Without a ``tokenizer`` one of ``vocab_size`` tokens is trained.
 
     An unchanged input is not prepared twice. Raises ValueError for input that cannot be used; with
     ``skip_bad`` what cannot be read is left out, counted and named.
     """
     check_name("dataset", name)
+    vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
     _check(sequence_len, vocab_size)
     root = Store.at(storage)
     check_replaceable(root, name, "base")
@@ -161,7 +166,8 @@ def prepare_base(
     if not text:
         identity = ["documentation", documentation.key()]
     identity = [identity, asdict(options)]
-    key = key_of("base", identity, vocab_size, sequence_len, seed)
+    given = [tokenizer.fingerprint] if tokenizer else []
+    key = key_of("base", identity, vocab_size, sequence_len, seed, *given)
     manifest = unchanged(dataset, key)
     if manifest is not None and _has_tokenizer(root, manifest):
         return manifest
@@ -176,8 +182,13 @@ def prepare_base(
     if size <= CENSUS_BYTES:
         units = (divided.divide(corpus.read(unit, options)).census for unit in plan)
         divided = divided.settled(Census.join(list(units)), least)
+    given_tokenizer = tokenizer
+    if tokenizer is not None:
+        tokenizer.save(root.child("tokenizers", tokenizer.fingerprint[:16]))
     while True:
-        tokenizer = _tokenizer(root, identity, plan, divided, options, vocab_size)
+        tokenizer = given_tokenizer or _tokenizer(
+            root, identity, plan, divided, options, vocab_size
+        )
         # A token of a trained vocabulary has 3 to 4 bytes of English.
         dtype = token_dtype(tokenizer.vocab_size)
         out = _Scatter(dataset.uri, shards_for(size / 3.5 * dtype.itemsize), seed)
@@ -324,9 +335,9 @@ def _say_skipped(skipped: Skipped) -> None:
 
 
 def find_tokenizer(root: Store, name: str) -> tuple[Tokenizer, int | None]:
-    """The tokenizer of a dataset, with the dataset's sequence_len, or one by its fingerprint.
+    """The tokenizer of a dataset or run, with its sequence_len, or one by its fingerprint.
 
-    Raises ValueError if ``name`` is neither, or the beginning of several fingerprints.
+    Raises ValueError if ``name`` is none of these, or the beginning of several fingerprints.
     """
     check_name("tokenizer", name)
     datasets, tokenizers = root.child("datasets"), root.child("tokenizers")
@@ -334,12 +345,17 @@ def find_tokenizer(root: Store, name: str) -> tuple[Tokenizer, int | None]:
         manifest = Manifest.load(datasets.child(name))
         folder = tokenizers.child(manifest.tokenizer[:16])
         return Tokenizer.load(folder, manifest.tokenizer), manifest.sequence_len
+    run = root.child("runs", name)
+    if snapshot.latest(run) is not None:
+        saved = snapshot.load_config(run)
+        folder = tokenizers.child(saved.tokenizer[:16])
+        return Tokenizer.load(folder, saved.tokenizer), saved.model.sequence_len
     have = [found for found in tokenizers.list() if found != _BY_INPUT]
     matches = [found for found in have if len(name) >= 4 and found.startswith(name[:16])]
     if len(matches) != 1:
         raise ValueError(
-            f"tokenizer={name!r} is no dataset and no fingerprint in {root.uri}; there are the "
-            f"datasets {datasets.list() or 'none'} and the fingerprints {have or 'none'}"
+            f"tokenizer={name!r} is no dataset, no run and no fingerprint in {root.uri}; there are "
+            f"the datasets {datasets.list() or 'none'} and the fingerprints {have or 'none'}"
         )
     return _by_folder(root, matches[0]), None
 

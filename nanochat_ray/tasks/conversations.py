@@ -85,6 +85,9 @@ def load(entries: Sequence[Entry], seed: int) -> list[Conversations]:
     About 5% of the different conversations of each entry are held out for validation, at least
     one; equal conversations go to the same split. ValueError names the file, line and message.
     """
+    uris = [entry.uri for entry in entries]
+    for uri in uris:
+        require(uris.count(uri) == 1, FIELD, uri, "each file or folder once")
     everything: list[list[tuple[int, list[Message]]]] = []
     for entry in entries:
         rows = []

@@ -172,8 +172,21 @@ def test_tasks_become_rows(root: Store) -> None:
     assert "<|output_start|>" not in learned
     with pytest.raises(ValueError, match="task='nothing' is not known"):
         prepare_sft(root.uri, "chat", tokenizer=tok, tasks=[("nothing", 10)])
-    with pytest.raises(ValueError, match=r"tokenizer='ffff' is no dataset and no fingerprint"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer='ffff' is no dataset, no run and no fingerprint"
+    ):
         find_tokenizer(root, "ffff")
+
+
+def test_a_given_tokenizer_is_used(root: Store, text: Path) -> None:
+    wanted = {"text": [str(text)], "sequence_len": 64}
+    first = prepare_base(root.uri, "first", **wanted, vocab_size=400)
+    tokenizer, _ = find_tokenizer(root, "first")
+    again = prepare_base(root.uri, "again", **wanted, tokenizer=tokenizer)
+    other = prepare_base(root.uri, "other", **wanted, tokenizer=Tokenizer.bytes_only())
+    assert (again.tokenizer, again.splits) == (first.tokenizer, first.splits)
+    assert other.tokenizer == Tokenizer.bytes_only().fingerprint
+    assert find_tokenizer(root, "other")[0].fingerprint == other.tokenizer
 
 
 def test_own_conversations_become_rows(root: Store, tmp_path: Path) -> None:
