@@ -200,7 +200,7 @@ class Grammars:
         bits[list(ending)] = 1
         words = np.packbits(bits, bitorder="little").view(np.int32)
         state = GrammarState(self.check(grammar).deep_copy(), words)
-        if limit and not grammar.keys().isdisjoint(("json_schema", "json_object")):
+        if limit and not grammar.keys().isdisjoint(("json_schema", "json_object", "structures")):
             state.closing = Ending(limit, self._preferences, self._next)
             with state.guarded():
                 state.closing.look(state.matcher)

@@ -64,6 +64,12 @@ def test_any_json_object_ends_before_its_limit() -> None:
         assert isinstance(json.loads(text(ids)), dict)
 
 
+def test_forced_calls_end_before_their_limit() -> None:
+    call = {"begin": '{"name":"f","arguments":', "schema": SCHEMAS[2], "end": "}"}
+    for ids in answers({"structures": [call]}, 100):
+        assert json.loads(text(ids))["name"] == "f"
+
+
 def test_closing_is_the_same_when_an_answer_moves() -> None:
     grammar = {"json_schema": SCHEMAS[2]}
     whole = answers(grammar, 70)[0]
