@@ -93,8 +93,8 @@ class Answer:
             if mark is not None:
                 self._mark(mark, piece)
                 if self._called:
-                    piece.finish = self._finish("stop")
                     piece.tokens = i + 1
+                    self.end(piece, "stop")
                     return piece
             elif self._call is not None:
                 self._add_calls(piece, self._call.push(self._call_text.push((token,))))

@@ -188,8 +188,6 @@ class ChatRequest(SamplingBody):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is only allowed together with logprobs=true")
         calling = self.calling
-        if calling.forced and self.grammar is not None:
-            raise ValueError("response_format is not allowed where a call of a tool is forced")
         if calling.grammar is not None and (self.ignore_eos or self.min_tokens):
             raise ValueError("ignore_eos and min_tokens are not allowed where a call is forced")
         return self

@@ -30,26 +30,19 @@ class ResponsesShape(Shape):
         self._message_id = f"msg_{secrets.token_hex(12)}"
         self._message_open = False
         self._call_items: list[Item] = []
+        self._call_begun = False
         super().__init__(service, job, f"resp_{secrets.token_hex(12)}")
 
     def take(self, piece: Piece) -> None:
         super().take(piece)
-        if piece.finish is not None:
-            self._call_items = [
-                {
-                    "id": f"fc_{secrets.token_hex(12)}",
-                    "type": "function_call",
-                    "status": "completed",
-                    "call_id": call.id,
-                    "name": call.function.name,
-                    "arguments": call.function.arguments,
-                }
-                for call in self._called()
-            ]
-
-    def _called(self) -> list[Any]:
-        called = self.calls[0]
-        return called if isinstance(called, list) else [] if called is None else [called]
+        call = self.calls[0]
+        if call is None:
+            return
+        if not self._call_items:
+            identity = {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call"}
+            self._call_items = [{**identity, "call_id": call.id, "name": call.function.name}]
+        status = "in_progress" if piece.finish is None else self._status()
+        self._call_items[0] |= {"status": status, "arguments": call.function.arguments}
 
     # --- the whole ------------------------------------------------------------------------------
 
@@ -152,7 +145,22 @@ class ResponsesShape(Shape):
             scores = self._scores(piece.scored)
             delta = self._event("output_text.delta", **at, delta=piece.text, logprobs=scores)
             events.append(delta)
+        if piece.calls and not self._message_open:  # else behind the end of the message
+            events += self._call_delta("".join(part.arguments for part in piece.calls))
         return events if piece.finish is None else events + self._ending(at)
+
+    def _call_delta(self, arguments: str) -> list[str]:
+        (item,) = self._call_items
+        index = int(self._message_open)
+        events = []
+        if not self._call_begun:
+            self._call_begun = True
+            begun = {**item, "status": "in_progress", "arguments": ""}
+            events.append(self._event("output_item.added", output_index=index, item=begun))
+        if arguments:
+            at = {"item_id": item["id"], "output_index": index}
+            events.append(self._event("function_call_arguments.delta", **at, delta=arguments))
+        return events
 
     def _ending(self, at: Item) -> list[str]:
         events: list[str] = []
@@ -163,14 +171,12 @@ class ResponsesShape(Shape):
             events.append(self._event("content_part.done", **at, part=part))
             events.append(self._event("output_item.done", output_index=0, item=item))
         for index, item in enumerate(self._call_items, start=int(self._message_open)):
-            begun = {**item, "status": "in_progress", "arguments": ""}
-            at_item = {"item_id": item["id"], "output_index": index}
+            if not self._call_begun:
+                events += self._call_delta(item["arguments"])
+            done = {"item_id": item["id"], "output_index": index, "name": item["name"]}
             written = item["arguments"]
-            kind = "function_call_arguments"
             events += [
-                self._event("output_item.added", output_index=index, item=begun),
-                self._event(f"{kind}.delta", **at_item, delta=written),
-                self._event(f"{kind}.done", **at_item, name=item["name"], arguments=written),
+                self._event("function_call_arguments.done", **done, arguments=written),
                 self._event("output_item.done", output_index=index, item=item),
             ]
         return events

@@ -240,7 +240,8 @@ class Service:
             seed=seed,
             logprobs=_logprobs(body) or 0 if _ranked(body) else _logprobs(body),
             prompt_logprobs=body.prompt_scores if isinstance(body, CompletionRequest) else None,
-            grammar=_calling(body).grammar or body.grammar,
+            # response_format is about text, and a call that is forced leaves no room for any.
+            grammar=_calling(body).grammar if _calling(body).forced else body.grammar,
         )
 
 

@@ -171,7 +171,7 @@ def test_a_call_of_the_models_own_accord(
     client: openai.OpenAI, engine: ScriptedClient, stream: bool
 ) -> None:
     engine.tokens = [*TOK.encode("So: "), START, *TOK.encode(WRITTEN), END, *TOK.encode("more")]
-    answer = ask(client, tools=[WEATHER], stream=stream)
+    answer = ask(client, tools=[WEATHER], stream=stream, stop=[": no"])
     choices = [c.choices[0] for c in answer] if stream else answer.choices
     said = [c.delta if stream else c.message for c in choices]
     assert "".join(m.content or "" for m in said) == "So: "

@@ -62,6 +62,46 @@ def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
+def test_a_forced_call_fits_its_schema(client: openai.OpenAI) -> None:
+    seat = {"type": "object", "properties": {"row": {"type": "integer"}}, "required": ["row"]}
+    parameters = {
+        "properties": {"seats": {"type": "array", "items": {"$ref": "#/$defs/S"}, "maxItems": 2}},
+        "required": ["seats"],
+        "$defs": {"S": seat},
+    }
+    book = {"name": "book", "parameters": parameters}
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=USER,
+        tools=[{"type": "function", "function": f} for f in ({"name": "ping"}, book)],
+        tool_choice={"type": "function", "function": {"name": "book"}},
+        response_format={"type": "json_object"},  # about text, of which there is none
+        seed=1,
+    )
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert call.function.name == "book"
+    (seats,) = json.loads(call.function.arguments).values()
+    assert all(set(s) == {"row"} and isinstance(s["row"], int) for s in seats)
+    events = client.responses.create(
+        model="tiny",
+        input="hi",
+        tools=[{"type": "function", **book, "strict": False}],
+        tool_choice="required",
+        stream=True,
+        extra_body={"seed": 1},
+    )
+    items = list(events)
+    kinds = [e.type.removeprefix("response.") for e in items]
+    ends = ["function_call_arguments.done", "output_item.done", "completed"]
+    assert kinds[2] == "output_item.added"
+    assert set(kinds[3:-3]) == {"function_call_arguments.delta"}
+    assert kinds[-3:] == ends
+    written = "".join(e.delta for e in items if e.type.endswith("arguments.delta"))
+    assert items[-1].response.output[0].arguments == written
+    assert "seats" in json.loads(written)
+    assert [e.sequence_number for e in items] == list(range(len(items)))
+
+
 def test_seeds_reproduce_alone_and_together(client: openai.OpenAI) -> None:
     def ask(seed: int) -> str:
         answer = client.chat.completions.create(

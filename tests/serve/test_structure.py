@@ -73,9 +73,6 @@ def test_grammars_reach_the_engine(
         assert request.params.grammar == grammar
 
 
-TOOL = {"type": "function", "function": {"name": "calculator"}}
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -102,7 +99,6 @@ TOOL = {"type": "function", "function": {"name": "calculator"}}
         {"grammar": 1},
         {"grammar": GBNF, "json_schema": SCHEMA},
         {"json_schema": []},
-        {"response_format": {"type": "json_object"}, "tools": [TOOL], "tool_choice": "required"},
     ],
 )
 def test_what_cannot_be_is_refused(url: str, fields: dict[str, Any]) -> None:
