@@ -4,7 +4,8 @@
     python jobs/export.py --run theirs --take my/folder     # to serve or fine-tune it here
     python jobs/export.py --run d20 --take ~/.cache/nanochat/base_checkpoints/d20
 
-Only models of the classic preset can go out: transformers' NanoChatForCausalLM is that nanochat.
+A model of the classic preset is transformers' own NanoChatForCausalLM; others go out with their
+modelling file and need trust_remote_code=True.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """To and from a Hugging Face folder: safetensors, config.json and tokenizer.json.
 
-The architecture there is ``NanoChatForCausalLM`` (nanochat of October 2025), so only a model with
-the features of the ``classic`` preset can go out. transformers, vLLM and others load the folder by
-themselves; nothing of theirs is needed to write or to read it.
+A model of the ``classic`` preset goes out as ``NanoChatForCausalLM`` (nanochat of October 2025),
+which transformers, vLLM and others load by themselves. Others go out with the modelling file in
+``remote_code``, for transformers with ``trust_remote_code=True``. Only the first come back in.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from nanochat_ray.checkpoint.folder import Fields, read_json, regular, writing
 from nanochat_ray.checks import shown
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.scaling import windows
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
+_FREE = ("pad_vocab_to", "dropout")
+_REMOTE_CODE = Path(__file__).parent / "remote_code"
 WHAT = "Hugging Face folder"
 MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 10_000, 1 << 20, 1 << 24, 1 << 24
 # Their names, with ours; {} is the layer.
@@ -212,23 +215,42 @@ def _check_like(document: dict[str, Any], ours: dict[str, Any]) -> None:
 # --- the folder ---------------------------------------------------------------------------------
 
 
-def _check_exportable(config: ModelConfig) -> None:
-    wanted = ModelConfig.classic(
-        **{
-            name: getattr(config, name)
-            for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len")
-        },
+def _is_classic(config: ModelConfig) -> bool:
+    """Whether transformers' own NanoChatForCausalLM can express the model."""
+    shape = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len")
+    classic = ModelConfig.classic(
+        **{name: getattr(config, name) for name in shape},
         rope_base=config.rope_base,
         softcap=config.softcap,
         norm_eps=config.norm_eps,
     )
-    off = [f for f, v in vars(wanted).items() if v != getattr(config, f) and f != "pad_vocab_to"]
-    if off or config.norm_eps is None:
-        fields = ", ".join(f"{name}={getattr(config, name)!r}" for name in off or ["norm_eps"])
-        raise ValueError(
-            f"NanoChatForCausalLM cannot express {fields}: only models of the classic preset can "
-            "be exported"
-        )
+    same = (value == getattr(config, f) for f, value in vars(classic).items() if f not in _FREE)
+    return all(same) and config.norm_eps is not None
+
+
+def _check_exportable(config: ModelConfig) -> None:
+    """ValueError for features that neither transformers nor our own modelling file has."""
+    off = {"document_start": -1, "skips": False, "attention_gate": False, "rope_factor": 1.0}
+    wrong = [f for f, value in off.items() if getattr(config, f) != value]
+    if wrong:
+        fields = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
+        raise ValueError(f"a Hugging Face folder cannot express {fields}")
+
+
+def _own_architecture(config: ModelConfig) -> dict[str, Any]:
+    """What ``config.json`` has for the modelling file that is written beside it."""
+    names = ("value_embeds", "residual_scalars", "smear", "backout", "qk_scale", "softcap")
+    return {
+        "model_type": "nanochat_ray",
+        "architectures": ["NanochatRayForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_nanochat_ray.NanochatRayConfig",
+            "AutoModelForCausalLM": "modeling_nanochat_ray.NanochatRayForCausalLM",
+        },
+        **{name: getattr(config, name) for name in (*names, "rope_base", "norm_eps")},
+        "windows": list(windows(config)),
+        "padded_vocab_size": config.padded_vocab_size,
+    }
 
 
 def export(
@@ -246,9 +268,13 @@ def export(
 
 def _write(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -> None:
     config = model.config
-    ours = model.state_dict()
+    ours, classic = model.state_dict(), _is_classic(config)
     tensors: dict[str, Tensor] = {}
-    for theirs, name in _names(config.n_layer).items():
+    if not classic:
+        tensors = {n: w.detach().to("cpu", dtype).contiguous() for n, w in ours.items()}
+        for path in _REMOTE_CODE.glob("*.py"):
+            (folder / path.name).write_bytes(path.read_bytes())
+    for theirs, name in _names(config.n_layer).items() if classic else ():
         weight = ours[name]
         if name in ("transformer.wte.weight", "lm_head.weight"):
             weight = weight[: config.vocab_size]
@@ -277,6 +303,7 @@ def _write(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -
             "dtype": str(dtype).removeprefix("torch."),
             "tokenizer_fingerprint": tokenizer.fingerprint,
             **ids,
+            **({} if classic else _own_architecture(config)),
         },
         "generation_config.json": {**ids, "eos_token_id": [end, tokenizer.bos]},
         "tokenizer.json": _tokenizer_json(tokenizer),

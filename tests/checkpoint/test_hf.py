@@ -115,10 +115,48 @@ def test_transformers_tokenizes_alike(tokenizer: Tokenizer, tmp_path: Path) -> N
         assert peer.encode(rendered, add_special_tokens=False) == render_prompt(tokenizer, messages)
 
 
-def test_a_modern_model_cannot_go_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [{}, {"window_pattern": "SL", "sequence_len": 1024}])
+def test_a_modern_model_gives_the_same_logits(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = GPT(tiny_config(vocab_size=tokenizer.vocab_size, n_layer=4, **fields)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    folder = tmp_path / "modern"
+    hf.export(model, tokenizer, folder, dtype=torch.float32)
+    peer = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=True
+    ).eval()
+    length = model.config.sequence_len
+    ids = torch.randint(0, tokenizer.vocab_size, (2, length), generator=generator)
+    with torch.no_grad():
+        ours = model(ids)
+        assert (ours - peer(ids).logits).abs().max() <= 2e-4
+        assert ours.std() > 0.1
+        # With a cache, in pieces and token by token.
+        cache, at = None, 0
+        for stop in (length // 2, length // 2 + 1, length):
+            out = peer(ids[:, at:stop], past_key_values=cache, use_cache=True)
+            assert (ours[:, at:stop] - out.logits).abs().max() <= 2e-4
+            cache, at = out.past_key_values, stop
+        written = peer.generate(ids[:1, :8], max_new_tokens=6, do_sample=False, eos_token_id=None)
+        expected = ids[:1, :8]
+        for _ in range(6):
+            expected = torch.cat((expected, model(expected)[:, -1:].argmax(-1)), dim=1)
+    assert written.tolist() == expected.tolist()
+    auto = AutoTokenizer.from_pretrained(folder)
+    assert auto.encode("Hello", add_special_tokens=False) == tokenizer.encode("Hello")
+
+
+def test_a_model_with_skips_cannot_go_out(tmp_path: Path) -> None:
     tokenizer = Tokenizer.bytes_only()
-    with pytest.raises(ValueError, match=r"cannot express value_embeds=True.*qk_scale=1\.2"):
-        hf.export(GPT(tiny_config()), tokenizer, tmp_path, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"cannot express skips=True"):
+        hf.export(GPT(tiny_config(skips=True)), tokenizer, tmp_path, dtype=torch.float32)
     assert not list(tmp_path.iterdir())
 
 
