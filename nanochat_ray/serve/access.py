@@ -85,6 +85,7 @@ class AccessLog:
                     1000 * (time.perf_counter() - start),
                     response.size,
                     own.decode(),
+                    extra={"log_to_stderr": False},  # Serve's, which would send it to the driver
                 )
 
     async def _answer(self, scope: Scope, receive: Receive, send: Any) -> None:
