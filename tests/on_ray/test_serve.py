@@ -123,7 +123,7 @@ def test_client_lists_completes_chats_and_streams(client: openai.OpenAI, url: st
     text = "".join(c.choices[0].delta.content or "" for c in chunks)
     assert text == whole.choices[0].message.content
     assert "<textarea" in httpx.get(url).text
-    with_key = {"Authorization": f"Bearer {KEY}"}
+    with_key = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     assert httpx.post(f"{url}/v1/completions", content=b"{", headers=with_key).status_code == 400
     # The key came with the deployment: no process of this Ray has it in its environment.
     assert "NANOCHAT_API_KEYS" not in os.environ
