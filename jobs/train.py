@@ -29,6 +29,7 @@ import torch
 from nanochat_ray import machine, scaling
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.checks import check_float, check_int, check_name, require
+from nanochat_ray.claim import claimed
 from nanochat_ray.cli import entry
 from nanochat_ray.config import ModelConfig, TrainConfig, to_json, with_options
 from nanochat_ray.data.shards import Manifest
@@ -377,7 +378,10 @@ def run_here(job: TrainJob, args: Args) -> dict[str, Any]:
         if rank == 0 and wanted(record, args.print_every):
             print(progress_line(record), flush=True)
 
-    with StopOnSignal() as stop:
+    root = Store.at(job.storage)
+    # Of torchrun's ranks the first claims the run for all.
+    claim = claimed(root, "runs", job.run) if rank == 0 else contextlib.nullcontext()
+    with claim as mine, StopOnSignal() as stop:
         return execute(
             job,
             rank=rank,
@@ -386,6 +390,7 @@ def run_here(job: TrainJob, args: Args) -> dict[str, Any]:
             device=device,
             report=report,
             should_stop=stop.asked.is_set,
+            may_publish=mine.check if mine is not None else lambda: None,
         )
 
 
@@ -440,7 +445,7 @@ def train(args: Args) -> int:
             print(f"memory    does not fit: {described['advice']}")
         print(json.dumps(described))
         return 0
-    check(job)
+    job = check(job)
     # A group that torchrun starts again goes on with the run that it began itself.
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         check_resume(job.storage, job.run, args.resume)

@@ -19,6 +19,7 @@ from urllib.parse import unquote
 
 import pyarrow.fs as pafs
 
+from nanochat_ray import conditional
 from nanochat_ray.checks import check_name, require, shown
 
 SCHEMES = ("file", "s3", "gs")
@@ -202,6 +203,27 @@ class Store:
 
     def write_text(self, name: str, text: str) -> None:
         self.write_bytes(name, text.encode())
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Writes a file that does not exist yet; False if it does. Of several that create one file
+        at the same time one gets True: a hard link in a folder, a conditional put elsewhere."""
+        target = self.path(name)
+        if not self.is_local:
+            return conditional.create(self.uri, name, data)
+        self.fs.create_dir(os.path.dirname(target), recursive=True)
+        aside = f"{target}.{uuid.uuid4().hex}.tmp"
+        try:
+            with open(aside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(aside, target)
+        except FileExistsError:
+            return False
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(aside)
+        return True
 
     def list(self, name: str = "") -> list[str]:
         """Names of the entries directly in a folder, sorted; none if there is no such folder."""

@@ -9,10 +9,11 @@ the input, the parameters and the seed alone.
 from __future__ import annotations
 
 import base64
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 import ray
@@ -20,6 +21,7 @@ import ray
 from nanochat_ray import scaling
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.checks import check_name
+from nanochat_ray.claim import claimed
 from nanochat_ray.data import corpus, documentation, sample, sources
 from nanochat_ray.data.holdout import Census, HoldOut
 from nanochat_ray.data.order import permute, stream
@@ -52,6 +54,7 @@ CENSUS_BYTES = 8 << 20
 it is tokenized."""
 COUNTED_BYTES = 4 << 30
 """Of more text than this, duplicates are counted in a sample of the different documents."""
+P = ParamSpec("P")
 CONVERSATIONS_PER_TASK = 2048
 _BY_INPUT = "by-input"
 """Folder beside the tokenizers: which one was trained on what input."""
@@ -97,6 +100,20 @@ def _totals(rows: Sequence[Row]) -> dict[str, Any]:
     return made
 
 
+def _claims_dataset(
+    prepare: Callable[Concatenate[str, str, P], Manifest],
+) -> Callable[Concatenate[str, str, P], Manifest]:
+    """Lets one job at a time prepare a dataset. ValueError, naming the other, if there is one."""
+
+    @functools.wraps(prepare)
+    def claiming(storage: str, name: str, /, *args: P.args, **kwargs: P.kwargs) -> Manifest:
+        check_name("dataset", name)
+        with claimed(Store.at(storage), "datasets", name):
+            return prepare(storage, name, *args, **kwargs)
+
+    return claiming
+
+
 # --- base: text ---------------------------------------------------------------------------------
 
 
@@ -135,6 +152,7 @@ def _check(sequence_len: int, vocab_size: int) -> None:
         raise ValueError(f"vocab_size={vocab_size} is not allowed: {least} or more")
 
 
+@_claims_dataset
 def prepare_base(
     storage: str,
     name: str,
@@ -403,6 +421,7 @@ def _conversations(
     return plan
 
 
+@_claims_dataset
 def prepare_sft(
     storage: str,
     name: str,

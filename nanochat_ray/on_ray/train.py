@@ -31,10 +31,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.metrics import Gauge
 
 from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.claim import check_reference, claimed
 from nanochat_ray.on_ray.feed import RankedRows, from_iterator
 from nanochat_ray.storage import Store
 from nanochat_ray.train.job import TrainJob, check, execute, open_dataset
-from nanochat_ray.train.loop import same_run
 from nanochat_ray.train.metrics import progress_line, wanted
 from nanochat_ray.train.stop import StopOnSignal
 
@@ -182,6 +182,7 @@ def _worker(values: dict[str, Any]) -> None:
             report=report,
             should_stop=should_stop,
             should_save=should_save,
+            may_publish=lambda: check_reference(values["claim"]),
         )
     ray.train.report(result)
 
@@ -207,7 +208,7 @@ def fit(
     for one that diverged, and what Ray Train raises if the workers fail more than ``max_failures``
     times (machines that Ray was told would go do not count).
     """
-    check(job)
+    job = check(job)
     check_workers(job, workers, min_workers)
     dataset, manifest, _ = open_dataset(job.storage, job.dataset)
     run = Store.at(job.storage).child("runs", job.run)
@@ -222,52 +223,55 @@ def fit(
         return {**saved["metrics"], "step": saved["step"], "done": reached() >= job.train.steps}
 
     if reached() >= job.train.steps:
-        same_run(snapshot.load_trainer(run)["train_config"], job.train)
         return result()
 
-    # The controller asks its workers this often whether they are alive, and a report waits for it.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    # Ray Train would print every line of a worker a second time.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    number: Any = (min_workers, workers) if min_workers else workers
-    flag = ray.remote(num_cpus=0)(StopFlag).remote()
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={
-            "job": job.to_json(),
-            "threads": threads,
-            "print_every": print_every,
-            "ray_data": ray_data,
-            "stop": flag,
-        },
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=120),
-        scaling_config=ScalingConfig(
-            num_workers=number,
-            use_gpu=gpus,
-            resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpus else {})},
-        ),
-        datasets={"train": lambda: ray.data.from_items([{"start": reached()}])} if ray_data else {},
-        dataset_config=RankedRows(dataset.uri, manifest, job.train) if ray_data else None,
-        run_config=RunConfig(
-            name="train",
-            storage_path=own.root,
-            storage_filesystem=None if own.is_local else own.fs,
-            failure_config=FailureConfig(max_failures=max_failures),
-            callbacks=[NoRetry()],  # type: ignore[list-item]  # ray.train shows mypy its old API
-            # Its log files have all of it; a refusal is to be one line.
-            logging_config=LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]
-        ),
-    )
-    try:
-        with _told_by_signal(flag):
-            trainer.fit()
-    except ControllerError as error:
-        # What NoRetry raised, out of the callback's own wrapping.
-        failure: BaseException = error
-        while isinstance(failure, ControllerError):
-            failure = failure.controller_failure
-        raise failure from None
-    return result()
+    with claimed(Store.at(job.storage), "runs", job.run) as claim:
+        # How often the controller asks if its workers are alive, which a report waits for.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        # Ray Train would print every line of a worker a second time.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+        number: Any = (min_workers, workers) if min_workers else workers
+        flag = ray.remote(num_cpus=0)(StopFlag).remote()
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={
+                "job": job.to_json(),
+                "threads": threads,
+                "print_every": print_every,
+                "ray_data": ray_data,
+                "stop": flag,
+                "claim": claim.reference,
+            },
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=120),
+            scaling_config=ScalingConfig(
+                num_workers=number,
+                use_gpu=gpus,
+                resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpus else {})},
+            ),
+            datasets={"train": lambda: ray.data.from_items([{"start": reached()}])}
+            if ray_data
+            else {},
+            dataset_config=RankedRows(dataset.uri, manifest, job.train) if ray_data else None,
+            run_config=RunConfig(
+                name="train",
+                storage_path=own.root,
+                storage_filesystem=None if own.is_local else own.fs,
+                failure_config=FailureConfig(max_failures=max_failures),
+                callbacks=[NoRetry()],  # type: ignore[list-item]  # ray.train shows mypy its old API
+                # Its log files have all of it; a refusal is to be one line.
+                logging_config=LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]
+            ),
+        )
+        try:
+            with _told_by_signal(flag):
+                trainer.fit()
+        except ControllerError as error:
+            # What NoRetry raised, out of the callback's own wrapping.
+            failure: BaseException = error
+            while isinstance(failure, ControllerError):
+                failure = failure.controller_failure
+            raise failure from None
+        return result()
 
 
 def check_workers(job: TrainJob, workers: int, min_workers: int) -> None:

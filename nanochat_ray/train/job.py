@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,8 +24,9 @@ from nanochat_ray.data.shards import Manifest, RowReader
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store, absolute
 from nanochat_ray.text.tokenizer import Tokenizer
-from nanochat_ray.train import hardware, loop, memory, observers, validation
+from nanochat_ray.train import hardware, identity, loop, memory, observers, validation
 from nanochat_ray.train.feed import from_shards
+from nanochat_ray.train.ranks import Ranks
 from nanochat_ray.train.samples import sampler
 from nanochat_ray.train.step import Batch
 
@@ -100,8 +101,12 @@ def check_resume(storage: str, run: str, resume: Resume) -> None:
         raise ValueError(f"resume='must', but run {run!r} has no checkpoint in {storage}")
 
 
-def check(job: TrainJob) -> None:
-    """Refuses what cannot train, before any worker starts. Raises ValueError."""
+def check(job: TrainJob) -> TrainJob:
+    """Refuses what cannot train, before any worker starts. Raises ValueError.
+
+    Returns the job with the identity of its data and parent in ``about``: all its workers, however
+    often they start, go by that.
+    """
     observers.check(wandb=job.wandb)
     dataset, manifest, tokenizer = open_dataset(job.storage, job.dataset)
     if manifest.kind != job.train.stage:
@@ -114,17 +119,29 @@ def check(job: TrainJob) -> None:
             f"vocab_size={job.model.vocab_size} does not fit dataset {job.dataset!r}, whose "
             f"tokenizer has {tokenizer.vocab_size} tokens"
         )
+    root = Store.at(job.storage)
+    run = root.child("runs", job.run)
+    about = {**job.about, **identity.describe(root, job.dataset, manifest, job.parent)}
+    name = snapshot.latest(run)
+    if name is not None:
+        identity.check_resumable(
+            run,
+            name,
+            model=job.model,
+            train=job.train,
+            tokenizer=tokenizer.fingerprint,
+            about=about,
+        )
     if job.model.sequence_len < manifest.sequence_len:
         raise ValueError(
             f"sequence_len={job.model.sequence_len} is shorter than the rows of dataset "
             f"{job.dataset!r}, {manifest.sequence_len}"
         )
-    if job.parent:
-        parent = Store.at(job.storage).child("runs", job.parent)
-        name = snapshot.latest(parent)
-        if name is None:
-            raise ValueError(f"parent={job.parent!r} has no checkpoint in {job.storage}")
-        saved = snapshot.load_config(parent, name)
+    parent_checkpoint = about.get("parent_checkpoint")
+    if job.parent and parent_checkpoint is None and name is None:
+        raise ValueError(f"parent={job.parent!r} has no checkpoint in {job.storage}")
+    if parent_checkpoint is not None:
+        saved = snapshot.load_config(root.child("runs", job.parent), parent_checkpoint)
         if saved.tokenizer != tokenizer.fingerprint:
             raise ValueError(
                 f"parent={job.parent!r} was trained with another tokenizer than dataset "
@@ -133,6 +150,7 @@ def check(job: TrainJob) -> None:
     # A damaged shard is better found now than by a worker in the middle of a run.
     RowReader(dataset, manifest, "val").check(CHECKED_BYTES)
     RowReader(dataset, manifest, "train").check(CHECKED_BYTES)
+    return replace(job, about=about)
 
 
 def execute(
@@ -146,12 +164,13 @@ def execute(
     report: Callable[[dict[str, Any]], None] = lambda record: None,
     should_stop: Callable[[], bool] = lambda: False,
     should_save: Callable[[], bool] | None = None,
+    may_publish: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Trains to the end, resuming what was begun; collective over the process group if any.
 
     ``sharing`` is the number of workers on this machine. ``batches`` replaces the plain reading
-    of shards (Ray Data does). Returns the last metrics. Raises DoesNotFitError, on every rank, if
-    one has too little memory.
+    of shards (Ray Data does); ``may_publish`` is that of ``loop.Run``. Returns the last metrics.
+    Raises DoesNotFitError, on every rank, if one has too little memory.
     """
     device = device or torch.device("cpu")
     config = job.train
@@ -164,7 +183,8 @@ def execute(
     root = Store.at(job.storage)
     model = GPT(job.model, compute_dtype=DTYPES[config.precision]).to(device)
     if job.parent:
-        saved = snapshot.load(root.child("runs", job.parent), None, optimizer=False)
+        name = job.about.get("parent_checkpoint")
+        saved = snapshot.load(root.child("runs", job.parent), name, optimizer=False)
         model.load_state_dict(saved.weights)
     else:
         model.init_weights(torch.Generator().manual_seed(config.seed))
@@ -174,6 +194,9 @@ def execute(
         model.compile_hidden()
     if batches is None:
         batches = from_shards(RowReader(dataset, manifest, "train"), config, rank, world)
+    about = job.about
+    if "dataset_digest" not in about:
+        about = about | identity.describe(root, job.dataset, manifest, job.parent)
     evaluate, bytes_per_token = validator(job, dataset, manifest, tokenizer, rank, world)
     found = hardware.detect(device)
     with observers.watching(job, rank) as observe:
@@ -196,7 +219,9 @@ def execute(
                 report=tell,
                 should_stop=should_stop,
                 should_save=should_save,
-                about={**job.about, "dataset": job.dataset, "parent": job.parent},
+                about=about,
+                ranks=Ranks(device),
+                may_publish=may_publish,
                 hardware=hardware.describe(device, config.precision),
                 peak_flops=world * found.peak(config.precision) if found else 0.0,
                 bytes_per_token=bytes_per_token,

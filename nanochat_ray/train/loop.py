@@ -8,13 +8,16 @@ steps since the last checkpoint, and those are repeated bit for bit on the same 
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanochat_ray import config as configs
+import torch
+
 from nanochat_ray import scaling
 from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.config import TrainConfig
@@ -22,22 +25,20 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.train import identity
 from nanochat_ray.train.feed import prefetched
 from nanochat_ray.train.metrics import Metrics, score
+from nanochat_ray.train.ranks import Ranks
 from nanochat_ray.train.saving import Checkpointer
-from nanochat_ray.train.step import Batch, train_step
+from nanochat_ray.train.step import Batch, split, train_step
 
+_LOG = logging.getLogger(__name__)
 MAX_SKIPPED = 5
 """Steps in a row with a gradient that is not finite before the run gives up."""
 SPIKE_WINDOW = 100
 """Steps whose gradient norms say what is usual."""
 LOOK_EVERY = 5.0
 """Seconds between two looks at whether a machine of the run will be taken away."""
-FREE = (
-    *("micro_rows", "eval_every", "eval_rows", "save_every", "keep", "keep_best"),
-    *("checkpoint_activations", "deterministic", "sample_tokens"),
-)
-"""Fields of TrainConfig that may change when a run is resumed: they do not change its steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,26 +63,16 @@ class Run:
     """Collective, with the same answer on each rank; asked after a step every ``LOOK_EVERY``
     seconds. Yes means: save now, and go on."""
     about: dict[str, Any] = field(default_factory=dict)
-    """Facts of the run that its checkpoints keep (dataset, parent run, ...)."""
+    """Facts of the run that its checkpoints keep: data and parent (``identity.describe``), ..."""
+    ranks: Ranks = field(default_factory=Ranks)
+    may_publish: Callable[[], None] = lambda: None
+    """Asked on rank 0 before anything is published; raises if another job has taken over."""
     hardware: dict[str, Any] = field(default_factory=dict)
     """What the run computes on, for its report."""
     peak_flops: float = 0.0
     """Of all workers together, for the MFU; 0 if it is not known."""
     bytes_per_token: float = 0.0
     """Of the dataset, for training's bits per byte; 0 if it is not known."""
-
-
-def same_run(old: dict[str, Any], new: TrainConfig) -> None:
-    """ValueError if a checkpoint's configuration would give other steps than ``new``."""
-    unset = configs.to_json(TrainConfig(steps=1, batch_rows=1, micro_rows=1))
-    for name, value in configs.to_json(new).items():
-        # A field that is younger than the checkpoint had its default then.
-        before = old.get(name, unset[name])
-        if name not in FREE and before != value:
-            raise ValueError(
-                f"{name}={value!r} is not what this run was started with ({before!r}): "
-                "give the same value, or another run name"
-            )
 
 
 def run(model: GPT, run: Run) -> dict[str, Any]:
@@ -93,11 +84,20 @@ def run(model: GPT, run: Run) -> dict[str, Any]:
     return _Loop(model, run).run()
 
 
+def _log_of(store: Store) -> str:
+    """metrics.jsonl, or what of it can be read: a log never blocks a run."""
+    try:
+        return store.read_bytes("metrics.jsonl").decode(errors="replace")
+    except OSError:
+        return ""
+
+
 class _Loop:
     """The state of a run between its steps."""
 
     def __init__(self, model: GPT, run: Run):
         self.model, self.spec, self.config = model, run, run.config
+        self.ranks = run.ranks
         model.checkpoint_activations = run.config.checkpoint_activations
         self.metrics = Metrics(
             flops_per_token=scaling.flops_per_token(model.config),
@@ -112,28 +112,47 @@ class _Loop:
             run.tokenizer,
             model,
             self.optimizer,
+            run.ranks,
             about=run.about,
             hardware={**run.hardware, "workers": self.optimizer.world},
         )
+        self.checkpointer.may_publish = run.may_publish
         self.skipped, self.looked, self.due = 0, time.monotonic(), False
 
     def _resume(self) -> ShardedOptimizer:
         """The optimizer, and all state as the latest snapshot has it, if there is one."""
-        store, model = self.spec.store, self.model
-        name = snapshot.latest(store)
-        saved = snapshot.load(store, name, optimizer=True) if name else None
-        if saved is not None:
-            same_run(saved.trainer["train_config"], self.config)
-            if saved.tokenizer.fingerprint != self.spec.tokenizer.fingerprint:
-                raise ValueError(f"run {store.uri} was trained with another tokenizer")
-            model.load_state_dict(saved.weights)
-            self.step = saved.step
-            if store.exists("metrics.jsonl"):
-                self.metrics.resume(store.read_text("metrics.jsonl"), before=self.step)
-        optimizer = ShardedOptimizer(model, self.config.optim, model.compute_dtype)
+        # The ranks may be quick and slow to load; from here on they are together again.
+        saved = self.ranks.together(self._load)
+        optimizer = ShardedOptimizer(self.model, self.config.optim, self.model.compute_dtype)
         if saved is not None and saved.optimizer is not None:
-            optimizer.load_state_dict(saved.optimizer)
+            state = saved.optimizer
+            self.ranks.together(lambda: optimizer.load_state_dict(state))
         return optimizer
+
+    def _load(self) -> snapshot.Snapshot | None:
+        """The checkpoint to resume from, with its weights in the model and its records read."""
+        spec, store = self.spec, self.spec.store
+        name = snapshot.latest(store)
+        notes = snapshot.skipped(store)
+        saved = None
+        if name is not None:
+            notes += identity.check_resumable(
+                store,
+                name,
+                model=self.model.config,
+                train=self.config,
+                tokenizer=spec.tokenizer.fingerprint,
+                about=spec.about,
+            )
+            saved = snapshot.load(store, name, optimizer=True)
+            where = f"checkpoint {store.child(name).uri}: weights.msgpack"
+            snapshot.load_weights(self.model, saved.weights, where)
+            self.step = saved.step
+            notes += self.metrics.resume(_log_of(store), saved.trainer, before=self.step)
+        if self.ranks.rank == 0:
+            for note in notes:
+                _LOG.warning("run %s: %s", store.uri, note)
+        return saved
 
     def run(self) -> dict[str, Any]:
         steps = self.config.steps
@@ -157,7 +176,8 @@ class _Loop:
         look = spec.should_save is not None and time.monotonic() - self.looked > LOOK_EVERY
         first = self.optimizer.rank == 0
         # What a rank alone cannot decide: each one's wish to stop, rank 0's clock and its writer.
-        flags = (spec.should_stop(), first and look, first and self.checkpointer.idle)
+        writer = self.checkpointer
+        flags = (spec.should_stop(), first and look, first and writer.idle, writer.failed)
         batch = next(batches)
         waited = time.perf_counter() - asked
         result = train_step(
@@ -169,7 +189,9 @@ class _Loop:
             clip=self._usual_norm(),
             flags=flags,
         )
-        stop, look, idle = (flag > 0 for flag in result.flags)
+        stop, look, idle, failed = (flag > 0 for flag in result.flags)
+        if failed:
+            self.checkpointer.wait()
         self.step += 1
         tokens = config.batch_rows * (batch.ids.shape[1] - 1)
         seconds = time.perf_counter() - asked
@@ -188,9 +210,53 @@ class _Loop:
         # A checkpoint that is due while the last one is still being written waits for it, without
         # holding training up; and none is begun while steps are being skipped.
         wanted = (best and config.keep_best) or (self.due and idle)
-        if last or stop or (wanted and not self.skipped):
+        if last or (wanted and not self.skipped):
+            self._check_finite(result.loss, found, batch)
+            self._save(found)
+        elif stop and not self.skipped and math.isfinite(result.loss):
             self._save(found)
         return stop and not last
+
+    def _check_finite(self, loss: float, figure: float | None, batch: Batch) -> None:
+        """FloatingPointError, on every rank, if the weights give a loss that is not finite.
+
+        ``loss`` was taken before the step. Where no validation (``figure``) has looked at the
+        weights since, the first micro-batch is run forward once more.
+        """
+
+        def check() -> None:
+            after = figure if figure is not None else self._probe(batch)
+            kind = "validation" if figure is not None else "training loss after it"
+            for name, value in (("training loss", loss), (kind, after)):
+                if not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"the run has diverged at step {self.step}: its {name} is {value}. That "
+                        f"checkpoint is not written; {self._last_checkpoint()}"
+                    )
+
+        try:
+            self.ranks.together(check)
+        except FloatingPointError:
+            self.checkpointer.finish(self.step, self.metrics)
+            raise
+
+    @torch.no_grad()
+    def _probe(self, batch: Batch) -> float:
+        device = self.optimizer.flats[0].weights.device
+        self.model.eval()
+        inputs, targets = next(split(batch, self.config.micro_rows, device))
+        loss = float(self.model.loss(inputs, targets, reduction="sum"))
+        self.model.train()
+        return loss
+
+    def _last_checkpoint(self) -> str:
+        name = snapshot.latest(self.spec.store)
+        if name is None:
+            return "there is no earlier one: train another run with lower rates or grad_clip"
+        return (
+            f"the last one, {name}, is sound: train another run with lower rates or grad_clip, "
+            "or look at it first"
+        )
 
     def _usual_norm(self) -> float:
         """What the gradient norm may be at most by the rule of spikes; 0 is anything."""
@@ -205,8 +271,7 @@ class _Loop:
             self.checkpointer.finish(self.step, self.metrics)
             raise FloatingPointError(
                 f"the gradient was not finite in {self.skipped} steps up to step {self.step} "
-                f"(loss {loss}); the last checkpoint, {snapshot.latest(self.spec.store)}, is "
-                "sound: resume from it with lower rates or grad_clip under another run name"
+                f"(loss {loss}): the run has diverged; {self._last_checkpoint()}"
             )
 
     def _validate(self) -> tuple[bool, float | None]:
@@ -218,14 +283,19 @@ class _Loop:
         seconds = time.perf_counter() - began
         record = self.metrics.add(kind="eval", step=self.step, seconds=seconds, **found)
         self.spec.report(record)
-        if self.spec.sample is not None and self.optimizer.rank == 0:
-            for prompt, text in self.spec.sample(self.model):
-                shown = {"kind": "sample", "step": self.step, "prompt": prompt, "text": text}
-                self.spec.report(self.metrics.add(**shown))
+        if self.spec.sample is not None:
+            self.ranks.first(self._sample)
         self.model.train()
         figure = score(record)
         better = figure is not None and before is not None and figure < before[1]
         return better, figure
+
+    def _sample(self) -> None:
+        """Texts for a person to read; rank 0 takes its time for them."""
+        if self.spec.sample is not None:
+            for prompt, text in self.spec.sample(self.model):
+                shown = {"kind": "sample", "step": self.step, "prompt": prompt, "text": text}
+                self.spec.report(self.metrics.add(**shown))
 
     def _save(self, found: float | None) -> None:
         stall = self.checkpointer.save(self.step, self.metrics, found)

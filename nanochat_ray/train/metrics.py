@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import time
@@ -10,6 +9,40 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanochat_ray.train.step import StepResult
+
+KEPT_NORMS = 100
+"""Gradient norms that a checkpoint keeps: what the rule of spikes looks at."""
+_NUMBERS = {
+    "train": (
+        *("loss", "grad_norm", "lr_factor", "tokens", "seconds", "data_wait", "tokens_per_s"),
+        "steps",
+    ),
+    "eval": ("seconds",),
+    "save": ("stall",),
+    "sample": (),
+}
+"""Fields of each kind of record that are numbers and that summary and report read."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, or None for what is none of ours."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or found.get("kind") not in _NUMBERS:
+        return None
+    fields = ("step", *_NUMBERS[found["kind"]])
+    if type(found.get("step")) is not int or not all(_is_number(found.get(f)) for f in fields):
+        return None
+    figures = [found[k] for k in ("bits_per_byte", "val_loss", "mfu") if k in found]
+    texts = [found.get(k) for k in ("prompt", "text")] if found["kind"] == "sample" else []
+    sound = all(map(_is_number, figures)) and all(isinstance(text, str) for text in texts)
+    return found if sound else None
 
 
 def duration(seconds: float) -> str:
@@ -40,11 +73,38 @@ class Metrics:
         self._first = self._steps = 0
         self._spent = 0.0
         self._counted = 0
+        self._norms: list[float] = []
+        self._best: tuple[int, float] | None = None
 
-    def resume(self, text: str, *, before: int) -> None:
-        """Takes the records up to step ``before``; later ones are of steps that are repeated."""
-        records = [json.loads(line) for line in text.splitlines()]
-        self.records = [r for r in records if r["step"] <= before]
+    def resume(self, text: str, trainer: dict[str, Any], *, before: int) -> list[str]:
+        """Takes the log's records up to step ``before``; later ones are of repeated steps.
+
+        What steps depend on comes from the checkpoint's ``trainer``. Returns one line if the log
+        is damaged: then curves and totals lack what cannot be read.
+        """
+        lines = text.splitlines()
+        known = [record for line in lines if (record := _record(line)) is not None]
+        self.records = [r for r in known if r["step"] <= before]
+        norms, best = trainer.get("grad_norms"), trainer.get("best")
+        if isinstance(norms, list):
+            self._norms = [float(norm) for norm in norms if _is_number(norm)]
+        else:
+            found = (r["grad_norm"] for r in self.records if r["kind"] == "train")
+            self._norms = [norm for norm in found if math.isfinite(norm)][-KEPT_NORMS:]
+        if isinstance(best, list) and len(best) == 2 and all(map(_is_number, best)):
+            self._best = (int(best[0]), float(best[1]))
+        trained = sum(r["kind"] == "train" for r in self.records)
+        if len(known) == len(lines) and trained >= before:
+            return []
+        return [
+            f"metrics.jsonl has {len(lines) - len(known)} damaged lines and {trained} of {before} "
+            "steps: curves and totals lack the rest"
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """What ``resume`` needs of a checkpoint for equal steps, whatever became of the log."""
+        best = self.best()
+        return {"grad_norms": self.grad_norms(KEPT_NORMS)[::-1], "best": list(best or ()) or None}
 
     def start_clock(self, first: int, steps: int) -> None:
         self._first, self._steps = first, steps
@@ -63,6 +123,8 @@ class Metrics:
             self._spent += seconds
             self._counted += 1
         mean = self._spent / self._counted if self._counted else seconds
+        if math.isfinite(result.grad_norm):
+            self._norms = [*self._norms[1 - KEPT_NORMS :], result.grad_norm]
         known = {}
         if self.bytes_per_token:
             known["bits_per_byte"] = result.loss / (math.log(2) * self.bytes_per_token)
@@ -86,13 +148,13 @@ class Metrics:
         )
 
     def grad_norms(self, last: int) -> list[float]:
-        """Gradient norms of the last steps that moved the weights."""
-        found = (r["grad_norm"] for r in reversed(self.records) if r["kind"] == "train")
-        return list(itertools.islice((norm for norm in found if math.isfinite(norm)), last))
+        """Gradient norms of the last steps that moved the weights, the newest first."""
+        return self._norms[::-1][:last]
 
     def best(self) -> tuple[int, float] | None:
         """Step and figure of the best validation: bits per byte, or loss where that is measured."""
         found = [(r["step"], s) for r in self.records if (s := score(r)) is not None]
+        found += [self._best] if self._best else []
         return min(found, key=lambda pair: pair[1]) if found else None
 
     def summary(self) -> dict[str, Any]:
@@ -130,7 +192,8 @@ def score(record: dict[str, Any]) -> float | None:
     """What a validation is judged by (lower is better); None for another kind of record."""
     if record["kind"] != "eval":
         return None
-    return next((record[key] for key in ("bits_per_byte", "val_loss") if key in record), None)
+    figures = (record[key] for key in ("bits_per_byte", "val_loss") if key in record)
+    return next((figure for figure in figures), None)
 
 
 def wanted(record: dict[str, Any], every: int) -> bool:

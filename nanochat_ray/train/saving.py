@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,10 @@ from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train.metrics import Metrics, to_jsonl
+from nanochat_ray.train.ranks import Ranks
 from nanochat_ray.train.report import render
+
+_LOG = logging.getLogger(__name__)
 
 
 class Checkpointer:
@@ -28,22 +32,28 @@ class Checkpointer:
         tokenizer: Tokenizer,
         model: GPT,
         optimizer: ShardedOptimizer,
+        ranks: Ranks,
         *,
         about: dict[str, Any],
         hardware: dict[str, Any],
     ):
         self.store, self.config, self.tokenizer = store, config, tokenizer
         self.model, self.optimizer = model, optimizer
-        self.about, self.hardware = about, hardware
+        self.ranks, self.about, self.hardware = ranks, about, hardware
+        self.may_publish: Callable[[], None] = lambda: None
+        """Called before anything is published; raises if this job may not (``claim``)."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     @property
     def idle(self) -> bool:
-        """Nothing is being written. Raises what the last writing raised."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.wait()
-        return self._thread is None
+        """Nothing is being written."""
+        return self._thread is None or not self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """The last writing has failed: ``wait`` raises why."""
+        return self.idle and self._error is not None
 
     def save(self, step: int, metrics: Metrics, score: float | None) -> float:
         """Starts a snapshot after ``step`` steps; returns the seconds that it held training up.
@@ -65,6 +75,7 @@ class Checkpointer:
             "train_config": configs.to_json(self.config),
             "about": self.about,
             "metrics": summary,
+            **metrics.state(),
         }
 
         def write() -> None:
@@ -78,6 +89,7 @@ class Checkpointer:
                 trainer=trainer,
                 tokenizer=self.tokenizer,
                 score=score,
+                may_publish=self.may_publish,
             )
             snapshot.prune(self.store, self.config.keep, keep_best=self.config.keep_best)
 
@@ -85,18 +97,29 @@ class Checkpointer:
         return time.perf_counter() - began
 
     def finish(self, step: int, metrics: Metrics) -> None:
-        """Waits for the last snapshot, then writes metrics and report to their end."""
+        """Waits for the last snapshot, then writes metrics and report to their end. Collective."""
         self.wait()
-        if self.optimizer.rank == 0:
-            trainer = {
-                "step": step,
-                "train_config": configs.to_json(self.config),
-                "about": self.about,
-                "metrics": metrics.summary(),
-            }
+        trainer = {
+            "step": step,
+            "train_config": configs.to_json(self.config),
+            "about": self.about,
+            "metrics": metrics.summary(),
+        }
+
+        def write() -> None:
+            self.may_publish()
             self._publish_metrics(metrics.records, trainer)
 
+        self.ranks.first(write)
+
     def _publish_metrics(self, records: list[dict[str, Any]], trainer: dict[str, Any]) -> None:
+        """Logs never block a run: what cannot be written is said, and the run continues."""
+        try:
+            self._write_metrics(records, trainer)
+        except Exception as error:
+            _LOG.warning("run %s: its log cannot be written: %s", self.store.uri, error)
+
+    def _write_metrics(self, records: list[dict[str, Any]], trainer: dict[str, Any]) -> None:
         name = self.store.root.rpartition("/")[2]
         about = {"model": configs.to_json(self.model.config), **trainer}
         self.store.write_text("metrics.jsonl", to_jsonl(records))
@@ -114,7 +137,10 @@ class Checkpointer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the snapshot under way is whole. Raises what its writing raised."""
+        """Until the snapshot under way is whole. Collective; raises what its writing raised."""
+        self.ranks.together(self._join)
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None

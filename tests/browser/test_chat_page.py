@@ -147,7 +147,7 @@ def test_errors_are_shown_and_retried(page: Page, engine: ScriptedClient) -> Non
     done(page)
     expect(page.locator(".assistant .text")).to_have_text("Hello there.")
     say(page, "x" * 3000)
-    expect(page.get_by_role("alert")).to_contain_text("longest sequence is 2048 tokens")
+    expect(page.get_by_role("alert")).to_contain_text("maximum context length is 2048 tokens")
 
 
 def test_page_asks_for_a_key(browser: Browser, engine: ScriptedClient) -> None:

@@ -1,0 +1,143 @@
+"""What makes a run one run: all that shapes its steps is compared when it is resumed.
+
+The model, the configuration of training with its optimizer, the tokenizer, the dataset by content
+and the parent's weights by content must be what they were. ``RESUMABLE_FIELDS`` lists what may
+change. A checkpoint keeps its side in config.json and, as ``about`` and ``train_config``, in
+trainer.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nanochat_ray import config as configs
+from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.config import ModelConfig, OptimConfig, TrainConfig
+from nanochat_ray.data.shards import Manifest
+from nanochat_ray.storage import Store
+
+RESUMABLE_FIELDS = {
+    "micro_rows": "how a batch is cut; its gradient is the same sum",
+    "eval_every": "when it is measured",
+    "eval_rows": "on how much it is measured",
+    "save_every": "when it is saved",
+    "keep": "how much of what was saved is kept",
+    "keep_best": "how much of what was saved is kept",
+    "checkpoint_activations": "memory against time",
+    "deterministic": "time against equal bits",
+    "sample_tokens": "texts for a person to read",
+}
+"""Fields of TrainConfig that may change when a run is resumed, and why they do not shape its steps.
+
+So may what no checkpoint holds: workers, min_workers, threads, Ray or not, print_every, tensorboard
+and wandb.
+"""
+_DIGEST = 16
+"""Digits of a digest that a message shows."""
+
+
+def describe(root: Store, dataset: str, manifest: Manifest, parent: str) -> dict[str, str]:
+    """The identity of the data and of the parent, as a checkpoint's ``about`` keeps it.
+
+    A parent without a checkpoint (any more) has neither ``parent_checkpoint`` nor
+    ``parent_digest``.
+    """
+    about = {"dataset": dataset, "dataset_digest": manifest.digest, "parent": parent}
+    if parent:
+        run = root.child("runs", parent)
+        if (name := snapshot.latest(run)) is not None:
+            about["parent_checkpoint"] = name
+            about["parent_digest"] = snapshot.weights_digest(run, name)
+    return about
+
+
+def check_resumable(
+    run: Store,
+    name: str,
+    *,
+    model: ModelConfig,
+    train: TrainConfig,
+    tokenizer: str,
+    about: Mapping[str, Any],
+) -> list[str]:
+    """Compares a checkpoint of ``run`` with what is to be trained now.
+
+    ``tokenizer`` is a fingerprint, ``about`` what ``describe`` gave. Raises ValueError, naming
+    the first field that differs and both values. Returns one line for each thing that could not
+    be compared, since an older program did not write it down.
+    """
+    saved, trainer = snapshot.load_config(run, name), snapshot.load_trainer(run, name)
+    where = f"run {run.root.rpartition('/')[2]!r}"
+    if "train_config" not in trainer:
+        raise ValueError(
+            f"{where} was not trained here but imported ({name}): it has no optimizer state to "
+            "resume from; train another run from its weights"
+        )
+    before = trainer["train_config"]
+    if not isinstance(before, dict):
+        raise ValueError(f"checkpoint {run.child(name).uri}: trainer.json has no train_config")
+    pairs = [*_fields(configs.to_json(saved.model), configs.to_json(model), {})]
+    pairs += _fields(before, configs.to_json(train), _defaults())
+    for field, old, new in pairs:
+        if field not in RESUMABLE_FIELDS and old != new:
+            raise ValueError(_refusal(where, field, old, new))
+    if saved.tokenizer != tokenizer:
+        old, new = saved.tokenizer[:_DIGEST], tokenizer[:_DIGEST]
+        raise ValueError(_refusal(where, "tokenizer", old, new))
+    known = trainer.get("about")
+    return list(_compare_about(where, known if isinstance(known, dict) else {}, about))
+
+
+def _refusal(where: str, field: str, old: object, new: object) -> str:
+    return (
+        f"{field}={configs.shortened(new)!r} is not what this run was started with "
+        f"({configs.shortened(old)!r}): give {where} the same value, or train another run"
+    )
+
+
+def _defaults() -> dict[str, Any]:
+    return configs.to_json(TrainConfig(steps=1, batch_rows=1, micro_rows=1))
+
+
+def _fields(
+    old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """(name, old value, new value) of each field, those of the optimizer among them.
+
+    A field that is younger than the checkpoint had its default then.
+    """
+    for name, value in new.items():
+        before = old.get(name, defaults.get(name))
+        if isinstance(value, Mapping):
+            known = before if isinstance(before, Mapping) else {}
+            yield from _fields(known, value, configs.to_json(OptimConfig()))
+        else:
+            yield name, before, value
+
+
+def _compare_about(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Data and parent: by content where both sides know it, else by name."""
+    for kind in ("dataset", "parent"):
+        then, now = old.get(kind), new.get(kind, "")
+        digest, digest_now = old.get(f"{kind}_digest"), new.get(f"{kind}_digest")
+        if then is None:
+            yield f"{where}: its checkpoint does not name its {kind}: {kind}={now!r} not compared"
+        elif digest and digest_now:
+            if digest != digest_now:
+                before = _named(then, old.get(f"{kind}_checkpoint"), digest)
+                after = _named(now, new.get(f"{kind}_checkpoint"), digest_now)
+                raise ValueError(
+                    f"{kind}={now!r} ({after}) is not what this run was started with ({before}): "
+                    f"give {where} the same content, or train another run"
+                )
+        elif then != now:
+            raise ValueError(_refusal(where, kind, then, now))
+        elif now:
+            side = "its checkpoint does not say what was in" if not digest else "there is no more"
+            yield f"{where}: {side} {kind} {now!r}: content not compared"
+
+
+def _named(name: str, checkpoint: str | None, digest: str) -> str:
+    at = f"{name!r} at {checkpoint}" if checkpoint else f"{name!r}"
+    return f"{at}, content {digest[:_DIGEST]}"

@@ -1,0 +1,126 @@
+"""A run or a dataset has one writer at a time; a writer that is gone loses its claim."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nanochat_ray import claim
+from nanochat_ray.claim import ClaimLostError, Owner, acquire, claimed
+from nanochat_ray.storage import Store
+
+
+def test_second_writer_is_refused_by_name(root: Store) -> None:
+    with (
+        claimed(root, "runs", "base"),
+        pytest.raises(ValueError, match=r"runs/base of .* is in use: process \d+ on "),
+    ):
+        acquire(root, "runs", "base")
+    acquire(root, "runs", "base").release()  # given back
+
+
+def test_names_and_kinds_do_not_disturb_each_other(root: Store) -> None:
+    with claimed(root, "runs", "a"), claimed(root, "runs", "b"), claimed(root, "datasets", "a"):
+        pass
+
+
+def test_one_of_many_gets_the_claim(root: Store) -> None:
+    outcomes: list[str] = []
+    barrier = threading.Barrier(8)
+
+    def work() -> None:
+        barrier.wait()
+        try:
+            acquire(root, "runs", "base")
+            outcomes.append("taken")
+        except ValueError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count("taken") == 1
+    assert len(outcomes) == 8
+
+
+def test_dead_owner_loses_its_claim_at_once(root: Store) -> None:
+    program = (
+        "import os, sys; from nanochat_ray.claim import acquire; "
+        "from nanochat_ray.storage import Store; "
+        "acquire(Store.at(sys.argv[1]), 'runs', 'base'); os._exit(9)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, root.uri], check=False)
+    assert done.returncode == 9
+    acquire(root, "runs", "base").release()
+
+
+def test_owner_that_was_taken_over_may_not_publish(
+    root: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = acquire(root, "runs", "base")
+    mine.check()
+    monkeypatch.setattr(Owner, "is_dead", property(lambda self: True))
+    other = acquire(root, "runs", "base")
+    with pytest.raises(ClaimLostError, match="another job has taken over runs/base"):
+        mine.check()
+    other.check()
+    mine.release()  # leaves the other's alone
+    other.check()
+    other.release()
+
+
+def test_silent_owner_of_another_machine_is_waited_for(
+    root: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "LEASE", 0.3)
+    first = acquire(root, "runs", "base")
+    first._over.set()  # it does not renew any more
+    first._thread.join()
+    away = replace(first.owner, machine="another", host="another")
+    first._write(away)
+    acquire(root, "runs", "base").release()
+
+
+def test_living_owner_of_another_machine_is_respected(
+    root: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "LEASE", 20.0)
+    monkeypatch.setattr(claim, "RENEW_EVERY", 0.05)
+    monkeypatch.setattr(claim.time, "sleep", lambda seconds: threading.Event().wait(0.1))
+    owner = replace(Owner.here("abc"), machine="another", host="another")
+    folder = root.child("claims", "runs", "base")
+    folder.create("00000001.json", json.dumps(owner.__dict__).encode())
+    living = claim.Claim(folder, 1, owner, "runs/base")
+    with pytest.raises(ValueError, match=r"in use: process .* on another"):
+        acquire(root, "runs", "base")
+    living.release()
+
+
+@pytest.mark.parametrize("where", ["folder", "s3"])
+def test_only_one_creates_a_file(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    uri = str(tmp_path / "a b?#%é") if where == "folder" else request.getfixturevalue("s3")
+    store = Store.at(uri).child("claims-test")
+    results: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda i=i: results.append(store.create("x.json", b"%d" % i)))
+        for i in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [False] * 5 + [True]
+    content = store.read_bytes("x.json")
+    assert not store.create("x.json", b"later")
+    assert store.read_bytes("x.json") == content
+    assert store.list() == ["x.json"]

@@ -1,0 +1,188 @@
+"""A run has one identity: what shapes its steps stays as it was begun; what does not may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_config, write_dataset
+
+from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.claim import ClaimLostError
+from nanochat_ray.config import OptimConfig, TrainConfig
+from nanochat_ray.storage import Store
+from nanochat_ray.train.job import TrainJob, check, execute
+
+TRAIN = TrainConfig(
+    steps=4,
+    batch_rows=4,
+    micro_rows=2,
+    save_every=2,
+    eval_every=100,
+    eval_rows=4,
+    sample_tokens=0,
+    precision="fp32",
+    keep=9,
+)
+
+
+def job(root: Store, **changes: Any) -> TrainJob:
+    """Fields of the job, or of its ``train`` and ``model`` as ``train__x`` and ``model__x``."""
+    inner: dict[str, dict[str, Any]] = {"train": {}, "model": {}}
+    for name in [name for name in changes if "__" in name]:
+        part, _, field = name.partition("__")
+        inner[part][field] = changes.pop(name)
+    fields: dict[str, Any] = {
+        "storage": root.uri,
+        "dataset": "base",
+        "run": "run",
+        "model": tiny_config(**inner["model"]),
+        "train": dataclasses.replace(TRAIN, **inner["train"]),
+    }
+    return TrainJob(**fields | changes)
+
+
+@pytest.fixture
+def begun(root: Store) -> Store:
+    """A root with a run that stopped after 2 of its 4 steps."""
+    write_dataset(root, "base")
+    stops = iter([False, True])
+    execute(check(job(root)), should_stop=lambda: next(stops, True))
+    assert snapshot.latest(root.child("runs", "run")) == "step-000002"
+    return root
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"model__softcap": 1.0}, "softcap"),
+        ({"model__rope_base": 500.0}, "rope_base"),
+        ({"model__dropout": 0.3}, "dropout"),
+        ({"model__skips": True}, "skips"),
+        ({"model__n_layer": 3}, "n_layer"),
+        ({"train__steps": 5}, "steps"),
+        ({"train__batch_rows": 2}, "batch_rows"),
+        ({"train__seed": 1}, "seed"),
+        ({"train__precision": "bf16"}, "precision"),
+        ({"train__optim": OptimConfig(momentum=0.5)}, "momentum"),
+    ],
+)
+def test_what_shapes_steps_is_refused(begun: Store, changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{field}=.* is not what this run was started with \("):
+        check(job(begun, **changes))
+    with pytest.raises(ValueError, match=rf"^{field}="):
+        execute(job(begun, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__micro_rows": 1},
+        {"train__save_every": 3},
+        {"train__eval_every": 1},
+        {"train__keep": 1},
+        {"train__sample_tokens": 2},
+        {"train__checkpoint_activations": True},
+    ],
+)
+def test_what_does_not_shape_steps_may_change(begun: Store, changes: dict[str, Any]) -> None:
+    assert execute(check(job(begun, **changes)))["done"]
+
+
+def test_other_data_is_refused_by_content(begun: Store) -> None:
+    write_dataset(begun, "copy")
+    check(job(begun, dataset="copy"))  # the same rows under another name
+    write_dataset(begun, "other", seed=1)
+    with pytest.raises(ValueError, match=r"^dataset='other' \(.*content [0-9a-f]{16}\) is not"):
+        check(job(begun, dataset="other"))
+    write_dataset(begun, "base", seed=1)  # prepared again, of other text
+    with pytest.raises(ValueError, match=r"^dataset='base' \(.*content"):
+        check(job(begun))
+
+
+def test_other_parents_are_refused_by_content(root: Store) -> None:
+    write_dataset(root, "base")
+    write_dataset(root, "sft", "sft")
+    for run, seed in (("one", 0), ("two", 1)):
+        execute(check(job(root, run=run, train__seed=seed)))
+    child = job(root, run="chat", dataset="sft", parent="one", train__stage="sft")
+    assert execute(check(child))["done"]
+    check(child)
+    with pytest.raises(ValueError, match=r"^parent='two' \('two' at step-000004, content"):
+        check(dataclasses.replace(child, parent="two"))
+    root.delete("runs/one")  # a parent that is gone keeps nobody from resuming
+    check(child)
+
+
+def test_older_checkpoints_resume_with_a_note(
+    begun: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = snapshot.load_trainer
+
+    def older(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        trainer = real(*args, **kwargs)
+        return {**trainer, "about": {"dataset": "base", "parent": ""}}
+
+    monkeypatch.setattr(snapshot, "load_trainer", older)
+    assert execute(check(job(begun)))["done"]
+    assert "its checkpoint does not say what was in dataset 'base'" in caplog.text
+
+
+def test_divergence_in_the_last_step_is_no_checkpoint(
+    begun: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanochat_ray.optim import sharded
+
+    real = sharded.FlatGroup.update
+    calls = []
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        calls.append(self)
+        if len(calls) > len({id(group) for group in calls}):  # the second and last step
+            self.weights.fill_(math.nan)
+
+    monkeypatch.setattr(sharded.FlatGroup, "update", poisoned)
+    with pytest.raises(FloatingPointError, match=r"diverged at step 4: .* nan.*step-000002"):
+        execute(check(job(begun)))
+    run = begun.child("runs", "run")
+    assert snapshot.latest(run) == "step-000002"
+    assert not run.exists("step-000004/manifest.json")
+
+
+@pytest.mark.parametrize("damage", [None, "", "step-000099\n", "no such name"])
+def test_newest_complete_checkpoint_wins(begun: Store, damage: str | None) -> None:
+    run = begun.child("runs", "run")
+    run.delete("latest")
+    if damage is not None:
+        run.write_text("latest", damage)
+    (Path(run.root) / "step-000002-good").mkdir()
+    (Path(run.root) / "step-000009").mkdir()  # one that was never finished
+    run.write_text("metrics.jsonl", '{"kind": "train", "st')
+    assert snapshot.latest(run) == "step-000002"
+    first: list[dict[str, Any]] = []
+    assert execute(check(job(begun)), report=first.append)["done"]
+    assert first[0]["step"] == 3
+    assert snapshot.latest(run) == "step-000004"
+    assert (Path(run.root) / "step-000002-good").is_dir()
+
+
+def test_job_that_was_taken_over_publishes_nothing(begun: Store) -> None:
+    def lost() -> None:
+        raise ClaimLostError("another job has taken over")
+
+    with pytest.raises(ClaimLostError):
+        execute(check(job(begun)), may_publish=lost)
+    assert snapshot.latest(begun.child("runs", "run")) == "step-000002"
+
+
+def test_resumed_run_equals_one_that_was_not_stopped(begun: Store) -> None:
+    execute(check(job(begun)))
+    execute(check(job(begun, run="whole")))
+    runs = (snapshot.load(begun.child("runs", r), optimizer=False) for r in ("run", "whole"))
+    one, other = (saved.weights for saved in runs)
+    assert all(torch.equal(one[name], other[name]) for name in other)
