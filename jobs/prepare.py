@@ -78,13 +78,17 @@ class Args:
         require(all(self.text), "text", self.text, "files, folders, globs or URIs")
 
 
+MAX_CONVERSATIONS = 100_000_000
+
+
 def mixture(tasks: tuple[str, ...]) -> list[tuple[str, int]]:
     found = []
     for task in tasks:
         name, mark, count = task.rpartition(":")
-        if not mark or not count.isdecimal() or int(count) < 1:
+        if not mark or not count.isdecimal() or not 1 <= int(count[:12]) <= MAX_CONVERSATIONS:
             raise ValueError(
-                f"tasks={task!r} is not allowed: write task:count, for example gsm8k:5000"
+                f"tasks={task!r:.80} is not allowed: write task:count, for example gsm8k:5000, "
+                f"with a count up to {MAX_CONVERSATIONS:,}"
             )
         found.append((name, int(count)))
     if not found:

@@ -25,7 +25,7 @@ import ray
 from ray import serve
 
 from nanochat_ray.checkpoint import snapshot
-from nanochat_ray.checks import check_float, check_int, check_name, check_port
+from nanochat_ray.checks import check_float, check_int, check_name, check_port, require
 from nanochat_ray.cli import entry
 from nanochat_ray.config import EngineConfig, Precision, with_options
 from nanochat_ray.machine import engine_threads, in_thread_that_ends
@@ -105,6 +105,10 @@ class Args:
             check_int(name, getattr(self, name), least, 1 << 30)
         check_float("gpus", self.gpus)
         check_float("request_timeout_s", self.request_timeout_s)
+        if self.gpus and not self.ray:
+            import torch
+
+            require(torch.cuda.is_available(), "gpus", self.gpus, "this machine has no CUDA device")
 
 
 def config_of(args: Args) -> ServeConfig:

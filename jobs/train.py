@@ -147,6 +147,8 @@ class Args:
         ):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least, MAX_INT)
+        allowed = f"up to the {self.workers} workers"
+        require(self.min_workers <= self.workers, "min_workers", self.min_workers, allowed)
         for name in ("ratio", "epochs", "lr_scale"):
             if getattr(self, name) is not None:
                 check_float(name, getattr(self, name), above=True)

@@ -54,6 +54,7 @@ BAD_FLAGS = {
         ("--worker 3", "unknown argument '--worker 3'"),
         ("base", "unknown argument 'base'"),
         ("--min-workers -1", "min_workers=-1"),
+        ("--min-workers 3 --workers 2", "min_workers=3"),
         ("--threads 0", "threads=0"),
         ("--tokens -5", "tokens=-5"),
         ("--tokens 1e6", "--tokens='1e6'"),
@@ -117,6 +118,7 @@ BAD_FLAGS = {
         ("--stage sft --tokenizer ../x", "tokenizer='../x'"),
         ("--stage sft --tasks chain_sum", "tasks='chain_sum'"),
         ("--stage sft --tasks chain_sum:0", "tasks='chain_sum:0'"),
+        ("--stage sft --tasks chain_sum:99999999999999", "with a count up to 100,000,000"),
         ("--stage sft --tasks", "tasks is empty"),
         ("--stage pretrain", "--stage='pretrain'"),
     ],
@@ -142,6 +144,7 @@ BAD_FLAGS = {
         ("--precision int8", "--precision='int8'"),
     ],
     "serve": [
+        ("--no-ray --gpus 1", "gpus=1.0 is not allowed: this machine has no CUDA device"),
         ("--port 99999", "port=99999 is not allowed: a whole number from 1 to 65535"),
         ("--port 0", "port=0"),
         ("--port http", "--port='http'"),
