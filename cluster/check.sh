@@ -34,13 +34,14 @@ say "kernels for this $(uname -m): $(python -m nanochat_ray.engine.kernels)"
 status=0
 say "tests without Ray and browser"
 pytest -n 2 --durations=12 -m "not ray and not browser" || status=1
-# The engine again with less than this processor has, as other CPUs will run it.
+# What rests on the kernels again with less than this processor has, as other CPUs will run it.
+KERNELS=(tests/engine/test_{engine,isolation,kernels,linear,native,paged,prompt_logprobs}.py)
 for level in $(python -m nanochat_ray.engine.kernels | cut -d" " -f2-) torch; do
   say "tests of the engine, with NANOCHAT_KERNELS=$level"
-  NANOCHAT_KERNELS="$level" pytest -n 2 tests/engine || status=1
+  NANOCHAT_KERNELS="$level" pytest -n 2 "${KERNELS[@]}" || status=1
 done
 say "tests of the engine, without a C compiler"
-CC=/none/cc pytest -n 2 tests/engine || status=1
+CC=/none/cc pytest -n 2 "${KERNELS[@]}" || status=1
 say "tests with Ray or a browser"
 pytest --durations=12 -m "ray or browser" || status=1
 exit "$status"
