@@ -125,13 +125,15 @@ job() {  # NAME COMMAND...: one Ray job, what it prints here, and all of it in i
 
 done_run() {  # NAME: true if that run has reached its last step
   python - "$STORAGE" "$1" <<'PY'
-import json, sys
+import sys
+from nanochat_ray.checkpoint import snapshot
 from nanochat_ray.storage import Store
 
 run = Store.at(sys.argv[1]).child("runs", sys.argv[2])
-if not run.exists("latest"):
+name = snapshot.latest(run)
+if name is None:
     sys.exit(1)
-trainer = json.loads(run.read_text(run.read_text("latest").strip() + "/trainer.json"))
+trainer = snapshot.load_trainer(run, name)
 sys.exit(trainer["step"] < trainer["train_config"]["steps"])
 PY
 }

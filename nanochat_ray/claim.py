@@ -36,8 +36,11 @@ RENEW_EVERY = 5.0
 _LOG = logging.getLogger(__name__)
 
 
-class ClaimLostError(RuntimeError):
-    """Another job has taken over what this one was writing."""
+class ClaimLostError(ValueError):
+    """Another job has taken over what this one was writing.
+
+    A ValueError, so that it ends a job with one line, on all its ranks, and restarts nothing.
+    """
 
 
 def machine_id() -> str:

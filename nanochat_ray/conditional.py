@@ -8,23 +8,21 @@ import obstore
 from obstore.store import GCSStore, S3Store
 
 
-def create(uri: str, name: str, data: bytes) -> bool:
-    """Puts ``data`` at ``name`` below ``uri`` (s3 or gs); False if something is there already.
+def create(scheme: str, path: str, options: str, name: str, data: bytes) -> bool:
+    """Puts ``data`` at ``name`` below ``path`` (bucket and prefix); False if something is there.
 
-    Credentials come from the environment, as pyarrow takes them.
+    The first three are what ``storage.split_uri`` gives. Credentials come from the environment.
     """
-    base, _, query = uri.partition("?")
-    scheme, _, path = base.partition("://")
     bucket, _, prefix = path.partition("/")
     key = "/".join(part for part in (prefix.strip("/"), name) if part)
-    store = _s3(bucket, dict(parse_qsl(query))) if scheme == "s3" else GCSStore(bucket)
+    store = _s3(bucket, dict(parse_qsl(options))) if scheme == "s3" else GCSStore(bucket)
     try:
         obstore.put(store, key, data, mode="create")
     except obstore.exceptions.AlreadyExistsError:
         return False
     except obstore.exceptions.BaseError as error:
         reason = str(error).partition("\n")[0]
-        raise OSError(f"storage {uri}: {name} cannot be written: {reason}") from None
+        raise OSError(f"storage {scheme}://{path}: {name} cannot be written: {reason}") from None
     return True
 
 

@@ -209,7 +209,7 @@ class Store:
         at the same time one gets True: a hard link in a folder, a conditional put elsewhere."""
         target = self.path(name)
         if not self.is_local:
-            return conditional.create(self.uri, name, data)
+            return conditional.create(*split_uri(self.uri), name, data)
         self.fs.create_dir(os.path.dirname(target), recursive=True)
         aside = f"{target}.{uuid.uuid4().hex}.tmp"
         try:

@@ -349,7 +349,10 @@ class _Reader:
         """The model with its weights, in training's float32."""
         weights = self.tensors("weights.msgpack")
         _check_size(self._where("config.json"), config, weights)
-        model = GPT(config, compute_dtype=dtype)
+        try:
+            model = GPT(config, compute_dtype=dtype)
+        except (ArithmeticError, RuntimeError) as error:  # values that no model can have
+            raise ValueError(f"{self._where('config.json')} makes no model: {error}") from None
         load_weights(model, weights, self._where("weights.msgpack"))
         return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,6 +16,7 @@ from nanochat_ray.on_ray.mapping import Row, mapped, say
 from nanochat_ray.storage import Store
 
 SPLITS: tuple[Split, ...] = ("train", "val")
+_SHARD = re.compile(r"[0-9a-f]{12}-(train|val)-\d{5}\.arrow")
 SHARD_BYTES = 64 << 20
 """What a shard is to have, about."""
 CHECKED_BYTES = 512 << 20
@@ -83,7 +85,7 @@ def publish(
     """Gathers the shards from ``parts`` (files of ``dataset``'s folder ``parts``), in parallel.
 
     Returns ``draft`` with the shards in it; once that is written, the dataset is the new one, and
-    what the manifest does not name is cleared away. Raises ValueError if a split has no row.
+    shards that the manifest does not name are cleared away. Raises ValueError if a split is empty.
     """
     for split in SPLITS:
         if not parts[split]:
@@ -111,8 +113,9 @@ def publish(
         splits[split] = [shard for shard in found if shard.rows]
     manifest = replace(draft, splits=splits)
     dataset.write_text("manifest.json", manifest.to_json())
-    named = {shard.name for shards in splits.values() for shard in shards} | {"manifest.json"}
+    named = {shard.name for shards in splits.values() for shard in shards}
     for name in dataset.list():
-        if name not in named:
+        # Only what a preparation wrote: what people put beside it is theirs.
+        if name == "parts" or (_SHARD.fullmatch(name) and name not in named):
             dataset.delete(name)
     return manifest

@@ -242,7 +242,8 @@ def fit(
                 "stop": flag,
                 "claim": claim.reference,
             },
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=120),
+            # Long enough for data that stalls: a dead worker is noticed by its connections.
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=1800),
             scaling_config=ScalingConfig(
                 num_workers=number,
                 use_gpu=gpus,

@@ -85,9 +85,11 @@ def test_broken_requests_break_nothing() -> None:
     limits = Limits(max_body_bytes=20_000, max_choices=8)
     with serving(build_app(local, TOK, "tiny", local.max_len, limits=limits)) as url:
         seen = asyncio.run(fuzz(url, COUNT // 2, 1))
+        # The same again needs no more memory: caches and pools are filled.
+        asyncio.run(fuzz(url, COUNT // 4, 2))
         gc.collect()
         before = process.memory_info().rss
-        for status, count in asyncio.run(fuzz(url, COUNT - COUNT // 2, 2)).items():
+        for status, count in asyncio.run(fuzz(url, COUNT // 4, 2)).items():
             seen[status] = seen.get(status, 0) + count
         gc.collect()
         assert process.memory_info().rss - before < (64 << 20)
@@ -97,8 +99,8 @@ def test_broken_requests_break_nothing() -> None:
     local.close()
     local.engine.check_integrity()
     print(dict(sorted(seen.items())))
-    assert seen[200] > COUNT // 20
-    assert seen[400] > COUNT // 4
+    assert seen[200] > COUNT // 25
+    assert seen[400] > COUNT // 5
 
 
 def test_steady_streams_outlive_broken_requests() -> None:
