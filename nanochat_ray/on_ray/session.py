@@ -28,7 +28,7 @@ def connect() -> None:
     """
     global _started_here
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS", "")
+        address = cluster_address()
         if address.startswith("http"):
             raise ValueError(
                 f"RAY_ADDRESS={address!r} is a dashboard, which takes submitted jobs only: "
@@ -53,10 +53,20 @@ def connect() -> None:
     quiet_data()
 
 
+def _is_job() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def cluster_address() -> str:
+    """RAY_ADDRESS; in a job of ``cluster/local.sh``'s cluster the address of that one. Ray tells a
+    job the address in /tmp/ray/ray_current_cluster, which is the machine's latest cluster's."""
+    own = os.environ.get("NANOCHAT_RAY_ADDRESS", "") if _is_job() else ""
+    return own or os.environ.get("RAY_ADDRESS", "")
+
+
 def joins_cluster() -> bool:
     """Whether ``connect`` joins a cluster that runs; else it starts one."""
-    named = os.environ.get("RAY_ADDRESS", "") not in ("", "local")
-    return named or ray.is_initialized() or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return cluster_address() not in ("", "local") or ray.is_initialized() or _is_job()
 
 
 def _resolved(address: str) -> str:

@@ -127,8 +127,14 @@ def test_duplicates_and_bad_lines_are_counted(
     ]
     lines[10] = "{"
     lines[20] = json.dumps({"body": None})
-    (tmp_path / "notes.jsonl").write_text("\n".join(lines))
-    wanted = {"text": [str(tmp_path)], "vocab_size": 300, "sequence_len": 32, "text_column": "body"}
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "notes.jsonl").write_text("\n".join(lines))
+    wanted = {
+        "text": [str(tmp_path / "text")],
+        "vocab_size": 300,
+        "sequence_len": 32,
+        "text_column": "body",
+    }
     with pytest.raises(ValueError, match=r"notes\.jsonl, line 11: not a JSON object"):
         prepare_base(root.uri, "notes", **wanted)
     manifest = prepare_base(root.uri, "notes", **wanted, skip_bad=True)

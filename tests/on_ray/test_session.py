@@ -70,3 +70,15 @@ def test_a_cluster_that_is_gone_is_named_soon(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv("RAY_ADDRESS", address)
         with pytest.raises(ValueError, match="RAY_ADDRESS="):
             session.connect()
+
+
+def test_a_job_joins_the_cluster_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ray names the machine's latest cluster to a job, whichever cluster runs it.
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("NANOCHAT_RAY_ADDRESS", "127.0.0.1:2")
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert session.cluster_address() == "127.0.0.1:1"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert session.cluster_address() == "127.0.0.1:2"
+    monkeypatch.delenv("NANOCHAT_RAY_ADDRESS")
+    assert session.cluster_address() == "127.0.0.1:1"
