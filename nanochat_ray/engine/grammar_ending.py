@@ -83,8 +83,8 @@ class Ending:
 
     @property
     def free(self) -> int:
-        """Tokens that may be taken before the next look."""
-        return 0 if self.path is not None else max(0, self._left - self._next_look)
+        """Draft tokens that may be taken before the next look; one more is chosen behind them."""
+        return 0 if self.path is not None else max(0, self._left - self._next_look - 1)
 
     @property
     def _left(self) -> int:
@@ -95,9 +95,12 @@ class Ending:
         self._num_tokens += 1
         self.quotes = self.quotes.after(self.preferences.tokens[token])
         if self.path is not None:
-            del self.path[:1]
-        else:
-            self.look(matcher)
+            if self.path and self.path[0] == token:
+                del self.path[0]
+                return
+            # Chosen behind draft tokens, before the path was known: look again from here.
+            self.path, self._next_look = None, self._left
+        self.look(matcher)
 
     def look(self, matcher: llguidance.LLMatcher) -> None:
         """Decides, if it is time to, whether the answer is held to its end from here."""

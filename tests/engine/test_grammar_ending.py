@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 from engine_kit import ask, finish, make_engine, make_model, tokens
 
+from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.text.tokenizer import Tokenizer
 
 TOK = Tokenizer.bytes_only()
@@ -79,6 +80,19 @@ def test_closing_is_the_same_when_an_answer_moves() -> None:
         params = {"temperature": 5.0, "seed": 0, "max_tokens": 70, "eos_ids": (TOK.bos,)}
         engine.add(ask("a", [1, 2, 3], whole[:at], grammar=grammar, **params))
         assert whole[:at] + tokens(finish(engine)["a"]) == whole
+
+
+def test_token_beside_the_path_is_followed_too() -> None:
+    grammars = Grammars(TOK.byte_table(), TOK.vocab_size)
+    state = grammars.start({"json_schema": {"type": "string"}}, [TOK.bos], TOK.encode('"abc'), 40)
+    assert state.closing is not None
+    while state.closing.path is None:
+        state.feed(TOK.encode("x"))
+    state.feed(TOK.encode("yz"))  # not what the path says
+    assert state.error is None
+    while state.closing.path:
+        state.feed(state.closing.path[:1])
+    assert state.matcher.is_accepting()
 
 
 def test_limit_too_small_for_any_end_is_no_error() -> None:
