@@ -214,7 +214,7 @@ def serve_here(config: ServeConfig, args: Args) -> None:
         tool, table = calculator_tool(tokenizer), tokenizer.byte_table()
         return Engine(model.eval(), config.engine, tool, table), tokenizer
 
-    http_server.bind(args.host, args.port).close()  # before a model is loaded in vain
+    http_server.bind(args.host, args.port).close()  # before the model is loaded
     engine, tokenizer = in_thread_that_ends(load)
     client = LocalClient(engine)
     print(f"the engine computes with {engine.runner.kernels}", flush=True)

@@ -31,7 +31,7 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "linear.
 HEADERS = (Path(__file__).with_name("registers.h"),)
 HEAD_MULTIPLE = 16
 TILE_QUERIES = 8
-"""To a key/value head, that read its keys together: the rows of a prompt, or of guesses."""
+"""To a key/value head, that read its keys together: the rows of a prompt, or of draft tokens."""
 COMPILE_SECONDS = 60
 CPUINFO = Path("/proc/cpuinfo")
 OPTIONS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")

@@ -229,7 +229,7 @@ def test_guesses_save_steps_where_a_text_repeats_itself() -> None:
         steps.append(single.stats().steps)
     assert want[0] == want[1]
     if single.stats().kernels != "torch":
-        assert logprobs[0] == logprobs[1]  # to the bit
+        assert logprobs[0] == logprobs[1]  # bitwise
     assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
     assert steps[1] < steps[0] / 2
 
