@@ -126,14 +126,14 @@ job() {  # NAME COMMAND...: one Ray job, what it prints here, and all of it in i
 done_run() {  # NAME: true if that run has reached its last step
   python - "$STORAGE" "$1" <<'PY'
 import sys
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.storage import Store
 
 run = Store.at(sys.argv[1]).child("runs", sys.argv[2])
-name = snapshot.latest(run)
+name = checkpoint.latest(run)
 if name is None:
     sys.exit(1)
-trainer = snapshot.load_trainer(run, name)
+trainer = checkpoint.load_trainer(run, name)
 sys.exit(trainer["step"] < trainer["train_config"]["steps"])
 PY
 }

@@ -60,7 +60,7 @@ class Args:
     """Checkout of nanochat; without it only AdamW and ours are compared."""
     depth: int = 4
     width: int = 128
-    batch_rows: int = 4
+    global_batch_size: int = 4
     steps: int = 400
     """AdamW's horizon; that of each run of the ablation."""
     what: Literal["learn", "ablation", "extension"] = "learn"
@@ -73,14 +73,22 @@ class Args:
     seeds: int = 3
     jobs: int = 2
     """Runs at a time, one thread each."""
-    eval_rows: int = 96
+    eval_sequences: int = 96
     child: str = ""
     """Internal: one run, as JSON."""
 
     def __post_init__(self) -> None:
         for name in self.datasets:
             check_name("datasets", name)
-        for name in ("depth", "width", "batch_rows", "steps", "seeds", "jobs", "eval_rows"):
+        for name in (
+            "depth",
+            "width",
+            "global_batch_size",
+            "steps",
+            "seeds",
+            "jobs",
+            "eval_sequences",
+        ):
             check_int(name, getattr(self, name), 1)
         for share in (self.tuned_at, *self.horizons):
             check_float("horizons", share, 0, 1, above=True)
@@ -104,8 +112,8 @@ class Bench:
             steps=max(1, round(a.steps * share)),
             depth=a.depth,
             width=a.width,
-            batch_rows=a.batch_rows,
-            eval_rows=a.eval_rows,
+            global_batch_size=a.global_batch_size,
+            eval_sequences=a.eval_sequences,
             nanochat=str(a.nanochat or ""),
         )
 
@@ -232,10 +240,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "one key/value head": {"model": {"n_kv_head": 1}},
     "Newton-Schulz": {"optim": {"orthogonalizer": "newton_schulz"}},
     "no NorMuon": {"optim": {"normuon": False}},
-    "no equilibration": {"optim": {"equilibrate": False}},
+    "no equilibration": {"optim": {"row_normalize": False}},
     "cautious decay": {"optim": {"cautious": True}},
     "no decay": {"optim": {"weight_decay": 0.0}},
-    "warm-down 0.5": {"optim": {"warmdown": 0.5}},
+    "warmdown 0.5": {"optim": {"warmdown_ratio": 0.5}},
 }
 
 
@@ -302,7 +310,9 @@ def extension(args: Args) -> dict[str, Any]:
     _, manifest, _ = open_dataset(args.storage, dataset)
     plain = bench.trial(dataset, "ours", 1.0, 0, 1.0)
     quarter = manifest.sequence_len // 4
-    found = apart(dataclasses.replace(plain, row_tokens=quarter, batch_rows=4 * args.batch_rows))
+    found = apart(
+        dataclasses.replace(plain, row_tokens=quarter, global_batch_size=4 * args.global_batch_size)
+    )
     print(
         f"trained at {quarter}: {found['bits_per_byte']:.4f} bits per byte within; tokens "
         f"{quarter} to {manifest.sequence_len}: {found['beyond_plain']:.4f} as it is, "

@@ -38,8 +38,8 @@ class Trial:
     steps: int
     depth: int
     width: int
-    batch_rows: int
-    eval_rows: int
+    global_batch_size: int
+    eval_sequences: int
     nanochat: str = ""
     row_tokens: int = 0
     """Train on the first tokens of each row only; 0 takes all."""
@@ -66,14 +66,14 @@ def build(trial: Trial, vocab_size: int, length: int) -> tuple[GPT, TrainConfig]
     config = shape(trial, vocab_size, length)
     model = GPT(config, DTYPES["bf16"])
     model.init_weights(torch.Generator().manual_seed(trial.seed))
-    batch = trial.batch_rows * length
+    batch = trial.global_batch_size * length
     optim = scaling.optim_config(config, batch, trial.steps * batch)
     rates = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
     optim = dataclasses.replace(optim, **{n: getattr(optim, n) * trial.rate for n in rates})
     train = TrainConfig(
         steps=trial.steps,
-        batch_rows=trial.batch_rows,
-        micro_rows=trial.batch_rows,
+        global_batch_size=trial.global_batch_size,
+        micro_batch_size=trial.global_batch_size,
         seed=trial.seed,
         precision="bf16",
         optim=dataclasses.replace(optim, **trial.optim),
@@ -101,10 +101,10 @@ def run_trial(trial: Trial) -> dict[str, float]:
         step(k, Batch(rows.ids[:, : length + 1]))
     seconds = time.process_time() - began
     held_out = RowReader(store, manifest, "val")
-    ids, _ = held_out.rows(np.arange(min(trial.eval_rows, len(held_out))))
+    ids, _ = held_out.rows(np.arange(min(trial.eval_sequences, len(held_out))))
     model.eval()
     lengths = tokenizer.byte_lengths()
-    found = bits_per_byte(model, ids[:, : length + 1], lengths, micro_rows=8)
+    found = bits_per_byte(model, ids[:, : length + 1], lengths, micro_batch_size=8)
     result = {"bits_per_byte": found, "seconds": seconds}
     if trial.row_tokens:
         stretched = dataclasses.replace(config, rope_factor=manifest.sequence_len / length)
@@ -166,8 +166,8 @@ def by_kind(model: GPT, train: TrainConfig, trial: Trial) -> Step:
     # The trial's rate is the matrices': the others' are as our rules give them.
     optim = scaling.optim_config(
         model.config,
-        train.batch_rows * model.config.sequence_len,
-        train.steps * train.batch_rows * model.config.sequence_len,
+        train.global_batch_size * model.config.sequence_len,
+        train.steps * train.global_batch_size * model.config.sequence_len,
     )
     named = dict(model.named_parameters())
     groups = []
@@ -209,7 +209,7 @@ def nanochat(model: GPT, train: TrainConfig, trial: Trial) -> Step:
     peer = bench_nanochat.load(trial.nanochat, "bfloat16")
     model.get_device = lambda: torch.device("cpu")  # type: ignore[assignment]
     # scripts/base_train.py: decay falls with the batch's root and the horizon.
-    batch = train.batch_rows * model.config.sequence_len
+    batch = train.global_batch_size * model.config.sequence_len
     reference_tokens = scaling.REFERENCE_TOKENS
     decay = 0.28 * math.sqrt(batch / scaling.REFERENCE_BATCH)
     decay *= reference_tokens / (train.steps * batch)

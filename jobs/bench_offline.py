@@ -238,7 +238,7 @@ class Args:
     prefix: bool = True
     """Measure the shared prefix too (512 tokens shared, 32 own, 16 out, 32 prompts)."""
     options: dict[str, int] = field(default_factory=dict)
-    """Fields of EngineConfig for this engine, such as ``--options token_budget 256``."""
+    """Fields of EngineConfig for this engine, such as ``--options max_num_batched_tokens 256``."""
 
     def __post_init__(self) -> None:
         for name in ("prompt_len", "max_tokens", "repeats"):
@@ -286,7 +286,7 @@ def run(args: Args) -> dict[str, Any]:
             result["prefix"] = None
             if args.prefix:
                 one = args.threads[0]
-                on = start(OURS, one, sys.executable, {**args.options, "prefix_tokens": 8192})
+                on = start(OURS, one, sys.executable, {**args.options, "prefix_cache_tokens": 8192})
                 sizes = {"shared": 512, "own": 32, "max_tokens": 16, "count": 32}
                 result["prefix"] = shared_prefix(on, sides[0], vocab, repeats=args.repeats, **sizes)
         finally:

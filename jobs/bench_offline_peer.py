@@ -31,11 +31,11 @@ def ours(folder: str, options: dict[str, Any]) -> Generate:
     model, _ = hf.import_folder(Path(folder))
     known = {field.name for field in dataclasses.fields(EngineConfig)}
     settings: dict[str, Any] = {
-        "max_slots": 64,
-        "token_budget": 512,
+        "max_num_seqs": 64,
+        "max_num_batched_tokens": 512,
         "prefill_chunk": 512,
-        "max_waiting": 4096,
-        "prefix_tokens": 0,
+        "max_queue_size": 4096,
+        "prefix_cache_tokens": 0,
     }
     settings |= {key: value for key, value in options.items() if key in known}
     engine = Engine(model, EngineConfig(**settings))
@@ -61,7 +61,7 @@ def vllm(folder: str, options: dict[str, Any]) -> Generate:
         model=folder,
         dtype="float32",
         max_num_seqs=64,
-        enable_prefix_caching=bool(options.get("prefix_tokens")),
+        enable_prefix_caching=bool(options.get("prefix_cache_tokens")),
         disable_log_stats=True,
     )
 

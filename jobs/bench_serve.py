@@ -119,8 +119,8 @@ def be_engine(args: Args) -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         if asked["prefix"] not in engines:
-            kept = EngineConfig.prefix_tokens if asked["prefix"] else 0
-            config = EngineConfig(max_slots=STREAMS, prefix_tokens=kept)
+            kept = EngineConfig.prefix_cache_tokens if asked["prefix"] else 0
+            config = EngineConfig(max_num_seqs=STREAMS, prefix_cache_tokens=kept)
             engines[asked["prefix"]] = load_engine.make_engine(run, args.threads, config)
         prompts = [load.Prompt(*prompt) for prompt in asked["prompts"]]
         began = time.perf_counter()
@@ -137,7 +137,7 @@ def child(args: Args, side: str) -> Iterator[subprocess.Popen[str]]:
         for goal in args.goal:
             command += ["--goal", goal]
     else:
-        command = [str(here.with_name("serve.py")), "--max-slots", str(STREAMS)]
+        command = [str(here.with_name("serve.py")), "--max-num-seqs", str(STREAMS)]
         command += ["--port", str(args.port + (side == "ray"))]
         command += ["--no-ray"] if side == "local" else []
     command += ["--storage", args.storage, "--run", args.run, "--threads", str(args.threads)]

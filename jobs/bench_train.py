@@ -151,10 +151,10 @@ def dataset(args: Args, folder: Path, rows: int = 4096) -> TrainJob:
     batch = 2 * args.batch // args.length
     train = TrainConfig(
         steps=args.steps,
-        batch_rows=batch,
-        micro_rows=batch // 2,
+        global_batch_size=batch,
+        micro_batch_size=batch // 2,
         precision="bf16",
-        eval_rows=2,
+        eval_sequences=2,
         optim=scaling.optim_config(model, 2 * args.batch, 10**7),
     )
     return TrainJob(storage=root.uri, dataset="bench", run="bench", model=model, train=train)
@@ -197,7 +197,7 @@ def part_workers(args: Args) -> dict[str, float | None]:
     rates: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         whole = dataset(args, Path(folder))
-        half = dataclasses.replace(whole.train, batch_rows=whole.train.micro_rows)
+        half = dataclasses.replace(whole.train, global_batch_size=whole.train.micro_batch_size)
         for repeat in range(args.repeats):
             for workers, train in ((1, half), (2, whole.train)):
                 run = f"workers-{workers}-{repeat}"
@@ -231,7 +231,7 @@ def part_ray(args: Args) -> dict[str, float | None]:
     waits, rest = [], []
     with tempfile.TemporaryDirectory() as folder:
         whole = dataset(args, Path(folder))
-        half = dataclasses.replace(whole.train, batch_rows=whole.train.micro_rows)
+        half = dataclasses.replace(whole.train, global_batch_size=whole.train.micro_batch_size)
         for repeat in range(args.repeats):
             for way, train_by in ways.items():
                 run = f"{way}-{repeat}".replace(" ", "")
@@ -265,7 +265,9 @@ def part_feed(args: Args) -> dict[str, float | None]:
     rates: dict[str, list[float]] = {"plain": [], "Ray Data": []}
     with tempfile.TemporaryDirectory() as folder:
         job = dataset(dataclasses.replace(args, length=1024), Path(folder), rows=32768)
-        config = dataclasses.replace(job.train, steps=2000, batch_rows=256, micro_rows=256)
+        config = dataclasses.replace(
+            job.train, steps=2000, global_batch_size=256, micro_batch_size=256
+        )
         store = Store.at(job.storage).child("datasets", "bench")
         manifest = Manifest.load(store)
         reader = RowReader(store, manifest, "train")

@@ -43,8 +43,8 @@ def ours(config: ModelConfig, tokens: int, steps: int, precision: Precision) -> 
     rows = len(ids)
     train = TrainConfig(
         steps=10**6,
-        batch_rows=rows,
-        micro_rows=rows,
+        global_batch_size=rows,
+        micro_batch_size=rows,
         optim=scaling.optim_config(config, tokens, 10**7),
     )
     optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_int, check_name, require
 from nanochat_ray.cli import entry
 from nanochat_ray.config import EngineConfig, Precision
@@ -41,7 +41,7 @@ CHAT_TASKS = ("chain_sum", "leg_counting", "products")
 class Args:
     storage: str = field(default_factory=default_root)
     run: str = "chat"
-    snapshot: str = ""
+    checkpoint: str = ""
     """Checkpoint to measure: step-000200, or best by validation; by default the latest."""
     tasks: tuple[str, ...] | None = None
     """By default chain_sum, leg_counting and products for a chat model, without --text."""
@@ -63,8 +63,8 @@ class Args:
     def __post_init__(self) -> None:
         object.__setattr__(self, "storage", absolute(self.storage))
         check_name("run", self.run)
-        if self.snapshot:
-            check_name("snapshot", self.snapshot)
+        if self.checkpoint:
+            check_name("checkpoint", self.checkpoint)
         for name, least in (("count", 1), ("seed", 0), ("threads", 0), ("slots", 1)):
             check_int(name, getattr(self, name), least, 1 << 30)
         check_int("show_wrong", self.show_wrong, 0)
@@ -87,10 +87,10 @@ def training_figures(args: Args, trainer: dict[str, Any]) -> dict[str, float]:
     parent, metrics = trainer.get("about", {}).get("parent"), trainer.get("metrics", {})
     if parent:
         run = Store.at(args.storage).child("runs", parent)
-        if snapshot.latest(run) is None:
+        if checkpoint.latest(run) is None:
             print(f"base model: run {parent} is gone, and its figures with it", flush=True)
             return {}
-        metrics = snapshot.load_trainer(run)["metrics"]
+        metrics = checkpoint.load_trainer(run)["metrics"]
     if not {"first_bits_per_byte", "bits_per_byte"} <= metrics.keys():
         return {}
     before, after = metrics["first_bits_per_byte"], metrics["bits_per_byte"]
@@ -144,18 +144,22 @@ def main(args: Args) -> None:
     store = Store.at(args.storage).child("runs", args.run)
     names = args.tasks or ()
     tasks = [make_task(name, "test", size=args.count, seed=args.seed) for name in names]
-    name = snapshot.chosen(store, args.snapshot)
-    trainer = snapshot.load_trainer(store, name)
+    name = checkpoint.chosen(store, args.checkpoint)
+    trainer = checkpoint.load_trainer(store, name)
     is_base = trainer.get("train_config", {}).get("stage") == "base"
     if args.tasks is None and not args.text and not is_base:
         tasks = [make_task(n, "test", size=args.count, seed=args.seed) for n in CHAT_TASKS]
     dtype = DTYPES[args.precision]
-    model, tokenizer = snapshot.load_model(store, name, device=args.device, dtype=dtype)
-    result: dict[str, Any] = {"run": args.run, "snapshot": name, **training_figures(args, trainer)}
+    model, tokenizer = checkpoint.load_model(store, name, device=args.device, dtype=dtype)
+    result: dict[str, Any] = {
+        "run": args.run,
+        "checkpoint": name,
+        **training_figures(args, trainer),
+    }
     if args.text:
         result |= text_figures(args, model, tokenizer)
     if tasks:  # last: an engine changes the model's layout
-        config = EngineConfig(max_slots=args.slots, precision=args.precision)
+        config = EngineConfig(max_num_seqs=args.slots, precision=args.precision)
         engine = Engine(model, config, calculator_tool(tokenizer))
         result |= task_figures(args, engine, tokenizer, tasks)
     print(json.dumps(result))

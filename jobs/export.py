@@ -1,8 +1,8 @@
 """Write a run as a Hugging Face folder, or take such a folder or nanochat's checkpoint in as a run.
 
     python jobs/export.py --run chat --out my/folder        # for transformers and vLLM
-    python jobs/export.py --run theirs --take my/folder     # to serve or fine-tune it here
-    python jobs/export.py --run d20 --take ~/.cache/nanochat/base_checkpoints/d20
+    python jobs/export.py --run theirs --import-from my/folder     # to serve or fine-tune it here
+    python jobs/export.py --run d20 --import-from ~/.cache/nanochat/base_checkpoints/d20
 
 A model of the classic preset is transformers' own NanoChatForCausalLM; others go out with their
 modelling file and need trust_remote_code=True.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nanochat_ray.checkpoint import folder, hf, nanochat, snapshot
+from nanochat_ray.checkpoint import checkpoint, folder, hf, nanochat
 from nanochat_ray.checks import check_name, require
 from nanochat_ray.cli import entry
 from nanochat_ray.config import Precision
@@ -24,11 +24,11 @@ from nanochat_ray.train.job import DTYPES
 class Args:
     storage: str = field(default_factory=default_root)
     run: str = "chat"
-    snapshot: str = ""
+    checkpoint: str = ""
     """Checkpoint to write: step-000200, or best by validation; by default the latest."""
     out: str | None = None
     """Folder to write, s3:// or gs:// too: new, empty, or written by an earlier export."""
-    take: str | None = None
+    import_from: str | None = None
     """Folder to read into the run, which must not exist yet: Hugging Face's, or a checkpoint folder
     of nanochat's, such as base_checkpoints/d20, with its tokenizer."""
     precision: Precision = "fp32"
@@ -37,41 +37,41 @@ class Args:
     def __post_init__(self) -> None:
         object.__setattr__(self, "storage", absolute(self.storage))
         check_name("run", self.run)
-        for name in ("out", "take"):
+        for name in ("out", "import_from"):
             if (value := getattr(self, name)) is not None:
                 require(bool(value), name, value, "a folder, s3:// or gs://")
                 object.__setattr__(self, name, absolute(value))
-        if self.snapshot:
-            check_name("snapshot", self.snapshot)
+        if self.checkpoint:
+            check_name("checkpoint", self.checkpoint)
 
 
 def main(args: Args) -> None:
     run = Store.at(args.storage).child("runs", args.run)
-    if (args.out is None) == (args.take is None):
-        raise ValueError("give either --out, to write a folder, or --take, to read one")
+    if (args.out is None) == (args.import_from is None):
+        raise ValueError("give either --out, to write a folder, or --import-from, to read one")
     if args.out is not None:
         out = Store.at(args.out)
         folder.check_target(out)
-        model, tokenizer = snapshot.load_model(run, snapshot.chosen(run, args.snapshot))
+        model, tokenizer = checkpoint.load_model(run, checkpoint.chosen(run, args.checkpoint))
         hf.export(model, tokenizer, out, dtype=DTYPES[args.precision])
         print(f"{args.out} holds run {args.run} for transformers")
-    elif args.take is not None:
-        if (name := snapshot.latest(run)) is not None:
+    elif args.import_from is not None:
+        if (name := checkpoint.latest(run)) is not None:
             raise ValueError(f"run={args.run!r} exists already, with {name}")
-        with folder.local_copy(args.take, "take") as local:
+        with folder.local_copy(args.import_from, "import_from") as local:
             reader = nanochat if nanochat.is_checkpoint(local) else hf
             model, tokenizer = reader.import_folder(local)
         tokenizer.save(Store.at(args.storage).child("tokenizers", tokenizer.fingerprint[:16]))
-        snapshot.save(
+        checkpoint.save(
             run,
             0,
             model_config=model.config,
             weights=dict(model.named_parameters()),
             optimizer=None,
-            trainer={"step": 0, "metrics": {}, "about": {"taken_from": args.take}},
+            trainer={"step": 0, "metrics": {}, "about": {"taken_from": args.import_from}},
             tokenizer=tokenizer,
         )
-        print(f"run {args.run} holds {args.take}")
+        print(f"run {args.run} holds {args.import_from}")
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from dataclasses import dataclass, field
 import ray
 from ray import serve
 
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_float, check_int, check_name, check_port, require
 from nanochat_ray.cli import entry
 from nanochat_ray.config import EngineConfig, Precision, with_options
-from nanochat_ray.machine import engine_threads, in_thread_that_ends
+from nanochat_ray.machine import engine_threads, run_in_temporary_thread
 from nanochat_ray.on_ray import session
 from nanochat_ray.on_ray.serve import (
     ServeConfig,
@@ -49,18 +49,18 @@ class Args:
     storage: str = field(default_factory=default_root)
     """Folder, s3:// or gs:// that holds the runs."""
     run: str = "chat"
-    snapshot: str = ""
+    checkpoint: str = ""
     """Name of a checkpoint, or best by validation; by default the run's latest."""
     name: str = ""
     """The model's name for clients; by default that of the run."""
     host: str = "127.0.0.1"
     """0.0.0.0 answers every interface: set NANOCHAT_API_KEYS then."""
     port: int = 8000
-    engines: int = 1
+    num_replicas: int = 1
     """Engine replicas, each with the whole model."""
-    max_engines: int = 0
-    """Above --engines: more engines while queues and KV caches are full, up to this."""
-    ingresses: int = 1
+    max_replicas: int = 0
+    """Above --num-replicas: more engines while queues and KV caches are full, up to this."""
+    num_ingress_replicas: int = 1
     """HTTP replicas."""
     gpus: float = 0.0
     """GPUs of each engine."""
@@ -69,17 +69,17 @@ class Args:
     all on one machine."""
     precision: Precision | None = None
     """By default bf16 on a GPU, else fp32."""
-    max_slots: int = EngineConfig.max_slots
+    max_num_seqs: int = EngineConfig.max_num_seqs
     """Answers that an engine makes at a time."""
-    max_len: int = 0
+    max_model_len: int = 0
     """Longest prompt plus answer; 0 is what the model was trained with."""
-    token_budget: int = 0
-    """Tokens of one step; 0 is twice max_slots, and at least 256."""
-    max_waiting: int = EngineConfig.max_waiting
+    max_num_batched_tokens: int = 0
+    """Tokens of one step; 0 is twice max_num_seqs, and at least 256."""
+    max_queue_size: int = EngineConfig.max_queue_size
     request_timeout_s: float = 0.0
     """Seconds that an answer may take, waiting and running; 0 is for ever."""
     engine: tuple[str, ...] = ()
-    """More fields of EngineConfig, as ``name=value``: speculative_tokens=0 kv_layout=paged."""
+    """More fields of EngineConfig, as ``name=value``: num_speculative_tokens=0 kv_layout=paged."""
     ray: bool = True
     """--no-ray: one process with one engine, no replicas; for a look, and to compare."""
     haproxy: bool = True
@@ -94,13 +94,23 @@ class Args:
     def __post_init__(self) -> None:
         object.__setattr__(self, "storage", absolute(self.storage))
         check_name("run", self.run)
-        if self.snapshot:
-            check_name("snapshot", self.snapshot)
+        if self.checkpoint:
+            check_name("checkpoint", self.checkpoint)
         check_port("port", self.port)
         check_origins("allowed_origins", self.allowed_origins)
         for name, least in (
-            *(("engines", 1), ("max_engines", 0), ("ingresses", 1), ("threads", 0)),
-            *(("max_slots", 1), ("max_len", 0), ("token_budget", 0), ("max_waiting", 1)),
+            *(
+                ("num_replicas", 1),
+                ("max_replicas", 0),
+                ("num_ingress_replicas", 1),
+                ("threads", 0),
+            ),
+            *(
+                ("max_num_seqs", 1),
+                ("max_model_len", 0),
+                ("max_num_batched_tokens", 0),
+                ("max_queue_size", 1),
+            ),
         ):
             check_int(name, getattr(self, name), least, 1 << 30)
         check_float("gpus", self.gpus)
@@ -113,10 +123,11 @@ class Args:
 
 def config_of(args: Args) -> ServeConfig:
     engine = EngineConfig(
-        max_slots=args.max_slots,
-        max_len=args.max_len,
-        token_budget=args.token_budget or max(EngineConfig.token_budget, 2 * args.max_slots),
-        max_waiting=args.max_waiting,
+        max_num_seqs=args.max_num_seqs,
+        max_model_len=args.max_model_len,
+        max_num_batched_tokens=args.max_num_batched_tokens
+        or max(EngineConfig.max_num_batched_tokens, 2 * args.max_num_seqs),
+        max_queue_size=args.max_queue_size,
         precision=args.precision or ("bf16" if args.gpus else "fp32"),
     )
     engine, unknown = with_options(engine, args.engine)
@@ -126,11 +137,11 @@ def config_of(args: Args) -> ServeConfig:
     return ServeConfig(
         storage=args.storage,
         run=args.run,
-        snapshot=args.snapshot,
+        checkpoint=args.checkpoint,
         name=args.name,
-        engines=args.engines,
-        max_engines=args.max_engines,
-        ingresses=args.ingresses,
+        num_replicas=args.num_replicas,
+        max_replicas=args.max_replicas,
+        num_ingress_replicas=args.num_ingress_replicas,
         gpus=args.gpus,
         threads=args.threads,
         request_timeout_s=args.request_timeout_s,
@@ -198,16 +209,16 @@ def serve_here(config: ServeConfig, args: Args) -> None:
     from nanochat_ray.engine.tools import calculator_tool
     from nanochat_ray.serve import access, http_server
     from nanochat_ray.serve.app import build_app
-    from nanochat_ray.serve.collector import spare_what_is_there
+    from nanochat_ray.serve.collector import freeze_gc
     from nanochat_ray.serve.local import LocalClient
     from nanochat_ray.serve.service import Limits
 
     def load() -> tuple[Engine, Tokenizer]:
         torch.set_num_threads(config.threads or engine_threads(sharing=1))
         run = Store.at(config.storage).child("runs", config.run)
-        model, tokenizer = snapshot.load_model(
+        model, tokenizer = checkpoint.load_model(
             run,
-            snapshot.chosen(run, config.snapshot),
+            checkpoint.chosen(run, config.checkpoint),
             device="cuda" if config.gpus else "cpu",
             dtype=DTYPES[config.engine.precision],
         )
@@ -215,14 +226,14 @@ def serve_here(config: ServeConfig, args: Args) -> None:
         return Engine(model.eval(), config.engine, tool, table), tokenizer
 
     http_server.bind(args.host, args.port).close()  # before the model is loaded
-    engine, tokenizer = in_thread_that_ends(load)
+    engine, tokenizer = run_in_temporary_thread(load)
     client = LocalClient(engine)
     print(f"the engine computes with {engine.runner.kernels}", flush=True)
     app = build_app(
         client,
         tokenizer,
         config.name or config.run,
-        client.max_len,
+        client.max_model_len,
         limits=Limits(request_timeout_s=config.request_timeout_s),
         keys=config.key_hashes,
         allowed_origins=config.allowed_origins,
@@ -231,7 +242,7 @@ def serve_here(config: ServeConfig, args: Args) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         access.log_to([handler])
-    spare_what_is_there()
+    freeze_gc()
     listener = http_server.bind(args.host, args.port)
     host = f"[{args.host}]" if ":" in args.host else args.host
     name, port = config.name or config.run, listener.getsockname()[1]

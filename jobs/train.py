@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 
 from nanochat_ray import machine, scaling
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.claim import claimed
 from nanochat_ray.cli import entry
@@ -79,7 +79,7 @@ class Args:
     """Tokens of a global batch; 0 follows the scaling rule."""
     epochs: float | None = None
     """Passes over the data, by default 1 (sft)."""
-    micro_rows: int = 0
+    micro_batch_size: int = 0
     """Rows of one forward pass of one worker; 0 chooses."""
     lr_scale: float = 1.0
     """Factor on every learning rate."""
@@ -106,7 +106,7 @@ class Args:
     """Cut a gradient norm down that is above so many times the usual one; 0 is off."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves a quarter of the run apart."""
-    keep: int = 2
+    keep_latest_k: int = 2
     """Newest checkpoints that are kept, beside the best by validation."""
     print_every: int = 10
     sample_tokens: int = 48
@@ -141,8 +141,20 @@ class Args:
             allowed = f"one of {', '.join(PRESETS)}"
             require(self.preset in PRESETS, "preset", self.preset, allowed)
         for name, least in (
-            *(("depth", 1), ("tokens", 0), ("batch_tokens", 0), ("micro_rows", 0), ("workers", 1)),
-            *(("min_workers", 0), ("threads", 1), ("seed", 0), ("save_every", 0), ("keep", 1)),
+            *(
+                ("depth", 1),
+                ("tokens", 0),
+                ("batch_tokens", 0),
+                ("micro_batch_size", 0),
+                ("workers", 1),
+            ),
+            *(
+                ("min_workers", 0),
+                ("threads", 1),
+                ("seed", 0),
+                ("save_every", 0),
+                ("keep_latest_k", 1),
+            ),
             *(("print_every", 1), ("sample_tokens", 0)),
         ):
             if getattr(self, name) is not None:
@@ -213,7 +225,7 @@ def plan_length(args: Args, model: ModelConfig, tokens: int, batch_tokens: int) 
         precision=args.precision,
         minutes=args.cpu_minutes or 0.0,
         batch_tokens=batch_tokens,
-        micro_rows=args.micro_rows,
+        micro_batch_size=args.micro_batch_size,
         threads=args.threads,
     )
     run = Store.at(args.storage).child("runs", run_name(args))
@@ -229,9 +241,9 @@ def plan_length(args: Args, model: ModelConfig, tokens: int, batch_tokens: int) 
 def parent_model(args: Args, parent: str) -> tuple[Store, ModelConfig]:
     """The run that this one starts from, and its model. Raises ValueError."""
     run = Store.at(args.storage).child("runs", parent)
-    if snapshot.latest(run) is None:
+    if checkpoint.latest(run) is None:
         raise ValueError(f"parent={parent!r} has no checkpoint in {args.storage}")
-    return run, snapshot.load_config(run).model
+    return run, checkpoint.load_config(run).model
 
 
 def base_train(args: Args, model: ModelConfig) -> tuple[TrainConfig, float]:
@@ -250,12 +262,12 @@ def base_train(args: Args, model: ModelConfig) -> tuple[TrainConfig, float]:
         tokens=tokens,
         ratio=ratio,
         batch=batch,
-        micro_rows=args.micro_rows,
+        micro_batch_size=args.micro_batch_size,
         workers=args.workers,
         precision="bf16" if precision == "auto" else precision,
         seed=args.seed,
     ).train
-    if not args.micro_rows:
+    if not args.micro_batch_size:
         gpu = planned_hardware(args)
         train = plan.fitted(model, train, workers=args.workers, hardware=gpu)
     return train, tokens_per_s
@@ -263,15 +275,15 @@ def base_train(args: Args, model: ModelConfig) -> tuple[TrainConfig, float]:
 
 def sft_train(args: Args, parent: Store, dataset: str) -> tuple[TrainConfig, float]:
     """Also gives the tokens per second that were measured, or 0."""
-    model = snapshot.load_config(parent).model
+    model = checkpoint.load_config(parent).model
     _, manifest, _ = open_dataset(args.storage, dataset)
     rows, precision = manifest.rows("train"), args.precision
     if precision == "auto":
-        before = snapshot.load_trainer(parent).get("train_config", {})
+        before = checkpoint.load_trainer(parent).get("train_config", {})
         precision = "bf16" if args.gpus else before.get("precision", "fp32")
     sizes = {
         "batch": args.batch_tokens,
-        "micro_rows": args.micro_rows,
+        "micro_batch_size": args.micro_batch_size,
         "workers": args.workers,
         "seed": args.seed,
     }
@@ -279,7 +291,7 @@ def sft_train(args: Args, parent: Store, dataset: str) -> tuple[TrainConfig, flo
     train = scaling.sft_config(model, rows, epochs=epochs, precision=precision, **sizes)
     if args.gpus or not args.cpu_minutes:
         return train, 0.0
-    size = train.batch_rows * model.sequence_len
+    size = train.global_batch_size * model.sequence_len
     bounded = dataclasses.replace(args, precision=precision)
     found = plan_length(bounded, model, train.steps * size, size)
     sizes["batch"] = found.batch_tokens
@@ -304,7 +316,7 @@ def build(args: Args) -> TrainJob:
         train,
         optim=scaling.scaled(train.optim, args.lr_scale),
         save_every=args.save_every or train.save_every,
-        keep=args.keep,
+        keep_latest_k=args.keep_latest_k,
         checkpoint_activations=args.checkpoint_activations,
         deterministic=args.deterministic,
         spike_clip=args.spike_clip,

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 Precision = Literal["fp32", "bf16"]
 KvLayout = Literal["auto", "slots", "paged"]
-Overlap = Literal["auto", "on", "off"]
+AsyncScheduling = Literal["auto", "on", "off"]
 Kernels = Literal["auto", "amx", "avx512", "avx2", "generic", "torch"]
 Orthogonalizer = Literal["polar_express", "newton_schulz"]
 
@@ -165,18 +165,18 @@ class OptimConfig:
     """Muon's iteration towards the nearest semi-orthogonal matrix."""
     normuon: bool = True
     """Even out the sizes of a Muon update's neurons by their running second moments."""
-    equilibrate: bool = True
+    row_normalize: bool = True
     """Give the rows of a gradient equal norms before it is made orthogonal."""
     cautious: bool = False
     """Decay a weight only where that agrees with its update."""
     momentum: float = 0.95
-    warmup: float = 0.02
+    warmup_ratio: float = 0.02
     """Share of the steps in which the rates rise."""
     embedding_beta2: float = 0.995
     """Decay of the second moment of AdamW for the embeddings."""
-    warmdown: float = 0.8
-    """Share of the steps in which the rates fall to ``final_lr``."""
-    final_lr: float = 0.05
+    warmdown_ratio: float = 0.8
+    """Share of the steps in which the rates fall to ``final_lr_frac``."""
+    final_lr_frac: float = 0.05
     """Last rate as a share of the full one."""
     grad_clip: float = 0.0
     """Largest global gradient norm; 0 turns clipping off."""
@@ -189,7 +189,7 @@ class OptimConfig:
         iterations = ("polar_express", "newton_schulz")
         allowed = f"one of {iterations}"
         _require(self.orthogonalizer in iterations, "orthogonalizer", self.orthogonalizer, allowed)
-        for name in ("warmup", "warmdown", "final_lr"):
+        for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
         for name in ("momentum", "embedding_beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "from 0 to below 1")
@@ -201,9 +201,9 @@ class TrainConfig:
 
     stage: Literal["base", "sft"] = "base"
     steps: int
-    batch_rows: int
+    global_batch_size: int
     """Rows of the global batch, whatever the number of workers."""
-    micro_rows: int
+    micro_batch_size: int
     """Rows of one forward and backward pass of one worker."""
     seed: int = 0
     precision: Precision = "fp32"
@@ -216,11 +216,11 @@ class TrainConfig:
     """Share of the steps in which attention windows grow, in three stages, to their full size."""
     eval_every: int = 0
     """Steps between validations; 0 validates only at the first and last step."""
-    eval_rows: int = 256
+    eval_sequences: int = 256
     """Validation rows that are looked at, at most."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves only at the end."""
-    keep: int = 2
+    keep_latest_k: int = 2
     """Newest checkpoints that are kept."""
     keep_best: bool = True
     """Also save where a validation is the best so far, and keep that checkpoint."""
@@ -237,9 +237,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_finite(self)
-        for name in ("steps", "batch_rows", "micro_rows", "keep"):
+        for name in ("steps", "global_batch_size", "micro_batch_size", "keep_latest_k"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
-        for name in ("eval_every", "save_every", "eval_rows", "sample_tokens"):
+        for name in ("eval_every", "save_every", "eval_sequences", "sample_tokens"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
         _require(self.stage in ("base", "sft"), "stage", self.stage, "base or sft")
@@ -252,10 +252,10 @@ class TrainConfig:
             "0 (off) or more than 1",
         )
         _require(
-            self.batch_rows % self.micro_rows == 0,
-            "batch_rows",
-            self.batch_rows,
-            f"a multiple of micro_rows={self.micro_rows}",
+            self.global_batch_size % self.micro_batch_size == 0,
+            "global_batch_size",
+            self.global_batch_size,
+            f"a multiple of micro_batch_size={self.micro_batch_size}",
         )
 
 
@@ -268,78 +268,133 @@ def _default_kernels() -> Kernels:
 class EngineConfig:
     """Memory and scheduling of one inference engine."""
 
-    max_slots: int = 32
+    max_num_seqs: int = 32
     """Sequences that are decoded together."""
-    max_len: int = 0
+    max_model_len: int = 0
     """Longest prompt plus answer, in tokens; 0 is the model's sequence_len."""
-    token_budget: int = 256
+    max_num_batched_tokens: int = 256
     """Tokens of one step: decodes first, what is left goes to prompts."""
     prefill_chunk: int = 64
     """Prompt tokens, for each prompt, of a step in which others decode, or 3 for each of these if
     that is more; fewer late in long prompts. It bounds the others' delay."""
-    prefix_tokens: int = 4096
+    prefix_cache_tokens: int = 4096
     """Tokens of prompt beginnings that are kept for later prompts that begin the same; 0 is off.
     Where the layout is paged, what nobody holds is kept too."""
     kv_layout: KvLayout = "auto"
-    """How keys and values lie: by slot, ``max_len`` tokens each, or in blocks that sequences take
-    as they grow. "auto" is paged in bf16 on a GPU, and by slot elsewhere: fastest on a CPU."""
+    """How keys and values are stored: in slots of ``max_model_len`` tokens, or in blocks that are
+    allocated as sequences grow. "auto" is "paged" in bf16 on a GPU, and "slots", the fastest on a
+    CPU, elsewhere."""
     kernels: Kernels = field(default_factory=_default_kernels)
     """In fp32 on a CPU all but the sampling is in C, compiled for this processor where there is a
     compiler. "auto" uses all that the processor has; "amx", "avx512", "avx2" or "generic" only
     that, and "torch" no C. ``NANOCHAT_KERNELS`` is the default where the configuration is made."""
-    kv_memory: float = 0.8
+    kv_cache_memory_fraction: float = 0.8
     """Share of the free memory that keys and values may take, at most."""
     kv_tokens: int = 0
     """Tokens that all sequences together may hold where the layout is paged; 0 is what they need
-    at most, if ``kv_memory`` has room for it."""
-    max_waiting: int = 256
+    at most, if ``kv_cache_memory_fraction`` has room for it."""
+    max_queue_size: int = 256
     """Requests that may wait for a slot; one more is refused."""
-    overlap: Overlap = "auto"
+    async_scheduling: AsyncScheduling = "auto"
     """Whether a step is planned and launched while the one before it runs. "auto" is on a GPU: on a
     CPU, which is done with a step when it is launched, tokens would only come a step later. Not
     while a step has rows left for guesses, which need known tokens."""
     precision: Precision = "fp32"
-    speculative_tokens: int = 3
+    num_speculative_tokens: int = 3
     """Guessed tokens that a sequence runs beside its last one, at most; 0 is off. Tokens are the
     same."""
-    speculative_rows: int = 4
+    speculative_disable_by_batch_size: int = 4
     """Guesses fill a step up to so many rows; 0 is no bound. Products of 4 rows take as long as
     those of 1, since they wait for the weights."""
-    speculative_ngram: int = 2
+    prompt_lookup_max: int = 2
     """Tokens that must have stood before in this order for a guess at what follows them."""
 
     def __post_init__(self) -> None:
         _require_finite(self)
         for name in (
-            "speculative_ngram",
-            "max_slots",
-            "token_budget",
+            "prompt_lookup_max",
+            "max_num_seqs",
+            "max_num_batched_tokens",
             "prefill_chunk",
-            "max_waiting",
+            "max_queue_size",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
         for name in (
-            "max_len",
-            "prefix_tokens",
+            "max_model_len",
+            "prefix_cache_tokens",
             "kv_tokens",
-            "speculative_tokens",
-            "speculative_rows",
+            "num_speculative_tokens",
+            "speculative_disable_by_batch_size",
         ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(
-            self.token_budget > self.max_slots,
-            "token_budget",
-            self.token_budget,
-            f"more than max_slots={self.max_slots}, or prompts would starve",
+            self.max_num_batched_tokens > self.max_num_seqs,
+            "max_num_batched_tokens",
+            self.max_num_batched_tokens,
+            f"more than max_num_seqs={self.max_num_seqs}, or prompts would starve",
         )
         _require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
         for name, kinds in (
             ("kv_layout", get_args(KvLayout)),
-            ("overlap", get_args(Overlap)),
+            ("async_scheduling", get_args(AsyncScheduling)),
             ("kernels", get_args(Kernels)),
         ):
             _require(getattr(self, name) in kinds, name, getattr(self, name), " or ".join(kinds))
-        _require(0 < self.kv_memory <= 1, "kv_memory", self.kv_memory, "above 0, up to 1")
+        _require(
+            0 < self.kv_cache_memory_fraction <= 1,
+            "kv_cache_memory_fraction",
+            self.kv_cache_memory_fraction,
+            "above 0, up to 1",
+        )
+
+
+RENAMED_FIELDS: dict[str, dict[str, str]] = {
+    "TrainConfig": {
+        "batch_rows": "global_batch_size",
+        "micro_rows": "micro_batch_size",
+        "eval_rows": "eval_sequences",
+        "keep": "keep_latest_k",
+    },
+    "OptimConfig": {
+        "warmup": "warmup_ratio",
+        "warmdown": "warmdown_ratio",
+        "final_lr": "final_lr_frac",
+        "equilibrate": "row_normalize",
+    },
+    "EngineConfig": {
+        "max_slots": "max_num_seqs",
+        "max_len": "max_model_len",
+        "token_budget": "max_num_batched_tokens",
+        "prefix_tokens": "prefix_cache_tokens",
+        "kv_memory": "kv_cache_memory_fraction",
+        "max_waiting": "max_queue_size",
+        "overlap": "async_scheduling",
+        "speculative_tokens": "num_speculative_tokens",
+        "speculative_rows": "speculative_disable_by_batch_size",
+        "speculative_ngram": "prompt_lookup_max",
+    },
+    "ServeConfig": {
+        "engines": "num_replicas",
+        "max_engines": "max_replicas",
+        "ingresses": "num_ingress_replicas",
+        "snapshot": "checkpoint",
+    },
+    "export": {"take": "import_from"},
+}
+"""Old name of a field → its name, by configuration. Checkpoints that were written with old names
+still load; a flag or option with an old name fails and says the new one."""
+
+
+def with_new_names(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` of the configuration class ``kind``, with each old field name replaced."""
+    table = RENAMED_FIELDS.get(kind, {})
+    return {table.get(name, name): value for name, value in values.items()}
+
+
+def renamed(name: str) -> str | None:
+    """The new name of a flag or field, given with ``-`` or ``_``; None if it has not changed."""
+    key = name.strip("-").replace("-", "_")
+    return next((table[key] for table in RENAMED_FIELDS.values() if key in table), None)
 
 
 def with_options(config: T, options: Sequence[str]) -> tuple[T, list[str]]:
@@ -355,6 +410,8 @@ def with_options(config: T, options: Sequence[str]) -> tuple[T, list[str]]:
         name, equals, text = option.partition("=")
         _require(bool(equals), "option", option, "name=value")
         if name not in fields:
+            new = renamed(name)
+            _require(new is None, "option", option, f"{name} is now {new}")
             others.append(option)
             continue
         try:
@@ -411,6 +468,7 @@ def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
     if not isinstance(values, Mapping):
         raise ValueError(f"{kind.__name__} is {shortened(values)!r}, not an object")
     fields = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values = with_new_names(kind.__name__, values)
     unknown = sorted(set(values) - fields)
     if unknown:
         raise ValueError(

@@ -94,7 +94,7 @@ def engine_threads(sharing: int) -> int:
     return max(1, min(MOST_THREADS, (cores() - 1) // sharing))
 
 
-def in_thread_that_ends(make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def run_in_temporary_thread(make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """``make(...)``, without threads of OpenMP left behind.
 
     Each thread that computes gets a team of its own, which lives as long as it does. As soon as

@@ -178,7 +178,7 @@ def base_plan(
     tokens: int = 0,
     ratio: float = TOKENS_PER_PARAMETER,
     batch: int = 0,
-    micro_rows: int = 0,
+    micro_batch_size: int = 0,
     workers: int = 1,
     precision: Precision = "bf16",
     seed: int = 0,
@@ -187,7 +187,7 @@ def base_plan(
     wanted = tokens or horizon(model, ratio)
     # Not rounded to the workers: the same run goes on with another number of them.
     rows = max(workers, (batch or batch_tokens(wanted)) // model.sequence_len)
-    micro = largest_micro(rows, workers, micro_rows or 2**14 // model.sequence_len)
+    micro = largest_micro(rows, workers, micro_batch_size or 2**14 // model.sequence_len)
     size = rows * model.sequence_len
     steps = max(1, round(wanted / size))
     return Plan(
@@ -195,8 +195,8 @@ def base_plan(
         train=TrainConfig(
             stage="base",
             steps=steps,
-            batch_rows=rows,
-            micro_rows=micro,
+            global_batch_size=rows,
+            micro_batch_size=micro,
             seed=seed,
             precision=precision,
             optim=optim_config(model, size, steps * size),
@@ -213,7 +213,7 @@ def sft_config(
     *,
     epochs: float = 1.0,
     batch: int = 0,
-    micro_rows: int = 0,
+    micro_batch_size: int = 0,
     workers: int = 1,
     precision: Precision = "bf16",
     seed: int = 0,
@@ -224,18 +224,24 @@ def sft_config(
     """
     length = model.sequence_len
     size = batch or min(2**14, batch_tokens(rows * length))
-    batch_rows = max(workers, size // length)
-    steps = max(1, round(epochs * rows / batch_rows))
-    optim = optim_config(model, batch_rows * length, rows * length)
+    global_batch_size = max(workers, size // length)
+    steps = max(1, round(epochs * rows / global_batch_size))
+    optim = optim_config(model, global_batch_size * length, rows * length)
     return TrainConfig(
         stage="sft",
         steps=steps,
-        batch_rows=batch_rows,
-        micro_rows=largest_micro(batch_rows, workers, micro_rows or 2**14 // length),
+        global_batch_size=global_batch_size,
+        micro_batch_size=largest_micro(
+            global_batch_size, workers, micro_batch_size or 2**14 // length
+        ),
         seed=seed,
         precision=precision,
         optim=dataclasses.replace(
-            scaled(optim, 0.5), weight_decay=0.0, warmup=0.02, warmdown=0.9, final_lr=0.0
+            scaled(optim, 0.5),
+            weight_decay=0.0,
+            warmup_ratio=0.02,
+            warmdown_ratio=0.9,
+            final_lr_frac=0.0,
         ),
         eval_every=-(-steps // 3),
         save_every=-(-steps // 2),

@@ -6,6 +6,7 @@ import pytest
 from tiny import tiny_config
 
 from nanochat_ray import scaling
+from nanochat_ray.cli import entry
 from nanochat_ray.config import (
     EngineConfig,
     ModelConfig,
@@ -20,13 +21,24 @@ from nanochat_ray.storage import Store
 
 
 def test_configurations_survive_json() -> None:
-    train = TrainConfig(steps=3, batch_rows=4, micro_rows=2)
+    train = TrainConfig(steps=3, global_batch_size=4, micro_batch_size=2)
     assert from_json(TrainConfig, to_json(train)) == train
     assert from_json(ModelConfig, to_json(tiny_config())) == tiny_config()
     with pytest.raises(ValueError, match="ModelConfig has no field 'depth'"):
         from_json(ModelConfig, {"depth": 3})
     with pytest.raises(ValueError, match="missing"):
         from_json(TrainConfig, {"steps": 3})
+
+
+def test_old_field_names_load_or_name_the_new() -> None:
+    old = {"steps": 3, "batch_rows": 4, "micro_rows": 2, "keep": 7, "optim": {"warmup": 0.5}}
+    train = from_json(TrainConfig, old)
+    assert (train.global_batch_size, train.micro_batch_size, train.keep_latest_k) == (4, 2, 7)
+    assert train.optim.warmup_ratio == 0.5
+    with pytest.raises(ValueError, match="max_slots is now max_num_seqs"):
+        with_options(EngineConfig(), ["max_slots=4"])
+    with pytest.raises(ValueError, match="unknown argument '--take': it is now --import-from"):
+        entry.parse(OptimConfig, None, ["--take", "x"])
 
 
 @pytest.mark.parametrize(
@@ -36,9 +48,15 @@ def test_configurations_survive_json() -> None:
         (lambda: tiny_config(n_kv_head=3), r"n_kv_head=3 .* divisor of n_head=4"),
         (lambda: tiny_config(n_embd=36), r"n_embd=36"),
         (lambda: tiny_config(window_pattern="LX"), r"window_pattern='LX'"),
-        (lambda: TrainConfig(steps=0, batch_rows=1, micro_rows=1), "steps=0"),
-        (lambda: TrainConfig(steps=1, batch_rows=5, micro_rows=2), "batch_rows=5 .*micro_rows=2"),
-        (lambda: EngineConfig(max_slots=32, token_budget=8), "token_budget=8"),
+        (lambda: TrainConfig(steps=0, global_batch_size=1, micro_batch_size=1), "steps=0"),
+        (
+            lambda: TrainConfig(steps=1, global_batch_size=5, micro_batch_size=2),
+            "global_batch_size=5 .*micro_batch_size=2",
+        ),
+        (
+            lambda: EngineConfig(max_num_seqs=32, max_num_batched_tokens=8),
+            "max_num_batched_tokens=8",
+        ),
         (lambda: scaling.model_config(0, 300), "depth=0"),
         (lambda: Store.at("ftp://host/x"), r"storage='ftp://host/x' is not allowed"),
         (lambda: Store.at(""), "storage='' is not allowed"),
@@ -66,9 +84,9 @@ def test_the_dial_gives_sensible_runs() -> None:
     for depth in range(1, 27):
         model = scaling.model_config(depth, 32768)
         plan = scaling.base_plan(model, workers=2)
-        size = plan.train.batch_rows * model.sequence_len
+        size = plan.train.global_batch_size * model.sequence_len
         assert plan.tokens > before
-        assert plan.train.batch_rows % (2 * plan.train.micro_rows) == 0
+        assert plan.train.global_batch_size % (2 * plan.train.micro_batch_size) == 0
         assert 2**11 <= size <= 2**21
         assert 100 < plan.train.steps < 200_000
         before = plan.tokens

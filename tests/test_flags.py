@@ -59,14 +59,14 @@ BAD_FLAGS = {
         ("--tokens -5", "tokens=-5"),
         ("--tokens 1e6", "--tokens='1e6'"),
         ("--batch-tokens -1", "batch_tokens=-1"),
-        ("--micro-rows -1", "micro_rows=-1"),
+        ("--micro-batch-size -1", "micro_batch_size=-1"),
         ("--cpu-minutes inf", "cpu_minutes=inf"),
         ("--cpu-minutes nan", "cpu_minutes=nan"),
         ("--cpu-minutes -1", "cpu_minutes=-1.0"),
         ("--print-every 0", "print_every=0"),
         ("--sample-tokens -1", "sample_tokens=-1"),
         ("--save-every -1", "save_every=-1"),
-        ("--keep 0", "keep=0"),
+        ("--keep-latest-k 0", "keep_latest_k=0"),
         ("--seed -1", "seed=-1"),
         ("--lr-scale nan", "lr_scale=nan"),
         ("--lr-scale 0", "lr_scale=0.0"),
@@ -125,7 +125,7 @@ BAD_FLAGS = {
     "eval": [
         ("--run ../x", "run='../x'"),
         ("--run nothing", "has no checkpoint"),
-        ("--snapshot a/b", "snapshot='a/b'"),
+        ("--checkpoint a/b", "checkpoint='a/b'"),
         ("--count 0", "count=0"),
         ("--count -1", "count=-1"),
         ("--slots 0", "slots=0"),
@@ -140,7 +140,7 @@ BAD_FLAGS = {
     "export": [
         ("--run ..", "run='..'"),
         ("--run nothing --out x", "has no checkpoint"),
-        ("--run nothing --snapshot ../x --out x", "snapshot='../x'"),
+        ("--run nothing --checkpoint ../x --out x", "checkpoint='../x'"),
         ("--precision int8", "--precision='int8'"),
     ],
     "serve": [
@@ -151,22 +151,22 @@ BAD_FLAGS = {
         ("--run a/b", "run='a/b'"),
         ("--run nothing", "has no checkpoint"),
         ("--run nothing --no-ray", "has no checkpoint"),
-        ("--snapshot ../x", "snapshot='../x'"),
-        ("--engines 0", "engines=0"),
-        ("--max-engines -1", "max_engines=-1"),
-        ("--engines 3 --max-engines 2", "max_engines=2"),
-        ("--ingresses 0", "ingresses=0"),
+        ("--checkpoint ../x", "checkpoint='../x'"),
+        ("--num-replicas 0", "num_replicas=0"),
+        ("--max-replicas -1", "max_replicas=-1"),
+        ("--num-replicas 3 --max-replicas 2", "max_replicas=2"),
+        ("--num-ingress-replicas 0", "num_ingress_replicas=0"),
         ("--gpus nan", "gpus=nan"),
         ("--gpus -1", "gpus=-1.0"),
         ("--threads -1", "threads=-1"),
-        ("--max-slots 0", "max_slots=0"),
-        ("--max-len -1", "max_len=-1"),
-        ("--token-budget -1", "token_budget=-1"),
-        ("--token-budget 3", "token_budget=3"),
-        ("--max-waiting 0", "max_waiting=0"),
+        ("--max-num-seqs 0", "max_num_seqs=0"),
+        ("--max-model-len -1", "max_model_len=-1"),
+        ("--max-num-batched-tokens -1", "max_num_batched_tokens=-1"),
+        ("--max-num-batched-tokens 3", "max_num_batched_tokens=3"),
+        ("--max-queue-size 0", "max_queue_size=0"),
         ("--request-timeout-s inf", "request_timeout_s=inf"),
         ("--engine colour=red", "engine='colour=red'"),
-        ("--engine kv_memory=2", "kv_memory=2"),
+        ("--engine kv_cache_memory_fraction=2", "kv_cache_memory_fraction=2"),
         ("--engine kv_layout=heap", "kv_layout='heap'"),
     ],
     "chat": [
@@ -179,7 +179,10 @@ BAD_FLAGS = {
     ],
     "bench_train": [("--only nothing", "only='nothing'"), ("--steps 0", "steps=0")],
     "bench_learn": [("--depth 0", "depth=0"), ("--datasets ../x", "datasets='../x'")],
-    "bench_rates": [("--scales 0", "scales=0.0"), ("--dataset nothing", "dataset='nothing'")],
+    "bench_learning_rates": [
+        ("--scales 0", "scales=0.0"),
+        ("--dataset nothing", "dataset='nothing'"),
+    ],
     "bench_serve": [("--concurrency 0", "concurrency=0"), ("--rate nan", "rate=nan")],
     "bench_offline": [("--batches 0", "batches=0"), ("--repeats 0", "repeats=0")],
 }
@@ -217,8 +220,8 @@ def test_options_of_the_optimizer_are_bounded() -> None:
     for option in ("grad_clip=-1", "weight_decay=-1", "matrix_lr=Infinity", "momentum=NaN"):
         with pytest.raises(ValueError, match=option.partition("=")[0]):
             with_options(OptimConfig(), [option])
-    with pytest.raises(ValueError, match="kv_memory"):
-        EngineConfig(kv_memory=float("nan"))
+    with pytest.raises(ValueError, match="kv_cache_memory_fraction"):
+        EngineConfig(kv_cache_memory_fraction=float("nan"))
 
 
 @pytest.mark.parametrize(

@@ -65,20 +65,20 @@ def test_training_without_ray_and_out_to_hugging_face_and_back(root: Store, tmp_
     assert '"done": true' in run("train", *train).splitlines()[-1]
     folder = tmp_path / "hf"
     run("export", "--storage", root.uri, "--run", "base", "--out", str(folder))
-    run("export", "--storage", root.uri, "--run", "back", "--take", str(folder))
+    run("export", "--storage", root.uri, "--run", "back", "--import-from", str(folder))
     assert "exists already" in refused(
-        "export", "--storage", root.uri, "--run", "back", "--take", str(folder)
+        "export", "--storage", root.uri, "--run", "back", "--import-from", str(folder)
     )
-    from nanochat_ray.checkpoint import snapshot
+    from nanochat_ray.checkpoint import checkpoint
 
-    one, two = (snapshot.load_model(root.child("runs", r))[0] for r in ("base", "back"))
+    one, two = (checkpoint.load_model(root.child("runs", r))[0] for r in ("base", "back"))
     for (_, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
         assert a.equal(b)
     # Continued pre-training starts from what was taken in: at no learning rate it ends there too.
     flags = ("--no-ray", "--storage", root.uri, "--tokens", "128", "--batch-tokens", "128")
     more = ("--run", "more", "--parent", "back", "--lr-scale", "1e-30", "--precision", "fp32")
     assert '"done": true' in run("train", *flags, *more).splitlines()[-1]
-    three = snapshot.load_model(root.child("runs", "more"))[0]
+    three = checkpoint.load_model(root.child("runs", "more"))[0]
     for (_, a), (_, b) in zip(one.named_parameters(), three.named_parameters(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-6)
     from nanochat_ray.on_ray.prepare import find_tokenizer
@@ -89,7 +89,7 @@ def test_training_without_ray_and_out_to_hugging_face_and_back(root: Store, tmp_
 def test_torchrun_gives_what_one_process_gives(root: Store) -> None:
     write_dataset(root, "base")
     flags = ("--storage", root.uri, "--depth", "1", "--tokens", "640", "--batch-tokens", "128")
-    flags += ("--precision", "fp32", "--lr-scale", "0.1", "--micro-rows", "2")
+    flags += ("--precision", "fp32", "--lr-scale", "0.1", "--micro-batch-size", "2")
     run("train", "--no-ray", "--run", "one", *flags)
     torchrun = [
         sys.executable,
@@ -155,11 +155,11 @@ def test_what_cannot_be_measured_or_exported_is_refused(root: Store) -> None:
 
 
 def _saved(root: Store) -> Path:
-    from nanochat_ray.checkpoint import snapshot
+    from nanochat_ray.checkpoint import checkpoint
     from nanochat_ray.model.gpt import GPT
 
     model = GPT(tiny_config())
-    snapshot.save(
+    checkpoint.save(
         root.child("runs", "chat"),
         1,
         model_config=model.config,
@@ -255,8 +255,8 @@ def test_a_plan_needs_no_dataset_and_ends_in_one_object(root: Store) -> None:
     assert plan["fits"]
     assert plan["hardware"]["name"] == "h100"
     assert 1 < plan["hours"] < 2
-    small = run("train", *flags, "--hardware", "l4", "--micro-rows", "32").splitlines()
-    assert "does not fit: micro_rows=32 needs about" in small[-2]
+    small = run("train", *flags, "--hardware", "l4", "--micro-batch-size", "32").splitlines()
+    assert "does not fit: micro_batch_size=32 needs about" in small[-2]
     assert not json.loads(small[-1])["fits"]
     assert "hardware='h999' is not known" in refused("train", *flags, "--hardware", "h999")
 

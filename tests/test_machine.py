@@ -47,12 +47,12 @@ def test_loading_leaves_no_threads() -> None:
 
     had = process.num_threads()
     try:
-        assert machine.in_thread_that_ends(load) > had + 1
+        assert machine.run_in_temporary_thread(load) > had + 1
         wait_for(lambda: process.num_threads() == had, 10, "the team's end")
     finally:
         torch.set_num_threads(before)
     with pytest.raises(ZeroDivisionError):
-        machine.in_thread_that_ends(lambda: 1 // 0)
+        machine.run_in_temporary_thread(lambda: 1 // 0)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (7, 1024, 513)])  # less than a large page, and more

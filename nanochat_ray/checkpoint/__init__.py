@@ -1,1 +1,1 @@
-"""Snapshots of a run, and the way to and from other formats."""
+"""Checkpoints of a run, and the way to and from other formats."""

@@ -20,6 +20,8 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 from tyro import _errors as parse_errors  # its documented hook; pyproject names the exact version
 
+from nanochat_ray.config import renamed
+
 A = TypeVar("A")
 
 USAGE, FAILED, INTERRUPTED, NO_READER = 2, 1, 130, 141
@@ -88,6 +90,9 @@ def _flag_message(event: parse_errors.ParseErrorEvent) -> str:
         return f"{name} needs a value"
     if isinstance(event, parse_errors.UnrecognizedArgs):
         tokens = " ".join(event.tokens)
+        flag = tokens.split()[0].partition("=")[0]
+        if new := renamed(flag):
+            return f"unknown argument {flag!r}: it is now --{new.replace('_', '-')}"
         return f"unknown argument {tokens!r}: see --help"
     if isinstance(event, parse_errors.InstantiationFailure):
         text = "".join(str(part) for part in event.message)

@@ -48,7 +48,7 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
-def batch_rows(num_rows: int, seed: int, batch: int, step: int) -> np.ndarray:
+def global_batch_size(num_rows: int, seed: int, batch: int, step: int) -> np.ndarray:
     """Row numbers, int64 ``[batch]``, of the global batch of ``step`` (from 0).
 
     Depends on nothing else: not on the number of workers, nor on where a run was stopped.

@@ -45,7 +45,7 @@ class DecodeGraphs:
     def _record(self, rows: int) -> _Recording:
         device = self._cache.device
         tokens = torch.zeros((2, rows), dtype=torch.int64, device=device)
-        layout = self._cache.lay_out([], rows).to(device)
+        layout = self._cache.pack_weights([], rows).to(device)
         # Libraries set themselves up in the first run, which must not be recorded.
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -75,6 +75,6 @@ class DecodeGraphs:
         rows = tokens.size(1)
         found = self._recordings[rows]
         found.tokens.copy_(tokens)
-        found.layout.copy_(self._cache.lay_out(spans, rows))
+        found.layout.copy_(self._cache.pack_weights(spans, rows))
         found.graph.replay()
         return found.logits

@@ -76,20 +76,20 @@ class Engine:
     ):
         """``token_bytes[t]`` is token t's text (empty: none); without, grammars are refused."""
         self.config, self.tool = config, tool
-        self.max_len = config.max_len or model.config.sequence_len
+        self.max_model_len = config.max_model_len or model.config.sequence_len
         self.vocab_size = model.config.vocab_size
-        self.runner = Runner(model, config, self.max_len)
-        self._prefixes = self.runner.prefixes(config.prefix_tokens)
-        self._sampling = SamplingState(config.max_slots, self.vocab_size, self.runner.device)
+        self.runner = Runner(model, config, self.max_model_len)
+        self._prefixes = self.runner.prefixes(config.prefix_cache_tokens)
+        self._sampling = SamplingState(config.max_num_seqs, self.vocab_size, self.runner.device)
         self.scheduler = Scheduler(
-            slots=config.max_slots,
-            token_budget=config.token_budget,
+            slots=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
             prefill_chunk=config.prefill_chunk,
-            max_waiting=config.max_waiting,
+            max_queue_size=config.max_queue_size,
             chunk_per_decode=CHUNK_PER_DECODE,
             doubling=DOUBLING_WIDTHS * model.config.n_embd,
-            draft_tokens=config.speculative_tokens,
-            draft_rows=config.speculative_rows,
+            draft_tokens=config.num_speculative_tokens,
+            draft_rows=config.speculative_disable_by_batch_size,
             on_draft=self._draft,
             on_admit=self._sampling.admit,
             on_begin=None if self._prefixes is None else self._prefixes.begin,
@@ -97,14 +97,14 @@ class Engine:
             on_blocks=self.runner.assign,
         )
         self._grammars = Grammars(token_bytes, self.vocab_size) if token_bytes else None
-        self._overlap = config.overlap == "on" or (
-            config.overlap == "auto" and self.runner.device.type == "cuda"
+        self._async_scheduling = config.async_scheduling == "on" or (
+            config.async_scheduling == "auto" and self.runner.device.type == "cuda"
         )
         self._flying: Launched | None = None
         """The last step, where it may still run."""
         self._sequences: dict[str, Sequence] = {}
         self._ready: list[Output] = []
-        self._stats = Stats(slots=config.max_slots, kernels=self.runner.kernels)
+        self._stats = Stats(slots=config.max_num_seqs, kernels=self.runner.kernels)
 
     @property
     def has_work(self) -> bool:
@@ -115,10 +115,10 @@ class Engine:
         tokens = (*request.prompt, *request.generated)
         if not request.prompt:
             raise ValueError("prompt: it must hold at least one token")
-        if len(tokens) + min(1, request.params.max_tokens) > self.max_len:
+        if len(tokens) + min(1, request.params.max_tokens) > self.max_model_len:
             raise ValueError(
-                f"prompt has {len(tokens)} tokens, but the context holds {self.max_len} together "
-                "with at least one token of the answer"
+                f"prompt has {len(tokens)} tokens, but the context holds {self.max_model_len} "
+                "together with at least one token of the answer"
             )
         for name, ids in (
             ("prompt", tokens),
@@ -148,13 +148,13 @@ class Engine:
         request = request.seeded()
         params, grammar = request.params, None
         if self._grammars is not None and params.grammar is not None:
-            limit = min(params.max_tokens, self.max_len - len(request.prompt))
+            limit = min(params.max_tokens, self.max_model_len - len(request.prompt))
             grammar = self._grammars.start(params.grammar, params.ending, request.generated, limit)
         sequence = Sequence(
             request=request,
             tokens=[*request.prompt, *request.generated],
             seed=params.seed or 0,
-            limit=min(self.max_len, len(request.prompt) + params.max_tokens),
+            limit=min(self.max_model_len, len(request.prompt) + params.max_tokens),
             # What a tool writes would not follow the grammar.
             tool=ToolState(self.tool) if self.tool and grammar is None else None,
             grammar=grammar,
@@ -163,8 +163,8 @@ class Engine:
             # Whoever made a part of the answer has told them.
             prompt_scores=None if params.prompt_logprobs is None or request.generated else [],
         )
-        if self.config.speculative_tokens:
-            sequence.lookup = PromptLookup(self.config.speculative_ngram)
+        if self.config.num_speculative_tokens:
+            sequence.lookup = PromptLookup(self.config.prompt_lookup_max)
         due: list[int] = []
         if sequence.tool is not None:
             due, written = sequence.tool.replay(request.generated)
@@ -249,7 +249,7 @@ class Engine:
             launched = launch(ran, self._sampling, self._grammars)
         if launched is not None:
             guesses = self.scheduler.may_guess(len(launched.chunks))
-            if self._overlap and launched.leads and not guesses:
+            if self._async_scheduling and launched.leads and not guesses:
                 self._flying = launched
             else:
                 outputs += self._land(launched)
@@ -393,7 +393,7 @@ class Engine:
         stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
         if scheduler.blocks is None:
             held = sum(s.computed for s in scheduler.running)
-            stats.kv_used = held / (self.config.max_slots * self.max_len)
+            stats.kv_used = held / (self.config.max_num_seqs * self.max_model_len)
         else:
             stats.kv_used = scheduler.blocks.used
         stats.preemptions = scheduler.preemptions

@@ -1,7 +1,7 @@
 """Keys and values by slot, and attention over them.
 
-Each running sequence has one slot: a contiguous stretch of memory for ``max_len`` tokens. On a CPU
-that decodes fastest, since a batch of neighbouring slots is one view: nothing is gathered.
+Each running sequence has one slot: contiguous memory for ``max_model_len`` tokens. On a CPU that
+decodes fastest, since a batch of neighbouring slots is one view: nothing is gathered.
 
 The forward is flat: N rows of one token each, decodes first, then the prompt chunks. With attention
 in C (``native``) a row's bits do not depend on the rows beside it, and are the same whether it is a
@@ -43,9 +43,9 @@ def padded_length(n: int, queries: int) -> int:
     return n if queries == 1 or rest <= 256 else n - rest + 512
 
 
-def slot_length(max_len: int, native: bool) -> int:
-    """Tokens that a slot has room for, so that attention to ``max_len`` finds its padding."""
-    return padded_length(max_len, 1 if native else 2)
+def slot_length(max_model_len: int, native: bool) -> int:
+    """Tokens that a slot has room for, so that attention to ``max_model_len`` finds its padding."""
+    return padded_length(max_model_len, 1 if native else 2)
 
 
 def padded_queries(n: int) -> int:
@@ -80,7 +80,7 @@ class SlotCache:
         self,
         config: ModelConfig,
         slots: int,
-        max_len: int,
+        max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
         min_rows: int = 1,
@@ -88,13 +88,13 @@ class SlotCache:
     ):
         """``min_rows`` is the least number of rows of a forward; ``native`` has the model's
         sizes."""
-        length = slot_length(max_len, native is not None)
+        length = slot_length(max_model_len, native is not None)
         shape = (config.n_layer, slots, config.n_kv_head, length, config.head_dim)
         # Zeros, not garbage: a masked value is multiplied by 0, and 0 * nan is nan.
         self.keys = zeros(shape, dtype, device)
         self.values = zeros(shape, dtype, device)
         self.positions = torch.zeros((0, 1), dtype=torch.int64, device=device)
-        self.end = max_len
+        self.end = max_model_len
         self._columns = torch.arange(length, device=device)
         self._group = config.n_head // config.n_kv_head
         self._row_bytes = 2 * config.n_kv_head * config.head_dim * dtype.itemsize
@@ -177,7 +177,7 @@ class SlotCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """``q [N, 1, H, D]``, ``k`` and ``v [N, 1, Hkv, D]`` → ``[N, 1, H, D]``."""
         N, _, H, D = q.shape
-        keys, values = self.keys[layer], self.values[layer]  # [slots, Hkv, max_len, D]
+        keys, values = self.keys[layer], self.values[layer]  # [slots, Hkv, max_model_len, D]
         if self._native is not None:
             rows, where = (q[:, 0], k[:, 0], v[:, 0]), (self._places, self._tiles)
             return self._native.attention(*rows, keys, values, *where, window)[:, None]

@@ -70,7 +70,7 @@ def faster(layer: nn.Linear) -> nn.Linear | Gate:
 
 
 @torch.inference_mode()
-def lay_out(model: GPT, native: Native | None = None) -> int:
+def pack_weights(model: GPT, native: Native | None = None) -> int:
     """Replaces or rearranges the model's layers; what they compute stays.
 
     Returns how many rows a forward must have at least for rows not to depend on each other.

@@ -66,8 +66,8 @@ class EngineLoop:
             if request.id in self._ids:
                 raise ValueError(f"id={request.id!r} is in use by another request")
             if self._engine.scheduler.room - self._arriving - len(self._inbox) <= 0:
-                waiting = self._engine.config.max_waiting
-                raise EngineFull(f"max_waiting={waiting} requests are waiting already")
+                waiting = self._engine.config.max_queue_size
+                raise EngineFull(f"max_queue_size={waiting} requests are waiting already")
             self._ids.add(request.id)
             self._inbox.append((request, prepared))
             self._changed.notify()

@@ -76,16 +76,16 @@ class PagedCache:
         config: ModelConfig,
         blocks: Blocks,
         slots: int,
-        max_len: int,
+        max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
         min_rows: int = 1,
     ):
         """``min_rows`` is the least number of rows of a forward."""
         self.block, self.device = blocks.block, device
-        self.end = max_len
+        self.end = max_model_len
         self._min_rows = min_rows
-        found = layer_windows(config, max_len)
+        found = layer_windows(config, max_model_len)
         numbers = {pool.window: i for i, pool in enumerate(blocks.pools)}
         shape = blocks.block, config.n_kv_head, config.head_dim
         self._pages: list[tuple[int, Tensor, Tensor]] = []
@@ -96,7 +96,7 @@ class PagedCache:
             keys, values = torch.zeros((2, pages, *shape), dtype=dtype, device=device)
             self._pages.append((pool, keys, values))
         # Whoever pads has a slot too, behind the others, without blocks.
-        width = -(-max_len // blocks.block)
+        width = -(-max_model_len // blocks.block)
         self._tables = np.zeros((len(blocks.pools), slots + 1, width), dtype=np.int32)
         self._attention: Callable[..., Any] = gathered_attention
         if device.type == "cuda":
@@ -104,7 +104,7 @@ class PagedCache:
             from torch.nn.attention.varlen import varlen_attn
 
             self._attention = varlen_attn
-        self.use(self.lay_out([], 1).to(device))
+        self.use(self.pack_weights([], 1).to(device))
 
     @property
     def nbytes(self) -> int:
@@ -119,14 +119,14 @@ class PagedCache:
     def begin(self, spans: Sequence[Span]) -> int:
         """Lays out a step; returns N, the rows of the forward, of which the last few may be
         padding. ``positions`` is ready after it."""
-        self.use(self.lay_out(spans).to(self.device))
+        self.use(self.pack_weights(spans).to(self.device))
         return self.positions.size(0)
 
     def use(self, layout: Layout) -> None:
         """The next forward is of this step."""
         self.layout, self.positions = layout, layout.positions
 
-    def lay_out(self, spans: Sequence[Span], rows: int = 0) -> Layout:
+    def pack_weights(self, spans: Sequence[Span], rows: int = 0) -> Layout:
         """The step of these spans, padded to so many rows at least, in ordinary memory."""
         real = sum(span.count for span in spans)
         padding = max(0, max(rows, self._min_rows) - real)

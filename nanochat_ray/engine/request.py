@@ -69,7 +69,8 @@ class SamplingParams:
     min_tokens: int = 0
     """Until the answer has as many, nothing in ``stop_ids`` or ``eos_ids`` is chosen."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer. The engine knows no text: ``stream.TextStream`` looks."""
+    """Strings that end the answer. The engine has no text: ``IncrementalDetokenizer``
+    looks for them."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the answer."""
     eos_ids: tuple[int, ...] = ()

@@ -14,7 +14,7 @@ from nanochat_ray.engine.cuda_graphs import DecodeGraphs
 from nanochat_ray.engine.kernels import native
 from nanochat_ray.engine.kv_cache import SlotCache, Span
 from nanochat_ray.engine.kv_memory import check_slots, make_blocks
-from nanochat_ray.engine.linear import lay_out
+from nanochat_ray.engine.linear import pack_weights
 from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.paged_cache import PagedCache, block_size
 from nanochat_ray.engine.prefixes import CopiedPrefixes, SharedPrefixes
@@ -29,7 +29,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 class Runner:
     """Holds the model and its cache. Takes the model over: dtype and memory layout may change."""
 
-    def __init__(self, model: GPT, config: EngineConfig, max_len: int):
+    def __init__(self, model: GPT, config: EngineConfig, max_model_len: int):
         dtype = DTYPES[config.precision]
         self.model = model.to(dtype).eval()
         model.compute_dtype = dtype
@@ -41,24 +41,26 @@ class Runner:
             self.native = native(sizes.head_dim, group, config.kernels)
         self.kernels = self.native.level if self.native else "torch"
         """What computes: the instructions that the kernels in C were compiled for, or torch."""
-        self.min_rows = lay_out(model, self.native) if on_cpu else 1
+        self.min_rows = pack_weights(model, self.native) if on_cpu else 1
         self.blocks: Blocks | None = None
         """Where the layout is paged: the accounting of its memory."""
         self.cache: SlotCache | PagedCache
         self._graphs: DecodeGraphs | None = None
         free, place = free_memory(self.device), (dtype, self.device, self.min_rows)
         if not self._paged(config):
-            check_slots(model.config, config, max_len, dtype, free, self.native is not None)
-            slots = config.max_slots
-            self.cache = SlotCache(model.config, slots, max_len, *place, self.native)
+            check_slots(model.config, config, max_model_len, dtype, free, self.native is not None)
+            slots = config.max_num_seqs
+            self.cache = SlotCache(model.config, slots, max_model_len, *place, self.native)
             return
         size = block_size(self.device)
-        self.blocks = make_blocks(model.config, config, max_len, dtype, free, size)
-        self.cache = PagedCache(model.config, self.blocks, config.max_slots, max_len, *place)
+        self.blocks = make_blocks(model.config, config, max_model_len, dtype, free, size)
+        self.cache = PagedCache(
+            model.config, self.blocks, config.max_num_seqs, max_model_len, *place
+        )
         if self.device.type == "cuda":
-            rows = config.max_slots * (1 + config.speculative_tokens)
-            if config.speculative_rows:
-                rows = min(rows, max(config.max_slots, config.speculative_rows))
+            rows = config.max_num_seqs * (1 + config.num_speculative_tokens)
+            if config.speculative_disable_by_batch_size:
+                rows = min(rows, max(config.max_num_seqs, config.speculative_disable_by_batch_size))
             self._graphs = DecodeGraphs(model, self.cache, rows)
 
     def _paged(self, config: EngineConfig) -> bool:

@@ -131,8 +131,8 @@ class Scheduler:
 
     Invariants: a sequence is either waiting (no slot) or running (a slot of its own); decodes are
     in every plan, except where the last token is being made; a plan never exceeds
-    ``token_budget``, nor, while anything decodes, the larger of ``prefill_chunk`` for each prompt
-    and ``chunk_per_decode`` for each decode in prompt tokens.
+    ``max_num_batched_tokens``, nor, while anything decodes, the larger of ``prefill_chunk`` for
+    each prompt and ``chunk_per_decode`` for each decode in prompt tokens.
 
     With ``blocks``, which hold at least one sequence as long as may be, a sequence is admitted
     when there are blocks for all its tokens. When they run out, it takes them from those behind
@@ -141,9 +141,9 @@ class Scheduler:
     """
 
     slots: int
-    token_budget: int
+    max_num_batched_tokens: int
     prefill_chunk: int
-    max_waiting: int
+    max_queue_size: int
     doubling: int = 0
     """Tokens before it at which a prompt's token takes twice as long as the first one, since it
     attends to all of them; 0 if that does not count."""
@@ -179,12 +179,12 @@ class Scheduler:
     @property
     def room(self) -> int:
         """Requests that may still come."""
-        return self.max_waiting + len(self._free) - len(self.waiting)
+        return self.max_queue_size + len(self._free) - len(self.waiting)
 
     def add(self, sequence: Sequence) -> None:
         """Raises EngineFull when as many wait as may."""
         if self.room <= 0:
-            raise EngineFull(f"max_waiting={self.max_waiting} requests are waiting already")
+            raise EngineFull(f"max_queue_size={self.max_queue_size} requests are waiting already")
         sequence.order = self._orders
         self._orders += 1
         self.waiting.append(sequence)
@@ -198,7 +198,7 @@ class Scheduler:
             if s.late < 0 or len(s.tokens) < s.limit:  # else its last token is being made
                 (steady if s.decoding else others).append(s)
         chunks: list[Chunk] = []
-        budget = self.token_budget - len(steady)
+        budget = self.max_num_batched_tokens - len(steady)
         rest = float(min(budget, self._chunk(len(steady), len(others))))
         for s in others:
             if rest < 1:
@@ -244,7 +244,7 @@ class Scheduler:
     def _chunk(self, decodes: int, prompts: int) -> int:
         """Prompt tokens of a step: it takes longer, the more wait for their first token."""
         if not decodes:
-            return self.token_budget
+            return self.max_num_batched_tokens
         return max(self.prefill_chunk * prompts, self.chunk_per_decode * decodes)
 
     def _grow(self, sequence: Sequence, end: int) -> bool:

@@ -52,7 +52,7 @@ def evaluate_text(
         nonlocal bits, size
         ids = np.stack(rows)
         found = int(lengths[ids[:, 1:]].sum())
-        bits += bits_per_byte(model, ids, lengths, micro_rows=BATCH) * found
+        bits += bits_per_byte(model, ids, lengths, micro_batch_size=BATCH) * found
         size += found
 
     batch: list[np.ndarray] = []

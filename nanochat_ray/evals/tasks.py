@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nanochat_ray.engine.detokenizer import IncrementalDetokenizer
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Request, SamplingParams
-from nanochat_ray.engine.stream import TextStream
 from nanochat_ray.tasks.task import Task
 from nanochat_ray.text.chat import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -45,13 +45,13 @@ def evaluate(
     total = min(count, len(task))
     ends = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, eos_ids=ends)
-    streams: dict[str, TextStream] = {}
+    streams: dict[str, IncrementalDetokenizer] = {}
     said: dict[str, str] = {}
     waiting = list(range(total))
     done = too_long = 0
     while waiting or engine.has_work:
         # A full batch and as much again in the queue keeps every slot busy.
-        while waiting and len(streams) < 2 * engine.config.max_slots:
+        while waiting and len(streams) < 2 * engine.config.max_num_seqs:
             index = waiting.pop(0)
             prompt = render_prompt(tokenizer, task.question(index))
             request = Request(id=str(index), prompt=prompt, params=params)
@@ -62,7 +62,7 @@ def evaluate(
                 done += 1
                 too_long += 1
                 continue
-            streams[request.id] = TextStream(tokenizer)
+            streams[request.id] = IncrementalDetokenizer(tokenizer)
         for output in engine.step():
             stream = streams[output.request_id]
             said[output.request_id] += stream.add(output)

@@ -18,16 +18,16 @@ from typing import Any
 import ray.util
 from ray import serve
 
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import EngineConfig, from_json
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Output, Request
 from nanochat_ray.engine.tools import calculator_tool
-from nanochat_ray.machine import engine_threads, in_thread_that_ends
+from nanochat_ray.machine import engine_threads, run_in_temporary_thread
 from nanochat_ray.on_ray.link import ACCEPTED, NOT_HERE, QUEUE_FULL, Handshakes, Link
 from nanochat_ray.on_ray.metrics import RaySink
-from nanochat_ray.serve.collector import spare_what_is_there
+from nanochat_ray.serve.collector import freeze_gc
 from nanochat_ray.serve.metrics import EngineMetrics
 from nanochat_ray.storage import Store
 
@@ -40,7 +40,7 @@ DRAIN_S = 25.0
 class EngineReplica:
     """One model in one process.
 
-    Which snapshot is in ``user_config``, so that another is swapped in place: the old engine ends
+    Which checkpoint is in ``user_config``, so that another is swapped in place: the old engine ends
     what it has begun while the new one takes what comes.
     """
 
@@ -62,7 +62,7 @@ class EngineReplica:
         self.threads, self.sharing = threads, sharing
         self.name = name or serve.get_replica_context().replica_tag
         self.host = host or ray.util.get_node_ip_address()
-        self.snapshot = ""
+        self.checkpoint = ""
         self.tokenizer = ""
         self.engine: EngineLoop | None = None
         self.secret = secrets.token_hex(32)
@@ -73,16 +73,16 @@ class EngineReplica:
         """Where each request came from, and the engine that has it."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics = EngineMetrics(RaySink(model or self.name))
-        spare_what_is_there()
+        freeze_gc()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        name = user_config["snapshot"]
-        if name == self.snapshot:
+        name = user_config["checkpoint"]
+        if name == self.checkpoint:
             return
         loop = asyncio.get_running_loop()
         await self.listen()
-        fresh = await asyncio.to_thread(in_thread_that_ends, self._start, name, loop)
-        old, self.engine, self.snapshot = self.engine, fresh, name
+        fresh = await asyncio.to_thread(run_in_temporary_thread, self._start, name, loop)
+        old, self.engine, self.checkpoint = self.engine, fresh, name
         if old is not None:
             self._spawn(self._retire(old))
 
@@ -107,9 +107,9 @@ class EngineReplica:
 
         torch.set_num_threads(self.threads or engine_threads(self.sharing))
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.precision]
-        model, tokenizer = snapshot.load_model(self.run, name, device=self.device, dtype=dtype)
+        model, tokenizer = checkpoint.load_model(self.run, name, device=self.device, dtype=dtype)
         if self.tokenizer not in ("", tokenizer.fingerprint):
-            raise ValueError(f"snapshot={name!r} has another tokenizer than {self.snapshot!r}")
+            raise ValueError(f"checkpoint={name!r} has another tokenizer than {self.checkpoint!r}")
         self.tokenizer = tokenizer.fingerprint
         engine = Engine(model, self.config, calculator_tool(tokenizer), tokenizer.byte_table())
 
@@ -201,7 +201,7 @@ class EngineReplica:
         """Who this is and how busy."""
         return {
             "replica": self.name,
-            "snapshot": self.snapshot,
+            "checkpoint": self.checkpoint,
             "requests": len(self.owners),
             **(dataclasses.asdict(self.engine.stats()) if self.engine is not None else {}),
         }

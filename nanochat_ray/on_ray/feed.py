@@ -88,7 +88,7 @@ def from_iterator(
     """Batches of one rank from its iterator, checked against the step that the loop is at."""
 
     def batches(start: int) -> Iterator[Batch]:
-        rows = len(np.array_split(np.arange(config.batch_rows), world)[rank])
+        rows = len(np.array_split(np.arange(config.global_batch_size), world)[rank])
         stream = shard.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=4)
         for step, block in enumerate(stream, start):
             if (block["step"] != step).any():

@@ -12,7 +12,7 @@ from nanochat_ray.on_ray.engine_client import RayEngineClient
 from nanochat_ray.on_ray.metrics import RaySink
 from nanochat_ray.serve import access, keys
 from nanochat_ray.serve.app import build_app
-from nanochat_ray.serve.collector import spare_what_is_there
+from nanochat_ray.serve.collector import freeze_gc
 from nanochat_ray.serve.service import Limits
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ class Ingress:
         tokenizer: str,
         fingerprint: str,
         name: str,
-        max_len: int,
+        max_model_len: int,
         key_hashes: list[str],
         key_file: str,
         deadline_s: float,
@@ -38,7 +38,7 @@ class Ingress:
         access_log: bool,
     ):
         self.tokenizer = Tokenizer.load(Store.at(storage).child(*tokenizer.split("/")), fingerprint)
-        self.name, self.max_len = name, max_len
+        self.name, self.max_model_len = name, max_model_len
         # From the deployment alone: a worker's environment may be older than it.
         self.keys = [*key_hashes, *(keys.from_file(key_file) if key_file else [])]
         self.limits = Limits(request_timeout_s=request_timeout_s)
@@ -49,12 +49,12 @@ class Ingress:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         self.client.start()
-        spare_what_is_there()
+        freeze_gc()
         return build_app(
             self.client,
             self.tokenizer,
             self.name,
-            self.max_len,
+            self.max_model_len,
             limits=self.limits,
             keys=self.keys,
             sink=RaySink(self.name),

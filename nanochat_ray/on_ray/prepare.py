@@ -19,7 +19,7 @@ import numpy as np
 import ray
 
 from nanochat_ray import scaling
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_name
 from nanochat_ray.claim import claimed
 from nanochat_ray.data import corpus, documentation, sample, sources
@@ -61,7 +61,7 @@ _BY_INPUT = "by-input"
 
 
 @dataclass(frozen=True)
-class _Scatter:
+class ShardWriter:
     """Where the tasks of the first pass leave their rows."""
 
     uri: str
@@ -209,7 +209,7 @@ def prepare_base(
         )
         # A token of a trained vocabulary has 3 to 4 bytes of English.
         dtype = token_dtype(tokenizer.vocab_size)
-        out = _Scatter(dataset.uri, shards_for(size / 3.5 * dtype.itemsize), seed)
+        out = ShardWriter(dataset.uri, shards_for(size / 3.5 * dtype.itemsize), seed)
         tokenized = _Tokenized.of(plan, tokenizer, divided, options, sequence_len, out, size)
         settled = divided.settled(tokenized.census, least // tokenized.every)
         if settled == divided:
@@ -275,7 +275,7 @@ class _Tokenized:
         divided: HoldOut,
         options: ReadOptions,
         sequence_len: int,
-        out: _Scatter,
+        out: ShardWriter,
         size: int,
     ) -> _Tokenized:
         """Tokenizes and packs every unit of ``plan`` (about ``size`` bytes of text)."""
@@ -364,8 +364,8 @@ def find_tokenizer(root: Store, name: str) -> tuple[Tokenizer, int | None]:
         folder = tokenizers.child(manifest.tokenizer[:16])
         return Tokenizer.load(folder, manifest.tokenizer), manifest.sequence_len
     run = root.child("runs", name)
-    if snapshot.latest(run) is not None:
-        saved = snapshot.load_config(run)
+    if checkpoint.latest(run) is not None:
+        saved = checkpoint.load_config(run)
         folder = tokenizers.child(saved.tokenizer[:16])
         return Tokenizer.load(folder, saved.tokenizer), saved.model.sequence_len
     have = [found for found in tokenizers.list() if found != _BY_INPUT]
@@ -460,7 +460,7 @@ def prepare_sft(
     dtype = token_dtype(tokenizer.vocab_size)
     # Conversations of a hundred or two tokens, each with its mask.
     size = sum(count for _, count in counts) * 150 * (dtype.itemsize + 1)
-    rows_out, length = _Scatter(dataset.uri, shards_for(size), seed), sequence_len + 1
+    rows_out, length = ShardWriter(dataset.uri, shards_for(size), seed), sequence_len + 1
     shared, shared_chats = ray.put(tokenizer), ray.put({entry.name: entry for entry in own})
 
     def render(item: list[Any]) -> Row:

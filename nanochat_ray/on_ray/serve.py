@@ -21,7 +21,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import LoggingConfig
 
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_float, check_int, check_name
 from nanochat_ray.config import EngineConfig, from_json, to_json
 from nanochat_ray.on_ray import autoscaling, ports
@@ -41,20 +41,20 @@ class ServeConfig:
 
     storage: str = field(default_factory=default_root)
     run: str = "chat"
-    snapshot: str = ""
+    checkpoint: str = ""
     """Empty: the run's latest, as of the deployment. All engines have the same one, and a replica
     that is restarted takes that one again: keep it for as long as it is served."""
     name: str = ""
     """The model's name for clients; by default that of the run."""
-    engines: int = 1
-    max_engines: int = 0
+    num_replicas: int = 1
+    max_replicas: int = 0
     """Above ``engines``: as many as queues and KV caches ask for, from ``engines`` up to this
     (``autoscaling``); 0 is ``engines``, always."""
     upscale_delay_s: float = 10.0
     """How long more engines must have been wanted before they start."""
     downscale_delay_s: float = 300.0
     """How long fewer must have been: to start one again takes a node, an image and the weights."""
-    ingresses: int = 1
+    num_ingress_replicas: int = 1
     gpus: float = 0.0
     """GPUs of each engine."""
     cpus: float = 1.0
@@ -80,12 +80,12 @@ class ServeConfig:
     """A line for each request in Serve's log of the ingress that answered it."""
 
     def __post_init__(self) -> None:
-        for name, least in (("engines", 1), ("ingresses", 1), ("threads", 0)):
+        for name, least in (("num_replicas", 1), ("num_ingress_replicas", 1), ("threads", 0)):
             check_int(name, getattr(self, name), least)
-        most = self.max_engines
-        if not isinstance(most, int) or 0 != most < self.engines:
-            allowed = f"0, or a whole number from engines={self.engines}"
-            raise ValueError(f"max_engines={most!r} is not allowed: {allowed}")
+        most = self.max_replicas
+        if not isinstance(most, int) or 0 != most < self.num_replicas:
+            allowed = f"0, or a whole number from num_replicas={self.num_replicas}"
+            raise ValueError(f"max_replicas={most!r} is not allowed: {allowed}")
         for name in ("upscale_delay_s", "downscale_delay_s", "deadline_s", "request_timeout_s"):
             check_float(name, getattr(self, name))
         for name in ("gpus", "cpus", "ingress_cpus"):
@@ -95,30 +95,30 @@ class ServeConfig:
         object.__setattr__(self, "allowed_origins", tuple(self.allowed_origins))
         check_origins("allowed_origins", self.allowed_origins)
         check_name("run", self.run)
-        if self.snapshot:
-            check_name("snapshot", self.snapshot)
+        if self.checkpoint:
+            check_name("checkpoint", self.checkpoint)
         # The replicas' working directory is another one.
         object.__setattr__(self, "storage", absolute(self.storage))
 
 
 def build_application(config: ServeConfig) -> Application:
-    """The Serve application. ValueError names a run, snapshot or setting that does not do."""
+    """The Serve application. ValueError names a run, checkpoint or setting that does not do."""
     root = Store.at(config.storage)
     run = root.child("runs", config.run)
-    if snapshot.latest(run) is None:
+    if checkpoint.latest(run) is None:
         raise ValueError(f"run={config.run!r} has no checkpoint in {config.storage}")
-    name = snapshot.chosen(run, config.snapshot)
-    found = snapshot.load_config(run, name)
-    max_len = config.engine.max_len or found.model.sequence_len
-    # Serve restarts an ingress whose arguments change. A path that stays when the snapshot changes
-    # lets new weights in without that.
+    name = checkpoint.chosen(run, config.checkpoint)
+    found = checkpoint.load_config(run, name)
+    max_model_len = config.engine.max_model_len or found.model.sequence_len
+    # Serve restarts an ingress whose arguments change. A path that stays when the checkpoint
+    # changes lets new weights in without that.
     tokenizer = f"tokenizers/{found.tokenizer[:16]}"
     if not root.exists(f"{tokenizer}/tokenizer.json"):
         tokenizer = f"runs/{config.run}/{name}"
     engine = serve.deployment(
         name="engine",
         **_replicas(config),
-        user_config={"snapshot": name},
+        user_config={"checkpoint": name},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=30,
         # Every second each ingress asks each engine for its status.
@@ -127,7 +127,7 @@ def build_application(config: ServeConfig) -> Application:
     )(EngineReplica)
     ingress = serve.deployment(
         name="ingress",
-        num_replicas=config.ingresses,
+        num_replicas=config.num_ingress_replicas,
         max_ongoing_requests=1_000,
         graceful_shutdown_timeout_s=30,
         logging_config=LoggingConfig(enable_access_log=False),
@@ -144,7 +144,7 @@ def build_application(config: ServeConfig) -> Application:
         engine=to_json(config.engine),
         device="cuda" if config.gpus else "cpu",
         threads=config.threads,
-        sharing=max(config.engines, config.max_engines),
+        sharing=max(config.num_replicas, config.max_replicas),
         model=config.name or config.run,
     )
     return ingress.bind(
@@ -153,7 +153,7 @@ def build_application(config: ServeConfig) -> Application:
         tokenizer=tokenizer,
         fingerprint=found.tokenizer,
         name=config.name or config.run,
-        max_len=max_len,
+        max_model_len=max_model_len,
         key_hashes=list(config.key_hashes),
         key_file=config.key_file,
         deadline_s=config.deadline_s,
@@ -165,12 +165,12 @@ def build_application(config: ServeConfig) -> Application:
 
 def _replicas(config: ServeConfig) -> dict[str, Any]:
     """How many engines, in Serve's words."""
-    if not config.max_engines:
-        return {"num_replicas": config.engines}
+    if not config.max_replicas:
+        return {"num_replicas": config.num_replicas}
     return {
         "autoscaling_config": AutoscalingConfig(
-            min_replicas=config.engines,
-            max_replicas=config.max_engines,
+            min_replicas=config.num_replicas,
+            max_replicas=config.max_replicas,
             upscale_delay_s=config.upscale_delay_s,
             downscale_delay_s=config.downscale_delay_s,
             look_back_period_s=LOOK_BACK_S,

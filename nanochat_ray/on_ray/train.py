@@ -1,6 +1,6 @@
 """Training by Ray Train: the same ``execute`` in every worker, fed by Ray Data.
 
-The run's snapshots are its own (``checkpoint.snapshot``), so a run may be begun under Ray and
+The run's checkpoints are its own (``checkpoint.checkpoint``), so a run may be begun under Ray and
 resumed without it. Ray restarts the group when a worker dies, with fewer workers if it may; the
 new group looks up where the run stands and goes on from there.
 """
@@ -30,7 +30,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.metrics import Gauge
 
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.claim import check_reference, claimed
 from nanochat_ray.on_ray.feed import RankedRows, from_iterator
 from nanochat_ray.storage import Store
@@ -199,7 +199,7 @@ def fit(
     print_every: int = 10,
     ray_data: bool = True,
 ) -> dict[str, Any]:
-    """Trains ``job`` on ``workers`` processes and returns what its last snapshot says of it.
+    """Trains ``job`` on ``workers`` processes and returns what its last checkpoint says of it.
 
     Without ``ray_data`` each worker reads the shards itself: the same batches.
     With ``min_workers`` the group may be as small as that while machines are missing, and grows
@@ -215,11 +215,11 @@ def fit(
     own = run.child("ray")
 
     def reached() -> int:
-        name = snapshot.latest(run)
-        return snapshot.step_of(name) if name else 0
+        name = checkpoint.latest(run)
+        return checkpoint.step_of(name) if name else 0
 
     def result() -> dict[str, Any]:
-        saved = snapshot.load_trainer(run)
+        saved = checkpoint.load_trainer(run)
         return {**saved["metrics"], "step": saved["step"], "done": reached() >= job.train.steps}
 
     if reached() >= job.train.steps:
@@ -279,8 +279,8 @@ def check_workers(job: TrainJob, workers: int, min_workers: int) -> None:
     """ValueError if the numbers of workers make no sense together."""
     if not 0 <= min_workers <= workers:
         raise ValueError(f"min_workers={min_workers} is not allowed: from 0 to workers={workers}")
-    if job.train.batch_rows < workers:
+    if job.train.global_batch_size < workers:
         raise ValueError(
-            f"workers={workers} is not allowed: at most batch_rows={job.train.batch_rows}, or "
-            "some would have nothing to do"
+            f"workers={workers} is not allowed: at most "
+            f"global_batch_size={job.train.global_batch_size}, or some would have nothing to do"
         )

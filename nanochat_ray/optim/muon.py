@@ -36,7 +36,7 @@ class MuonRule:
 
     orthogonalizer: Orthogonalizer = "polar_express"
     normuon: bool = True
-    equilibrate: bool = False
+    row_normalize: bool = False
     cautious: bool = False
 
 
@@ -79,7 +79,7 @@ def muon_update_(
     """
     momentum_buffer.lerp_(grads, 1 - momentum)
     update = grads.lerp(momentum_buffer, momentum)
-    if rule.equilibrate:
+    if rule.row_normalize:
         # The iteration reaches small singular values late: unequal rows would leave more of them.
         update /= update.norm(dim=-1, keepdim=True).clamp_min(1e-20)
     update = orthogonalize(update.to(dtype), rule.orthogonalizer).float()

@@ -7,14 +7,14 @@ from nanochat_ray.config import OptimConfig, TrainConfig
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
     """Share of the full rate at ``step`` (from 0) of ``steps``: linear up, flat, linear down."""
-    warmup = round(config.warmup * steps)
+    warmup = round(config.warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    warmdown = round(config.warmdown * steps)
+    warmdown = round(config.warmdown_ratio * steps)
     left = steps - step
     if left >= warmdown:
         return 1.0
-    return config.final_lr + (1 - config.final_lr) * left / warmdown
+    return config.final_lr_frac + (1 - config.final_lr_frac) * left / warmdown
 
 
 def momentum(step: int, steps: int, config: OptimConfig) -> float:

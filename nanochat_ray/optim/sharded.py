@@ -175,7 +175,7 @@ class ShardedOptimizer:
         rule = MuonRule(
             orthogonalizer=config.orthogonalizer,
             normuon=config.normuon,
-            equilibrate=config.equilibrate,
+            row_normalize=config.row_normalize,
             cautious=config.cautious,
         )
         self.flats = [FlatGroup(group, named, self.rank, self.world, rule) for group in groups]

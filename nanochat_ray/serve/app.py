@@ -92,19 +92,19 @@ def build_app(
     client: EngineClient,
     tokenizer: Tokenizer,
     name: str,
-    max_len: int,
+    max_model_len: int,
     *,
     limits: Limits | None = None,
     keys: Sequence[str] = (),
     sink: Sink | None = None,
     allowed_origins: Sequence[str] = (),
 ) -> FastAPI:
-    """The application. ``name`` is the model's, ``max_len`` the engine's longest sequence in
+    """The application. ``name`` is the model's, ``max_model_len`` the engine's longest sequence in
     tokens, ``keys`` the API keys of which one is then needed, ``sink`` where figures of requests
     go besides ``/metrics``, ``allowed_origins`` those whose pages may ask (CORS), or "*"."""
     page = PrometheusSink(name)
     metrics = RequestMetrics(Tee(page, sink) if sink is not None else page)
-    service = Service(client, tokenizer, name, max_len, limits or Limits(), metrics)
+    service = Service(client, tokenizer, name, max_model_len, limits or Limits(), metrics)
     # FastAPI's documentation pages load scripts from elsewhere; /openapi.json remains.
     app = FastAPI(
         title="nanochat_ray", version=VERSION, docs_url=None, redoc_url=None, responses=FAILURES
@@ -189,7 +189,7 @@ def _add_metrics(app: FastAPI, service: Service, page: PrometheusSink) -> None:
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    card = ModelCard(id=service.name, created=int(time.time()), max_model_len=service.max_len)
+    card = ModelCard(id=service.name, created=int(time.time()), max_model_len=service.max_model_len)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -210,7 +210,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         else:
             bare = body.add_special_tokens is False
             ids = await (service.encode if bare else service.text_prompt)(body.prompt or "")
-        return TokenizeResponse(count=len(ids), max_model_len=service.max_len, tokens=ids)
+        return TokenizeResponse(count=len(ids), max_model_len=service.max_model_len, tokens=ids)
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 
 
-def spare_what_is_there() -> None:
+def freeze_gc() -> None:
     """What this process has made so far is no longer searched for garbage.
 
     A search of all that was imported takes 0.1 s, every now and then, and every stream waits. To be

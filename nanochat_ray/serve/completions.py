@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
+from nanochat_ray.engine.detokenizer import IncrementalDetokenizer
 from nanochat_ray.engine.request import EngineFull, Output, TokenLogprob
-from nanochat_ray.engine.stream import TextStream
 from nanochat_ray.serve.client import OutputStream
 from nanochat_ray.serve.logprobs import Scored
 from nanochat_ray.serve.metrics import Timer
@@ -69,7 +69,7 @@ class Answer:
         self._calling = calling
         self._call_end = tokenizer.special("<|python_end|>") if calling.calculator else -1
         self._tokenizer = tokenizer
-        self._text = TextStream(tokenizer, stop)
+        self._text = IncrementalDetokenizer(tokenizer, stop)
         self._marks = {tokenizer.special(name): name for name in tokenizer.specials}
         # A forced call's first mark is the prompt's last token.
         self._inside = "<|python_start|>" if calling.forced else ""
@@ -77,7 +77,7 @@ class Answer:
         self._call: CallStream | None = None
         if calling.grammar is not None:
             self._call = CallStream(calling.functions)
-            self._call_text = TextStream(tokenizer)
+            self._call_text = IncrementalDetokenizer(tokenizer)
         self._held: list[int] = []
         self._expression = ""
 
@@ -187,7 +187,7 @@ async def all_pieces(service: Service, job: Job) -> AsyncGenerator[list[Piece], 
                     if reason.startswith("deadline:"):
                         most = service.limits.request_timeout_s
                         raise DeadlineError(f"the answer was not ready after {most:g} s, the limit")
-                    if reason.startswith("max_waiting="):  # filled up after it was taken
+                    if reason.startswith("max_queue_size="):  # filled up after it was taken
                         raise EngineFull(reason)
                     raise EngineFailedError(reason)
                 if piece.finish is not None:

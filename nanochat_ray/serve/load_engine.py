@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import EngineConfig, ModelConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Request, SamplingParams
@@ -20,7 +20,7 @@ from nanochat_ray.text.tokenizer import Tokenizer
 
 def make_run(run: Store) -> None:
     """A ``classic`` model of 14 M random weights, if the run is not there."""
-    if snapshot.latest(run) is not None:
+    if checkpoint.latest(run) is not None:
         return
     # Every byte, then pairs: a vocabulary of the size of a real one.
     pairs = [bytes([a, b]) for a in range(32, 127) for b in range(32, 127)][: 4096 - 256 - 9]
@@ -35,7 +35,7 @@ def make_run(run: Store) -> None:
     )
     model = GPT(config)
     model.init_weights(torch.Generator().manual_seed(0))
-    snapshot.save(
+    checkpoint.save(
         run,
         0,
         model_config=config,
@@ -48,7 +48,7 @@ def make_run(run: Store) -> None:
 
 def make_engine(run: Store, threads: int, config: EngineConfig) -> Engine:
     torch.set_num_threads(threads)
-    model, tokenizer = snapshot.load_model(run)
+    model, tokenizer = checkpoint.load_model(run)
     return Engine(model.eval(), config, calculator_tool(tokenizer), tokenizer.byte_table())
 
 

@@ -2,7 +2,7 @@
 
 engine = Engine(model, EngineConfig(), calculator_tool(tokenizer), tokenizer.byte_table())
 client = LocalClient(engine)
-uvicorn.run(build_app(client, tokenizer, "my-model", client.max_len))
+uvicorn.run(build_app(client, tokenizer, "my-model", client.max_model_len))
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LocalClient:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.max_len = engine.max_len
+        self.max_model_len = engine.max_model_len
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, OutputStream] = {}
         self._engine_loop = EngineLoop(engine, self._on_step)

@@ -65,7 +65,7 @@ class Service:
     client: EngineClient
     tokenizer: Tokenizer
     name: str
-    max_len: int
+    max_model_len: int
     """Longest prompt plus answer, in tokens."""
     limits: Limits
     metrics: RequestMetrics
@@ -92,9 +92,9 @@ class Service:
         return [self.tokenizer.bos, *await self.encode(text)]
 
     async def chat_prompt(self, body: ChatRequest) -> list[int]:
-        if len(body.messages) >= self.max_len:  # every message has two tokens, or more
+        if len(body.messages) >= self.max_model_len:  # every message has two tokens, or more
             raise errors.invalid(
-                f"This model's longest sequence is {self.max_len} tokens, but there are "
+                f"This model's longest sequence is {self.max_model_len} tokens, but there are "
                 f"{len(body.messages)} messages.",
                 "messages",
                 "context_length_exceeded",
@@ -206,11 +206,11 @@ class Service:
 
     def _room(self, ids: Sequence[int], param: str, max_tokens: int | None) -> int:
         """Tokens that the answer to a prompt may have. ApiError if not one fits that is needed."""
-        room = self.max_len - len(ids)
+        room = self.max_model_len - len(ids)
         if room < (max_tokens != 0):
             message = (
-                f"This model's maximum context length is {self.max_len} tokens, but the prompt has "
-                f"{len(ids)} tokens."
+                f"This model's maximum context length is {self.max_model_len} tokens, but the "
+                f"prompt has {len(ids)} tokens."
             )
             raise errors.invalid(message, param, "context_length_exceeded")
         return room if max_tokens in (None, -1) else min(max_tokens or 0, room)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nanochat_ray.config import TrainConfig
-from nanochat_ray.data.order import batch_rows
+from nanochat_ray.data.order import global_batch_size
 from nanochat_ray.data.shards import RowReader
 from nanochat_ray.train.step import Batch
 
@@ -24,7 +24,7 @@ def rank_rows(config: TrainConfig, num_rows: int, step: int, rank: int, world: i
 
     Where the sizes divide, the micro-batches of all ranks are those that one rank would make.
     """
-    rows = batch_rows(num_rows, config.seed, config.batch_rows, step)
+    rows = global_batch_size(num_rows, config.seed, config.global_batch_size, step)
     return np.array_split(rows, world)[rank]
 
 

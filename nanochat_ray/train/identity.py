@@ -12,17 +12,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nanochat_ray import config as configs
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import ModelConfig, OptimConfig, TrainConfig
 from nanochat_ray.data.shards import Manifest
 from nanochat_ray.storage import Store
 
 RESUMABLE_FIELDS = {
-    "micro_rows": "how a batch is cut; its gradient is the same sum",
+    "micro_batch_size": "how a batch is cut; its gradient is the same sum",
     "eval_every": "when it is measured",
-    "eval_rows": "on how much it is measured",
+    "eval_sequences": "on how much it is measured",
     "save_every": "when it is saved",
-    "keep": "how much of what was saved is kept",
+    "keep_latest_k": "how much of what was saved is kept",
     "keep_best": "how much of what was saved is kept",
     "checkpoint_activations": "memory against time",
     "deterministic": "time against equal bits",
@@ -46,9 +46,9 @@ def describe(root: Store, dataset: str, manifest: Manifest, parent: str) -> dict
     about = {"dataset": dataset, "dataset_digest": manifest.digest, "parent": parent}
     if parent:
         run = root.child("runs", parent)
-        if (name := snapshot.latest(run)) is not None:
+        if (name := checkpoint.latest(run)) is not None:
             about["parent_checkpoint"] = name
-            about["parent_digest"] = snapshot.weights_digest(run, name)
+            about["parent_digest"] = checkpoint.weights_digest(run, name)
     return about
 
 
@@ -67,7 +67,7 @@ def check_resumable(
     the first field that differs and both values. Returns one line for each thing that could not
     be compared, since an older program did not write it down.
     """
-    saved, trainer = snapshot.load_config(run, name), snapshot.load_trainer(run, name)
+    saved, trainer = checkpoint.load_config(run, name), checkpoint.load_trainer(run, name)
     where = f"run {run.root.rpartition('/')[2]!r}"
     if "train_config" not in trainer:
         raise ValueError(
@@ -77,6 +77,7 @@ def check_resumable(
     before = trainer["train_config"]
     if not isinstance(before, dict):
         raise ValueError(f"checkpoint {run.child(name).uri}: trainer.json has no train_config")
+    before = configs.with_new_names("TrainConfig", before)
     pairs = [*_fields(configs.to_json(saved.model), configs.to_json(model), {})]
     pairs += _fields(before, configs.to_json(train), _defaults())
     for field, old, new in pairs:
@@ -97,7 +98,7 @@ def _refusal(where: str, field: str, old: object, new: object) -> str:
 
 
 def _defaults() -> dict[str, Any]:
-    return configs.to_json(TrainConfig(steps=1, batch_rows=1, micro_rows=1))
+    return configs.to_json(TrainConfig(steps=1, global_batch_size=1, micro_batch_size=1))
 
 
 def _fields(
@@ -111,6 +112,7 @@ def _fields(
         before = old.get(name, defaults.get(name))
         if isinstance(value, Mapping):
             known = before if isinstance(before, Mapping) else {}
+            known = configs.with_new_names("OptimConfig", known)
             yield from _fields(known, value, configs.to_json(OptimConfig()))
         else:
             yield name, before, value

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from nanochat_ray import config as configs
 from nanochat_ray import machine
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_name
 from nanochat_ray.config import ModelConfig, TrainConfig
 from nanochat_ray.data.shards import Manifest, RowReader
@@ -91,7 +91,7 @@ def open_dataset(storage: str, name: str) -> tuple[Store, Manifest, Tokenizer]:
 
 def check_resume(storage: str, run: str, resume: Resume) -> None:
     """ValueError if the run exists (``never``) or does not (``must``); ``auto`` takes either."""
-    name = snapshot.latest(Store.at(storage).child("runs", run))
+    name = checkpoint.latest(Store.at(storage).child("runs", run))
     if resume == "never" and name is not None:
         raise ValueError(
             f"resume='never', but run {run!r} exists in {storage} (at {name}): choose another "
@@ -122,7 +122,7 @@ def check(job: TrainJob) -> TrainJob:
     root = Store.at(job.storage)
     run = root.child("runs", job.run)
     about = {**job.about, **identity.describe(root, job.dataset, manifest, job.parent)}
-    name = snapshot.latest(run)
+    name = checkpoint.latest(run)
     if name is not None:
         identity.check_resumable(
             run,
@@ -141,7 +141,7 @@ def check(job: TrainJob) -> TrainJob:
     if job.parent and parent_checkpoint is None and name is None:
         raise ValueError(f"parent={job.parent!r} has no checkpoint in {job.storage}")
     if parent_checkpoint is not None:
-        saved = snapshot.load_config(root.child("runs", job.parent), parent_checkpoint)
+        saved = checkpoint.load_config(root.child("runs", job.parent), parent_checkpoint)
         if saved.tokenizer != tokenizer.fingerprint:
             raise ValueError(
                 f"parent={job.parent!r} was trained with another tokenizer than dataset "
@@ -177,14 +177,16 @@ def execute(
     check_memory(job, world=world, sharing=sharing, device=device)
     if config.deterministic:
         make_deterministic()
-    if config.batch_rows < world:
-        raise ValueError(f"batch_rows={config.batch_rows} is not allowed: {world} workers or more")
+    if config.global_batch_size < world:
+        raise ValueError(
+            f"global_batch_size={config.global_batch_size} is not allowed: {world} workers or more"
+        )
     dataset, manifest, tokenizer = open_dataset(job.storage, job.dataset)
     root = Store.at(job.storage)
     model = GPT(job.model, compute_dtype=DTYPES[config.precision]).to(device)
     if job.parent:
         name = job.about.get("parent_checkpoint")
-        saved = snapshot.load(root.child("runs", job.parent), name, optimizer=False)
+        saved = checkpoint.load(root.child("runs", job.parent), name, optimizer=False)
         model.load_state_dict(saved.weights)
     else:
         model.init_weights(torch.Generator().manual_seed(config.seed))
@@ -254,12 +256,12 @@ def make_deterministic() -> None:
 def validator(
     job: TrainJob, dataset: Store, manifest: Manifest, tokenizer: Tokenizer, rank: int, world: int
 ) -> tuple[Callable[[GPT], dict[str, float]], float]:
-    """Validation on the first ``eval_rows`` rows of the "val" split, shared by the ranks.
+    """Validation on the first ``eval_sequences`` rows of the "val" split, shared by the ranks.
 
     Also gives the bytes of a token there, special ones left out; 0 for fine-tuning.
     """
     reader = RowReader(dataset, manifest, "val")
-    rows = np.arange(min(job.train.eval_rows, len(reader)), dtype=np.int64)
+    rows = np.arange(min(job.train.eval_sequences, len(reader)), dtype=np.int64)
     lengths = tokenizer.byte_lengths()
     ids, mask = reader.rows(rows)
     sizes = lengths[ids]
@@ -267,11 +269,13 @@ def validator(
     ids, mask = reader.rows(np.array_split(rows, world)[rank])
 
     def evaluate(model: GPT) -> dict[str, float]:
-        micro = job.train.micro_rows
+        micro = job.train.micro_batch_size
         if mask is None:
             return {
-                "bits_per_byte": validation.bits_per_byte(model, ids, lengths, micro_rows=micro)
+                "bits_per_byte": validation.bits_per_byte(
+                    model, ids, lengths, micro_batch_size=micro
+                )
             }
-        return {"val_loss": validation.masked_loss(model, ids, mask, micro_rows=micro)}
+        return {"val_loss": validation.masked_loss(model, ids, mask, micro_batch_size=micro)}
 
     return evaluate, bytes_per_token

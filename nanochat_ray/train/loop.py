@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from nanochat_ray import scaling
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import TrainConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
@@ -78,7 +78,7 @@ class Run:
 def run(model: GPT, run: Run) -> dict[str, Any]:
     """Trains ``model`` in place to the end of ``run.config``; returns the last metrics.
 
-    Resumes from the run's latest snapshot if there is one. Raises ValueError if that snapshot
+    Resumes from the run's latest checkpoint if there is one. Raises ValueError if that checkpoint
     belongs to another configuration, FloatingPointError if the gradient stays not finite.
     """
     return _Loop(model, run).run()
@@ -120,7 +120,7 @@ class _Loop:
         self.skipped, self.looked, self.due = 0, time.monotonic(), False
 
     def _resume(self) -> ShardedOptimizer:
-        """The optimizer, and all state as the latest snapshot has it, if there is one."""
+        """The optimizer, and all state as the latest checkpoint has it, if there is one."""
         # The ranks may be quick and slow to load; from here on they are together again.
         saved = self.ranks.together(self._load)
         optimizer = ShardedOptimizer(self.model, self.config.optim, self.model.compute_dtype)
@@ -129,11 +129,11 @@ class _Loop:
             self.ranks.together(lambda: optimizer.load_state_dict(state))
         return optimizer
 
-    def _load(self) -> snapshot.Snapshot | None:
+    def _load(self) -> checkpoint.Checkpoint | None:
         """The checkpoint to resume from, with its weights in the model and its records read."""
         spec, store = self.spec, self.spec.store
-        name = snapshot.latest(store)
-        notes = snapshot.skipped(store)
+        name = checkpoint.latest(store)
+        notes = checkpoint.skipped(store)
         saved = None
         if name is not None:
             notes += identity.check_resumable(
@@ -144,9 +144,9 @@ class _Loop:
                 tokenizer=spec.tokenizer.fingerprint,
                 about=spec.about,
             )
-            saved = snapshot.load(store, name, optimizer=True)
+            saved = checkpoint.load(store, name, optimizer=True)
             where = f"checkpoint {store.child(name).uri}: weights.msgpack"
-            snapshot.load_weights(self.model, saved.weights, where)
+            checkpoint.load_weights(self.model, saved.weights, where)
             self.step = saved.step
             notes += self.metrics.resume(_log_of(store), saved.trainer, before=self.step)
         if self.ranks.rank == 0:
@@ -193,7 +193,7 @@ class _Loop:
         if failed:
             self.checkpointer.wait()
         self.step += 1
-        tokens = config.batch_rows * (batch.ids.shape[1] - 1)
+        tokens = config.global_batch_size * (batch.ids.shape[1] - 1)
         seconds = time.perf_counter() - asked
         spec.report(
             self.metrics.step(self.step, result, seconds=seconds, waited=waited, tokens=tokens)
@@ -244,13 +244,13 @@ class _Loop:
     def _probe(self, batch: Batch) -> float:
         device = self.optimizer.flats[0].weights.device
         self.model.eval()
-        inputs, targets = next(split(batch, self.config.micro_rows, device))
+        inputs, targets = next(split(batch, self.config.micro_batch_size, device))
         loss = float(self.model.loss(inputs, targets, reduction="sum"))
         self.model.train()
         return loss
 
     def _last_checkpoint(self) -> str:
-        name = snapshot.latest(self.spec.store)
+        name = checkpoint.latest(self.spec.store)
         if name is None:
             return "there is no earlier one: train another run with lower rates or grad_clip"
         return (

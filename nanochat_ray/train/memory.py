@@ -72,7 +72,7 @@ def estimate(
 
 def _activations(model: ModelConfig, train: TrainConfig, size: int) -> int:
     """What a forward pass keeps for its backward, and the work of the layer that is at it."""
-    tokens = train.micro_rows * model.sequence_len
+    tokens = train.micro_batch_size * model.sequence_len
     c, kv = model.n_embd, model.n_kv_head * model.head_dim
     # A block keeps its input, the normed input, q, k, v, the attention's output and its head
     # layout, the second normed input, and the hidden layer before and after its square.
@@ -97,7 +97,7 @@ def _activations(model: ModelConfig, train: TrainConfig, size: int) -> int:
 
 def _logits(model: ModelConfig, train: TrainConfig, size: int, on_gpu: bool) -> int:
     """The chunk of logits with its gradient, and the head's own copies (model/loss.py)."""
-    tokens = train.micro_rows * model.sequence_len
+    tokens = train.micro_batch_size * model.sequence_len
     chunk = (1 << 13) if on_gpu else max(16, (1 << 20) // model.vocab_size)
     head = model.padded_vocab_size * model.n_embd
     # Logits, their tanh or exponential and one temporary in float32; the gradient in both.
@@ -131,21 +131,24 @@ def refuse(
         return estimate(model, tried, world=world, on_gpu=on_gpu).total <= MARGIN * free
 
     ways = []
-    smaller = (n for n in range(train.micro_rows - 1, 0, -1) if train.batch_rows % n == 0)
-    found = next((n for n in smaller if fits(world, micro_rows=n)), 0)
+    smaller = (
+        n for n in range(train.micro_batch_size - 1, 0, -1) if train.global_batch_size % n == 0
+    )
+    found = next((n for n in smaller if fits(world, micro_batch_size=n)), 0)
     if found:
-        ways.append(f"micro_rows={found}")
+        ways.append(f"micro_batch_size={found}")
     if not train.checkpoint_activations:
         if fits(world, checkpoint_activations=True):
             ways.append("checkpoint_activations")
-        elif not found and fits(world, micro_rows=1, checkpoint_activations=True):
-            ways.append("checkpoint_activations with micro_rows=1")
+        elif not found and fits(world, micro_batch_size=1, checkpoint_activations=True):
+            ways.append("checkpoint_activations with micro_batch_size=1")
     if on_gpu:  # on one machine more workers would only divide the same memory
         more = next((n for n in (2, 4, 8, 16, 32, 64) if n > world and fits(n)), 0)
         if more:
             ways.append(f"workers={more}")
     advice = f"what would fit: {' or '.join(ways)}" if ways else "a smaller depth would fit"
     raise DoesNotFitError(
-        f"micro_rows={train.micro_rows} needs about {needed.total / GIB:.1f} GiB on each of "
-        f"{world} worker{'s' * (world > 1)}, where {free / GIB:.1f} GiB are free: {advice}"
+        f"micro_batch_size={train.micro_batch_size} needs about {needed.total / GIB:.1f} GiB "
+        f"on each of {world} worker{'s' * (world > 1)}, where {free / GIB:.1f} GiB are free: "
+        f"{advice}"
     )

@@ -28,7 +28,7 @@ def describe(
     is not prepared.
     """
     counts = scaling.parameters(model)
-    size = train.batch_rows * model.sequence_len
+    size = train.global_batch_size * model.sequence_len
     tokens = train.steps * size
     flops = scaling.flops_per_token(model) * tokens
     on_gpu = hardware.name != "cpu"
@@ -47,11 +47,14 @@ def describe(
         "steps": train.steps,
         "batch": {
             "tokens": size,
-            "rows": train.batch_rows,
-            "micro_rows": train.micro_rows,
-            "accumulation": -(-train.batch_rows // (workers * train.micro_rows)),
+            "rows": train.global_batch_size,
+            "micro_batch_size": train.micro_batch_size,
+            "accumulation": -(-train.global_batch_size // (workers * train.micro_batch_size)),
         },
-        "data": {"rows": rows, "passes": train.steps * train.batch_rows / rows if rows else 0.0},
+        "data": {
+            "rows": rows,
+            "passes": train.steps * train.global_batch_size / rows if rows else 0.0,
+        },
         "learning_rates": {
             name: getattr(train.optim, name)
             for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
@@ -82,9 +85,9 @@ def fitted(
     if not hardware.memory:
         return train
     most = 2**16 // model.sequence_len
-    while most > train.micro_rows:
-        micro = scaling.largest_micro(train.batch_rows, workers, most)
-        larger = dataclasses.replace(train, micro_rows=micro)
+    while most > train.micro_batch_size:
+        micro = scaling.largest_micro(train.global_batch_size, workers, most)
+        larger = dataclasses.replace(train, micro_batch_size=micro)
         needed = memory.estimate(model, larger, world=workers, on_gpu=True)
         if needed.total <= 0.8 * hardware.memory:
             return larger
@@ -125,8 +128,8 @@ def render(plan: dict[str, Any]) -> str:
             f"training  {plan['steps']:,} steps of {batch['tokens']:,} tokens, together "
             f"{millions(plan['tokens'])} ({plan['tokens_per_parameter']:.1f} a parameter of "
             f"blocks and head), {plan['flops']:.2e} FLOPs in {plan['precision']}",
-            f"batch     {batch['rows']} rows: {plan['workers']} workers, {batch['micro_rows']} "
-            f"rows at a time, {batch['accumulation']} times",
+            f"batch     {batch['rows']} rows: {plan['workers']} workers, "
+            f"{batch['micro_batch_size']} rows at a time, {batch['accumulation']} times",
             *_data_line(data),
             f"rates     {rates}; weight decay {plan['weight_decay']:.3g}",
             f"memory    {gib(plan['memory']['total'])}{has} GiB on each worker: {holds}",

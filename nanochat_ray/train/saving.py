@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nanochat_ray import config as configs
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import TrainConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
@@ -23,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Writes snapshots of a run in the background, one at a time; only rank 0 writes."""
+    """Writes checkpoints of a run in the background, one at a time; only rank 0 writes."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Checkpointer:
         return self.idle and self._error is not None
 
     def save(self, step: int, metrics: Metrics, score: float | None) -> float:
-        """Starts a snapshot after ``step`` steps; returns the seconds that it held training up.
+        """Starts a checkpoint after ``step`` steps; returns the seconds that it held training up.
 
         ``score`` is the validation's figure at this step, if there was one. Collective. Raises
         what the last writing raised.
@@ -80,7 +80,7 @@ class Checkpointer:
 
         def write() -> None:
             self._publish_metrics(records, trainer)
-            snapshot.save(
+            checkpoint.save(
                 self.store,
                 step,
                 model_config=self.model.config,
@@ -91,13 +91,13 @@ class Checkpointer:
                 score=score,
                 may_publish=self.may_publish,
             )
-            snapshot.prune(self.store, self.config.keep, keep_best=self.config.keep_best)
+            checkpoint.prune(self.store, self.config.keep_latest_k, keep_best=self.config.keep_best)
 
         self._start(write, f"checkpoint-{step}")
         return time.perf_counter() - began
 
     def finish(self, step: int, metrics: Metrics) -> None:
-        """Waits for the last snapshot, then writes metrics and report to their end. Collective."""
+        """Waits for the last checkpoint, then completes metrics and report. Collective."""
         self.wait()
         trainer = {
             "step": step,
@@ -137,7 +137,7 @@ class Checkpointer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the snapshot under way is whole. Collective; raises what its writing raised."""
+        """Until the checkpoint under way is whole. Collective; raises what its writing raised."""
         self.ranks.together(self._join)
 
     def _join(self) -> None:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from nanochat_ray import config as configs
 from nanochat_ray import machine, scaling
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import ModelConfig, Precision, TrainConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
@@ -49,14 +49,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What to measure. ``batch_tokens`` and ``micro_rows`` of 0 follow the scaling rule for the
-    tokens that ``minutes`` have room for; ``minutes`` of 0 compare precisions alone."""
+    """What to measure. ``batch_tokens`` and ``micro_batch_size`` of 0 follow the scaling rule for
+    the tokens that ``minutes`` have room for; ``minutes`` of 0 compare precisions alone."""
 
     model: ModelConfig
     precision: Precision | Literal["auto"] = "auto"
     minutes: float = 0.0
     batch_tokens: int = 0
-    micro_rows: int = 0
+    micro_batch_size: int = 0
     threads: int = 1
 
     @classmethod
@@ -87,7 +87,7 @@ def measure(probe: Probe, *, sharing: int = 1, seconds: float = SECONDS) -> Spee
     world = dist.get_world_size() if dist.is_initialized() else 1
     rates = {}
     for kind in kinds:
-        row = TrainConfig(steps=1, batch_rows=world, micro_rows=1, precision=kind)
+        row = TrainConfig(steps=1, global_batch_size=world, micro_batch_size=1, precision=kind)
         # The fastest step: other work may come between, in one precision and not in the other.
         best_step = min(_step_seconds(probe.model, row, 0.0, sharing))
         rates[kind] = world * probe.model.sequence_len / _largest(best_step)
@@ -100,10 +100,10 @@ def measure(probe: Probe, *, sharing: int = 1, seconds: float = SECONDS) -> Spee
     train = _planned(probe, speed, world)
     for _ in range(ROUNDS):
         times = _step_seconds(probe.model, train, seconds, sharing)
-        tokens = train.batch_rows * probe.model.sequence_len
+        tokens = train.global_batch_size * probe.model.sequence_len
         speed = Speed(precision=best, tokens_per_s=tokens * len(times) / _largest(sum(times)))
         before, train = train, _planned(probe, speed, world)
-        if train.batch_rows == before.batch_rows:
+        if train.global_batch_size == before.global_batch_size:
             break
     return speed
 
@@ -114,7 +114,7 @@ def _planned(probe: Probe, speed: Speed, world: int) -> TrainConfig:
         probe.model,
         tokens=max(1, tokens),
         batch=probe.batch_tokens,
-        micro_rows=probe.micro_rows,
+        micro_batch_size=probe.micro_batch_size,
         workers=world,
         precision=speed.precision,
     ).train
@@ -133,7 +133,7 @@ def _step_seconds(
     model.init_weights(torch.Generator().manual_seed(0))
     model.train()
     optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
-    rows = len(rank_rows(train, train.batch_rows, 0, rank, world))
+    rows = len(rank_rows(train, train.global_batch_size, 0, rank, world))
     shape = (rows, config.sequence_len + 1)
     batch = Batch(np.random.default_rng(rank).integers(0, config.vocab_size, shape))
     times: list[float] = []
@@ -183,11 +183,11 @@ def stored_plan(run: Store, model: ModelConfig) -> RunPlan | None:
     except (ValueError, TypeError, KeyError) as error:
         logger.warning("%s/%s is damaged and not used: %s", run.uri, PLAN, error)
         notes, noted = {}, None
-    if (name := snapshot.latest(run)) is not None:
-        train = snapshot.load_trainer(run, name).get("train_config")
+    if (name := checkpoint.latest(run)) is not None:
+        train = checkpoint.load_trainer(run, name).get("train_config")
         if train is None:  # it was imported
             return noted
-        size = train["batch_rows"] * snapshot.load_config(run, name).model.sequence_len
+        size = train["global_batch_size"] * checkpoint.load_config(run, name).model.sequence_len
         facts = {
             "precision": train["precision"],
             "batch_tokens": size,
@@ -210,7 +210,7 @@ def plan_length(
 
     ValueError if a run with a checkpoint was planned for another time.
     """
-    minutes, begun = probe.minutes, snapshot.latest(run) is not None
+    minutes, begun = probe.minutes, checkpoint.latest(run) is not None
     stored = stored_plan(run, probe.model)
     if stored is not None and begun and minutes and stored.cpu_minutes not in (0.0, minutes):
         raise ValueError(
@@ -224,7 +224,7 @@ def plan_length(
         tokens = max(1, min(tokens, found.tokens_in(minutes)))
     size = probe.batch_tokens
     if not size:
-        rows = scaling.base_plan(probe.model, tokens=tokens).train.batch_rows
+        rows = scaling.base_plan(probe.model, tokens=tokens).train.global_batch_size
         size = rows * probe.model.sequence_len
     made = RunPlan(
         precision=found.precision,

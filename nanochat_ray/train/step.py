@@ -43,15 +43,23 @@ class StepResult:
     flags: tuple[float, ...] = ()
 
 
-def split(batch: Batch, micro_rows: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def split(
+    batch: Batch, micro_batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Micro-batches of ``ids [n, T]`` and ``targets [n, T]`` int64, -1 where nothing is learned."""
-    for at in range(0, len(batch.ids), micro_rows):
+    for at in range(0, len(batch.ids), micro_batch_size):
         # Moved as they were stored and widened there: from a feed that pins its memory (train/
         # feed.py) the copy runs beside the computation.
-        ids = torch.from_numpy(batch.ids[at : at + micro_rows]).to(device, non_blocking=True).long()
+        ids = (
+            torch.from_numpy(batch.ids[at : at + micro_batch_size])
+            .to(device, non_blocking=True)
+            .long()
+        )
         inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         if batch.mask is not None:
-            mask = torch.from_numpy(batch.mask[at : at + micro_rows]).to(device, non_blocking=True)
+            mask = torch.from_numpy(batch.mask[at : at + micro_batch_size]).to(
+                device, non_blocking=True
+            )
             targets = targets.masked_fill(mask[:, 1:] == 0, -1)
         yield inputs, targets
 
@@ -80,16 +88,18 @@ def train_step(
     count = torch.zeros((), device=device)
     # Gradients are summed at a fixed size near 1 and set right at the end, when the number of
     # trained tokens of all workers is known.
-    nominal = config.batch_rows * (batch.ids.shape[1] - 1)
+    nominal = config.global_batch_size * (batch.ids.shape[1] - 1)
     model.window_share = window_share(step, config)
-    first_micro = optimizer.rank * len(batch.ids) // config.micro_rows
-    for micro, (inputs, targets) in enumerate(split(batch, config.micro_rows, device), first_micro):
+    first_micro = optimizer.rank * len(batch.ids) // config.micro_batch_size
+    for micro, (inputs, targets) in enumerate(
+        split(batch, config.micro_batch_size, device), first_micro
+    ):
         if model.config.dropout:
             # Noise that depends on the place in the run alone: resumed or spread, it is the same.
             place = np.random.SeedSequence((config.seed, step, micro))
             torch.manual_seed(int(place.generate_state(1)[0]))
         loss = model.loss(inputs, targets, reduction="sum")
-        if (micro - first_micro + 1) * config.micro_rows >= len(batch.ids):
+        if (micro - first_micro + 1) * config.micro_batch_size >= len(batch.ids):
             optimizer.last_backward()
         (loss / nominal).backward()
         nats += loss.detach()

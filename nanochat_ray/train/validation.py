@@ -13,7 +13,7 @@ from nanochat_ray.model.gpt import GPT
 
 @torch.no_grad()
 def bits_per_byte(
-    model: GPT, ids: np.ndarray, byte_lengths: np.ndarray, *, micro_rows: int
+    model: GPT, ids: np.ndarray, byte_lengths: np.ndarray, *, micro_batch_size: int
 ) -> float:
     """Bits the model needs per byte of the text in ``ids [n, T + 1]``.
 
@@ -23,8 +23,8 @@ def bits_per_byte(
     device = next(model.parameters()).device
     lengths = torch.from_numpy(byte_lengths.astype(np.int64)).to(device)
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for at in range(0, len(ids), micro_rows):
-        rows = torch.from_numpy(ids[at : at + micro_rows].astype(np.int64)).to(device)
+    for at in range(0, len(ids), micro_batch_size):
+        rows = torch.from_numpy(ids[at : at + micro_batch_size].astype(np.int64)).to(device)
         targets = rows[:, 1:].contiguous()
         size = lengths[targets]
         targets = targets.masked_fill(size == 0, -1)
@@ -37,13 +37,13 @@ def bits_per_byte(
 
 
 @torch.no_grad()
-def masked_loss(model: GPT, ids: np.ndarray, mask: np.ndarray, *, micro_rows: int) -> float:
+def masked_loss(model: GPT, ids: np.ndarray, mask: np.ndarray, *, micro_batch_size: int) -> float:
     """Mean nats over the tokens of ``ids [n, T + 1]`` that ``mask`` marks, over all ranks."""
     device = next(model.parameters()).device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for at in range(0, len(ids), micro_rows):
-        rows = torch.from_numpy(ids[at : at + micro_rows].astype(np.int64)).to(device)
-        kept = torch.from_numpy(mask[at : at + micro_rows, 1:].astype(bool)).to(device)
+    for at in range(0, len(ids), micro_batch_size):
+        rows = torch.from_numpy(ids[at : at + micro_batch_size].astype(np.int64)).to(device)
+        kept = torch.from_numpy(mask[at : at + micro_batch_size, 1:].astype(bool)).to(device)
         targets = rows[:, 1:].masked_fill(~kept, -1)
         totals[0] += model.loss(rows[:, :-1].contiguous(), targets, reduction="sum").double()
         totals[1] += kept.sum()

@@ -12,7 +12,7 @@ import torch
 from damage import check_damage
 from tiny import TOKENIZER, tiny_config
 
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 
@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damage") / "run"
     model = GPT(tiny_config())
     model.init_weights(torch.Generator().manual_seed(0))
-    snapshot.save(
+    checkpoint.save(
         Store.at(str(folder)),
         3,
         model_config=model.config,
@@ -36,10 +36,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(step: Path) -> tuple[snapshot.Snapshot, GPT]:
+def load(step: Path) -> tuple[checkpoint.Checkpoint, GPT]:
     """As resuming and as serving do, from a copy of the checkpoint's folder alone."""
     store, name = Store.at(str(step.parent)), step.name
-    return snapshot.load(store, name, optimizer=True), snapshot.load_model(store, name)[0]
+    return checkpoint.load(store, name, optimizer=True), checkpoint.load_model(store, name)[0]
 
 
 def reseal(step: Path) -> None:
@@ -56,7 +56,7 @@ def test_no_damage_loads_or_hangs(run: Path) -> None:
     whole, model = load(run / STEP)
     weights = dict(model.named_parameters())
 
-    def same(found: tuple[snapshot.Snapshot, GPT]) -> bool:
+    def same(found: tuple[checkpoint.Checkpoint, GPT]) -> bool:
         loaded, served = found
         return (
             loaded.trainer == whole.trainer
@@ -80,4 +80,4 @@ def test_special_files_as_latest_are_passed_over(run: Path, tmp_path: Path) -> N
     shutil.copytree(run, folder)
     (folder / "latest").unlink()
     (folder / "latest").symlink_to("/dev/zero")
-    assert snapshot.load(Store.at(str(folder)), optimizer=False).step == 3
+    assert checkpoint.load(Store.at(str(folder)), optimizer=False).step == 3

@@ -10,7 +10,7 @@ import pytest
 from tiny import write_dataset
 
 from nanochat_ray.data.cache import cache_folder
-from nanochat_ray.data.order import batch_rows, permute
+from nanochat_ray.data.order import global_batch_size, permute
 from nanochat_ray.data.packing import pack, pack_whole
 from nanochat_ray.data.shards import Manifest, RowReader, write_shard
 from nanochat_ray.storage import Store
@@ -68,13 +68,13 @@ def test_permutations(size: int) -> None:
 
 
 def test_the_order_is_a_pure_function_and_visits_each_row_once_an_epoch() -> None:
-    flat = np.concatenate([batch_rows(50, 3, 8, step) for step in range(25)])
+    flat = np.concatenate([global_batch_size(50, 3, 8, step) for step in range(25)])
     assert np.array_equal(flat[:50], np.arange(50))
     for epoch in range(4):
         assert sorted(flat[epoch * 50 : epoch * 50 + 50]) == list(range(50))
     assert not np.array_equal(flat[50:100], flat[100:150])
-    assert np.array_equal(batch_rows(50, 3, 8, 17), flat[17 * 8 : 18 * 8])
-    assert not np.array_equal(batch_rows(50, 4, 8, 17), flat[17 * 8 : 18 * 8])
+    assert np.array_equal(global_batch_size(50, 3, 8, 17), flat[17 * 8 : 18 * 8])
+    assert not np.array_equal(global_batch_size(50, 4, 8, 17), flat[17 * 8 : 18 * 8])
 
 
 def reader(root: Store, kind: str = "base") -> RowReader:

@@ -71,7 +71,11 @@ def make_engine(
     token_bytes: list[bytes] | None = None,
     **fields: Any,
 ) -> Engine:
-    settings: dict[str, Any] = {"max_slots": 4, "token_budget": 24, "prefill_chunk": 8} | fields
+    settings: dict[str, Any] = {
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 24,
+        "prefill_chunk": 8,
+    } | fields
     return Engine(model, EngineConfig(**settings), tool, token_bytes)
 
 

@@ -90,14 +90,14 @@ def test_equals_uncached_greedy_under_random_admission_abort_and_preemption(pres
 def test_seeded_tokens_do_not_depend_on_company_order_chunks_or_preemption(preset: str) -> None:
     rng, model = random.Random(5), make_model(preset)
     asked = random_requests(rng, 16)
-    alone = {r.id: answer(make_engine(model, max_slots=1), r) for r in asked}
+    alone = {r.id: answer(make_engine(model, max_num_seqs=1), r) for r in asked}
 
-    together = make_engine(model, max_slots=16, token_budget=256)
+    together = make_engine(model, max_num_seqs=16, max_num_batched_tokens=256)
     for request in asked:
         together.add(request)
     assert {k: tokens(v) for k, v in finish(together).items()} == alone
 
-    shuffled = make_engine(model, max_slots=3, token_budget=5, prefill_chunk=2)
+    shuffled = make_engine(model, max_num_seqs=3, max_num_batched_tokens=5, prefill_chunk=2)
     got: dict[str, list[Output]] = {}
     for request in rng.sample(asked, len(asked)):
         shuffled.add(request)
@@ -114,7 +114,7 @@ def logits_of(
     model: GPT, prompt: list[int], budget: int, company: int, **settings: Any
 ) -> torch.Tensor:
     """Logits after the prompt and after one decode, beside other requests."""
-    settings |= {"max_slots": 32, "token_budget": 32 + budget, "prefill_chunk": budget}
+    settings |= {"max_num_seqs": 32, "max_num_batched_tokens": 32 + budget, "prefill_chunk": budget}
     engine = make_engine(model, **settings)
     rng = random.Random(company)
     for i, other in enumerate(prompts(rng, company)):
@@ -214,7 +214,9 @@ def test_who_comes_together_shares_a_beginning() -> None:
     ]
     found = []
     for kept in (0, 512):
-        engine = make_engine(model, prefix_tokens=kept, token_budget=64, prefill_chunk=64)
+        engine = make_engine(
+            model, prefix_cache_tokens=kept, max_num_batched_tokens=64, prefill_chunk=64
+        )
         for request in asked:
             engine.add(request)
         found.append({k: tokens(v) for k, v in finish(engine).items()})
@@ -231,7 +233,7 @@ def test_prefix_hits_change_nothing_but_the_work() -> None:
     ]
     results = []
     for kept in (0, 64, 4096):
-        engine = make_engine(model, prefix_tokens=kept)
+        engine = make_engine(model, prefix_cache_tokens=kept)
         found: dict[str, list[Output]] = {}
         for request in asked:
             engine.add(request)
@@ -299,10 +301,10 @@ def test_what_can_never_be_answered_is_refused_by_name(request_: Request, words:
 
 
 def test_a_full_queue_and_a_used_id_are_refused() -> None:
-    engine = make_engine(make_model("classic"), max_slots=1, max_waiting=2)
+    engine = make_engine(make_model("classic"), max_num_seqs=1, max_queue_size=2)
     for i in range(3):
         engine.add(ask(f"r{i}", [1]))
-    with pytest.raises(EngineFull, match="max_waiting=2"):
+    with pytest.raises(EngineFull, match="max_queue_size=2"):
         engine.add(ask("r3", [1]))
     with pytest.raises(ValueError, match="'r0'"):
         engine.add(ask("r0", [1]))
@@ -343,7 +345,7 @@ def test_parameters_out_of_range_are_named(field: str, value: object) -> None:
 
 
 def test_a_deadline_fails_who_waits_and_who_runs_and_frees_the_slot() -> None:
-    engine = make_engine(make_model("classic"), max_slots=1)
+    engine = make_engine(make_model("classic"), max_num_seqs=1)
     deadline = time.time() + 0.3
     engine.add(ask("runs", [1], max_tokens=100, deadline=deadline))
     engine.add(ask("late", [1], deadline=time.time() - 1))

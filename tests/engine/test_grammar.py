@@ -78,7 +78,7 @@ def test_answers_follow_their_grammars_beside_others_that_have_none() -> None:
     ]
     free = ask("free", [1, 2, 3], max_tokens=30)
     want = answer(make_engine(make_model("modern")), free)
-    busy = engine(max_slots=7, token_budget=40)
+    busy = engine(max_num_seqs=7, max_num_batched_tokens=40)
     for each in [*asked[:9], free, *asked[9:]]:
         busy.add(each)
     found = finish(busy)
@@ -105,8 +105,11 @@ def test_json_object_is_json() -> None:
 
 def test_tokens_are_the_same_in_company_after_preemption_and_continued() -> None:
     asked = [request(f"r{i}", grammar) for i, grammar in enumerate(GRAMMARS)]
-    alone = {r.id: answer(engine(max_slots=1), r) for r in asked}
-    rng, shaken = random.Random(0), engine(max_slots=3, token_budget=5, prefill_chunk=2)
+    alone = {r.id: answer(engine(max_num_seqs=1), r) for r in asked}
+    rng, shaken = (
+        random.Random(0),
+        engine(max_num_seqs=3, max_num_batched_tokens=5, prefill_chunk=2),
+    )
     for each in asked:
         shaken.add(each)
     found: dict[str, list[Output]] = {}
@@ -217,7 +220,7 @@ def test_masks_behind_a_draft_are_those_of_the_draft_taken() -> None:
 
 
 def test_a_guess_that_ends_a_grammar_leaves_nothing_to_choose_and_harms_nobody() -> None:
-    engine = make_engine(make_model("modern"), None, TOK.byte_table(), speculative_ngram=2)
+    engine = make_engine(make_model("modern"), None, TOK.byte_table(), prompt_lookup_max=2)
     params = {"grammar": {"regex": "(ab){3}"}, "temperature": 1.0, "logprobs": 0}
     assert answer(engine, ask("a", [1], max_tokens=9, seed=3, **params)) == list(b"ababab")
     assert engine.stats().draft_accepted > 0

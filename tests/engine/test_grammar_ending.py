@@ -74,7 +74,7 @@ def test_forced_calls_end_before_their_limit() -> None:
 def test_closing_is_the_same_when_an_answer_moves() -> None:
     grammar = {"json_schema": SCHEMAS[2]}
     whole = answers(grammar, 70)[0]
-    assert answers(grammar, 70, speculative_tokens=0)[0] == whole
+    assert answers(grammar, 70, num_speculative_tokens=0)[0] == whole
     for at in range(3, len(whole) - 1, 17):
         engine = make_engine(make_model("classic"), token_bytes=TOK.byte_table())
         params = {"temperature": 5.0, "seed": 0, "max_tokens": 70, "eos_ids": (TOK.bos,)}

@@ -54,13 +54,17 @@ def test_low_temperatures_give_likeliest_token(temperature: float) -> None:
     assert chosen.tolist() == logits.argmax(dim=-1).tolist()
 
 
-@pytest.mark.parametrize("overlap", ["on", "off"])
+@pytest.mark.parametrize("async_scheduling", ["on", "off"])
 @pytest.mark.parametrize("layout", ["slots", "paged"])
-def test_nan_ends_only_its_own_request(overlap: str, layout: str) -> None:
+def test_nan_ends_only_its_own_request(async_scheduling: str, layout: str) -> None:
     model = make_model.__wrapped__("classic")
     with torch.no_grad():
         model.transformer.wte.weight[BROKEN] = float("nan")
-    fields = {"overlap": overlap, "kv_layout": layout, "speculative_tokens": 0}
+    fields = {
+        "async_scheduling": async_scheduling,
+        "kv_layout": layout,
+        "num_speculative_tokens": 0,
+    }
     alone = make_engine(copy.deepcopy(model), **fields)
     alone.add(ask("steady", [1, 2, 3], **STEADY))
     expected = tokens(finish(alone)["steady"])
@@ -101,7 +105,7 @@ def extreme(rng: random.Random, name: str) -> Request:
 
 def test_extreme_requests_leave_a_stream_unchanged() -> None:
     rng = random.Random(0)
-    engine = make_engine(make_model("modern"), max_slots=6)
+    engine = make_engine(make_model("modern"), max_num_seqs=6)
     engine.add(ask("steady", [1, 2, 3], **STEADY))
     expected = tokens(finish(engine)["steady"])
     for round_ in range(12):

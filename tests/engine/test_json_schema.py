@@ -153,7 +153,7 @@ def test_answers_of_a_weak_model_end_as_json() -> None:
         },
         "required": ["name", "age", "height"],
     }
-    engine = babbling(max_slots=8)
+    engine = babbling(max_num_seqs=8)
     for seed in range(8):
         engine.add(
             ask(

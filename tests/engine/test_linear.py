@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_config
 
-from nanochat_ray.engine.linear import faster, fewest_rows, lay_out
+from nanochat_ray.engine.linear import faster, fewest_rows, pack_weights
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.layers import Linear
 
@@ -46,5 +46,5 @@ def test_a_model_may_be_laid_out_twice() -> None:
     ids = torch.arange(12).view(1, 12)
     with torch.inference_mode():
         before = model(ids)
-        assert lay_out(model) == lay_out(model) <= 4
+        assert pack_weights(model) == pack_weights(model) <= 4
         torch.testing.assert_close(model(ids), before)

@@ -91,11 +91,11 @@ def test_refusals_come_at_once(loop: tuple[EngineLoop, Collector]) -> None:
 
 
 def test_a_full_queue_is_refused() -> None:
-    engine = make_engine(make_model("modern"), max_slots=1, max_waiting=1)
+    engine = make_engine(make_model("modern"), max_num_seqs=1, max_queue_size=1)
     loop = EngineLoop(engine, lambda outputs: None)  # not started: nothing leaves the queue
     loop.submit(ask("a", [1]))
     loop.submit(ask("b", [1]))
-    with pytest.raises(EngineFull, match="max_waiting=1"):
+    with pytest.raises(EngineFull, match="max_queue_size=1"):
         loop.submit(ask("c", [1]))
 
 

@@ -81,8 +81,8 @@ def test_equals_the_definition_and_the_slots(preset: str, heads: int) -> None:
     asked = requests(random.Random(1), 20, 90)
     slots = run(make_engine(model), asked, random.Random(2))
     assert run(paged(model), asked, random.Random(3)) == slots
-    ahead = {"speculative_tokens": 3, "speculative_rows": 0}
-    hard = paged(model, max_slots=6, token_budget=13, prefill_chunk=5, **ahead)
+    ahead = {"num_speculative_tokens": 3, "speculative_disable_by_batch_size": 0}
+    hard = paged(model, max_num_seqs=6, max_num_batched_tokens=13, prefill_chunk=5, **ahead)
     assert run(hard, asked, random.Random(4), preempt=0.3) == slots
     assert hard.stats().preemptions > 10
     for request in asked:
@@ -96,7 +96,7 @@ def test_layers_with_windows_give_their_old_blocks_back(preset: str) -> None:
     model = make_model(preset, **WINDOWED)
     asked = requests(random.Random(5), 8, 280)
     slots = run(make_engine(model), asked, random.Random(6))
-    engine = paged(model, token_budget=24, prefill_chunk=24)
+    engine = paged(model, max_num_batched_tokens=24, prefill_chunk=24)
     short, full = sorted(blocks_of(engine).pools, key=lambda pool: pool.capacity)
     assert (short.window, full.window) == (128, -1)
     # 128 tokens and a step, and not 320.
@@ -123,8 +123,8 @@ def test_when_blocks_run_out_the_last_are_put_off_and_tokens_stay_the_same() -> 
         ask(f"r{i}", [i + 1] * (5 + i), max_tokens=100, priority=i % 3, temperature=0.7, seed=i)
         for i in range(8)
     ]
-    slots = run(make_engine(model, max_slots=8), asked, random.Random(1))
-    small = paged(model, max_slots=8, kv_tokens=200, prefix_tokens=0)
+    slots = run(make_engine(model, max_num_seqs=8), asked, random.Random(1))
+    small = paged(model, max_num_seqs=8, kv_tokens=200, prefix_cache_tokens=0)
     assert [pool.capacity for pool in blocks_of(small).pools] == [200 // 16]
     for request in asked:
         small.add(request)
@@ -145,7 +145,7 @@ def test_when_blocks_run_out_the_last_are_put_off_and_tokens_stay_the_same() -> 
 
 def test_an_urgent_request_gets_blocks_before_those_that_run() -> None:
     model = make_model("classic")
-    engine = paged(model, kv_tokens=128, prefix_tokens=0)
+    engine = paged(model, kv_tokens=128, prefix_cache_tokens=0)
     engine.add(ask("later", [1] * 60, max_tokens=60, priority=5))
     for _ in range(6):
         engine.step()
@@ -158,7 +158,7 @@ def test_an_urgent_request_gets_blocks_before_those_that_run() -> None:
 
 def test_a_beginning_is_held_by_all_who_have_it_and_not_copied() -> None:
     model, start = make_model("modern"), [7 + i for i in range(64)]
-    engine = paged(model, max_slots=4)
+    engine = paged(model, max_num_seqs=4)
     for i in range(4):
         engine.add(ask(f"r{i}", [*start, 100 + i], max_tokens=8))
     for _ in range(8):
@@ -171,7 +171,7 @@ def test_a_beginning_is_held_by_all_who_have_it_and_not_copied() -> None:
     assert pool.capacity - pool.room == 4 + 4
     finish(engine)
     assert engine.stats().prefix_hit == 3 * 64
-    off = paged(model, prefix_tokens=0)
+    off = paged(model, prefix_cache_tokens=0)
     assert answer(off, ask("r0", [*start, 100], max_tokens=8)) == answer(
         engine, ask("again", [*start, 100], max_tokens=8)
     )
@@ -186,7 +186,7 @@ def test_a_prompt_in_chunks_and_in_company_scores_alike() -> None:
     prompt = [random.Random(1).randrange(VOCAB) for _ in range(300)]
     answers = []
     for budget, company in ((310, 0), (40, 3), (7, 5)):
-        engine = paged(model, max_slots=6, token_budget=budget, prefill_chunk=budget)
+        engine = paged(model, max_num_seqs=6, max_num_batched_tokens=budget, prefill_chunk=budget)
         for i in range(company):
             engine.add(ask(f"other{i}", prompt[i : 40 + 9 * i], max_tokens=60, logprobs=0))
         engine.add(ask("me", prompt, max_tokens=6, logprobs=3))
@@ -203,7 +203,9 @@ def test_a_prompt_in_chunks_and_in_company_scores_alike() -> None:
 def test_larger_blocks_and_padded_rows_change_nothing() -> None:
     """FlashAttention 2 has blocks of 256 tokens, and graphs have padded rows."""
     model = make_model("modern", sequence_len=640)
-    engine_config = EngineConfig(max_slots=2, max_len=600, kv_layout="paged", prefix_tokens=0)
+    engine_config = EngineConfig(
+        max_num_seqs=2, max_model_len=600, kv_layout="paged", prefix_cache_tokens=0
+    )
     prompt = [random.Random(3).randrange(VOCAB) for _ in range(530)]
     with torch.inference_mode():
         want = model(torch.tensor([prompt]))[0]
@@ -215,7 +217,7 @@ def test_larger_blocks_and_padded_rows_change_nothing() -> None:
             assert blocks.extend(held, start, start + count)
             cache.assign(1, held)
             spans = [Span(1, start, count, count == 1)]
-            cache.use(cache.lay_out(spans, count + extra))
+            cache.use(cache.pack_weights(spans, count + extra))
             ids = torch.zeros((count + extra, 1), dtype=torch.int64)
             before = torch.zeros(count + extra, dtype=torch.int64)
             ids[:count, 0] = torch.tensor(prompt[start : start + count])
@@ -277,7 +279,7 @@ def test_a_step_on_a_gpu_waits_for_nothing() -> None:
         with device:
             model = GPT(make_model(preset, **WINDOWED).config).to(dtype).eval()
         model.compute_dtype = dtype
-        config = EngineConfig(max_slots=4)
+        config = EngineConfig(max_num_seqs=4)
         blocks = make_blocks(model.config, config, 320, dtype, 1 << 30, block_size(device))
         assert blocks.block == 256
         cache = PagedCache(model.config, blocks, 4, 320, dtype, device)
@@ -291,23 +293,32 @@ def test_a_step_on_a_gpu_waits_for_nothing() -> None:
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
     model, dtype = make_model("modern").config, torch.float32
-    config = EngineConfig(max_slots=4, prefix_tokens=0, kv_memory=0.5)
+    config = EngineConfig(max_num_seqs=4, prefix_cache_tokens=0, kv_cache_memory_fraction=0.5)
     each = token_bytes(model, dtype, model.n_layer) * 128
     check_slots(model, config, 128, dtype, 8 * each)
-    with pytest.raises(ValueError, match=r"max_slots=4 .* holds max_slots=3 at most"):
+    with pytest.raises(ValueError, match=r"max_num_seqs=4 .* holds max_num_seqs=3 at most"):
         check_slots(model, config, 128, dtype, 7 * each)
     plenty = make_blocks(model, config, 128, dtype, 1 << 30, 16)
     assert [pool.capacity for pool in plenty.pools] == [4 * 8]
     scarce = make_blocks(model, config, 128, dtype, 3 * each, 16)
     assert [pool.capacity for pool in scarce.pools] == [12]
-    with pytest.raises(ValueError, match="max_len=128"):
+    with pytest.raises(ValueError, match="max_model_len=128"):
         make_blocks(model, config, 128, dtype, each, 16)
     small = dataclasses.replace(config, kv_tokens=100)
-    with pytest.raises(ValueError, match=r"kv_tokens=100 .* max_len=128"):
+    with pytest.raises(ValueError, match=r"kv_tokens=100 .* max_model_len=128"):
         make_blocks(model, small, 128, dtype, 1 << 30, 16)
-    with pytest.raises(ValueError, match=r"max_slots=64 .* max_len=100000000"):
-        make_engine(make_model("modern"), max_len=100_000_000, max_slots=64, token_budget=65)
-    for field, value in (("kv_layout", "pages"), ("kv_memory", 0.0), ("kv_tokens", -1)):
+    with pytest.raises(ValueError, match=r"max_num_seqs=64 .* max_model_len=100000000"):
+        make_engine(
+            make_model("modern"),
+            max_model_len=100_000_000,
+            max_num_seqs=64,
+            max_num_batched_tokens=65,
+        )
+    for field, value in (
+        ("kv_layout", "pages"),
+        ("kv_cache_memory_fraction", 0.0),
+        ("kv_tokens", -1),
+    ):
         with pytest.raises(ValueError, match=f"^{field}="):
             EngineConfig(**{field: value})  # type: ignore[arg-type]
 

@@ -29,7 +29,7 @@ def cached(engine: Engine, *requests: Request) -> tuple[list[int], list[list[int
 
 @pytest.mark.parametrize("layout", ["slots", "paged"])
 def test_scopes_share_no_prefix(layout: str) -> None:
-    engine = make_engine(make_model("modern"), kv_layout=layout, prefix_tokens=512)
+    engine = make_engine(make_model("modern"), kv_layout=layout, prefix_cache_tokens=512)
     (first,), (answer,) = cached(engine, scoped("a", "alice"))
     assert first == 0
     for scope, expected in (("bob", 0), ("", 0), ("alice", 4 * BLOCK), ("bob", 4 * BLOCK)):
@@ -55,7 +55,7 @@ def steps_to_first_token(engine: Engine, *requests: Request) -> list[int]:
 @pytest.mark.parametrize("layout", ["slots", "paged"])
 def test_nobody_waits_for_another_scopes_prefix(layout: str) -> None:
     other = [299 - token for token in PROMPT]
-    fields = {"kv_layout": layout, "prefix_tokens": 512, "token_budget": 256}
+    fields = {"kv_layout": layout, "prefix_cache_tokens": 512, "max_num_batched_tokens": 256}
     same, different = (
         steps_to_first_token(
             make_engine(make_model("modern"), **fields),

@@ -16,7 +16,7 @@ from nanochat_ray.engine.request import Output
 def test_they_are_those_of_the_model_whole_or_in_chunks(preset: str, budget: int) -> None:
     model, rng = make_model(preset), random.Random(1)
     prompts = [[rng.randrange(VOCAB) for _ in range(length)] for length in (40, 2, 1, 90)]
-    engine = make_engine(model, token_budget=budget, prefill_chunk=3)
+    engine = make_engine(model, max_num_batched_tokens=budget, prefill_chunk=3)
     engine.add(ask("warm", prompts[0], max_tokens=2))
     finish(engine)  # what is in the prefix cache must be scored too
     for i, prompt in enumerate(prompts):

@@ -22,11 +22,11 @@ from nanochat_ray.model.gpt import GPT
 
 COUNT = 500
 SETTINGS: dict[str, Any] = {
-    "max_slots": 64,
-    "token_budget": 320,
+    "max_num_seqs": 64,
+    "max_num_batched_tokens": 320,
     "prefill_chunk": 64,
-    "speculative_tokens": 0,
-    "speculative_rows": 0,
+    "num_speculative_tokens": 0,
+    "speculative_disable_by_batch_size": 0,
 }
 TEXT = [bytes([i % 256]) for i in range(VOCAB - 9)]
 # A tool that turns its input round, behind marks that the model comes upon by itself.
@@ -73,7 +73,7 @@ def answers(found: dict[str, list[Output]]) -> dict[str, tuple[list[int], str | 
 @functools.cache
 def alone() -> dict[str, tuple[list[int], str | None]]:
     """One request after another in an engine that keeps no prefixes."""
-    single, found = engine(max_slots=1, prefix_tokens=0), {}
+    single, found = engine(max_num_seqs=1, prefix_cache_tokens=0), {}
     for request in REQUESTS:
         single.add(request)
         found |= finish(single)
@@ -121,24 +121,26 @@ def test_the_requests_are_a_mixture() -> None:
 
 
 def test_in_a_batch_of_64() -> None:
-    batched = engine(prefix_tokens=0)
+    batched = engine(prefix_cache_tokens=0)
     assert_same(together(batched), alone(), batched)
 
 
 def test_without_c() -> None:
     model = make_model.__wrapped__("modern")  # an engine lays out its model for good
-    single = engine(model, max_slots=1, prefix_tokens=0, kernels="torch")
+    single = engine(model, max_num_seqs=1, prefix_cache_tokens=0, kernels="torch")
     some = REQUESTS[::5]
     for request in some:
         single.add(request)
     one_by_one = answers(finish(single))
-    shaken = engine(model, kernels="torch", token_budget=100)
+    shaken = engine(model, kernels="torch", max_num_batched_tokens=100)
     assert_same(together(shaken, some, preempt=0.3), one_by_one, shaken)
     assert_same(one_by_one, {request.id: alone()[request.id] for request in some}, shaken)
 
 
 def test_after_preemption_in_small_chunks() -> None:
-    shaken = engine(prefix_tokens=0, max_slots=16, token_budget=40, prefill_chunk=11)
+    shaken = engine(
+        prefix_cache_tokens=0, max_num_seqs=16, max_num_batched_tokens=40, prefill_chunk=11
+    )
     assert_same(together(shaken, preempt=0.7), alone(), shaken)
     assert shaken.stats().preemptions > 100
 
@@ -155,7 +157,7 @@ def test_continued_elsewhere_after_some_tokens() -> None:
     for request in REQUESTS:
         made, _ = alone()[request.id]
         cuts.append(dataclasses.replace(request, generated=made[: rng.randrange(len(made))]))
-    elsewhere = engine(speculative_tokens=2, speculative_ngram=1)
+    elsewhere = engine(num_speculative_tokens=2, prompt_lookup_max=1)
     found = together(elsewhere, cuts)
     whole = {r.id: ([*r.generated, *found[r.id][0]], found[r.id][1]) for r in cuts}
     assert_same(whole, alone(), elsewhere)
@@ -163,7 +165,7 @@ def test_continued_elsewhere_after_some_tokens() -> None:
 
 @pytest.mark.parametrize(("guesses", "ngram", "preempt"), [(4, 1, 0.0), (3, 2, 0.5)])
 def test_with_speculation(guesses: int, ngram: int, preempt: float) -> None:
-    ahead = engine(speculative_tokens=guesses, speculative_ngram=ngram)
+    ahead = engine(num_speculative_tokens=guesses, prompt_lookup_max=ngram)
     assert_same(together(ahead, preempt=preempt), alone(), ahead)
     stats = ahead.stats()
     assert 50 < stats.draft_accepted < stats.drafted
@@ -174,13 +176,22 @@ def test_with_speculation(guesses: int, ngram: int, preempt: float) -> None:
     [
         {},
         {"kv_layout": "paged", "kv_tokens": 700},
-        {"max_slots": 8, "token_budget": 40, "prefill_chunk": 11, "prefix_tokens": 0},
-        {"speculative_tokens": 2, "speculative_ngram": 1, "speculative_rows": 12},
+        {
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 40,
+            "prefill_chunk": 11,
+            "prefix_cache_tokens": 0,
+        },
+        {
+            "num_speculative_tokens": 2,
+            "prompt_lookup_max": 1,
+            "speculative_disable_by_batch_size": 12,
+        },
     ],
 )
 def test_with_steps_launched_before_the_last_tokens_are_known(settings: dict[str, Any]) -> None:
     some = REQUESTS[::3] if settings else REQUESTS
-    overlapping = engine(overlap="on", **settings)
+    overlapping = engine(async_scheduling="on", **settings)
     run, late, rows = overlapping.runner.run, 0, 0
 
     def watched(chunks: list[Chunk], flown: torch.Tensor | None) -> torch.Tensor:
@@ -198,7 +209,9 @@ def test_with_steps_launched_before_the_last_tokens_are_known(settings: dict[str
 
 
 def test_guesses_fill_no_more_than_the_rows_that_cost_nothing() -> None:
-    some = engine(speculative_tokens=3, speculative_ngram=1, speculative_rows=5)
+    some = engine(
+        num_speculative_tokens=3, prompt_lookup_max=1, speculative_disable_by_batch_size=5
+    )
     rows: list[int] = []
     plan = some.scheduler.plan
 
@@ -220,7 +233,7 @@ def test_guesses_fill_no_more_than_the_rows_that_cost_nothing() -> None:
 def test_guesses_save_steps_where_a_text_repeats_itself() -> None:
     want, logprobs, steps = [], [], []
     for guesses in (0, 4):
-        single = engine(max_slots=1, speculative_tokens=guesses, speculative_ngram=1)
+        single = engine(max_num_seqs=1, num_speculative_tokens=guesses, prompt_lookup_max=1)
         single.add(ask("r", [1, 2], max_tokens=60, repetition_penalty=0.3, logprobs=0))
         outputs = finish(single)["r"]
         scores = [p.logprob for o in outputs for p in o.logprobs or () if p]
@@ -242,6 +255,10 @@ def test_lookup_goes_on_from_where_the_last_tokens_stood() -> None:
     text += [9, 1, 2]
     assert lookup.propose(text, 2) == [9, 1]  # the latest place counts
     assert lookup.propose([*text, 5], 2) == []
-    for field in ("speculative_tokens", "speculative_ngram", "speculative_rows"):
+    for field in (
+        "num_speculative_tokens",
+        "prompt_lookup_max",
+        "speculative_disable_by_batch_size",
+    ):
         with pytest.raises(ValueError, match=field):
             EngineConfig(**{field: -1})

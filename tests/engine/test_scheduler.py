@@ -15,7 +15,12 @@ def sequence(name: str, length: int = 4, **fields: object) -> Sequence:
 
 
 def scheduler(**fields: int) -> Scheduler:
-    settings = {"slots": 2, "token_budget": 10, "prefill_chunk": 4, "max_waiting": 9} | fields
+    settings = {
+        "slots": 2,
+        "max_num_batched_tokens": 10,
+        "prefill_chunk": 4,
+        "max_queue_size": 9,
+    } | fields
     return Scheduler(**settings)
 
 
@@ -42,7 +47,7 @@ def test_decodes_come_first_and_long_prompts_do_not_hold_them_up() -> None:
 
 
 def test_late_in_a_long_prompt_chunks_get_shorter_while_others_decode() -> None:
-    s = scheduler(token_budget=20, prefill_chunk=8, doubling=16)
+    s = scheduler(max_num_batched_tokens=20, prefill_chunk=8, doubling=16)
     s.add(sequence("short"))
     run(s)
     s.add(sequence("long", 60))
@@ -53,7 +58,7 @@ def test_late_in_a_long_prompt_chunks_get_shorter_while_others_decode() -> None:
 
 
 def test_beside_many_decodes_a_prompt_gets_more() -> None:
-    s = scheduler(slots=5, token_budget=20, prefill_chunk=6, chunk_per_decode=3)
+    s = scheduler(slots=5, max_num_batched_tokens=20, prefill_chunk=6, chunk_per_decode=3)
     got = []
     for name in "abcd":
         s.add(sequence(name))
@@ -65,7 +70,7 @@ def test_beside_many_decodes_a_prompt_gets_more() -> None:
 
 
 def test_a_step_has_more_tokens_for_more_prompts() -> None:
-    s = scheduler(slots=9, token_budget=40)
+    s = scheduler(slots=9, max_num_batched_tokens=40)
     s.add(sequence("first"))
     run(s)
     for name in "abcd":
@@ -125,7 +130,7 @@ def test_clients_take_turns_though_one_of_them_came_first_with_many() -> None:
 
 
 def test_the_youngest_of_the_lowest_priority_is_pushed_out() -> None:
-    s = scheduler(slots=3, token_budget=20)
+    s = scheduler(slots=3, max_num_batched_tokens=20)
     for name, priority in (("old", 5), ("young", 5), ("kept", 2)):
         s.add(sequence(name, priority=priority))
     run(s)
@@ -148,9 +153,9 @@ def test_deadlines_end_who_waits_and_who_runs() -> None:
 def test_guesses_get_what_is_left_of_the_budget_and_fit_the_limit() -> None:
     s = Scheduler(
         slots=4,
-        token_budget=12,
+        max_num_batched_tokens=12,
         prefill_chunk=4,
-        max_waiting=9,
+        max_queue_size=9,
         draft_tokens=5,
         on_draft=lambda q, most: [7] * most,
     )
@@ -171,7 +176,7 @@ def test_guesses_get_what_is_left_of_the_budget_and_fit_the_limit() -> None:
 
 
 def test_a_long_prompt_amid_decodes_takes_no_step_from_them() -> None:
-    s = scheduler(slots=17, token_budget=256, prefill_chunk=64)
+    s = scheduler(slots=17, max_num_batched_tokens=256, prefill_chunk=64)
     for i in range(16):
         s.add(sequence(f"decode{i}"))
     run(s)
@@ -194,9 +199,9 @@ def test_everybody_ends_though_blocks_hold_little_more_than_one() -> None:
         pools = [BlockPool(8 + trial % 5), BlockPool(3 + trial % 5 if window > 0 else 8, window)]
         s = Scheduler(
             slots=5,
-            token_budget=10,
+            max_num_batched_tokens=10,
             prefill_chunk=rng.choice([2, 10]),
-            max_waiting=99,
+            max_queue_size=99,
             draft_tokens=2,
             on_draft=lambda q, most: [7] * most,
             blocks=Blocks(pools, step=10),

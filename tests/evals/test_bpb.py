@@ -12,7 +12,7 @@ import torch
 from tiny import TOKENIZER, tiny_config
 
 from jobs import eval as job
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.evals.bpb import evaluate_text
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
@@ -47,7 +47,7 @@ def test_every_byte_counts_once() -> None:
 
 def save(root: Store, run: str, stage: str, **trainer: Any) -> None:
     gpt = model()
-    snapshot.save(
+    checkpoint.save(
         root.child("runs", run),
         1,
         model_config=gpt.config,

@@ -41,7 +41,7 @@ def engine() -> Engine:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    return Engine(model, EngineConfig(max_slots=4), calculator_tool(TOKENIZER))
+    return Engine(model, EngineConfig(max_num_seqs=4), calculator_tool(TOKENIZER))
 
 
 def test_accuracy_is_counted_over_all_questions() -> None:

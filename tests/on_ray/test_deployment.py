@@ -14,7 +14,7 @@ import pytest
 from tiny import TOKENIZER, tiny_config
 
 from jobs import serve as job
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.engine_replica import EngineReplica
 from nanochat_ray.on_ray.link import Handshakes, Link
@@ -26,7 +26,7 @@ from nanochat_ray.storage import Store
 def write_run(root: Store) -> None:
     model = GPT(tiny_config())
     for step, score in ((1, 2.0), (2, 3.0)):
-        snapshot.save(
+        checkpoint.save(
             root.child("runs", "chat"),
             step,
             model_config=model.config,
@@ -73,8 +73,14 @@ def test_a_variable_of_a_worker_guards_nothing(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("run", "../x"), ("run", ""), ("snapshot", "a/b"), ("engines", 0), ("engines", "2")),
-        *(("ingresses", True), ("max_engines", -1), ("gpus", -1), ("cpus", "nan")),
+        *(
+            ("run", "../x"),
+            ("run", ""),
+            ("checkpoint", "a/b"),
+            ("num_replicas", 0),
+            ("num_replicas", "2"),
+        ),
+        *(("num_ingress_replicas", True), ("max_replicas", -1), ("gpus", -1), ("cpus", "nan")),
         *(("request_timeout_s", float("inf")), ("deadline_s", -1), ("storage", "")),
         *(("key_hashes", ["plain"]), ("threads", 1.5)),
     ],
@@ -94,11 +100,11 @@ def test_storage_is_absolute_in_a_deployment(
 def test_the_best_checkpoint_can_be_served(root: Store) -> None:
     write_run(root)
     for asked, served in (("", "step-000002"), ("best", "step-000001"), ("step-000001",) * 2):
-        application = build({"storage": root.uri, "snapshot": asked})
+        application = build({"storage": root.uri, "checkpoint": asked})
         (engines,) = application._bound_deployment.init_args
-        assert engines._bound_deployment.user_config == {"snapshot": served}
-    with pytest.raises(ValueError, match=r"snapshot='step-000009' is not in .* step-000001"):
-        build({"storage": root.uri, "snapshot": "step-000009"})
+        assert engines._bound_deployment.user_config == {"checkpoint": served}
+    with pytest.raises(ValueError, match=r"checkpoint='step-000009' is not in .* step-000001"):
+        build({"storage": root.uri, "checkpoint": "step-000009"})
 
 
 class Unserved(EngineReplica):

@@ -21,7 +21,7 @@ import torch
 from ray import serve
 from tiny import hold_up_grammars, wait_for
 
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import EngineConfig, ModelConfig, to_json
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.model.gpt import GPT
@@ -41,7 +41,7 @@ USER = [{"role": "user", "content": "hello"}]
 LONG = {"max_tokens": 900, "seed": 7, "extra_body": {"ignore_eos": True}}
 
 
-def write_snapshot(root: Store, seed: int) -> None:
+def write_checkpoint(root: Store, seed: int) -> None:
     config = ModelConfig.modern(
         vocab_size=TOK.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, sequence_len=1024
     )
@@ -49,7 +49,7 @@ def write_snapshot(root: Store, seed: int) -> None:
     # Larger than a fresh model's, so that what it says depends on all that was said before.
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.3, generator=torch.Generator().manual_seed(seed))
-    snapshot.save(
+    checkpoint.save(
         root.child("runs", "tiny"),
         100 + seed,
         model_config=config,
@@ -63,19 +63,19 @@ def write_snapshot(root: Store, seed: int) -> None:
 @pytest.fixture(scope="module")
 def config(s3: str) -> ServeConfig:
     root = Store.at(s3).child("serve")
-    write_snapshot(root, 0)
+    write_checkpoint(root, 0)
     TOK.save(root.child("tokenizers", TOK.fingerprint[:16]))
     return ServeConfig(
         storage=root.uri,
         run="tiny",
-        engines=2,
-        max_engines=3,
+        num_replicas=2,
+        max_replicas=3,
         upscale_delay_s=0,
         downscale_delay_s=1,
-        ingresses=2,
+        num_ingress_replicas=2,
         cpus=0.5,
         key_hashes=(hash_key(KEY),),
-        engine=EngineConfig(max_slots=8, token_budget=64, max_waiting=16),
+        engine=EngineConfig(max_num_seqs=8, max_num_batched_tokens=64, max_queue_size=16),
     )
 
 
@@ -220,7 +220,7 @@ def test_a_grammar_that_compiles_for_long_holds_up_nobody(
     async def run() -> None:
         engine = to_json(config.engine)
         replica = Unserved(config.storage, "tiny", engine, "cpu", 1, name="r", host="127.0.0.1")
-        await replica.reconfigure({"snapshot": "step-000100"})
+        await replica.reconfigure({"checkpoint": "step-000100"})
         answers: list[Any] = []
         place = await replica.place()
         _, link = await asyncio.get_running_loop().create_connection(
@@ -256,15 +256,15 @@ def test_a_grammar_that_compiles_for_long_holds_up_nobody(
     asyncio.run(run())
 
 
-def test_a_new_snapshot_is_taken_in_place(config: ServeConfig) -> None:
+def test_a_new_checkpoint_is_swapped_in_place(config: ServeConfig) -> None:
     """What Serve does with a replica when it is deployed again, but without Serve."""
     root = Store.at(config.storage)
-    write_snapshot(root, 1)
+    write_checkpoint(root, 1)
 
     async def run() -> None:
         engine = to_json(config.engine)
         replica = Unserved(config.storage, "tiny", engine, "cpu", 1, name="r", host="127.0.0.1")
-        await replica.reconfigure({"snapshot": "step-000100"})
+        await replica.reconfigure({"checkpoint": "step-000100"})
         texts: dict[str, list[int]] = {}
         ended: set[str] = set()
         answers: list[Any] = []
@@ -314,7 +314,7 @@ def test_a_new_snapshot_is_taken_in_place(config: ServeConfig) -> None:
         submit("during", 200)
         await until(lambda: len(answers) == 2)
         old = replica.engine
-        await replica.reconfigure({"snapshot": "step-000101"})
+        await replica.reconfigure({"checkpoint": "step-000101"})
         submit("after", 200)
         await until(lambda: {"during", "after"} <= ended)
         assert texts["during"] == texts["before"] != texts["after"]
@@ -322,8 +322,8 @@ def test_a_new_snapshot_is_taken_in_place(config: ServeConfig) -> None:
         submit("after", 2000)
         await until(lambda: len(answers) == 4)
         with pytest.raises(ValueError, match="step-000999"):
-            await replica.reconfigure({"snapshot": "step-000999"})
-        assert replica.snapshot == "step-000101"  # it goes on with what it has
+            await replica.reconfigure({"checkpoint": "step-000999"})
+        assert replica.checkpoint == "step-000101"  # it goes on with what it has
         link.close()
         await until(lambda: not replica.owners)  # an ingress that dies frees its slots
 
@@ -360,5 +360,5 @@ def test_a_run_that_is_not_there_is_named(config: ServeConfig) -> None:
         build({**settings(config), "run": "other"})
     with pytest.raises(ValueError, match="no field 'engine_count'"):
         build({**settings(config), "engine_count": 2})
-    with pytest.raises(ValueError, match="max_engines=1 is not allowed"):
-        build({**settings(config), "max_engines": 1})
+    with pytest.raises(ValueError, match="max_replicas=1 is not allowed"):
+        build({**settings(config), "max_replicas": 1})

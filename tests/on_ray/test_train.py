@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny import tiny_config, wait_for, write_dataset
 
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import OptimConfig, TrainConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train.job import TrainJob, execute
@@ -25,9 +25,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 CONFIG = TrainConfig(
     steps=12,
-    batch_rows=8,
-    micro_rows=4,
-    eval_rows=8,
+    global_batch_size=8,
+    micro_batch_size=4,
+    eval_sequences=8,
     save_every=4,
     optim=OptimConfig(matrix_lr=0.002, embedding_lr=0.05, scalar_lr=0.05),
 )
@@ -45,7 +45,7 @@ def losses(root: Store, run: str) -> list[float]:
 
 
 def weights(root: Store, run: str) -> dict[str, torch.Tensor]:
-    return snapshot.load(root.child("runs", run), optimizer=False).weights
+    return checkpoint.load(root.child("runs", run), optimizer=False).weights
 
 
 def test_two_workers_on_s3_give_what_one_process_gives(s3: str, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
 
     def kill() -> None:
         run = root.child("runs", "killed")
-        wait_for(lambda: snapshot.latest(run) is not None, 60, "a first checkpoint")
+        wait_for(lambda: checkpoint.latest(run) is not None, 60, "a first checkpoint")
         ours = [
             p
             for p in psutil.Process().children(recursive=True)
@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_workers(tmp_path: Path) ->
     run = root.child("runs", "stopped")
 
     def terminate() -> None:
-        wait_for(lambda: snapshot.latest(run) is not None, 60, "a first checkpoint")
+        wait_for(lambda: checkpoint.latest(run) is not None, 60, "a first checkpoint")
         os.kill(os.getpid(), signal.SIGTERM)  # what ``ray job stop`` sends to the driver
 
     thread = threading.Thread(target=terminate)
@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_workers(tmp_path: Path) ->
     thread.join()
     assert not result["done"]
     assert 4 <= result["step"] < 400
-    assert snapshot.latest(run) == snapshot.name_of(result["step"])
+    assert checkpoint.latest(run) == checkpoint.name_of(result["step"])
     result = on_ray.fit(stopped, workers=1, cpus_per_worker=0.5)
     assert result["done"]
     execute(whole)
@@ -125,11 +125,13 @@ def test_what_no_restart_would_mend_ends_the_run_at_once(tmp_path: Path) -> None
     root = Store.at(str(tmp_path))
     write_dataset(root, "base")
     wide = dataclasses.replace(job(root.uri, "run"), model=tiny_config(n_embd=2**17))
-    with pytest.raises(ValueError, match=r"micro_rows=4 needs about .* a smaller depth would fit"):
+    with pytest.raises(
+        ValueError, match=r"micro_batch_size=4 needs about .* a smaller depth would fit"
+    ):
         fit(wide, workers=1)
     with pytest.raises(ValueError, match="min_workers=3 is not allowed: from 0 to workers=2"):
         fit(job(root.uri, "run"), workers=2, min_workers=3)
-    with pytest.raises(ValueError, match="workers=9 is not allowed: at most batch_rows=8"):
+    with pytest.raises(ValueError, match="workers=9 is not allowed: at most global_batch_size=8"):
         fit(job(root.uri, "run"), workers=9)
 
 

@@ -70,7 +70,7 @@ def test_equilibration_makes_the_update_indifferent_to_the_size_of_rows() -> Non
     generator = torch.Generator().manual_seed(0)
     G = torch.randn(1, 8, 12, generator=generator)
     scaled = G * torch.logspace(-3, 3, 8)[None, :, None]
-    rule = MuonRule(equilibrate=True, normuon=False)
+    rule = MuonRule(row_normalize=True, normuon=False)
     results = []
     for grads in (G, scaled):
         W = torch.zeros(1, 8, 12)

@@ -56,7 +56,7 @@ STEADY = {"prompt": "steady", "max_tokens": 150, "seed": 3, "ignore_eos": True}
 
 def test_hostile_requests_hurt_no_stream() -> None:
     model = make_model("modern", sequence_len=512)
-    client = LocalClient(make_engine(model, calculator_tool(TOK), TOK.byte_table(), max_slots=8))
+    client = LocalClient(make_engine(model, calculator_tool(TOK), TOK.byte_table(), max_num_seqs=8))
     bodies = [{"prompt": "a", "max_tokens": 6, **fields} for fields in FIELDS]
     bodies += [{"prompt": LONE, "echo": True, "logprobs": 3, "max_tokens": n} for n in (0, 2)]
     with serving(build_app(client, TOK, "tiny", 512)) as url, ThreadPoolExecutor(4) as pool:

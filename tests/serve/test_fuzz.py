@@ -38,7 +38,9 @@ def server() -> LocalClient:
     shape = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "sequence_len": 256}
     model = GPT(ModelConfig.modern(vocab_size=TOK.vocab_size, **shape))
     model.init_weights(torch.Generator().manual_seed(0))
-    config = EngineConfig(max_slots=8, token_budget=64, max_waiting=8, prefix_tokens=512)
+    config = EngineConfig(
+        max_num_seqs=8, max_num_batched_tokens=64, max_queue_size=8, prefix_cache_tokens=512
+    )
     return LocalClient(Engine(model.eval(), config, calculator_tool(TOK), TOK.byte_table()))
 
 
@@ -83,7 +85,7 @@ def test_broken_requests_break_nothing() -> None:
     local = server()
     process = psutil.Process()
     limits = Limits(max_body_bytes=20_000, max_choices=8)
-    with serving(build_app(local, TOK, "tiny", local.max_len, limits=limits)) as url:
+    with serving(build_app(local, TOK, "tiny", local.max_model_len, limits=limits)) as url:
         seen = asyncio.run(fuzz(url, COUNT // 2, 1))
         # The same again needs no more memory: caches and pools are filled.
         asyncio.run(fuzz(url, COUNT // 4, 2))
@@ -106,7 +108,7 @@ def test_broken_requests_break_nothing() -> None:
 def test_steady_streams_outlive_broken_requests() -> None:
     job = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "replay_serve.py"))
     local = server()
-    with serving(build_app(local, TOK, "tiny", local.max_len)) as url:
+    with serving(build_app(local, TOK, "tiny", local.max_model_len)) as url:
         # A second instead of half of one: this process is the clients too.
         args = job["Args"](url=url, count=150, streams=2, stream_tokens=150, max_gap_s=1.0)
         report = job["replay"](args)

@@ -45,7 +45,7 @@ def make_client(**settings: int) -> LocalClient:
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[LocalClient]:
-    client = make_client(max_slots=4, token_budget=64, max_waiting=8)
+    client = make_client(max_num_seqs=4, max_num_batched_tokens=64, max_queue_size=8)
     yield client
     client.close()
     client.engine.check_integrity()
@@ -53,7 +53,7 @@ def local() -> Iterator[LocalClient]:
 
 @pytest.fixture(scope="module")
 def url(local: LocalClient) -> Iterator[str]:
-    with serving(build_app(local, TOK, "tiny", local.max_len)) as url:
+    with serving(build_app(local, TOK, "tiny", local.max_model_len)) as url:
         yield url
 
 
@@ -144,7 +144,10 @@ def test_a_grammar_that_compiles_for_long_holds_up_nobody(
 
 def test_each_of_many_grammars_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where more are asked for at a time than are kept."""
-    count, client = 3 * KEPT // 2, make_client(max_slots=4, token_budget=64, max_waiting=2 * KEPT)
+    count, client = (
+        3 * KEPT // 2,
+        make_client(max_num_seqs=4, max_num_batched_tokens=64, max_queue_size=2 * KEPT),
+    )
     compiled: list[str] = []
     compile_it = Grammars._compile
 
@@ -263,7 +266,7 @@ def hurried(local: LocalClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
 
     monkeypatch.setattr(local.engine.runner, "run", late)
     limits = Limits(request_timeout_s=600)
-    with serving(build_app(local, TOK, "tiny", local.max_len, limits=limits)) as url:
+    with serving(build_app(local, TOK, "tiny", local.max_model_len, limits=limits)) as url:
         yield url
     wait_for(lambda: not local.engine.has_work)
     local.engine.check_integrity()
@@ -438,7 +441,7 @@ def test_a_queue_that_fills_up_late_is_429(
     local: LocalClient, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def add(request: Request) -> None:
-        raise EngineFull("max_waiting=8 requests are waiting already")
+        raise EngineFull("max_queue_size=8 requests are waiting already")
 
     monkeypatch.setattr(local.engine, "add", add)
     for stream in (False, True):
@@ -448,7 +451,7 @@ def test_a_queue_that_fills_up_late_is_429(
 
 
 def test_requests_on_their_way_count_as_waiting() -> None:
-    client = make_client(max_slots=1, max_waiting=1)
+    client = make_client(max_num_seqs=1, max_queue_size=1)
     client.close()
     engine = client.engine
     loop = EngineLoop(engine, lambda outputs: None)  # not started: nothing leaves its inbox

@@ -20,7 +20,7 @@ import pytest
 import torch
 from tiny import TOKENIZER, tiny_config, wait_for, write_dataset
 
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import OptimConfig, TrainConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
@@ -34,10 +34,10 @@ from nanochat_ray.train.stop import STOPPED
 REPO = Path(__file__).parents[2]
 CONFIG = TrainConfig(
     steps=12,
-    batch_rows=8,
-    micro_rows=4,
+    global_batch_size=8,
+    micro_batch_size=4,
     eval_every=4,
-    eval_rows=8,
+    eval_sequences=8,
     save_every=3,
     sample_tokens=4,
     optim=OptimConfig(matrix_lr=0.005, embedding_lr=0.05, scalar_lr=0.05),
@@ -54,12 +54,12 @@ def records(root: Store, run: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def snapshots(run: Store) -> list[str]:
+def checkpoints(run: Store) -> list[str]:
     return [name for name in run.list() if name.startswith("step-")]
 
 
 def same_weights(root: Store, one: str, two: str) -> bool:
-    a, b = (snapshot.load(root.child("runs", r), optimizer=True) for r in (one, two))
+    a, b = (checkpoint.load(root.child("runs", r), optimizer=True) for r in (one, two))
     assert a.optimizer is not None
     assert b.optimizer is not None
     one_has, two_has = {**a.weights, **a.optimizer}, {**b.weights, **b.optimizer}
@@ -88,7 +88,9 @@ def test_sigterm_leaves_a_checkpoint_and_status_75_and_the_run_goes_on(root: Sto
         assert process.wait(120) == STOPPED == 75
     last = json.loads(lines[-1])
     assert not last["done"]
-    assert snapshot.step_of(snapshot.latest(root.child("runs", "stopped")) or "") == last["step"]
+    assert (
+        checkpoint.step_of(checkpoint.latest(root.child("runs", "stopped")) or "") == last["step"]
+    )
     for run in ("stopped", "whole"):
         subprocess.run([*command, "--run", run], env=environment, check=True, capture_output=True)
     assert same_weights(root, "stopped", "whole")
@@ -112,7 +114,9 @@ def test_what_does_not_fit_is_refused_before_it_starts(
 ) -> None:
     write_dataset(root, "base")
     monkeypatch.setattr(jobs.machine, "free_memory", lambda device, sharing: 100 << 20)
-    with pytest.raises(ValueError, match=r"micro_rows=4 needs about 0\.\d GiB on each of 1 worker"):
+    with pytest.raises(
+        ValueError, match=r"micro_batch_size=4 needs about 0\.\d GiB on each of 1 worker"
+    ):
         execute(job(root, "run"))
     assert not root.child("runs", "run").exists("latest")
 
@@ -124,26 +128,30 @@ def test_the_newest_and_the_best_are_kept(root: Store, s3: str) -> None:
     for store in (root, Store.at(s3).child(f"kept-{time.time_ns()}")):
         write_dataset(store, "base")
         # Rates so high that the validation is best early and gets worse.
-        optim = dataclasses.replace(CONFIG.optim, embedding_lr=3.0, matrix_lr=0.3, warmdown=0.0)
-        execute(job(store, "run", steps=20, optim=optim, save_every=2, eval_every=2, keep=2))
+        optim = dataclasses.replace(
+            CONFIG.optim, embedding_lr=3.0, matrix_lr=0.3, warmdown_ratio=0.0
+        )
+        execute(
+            job(store, "run", steps=20, optim=optim, save_every=2, eval_every=2, keep_latest_k=2)
+        )
         run = store.child("runs", "run")
         evals = [r for r in records(store, "run") if r["kind"] == "eval"]
         figures = {r["step"]: r["bits_per_byte"] for r in evals}
         best = min(figures, key=figures.__getitem__)
         assert 0 < best < 18, figures
-        assert snapshot.best(run) == snapshot.name_of(best)
-        assert snapshot.latest(run) == "step-000020"
+        assert checkpoint.best(run) == checkpoint.name_of(best)
+        assert checkpoint.latest(run) == "step-000020"
         saves = [r["step"] for r in records(store, "run") if r["kind"] == "save"]
         assert len(saves) > 2
-        assert snapshots(run) == [snapshot.name_of(n) for n in sorted({best, *saves[-2:]})]
-        snapshot.load(run, snapshot.best(run), optimizer=True)
+        assert checkpoints(run) == [checkpoint.name_of(n) for n in sorted({best, *saves[-2:]})]
+        checkpoint.load(run, checkpoint.best(run), optimizer=True)
 
 
 def test_a_slow_store_does_not_hold_training_up(
     root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_dataset(root, "base")
-    real, reached = snapshot.save, 0
+    real, reached = checkpoint.save, 0
 
     def report(record: dict[str, Any]) -> None:
         nonlocal reached
@@ -155,7 +163,7 @@ def test_a_slow_store_does_not_hold_training_up(
         wait_for(lambda: reached >= goal, 30, "training beside its checkpoint", every=0.001)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(saving.snapshot, "save", slow)
+    monkeypatch.setattr(saving.checkpoint, "save", slow)
     slowly = job(root, "slow", steps=60, save_every=1, eval_every=0, keep_best=False)
     execute(slowly, report=report)
     saves = [r for r in records(root, "slow") if r["kind"] == "save"]
@@ -173,7 +181,7 @@ def test_a_machine_that_will_be_taken_away_gets_a_checkpoint_and_training_goes_o
     answers = iter([False] * 4 + [True] + [False] * 20)
     result = execute(job(root, "run", save_every=0, keep_best=False), should_save=answers.__next__)
     assert result["done"]
-    assert snapshots(root.child("runs", "run")) == ["step-000005", "step-000012"]
+    assert checkpoints(root.child("runs", "run")) == ["step-000005", "step-000012"]
 
 
 def test_weights_that_are_not_finite_are_never_written(
@@ -192,7 +200,7 @@ def test_weights_that_are_not_finite_are_never_written(
     monkeypatch.setattr(sharded.FlatGroup, "update", poisoned)
     with pytest.raises(FloatingPointError, match=r"not finite|diverged"):
         execute(job(root, "run", save_every=1))
-    assert snapshot.latest(root.child("runs", "run")) == "step-000003"
+    assert checkpoint.latest(root.child("runs", "run")) == "step-000003"
 
 
 def test_a_spike_is_cut_and_a_resumed_run_cuts_the_same(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from tiny import free_ports, tiny_config, write_dataset
 
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import OptimConfig, TrainConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
@@ -22,10 +22,10 @@ from nanochat_ray.train.job import DTYPES, TrainJob, execute
 
 CONFIG = TrainConfig(
     steps=8,
-    batch_rows=8,
-    micro_rows=4,
+    global_batch_size=8,
+    micro_batch_size=4,
     eval_every=4,
-    eval_rows=8,
+    eval_sequences=8,
     save_every=3,
     optim=OptimConfig(
         matrix_lr=0.005, embedding_lr=0.05, scalar_lr=0.05, weight_decay=0.1, grad_clip=1.0
@@ -49,8 +49,8 @@ def losses(job: TrainJob, **kwargs: Any) -> list[float]:
 @pytest.mark.parametrize("stage", ["base", "sft"])
 def test_accumulation_equals_one_big_micro_batch(root: Store, stage: str) -> None:
     write_dataset(root, stage, stage)
-    one = losses(job(root, "one", stage, micro_rows=8, steps=4))
-    four = losses(job(root, "four", stage, micro_rows=2, steps=4))
+    one = losses(job(root, "one", stage, micro_batch_size=8, steps=4))
+    four = losses(job(root, "four", stage, micro_batch_size=2, steps=4))
     assert one == pytest.approx(four, abs=1e-5)
     assert one[-1] < one[0]
 
@@ -97,7 +97,7 @@ def test_two_ranks_equal_one(root: Store, tmp_path: Path, stage: str) -> None:
     both = on_ranks(2, job(root, "both", stage), tmp_path / "losses")
     assert both[0] == both[1]
     assert both[0] == pytest.approx(alone, abs=1e-5)
-    one, two = (snapshot.load(root.child("runs", r), optimizer=True) for r in ("alone", "both"))
+    one, two = (checkpoint.load(root.child("runs", r), optimizer=True) for r in ("alone", "both"))
     for name, weight in one.weights.items():
         torch.testing.assert_close(two.weights[name], weight, atol=2e-4, rtol=1e-3)
     assert one.optimizer is not None
@@ -115,7 +115,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(root: Store, stop: int) -> Non
     done = execute(job(root, "halves"))
     assert done["done"]
     whole, halves = (
-        snapshot.load(root.child("runs", run), optimizer=True) for run in ("whole", "halves")
+        checkpoint.load(root.child("runs", run), optimizer=True) for run in ("whole", "halves")
     )
     assert whole.optimizer is not None
     assert halves.optimizer is not None
@@ -130,15 +130,17 @@ def test_a_run_stopped_by_two_ranks_goes_on_with_one(root: Store, tmp_path: Path
     alone = losses(job(root, "alone"))
     moved = job(root, "moved")
     on_ranks(2, moved, tmp_path / "losses", stop=5)
-    assert snapshot.latest(root.child("runs", "moved")) == "step-000005"
+    assert checkpoint.latest(root.child("runs", "moved")) == "step-000005"
     assert losses(moved) == pytest.approx(alone[5:], abs=1e-5)
 
 
 def test_another_configuration_is_refused(root: Store) -> None:
     write_dataset(root, "base")
     execute(job(root, "run", steps=2))
-    with pytest.raises(ValueError, match=r"batch_rows=4 is not what this run was started with"):
-        execute(job(root, "run", steps=2, batch_rows=4))
+    with pytest.raises(
+        ValueError, match=r"global_batch_size=4 is not what this run was started with"
+    ):
+        execute(job(root, "run", steps=2, global_batch_size=4))
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
@@ -156,7 +158,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
     monkeypatch.setattr(GPT, "loss", poisoned)
     with pytest.raises(FloatingPointError, match="not finite in 5 steps"):
         execute(job(root, "run", steps=20, save_every=1))
-    saved = snapshot.load(root.child("runs", "run"), optimizer=True)
+    saved = checkpoint.load(root.child("runs", "run"), optimizer=True)
     assert saved.step <= 3
     assert all(torch.isfinite(weight).all() for weight in saved.weights.values())
 
@@ -187,5 +189,7 @@ def test_a_run_may_be_checkpointed_after_it_began_without(root: Store) -> None:
     execute(job(root, "halves"), should_stop=stop_after(4))
     execute(job(root, "halves", checkpoint_activations=True, deterministic=True))
     torch.use_deterministic_algorithms(False)
-    one, two = (snapshot.load(root.child("runs", r), optimizer=False) for r in ("whole", "halves"))
+    one, two = (
+        checkpoint.load(root.child("runs", r), optimizer=False) for r in ("whole", "halves")
+    )
     assert all(torch.equal(w, two.weights[name]) for name, w in one.weights.items())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny_config, write_dataset
 
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.claim import ClaimLostError
 from nanochat_ray.config import OptimConfig, TrainConfig
 from nanochat_ray.storage import Store
@@ -19,14 +19,14 @@ from nanochat_ray.train.job import TrainJob, check, execute
 
 TRAIN = TrainConfig(
     steps=4,
-    batch_rows=4,
-    micro_rows=2,
+    global_batch_size=4,
+    micro_batch_size=2,
     save_every=2,
     eval_every=100,
-    eval_rows=4,
+    eval_sequences=4,
     sample_tokens=0,
     precision="fp32",
-    keep=9,
+    keep_latest_k=9,
 )
 
 
@@ -52,7 +52,7 @@ def begun(root: Store) -> Store:
     write_dataset(root, "base")
     stops = iter([False, True])
     execute(check(job(root)), should_stop=lambda: next(stops, True))
-    assert snapshot.latest(root.child("runs", "run")) == "step-000002"
+    assert checkpoint.latest(root.child("runs", "run")) == "step-000002"
     return root
 
 
@@ -65,7 +65,7 @@ def begun(root: Store) -> Store:
         ({"model__skips": True}, "skips"),
         ({"model__n_layer": 3}, "n_layer"),
         ({"train__steps": 5}, "steps"),
-        ({"train__batch_rows": 2}, "batch_rows"),
+        ({"train__global_batch_size": 2}, "global_batch_size"),
         ({"train__seed": 1}, "seed"),
         ({"train__precision": "bf16"}, "precision"),
         ({"train__optim": OptimConfig(momentum=0.5)}, "momentum"),
@@ -81,10 +81,10 @@ def test_what_shapes_steps_is_refused(begun: Store, changes: dict[str, Any], fie
 @pytest.mark.parametrize(
     "changes",
     [
-        {"train__micro_rows": 1},
+        {"train__micro_batch_size": 1},
         {"train__save_every": 3},
         {"train__eval_every": 1},
-        {"train__keep": 1},
+        {"train__keep_latest_k": 1},
         {"train__sample_tokens": 2},
         {"train__checkpoint_activations": True},
     ],
@@ -121,13 +121,13 @@ def test_other_parents_are_refused_by_content(root: Store) -> None:
 def test_older_checkpoints_resume_with_a_note(
     begun: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = snapshot.load_trainer
+    real = checkpoint.load_trainer
 
     def older(*args: Any, **kwargs: Any) -> dict[str, Any]:
         trainer = real(*args, **kwargs)
         return {**trainer, "about": {"dataset": "base", "parent": ""}}
 
-    monkeypatch.setattr(snapshot, "load_trainer", older)
+    monkeypatch.setattr(checkpoint, "load_trainer", older)
     assert execute(check(job(begun)))["done"]
     assert "its checkpoint does not say what was in dataset 'base'" in caplog.text
 
@@ -150,7 +150,7 @@ def test_divergence_in_the_last_step_is_no_checkpoint(
     with pytest.raises(FloatingPointError, match=r"diverged at step 4: .* nan.*step-000002"):
         execute(check(job(begun)))
     run = begun.child("runs", "run")
-    assert snapshot.latest(run) == "step-000002"
+    assert checkpoint.latest(run) == "step-000002"
     assert not run.exists("step-000004/manifest.json")
 
 
@@ -163,11 +163,11 @@ def test_newest_complete_checkpoint_wins(begun: Store, damage: str | None) -> No
     (Path(run.root) / "step-000002-good").mkdir()
     (Path(run.root) / "step-000009").mkdir()  # one that was never finished
     run.write_text("metrics.jsonl", '{"kind": "train", "st')
-    assert snapshot.latest(run) == "step-000002"
+    assert checkpoint.latest(run) == "step-000002"
     first: list[dict[str, Any]] = []
     assert execute(check(job(begun)), report=first.append)["done"]
     assert first[0]["step"] == 3
-    assert snapshot.latest(run) == "step-000004"
+    assert checkpoint.latest(run) == "step-000004"
     assert (Path(run.root) / "step-000002-good").is_dir()
 
 
@@ -177,12 +177,12 @@ def test_job_that_was_taken_over_publishes_nothing(begun: Store) -> None:
 
     with pytest.raises(ClaimLostError):
         execute(check(job(begun)), may_publish=lost)
-    assert snapshot.latest(begun.child("runs", "run")) == "step-000002"
+    assert checkpoint.latest(begun.child("runs", "run")) == "step-000002"
 
 
 def test_resumed_run_equals_one_that_was_not_stopped(begun: Store) -> None:
     execute(check(job(begun)))
     execute(check(job(begun, run="whole")))
-    runs = (snapshot.load(begun.child("runs", r), optimizer=False) for r in ("run", "whole"))
+    runs = (checkpoint.load(begun.child("runs", r), optimizer=False) for r in ("run", "whole"))
     one, other = (saved.weights for saved in runs)
     assert all(torch.equal(one[name], other[name]) for name in other)

@@ -23,7 +23,7 @@ import pytest
 import torch
 from tiny import tiny_config, wait_for, write_dataset
 
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import OptimConfig, TrainConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train.job import TrainJob, execute
@@ -31,10 +31,10 @@ from nanochat_ray.train.job import TrainJob, execute
 KILLS = int(os.environ.get("NANOCHAT_KILLS", "3"))
 CONFIG = TrainConfig(
     steps=60,
-    batch_rows=8,
-    micro_rows=4,
+    global_batch_size=8,
+    micro_batch_size=4,
     eval_every=25,
-    eval_rows=8,
+    eval_sequences=8,
     save_every=4,
     sample_tokens=0,
     optim=OptimConfig(matrix_lr=0.005, embedding_lr=0.05, scalar_lr=0.05, weight_decay=0.1),
@@ -66,7 +66,7 @@ def job(root: Store, run: str) -> TrainJob:
 
 
 def inside_a_checkpoint(run: Store) -> bool:
-    """A snapshot's folder with files, but not yet the manifest that makes it one."""
+    """A checkpoint's folder with files, but not yet the manifest that makes it one."""
     for name in run.list():
         if name.startswith("step-") and (found := run.list(name)) and "manifest.json" not in found:
             return True
@@ -74,7 +74,7 @@ def inside_a_checkpoint(run: Store) -> bool:
 
 
 def state(root: Store, run: str) -> dict[str, torch.Tensor]:
-    saved = snapshot.load(root.child("runs", run), optimizer=True)
+    saved = checkpoint.load(root.child("runs", run), optimizer=True)
     assert saved.step == CONFIG.steps
     assert saved.optimizer is not None
     return {**saved.weights, **saved.optimizer}
@@ -83,12 +83,12 @@ def state(root: Store, run: str) -> dict[str, torch.Tensor]:
 def kill(
     process: multiprocessing.Process, moment: Callable[[], bool], run: Store
 ) -> tuple[str, str]:
-    """SIGKILL at ``moment``; where the run then stood: its latest snapshot and what was begun."""
+    """SIGKILL at ``moment``; where the run then stood: its latest checkpoint and what was begun."""
     wait_for(lambda: not process.is_alive() or moment(), 60, "the moment to kill", every=0.0005)
     process.kill()
     process.join(20)
     torn = [n for n in run.list() if n.startswith("step-") and not run.exists(f"{n}/manifest.json")]
-    return snapshot.latest(run) or "nothing", ", ".join(torn) or "none"
+    return checkpoint.latest(run) or "nothing", ", ".join(torn) or "none"
 
 
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
@@ -117,8 +117,8 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
         def moment(kind=kind, run=run, at=at, nth=nth) -> bool:
             if kind == "random":
                 return time.monotonic() > at
-            reached = snapshot.latest(run)
-            steps = snapshot.step_of(reached) if reached else 0
+            reached = checkpoint.latest(run)
+            steps = checkpoint.step_of(reached) if reached else 0
             return steps >= nth * CONFIG.save_every and inside_a_checkpoint(run)
 
         latest, torn = kill(process, moment, run)
@@ -139,7 +139,16 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
 def test_two_workers_killed_go_on_as_one_with_the_same_batches(root: Store) -> None:
     write_dataset(root, "base")
     flags = ["--storage", root.uri, "--depth", "1", "--tokens", "5120", "--batch-tokens", "256"]
-    flags += ["--precision", "fp32", "--lr-scale", "0.1", "--micro-rows", "4", "--save-every", "3"]
+    flags += [
+        "--precision",
+        "fp32",
+        "--lr-scale",
+        "0.1",
+        "--micro-batch-size",
+        "4",
+        "--save-every",
+        "3",
+    ]
     script = str(REPO / "jobs" / "train.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -151,9 +160,9 @@ def test_two_workers_killed_go_on_as_one_with_the_same_batches(root: Store) -> N
         start_new_session=True,
     ) as process:
         run = root.child("runs", "killed")
-        wait_for(lambda: snapshot.latest(run) is not None, 60, "a first checkpoint")
+        wait_for(lambda: checkpoint.latest(run) is not None, 60, "a first checkpoint")
         os.killpg(process.pid, signal.SIGKILL)
-    reached = snapshot.step_of(snapshot.latest(run) or "")
+    reached = checkpoint.step_of(checkpoint.latest(run) or "")
     losses = {}
     for name in ("killed", "whole"):
         subprocess.run(
@@ -176,7 +185,7 @@ def test_the_rows_of_a_step_are_the_same_for_any_number_of_workers(rows: int) ->
 
     from nanochat_ray.train.feed import rank_rows
 
-    config = dataclasses.replace(CONFIG, batch_rows=rows, micro_rows=1)
+    config = dataclasses.replace(CONFIG, global_batch_size=rows, micro_batch_size=1)
     for step in (0, 3, 17):
         alone = rank_rows(config, 50, step, 0, 1)
         for world in range(2, rows + 1):

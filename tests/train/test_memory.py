@@ -23,7 +23,13 @@ WIDE = scaling.model_config(4, 8192, sequence_len=512)
 
 
 def train_config(**fields: Any) -> TrainConfig:
-    values = {"steps": 10, "batch_rows": 16, "micro_rows": 16, "precision": "bf16", **fields}
+    values = {
+        "steps": 10,
+        "global_batch_size": 16,
+        "micro_batch_size": 16,
+        "precision": "bf16",
+        **fields,
+    }
     return TrainConfig(**values)
 
 
@@ -36,10 +42,10 @@ def measure(model_values: dict[str, Any], train_values: dict[str, Any]) -> int:
     model.init_weights(torch.Generator().manual_seed(0))
     model.checkpoint_activations = train.checkpoint_activations
     optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
-    shape = (train.batch_rows, config.sequence_len + 1)
+    shape = (train.global_batch_size, config.sequence_len + 1)
     ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
     # A step of one row makes the optimizer's state.
-    one = dataclasses.replace(train, batch_rows=1, micro_rows=1)
+    one = dataclasses.replace(train, global_batch_size=1, micro_batch_size=1)
     train_step(model, optimizer, Batch(ids[:1].numpy()), 0, one)
     _copies = [optimizer.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}]
     train_step(model, optimizer, Batch(ids.numpy()), 1, train)
@@ -61,7 +67,7 @@ def measure(model_values: dict[str, Any], train_values: dict[str, Any]) -> int:
 def test_the_estimate_is_near_what_a_process_takes(
     shape: ModelConfig, changes: dict[str, Any]
 ) -> None:
-    train = train_config(batch_rows=8, micro_rows=8, **changes)
+    train = train_config(global_batch_size=8, micro_batch_size=8, **changes)
     code = (
         "import sys, json; sys.path.insert(0, 'tests/train'); import test_memory; "
         "print(test_memory.measure(*json.loads(sys.argv[1])))"
@@ -81,15 +87,17 @@ def test_the_estimate_is_near_what_a_process_takes(
 
 def test_what_cannot_fit_is_refused_with_what_would() -> None:
     model = scaling.model_config(12, 32_768)
-    train = train_config(batch_rows=256, micro_rows=32)
+    train = train_config(global_batch_size=256, micro_batch_size=32)
     needed = memory.refuse(model, train, world=1, on_gpu=True, free=80 << 30)
     assert needed.total < 80 << 30
     with pytest.raises(memory.DoesNotFitError) as error:
         memory.refuse(model, train, world=1, on_gpu=True, free=24 << 30)
     text = str(error.value)
-    assert "micro_rows=32 needs about 32" in text
-    assert "24.0 GiB are free: what would fit: micro_rows=16 or checkpoint_activations" in text
-    for changes in ({"micro_rows": 16}, {"checkpoint_activations": True}):
+    assert "micro_batch_size=32 needs about 32" in text
+    assert (
+        "24.0 GiB are free: what would fit: micro_batch_size=16 or checkpoint_activations" in text
+    )
+    for changes in ({"micro_batch_size": 16}, {"checkpoint_activations": True}):
         memory.refuse(
             model, dataclasses.replace(train, **changes), world=1, on_gpu=True, free=24 << 30
         )
@@ -98,7 +106,7 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
     with pytest.raises(memory.DoesNotFitError, match=r"would fit: workers=2$"):
         memory.refuse(
             deep,
-            train_config(batch_rows=64, micro_rows=1, checkpoint_activations=True),
+            train_config(global_batch_size=64, micro_batch_size=1, checkpoint_activations=True),
             world=1,
             on_gpu=True,
             free=24 << 30,
@@ -112,5 +120,5 @@ def test_more_workers_share_the_optimizer_and_rows_the_rest() -> None:
     one, eight = (memory.estimate(model, train_config(), world=n, on_gpu=True) for n in (1, 8))
     assert eight.optimizer == pytest.approx(one.optimizer / 8, rel=0.01)
     assert eight.weights == one.weights
-    half = memory.estimate(model, train_config(micro_rows=8), world=1, on_gpu=True)
+    half = memory.estimate(model, train_config(micro_batch_size=8), world=1, on_gpu=True)
     assert half.activations < 0.6 * one.activations

@@ -42,7 +42,7 @@ def test_the_plan_of_a_depth_is_the_tables(depth: int) -> None:
     assert batches[0] <= math.log2(found["batch"]["tokens"]) <= batches[1]
     assert steps[0] <= found["steps"] <= steps[1]
     batch = found["batch"]
-    assert batch["rows"] == 8 * batch["micro_rows"] * batch["accumulation"]
+    assert batch["rows"] == 8 * batch["micro_batch_size"] * batch["accumulation"]
     # Every weight exists as a weight and a gradient in float32, and no plan here needs more than
     # the GPU of the table has.
     assert 8e6 * total < found["memory"]["total"] < 80e9
@@ -89,7 +89,7 @@ def test_rates_fall_with_the_depth_and_time_with_the_workers() -> None:
 
 def test_the_batch_is_the_same_for_any_number_of_workers() -> None:
     model = scaling.model_config(8, VOCABULARY)
-    found = {scaling.base_plan(model, workers=n).train.batch_rows for n in (1, 2, 3, 7, 8)}
+    found = {scaling.base_plan(model, workers=n).train.global_batch_size for n in (1, 2, 3, 7, 8)}
     assert len(found) == 1
 
 
@@ -99,12 +99,12 @@ def test_a_gpu_gets_as_many_rows_at_a_time_as_it_has_memory_for() -> None:
     rows = {}
     for name in ("l4", "a100", "b200", "cpu"):
         fitted = plan.fitted(model, train, workers=8, hardware=HARDWARE[name])
-        rows[name] = fitted.micro_rows
+        rows[name] = fitted.micro_batch_size
         if name in ("a100", "b200"):
             needed = memory.estimate(model, fitted, world=8, on_gpu=True)
             assert needed.total < HARDWARE[name].memory
     assert rows["l4"] <= rows["a100"] < rows["b200"]
-    assert rows["cpu"] == train.micro_rows
+    assert rows["cpu"] == train.micro_batch_size
 
 
 def test_hardware_that_is_not_known_is_refused() -> None:
@@ -117,7 +117,7 @@ def test_the_plan_tells_passes_over_the_data(rows: int, many: bool) -> None:
     model = scaling.model_config(4, VOCABULARY)
     train = scaling.base_plan(model, workers=1).train
     described = plan.describe(model, train, workers=1, hardware=named("cpu"), rows=rows)
-    trained = train.steps * train.batch_rows
+    trained = train.steps * train.global_batch_size
     assert described["data"]["passes"] == (trained / rows if rows else 0)
     text = plan.render(described)
     assert (f"{rows:,} rows, seen" in text) == bool(rows)

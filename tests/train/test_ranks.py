@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tiny import free_ports, tiny_config, write_dataset
 
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import OptimConfig, TrainConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train import saving
@@ -25,10 +25,10 @@ TIMEOUT = 3.0
 """Seconds of a collective; what is slow takes twice as long."""
 CONFIG = TrainConfig(
     steps=1,
-    batch_rows=4,
-    micro_rows=2,
+    global_batch_size=4,
+    micro_batch_size=2,
     eval_every=1,
-    eval_rows=4,
+    eval_sequences=4,
     sample_tokens=0,
     optim=OptimConfig(matrix_lr=0.005, embedding_lr=0.05, scalar_lr=0.05),
 )
@@ -36,20 +36,20 @@ CONFIG = TrainConfig(
 
 def slow_save(rank: int) -> None:
     """Each validation is the best so far, while the last best is still being uploaded."""
-    real = snapshot.save
+    real = checkpoint.save
 
     def save(*args: Any, **kwargs: Any) -> str:
         time.sleep(2 * TIMEOUT)
         return real(*args, **kwargs)
 
-    saving.snapshot.save = save  # type: ignore[assignment]
+    saving.checkpoint.save = save  # type: ignore[assignment]
 
 
 def full_disk(rank: int) -> None:
     def save(*args: Any, **kwargs: Any) -> str:
         raise OSError("no space left")
 
-    saving.snapshot.save = save  # type: ignore[assignment]
+    saving.checkpoint.save = save  # type: ignore[assignment]
 
 
 def run_rank(

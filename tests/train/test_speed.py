@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny_config, write_dataset
 
 from jobs import train as script
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.storage import Store
 from nanochat_ray.train import speed
 from nanochat_ray.train.job import TrainJob, execute
@@ -56,9 +56,9 @@ def test_the_batch_follows_from_its_own_speed(monkeypatch: pytest.MonkeyPatch) -
     batches = []
 
     def steps(model: Any, train: Any, *_: Any) -> list[float]:
-        batches.append(train.batch_rows)
+        batches.append(train.global_batch_size)
         # Every step has a second's work for the optimizer, and little for each row.
-        return [1 + train.batch_rows / 1000] * 2
+        return [1 + train.global_batch_size / 1000] * 2
 
     monkeypatch.setattr(speed, "_step_seconds", steps)
     model = tiny_config(n_layer=4, n_embd=256, sequence_len=512)
@@ -113,11 +113,14 @@ def test_a_begun_run_keeps_its_plan(root: Store, monkeypatch: pytest.MonkeyPatch
     assert began.train.precision == "fp32"
     execute(began, should_stop=iter([False, True]).__next__)
     run = root.child("runs", "base")
-    assert snapshot.latest(run) == "step-000002"
+    assert checkpoint.latest(run) == "step-000002"
     rate = 1e6  # a faster machine, other workers, or a note that was lost
     for workers in (1, 3):
         again = train(root, cpu_minutes=1.0, workers=workers)
-        assert dataclasses.replace(again.train, micro_rows=began.train.micro_rows) == began.train
+        assert (
+            dataclasses.replace(again.train, micro_batch_size=began.train.micro_batch_size)
+            == began.train
+        )
     with pytest.raises(ValueError, match=r"cpu_minutes=3 is not what this run was started with"):
         train(root, cpu_minutes=3.0)
     run.delete("plan.json")

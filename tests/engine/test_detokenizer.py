@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from nanochat_ray.engine.detokenizer import IncrementalDetokenizer
 from nanochat_ray.engine.request import Output, TokenLogprob
-from nanochat_ray.engine.stream import TextStream
 from nanochat_ray.serve.logprobs import TextOffsets, for_chat, for_completion
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ def test_any_split_gives_the_same_text() -> None:
             raw.insert(rng.randint(0, len(raw)), rng.choice([0xFF, 0xC3, 0xF0, 0x80]))
         tokens = TOKENIZER.encode("")
         tokens = [TOKENIZER.ranks.index(bytes([b])) for b in raw]
-        stream, made = TextStream(TOKENIZER, stops), []
+        stream, made = IncrementalDetokenizer(TOKENIZER, stops), []
         for piece in split(rng, tokens):
             made.append(stream.push(piece))
         made.append(stream.flush())
@@ -54,7 +54,7 @@ def test_any_split_gives_the_same_text() -> None:
 
 
 def test_nothing_is_held_back_without_need() -> None:
-    stream = TextStream(TOKENIZER, ["</end>"])
+    stream = IncrementalDetokenizer(TOKENIZER, ["</end>"])
     assert stream.push(TOKENIZER.encode("a < b, a <")) == "a < b, a "
     assert stream.push(TOKENIZER.encode("/en")) == ""
     assert stream.push(TOKENIZER.encode("glish")) == "</english"
@@ -64,7 +64,7 @@ def test_nothing_is_held_back_without_need() -> None:
 
 
 def test_a_character_is_never_split() -> None:
-    stream = TextStream(TOKENIZER)
+    stream = IncrementalDetokenizer(TOKENIZER)
     pieces = [stream.push([token]) for token in TOKENIZER.encode("é😀")]
     assert pieces == ["", "é", "", "", "", "😀"]
     assert stream.push(TOKENIZER.encode("😀")[:2]) == ""
@@ -77,19 +77,19 @@ def test_special_tokens_and_tool_turns(show: bool, want: str) -> None:
     tokens = [*t.encode("3+4="), t.special("<|python_start|>"), *t.encode("3+4")]
     tokens += [t.special("<|python_end|>"), t.special("<|output_start|>"), *t.encode("7")]
     tokens += [t.special("<|output_end|>"), *t.encode("7.")]
-    stream = TextStream(t, show_tools=show)
+    stream = IncrementalDetokenizer(t, show_tools=show)
     assert "".join(stream.push([token]) for token in tokens) == want
 
 
 def test_the_token_that_ended_the_answer_is_no_text() -> None:
-    stream = TextStream(TOKENIZER, ["zzz"])
+    stream = IncrementalDetokenizer(TOKENIZER, ["zzz"])
     assert stream.add(Output(request_id="r", tokens=TOKENIZER.encode("abz"))) == "ab"
     ended = Output(request_id="r", tokens=TOKENIZER.encode("c;"), finish="stop")
     assert stream.add(ended) == "zc"
 
 
 def test_stop_strings_wait_for_min_tokens() -> None:
-    stream = TextStream(TOKENIZER, ["ab"])
+    stream = IncrementalDetokenizer(TOKENIZER, ["ab"])
     parts = [stream.push([t], i >= 5) for i, t in enumerate(TOKENIZER.encode("xababababz"))]
     assert ("".join(parts), stream.stopped) == ("xabab", True)
 
@@ -97,7 +97,7 @@ def test_stop_strings_wait_for_min_tokens() -> None:
 def test_ids_that_are_no_token_have_no_text() -> None:
     tokenizer = Tokenizer.bytes_only()
     padding = tokenizer.vocab_size + 3  # a model's vocabulary may be padded
-    stream = TextStream(tokenizer, ["never"])
+    stream = IncrementalDetokenizer(tokenizer, ["never"])
     assert stream.push([65, padding, 66]) + stream.flush() == "AB"
     score = TokenLogprob(logprob=-1.0, top=[(padding, -1.0)])
     assert for_chat(tokenizer, [(padding, score)])["content"][0]["bytes"] == []

@@ -1,10 +1,10 @@
-"""Snapshots of a run: saved whole or not at all, verified when they are read.
+"""Checkpoints of a run: saved whole or not at all, verified when they are read.
 
 ``runs/<run>/step-000100/`` holds config.json, weights.msgpack, optimizer.msgpack, trainer.json
 and tokenizer.json, and last of all manifest.json with the size and SHA-256 of each. A folder
-without a manifest is not a snapshot, so a crash at any moment leaves the last whole one in place:
+without a manifest is not a checkpoint, so a crash at any moment leaves the last whole one in place:
 the newest whole one is the run's latest. ``runs/<run>/latest`` names it too, for people and
-scripts; no reader depends on it. Nothing in a snapshot depends on the number of workers.
+scripts; no reader depends on it. Nothing in a checkpoint depends on the number of workers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 
-FORMAT = "nanochat_ray snapshot 1"
+FORMAT = "nanochat_ray checkpoint 1"
 _LOG = logging.getLogger(__name__)
 
 
@@ -60,7 +60,7 @@ class RunConfigFile:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Checkpoint:
     name: str
     step: int
     model_config: ModelConfig
@@ -98,11 +98,11 @@ def save(
     score: float | None = None,
     may_publish: Callable[[], None] = lambda: None,
 ) -> str:
-    """Writes a snapshot, publishes it, then moves ``latest``. Returns its name.
+    """Writes a checkpoint, publishes it, then moves ``latest``. Returns its name.
 
     ``score`` is what a validation of these weights gave, lower being better; see ``best``.
     ``may_publish`` is called when all is written but the manifest; what it raises leaves the
-    snapshot unpublished. FloatingPointError, naming the tensor, before anything is written if
+    checkpoint unpublished. FloatingPointError, naming the tensor, before anything is written if
     one is not finite.
     """
     for file, tensors in (("weights", weights), ("optimizer state", optimizer or {})):
@@ -130,8 +130,8 @@ def _write(
     score: float | None,
     may_publish: Callable[[], None] = lambda: None,
 ) -> None:
-    """The files of a snapshot, and last its manifest."""
-    # What an earlier attempt left there is no snapshot any more from here on.
+    """The files of a checkpoint, and last its manifest."""
+    # What an earlier attempt left there is no checkpoint any more from here on.
     folder.delete("manifest.json")
     files: dict[str, dict[str, Any]] = {}
 
@@ -168,7 +168,7 @@ def _write(
 
 
 def latest(run: Store) -> str | None:
-    """Name of the newest complete snapshot, or None if there is none.
+    """Name of the newest complete checkpoint, or None if there is none.
 
     The folders decide, not the file ``latest``, which a crash may have left behind or emptied.
     """
@@ -184,7 +184,7 @@ def _is_complete(run: Store, name: str) -> bool:
 
 
 def skipped(run: Store) -> list[str]:
-    """One line for each thing that seemed to be newer than ``latest`` but is no whole snapshot."""
+    """One line for each thing that seemed newer than ``latest`` but is no complete checkpoint."""
     found = latest(run)
     lines = []
     for name in _names(run):
@@ -224,7 +224,7 @@ def _object(where: str, data: bytes) -> dict[str, Any]:
 
 
 def _manifest(run: Store, name: str) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file of a snapshot. ValueError if the manifest is damaged."""
+    """Size and SHA-256 of each file of a checkpoint. ValueError if the manifest is damaged."""
     folder, step = run.child(name), step_of(name)
     where = f"checkpoint {folder.uri}: manifest.json"
     try:
@@ -249,7 +249,7 @@ def _is_entry(value: Any) -> bool:
 
 
 class _Reader:
-    """The files of one snapshot, each checked against the manifest."""
+    """The files of one checkpoint, each checked against the manifest."""
 
     def __init__(self, run: Store, name: str):
         self.folder, self.files = run.child(name), _manifest(run, name)
@@ -405,15 +405,15 @@ def load_trainer(run: Store, name: str | None = None) -> dict[str, Any]:
 
 
 def weights_digest(run: Store, name: str) -> str:
-    """SHA-256 (hex) of a snapshot's weights, as its manifest has it."""
+    """SHA-256 (hex) of a checkpoint's weights, as its manifest has it."""
     files = _manifest(run, name)
     if "weights.msgpack" not in files:
         raise ValueError(f"checkpoint {run.child(name).uri}: weights.msgpack is missing")
     return str(files["weights.msgpack"]["sha256"])
 
 
-def load(run: Store, name: str | None = None, *, optimizer: bool) -> Snapshot:
-    """A verified snapshot, by default the latest, with the optimizer's state if asked for.
+def load(run: Store, name: str | None = None, *, optimizer: bool) -> Checkpoint:
+    """A verified checkpoint, by default the latest, with the optimizer's state if asked for.
 
     Raises ValueError, naming the file, if one is missing or damaged, if the tokenizer is not
     the one that belongs to the weights, or if a tensor is not finite.
@@ -421,7 +421,7 @@ def load(run: Store, name: str | None = None, *, optimizer: bool) -> Snapshot:
     name = _find(run, name)
     reader = _Reader(run, name)
     config = reader.config()
-    return Snapshot(
+    return Checkpoint(
         name=name,
         step=step_of(name),
         model_config=config.model,
@@ -451,9 +451,9 @@ def load_model(
 
 
 def _scores(run: Store, names: Iterable[str]) -> dict[str, float]:
-    """Those of the whole snapshots that were validated, with what they were given.
+    """Those of the whole checkpoints that were validated, with what they were given.
 
-    A damaged manifest gives no score: it is refused by name when its snapshot is loaded.
+    A damaged manifest gives no score: it is refused by name when its checkpoint is loaded.
     """
     found = {}
     for name in names:
@@ -465,7 +465,7 @@ def _scores(run: Store, names: Iterable[str]) -> dict[str, float]:
 
 
 def _names(run: Store) -> list[str]:
-    """Folders of snapshots, whole or not, the newest first; other names are not ours."""
+    """Folders of checkpoints, whole or not, the newest first; other names are not ours."""
     own = []
     for name in run.list():
         with contextlib.suppress(ValueError):
@@ -474,7 +474,7 @@ def _names(run: Store) -> list[str]:
 
 
 def best(run: Store) -> str | None:
-    """Name of the snapshot with the best validation, of equals the newest; None if none has one."""
+    """Name of the checkpoint with the lowest validation loss; None without a validation."""
     found = _scores(run, _names(run))
     return min(found, key=found.__getitem__) if found else None
 
@@ -491,12 +491,12 @@ def chosen(run: Store, name: str = "") -> str:
     if not whole:
         raise ValueError(f"run {run.uri} has no checkpoint")
     if name == "best":
-        raise ValueError(f"snapshot='best' is not in run {run.uri}: no validation was kept")
-    raise ValueError(f"snapshot={found!r} is not in run {run.uri}: it has {', '.join(whole)}")
+        raise ValueError(f"checkpoint='best' is not in run {run.uri}: no validation was kept")
+    raise ValueError(f"checkpoint={found!r} is not in run {run.uri}: it has {', '.join(whole)}")
 
 
 def prune(run: Store, keep: int, *, keep_best: bool = False) -> None:
-    """Removes all but the ``keep`` newest snapshots, and what never became one.
+    """Removes all but the ``keep`` newest checkpoints, and what never became one.
 
     The newest whole one stays in any case, so does anything newer, and with ``keep_best`` the one
     with the best validation.
@@ -513,6 +513,6 @@ def prune(run: Store, keep: int, *, keep_best: bool = False) -> None:
         kept |= {min(scores, key=scores.__getitem__)} if scores else set()
     for name in older:
         if name not in kept:
-            # The manifest goes first: from then on it is no snapshot, whatever is left of it.
+            # The manifest goes first: from then on it is no checkpoint, whatever is left of it.
             run.delete(f"{name}/manifest.json")
             run.delete(name)

@@ -1,6 +1,7 @@
 """Measure which factor on the learning rates is best at which batch size.
 
-    python jobs/bench_rates.py --storage DIR --dataset base --batches 2048 16384 --scales 0.5 1 2
+    python jobs/bench_learning_rates.py --storage DIR --dataset base \
+        --batches 2048 16384 --scales 0.5 1 2
 
 For each batch and factor a small model is trained on the same number of tokens; the table shows
 the validation bits per byte. ``scaling.lr_scale`` rests on this table (optim/NOTES.md).
@@ -44,11 +45,11 @@ class Args:
     seeds: int = 1
     preset: str = "modern"
     precision: str = "bf16"
-    eval_rows: int = 128
+    eval_sequences: int = 128
 
     def __post_init__(self) -> None:
         check_name("dataset", self.dataset)
-        for name in ("depth", "width", "tokens", "seeds", "eval_rows"):
+        for name in ("depth", "width", "tokens", "seeds", "eval_sequences"):
             check_int(name, getattr(self, name), 1)
         for batch in self.batches:
             check_int("batches", batch, 1)
@@ -85,9 +86,11 @@ def one_run(args: Args, batch: int, scale: float, seed: int) -> tuple[float, flo
         train_step(model, optimizer, rows, step, train)
     seconds = time.perf_counter() - began
     reader = RowReader(dataset, manifest, "val")
-    ids, _ = reader.rows(np.arange(min(args.eval_rows, len(reader)), dtype=np.int64))
+    ids, _ = reader.rows(np.arange(min(args.eval_sequences, len(reader)), dtype=np.int64))
     model.eval()
-    bpb = bits_per_byte(model, ids, tokenizer.byte_lengths(), micro_rows=train.micro_rows)
+    bpb = bits_per_byte(
+        model, ids, tokenizer.byte_lengths(), micro_batch_size=train.micro_batch_size
+    )
     return bpb, seconds
 
 

@@ -1,4 +1,4 @@
-"""A snapshot is whole or it is not there; what is damaged is refused by name."""
+"""A checkpoint is whole or it is not there; what is damaged is refused by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import TOKENIZER, tiny_config
 
-from nanochat_ray.checkpoint import snapshot
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checkpoint.codec import read_tensors, write_tensors
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
@@ -21,7 +21,7 @@ from nanochat_ray.text.tokenizer import Tokenizer
 def save(run: Store, step: int) -> GPT:
     model = GPT(tiny_config())
     model.init_weights(torch.Generator().manual_seed(step))
-    snapshot.save(
+    checkpoint.save(
         run,
         step,
         model_config=model.config,
@@ -34,30 +34,30 @@ def save(run: Store, step: int) -> GPT:
 
 
 def same(run: Store, model: GPT) -> None:
-    loaded, tokenizer = snapshot.load_model(run)
+    loaded, tokenizer = checkpoint.load_model(run)
     assert tokenizer.fingerprint == TOKENIZER.fingerprint
     for name, weight in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), weight)
 
 
 def test_what_is_saved_comes_back(root: Store) -> None:
-    assert snapshot.latest(root) is None
+    assert checkpoint.latest(root) is None
     save(root, 5)
     model = save(root, 10)
     same(root, model)
-    found = snapshot.load(root, optimizer=True)
+    found = checkpoint.load(root, optimizer=True)
     assert (found.step, found.trainer) == (10, {"step": 10})
     assert found.optimizer is not None
     assert found.optimizer["x/momentum"].tolist() == [10, 10, 10]
-    assert snapshot.load(root, "step-000005", optimizer=False).step == 5
+    assert checkpoint.load(root, "step-000005", optimizer=False).step == 5
 
 
 def test_the_same_on_s3(s3: str) -> None:
-    run = Store.at(s3).child("runs", "snapshot")
+    run = Store.at(s3).child("runs", "checkpoint")
     save(run, 1)
     model = save(run, 2)
     same(run, model)
-    snapshot.prune(run, 1)
+    checkpoint.prune(run, 1)
     assert [name for name in run.list() if name.startswith("step")] == ["step-000002"]
     same(run, model)
 
@@ -82,7 +82,7 @@ def test_a_crash_while_saving_leaves_the_last_one(
             save(root, 6)
         same(root, model)
     monkeypatch.undo()
-    snapshot.prune(root, 3)
+    checkpoint.prune(root, 3)
     same(root, save(root, 6))
 
 
@@ -91,7 +91,7 @@ def test_prune_keeps_the_newest(root: Store) -> None:
         save(root, step)
     root.child("step-000002").delete("manifest.json")
     root.write_text("step-000009/config.json", "{}")  # under way somewhere else
-    snapshot.prune(root, 2)
+    checkpoint.prune(root, 2)
     steps = [name for name in root.list() if name.startswith("step")]
     assert steps == ["step-000004", "step-000005", "step-000009"]
 
@@ -107,34 +107,34 @@ def test_a_missing_or_damaged_file_is_named(root: Store, file: str) -> None:
     for at in (0, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
         with pytest.raises(ValueError, match=rf"{file} is damaged"):
-            snapshot.load(root, optimizer=True)
+            checkpoint.load(root, optimizer=True)
     path.write_bytes(whole[:-7])
     with pytest.raises(ValueError, match=rf"{file} is damaged"):
-        snapshot.load(root, optimizer=True)
+        checkpoint.load(root, optimizer=True)
     path.unlink()
     with pytest.raises(ValueError, match=rf"{file} is missing"):
-        snapshot.load(root, optimizer=True)
+        checkpoint.load(root, optimizer=True)
 
 
-def test_a_snapshot_of_another_tokenizer_is_refused(root: Store) -> None:
+def test_a_checkpoint_of_another_tokenizer_is_refused(root: Store) -> None:
     other = Tokenizer.train(["some other text " * 50], 300)
     model = GPT(tiny_config())
     model.init_weights(torch.Generator().manual_seed(0))
     arguments = {"model_config": model.config, "weights": dict(model.named_parameters())}
     for tokenizer, run in ((TOKENIZER, "one"), (other, "two")):
-        snapshot.save(
+        checkpoint.save(
             root.child(run), 1, **arguments, optimizer=None, trainer={}, tokenizer=tokenizer
         )
     folder, source = root.child("one", "step-000001"), root.child("two", "step-000001")
     manifest = folder.read_text("manifest.json")
-    theirs = snapshot._manifest(root.child("two"), "step-000001")["tokenizer.json"]
-    ours = snapshot._manifest(root.child("one"), "step-000001")["tokenizer.json"]
+    theirs = checkpoint._manifest(root.child("two"), "step-000001")["tokenizer.json"]
+    ours = checkpoint._manifest(root.child("one"), "step-000001")["tokenizer.json"]
     folder.write_text("tokenizer.json", source.read_text("tokenizer.json"))
     manifest = manifest.replace(ours["sha256"], theirs["sha256"])
     manifest = manifest.replace(f'"size": {ours["size"]}', f'"size": {theirs["size"]}')
     folder.write_text("manifest.json", manifest)
     with pytest.raises(ValueError, match="is not the one that the weights were trained with"):
-        snapshot.load(root.child("one"), optimizer=False)
+        checkpoint.load(root.child("one"), optimizer=False)
 
 
 def test_tensors_of_every_dtype(tmp_path: Path) -> None:
@@ -197,15 +197,15 @@ def test_the_newest_complete_one_is_the_latest(
         save(root, step)
     for pointer in ("", "step-000001\n", "step-000099", "\udcff", "../other"):
         root.write_bytes("latest", pointer.encode(errors="surrogateescape"))
-        assert snapshot.latest(root) == "step-000003"
+        assert checkpoint.latest(root) == "step-000003"
     root.delete("latest")
-    assert snapshot.load(root, optimizer=False).step == 3
+    assert checkpoint.load(root, optimizer=False).step == 3
     assert "the file latest is missing or empty" in caplog.text
     root.delete("step-000003")
     save(root, 2)
     root.write_text("latest", "step-000003")
     root.write_text("step-000004/config.json", "{}")
-    assert snapshot.load(root, optimizer=False).step == 2
+    assert checkpoint.load(root, optimizer=False).step == 2
     assert "step-000004 is incomplete (it has no manifest.json): skipped" in caplog.text
     assert "latest names 'step-000003'; the newest complete checkpoint is step-000002" in (
         caplog.text
@@ -221,13 +221,13 @@ def test_foreign_names_are_left_alone(root: Store) -> None:
         root.write_text(f"{name}/manifest.json", "{}")
     for step in (2, 3):
         save(root, step)
-        snapshot.prune(root, 1, keep_best=True)
-    assert snapshot.latest(root) == "step-000003"
-    assert snapshot.best(root) is None
+        checkpoint.prune(root, 1, keep_best=True)
+    assert checkpoint.latest(root) == "step-000003"
+    assert checkpoint.best(root) is None
     assert root.list() == sorted([*FOREIGN, "latest", "step-000003"])
     for name in ("../x", *FOREIGN[1:]):
         with pytest.raises(ValueError, match=r"(checkpoint|name)=.* is not allowed"):
-            snapshot.load_config(root, name)
+            checkpoint.load_config(root, name)
 
 
 def test_values_that_are_not_finite_are_refused(root: Store) -> None:
@@ -240,17 +240,17 @@ def test_values_that_are_not_finite_are_refused(root: Store) -> None:
     ):
         tensors[name].view(-1)[-1] = float("nan")
         # Written past the check that saving makes, as an older program may have done.
-        snapshot._write(
+        checkpoint._write(
             root.child("step-000002"), 2, model.config, weights, state, {}, TOKENIZER, None
         )
         with pytest.raises(ValueError, match=rf"{file}: {name} has values that are not finite"):
-            snapshot.load(root, optimizer=True)
+            checkpoint.load(root, optimizer=True)
         tensors[name].view(-1)[-1] = 0.0
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(root: Store) -> None:
     model = GPT(tiny_config(vocab_size=300))
-    snapshot.save(
+    checkpoint.save(
         root,
         1,
         model_config=model.config,
@@ -260,4 +260,4 @@ def test_a_tokenizer_that_does_not_fit_is_refused(root: Store) -> None:
         tokenizer=TOKENIZER,
     )
     with pytest.raises(ValueError, match=r"tokenizer\.json has 265 tokens, .* vocab_size=300"):
-        snapshot.load_model(root)
+        checkpoint.load_model(root)

@@ -25,7 +25,9 @@ from nanochat_ray.engine.tools import Tool
 
 
 def make(overlap: str = "on", **settings: Any) -> Engine:
-    return make_engine(make_model("modern"), overlap=overlap, speculative_tokens=0, **settings)
+    return make_engine(
+        make_model("modern"), async_scheduling=overlap, num_speculative_tokens=0, **settings
+    )
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
@@ -124,7 +126,9 @@ def test_a_tool_writes_although_the_model_was_already_going_on() -> None:
     tool = Tool(10, 20, 30, 31, lambda ids: ids[::-1])
     found: list[tuple[dict[str, list[int]], set[tuple[str, int]]]] = []
     for overlap in ("off", "on"):
-        engine = make_engine(make_model("modern"), tool, overlap=overlap, speculative_tokens=0)
+        engine = make_engine(
+            make_model("modern"), tool, async_scheduling=overlap, num_speculative_tokens=0
+        )
         run, prompted = engine.runner.run, set[tuple[str, int]]()
 
         def spied(chunks: list[Chunk], flown: torch.Tensor | None) -> torch.Tensor:
@@ -150,7 +154,10 @@ def test_a_step_with_guesses_is_read_at_once() -> None:
     found = []
     for overlap in ("off", "on"):
         engine = make_engine(
-            make_model("modern"), overlap=overlap, speculative_rows=3, speculative_ngram=1
+            make_model("modern"),
+            async_scheduling=overlap,
+            speculative_disable_by_batch_size=3,
+            prompt_lookup_max=1,
         )
         engine.add(ask("a", [1, 2], max_tokens=40, repetition_penalty=0.3))
         outputs: dict[str, list[Output]] = {}
@@ -179,7 +186,7 @@ def test_after_a_reset_nothing_is_left_in_flight() -> None:
 def test_guesses_come_first() -> None:
     """What follows a guess must be known; where there are rows for guesses, steps wait."""
     for count, waits in ((1, True), (2, True), (4, False)):
-        engine = make_engine(make_model("modern"), overlap="on")
+        engine = make_engine(make_model("modern"), async_scheduling="on")
         for i in range(count):
             engine.add(ask(str(i), [i + 1], max_tokens=12))
         engine.step()
@@ -229,7 +236,7 @@ def test_a_step_that_samples_nothing_is_waited_for_too(events: list[str]) -> Non
     """Or a long prompt's chunks would all be queued before anybody else's."""
     prompt, found = list(range(40)), []
     for overlap in ("on", "off"):
-        engine = make(overlap, prefill_chunk=8, token_budget=8)
+        engine = make(overlap, prefill_chunk=8, max_num_batched_tokens=8)
         engine.add(ask("a", prompt, max_tokens=2, prompt_logprobs=1))
         found.append(finish(engine)["a"][0].prompt_logprobs)
     assert events[:12] == ["run 0", *["run 0", "read"] * 4, "run 1", "read", "read"]
@@ -266,7 +273,9 @@ def test_after_a_step_that_fails_the_tokens_ahead_of_it_are_not_lost() -> None:
     assert {"a": tokens(outputs)} == want
 
 
-def test_whether_steps_overlap_is_a_known_word() -> None:
-    assert not make("auto")._overlap  # a CPU
-    with pytest.raises(ValueError, match=r"^overlap='yes' is not allowed: auto or on or off"):
+def test_unknown_async_scheduling_is_refused() -> None:
+    assert not make("auto")._async_scheduling  # a CPU
+    with pytest.raises(
+        ValueError, match=r"^async_scheduling='yes' is not allowed: auto or on or off"
+    ):
         make("yes")

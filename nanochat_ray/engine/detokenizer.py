@@ -11,7 +11,7 @@ from nanochat_ray.text.tokenizer import Tokenizer
 _TOOL_FRAMES = (("<|python_start|>", "<|python_end|>"), ("<|output_start|>", "<|output_end|>"))
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """The text of one answer, piece by piece.
 
     Bytes wait until they make a whole character; text waits only as far as it may be the
