@@ -29,7 +29,8 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 
-FORMAT = "nanochat_ray checkpoint 1"
+FORMAT = "nanochat_ray snapshot 1"
+"""A name on disk, of a time when a checkpoint was called a snapshot: it stays."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -325,6 +326,16 @@ class _Reader:
             raise ValueError(f"{self._where('config.json')}: {error}") from None
         return RunConfigFile(model, tokenizer)
 
+    def trainer(self) -> dict[str, Any]:
+        """trainer.json, with the fields of its ``train_config`` under their present names."""
+        trainer = self.object("trainer.json")
+        if isinstance(train := trainer.get("train_config"), dict):
+            train = configs.with_new_names("TrainConfig", train)
+            if isinstance(optim := train.get("optim"), dict):
+                train["optim"] = configs.with_new_names("OptimConfig", optim)
+            trainer["train_config"] = train
+        return trainer
+
     def tokenizer(self, config: RunConfigFile) -> Tokenizer:
         where = self._where("tokenizer.json")
         try:
@@ -401,7 +412,7 @@ def load_config(run: Store, name: str | None = None) -> RunConfigFile:
 
 
 def load_trainer(run: Store, name: str | None = None) -> dict[str, Any]:
-    return _Reader(run, _find(run, name)).object("trainer.json")
+    return _Reader(run, _find(run, name)).trainer()
 
 
 def weights_digest(run: Store, name: str) -> str:
@@ -427,7 +438,7 @@ def load(run: Store, name: str | None = None, *, optimizer: bool) -> Checkpoint:
         model_config=config.model,
         weights=reader.tensors("weights.msgpack"),
         optimizer=reader.tensors("optimizer.msgpack") if optimizer else None,
-        trainer=reader.object("trainer.json"),
+        trainer=reader.trainer(),
         tokenizer=reader.tokenizer(config),
     )
 

@@ -77,7 +77,6 @@ def check_resumable(
     before = trainer["train_config"]
     if not isinstance(before, dict):
         raise ValueError(f"checkpoint {run.child(name).uri}: trainer.json has no train_config")
-    before = configs.with_new_names("TrainConfig", before)
     pairs = [*_fields(configs.to_json(saved.model), configs.to_json(model), {})]
     pairs += _fields(before, configs.to_json(train), _defaults())
     for field, old, new in pairs:
@@ -112,7 +111,6 @@ def _fields(
         before = old.get(name, defaults.get(name))
         if isinstance(value, Mapping):
             known = before if isinstance(before, Mapping) else {}
-            known = configs.with_new_names("OptimConfig", known)
             yield from _fields(known, value, configs.to_json(OptimConfig()))
         else:
             yield name, before, value

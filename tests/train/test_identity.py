@@ -13,7 +13,7 @@ from tiny import tiny_config, write_dataset
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.claim import ClaimLostError
-from nanochat_ray.config import OptimConfig, TrainConfig
+from nanochat_ray.config import RENAMED_FIELDS, OptimConfig, TrainConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train.job import TrainJob, check, execute
 
@@ -186,3 +186,23 @@ def test_resumed_run_equals_one_that_was_not_stopped(begun: Store) -> None:
     runs = (checkpoint.load(begun.child("runs", r), optimizer=False) for r in ("run", "whole"))
     one, other = (saved.weights for saved in runs)
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_checkpoints_with_old_names_resume(begun: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checkpoint.FORMAT == "nanochat_ray snapshot 1"  # what is on disk
+    read = checkpoint._Reader.object
+    names = {new: old for table in RENAMED_FIELDS.values() for old, new in table.items()}
+
+    def with_old_names(reader: Any, file: str) -> Any:
+        values = read(reader, file)
+        if file == "trainer.json":
+            train = values["train_config"]
+            train["optim"] = {names.get(k, k): v for k, v in train["optim"].items()}
+            values["train_config"] = {names.get(k, k): v for k, v in train.items()}
+            assert "batch_rows" in values["train_config"]
+        return values
+
+    monkeypatch.setattr(checkpoint._Reader, "object", with_old_names)
+    with pytest.raises(ValueError, match=r"^global_batch_size=2 is not what this run was started"):
+        check(job(begun, train__global_batch_size=2))
+    assert execute(check(job(begun)))["done"]
