@@ -3,7 +3,6 @@ from __future__ import annotations
 import re
 
 import pytest
-from tiny import tiny_config
 
 from nanochat_ray import scaling
 from nanochat_ray.cli import entry
@@ -18,6 +17,7 @@ from nanochat_ray.config import (
 )
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
+from tests.tiny import tiny_config
 
 
 def test_configurations_survive_json() -> None:

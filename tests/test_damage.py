@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from damage import KINDS, HangError, check_damage, damaged_copies
+
+from tests.damage import KINDS, HangError, check_damage, damaged_copies
 
 
 def a_folder(tmp_path: Path) -> Path:

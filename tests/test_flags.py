@@ -16,12 +16,12 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from tiny import TOKENIZER, write_dataset
 
 from nanochat_ray.checks import check_float, check_int, check_name, shown
 from nanochat_ray.cli import entry
 from nanochat_ray.config import EngineConfig, ModelConfig, OptimConfig, with_options
 from nanochat_ray.storage import Store
+from tests.tiny import TOKENIZER, write_dataset
 
 REPO = Path(__file__).parents[1]
 sys.path.append(str(REPO / "jobs"))  # bench jobs import their siblings

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TOKENIZER, tiny_config, write_dataset
 
 from nanochat_ray.storage import Store
+from tests.tiny import TOKENIZER, tiny_config, write_dataset
 
 REPO = Path(__file__).parents[1]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tiny import wait_for
 
 from nanochat_ray import machine
+from tests.tiny import wait_for
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
-from tiny import free_ports
+
+from tests.tiny import free_ports
 
 REPO = Path(__file__).parents[1]
 

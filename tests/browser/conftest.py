@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
-
-# The scripted engine and the real server are those of the protocol's tests.
-sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 
 FLAGS = [
     "--no-sandbox",

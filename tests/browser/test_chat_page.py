@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
-from scripted import ScriptedClient
-from serving import serving
-from tiny import wait_for
 
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.scripted import ScriptedClient
+from tests.serve.serving import serving
+from tests.tiny import wait_for
 
 pytestmark = pytest.mark.browser
 

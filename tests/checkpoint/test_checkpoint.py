@@ -9,13 +9,13 @@ import msgpack
 import numpy as np
 import pytest
 import torch
-from tiny import TOKENIZER, tiny_config
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checkpoint.codec import read_tensors, write_tensors
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.tiny import TOKENIZER, tiny_config
 
 
 def save(run: Store, step: int) -> GPT:

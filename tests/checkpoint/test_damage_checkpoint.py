@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from damage import check_damage
-from tiny import TOKENIZER, tiny_config
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
+from tests.damage import check_damage
+from tests.tiny import TOKENIZER, tiny_config
 
 STEP = "step-000003"
 

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from damage import check_damage
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config
 
 from nanochat_ray.checkpoint import hf
 from nanochat_ray.checkpoint.folder import local_copy
@@ -20,6 +18,8 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.chat import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.damage import check_damage
+from tests.tiny import tiny_config
 
 TEXTS = (
     "Hello world, it's 12345 o'clock!",

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import tiktoken
 import torch
-from damage import check_damage
-from tiny import tiny_config
 
 from nanochat_ray.checkpoint import nanochat
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tests.damage import check_damage
+from tests.tiny import tiny_config
 
 TOKENIZER = Tokenizer.train(["the sea was calm and the sun was warm " * 9], 280)
 SHAPE = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from damage import check_damage
-from tiny import TOKENIZER, write_dataset
 
 from nanochat_ray.data.manifest import Manifest, _checksum
 from nanochat_ray.data.shards import RowReader
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.damage import check_damage
+from tests.tiny import TOKENIZER, write_dataset
 
 
 def content(folder: Path) -> tuple[Manifest, list[bytes]]:

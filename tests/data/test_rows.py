@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import write_dataset
 
 from nanochat_ray.data.cache import cache_folder
 from nanochat_ray.data.order import global_batch_size, permute
 from nanochat_ray.data.packing import pack, pack_whole
 from nanochat_ray.data.shards import Manifest, RowReader, write_shard
 from nanochat_ray.storage import Store
+from tests.tiny import write_dataset
 
 BOS = 999
 

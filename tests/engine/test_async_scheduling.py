@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat_ray.engine.engine import Engine
@@ -22,6 +21,7 @@ from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
 from nanochat_ray.engine.scheduler import UNKNOWN, Chunk, Sequence
 from nanochat_ray.engine.tools import Tool
+from tests.engine.engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
 
 
 def make(overlap: str = "on", **settings: Any) -> Engine:

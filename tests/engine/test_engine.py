@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine_kit import (
+
+from nanochat_ray.engine.request import EngineFull, Output, Request, SamplingParams
+from nanochat_ray.engine.tools import Tool
+from nanochat_ray.model.gpt import GPT
+from tests.engine.engine_kit import (
     PRESETS,
     VOCAB,
     answer,
@@ -20,11 +24,7 @@ from engine_kit import (
     tokens,
     uncached_greedy,
 )
-from tiny import wait_for
-
-from nanochat_ray.engine.request import EngineFull, Output, Request, SamplingParams
-from nanochat_ray.engine.tools import Tool
-from nanochat_ray.model.gpt import GPT
+from tests.tiny import wait_for
 
 
 def prompts(rng: random.Random, count: int, longest: int = 60) -> list[list[int]]:

@@ -14,13 +14,13 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from engine_kit import VOCAB, answer, ask, finish, make_engine, make_model, tokens
 
 from nanochat_ray.engine import sampler
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.grammar import KEPT, Grammars
 from nanochat_ray.engine.request import Output, Request
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.engine.engine_kit import VOCAB, answer, ask, finish, make_engine, make_model, tokens
 
 TOK = Tokenizer.bytes_only()
 END = TOK.bos

@@ -7,10 +7,10 @@ from typing import Any
 
 import jsonschema
 import pytest
-from engine_kit import ask, finish, make_engine, make_model, tokens
 
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.engine.engine_kit import ask, finish, make_engine, make_model, tokens
 
 TOK = Tokenizer.bytes_only()
 ITEM = {

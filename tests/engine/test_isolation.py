@@ -7,8 +7,6 @@ import random
 
 import pytest
 import torch
-from engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
-from tiny import wait_for
 
 from nanochat_ray.engine import sampler
 from nanochat_ray.engine.grammar import MAX_CHARACTERS, Grammars, GrammarState
@@ -16,6 +14,8 @@ from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Output, Request
 from nanochat_ray.engine.tools import Tool
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.engine.engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
+from tests.tiny import wait_for
 
 TOK = Tokenizer.bytes_only()
 BROKEN = 7

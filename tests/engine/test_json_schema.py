@@ -7,13 +7,13 @@ from typing import Any
 
 import jsonschema
 import pytest
-from engine_kit import ask, finish, make_engine, make_model, tokens
 
 from nanochat_ray.engine import json_schema
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.json_schema import MAX_ITEMS, MAX_NUMBER, MAX_STRING, bounded
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.engine.engine_kit import ask, finish, make_engine, make_model, tokens
 
 TOK = Tokenizer.bytes_only()
 USER = {

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from engine_kit import answer, ask, make_engine, make_model, needs_compiler
-from tiny import wait_for
 
 from nanochat_ray.config import EngineConfig
 from nanochat_ray.engine import kernel_cache, kernels
 from nanochat_ray.engine.kernels import available, native
+from tests.engine.engine_kit import answer, ask, make_engine, make_model, needs_compiler
+from tests.tiny import wait_for
 
 MakeCompiler = Callable[[str], Path]
 ANEW = native.__wrapped__

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_config
 
 from nanochat_ray.engine.linear import faster, fewest_rows, pack_weights
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.layers import Linear
+from tests.tiny import tiny_config
 
 
 def layer(inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> Linear:

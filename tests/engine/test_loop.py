@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from engine_kit import answer, ask, make_engine, make_model
-from tiny import wait_for
 
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Output
+from tests.engine.engine_kit import answer, ask, make_engine, make_model
+from tests.tiny import wait_for
 
 
 class Collector:

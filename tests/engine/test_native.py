@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_kit import VOCAB, answer, ask, make_engine, make_model, needs_compiler
 from torch import Tensor
 
 from nanochat_ray.engine.kernels import available, native
@@ -18,6 +17,7 @@ from nanochat_ray.engine.scheduler import Chunk, Sequence
 from nanochat_ray.model.fused import relu_squared, rms_norm
 from nanochat_ray.model.layers import Turn
 from nanochat_ray.model.rotary import rotary_tables
+from tests.engine.engine_kit import VOCAB, answer, ask, make_engine, make_model, needs_compiler
 
 SLOTS, LENGTH = 5, 400
 Step = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

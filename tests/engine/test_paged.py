@@ -8,17 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_kit import (
-    PRESETS,
-    VOCAB,
-    answer,
-    ask,
-    finish,
-    make_engine,
-    make_model,
-    tokens,
-    uncached_greedy,
-)
 
 from nanochat_ray.config import EngineConfig
 from nanochat_ray.engine.blocks import VOID, Blocks
@@ -29,6 +18,17 @@ from nanochat_ray.engine.paged_cache import PagedCache, block_size, gathered_att
 from nanochat_ray.engine.request import Output, Request
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.model.gpt import GPT
+from tests.engine.engine_kit import (
+    PRESETS,
+    VOCAB,
+    answer,
+    ask,
+    finish,
+    make_engine,
+    make_model,
+    tokens,
+    uncached_greedy,
+)
 
 WINDOWED: dict[str, Any] = {"sequence_len": 320, "n_layer": 3, "window_pattern": "SSL"}
 """Two layers that see 128 tokens, and one that sees all."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from engine_kit import ask, finish, make_engine, make_model, tokens
 
 from nanochat_ray.engine.blocks import BLOCK, chain
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Request
+from tests.engine.engine_kit import ask, finish, make_engine, make_model, tokens
 
 PROMPT = [i * 7 % 300 for i in range(4 * BLOCK + 5)]
 

@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from engine_kit import PRESETS, VOCAB, ask, finish, make_engine, make_model, tokens
 
 from nanochat_ray.engine.request import Output
+from tests.engine.engine_kit import PRESETS, VOCAB, ask, finish, make_engine, make_model, tokens
 
 
 @pytest.mark.parametrize("preset", PRESETS)

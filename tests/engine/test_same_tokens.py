@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
 
 from nanochat_ray.config import EngineConfig
 from nanochat_ray.engine.draft import PromptLookup
@@ -19,6 +18,7 @@ from nanochat_ray.engine.request import Output, Request
 from nanochat_ray.engine.scheduler import Chunk
 from nanochat_ray.engine.tools import Tool
 from nanochat_ray.model.gpt import GPT
+from tests.engine.engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
 
 COUNT = 500
 SETTINGS: dict[str, Any] = {

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TOKENIZER, tiny_config
 
 from jobs import eval as job
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.evals.bpb import evaluate_text
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
+from tests.tiny import TOKENIZER, tiny_config
 
 
 def model() -> GPT:

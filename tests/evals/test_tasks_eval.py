@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from tiny import TOKENIZER, tiny_config
 
 from nanochat_ray.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
@@ -11,6 +10,7 @@ from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.evals.tasks import evaluate
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.chat import Message
+from tests.tiny import TOKENIZER, tiny_config
 
 
 class FirstLetter:

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_config
 from torch import Tensor
 
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.fused import relu_squared, rms_norm
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.loss import softcap_cross_entropy
+from tests.tiny import tiny_config
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> GPT:

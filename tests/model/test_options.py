@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_config
 from torch.nn.attention.flex_attention import flex_attention
 
 from nanochat_ray.config import ModelConfig
@@ -14,6 +13,7 @@ from nanochat_ray.model.attention import TrainingAttention, _block_mask
 from nanochat_ray.model.fp8 import fp8_linear
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.rotary import yarn_frequencies, yarn_sharpening
+from tests.tiny import tiny_config
 
 
 def made(**fields: object) -> GPT:

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import TOKENIZER, tiny_config
 
 from jobs import serve as job
 from nanochat_ray.checkpoint import checkpoint
@@ -21,6 +20,7 @@ from nanochat_ray.on_ray.link import Handshakes, Link
 from nanochat_ray.on_ray.serve import ServeConfig, build, build_application, settings
 from nanochat_ray.serve import keys
 from nanochat_ray.storage import Store
+from tests.tiny import TOKENIZER, tiny_config
 
 
 def write_run(root: Store) -> None:

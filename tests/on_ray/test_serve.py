@@ -19,7 +19,6 @@ import openai
 import pytest
 import torch
 from ray import serve
-from tiny import hold_up_grammars, wait_for
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import EngineConfig, ModelConfig, to_json
@@ -32,6 +31,7 @@ from nanochat_ray.on_ray.serve import ServeConfig, build, settings
 from nanochat_ray.serve.keys import hash_key
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.tiny import hold_up_grammars, wait_for
 
 pytestmark = pytest.mark.ray
 

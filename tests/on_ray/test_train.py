@@ -14,12 +14,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from tiny import tiny_config, wait_for, write_dataset
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import OptimConfig, TrainConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train.job import TrainJob, execute
+from tests.tiny import tiny_config, wait_for, write_dataset
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

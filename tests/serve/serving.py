@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
-from tiny import wait_for
 
 from nanochat_ray.serve.http_server import bind, server_of
+from tests.tiny import wait_for
 
 get = functools.partial(httpx.get, timeout=60)
 post = functools.partial(httpx.post, timeout=60)

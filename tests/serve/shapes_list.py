@@ -1,6 +1,6 @@
 """Sixty requests, sent to two servers of the same model, and how the shapes of the answers differ.
 
-    python tests/serve/shapes_list.py OUR_URL THEIR_URL
+    python -m tests.serve.shapes_list OUR_URL THEIR_URL
 
 Not what is said is compared, but status, keys and types, of whole answers and of streams' chunks.
 """

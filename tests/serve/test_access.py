@@ -11,9 +11,6 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from scripted import ScriptedClient
-from serving import get, post, serving
-from tiny import wait_for
 
 from nanochat_ray.serve import access
 from nanochat_ray.serve.app import build_app
@@ -21,6 +18,9 @@ from nanochat_ray.serve.guard import check_origins
 from nanochat_ray.serve.http_server import bind, server_of
 from nanochat_ray.serve.service import Limits
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.scripted import ScriptedClient
+from tests.serve.serving import get, post, serving
+from tests.tiny import wait_for
 
 TOK = Tokenizer.bytes_only()
 ORIGIN = "https://chat.example.org"

@@ -10,15 +10,15 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from scripted import ScriptedClient, full
-from serving import get, post, serving
-from tiny import wait_for
 
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.client import UnavailableError
 from nanochat_ray.serve.keys import hash_key
 from nanochat_ray.serve.service import Limits
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.scripted import ScriptedClient, full
+from tests.serve.serving import get, post, serving
+from tests.tiny import wait_for
 
 TOK = Tokenizer.bytes_only()
 USER = [{"role": "user", "content": "hello"}]

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
-
-from serving import post, serving
 
 from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.local import LocalClient
 from nanochat_ray.text.tokenizer import Tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from engine_kit import make_engine, make_model
+from tests.engine.engine_kit import make_engine, make_model
+from tests.serve.serving import post, serving
 
 TOK = Tokenizer.bytes_only()
 LONE = "\ud800"

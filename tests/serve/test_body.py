@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
-from scripted import ScriptedClient
-from serving import post, serving
 
 from nanochat_ray.serve import protocol
 from nanochat_ray.serve.app import build_app
@@ -18,6 +16,8 @@ from nanochat_ray.serve.errors import MAX_MESSAGE
 from nanochat_ray.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest
 from nanochat_ray.serve.responses_request import ResponsesRequest
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.scripted import ScriptedClient
+from tests.serve.serving import post, serving
 
 TOK = Tokenizer.bytes_only()
 MANY = 20_000

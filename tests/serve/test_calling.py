@@ -8,8 +8,6 @@ from typing import Any
 
 import openai
 import pytest
-from scripted import ScriptedClient
-from serving import serving
 
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.request import Request
@@ -17,6 +15,8 @@ from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.conversation import ChatMessage, turns
 from nanochat_ray.text.chat import render_conversation
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.scripted import ScriptedClient
+from tests.serve.serving import serving
 
 TOK = Tokenizer.bytes_only()
 START, END = TOK.special("<|python_start|>"), TOK.special("<|python_end|>")

@@ -6,12 +6,12 @@ import builtins
 from collections.abc import Iterator
 
 import pytest
-from scripted import ScriptedClient
-from serving import serving
 
 from jobs import chat
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.scripted import ScriptedClient
+from tests.serve.serving import serving
 
 TOK = Tokenizer.bytes_only()
 

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from scripted import ScriptedClient
-from serving import serving
 
 from nanochat_ray.engine.request import Request
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.client import OutputStream
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.scripted import ScriptedClient
+from tests.serve.serving import serving
 
 HERE = Path(__file__).parent / "clients"
 TOK = Tokenizer.bytes_only()

@@ -15,10 +15,8 @@ import httpx
 import psutil
 import pytest
 import torch
-from serving import serving
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
-from tiny import wait_for
 
 from nanochat_ray.config import EngineConfig, ModelConfig
 from nanochat_ray.engine.engine import Engine
@@ -29,6 +27,8 @@ from nanochat_ray.serve.local import LocalClient
 from nanochat_ray.serve.mutations import Mutation, mutations
 from nanochat_ray.serve.service import Limits
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.serving import serving
+from tests.tiny import wait_for
 
 COUNT = int(os.environ.get("NANOCHAT_FUZZ", "400"))
 TOK = Tokenizer.bytes_only()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from scripted import ScriptedClient, full
-from serving import serving
 
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.load import (
@@ -21,6 +19,8 @@ from nanochat_ray.serve.load import (
     summary,
 )
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.scripted import ScriptedClient, full
+from tests.serve.serving import serving
 
 TOK = Tokenizer.bytes_only()
 

@@ -14,8 +14,6 @@ from typing import Any
 import openai
 import pytest
 import torch
-from serving import get, post, serving
-from tiny import hold_up_grammars, wait_for
 
 from nanochat_ray.config import EngineConfig, ModelConfig
 from nanochat_ray.engine.engine import Engine
@@ -30,6 +28,8 @@ from nanochat_ray.serve.client import OutputStream
 from nanochat_ray.serve.local import LocalClient
 from nanochat_ray.serve.service import Limits
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.serving import get, post, serving
+from tests.tiny import hold_up_grammars, wait_for
 
 TOK = Tokenizer.bytes_only()
 USER = [{"role": "user", "content": "hello"}]

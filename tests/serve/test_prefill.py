@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from scripted import ScriptedClient
-from serving import post, serving
 
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.scripted import ScriptedClient
+from tests.serve.serving import post, serving
 
 TOK = Tokenizer.bytes_only()
 PREFILL = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "So "}]

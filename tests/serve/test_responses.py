@@ -8,11 +8,11 @@ from typing import Any
 import openai
 import pytest
 from pydantic import BaseModel
-from scripted import ScriptedClient
-from serving import post, serving
 
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.scripted import ScriptedClient
+from tests.serve.serving import post, serving
 
 TOK = Tokenizer.bytes_only()
 START, END = TOK.special("<|python_start|>"), TOK.special("<|python_end|>")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from scripted import ScriptedClient
-from serving import serving
-from shapes_list import answer, compare, differences, requests
-
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.scripted import ScriptedClient
+from tests.serve.serving import serving
+from tests.serve.shapes_list import answer, compare, differences, requests
 
 TOK = Tokenizer.bytes_only()
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import TOKENIZER, tiny_config, wait_for, write_dataset
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import OptimConfig, TrainConfig
@@ -30,6 +29,7 @@ from nanochat_ray.train.feed import prefetched
 from nanochat_ray.train.job import TrainJob, execute
 from nanochat_ray.train.step import Batch
 from nanochat_ray.train.stop import STOPPED
+from tests.tiny import TOKENIZER, tiny_config, wait_for, write_dataset
 
 REPO = Path(__file__).parents[2]
 CONFIG = TrainConfig(

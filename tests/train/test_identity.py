@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config, write_dataset
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.claim import ClaimLostError
 from nanochat_ray.config import RENAMED_FIELDS, OptimConfig, TrainConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train.job import TrainJob, check, execute
+from tests.tiny import tiny_config, write_dataset
 
 TRAIN = TrainConfig(
     steps=4,

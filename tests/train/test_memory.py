@@ -69,7 +69,7 @@ def test_the_estimate_is_near_what_a_process_takes(
 ) -> None:
     train = train_config(global_batch_size=8, micro_batch_size=8, **changes)
     code = (
-        "import sys, json; sys.path.insert(0, 'tests/train'); import test_memory; "
+        "import sys, json; from tests.train import test_memory; "
         "print(test_memory.measure(*json.loads(sys.argv[1])))"
     )
     done = subprocess.run(

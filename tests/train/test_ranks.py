@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import free_ports, tiny_config, write_dataset
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import OptimConfig, TrainConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train import saving
 from nanochat_ray.train.job import TrainJob, execute
+from tests.tiny import free_ports, tiny_config, write_dataset
 
 TIMEOUT = 3.0
 """Seconds of a collective; what is slow takes twice as long."""

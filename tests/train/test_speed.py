@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import pytest
-from tiny import tiny_config, write_dataset
 
 from jobs import train as script
 from nanochat_ray.checkpoint import checkpoint
@@ -15,6 +14,7 @@ from nanochat_ray.storage import Store
 from nanochat_ray.train import speed
 from nanochat_ray.train.job import TrainJob, execute
 from nanochat_ray.train.speed import Probe, RunPlan, Speed, plan_length
+from tests.tiny import tiny_config, write_dataset
 
 MODEL = tiny_config()
 
