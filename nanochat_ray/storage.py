@@ -192,7 +192,8 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, target)
-        except BaseException:
+        except BaseException as error:
+            _name_file(error, target)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(aside)
             raise
@@ -220,6 +221,9 @@ class Store:
             os.link(aside, target)
         except FileExistsError:
             return False
+        except OSError as error:
+            _name_file(error, target)
+            raise
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(aside)
@@ -238,3 +242,9 @@ class Store:
             self.fs.delete_dir(self.path(name))
         elif info.type == pafs.FileType.File:
             self.fs.delete_file(self.path(name))
+
+
+def _name_file(error: BaseException, path: str) -> None:
+    """A write that fails (a full disk, a quota) names no file by itself."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = path

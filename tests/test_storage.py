@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 
@@ -164,3 +166,25 @@ def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert there.path("z") == "b/x/y/z"
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     assert default_root() == "/cache/nanochat_ray"
+
+
+def test_a_full_disk_names_the_file(root: Store) -> None:
+    """A limit on file sizes fails within write(2), as a full disk does."""
+    program = f"""
+import resource, signal
+from nanochat_ray.cli import entry
+from nanochat_ray.storage import Store
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+store = Store.at({root.uri!r})
+for write in (store.write_bytes, store.create):
+    try:
+        write("runs/x/weights", bytes(5000))
+    except OSError as error:
+        print(entry.explain(error))
+"""
+    lines = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert lines == [f"{root.uri}/runs/x/weights: File too large"] * 2
+    assert Store.at(root.uri).list("runs/x") == [] == list(Path(root.uri).rglob("*.tmp"))
