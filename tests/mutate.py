@@ -1,0 +1,252 @@
+"""Mutation testing: small wrong changes to one file, one at a time, that a fast test should fail.
+
+    python -m tests.mutate nanochat_ray/optim/schedule.py --count 20 --seed 1
+
+A mutation changes one node of the syntax tree: a comparison, an operator, a number, the order of
+two arguments, a condition, or a statement that is dropped. Each is applied in a temporary copy of
+the repository, and the tests that belong to the file run until the first failure. The tests are
+those of the mirrored folder, those that import the file first; ``--tests`` names others. Mutations
+that no test fails are printed with their line. Some are equivalent to the original: read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import importlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+REPO = Path(__file__).parents[1]
+# A forked test process starts with these, which saves seconds for each mutation.
+PRELOADED = ("numpy", "pyarrow", "pyarrow.dataset", "torch", "torch.distributed", "pytest",
+             "tiktoken", "msgpack", "fastapi", "httpx", "llguidance", "hypothesis")  # fmt: skip
+
+OPERATORS: dict[type, type] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+    ast.In: ast.NotIn, ast.NotIn: ast.In,
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult,
+    ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd, ast.BitXor: ast.BitOr, ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any", "clamp_min": "clamp_max",
+             "clamp_max": "clamp_min", "bisect_left": "bisect_right", "bisect_right": "bisect_left",
+             "append": "appendleft", "masked_fill": "masked_fill_", "cos": "sin", "sin": "cos",
+             "floor": "ceil", "ceil": "floor", "popleft": "pop"}  # fmt: skip
+
+
+def replacement(node: ast.AST) -> Iterator[tuple[str, Callable[[ast.AST], ast.AST | None]]]:
+    """The mutations of a node: what to call them, and what to do to a copy of the node (None:
+    changed in place)."""
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in OPERATORS:
+        yield "comparison", lambda n: n.ops.__setitem__(0, OPERATORS[type(n.ops[0])]())
+    if isinstance(node, (ast.BinOp, ast.BoolOp, ast.AugAssign)) and type(node.op) in OPERATORS:
+        yield "operator", lambda n: setattr(n, "op", OPERATORS[type(n.op)]())
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
+        yield "sign or not", lambda n: n.operand
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield "constant", lambda n: setattr(n, "value", not n.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        yield "constant", lambda n: setattr(n, "value", n.value + 1)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, float):
+        yield "constant", lambda n: setattr(n, "value", n.value * 1.5 or 0.5)
+    symmetric = isinstance(node, ast.Call) and ast.unparse(node.func) in ("min", "max")
+    if isinstance(node, ast.Call) and len(node.args) > 1 and not symmetric:
+        yield "arguments", lambda n: n.args.insert(0, n.args.pop(1))
+    if isinstance(node, ast.Call):
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if name in FUNCTIONS:
+            field = "attr" if isinstance(node.func, ast.Attribute) else "id"
+            yield "function", lambda n: setattr(n.func, field, FUNCTIONS[name])
+    if isinstance(node, (ast.If, ast.While, ast.IfExp)):
+        yield "condition", lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))
+    in_place = isinstance(node, ast.Assign) and not isinstance(
+        node.targets[0], (ast.Name, ast.Tuple)
+    )
+    dropped = isinstance(node, (ast.AugAssign, ast.Continue, ast.Break)) or in_place
+    if dropped or (isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.Await))):
+        yield "statement", lambda n: ast.Pass()
+
+
+def counts(node: ast.AST) -> bool:
+    """Whether changes inside a node are wrong values; not texts of errors, types, assertions."""
+    if isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)):
+        return False
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return False
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+        return False
+    if isinstance(node, ast.Call):
+        name = ast.unparse(node.func)
+        return (
+            name not in ("cast", "TypeVar", "functools.lru_cache")
+            and "log" not in name.split(".")[0]
+        )
+    return True
+
+
+def walk(node: ast.AST, path: tuple = ()) -> Iterator[tuple[tuple, ast.AST]]:
+    """Every node that counts, with the way to it from the root."""
+    yield path, node
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "decorator_list", "type_comment"):
+            continue
+        children = value if isinstance(value, list) else [value]
+        for index, child in enumerate(children):
+            if isinstance(child, ast.AST) and counts(child):
+                step = (field, index) if isinstance(value, list) else (field, None)
+                yield from walk(child, (*path, step))
+
+
+def mutants(source: str) -> list[tuple[int, str, str]]:
+    """All mutations of a source text: line, description and the changed text."""
+    tree = ast.parse(source)
+    changes: list[tuple[int, str, str]] = []
+    for path, node in walk(tree):
+        for kind, change in replacement(node):
+            changed = copy.deepcopy(tree)
+            parent: ast.AST = changed
+            for field, index in path[:-1]:
+                parent = getattr(parent, field) if index is None else getattr(parent, field)[index]
+            field, index = path[-1]
+            target = getattr(parent, field) if index is None else getattr(parent, field)[index]
+            before = ast.unparse(target).splitlines()[0]
+            other = change(target)
+            if isinstance(other, ast.AST):
+                if index is None:
+                    setattr(parent, field, other)
+                else:
+                    getattr(parent, field)[index] = other
+                target = other
+            after = ast.unparse(target).splitlines()[0]
+            changes.append((node.lineno, f"{kind}: {before}  →  {after}",
+                            ast.unparse(ast.fix_missing_locations(changed))))  # fmt: skip
+    return changes
+
+
+def tests_of(file: Path, tree: Path) -> list[str]:
+    """Tests of the mirrored folder, those that name the file's module first."""
+    module = ".".join(file.with_suffix("").parts)
+    package, stem = module.rpartition(".")[::2]
+    names = (f"{module} import", f"import {module}", f"from {package} import {stem}")
+    ranked: list[tuple[int, int, str]] = []
+    for test in sorted((tree / "tests").rglob("test_*.py")):
+        text, folder = test.read_text(), test.parent.relative_to(tree / "tests")
+        direct = any(name in text for name in names)
+        mirrored = str(folder) == file.parts[1]
+        own = test.stem == f"test_{file.stem}"
+        if (direct or mirrored) and folder.parts[:1] not in (("on_ray",), ("browser",), ("k8s",)):
+            ranked.append((-2 * own - direct, len(text), str(test.relative_to(tree))))
+    return [name for *_, name in sorted(ranked)]
+
+
+def run(tree: Path, tests: list[str], limit: float) -> tuple[bool, str]:
+    """Whether all ``tests`` pass in ``tree`` within ``limit`` seconds; what pytest printed last."""
+    log = tree / "mutation.log"
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        with log.open("w") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+        os.chdir(tree)
+        os.environ["PYTHONPATH"] = str(tree)
+        sys.path[:] = [str(tree), *(p for p in sys.path if p not in ("", str(REPO)))]
+        for name in [
+            n for n in sys.modules if n.split(".")[0] in ("tests", "nanochat_ray", "jobs")
+        ]:
+            del sys.modules[name]
+        sys.dont_write_bytecode = True
+        import pytest
+
+        code = 1
+        with contextlib.suppress(SystemExit):
+            options = ["-x", "-q", "-p", "no:xdist", "-m", "not ray and not browser and not gpu"]
+            code = int(pytest.main([*options, f"--basetemp={tree}/pytest", *tests]))
+        os._exit(code)
+    deadline = time.monotonic() + limit
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    if not done:
+        os.waitpid(child, 0)
+        return False, "time limit"
+    return os.waitstatus_to_exitcode(status) == 0, "\n".join(log.read_text().splitlines()[-15:])
+
+
+def copy_tree(to: Path) -> None:
+    listing = ["git", "ls-files", "-co", "--exclude-standard"]
+    for name in subprocess.check_output(listing, cwd=REPO, text=True).splitlines():
+        if (REPO / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(REPO / name, to / name)
+
+
+def mutate(file: Path, tests: list[str], count: int, seed: int, tree: Path) -> tuple[int, int]:
+    """Tries ``count`` random mutations of ``file`` (0: all); how many were tried, how many
+    survived."""
+    source = (tree / file).read_text()
+    start = time.monotonic()
+    passed, said = run(tree, tests, 900)
+    if not passed:
+        raise SystemExit(f"{file}: the tests fail without a mutation\n{said}")
+    whole = time.monotonic() - start
+    changes = mutants(source)
+    picked = changes if not count else random.Random(seed).sample(changes, min(count, len(changes)))
+    survivors = []
+    for line, what, text in sorted(picked):
+        (tree / file).write_text(text)
+        passed, said = run(tree, tests, 10 + 3 * whole)
+        if passed:
+            survivors.append(what)
+            print(f"SURVIVES {file}:{line}  {what}", flush=True)
+        elif os.environ.get("MUTATE_VERBOSE"):
+            print(f"fails {file}:{line}  {what}  [{said.splitlines()[-2:]}]", flush=True)
+    (tree / file).write_text(source)
+    share = len(survivors) / max(len(picked), 1)
+    print(f"{file}: {len(survivors)} of {len(picked)} survive ({share:.0%}); {len(changes)} "
+          f"mutations in all, tests take {whole:.1f} s", flush=True)  # fmt: skip
+    return len(picked), len(survivors)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", type=Path, help="relative to the repository")
+    parser.add_argument("--count", type=int, default=20, help="mutations of each file; 0 is all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tests", nargs="+", default=[], help="instead of those of the folder")
+    args = parser.parse_args()
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    totals = [0, 0]
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        copy_tree(tree)
+        for file in args.files:
+            tests = args.tests or tests_of(file, tree)
+            result = mutate(file, tests, args.count, args.seed, tree)
+            totals = [a + b for a, b in zip(totals, result, strict=True)]
+    print(f"in all {totals[1]} of {totals[0]} survive ({totals[1] / max(totals[0], 1):.1%})")
+
+
+if __name__ == "__main__":
+    main()
