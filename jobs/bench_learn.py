@@ -35,7 +35,7 @@ from bench_learn_trial import Trial, build, ours, run_trial
 
 from nanochat_ray.checks import check_float, check_int, check_name
 from nanochat_ray.cli import entry
-from nanochat_ray.data.shards import RowReader
+from nanochat_ray.data.shards import SequenceReader
 from nanochat_ray.storage import default_root
 from nanochat_ray.train.feed import from_shards
 from nanochat_ray.train.job import open_dataset
@@ -252,7 +252,7 @@ def step_times(trials: list[Trial], repeats: int = 12) -> list[float]:
     else the machine does falls on all alike."""
     torch.set_num_threads(1)
     store, manifest, tokenizer = open_dataset(trials[0].storage, trials[0].dataset)
-    reader = RowReader(store, manifest, "train")
+    reader = SequenceReader(store, manifest, "train")
     running = []
     for trial in trials:
         model, train = build(trial, tokenizer.vocab_size, manifest.sequence_len)

@@ -15,7 +15,7 @@ import torch
 
 from nanochat_ray import scaling
 from nanochat_ray.config import ModelConfig, TrainConfig
-from nanochat_ray.data.shards import RowReader
+from nanochat_ray.data.shards import SequenceReader
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.groups import build_groups
 from nanochat_ray.optim.schedule import lr_factor
@@ -93,15 +93,15 @@ def run_trial(trial: Trial) -> dict[str, float]:
     length = trial.row_tokens or manifest.sequence_len
     model, train = build(trial, tokenizer.vocab_size, length)
     config = model.config
-    reader = RowReader(store, manifest, "train")
+    reader = SequenceReader(store, manifest, "train")
     sides = {"adamw": adamw, "adamw by kind": by_kind, "nanochat": nanochat, "ours": ours}
     step = sides[trial.side](model, train, trial)
     began = time.process_time()
     for k, rows in enumerate(from_shards(reader, train, 0, 1)(0)):
         step(k, Batch(rows.ids[:, : length + 1]))
     seconds = time.process_time() - began
-    held_out = RowReader(store, manifest, "val")
-    ids, _ = held_out.rows(np.arange(min(trial.eval_sequences, len(held_out))))
+    held_out = SequenceReader(store, manifest, "val")
+    ids, _ = held_out.read(np.arange(min(trial.eval_sequences, len(held_out))))
     model.eval()
     lengths = tokenizer.byte_lengths()
     found = bits_per_byte(model, ids[:, : length + 1], lengths, micro_batch_size=8)

@@ -20,7 +20,7 @@ import torch
 from nanochat_ray import scaling
 from nanochat_ray.checks import check_float, check_int, check_name
 from nanochat_ray.cli import entry
-from nanochat_ray.data.shards import RowReader
+from nanochat_ray.data.shards import SequenceReader
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import default_root
@@ -81,12 +81,12 @@ def one_run(args: Args, batch: int, scale: float, seed: int) -> tuple[float, flo
     model.init_weights(torch.Generator().manual_seed(seed))
     optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
     began = time.perf_counter()
-    feed = from_shards(RowReader(dataset, manifest, "train"), train, 0, 1)(0)
+    feed = from_shards(SequenceReader(dataset, manifest, "train"), train, 0, 1)(0)
     for step, rows in enumerate(feed):
         train_step(model, optimizer, rows, step, train)
     seconds = time.perf_counter() - began
-    reader = RowReader(dataset, manifest, "val")
-    ids, _ = reader.rows(np.arange(min(args.eval_sequences, len(reader)), dtype=np.int64))
+    reader = SequenceReader(dataset, manifest, "val")
+    ids, _ = reader.read(np.arange(min(args.eval_sequences, len(reader)), dtype=np.int64))
     model.eval()
     bpb = bits_per_byte(
         model, ids, tokenizer.byte_lengths(), micro_batch_size=train.micro_batch_size

@@ -31,7 +31,7 @@ from nanochat_ray import scaling
 from nanochat_ray.checks import check_int, check_name
 from nanochat_ray.cli import entry
 from nanochat_ray.config import ModelConfig, TrainConfig
-from nanochat_ray.data.shards import Manifest, RowReader, write_shard
+from nanochat_ray.data.shards import Manifest, SequenceReader, write_shard
 from nanochat_ray.storage import Store, default_root
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train.feed import from_shards
@@ -270,7 +270,7 @@ def part_feed(args: Args) -> dict[str, float | None]:
         )
         store = Store.at(job.storage).child("datasets", "bench")
         manifest = Manifest.load(store)
-        reader = RowReader(store, manifest, "train")
+        reader = SequenceReader(store, manifest, "train")
 
         def by_ray() -> Iterator[Batch]:
             rows = rank_dataset(store, manifest, config, start=0, rank=0, world=1)

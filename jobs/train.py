@@ -277,7 +277,7 @@ def sft_train(args: Args, parent: Store, dataset: str) -> tuple[TrainConfig, flo
     """Also gives the tokens per second that were measured, or 0."""
     model = checkpoint.load_config(parent).model
     _, manifest, _ = open_dataset(args.storage, dataset)
-    rows, precision = manifest.rows("train"), args.precision
+    rows, precision = manifest.num_sequences("train"), args.precision
     if precision == "auto":
         before = checkpoint.load_trainer(parent).get("train_config", {})
         precision = "bf16" if args.gpus else before.get("precision", "fp32")
@@ -360,7 +360,7 @@ def print_plan(job: TrainJob, args: Args) -> dict[str, Any]:
     """Prints the plan; returns it with what memory says of it."""
     found = planned_hardware(args)
     dataset = Store.at(job.storage).child("datasets", job.dataset)
-    rows = Manifest.load(dataset).rows("train") if dataset.exists("manifest.json") else 0
+    rows = Manifest.load(dataset).num_sequences("train") if dataset.exists("manifest.json") else 0
     described = plan.describe(
         job.model,
         job.train,

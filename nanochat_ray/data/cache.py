@@ -1,7 +1,7 @@
-"""Shards on this machine's disk: those of local storage as they are, remote ones copied once.
+"""Shards on this machine's disk: local ones are used in place, remote ones are copied once.
 
-The copies are private to the user, named by content and verified whenever they are opened; a copy
-that is damaged is fetched again.
+Copies are private to the user, named by content and verified whenever they are opened; a damaged
+copy is fetched again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from nanochat_ray.storage import Store
 
 def cache_folder() -> Path:
     """``$NANOCHAT_SHARD_CACHE``, by default ``$XDG_CACHE_HOME/nanochat_ray/shards``."""
-    if chosen := os.environ.get("NANOCHAT_SHARD_CACHE"):
-        return Path(chosen).expanduser().absolute()
+    if folder := os.environ.get("NANOCHAT_SHARD_CACHE"):
+        return Path(folder).expanduser().absolute()
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser().absolute() / "nanochat_ray" / "shards"
 
@@ -29,7 +29,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _damaged(where: str, digest: str, shard: Shard) -> ValueError:
+def _damage_error(where: str, digest: str, shard: Shard) -> ValueError:
     return ValueError(
         f"{where} is damaged: its SHA-256 is {digest[:16]}…, the manifest says "
         f"{shard.sha256[:16]}…; prepare the dataset again"
@@ -44,7 +44,7 @@ def local_copy(store: Store, shard: Shard) -> Path:
     where = f"shard {shard.name} of {store.uri}"
     local = store.local_path(shard.name)
     if local is None:
-        return _cached(store, shard, where)
+        return _fetch(store, shard, where)
     # Not ``exists``: to read from a FIFO or a device would never end.
     if not local.is_file():
         raise ValueError(f"{where} is missing or no regular file")
@@ -53,13 +53,13 @@ def local_copy(store: Store, shard: Shard) -> Path:
     except OSError as error:
         raise ValueError(f"{where} cannot be read: {error}") from None
     if digest != shard.sha256:
-        raise _damaged(where, digest, shard)
+        raise _damage_error(where, digest, shard)
     return local
 
 
-def _cached(store: Store, shard: Shard, where: str) -> Path:
+def _fetch(store: Store, shard: Shard, where: str) -> Path:
     folder = cache_folder()
-    # Named by content: another dataset with the same bytes may share it, no stale one can.
+    # Named by content: datasets with equal shards share a copy, and none is ever stale.
     target = folder / f"{shard.sha256}.arrow"
     with contextlib.suppress(OSError):
         same_size = target.is_file() and target.stat().st_size == shard.size
@@ -71,7 +71,7 @@ def _cached(store: Store, shard: Shard, where: str) -> Path:
         raise ValueError(f"{where} is missing") from None
     digest = hashlib.sha256(data).hexdigest()
     if digest != shard.sha256:
-        raise _damaged(where, digest, shard)
+        raise _damage_error(where, digest, shard)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     aside = target.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:

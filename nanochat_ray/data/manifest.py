@@ -1,4 +1,4 @@
-"""The manifest that makes shards a dataset: what it holds, how it was made, and strict reading."""
+"""The manifest of a dataset: its shards, how it was prepared, and strict validation on load."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 FILE = "manifest.json"
 MAX_SEQUENCE_LEN = 1 << 24
 _HASH = re.compile(r"[0-9a-f]{64}")
+_STORED_NAMES = {"num_sequences": "rows"}
+"""Fields whose name in ``manifest.json`` is an older one."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     name: str
-    rows: int
+    num_sequences: int
+    """``rows`` in the file."""
     size: int
     """Bytes of the file."""
     sha256: str
@@ -31,40 +34,51 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a dataset consists of and how it was made; a dataset without one does not exist."""
+    """The content of a dataset and its origin; without a manifest a dataset does not exist."""
 
     kind: Literal["base", "sft"]
     tokenizer: str
     """Fingerprint."""
     sequence_len: int
-    """T; rows hold T + 1 ids."""
+    """T; a stored sequence holds T + 1 ids."""
     dtype: str
     splits: dict[str, list[Shard]]
     key: str
-    """Hash of everything the rows depend on: equal keys, equal rows."""
+    """Hash of everything the shards depend on: equal keys, equal shards."""
     about: dict[str, Any] = field(default_factory=dict)
     """Parameters and statistics of the preparation."""
 
-    def rows(self, split: str) -> int:
-        return sum(shard.rows for shard in self.splits[split])
+    def num_sequences(self, split: str) -> int:
+        return sum(shard.num_sequences for shard in self.splits[split])
 
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the content: of all that the batches of a training run depend on.
 
-        Unlike ``key`` it is made of the rows themselves and not of where they came from: input
-        that was copied or touched gives the same digest, other bytes never do.
+        Unlike ``key`` it covers the sequences themselves and not their origin: input that was
+        copied or touched gives the same digest, other bytes never do.
         """
         shards = {
-            split: [(shard.rows, shard.sha256) for shard in self.splits[split]]
+            split: [(shard.num_sequences, shard.sha256) for shard in self.splits[split]]
             for split in sorted(self.splits)
         }
         values = [self.kind, self.tokenizer, self.sequence_len, self.dtype, shards]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def to_json(self) -> str:
-        values = dataclasses.asdict(self)
+        values = self._as_stored()
         return json.dumps(values | {"checksum": _checksum(values)}, indent=1, sort_keys=True)
+
+    def _as_stored(self) -> dict[str, Any]:
+        """The fields as ``manifest.json`` names them."""
+        values = dataclasses.asdict(self)
+        values["splits"] = {
+            split: [
+                {_STORED_NAMES.get(name, name): shard[name] for name in shard} for shard in shards
+            ]
+            for split, shards in values["splits"].items()
+        }
+        return values
 
     @classmethod
     def from_json(cls, text: str, where: str = FILE) -> Manifest:
@@ -99,7 +113,7 @@ class Manifest:
             key=_matching(values["key"], where, "key", re.compile(".{1,200}"), "a text"),
             about=about,
         )
-        if checksum is not None and checksum != _checksum(dataclasses.asdict(manifest)):
+        if checksum is not None and checksum != _checksum(manifest._as_stored()):
             raise ValueError(
                 f"{where} is damaged: its content does not have the checksum that it names; "
                 "prepare the dataset again"
@@ -125,8 +139,8 @@ def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _refuse(where: str, name: str, value: Any, allowed: str) -> NoReturn:
-    raise ValueError(f"{where}: {name}={repr(value)[:60]} is not allowed: {allowed}") from None
+def _refuse(where: str, name: str, value: Any, requirement: str) -> NoReturn:
+    raise ValueError(f"{where}: {name}={repr(value)[:60]} is not allowed: {requirement}") from None
 
 
 def _parse(text: str, where: str) -> Any:
@@ -153,22 +167,22 @@ def _whole(value: Any, where: str, name: str) -> int:
     return value
 
 
-def _matching(value: Any, where: str, name: str, pattern: re.Pattern[str], allowed: str) -> str:
+def _matching(value: Any, where: str, name: str, pattern: re.Pattern[str], requirement: str) -> str:
     if not isinstance(value, str) or not pattern.fullmatch(value):
-        _refuse(where, name, value, allowed)
+        _refuse(where, name, value, requirement)
     return value
 
 
-def _one_of(value: Any, where: str, name: str, *allowed: str) -> Any:
-    if not isinstance(value, str) or value not in allowed:
-        _refuse(where, name, value, " or ".join(allowed))
+def _one_of(value: Any, where: str, name: str, *choices: str) -> Any:
+    if not isinstance(value, str) or value not in choices:
+        _refuse(where, name, value, " or ".join(choices))
     return value
 
 
 def _shards(values: Any, where: str, name: str) -> list[Shard]:
     if not isinstance(values, list) or not values:
         _refuse(where, name, values, "a list of shards")
-    fields = {f.name for f in dataclasses.fields(Shard)}
+    fields = {_STORED_NAMES.get(f.name, f.name) for f in dataclasses.fields(Shard)}
     shards = []
     for i, value in enumerate(values):
         at = f"{name}[{i}]"
@@ -177,7 +191,7 @@ def _shards(values: Any, where: str, name: str) -> list[Shard]:
         shards.append(
             Shard(
                 name=_matching(value["name"], where, f"{at}.name", _NAME, "a file name"),
-                rows=_whole(value["rows"], where, f"{at}.rows"),
+                num_sequences=_whole(value["rows"], where, f"{at}.rows"),
                 size=_whole(value["size"], where, f"{at}.size"),
                 sha256=_matching(value["sha256"], where, f"{at}.sha256", _HASH, "a SHA-256 (hex)"),
             )

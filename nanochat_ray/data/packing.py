@@ -1,8 +1,8 @@
-"""Documents into rows of one length: best fit, each row and each piece led by BOS.
+"""Documents packed into sequences of one length by best fit; BOS leads each sequence and chunk.
 
 nanochat crops what does not fit, which drops 35% of its tokens at 2,048 and most of a long
-document at 256. Here a document that is longer than a row is first split into pieces of a row's
-length, so nothing is cropped; what is dropped is only the padding's worth at the very end.
+document at 256. Here a document that is longer than a sequence is first split into chunks of its
+length, so nothing is cropped; only the last tokens, too few to fill a sequence, are dropped.
 """
 
 from __future__ import annotations
@@ -15,125 +15,131 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Packed:
-    """``rows [n, length]`` of ids; how many text tokens came in and how many are in the rows."""
+class PackedDocuments:
+    """Full sequences and how many tokens of the documents (without BOS) they hold."""
 
-    rows: np.ndarray
-    tokens_in: int
-    tokens_kept: int
-
-
-def pieces(document: np.ndarray, length: int) -> list[np.ndarray]:
-    """Cuts of a document (no BOS) that fit into rows of ``length`` with their BOS."""
-    room = length - 1
-    return [document[at : at + room] for at in range(0, len(document), room)]
+    ids: np.ndarray
+    """``[n, length]``."""
+    num_input_tokens: int
+    num_packed_tokens: int
 
 
-def pack(documents: Iterable[np.ndarray], *, length: int, bos: int, dtype: np.dtype) -> Packed:
-    """Best-fit rows of exactly ``length`` ids from documents without BOS; a pure function.
+def split_tokens(document: np.ndarray, length: int) -> list[np.ndarray]:
+    """Chunks of a document (no BOS) that fit into sequences of ``length`` with their BOS."""
+    size = length - 1
+    return [document[at : at + size] for at in range(0, len(document), size)]
 
-    Each row takes the longest waiting piece that fits into what is left of it. Where none fits,
-    the longest waiting piece is split at the row's end and its rest waits on, so every row is
-    full. The pieces left when the last full row is made are dropped.
-    """
-    waiting: dict[int, list[np.ndarray]] = {}
-    lengths: list[int] = []  # sorted lengths that have a piece waiting
-    total = tokens_in = 0
 
-    def put(piece: np.ndarray) -> None:
-        nonlocal total
-        size = len(piece)
+class _ChunkPool:
+    """Chunks that are not packed yet, by length."""
+
+    def __init__(self) -> None:
+        self._by_length: dict[int, list[np.ndarray]] = {}
+        self._lengths: list[int] = []  # ascending
+        self.num_tokens = 0
+        """Of all chunks, each with its BOS."""
+
+    def add(self, chunk: np.ndarray) -> None:
+        size = len(chunk)
         if size == 0:
             return
-        if size not in waiting:
-            waiting[size] = []
-            bisect.insort(lengths, size)
-        waiting[size].append(piece)
-        total += size + 1
+        if size not in self._by_length:
+            self._by_length[size] = []
+            bisect.insort(self._lengths, size)
+        self._by_length[size].append(chunk)
+        self.num_tokens += size + 1
 
-    def take(at: int) -> np.ndarray:
-        nonlocal total
-        size = lengths[at]
-        piece = waiting[size].pop()
-        if not waiting[size]:
-            del waiting[size], lengths[at]
-        total -= size + 1
-        return piece
+    def pop_best_fit(self, room: int) -> np.ndarray:
+        """The longest chunk of at most ``room`` tokens, or of all chunks where none fits."""
+        at = bisect.bisect_right(self._lengths, room) - 1  # -1 is the longest of all
+        size = self._lengths[at]
+        chunk = self._by_length[size].pop()
+        if not self._by_length[size]:
+            del self._by_length[size], self._lengths[at]
+        self.num_tokens -= size + 1
+        return chunk
 
+
+def pack_documents(
+    documents: Iterable[np.ndarray], *, length: int, bos: int, dtype: np.dtype
+) -> PackedDocuments:
+    """Best-fit sequences of exactly ``length`` ids from documents without BOS; a pure function.
+
+    Each step packs the longest chunk that fits into the rest of the sequence. Where none fits, the
+    longest chunk is split at the sequence's end and its rest stays in the pool, so every sequence
+    is full. Chunks that do not fill another sequence are dropped.
+    """
+    pool = _ChunkPool()
+    num_input_tokens = 0
     for document in documents:
-        tokens_in += len(document)
-        for piece in pieces(document, length):
-            put(piece)
-    rows: list[np.ndarray] = []
-    kept = 0
-    while total >= length:
-        row = np.empty(length, dtype=dtype)
+        num_input_tokens += len(document)
+        for chunk in split_tokens(document, length):
+            pool.add(chunk)
+    sequences: list[np.ndarray] = []
+    num_packed_tokens = 0
+    while pool.num_tokens >= length:
+        sequence = np.empty(length, dtype=dtype)
         at = 0
         while at < length:
-            room = length - at - 1  # after this piece's BOS
-            row[at] = bos
+            sequence[at] = bos
             at += 1
-            if room == 0:
+            if at == length:
                 break
-            fit = bisect.bisect_right(lengths, room) - 1
-            if fit >= 0:
-                piece = take(fit)
-            else:
-                piece = take(len(lengths) - 1)
-                put(piece[room:])
-                piece = piece[:room]
-            row[at : at + len(piece)] = piece
-            at += len(piece)
-            kept += len(piece)
-        rows.append(row)
-    made = np.stack(rows) if rows else np.empty((0, length), dtype=dtype)
-    return Packed(made, tokens_in, kept)
+            chunk = pool.pop_best_fit(length - at)
+            pool.add(chunk[length - at :])
+            chunk = chunk[: length - at]
+            sequence[at : at + len(chunk)] = chunk
+            at += len(chunk)
+            num_packed_tokens += len(chunk)
+        sequences.append(sequence)
+    ids = np.stack(sequences) if sequences else np.empty((0, length), dtype=dtype)
+    return PackedDocuments(ids, num_input_tokens, num_packed_tokens)
 
 
 @dataclass(frozen=True)
 class PackedConversations:
-    """``ids`` and ``mask [n, length]``; the numbers of conversations that were too long."""
+    """``ids`` and ``mask`` (uint8), both ``[n, length]``."""
 
     ids: np.ndarray
     mask: np.ndarray
-    dropped: int
+    num_too_long: int
+    """Conversations longer than a sequence, which are left out."""
 
 
-def pack_whole(
+def pack_conversations(
     conversations: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     length: int,
     bos: int,
     dtype: np.dtype,
 ) -> PackedConversations:
-    """Conversations (ids with BOS, mask) into rows, never split, by best fit.
+    """Conversations (ids with BOS, mask) packed by best fit, none of them split.
 
-    Long ones go first, since they are hard to place; those below a quarter of a row keep their
-    order, so that rows mix what the caller has mixed, where sorting would put like with like.
-    What is left of a row is filled with BOS under mask 0. A conversation longer than a row is
-    dropped and counted.
+    Long ones are packed first, since they are hard to fit; those below a quarter of a sequence
+    keep their order, so that sequences mix what the caller has mixed: sorting would put like with
+    like. The rest of a sequence is padded with BOS under mask 0.
     """
     fitting = [c for c in conversations if len(c[0]) <= length]
     sizes = [len(ids) for ids, _ in fitting]
     order = sorted(range(len(fitting)), key=lambda i: -sizes[i] if 4 * sizes[i] > length else 0)
-    rooms: list[tuple[int, int]] = []  # sorted (room left, row)
+    rooms: list[tuple[int, int]] = []  # sorted (free tokens, sequence)
     ids: list[np.ndarray] = []
     mask: list[np.ndarray] = []
     for i in order:
-        tokens, learned = fitting[i]
+        tokens, loss_mask = fitting[i]
         size = len(tokens)
         at = bisect.bisect_left(rooms, (size, -1))
         if at == len(rooms):
             ids.append(np.full(length, bos, dtype=dtype))
             mask.append(np.zeros(length, dtype=np.uint8))
-            room, row = length, len(ids) - 1
+            room, sequence = length, len(ids) - 1
         else:
-            room, row = rooms.pop(at)
+            room, sequence = rooms.pop(at)
         start = length - room
-        ids[row][start : start + size] = tokens
-        mask[row][start : start + size] = learned
+        ids[sequence][start : start + size] = tokens
+        mask[sequence][start : start + size] = loss_mask
         if room > size:
-            bisect.insort(rooms, (room - size, row))
+            bisect.insort(rooms, (room - size, sequence))
     shape = (0, length)
     return PackedConversations(
         np.stack(ids) if ids else np.empty(shape, dtype=dtype),

@@ -17,7 +17,7 @@ import ray.train
 from ray.data import DataIterator, ExecutionOptions
 
 from nanochat_ray.config import TrainConfig
-from nanochat_ray.data.shards import Manifest, RowReader, Split
+from nanochat_ray.data.shards import Manifest, SequenceReader, Split
 from nanochat_ray.storage import Store
 from nanochat_ray.train.feed import rank_rows
 from nanochat_ray.train.step import Batch
@@ -27,9 +27,9 @@ BLOCK_BYTES = 16 << 20
 
 
 @functools.lru_cache(maxsize=4)
-def _reader(uri: str, manifest_json: str, split: Split) -> RowReader:
+def _reader(uri: str, manifest_json: str, split: Split) -> SequenceReader:
     # One reader for each process: its shards are checked once, then stay mapped.
-    return RowReader(Store.at(uri), Manifest.from_json(manifest_json), split)
+    return SequenceReader(Store.at(uri), Manifest.from_json(manifest_json), split)
 
 
 def rank_dataset(
@@ -37,7 +37,7 @@ def rank_dataset(
 ) -> ray.data.Dataset:
     """Rows ``{"ids": [T + 1], ("mask": [T + 1],) "step": ()}`` of one rank from step ``start``."""
     uri, text = dataset.uri, manifest.to_json()
-    num_rows = manifest.rows("train")
+    num_rows = manifest.num_sequences("train")
     row_bytes = np.dtype(manifest.dtype).itemsize * (manifest.sequence_len + 1)
     rows = len(rank_rows(config, num_rows, start, rank, world))
     stride = max(1, min(BLOCK_BYTES // (rows * row_bytes), -(-(config.steps - start) // 4)))
@@ -46,7 +46,7 @@ def rank_dataset(
         reader = _reader(uri, text, "train")
         steps = range(int(block["first"][0]), min(int(block["first"][0]) + stride, config.steps))
         numbers = [rank_rows(config, num_rows, step, rank, world) for step in steps]
-        ids, mask = reader.rows(np.concatenate(numbers))
+        ids, mask = reader.read(np.concatenate(numbers))
         found = {"ids": ids, "step": np.repeat(np.asarray(steps), [len(n) for n in numbers])}
         return found if mask is None else {**found, "mask": mask}
 

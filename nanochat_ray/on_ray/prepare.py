@@ -24,8 +24,8 @@ from nanochat_ray.checks import check_name
 from nanochat_ray.claim import claimed
 from nanochat_ray.data import corpus, documentation, sample, sources
 from nanochat_ray.data.holdout import Census, HoldOut
-from nanochat_ray.data.order import permute, stream
-from nanochat_ray.data.packing import pack, pack_whole
+from nanochat_ray.data.order import derive_key, permute
+from nanochat_ray.data.packing import pack_conversations, pack_documents
 from nanochat_ray.data.shards import Manifest, Split, token_dtype
 from nanochat_ray.data.shuffle import scatter
 from nanochat_ray.data.sources import ReadOptions, Skipped
@@ -74,7 +74,7 @@ class ShardWriter:
             return ""
         name = f"{split}-{number:06d}.arrow"
         shards = self.shards if split == "train" else 1
-        key = stream(self.seed, SPLITS.index(split), number)
+        key = derive_key(self.seed, SPLITS.index(split), number)
         scatter(Store.at(self.uri).child("parts"), name, ids, mask, shards, key)
         return name
 
@@ -242,7 +242,7 @@ def prepare_base(
 
 def _say_passes(manifest: Manifest, vocab_size: int) -> None:
     """How often the smallest usual model would pass over the rows."""
-    tokens = manifest.rows("train") * manifest.sequence_len
+    tokens = manifest.num_sequences("train") * manifest.sequence_len
     model = scaling.model_config(DEPTH, vocab_size, sequence_len=manifest.sequence_len)
     passes = scaling.horizon(model) / tokens
     say(
@@ -293,12 +293,14 @@ class _Tokenized:
             names: Row = {}
             for name, pieces in zip(SPLITS, (split.train, split.val), strict=True):
                 documents = [np.asarray(tok.encode(text), dtype=dtype) for text in pieces]
-                packed = pack(documents, length=sequence_len + 1, bos=tok.bos, dtype=dtype)
+                packed = pack_documents(
+                    documents, length=sequence_len + 1, bos=tok.bos, dtype=dtype
+                )
                 counts["documents"] += len(pieces)
                 counts["bytes"] += sum(len(text.encode()) for text in pieces)
-                counts["tokens"] += packed.tokens_in
-                counts["kept"] += packed.tokens_kept
-                names[name] = out.write(name, number, packed.rows, None)
+                counts["tokens"] += packed.num_input_tokens
+                counts["kept"] += packed.num_packed_tokens
+                names[name] = out.write(name, number, packed.ids, None)
             census = split.census.thinned(every)
             return {
                 "number": number,
@@ -475,15 +477,15 @@ def prepare_sft(
             made = make_task(task, split, size=size, seed=seed)
             examples += [made.example(i) for i in range(first, stop)]
         order = np.arange(len(examples), dtype=np.int64)
-        order = permute(order, len(order), stream(seed, SPLITS.index(split), number))
+        order = permute(order, len(order), derive_key(seed, SPLITS.index(split), number))
         rendered = [render_conversation(tok, examples[i]) for i in order]
-        packed = pack_whole(rendered, length=length, bos=tok.bos, dtype=dtype)
+        packed = pack_conversations(rendered, length=length, bos=tok.bos, dtype=dtype)
         return {
             "number": number,
             **dict.fromkeys(SPLITS, ""),
             split: rows_out.write(split, number, packed.ids, packed.mask),
             "documents": len(rendered),
-            "dropped": packed.dropped,
+            "dropped": packed.num_too_long,
             "tokens": sum(len(ids) for ids, _ in rendered),
             "places": packed.ids.size,
             "kept": sum(len(ids) for ids, _ in rendered if len(ids) <= length),

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from nanochat_ray.data.order import stream
-from nanochat_ray.data.shards import Manifest, RowReader, Shard, Split, write_shard
+from nanochat_ray.data.order import derive_key
+from nanochat_ray.data.shards import Manifest, SequenceReader, Shard, Split, write_shard
 from nanochat_ray.data.shuffle import gather
 from nanochat_ray.on_ray.mapping import Row, mapped, say
 from nanochat_ray.storage import Store
@@ -61,7 +61,7 @@ def unchanged(dataset: Store, key: str) -> Manifest | None:
         if manifest.key != key:
             return None
         for split in SPLITS:
-            RowReader(dataset, manifest, split).check(CHECKED_BYTES)
+            SequenceReader(dataset, manifest, split).check(CHECKED_BYTES)
     except ValueError as error:
         # Who is told to prepare a damaged dataset again must be able to.
         say(f"WARNING: {error}; it is made again")
@@ -71,11 +71,12 @@ def unchanged(dataset: Store, key: str) -> Manifest | None:
 
 
 def summary(manifest: Manifest) -> str:
-    a = manifest.about
+    about = manifest.about
+    train, val = manifest.num_sequences("train"), manifest.num_sequences("val")
     return (
-        f"{manifest.rows('train'):,} rows to train on and {manifest.rows('val'):,} to validate, "
-        f"{manifest.sequence_len:,} tokens each; {a.get('tokens', 0) / 1e6:.2f} M tokens from "
-        f"{a.get('documents', 0):,} documents, {a.get('share_kept', 1):.2%} of them kept"
+        f"{train:,} sequences to train on and {val:,} to validate, {manifest.sequence_len:,} "
+        f"tokens each; {about.get('tokens', 0) / 1e6:.2f} M tokens from "
+        f"{about.get('documents', 0):,} documents, {about.get('share_kept', 1):.2%} of them packed"
     )
 
 
@@ -98,7 +99,7 @@ def publish(
     def make(item: list[Any]) -> Row:
         split, number = item
         store = Store.at(uri)
-        key = stream(seed, SPLITS.index(split))
+        key = derive_key(seed, SPLITS.index(split))
         ids, mask = gather(store.child("parts"), parts[split], number, key)
         name = f"{prefix}-{split}-{number:05d}.arrow"
         shard = write_shard(store, name, ids, mask, fingerprint)
@@ -110,7 +111,7 @@ def publish(
     splits: dict[str, list[Shard]] = {}
     for split in SPLITS:
         found = [Shard(**row["shard"]) for row in made if row["split"] == split]
-        splits[split] = [shard for shard in found if shard.rows]
+        splits[split] = [shard for shard in found if shard.num_sequences]
     manifest = replace(draft, splits=splits)
     dataset.write_text("manifest.json", manifest.to_json())
     named = {shard.name for shards in splits.values() for shard in shards}

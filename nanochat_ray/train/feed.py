@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from nanochat_ray.config import TrainConfig
-from nanochat_ray.data.order import global_batch_size
-from nanochat_ray.data.shards import RowReader
+from nanochat_ray.data.order import global_batch_indices
+from nanochat_ray.data.shards import SequenceReader
 from nanochat_ray.train.step import Batch
 
 AHEAD = 2
@@ -24,18 +24,18 @@ def rank_rows(config: TrainConfig, num_rows: int, step: int, rank: int, world: i
 
     Where the sizes divide, the micro-batches of all ranks are those that one rank would make.
     """
-    rows = global_batch_size(num_rows, config.seed, config.global_batch_size, step)
+    rows = global_batch_indices(num_rows, config.seed, config.global_batch_size, step)
     return np.array_split(rows, world)[rank]
 
 
 def from_shards(
-    reader: RowReader, config: TrainConfig, rank: int, world: int
+    reader: SequenceReader, config: TrainConfig, rank: int, world: int
 ) -> Callable[[int], Iterator[Batch]]:
     """This rank's batches from any step on."""
 
     def batches(start: int) -> Iterator[Batch]:
         for step in range(start, config.steps):
-            ids, mask = reader.rows(rank_rows(config, len(reader), step, rank, world))
+            ids, mask = reader.read(rank_rows(config, len(reader), step, rank, world))
             yield Batch(ids, mask)
 
     return batches

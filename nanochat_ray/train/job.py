@@ -20,7 +20,7 @@ from nanochat_ray import machine
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_name
 from nanochat_ray.config import ModelConfig, TrainConfig
-from nanochat_ray.data.shards import Manifest, RowReader
+from nanochat_ray.data.shards import Manifest, SequenceReader
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store, absolute
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -148,8 +148,8 @@ def check(job: TrainJob) -> TrainJob:
                 f"{job.dataset!r}"
             )
     # A damaged shard is better found now than by a worker in the middle of a run.
-    RowReader(dataset, manifest, "val").check(CHECKED_BYTES)
-    RowReader(dataset, manifest, "train").check(CHECKED_BYTES)
+    SequenceReader(dataset, manifest, "val").check(CHECKED_BYTES)
+    SequenceReader(dataset, manifest, "train").check(CHECKED_BYTES)
     return replace(job, about=about)
 
 
@@ -195,7 +195,7 @@ def execute(
     if config.compile:
         model.compile_hidden()
     if batches is None:
-        batches = from_shards(RowReader(dataset, manifest, "train"), config, rank, world)
+        batches = from_shards(SequenceReader(dataset, manifest, "train"), config, rank, world)
     about = job.about
     if "dataset_digest" not in about:
         about = about | identity.describe(root, job.dataset, manifest, job.parent)
@@ -260,13 +260,13 @@ def validator(
 
     Also gives the bytes of a token there, special ones left out; 0 for fine-tuning.
     """
-    reader = RowReader(dataset, manifest, "val")
+    reader = SequenceReader(dataset, manifest, "val")
     rows = np.arange(min(job.train.eval_sequences, len(reader)), dtype=np.int64)
     lengths = tokenizer.byte_lengths()
-    ids, mask = reader.rows(rows)
+    ids, mask = reader.read(rows)
     sizes = lengths[ids]
     bytes_per_token = float(sizes.sum() / max(1, (sizes > 0).sum())) if mask is None else 0.0
-    ids, mask = reader.rows(np.array_split(rows, world)[rank])
+    ids, mask = reader.read(np.array_split(rows, world)[rank])
 
     def evaluate(model: GPT) -> dict[str, float]:
         micro = job.train.micro_batch_size

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nanochat_ray.data.manifest import Manifest, _checksum
-from nanochat_ray.data.shards import RowReader
+from nanochat_ray.data.shards import SequenceReader
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.damage import check_damage
@@ -22,8 +22,8 @@ def content(folder: Path) -> tuple[Manifest, list[bytes]]:
     manifest = Manifest.load(store)
     values = []
     for split in ("train", "val"):
-        reader = RowReader(store, manifest, split)  # type: ignore[arg-type]
-        ids, mask = reader.rows(np.arange(len(reader)))
+        reader = SequenceReader(store, manifest, split)  # type: ignore[arg-type]
+        ids, mask = reader.read(np.arange(len(reader)))
         values += [ids.tobytes(), b"" if mask is None else mask.tobytes()]
     return manifest, values
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from nanochat_ray.data.cache import cache_folder
-from nanochat_ray.data.order import global_batch_size, permute
-from nanochat_ray.data.packing import pack, pack_whole
-from nanochat_ray.data.shards import Manifest, RowReader, write_shard
+from nanochat_ray.data.order import global_batch_indices, permute
+from nanochat_ray.data.packing import pack_conversations, pack_documents
+from nanochat_ray.data.shards import Manifest, SequenceReader, write_shard
 from nanochat_ray.storage import Store
 from tests.tiny import write_dataset
 
@@ -24,21 +24,21 @@ def test_rows_are_full_and_nothing_is_lost_but_the_rest(length: int) -> None:
     sizes = [*rng.integers(0, 60, 300), *rng.integers(500, 3000, 5)]
     # Each token names its document, so that what is kept can be counted.
     documents = [np.full(size, number, dtype=np.uint16) for number, size in enumerate(sizes)]
-    packed = pack(documents, length=length, bos=BOS, dtype=np.dtype(np.uint16))
-    assert packed.rows.shape[1] == length
-    assert (packed.rows[:, 0] == BOS).all()
-    kept = packed.rows[packed.rows != BOS]
-    assert packed.tokens_in == sum(sizes)
-    assert packed.tokens_kept == len(kept)
-    assert packed.tokens_in - len(kept) < length
+    packed = pack_documents(documents, length=length, bos=BOS, dtype=np.dtype(np.uint16))
+    assert packed.ids.shape[1] == length
+    assert (packed.ids[:, 0] == BOS).all()
+    kept = packed.ids[packed.ids != BOS]
+    assert packed.num_input_tokens == sum(sizes)
+    assert packed.num_packed_tokens == len(kept)
+    assert packed.num_input_tokens - len(kept) < length
     found = np.bincount(kept, minlength=len(sizes))
     assert (found <= np.asarray(sizes)).all()
     # One document's piece ends where BOS begins the next: no two touch without it.
-    inside = packed.rows[:, 1:], packed.rows[:, :-1]
+    inside = packed.ids[:, 1:], packed.ids[:, :-1]
     changes = (inside[0] != inside[1]) & (inside[0] != BOS) & (inside[1] != BOS)
     assert not changes.any()
-    again = pack(documents, length=length, bos=BOS, dtype=np.dtype(np.uint16))
-    assert np.array_equal(again.rows, packed.rows)
+    again = pack_documents(documents, length=length, bos=BOS, dtype=np.dtype(np.uint16))
+    assert np.array_equal(again.ids, packed.ids)
 
 
 def test_conversations_stay_whole() -> None:
@@ -47,9 +47,9 @@ def test_conversations_stay_whole() -> None:
         ([BOS, *[number] * size], [0, *[1] * size])
         for number, size in enumerate(rng.integers(1, 50, 200))
     ]
-    packed = pack_whole(conversations, length=41, bos=BOS, dtype=np.dtype(np.uint16))
+    packed = pack_conversations(conversations, length=41, bos=BOS, dtype=np.dtype(np.uint16))
     too_long = [c for c in conversations if len(c[0]) > 41]
-    assert packed.dropped == len(too_long) > 0
+    assert packed.num_too_long == len(too_long) > 0
     assert packed.mask.sum() == sum(len(c[0]) - 1 for c in conversations if len(c[0]) <= 41)
     rows = [",".join(map(str, row)) for row in packed.ids]
     for ids, _ in conversations:
@@ -68,27 +68,27 @@ def test_permutations(size: int) -> None:
 
 
 def test_the_order_is_a_pure_function_and_visits_each_row_once_an_epoch() -> None:
-    flat = np.concatenate([global_batch_size(50, 3, 8, step) for step in range(25)])
+    flat = np.concatenate([global_batch_indices(50, 3, 8, step) for step in range(25)])
     assert np.array_equal(flat[:50], np.arange(50))
     for epoch in range(4):
         assert sorted(flat[epoch * 50 : epoch * 50 + 50]) == list(range(50))
     assert not np.array_equal(flat[50:100], flat[100:150])
-    assert np.array_equal(global_batch_size(50, 3, 8, 17), flat[17 * 8 : 18 * 8])
-    assert not np.array_equal(global_batch_size(50, 4, 8, 17), flat[17 * 8 : 18 * 8])
+    assert np.array_equal(global_batch_indices(50, 3, 8, 17), flat[17 * 8 : 18 * 8])
+    assert not np.array_equal(global_batch_indices(50, 4, 8, 17), flat[17 * 8 : 18 * 8])
 
 
-def reader(root: Store, kind: str = "base") -> RowReader:
+def reader(root: Store, kind: str = "base") -> SequenceReader:
     store = root.child("datasets", kind)
-    return RowReader(store, Manifest.load(store), "train")
+    return SequenceReader(store, Manifest.load(store), "train")
 
 
 def test_rows_come_back_by_number(root: Store) -> None:
     write_dataset(root, "sft", "sft", rows=21)
     rows = reader(root, "sft")
-    ids, mask = rows.rows(np.arange(21))
+    ids, mask = rows.read(np.arange(21))
     assert mask is not None
     some = np.asarray([20, 3, 3, 11])
-    again, learned = rows.rows(some)
+    again, learned = rows.read(some)
     assert np.array_equal(again, ids[some])
     assert np.array_equal(learned, mask[some])
 
@@ -100,12 +100,12 @@ def test_a_flipped_byte_is_refused_by_name(root: Store) -> None:
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     rows = reader(root)
-    rows.rows(np.asarray([0]))
+    rows.read(np.asarray([0]))
     with pytest.raises(ValueError, match=r"shard train-1\.arrow of .* is damaged"):
-        rows.rows(np.asarray([40]))
+        rows.read(np.asarray([40]))
     path.unlink()
     with pytest.raises(ValueError, match=r"shard train-1\.arrow of .* is missing"):
-        reader(root).rows(np.asarray([40]))
+        reader(root).read(np.asarray([40]))
 
 
 def test_a_shard_of_another_width_is_refused(root: Store) -> None:
@@ -113,21 +113,21 @@ def test_a_shard_of_another_width_is_refused(root: Store) -> None:
     store = root.child("datasets", "base")
     wider = replace(Manifest.load(store), sequence_len=48)
     store.write_text("manifest.json", wider.to_json())
-    with pytest.raises(ValueError, match=r"has rows of 33 uint16; the manifest says 49"):
-        reader(root).rows(np.asarray([0]))
+    with pytest.raises(ValueError, match=r"has sequences of 33 uint16; the manifest says 49"):
+        reader(root).read(np.asarray([0]))
 
 
 def test_a_shard_of_another_kind_or_tokenizer_is_refused(root: Store) -> None:
     manifest = write_dataset(root, "base")
     store = root.child("datasets", "base")
     with pytest.raises(ValueError, match=r"shard train-0\.arrow .* has no column 'mask'"):
-        RowReader(store, replace(manifest, kind="sft"), "train").rows(np.asarray([0]))
+        SequenceReader(store, replace(manifest, kind="sft"), "train").read(np.asarray([0]))
     shard = write_shard(store, "other.arrow", np.zeros((3, 33), np.uint16), None, "f" * 64)
     strange = replace(manifest, splits={"train": [shard]})
-    with pytest.raises(ValueError, match=r"other\.arrow .* was made with tokenizer ffff"):
-        RowReader(store, strange, "train").rows(np.asarray([0]))
-    with pytest.raises(IndexError, match="row 50 of the train split, which has 50"):
-        RowReader(store, manifest, "train").rows(np.asarray([50]))
+    with pytest.raises(ValueError, match=r"other\.arrow .* was written with tokenizer ffff"):
+        SequenceReader(store, strange, "train").read(np.asarray([0]))
+    with pytest.raises(IndexError, match="sequence 50 of the train split, which has 50"):
+        SequenceReader(store, manifest, "train").read(np.asarray([50]))
 
 
 def test_shards_on_s3_are_read_and_checked_too(
@@ -139,14 +139,14 @@ def test_shards_on_s3_are_read_and_checked_too(
     local = Store.at(str(tmp_path / "local"))
     write_dataset(local, "base")
     numbers = np.asarray([3, 49, 0])
-    expected = reader(local).rows(numbers)[0]
-    assert np.array_equal(reader(root).rows(numbers)[0], expected)
+    expected = reader(local).read(numbers)[0]
+    assert np.array_equal(reader(root).read(numbers)[0], expected)
     copies = sorted(tmp_path.glob("*.arrow"))
     assert len(copies) == 2
     for copy in copies:  # one of the right size that is damaged, one that is cut
         data = copy.read_bytes()
         copy.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if copy == copies[0] else data[:9])
-    assert np.array_equal(reader(root).rows(numbers)[0], expected)
+    assert np.array_equal(reader(root).read(numbers)[0], expected)
     assert sorted(tmp_path.glob("*")) == [*copies, tmp_path / "local"]
     store = root.child("datasets", "base")
     damaged = store.read_bytes("train-0.arrow")[:-1] + b"?"
@@ -154,7 +154,7 @@ def test_shards_on_s3_are_read_and_checked_too(
     copies[1].unlink()
     store.write_bytes("train-0.arrow", damaged)
     with pytest.raises(ValueError, match=r"shard train-0\.arrow of s3.* is damaged"):
-        reader(root).rows(np.asarray([3]))
+        reader(root).read(np.asarray([3]))
 
 
 def test_the_shard_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nanochat_ray.data.holdout import MAX_SHARE, HoldOut, cut
-from nanochat_ray.data.shuffle import draw, gather, scatter
+from nanochat_ray.data.shuffle import assign_shards, gather, scatter
 from nanochat_ray.storage import Store
 
 
@@ -17,7 +17,7 @@ def test_every_row_comes_out_once_with_its_mask(root: Store, masked: bool) -> No
     parts = []
     for number, part in enumerate(np.split(rows, np.cumsum(sizes)[:-1])):
         mask = (part % 3 == 0).astype(np.uint8) if masked else None
-        scatter(root, f"part-{number}", part, mask, shards=3, key=number)
+        scatter(root, f"part-{number}", part, mask, num_shards=3, key=number)
         parts.append(f"part-{number}")
     gathered = [gather(root, parts, shard, key=5) for shard in range(3)]
     assert [len(ids) for ids, _ in gathered] == pytest.approx([167] * 3, abs=50)
@@ -37,10 +37,10 @@ def test_every_row_comes_out_once_with_its_mask(root: Store, masked: bool) -> No
 
 
 def test_rows_are_drawn_evenly() -> None:
-    counts = np.bincount(draw(100_000, 7, key=3))
+    counts = np.bincount(assign_shards(100_000, 7, key=3))
     assert counts.sum() == 100_000
     assert counts == pytest.approx([100_000 / 7] * 7, rel=0.03)
-    assert np.array_equal(draw(50, 7, key=3), draw(100, 7, key=3)[:50])
+    assert np.array_equal(assign_shards(50, 7, key=3), assign_shards(100, 7, key=3)[:50])
 
 
 RULE = HoldOut(longest=1000, limit=int(0.05 * 2**64))

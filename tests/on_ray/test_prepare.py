@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanochat_ray.data.shards import Manifest, RowReader
+from nanochat_ray.data.shards import Manifest, SequenceReader
 from nanochat_ray.on_ray import session
 from nanochat_ray.on_ray.mapping import mapped
 from nanochat_ray.on_ray.prepare import find_tokenizer, prepare_base, prepare_sft
@@ -43,8 +43,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows_of(dataset: Store, manifest: Manifest, split: str) -> np.ndarray:
-    reader = RowReader(dataset, manifest, split)  # type: ignore[arg-type]
-    return reader.rows(np.arange(len(reader)))[0]
+    reader = SequenceReader(dataset, manifest, split)  # type: ignore[arg-type]
+    return reader.read(np.arange(len(reader)))[0]
 
 
 @pytest.mark.parametrize("where", ["folder", "s3"])
@@ -72,7 +72,7 @@ def test_text_becomes_rows(
     assert tokenizer.vocab_size == 400
     assert manifest.about["share_kept"] > 0.97
     train, val = (rows_of(dataset, manifest, split) for split in ("train", "val"))
-    assert len(train) == manifest.rows("train") > 10 * len(val) > 0
+    assert len(train) == manifest.num_sequences("train") > 10 * len(val) > 0
     for rows in (train, val):
         assert rows.shape[1] == 65
         assert (rows[:, 0] == tokenizer.bos).all()
@@ -141,7 +141,7 @@ def test_duplicates_and_bad_lines_are_counted(
     assert manifest == Manifest.load(root.child("datasets", "notes"))
     assert (manifest.about["documents"], manifest.about["duplicates"]) == (898, 598)
     assert manifest.about["skipped"]["count"] == 1
-    assert manifest.rows("train") > manifest.rows("val") > 0
+    assert manifest.num_sequences("train") > manifest.num_sequences("val") > 0
     said = capsys.readouterr().out
     assert "598 of 898 documents are copies of others" in said
     assert "WARNING: 1 files, lines or rows cannot be read" in said
@@ -150,7 +150,7 @@ def test_duplicates_and_bad_lines_are_counted(
     (tmp_path / "same.txt").write_text("the same line again and again\n" * 20_000)
     wanted["text"] = [str(tmp_path / "same.txt")]
     manifest = prepare_base(root.uri, "same", **wanted)
-    assert manifest.rows("train") > 3 * manifest.rows("val") > 0
+    assert manifest.num_sequences("train") > 3 * manifest.num_sequences("val") > 0
     assert "WARNING: too little text differs" in capsys.readouterr().out
 
 
@@ -163,8 +163,8 @@ def test_tasks_become_rows(root: Store) -> None:
     assert (by_fingerprint.fingerprint, sequence_len) == (tok.fingerprint, None)
     assert manifest.kind == "sft"
     assert manifest.about["share_kept"] > 0.97
-    reader = RowReader(root.child("datasets", "chat"), manifest, "train")
-    ids, mask = reader.rows(np.arange(len(reader)))
+    reader = SequenceReader(root.child("datasets", "chat"), manifest, "train")
+    ids, mask = reader.read(np.arange(len(reader)))
     assert mask is not None
     assert (ids[:, 0] == tok.bos).all()
     assert not mask[ids == tok.bos].any()
@@ -217,8 +217,8 @@ def test_own_conversations_become_rows(root: Store, tmp_path: Path) -> None:
     dataset = root.child("datasets", "chat")
     text, learnt = {}, {}
     for split in ("train", "val"):
-        reader = RowReader(dataset, manifest, split)  # type: ignore[arg-type]
-        ids, mask = reader.rows(np.arange(len(reader)))
+        reader = SequenceReader(dataset, manifest, split)  # type: ignore[arg-type]
+        ids, mask = reader.read(np.arange(len(reader)))
         assert mask is not None
         text[split], learnt[split] = tok.decode(ids.reshape(-1)), tok.decode(ids[mask == 1])
     assert sum(text["train"].count(f" learnt {i}.") for i in range(60)) == 0
