@@ -36,7 +36,7 @@ from nanochat_ray.on_ray.serve import (
     prefer_haproxy,
 )
 from nanochat_ray.serve import keys
-from nanochat_ray.serve.guard import check_origins
+from nanochat_ray.serve.auth import check_origins
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train.job import DTYPES

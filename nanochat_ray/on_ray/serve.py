@@ -28,7 +28,7 @@ from nanochat_ray.on_ray import autoscaling, ports
 from nanochat_ray.on_ray.engine_replica import EngineReplica
 from nanochat_ray.on_ray.ingress import Ingress
 from nanochat_ray.serve import keys
-from nanochat_ray.serve.guard import check_origins
+from nanochat_ray.serve.auth import check_origins
 from nanochat_ray.storage import Store, absolute, default_root
 
 LOOK_BACK_S = 15.0

@@ -27,6 +27,7 @@ from starlette.middleware.cors import CORSMiddleware
 from nanochat_ray.engine.request import EngineFull
 from nanochat_ray.serve import errors
 from nanochat_ray.serve.access import AccessLog
+from nanochat_ray.serve.auth import AuthMiddleware, BodySizeLimit, client_of
 from nanochat_ray.serve.body import JsonRoute
 from nanochat_ray.serve.client import EngineClient, UnavailableError
 from nanochat_ray.serve.completions import (
@@ -37,7 +38,6 @@ from nanochat_ray.serve.completions import (
     all_pieces,
 )
 from nanochat_ray.serve.errors import ApiError
-from nanochat_ray.serve.guard import Guard, client_of
 from nanochat_ray.serve.metrics import (
     EngineMetrics,
     PrometheusSink,
@@ -112,12 +112,12 @@ def build_app(
     app.router.route_class = JsonRoute
     errors.install(app)
     app.add_middleware(
-        Guard,
-        max_body_bytes=service.limits.max_body_bytes,
-        keys=keys,
-        body_timeout_s=service.limits.body_timeout_s,
+        BodySizeLimit,
+        max_bytes=service.limits.max_body_bytes,
+        timeout_s=service.limits.body_timeout_s,
     )
-    if allowed_origins:  # around the guard: a browser asks first without a key, and reads refusals
+    app.add_middleware(AuthMiddleware, keys=keys)
+    if allowed_origins:  # outside of auth: a preflight has no key, and browsers read refusals
         app.add_middleware(
             CORSMiddleware,
             allow_origins=allowed_origins,
