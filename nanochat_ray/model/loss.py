@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -10,6 +11,39 @@ from torch import Tensor
 
 CHUNK = 1 << 20
 """Logits that exist at one time on a CPU: 4 MB in float32 (measured: the best of 2^17 to 2^22)."""
+
+
+def use_triton(device: torch.device) -> bool:
+    """Whether the fused kernel computes the loss: CUDA builds of torch bring Triton along."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def _softcap_loss(
+    logits: Tensor, targets: Tensor, cap: float, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss ``[N]`` and, with ``needs_grad``, d loss / d logits.
+
+    ``logits`` are float32 and are overwritten.
+    """
+    counts = targets >= 0
+    index = targets.clamp_min(0)[:, None]
+    tanh = logits.div_(cap).tanh_() if cap else None
+    if tanh is None:
+        top = logits.amax(dim=-1, keepdim=True)
+        at_target = (logits.gather(1, index) - top)[:, 0]
+        grad = logits.sub_(top).exp_()
+    else:
+        # Capped logits need no shift by the largest: exp(cap) is far from overflow.
+        at_target = tanh.gather(1, index)[:, 0] * cap
+        grad = (tanh * cap).exp_()
+    sums = grad.sum(dim=-1, keepdim=True)
+    loss = (sums.log()[:, 0] - at_target).masked_fill_(~counts, 0.0)
+    if needs_grad:
+        grad.mul_(counts[:, None] / sums)
+        grad.scatter_add_(1, index, -counts[:, None].to(grad.dtype))
+        if tanh is not None:
+            grad.addcmul_(grad, tanh.square_(), value=-1)
+    return loss, grad
 
 
 class _SoftcapCrossEntropy(torch.autograd.Function):
@@ -27,29 +61,20 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        fused = use_triton(hidden.device)
         rows = max(16, CHUNK // vocab) if hidden.device.type == "cpu" else 1 << 13
         for at in range(0, hidden.size(0), rows):
             h, t = hidden[at : at + rows], targets[at : at + rows]
-            keep = t >= 0
-            z = F.linear(h, w).float()
-            squashed = z.div_(cap).tanh_() if cap else None
-            picked = t.clamp_min(0)[:, None]
-            if squashed is None:
-                top = z.amax(dim=-1, keepdim=True)
-                grad = (z - top).exp_()
-                chosen = (z.gather(1, picked) - top)[:, 0]
+            logits = F.linear(h, w)
+            if fused:
+                from nanochat_ray.model.triton_loss import softcap_loss_
+
+                loss, grad = softcap_loss_(logits, t, cap=cap, grad=needs_grad), logits
             else:
-                # Capped logits need no shift by the largest: exp(cap) is far from overflow.
-                grad = (squashed * cap).exp_()
-                chosen = squashed.gather(1, picked)[:, 0] * cap
-            sums = grad.sum(dim=-1, keepdim=True)
-            total += (sums.log()[:, 0] - chosen).masked_fill_(~keep, 0.0).sum()
+                loss, grad = _softcap_loss(logits.float(), t, cap, needs_grad)
+            total += loss.sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            grad.mul_(keep[:, None] / sums)
-            grad.scatter_add_(1, picked, -keep[:, None].to(grad.dtype))
-            if squashed is not None:
-                grad.addcmul_(grad, squashed.square_(), value=-1)
             grad = grad.to(hidden.dtype)
             torch.matmul(grad, w, out=grad_hidden[at : at + rows])
             grad_weight[:vocab] += grad.T @ h

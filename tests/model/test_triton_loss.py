@@ -1,0 +1,75 @@
+"""The fused loss kernel against float64, in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat_ray.model import loss as loss_module
+
+pytest.importorskip("triton")
+from nanochat_ray.model.triton_loss import softcap_loss_
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cap", [15.0, 0.0])
+@pytest.mark.parametrize(("rows", "vocab", "stride"), [(5, 37, 64), (3, 5000, 5000), (1, 1, 1)])
+def test_fused_loss_equals_float64(
+    rows: int, vocab: int, stride: int, cap: float, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    table = (torch.randn(rows, stride, generator=generator) * 20).to(dtype)
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    if rows > 1:
+        targets[1] = -1
+    exact = table[:, :vocab].double().requires_grad_()
+    capped = cap * torch.tanh(exact / cap) if cap else exact
+    loss = F.cross_entropy(capped, targets, ignore_index=-1, reduction="none")
+    loss.sum().backward()
+    on_device = table.to(DEVICE, copy=True)
+    logits = on_device[:, :vocab]
+    result = softcap_loss_(logits, targets.to(DEVICE), cap=cap, grad=True)
+    # Sums of up to V terms of float32, each with a few roundings; |z| up to 100 before exp.
+    eps = torch.finfo(torch.float32).eps
+    largest = float(capped.detach().abs().max())
+    bound = 8 * eps * max(1.0, largest)
+    assert (result.cpu().double() - loss.detach()).abs().max() <= bound * 4
+    rounding = torch.finfo(dtype).eps if dtype is torch.bfloat16 else 0.0
+    assert exact.grad is not None
+    error = (logits.cpu().double() - exact.grad).abs()
+    assert (error <= bound * 4 + rounding * exact.grad.abs()).all()
+    assert torch.equal(on_device[:, vocab:].cpu(), table[:, vocab:])  # padding stays
+
+
+def test_fused_loss_without_gradient_reads_only() -> None:
+    logits = torch.randn(4, 33, device=DEVICE)
+    before = logits.clone()
+    targets = torch.tensor([0, 32, -1, 5], device=DEVICE)
+    loss = softcap_loss_(logits, targets, cap=15.0, grad=False)
+    assert torch.equal(logits, before)
+    assert loss[2] == 0
+    again = softcap_loss_(logits, targets, cap=15.0, grad=True)
+    assert torch.equal(loss, again)
+
+
+@pytest.mark.parametrize("cap", [15.0, 0.0])
+def test_fused_head_equals_the_torch_one(cap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(40, 16, generator=generator).to(DEVICE)
+    weight = torch.randn(64, 16, generator=generator).to(DEVICE)
+    targets = torch.randint(-1, 50, (40,), generator=generator).to(DEVICE)
+    results = []
+    for fused in (False, True):
+        monkeypatch.setattr(loss_module, "use_triton", lambda device, fused=fused: fused)
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = loss_module.softcap_cross_entropy(h, w, targets, cap=cap, vocab=50)
+        (loss * 0.5).backward()
+        results.append((loss.detach(), h.grad, w.grad))
+    for eager, fused in zip(*results, strict=True):
+        assert eager is not None
+        assert fused is not None
+        # Sums of at most 50 terms in another order.
+        torch.testing.assert_close(fused, eager, rtol=50 * 1.2e-7, atol=50 * 1.2e-7 * 10)
