@@ -1,0 +1,192 @@
+"""One training step against autograd on the whole batch, and validation against the definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat_ray.config import OptimConfig, TrainConfig
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.optim.schedule import lr_factor
+from nanochat_ray.optim.sharded import ShardedOptimizer
+from nanochat_ray.train.step import Batch, split, train_step
+from nanochat_ray.train.validation import bits_per_byte, masked_loss
+from tests.tiny import tiny_config
+
+CONFIG = TrainConfig(
+    steps=10,
+    global_batch_size=4,
+    micro_batch_size=4,
+    optim=OptimConfig(warmup_ratio=0.2, warmdown_ratio=0.5, final_lr_frac=0.0, momentum=0.9),
+)
+HEAD = "lm_head.weight"
+
+
+def random_model(seed: int = 0, **fields: object) -> GPT:
+    model = GPT(tiny_config(**fields))
+    generator = torch.Generator().manual_seed(seed)
+    model.init_weights(generator)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+def random_batch(seed: int, masked: bool) -> Batch:
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 256, (4, 17), dtype=np.uint16)
+    # Sequences of few and of many trained tokens: a mean of means is another number.
+    share = np.array([[0.05], [0.3], [0.9], [0.5]])
+    return Batch(ids, (rng.random(ids.shape) < share).astype(np.uint8) if masked else None)
+
+
+def mean_loss(model: GPT, batch: Batch) -> Tensor:
+    """Nats of each token, by the definition; the token at position t + 1 is trained at t."""
+    ids = torch.from_numpy(batch.ids.astype(np.int64))
+    logits = model(ids[:, :-1])
+    nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    if batch.mask is None:
+        return nats.mean()
+    return nats[torch.from_numpy(batch.mask[:, 1:].astype(bool)).flatten()].mean()
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+@pytest.mark.parametrize(("seed", "masked"), [(0, False), (1, True), (2, True), (3, True)])
+def test_step_is_that_of_the_mean_loss(seed: int, masked: bool, micro_batch_size: int) -> None:
+    batch, model = random_batch(seed, masked), random_model(seed)
+    loss = mean_loss(model, batch)
+    grads = dict(
+        zip(dict(model.named_parameters()),
+            torch.autograd.grad(loss, list(model.parameters())), strict=True)
+    )  # fmt: skip
+    norm = math.sqrt(sum(g.double().square().sum().item() for g in grads.values()))
+    optimizer = ShardedOptimizer(model, CONFIG.optim)
+    config = dataclasses.replace(CONFIG, micro_batch_size=micro_batch_size)
+    result = train_step(model, optimizer, batch, 0, config)
+    count = 4 * 16 if batch.mask is None else int(batch.mask[:, 1:].sum())
+    assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+    assert (result.trained_tokens, result.applied) == (count, True)
+    moments = optimizer.state_dict()
+    torch.testing.assert_close(moments[f"{HEAD}/momentum"], 0.2 * grads[HEAD], rtol=1e-4, atol=1e-8)
+    # Muon's momentum is 0.85 at the first step.
+    name = "transformer.h.1.attn.c_proj.weight"
+    torch.testing.assert_close(
+        moments[f"{name}/momentum"], 0.15 * grads[name], rtol=1e-3, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize(
+    ("clip", "grad_clip", "bound"),
+    [(0, 0, math.inf), (0.5, 0, 0.5), (0, 0.25, 0.25), (0.5, 0.25, 0.25), (0.1, 0.25, 0.1)],
+)
+def test_the_smaller_bound_clips(clip: float, grad_clip: float, bound: float) -> None:
+    batch, model = random_batch(0, False), random_model()
+    grad = torch.autograd.grad(mean_loss(model, batch), [model.lm_head.weight])[0]
+    optim = dataclasses.replace(CONFIG.optim, grad_clip=grad_clip)
+    optimizer = ShardedOptimizer(model, optim)
+    config = dataclasses.replace(CONFIG, optim=optim)
+    norm = train_step(model, optimizer, batch, 0, config, clip=clip).grad_norm
+    assert norm > 0.5
+    torch.testing.assert_close(
+        optimizer.state_dict()[f"{HEAD}/momentum"],
+        0.2 * grad * min(1.0, bound / norm),
+        rtol=1e-4,
+        atol=1e-8,
+    )
+
+
+@pytest.mark.parametrize("step", [0, 4, 9])
+def test_step_follows_the_schedule(step: int) -> None:
+    model = random_model()
+    before = model.lm_head.weight.detach().clone()
+    optimizer = ShardedOptimizer(model, CONFIG.optim)
+    factor = train_step(model, optimizer, random_batch(0, False), step, CONFIG).lr_factor
+    assert factor == lr_factor(step, 10, CONFIG.optim)
+    moments = optimizer.state_dict()
+    first, second = (moments[f"{HEAD}/{kind}"] for kind in ("momentum", "second_moment"))
+    update = (first / (1 - 0.8 ** (step + 1))) / (second / (1 - 0.96 ** (step + 1))).sqrt()
+    lr = 0.008 * factor
+    expected = before * (1 - lr * 0.01) - lr * update
+    rows = first.abs() > 1e-6  # where epsilon does not count
+    torch.testing.assert_close(model.lm_head.weight[rows], expected[rows], rtol=1e-4, atol=1e-7)
+
+
+def test_micro_batches_shift_the_mask() -> None:
+    ids = np.array([[10, 11, 12, 13], [20, 21, 22, 23]], dtype=np.uint16)
+    mask = np.array([[0, 1, 0, 1], [1, 0, 1, 1]], dtype=np.uint8)
+    (one, two) = split(Batch(ids, mask), 1, torch.device("cpu"))
+    assert [x.tolist() for x in one] == [[[10, 11, 12]], [[11, -1, 13]]]
+    assert [x.tolist() for x in two] == [[[20, 21, 22]], [[-1, 22, 23]]]
+    ((inputs, targets),) = split(Batch(ids), 2, torch.device("cpu"))
+    assert inputs.tolist() == [[10, 11, 12], [20, 21, 22]]
+    assert targets.tolist() == [[11, 12, 13], [21, 22, 23]]
+
+
+def nats(model: GPT, ids: np.ndarray) -> Tensor:
+    """float64 ``[n, T]``: -log p of every token from the second on."""
+    tokens = torch.from_numpy(ids.astype(np.int64))
+    logs = model(tokens[:, :-1]).double().log_softmax(-1)
+    return -logs.gather(2, tokens[:, 1:, None])[:, :, 0]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+def test_bits_per_byte_by_the_definition(micro_batch_size: int) -> None:
+    model = random_model().eval()
+    lengths = np.random.default_rng(0).integers(0, 4, 320)  # 0: a special token
+    ids = random_batch(5, False).ids
+    size = torch.from_numpy(lengths[ids[:, 1:].astype(np.int64)])
+    with torch.no_grad():
+        bits = (nats(model, ids) * (size > 0)).sum() / math.log(2)
+    measured = bits_per_byte(model, ids, lengths, micro_batch_size=micro_batch_size)
+    assert measured == pytest.approx((bits / size.sum()).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_masked_loss_by_the_definition(seed: int) -> None:
+    model, batch = random_model(seed).eval(), random_batch(seed, True)
+    assert batch.mask is not None
+    with torch.no_grad():
+        trained = nats(model, batch.ids)[torch.from_numpy(batch.mask[:, 1:] == 1)]
+    measured = masked_loss(model, batch.ids, batch.mask, micro_batch_size=3)
+    assert measured == pytest.approx(trained.mean().item(), rel=1e-6)
+
+
+def test_uniform_model_by_hand() -> None:
+    """ln 257 nats a token, whatever the text: of four bytes a token, log2(257) / 4 bits each."""
+    model = random_model(vocab_size=257).eval()
+    model.lm_head.weight.data.zero_()
+    ids = random_batch(0, False).ids
+    lengths = np.full(257, 4)
+    assert bits_per_byte(model, ids, lengths, micro_batch_size=2) == pytest.approx(
+        math.log2(257) / 4, rel=1e-6
+    )
+    mask = np.ones_like(ids)
+    assert masked_loss(model, ids, mask, micro_batch_size=2) == pytest.approx(math.log(257))
+    empty: list[Callable[[], float]] = [
+        lambda: bits_per_byte(model, ids, 0 * lengths, micro_batch_size=2),
+        lambda: masked_loss(model, ids, 0 * mask, micro_batch_size=2),
+    ]
+    assert [measure() for measure in empty] == [0.0, 0.0]
+
+
+def test_window_warmup_reaches_the_model() -> None:
+    model = random_model(sequence_len=256)
+    config = dataclasses.replace(CONFIG, window_warmup=0.5)
+    optimizer = ShardedOptimizer(model, config.optim)
+    for step, share in ((0, 0.25), (2, 0.5), (4, 0.75), (5, 1.0)):
+        train_step(model, optimizer, random_batch(0, False), step, config)
+        assert model.window_share == share
+
+
+def test_flags_come_back_summed() -> None:
+    model = random_model()
+    optimizer = ShardedOptimizer(model, CONFIG.optim)
+    result = train_step(model, optimizer, random_batch(0, False), 0, CONFIG, flags=(1, 0, 0.5))
+    assert result.flags == (1, 0, 0.5)
