@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanochat_ray.engine.kv_cache import Span
-from nanochat_ray.engine.paged_cache import Layout, PagedCache
+from nanochat_ray.engine.kvcache.base import Span
+from nanochat_ray.engine.kvcache.paged_cache import AttentionMetadata, PagedCache
 from nanochat_ray.model.gpt import GPT
 
 
@@ -23,7 +23,7 @@ class _Recording:
     graph: torch.cuda.CUDAGraph
     tokens: Tensor
     """int64 ``[2, rows]``: the tokens, and those before them."""
-    layout: Layout
+    metadata: AttentionMetadata
     logits: Tensor
 
 
@@ -45,23 +45,23 @@ class DecodeGraphs:
     def _record(self, rows: int) -> _Recording:
         device = self._cache.device
         tokens = torch.zeros((2, rows), dtype=torch.int64, device=device)
-        layout = self._cache.pack_weights([], rows).to(device)
+        metadata = self._cache.make_metadata([], rows).to(device)
         # Libraries set themselves up in the first run, which must not be recorded.
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            self._forward(tokens, layout)
+            self._forward(tokens, metadata)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         first = self._recordings.get(self.largest)
         pool = first.graph.pool() if first else None
         # Another engine of this process may run meanwhile, in a thread of its own.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            logits = self._forward(tokens, layout)
-        return _Recording(graph, tokens, layout, logits)
+            logits = self._forward(tokens, metadata)
+        return _Recording(graph, tokens, metadata, logits)
 
-    def _forward(self, tokens: Tensor, layout: Layout) -> Tensor:
-        self._cache.use(layout)
+    def _forward(self, tokens: Tensor, metadata: AttentionMetadata) -> Tensor:
+        self._cache.use(metadata)
         ids, before = tokens
         return self._model.logits(self._model.hidden(ids[:, None], self._cache, before)[:, 0])
 
@@ -75,6 +75,6 @@ class DecodeGraphs:
         rows = tokens.size(1)
         found = self._recordings[rows]
         found.tokens.copy_(tokens)
-        found.layout.copy_(self._cache.pack_weights(spans, rows))
+        found.metadata.copy_(self._cache.make_metadata(spans, rows))
         found.graph.replay()
         return found.logits

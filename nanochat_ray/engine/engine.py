@@ -40,8 +40,8 @@ from torch import Tensor
 from nanochat_ray.config import EngineConfig
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.grammar import Grammars
+from nanochat_ray.engine.kvcache.prefixes import CopiedPrefixes
 from nanochat_ray.engine.launched import Launched, Ran, launch
-from nanochat_ray.engine.prefixes import CopiedPrefixes
 from nanochat_ray.engine.request import Finish, Output, Request, TokenLogprob
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
@@ -395,11 +395,11 @@ class Engine:
             held = sum(s.computed for s in scheduler.running)
             stats.kv_used = held / (self.config.max_num_seqs * self.max_model_len)
         else:
-            stats.kv_used = scheduler.blocks.used
+            stats.kv_used = scheduler.blocks.usage
         stats.preemptions = scheduler.preemptions
         if self._prefixes is not None:
             known = self._prefixes.blocks
-            stats.prefix_queried, stats.prefix_hit = known.queried, known.hit
+            stats.prefix_queried, stats.prefix_hit = known.num_lookup_tokens, known.num_hit_tokens
         return stats
 
     def check_integrity(self) -> None:

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from nanochat_ray.config import EngineConfig, Precision
-from nanochat_ray.engine.blocks import BLOCK, Blocks
 from nanochat_ray.engine.cuda_graphs import DecodeGraphs
 from nanochat_ray.engine.kernels import native
-from nanochat_ray.engine.kv_cache import SlotCache, Span
-from nanochat_ray.engine.kv_memory import check_slots, make_blocks
+from nanochat_ray.engine.kvcache.base import Span
+from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator
+from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
+from nanochat_ray.engine.kvcache.memory import check_slots, make_allocator
+from nanochat_ray.engine.kvcache.paged_cache import PagedCache, block_size
+from nanochat_ray.engine.kvcache.prefixes import CopiedPrefixes, SharedPrefixes
+from nanochat_ray.engine.kvcache.slot_cache import SlotCache
 from nanochat_ray.engine.linear import pack_weights
 from nanochat_ray.engine.native import Native
-from nanochat_ray.engine.paged_cache import PagedCache, block_size
-from nanochat_ray.engine.prefixes import CopiedPrefixes, SharedPrefixes
 from nanochat_ray.engine.sampler import insert
 from nanochat_ray.engine.scheduler import Chunk, Sequence
 from nanochat_ray.machine import free_memory, send
@@ -42,7 +44,7 @@ class Runner:
         self.kernels = self.native.level if self.native else "torch"
         """What computes: the instructions that the kernels in C were compiled for, or torch."""
         self.min_rows = pack_weights(model, self.native) if on_cpu else 1
-        self.blocks: Blocks | None = None
+        self.blocks: BlockAllocator | None = None
         """Where the layout is paged: the accounting of its memory."""
         self.cache: SlotCache | PagedCache
         self._graphs: DecodeGraphs | None = None
@@ -53,7 +55,7 @@ class Runner:
             self.cache = SlotCache(model.config, slots, max_model_len, *place, self.native)
             return
         size = block_size(self.device)
-        self.blocks = make_blocks(model.config, config, max_model_len, dtype, free, size)
+        self.blocks = make_allocator(model.config, config, max_model_len, dtype, free, size)
         self.cache = PagedCache(
             model.config, self.blocks, config.max_num_seqs, max_model_len, *place
         )
@@ -77,7 +79,7 @@ class Runner:
 
     def prefixes(self, tokens: int) -> CopiedPrefixes | SharedPrefixes | None:
         """What keeps the beginnings of prompts; ``tokens`` is how many, where they are copies."""
-        if tokens < BLOCK:
+        if tokens < BLOCK_SIZE:
             return None
         if self.blocks is not None:
             return SharedPrefixes(self.blocks)
@@ -87,7 +89,7 @@ class Runner:
     def assign(self, sequence: Sequence) -> None:
         """Tells the cache which blocks a running sequence holds."""
         assert isinstance(self.cache, PagedCache)
-        self.cache.assign(sequence.slot, sequence.blocks)
+        self.cache.set_block_tables(sequence.slot, sequence.blocks)
 
     @torch.inference_mode()
     def run(self, chunks: SequenceOf[Chunk], flown: Tensor | None = None) -> Tensor:
@@ -121,7 +123,7 @@ class Runner:
             last += range(len(ids) - chunk.rows, len(ids))
         graphs = self._graphs if all(chunk.decode for chunk in chunks) else None
         recorded = graphs.rows(len(ids)) if graphs else 0
-        rows = recorded or self.cache.begin(spans)
+        rows = recorded or self.cache.prepare(spans)
         table = np.zeros((2, rows), dtype=np.int64)
         table[0, : len(ids)], table[1, : len(ids)] = ids, before
         tokens_2N = send(torch.from_numpy(table), self.device)

@@ -14,8 +14,9 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from nanochat_ray.engine.blocks import BLOCK, Blocks, Held
 from nanochat_ray.engine.draft import PromptLookup
+from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
+from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
 from nanochat_ray.engine.request import EngineFull, Request, TokenLogprob
 from nanochat_ray.engine.tools import ToolState
 
@@ -67,7 +68,7 @@ class Sequence:
     ending: frozenset[int] = frozenset()
     cached: int = 0
     """Prompt tokens that were found computed when it was admitted last."""
-    blocks: Held = field(default_factory=list)
+    blocks: BlockTables = field(default_factory=list)
     """What it holds while it runs, where the layout is paged."""
 
     @property
@@ -154,7 +155,7 @@ class Scheduler:
     """Guesses that a sequence may run in one step."""
     draft_rows: int = 0
     """Rows of a step, decodes included, up to which there are guesses; 0 is no bound."""
-    blocks: Blocks | None = None
+    blocks: BlockAllocator | None = None
     """Where the layout is paged: what sequences hold keys and values in."""
     on_blocks: Callable[[Sequence], None] = lambda sequence: None
     """Called when a sequence has got more blocks."""
@@ -273,7 +274,7 @@ class Scheduler:
     def _computes(chunk: Chunk, sequence: Sequence) -> bool:
         """Whether the chunk computes a block of the sequence's prompt, which may then wait for it
         instead of computing it too."""
-        end = chunk.start // BLOCK * BLOCK + BLOCK
+        end = chunk.start // BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE
         if sequence.unscored or end > min(chunk.start + chunk.count, len(sequence.request.prompt)):
             return False
         other = chunk.sequence
@@ -319,7 +320,7 @@ class Scheduler:
             self._turns[first.request.client] = max(self._turns.values(), default=-1) + 1
             first.slot = heapq.heappop(self._free)
             if self.blocks is not None:
-                first.blocks = self.blocks.empty()
+                first.blocks = self.blocks.empty_tables()
             self.running.append(first)
             self.on_admit(first)
 
@@ -328,7 +329,7 @@ class Scheduler:
         if self.blocks is None:
             return True
         length = min(len(sequence.tokens) + 1, sequence.limit)
-        return self.blocks.admits(length, [(s.blocks, len(s.tokens)) for s in self.running])
+        return self.blocks.can_admit(length, [(s.blocks, len(s.tokens)) for s in self.running])
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes its slot; it waits again and its tokens are recomputed, with the same outcome."""
@@ -350,7 +351,7 @@ class Scheduler:
         heapq.heappush(self._free, sequence.slot)
         sequence.slot = -1
         if self.blocks is not None:
-            self.blocks.release(sequence.blocks)
+            self.blocks.free(sequence.blocks)
             sequence.blocks = []
 
     def check_integrity(self) -> None:

@@ -1,7 +1,7 @@
 """Which engine gets a request: where its prompt's beginning was computed, unless that one is busy.
 
-Engines keep blocks of 16 prompt tokens (``engine.blocks``); an ingress remembers which blocks it
-sent where, as hashes of everything up to their end. Policy only: no Ray, no clock.
+Engines cache blocks of 16 prompt tokens (``engine.kvcache.block_pool``); an ingress remembers which
+blocks it sent where, as hashes of everything up to their end. Policy only: no Ray, no clock.
 """
 
 from __future__ import annotations

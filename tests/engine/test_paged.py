@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from nanochat_ray.config import EngineConfig
-from nanochat_ray.engine.blocks import VOID, Blocks
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.kv_cache import Span
-from nanochat_ray.engine.kv_memory import check_slots, make_blocks, token_bytes
-from nanochat_ray.engine.paged_cache import PagedCache, block_size, gathered_attention
+from nanochat_ray.engine.kvcache.base import Span
+from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator
+from nanochat_ray.engine.kvcache.block_pool import NULL_BLOCK
+from nanochat_ray.engine.kvcache.memory import bytes_per_token, check_slots, make_allocator
+from nanochat_ray.engine.kvcache.paged_cache import PagedCache, block_size, gathered_attention
 from nanochat_ray.engine.request import Output, Request
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.model.gpt import GPT
@@ -38,7 +39,7 @@ def paged(model: GPT, **settings: Any) -> Engine:
     return make_engine(model, kv_layout="paged", **settings)
 
 
-def blocks_of(engine: Engine) -> Blocks:
+def allocator_of(engine: Engine) -> BlockAllocator:
     assert engine.runner.blocks is not None
     return engine.runner.blocks
 
@@ -97,7 +98,7 @@ def test_layers_with_windows_give_their_old_blocks_back(preset: str) -> None:
     asked = requests(random.Random(5), 8, 280)
     slots = run(make_engine(model), asked, random.Random(6))
     engine = paged(model, max_num_batched_tokens=24, prefill_chunk=24)
-    short, full = sorted(blocks_of(engine).pools, key=lambda pool: pool.capacity)
+    short, full = sorted(allocator_of(engine).pools, key=lambda pool: pool.capacity)
     assert (short.window, full.window) == (128, -1)
     # 128 tokens and a step, and not 320.
     assert short.capacity < 0.6 * full.capacity
@@ -106,7 +107,7 @@ def test_layers_with_windows_give_their_old_blocks_back(preset: str) -> None:
     def spy(chunks, flown):  # type: ignore[no-untyped-def]
         nonlocal seen
         held = [places for s in engine.scheduler.running for places in s.blocks]
-        seen = max(seen, *(places.count(VOID) for places in held))
+        seen = max(seen, *(places.count(NULL_BLOCK) for places in held))
         return real(chunks, flown)
 
     real, engine.runner.run = engine.runner.run, spy  # type: ignore[method-assign]
@@ -125,7 +126,7 @@ def test_when_blocks_run_out_the_last_are_put_off_and_tokens_stay_the_same() -> 
     ]
     slots = run(make_engine(model, max_num_seqs=8), asked, random.Random(1))
     small = paged(model, max_num_seqs=8, kv_tokens=200, prefix_cache_tokens=0)
-    assert [pool.capacity for pool in blocks_of(small).pools] == [200 // 16]
+    assert [pool.capacity for pool in allocator_of(small).pools] == [200 // 16]
     for request in asked:
         small.add(request)
     ends: list[str] = []
@@ -140,7 +141,7 @@ def test_when_blocks_run_out_the_last_are_put_off_and_tokens_stay_the_same() -> 
     assert small.stats().preemptions > 2
     # In the order of priority, and of arrival within it.
     assert ends == [f"r{i}" for i in (0, 3, 6, 1, 4, 7, 2, 5)]
-    assert all(pool.room == pool.capacity for pool in blocks_of(small).pools)
+    assert all(pool.num_free_blocks == pool.capacity for pool in allocator_of(small).pools)
 
 
 def test_an_urgent_request_gets_blocks_before_those_that_run() -> None:
@@ -167,8 +168,8 @@ def test_a_beginning_is_held_by_all_who_have_it_and_not_copied() -> None:
     assert len(held) == 4
     assert all(places[:4] == held[0][:4] for places in held)
     assert len({places[4] for places in held}) == 4
-    pool = blocks_of(engine).pools[0]
-    assert pool.capacity - pool.room == 4 + 4
+    pool = allocator_of(engine).pools[0]
+    assert pool.capacity - pool.num_free_blocks == 4 + 4
     finish(engine)
     assert engine.stats().prefix_hit == 3 * 64
     off = paged(model, prefix_cache_tokens=0)
@@ -210,14 +211,14 @@ def test_larger_blocks_and_padded_rows_change_nothing() -> None:
     with torch.inference_mode():
         want = model(torch.tensor([prompt]))[0]
     for size, extra in ((16, 0), (256, 0), (256, 13)):
-        blocks = make_blocks(model.config, engine_config, 600, torch.float32, 1 << 30, size)
+        blocks = make_allocator(model.config, engine_config, 600, torch.float32, 1 << 30, size)
         cache = PagedCache(model.config, blocks, 2, 600, torch.float32, torch.device("cpu"))
-        held = blocks.empty()
+        tables = blocks.empty_tables()
         for start, count in ((0, 200), (200, 320), *((i, 1) for i in range(520, 530))):
-            assert blocks.extend(held, start, start + count)
-            cache.assign(1, held)
+            assert blocks.extend(tables, start, start + count)
+            cache.set_block_tables(1, tables)
             spans = [Span(1, start, count, count == 1)]
-            cache.use(cache.pack_weights(spans, count + extra))
+            cache.use(cache.make_metadata(spans, count + extra))
             ids = torch.zeros((count + extra, 1), dtype=torch.int64)
             before = torch.zeros(count + extra, dtype=torch.int64)
             ids[:count, 0] = torch.tensor(prompt[start : start + count])
@@ -280,33 +281,33 @@ def test_a_step_on_a_gpu_waits_for_nothing() -> None:
             model = GPT(make_model(preset, **WINDOWED).config).to(dtype).eval()
         model.compute_dtype = dtype
         config = EngineConfig(max_num_seqs=4)
-        blocks = make_blocks(model.config, config, 320, dtype, 1 << 30, block_size(device))
-        assert blocks.block == 256
+        blocks = make_allocator(model.config, config, 320, dtype, 1 << 30, block_size(device))
+        assert blocks.block_size == 256
         cache = PagedCache(model.config, blocks, 4, 320, dtype, device)
         cache._attention = varlen_attn
         for spans in ([Span(0, 7, 1, True), Span(2, 9, 60, False)], [Span(3, 0, 1, True)]):
             with torch.inference_mode():
-                ids = torch.zeros((cache.begin(spans), 1), dtype=torch.int64, device=device)
+                ids = torch.zeros((cache.prepare(spans), 1), dtype=torch.int64, device=device)
                 logits = model(ids, cache, ids[:, 0])
-            assert logits.shape == (sum(span.count for span in spans), 1, VOCAB)
+            assert logits.shape == (sum(span.num_tokens for span in spans), 1, VOCAB)
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
     model, dtype = make_model("modern").config, torch.float32
     config = EngineConfig(max_num_seqs=4, prefix_cache_tokens=0, kv_cache_memory_fraction=0.5)
-    each = token_bytes(model, dtype, model.n_layer) * 128
+    each = bytes_per_token(model, dtype, model.n_layer) * 128
     check_slots(model, config, 128, dtype, 8 * each)
     with pytest.raises(ValueError, match=r"max_num_seqs=4 .* holds max_num_seqs=3 at most"):
         check_slots(model, config, 128, dtype, 7 * each)
-    plenty = make_blocks(model, config, 128, dtype, 1 << 30, 16)
+    plenty = make_allocator(model, config, 128, dtype, 1 << 30, 16)
     assert [pool.capacity for pool in plenty.pools] == [4 * 8]
-    scarce = make_blocks(model, config, 128, dtype, 3 * each, 16)
+    scarce = make_allocator(model, config, 128, dtype, 3 * each, 16)
     assert [pool.capacity for pool in scarce.pools] == [12]
     with pytest.raises(ValueError, match="max_model_len=128"):
-        make_blocks(model, config, 128, dtype, each, 16)
+        make_allocator(model, config, 128, dtype, each, 16)
     small = dataclasses.replace(config, kv_tokens=100)
     with pytest.raises(ValueError, match=r"kv_tokens=100 .* max_model_len=128"):
-        make_blocks(model, small, 128, dtype, 1 << 30, 16)
+        make_allocator(model, small, 128, dtype, 1 << 30, 16)
     with pytest.raises(ValueError, match=r"max_num_seqs=64 .* max_model_len=100000000"):
         make_engine(
             make_model("modern"),

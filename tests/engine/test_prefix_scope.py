@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
-from nanochat_ray.engine.blocks import BLOCK, chain
 from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE, hash_blocks
 from nanochat_ray.engine.request import Request
 from tests.engine.engine_kit import ask, finish, make_engine, make_model, tokens
 
-PROMPT = [i * 7 % 300 for i in range(4 * BLOCK + 5)]
+PROMPT = [i * 7 % 300 for i in range(4 * BLOCK_SIZE + 5)]
 
 
 def scoped(name: str, scope: str, prompt: list[int] = PROMPT) -> Request:
@@ -32,7 +32,12 @@ def test_scopes_share_no_prefix(layout: str) -> None:
     engine = make_engine(make_model("modern"), kv_layout=layout, prefix_cache_tokens=512)
     (first,), (answer,) = cached(engine, scoped("a", "alice"))
     assert first == 0
-    for scope, expected in (("bob", 0), ("", 0), ("alice", 4 * BLOCK), ("bob", 4 * BLOCK)):
+    for scope, expected in (
+        ("bob", 0),
+        ("", 0),
+        ("alice", 4 * BLOCK_SIZE),
+        ("bob", 4 * BLOCK_SIZE),
+    ):
         counts, answers = cached(engine, scoped("b", scope))
         assert counts == [expected], scope
         assert answers == [answer]  # what is cached changes no token
@@ -69,7 +74,9 @@ def test_nobody_waits_for_another_scopes_prefix(layout: str) -> None:
 
 def test_a_scope_names_all_blocks() -> None:
     scopes = ["", "a", "b", "\ud800"]
-    names = [name for scope in scopes for name in chain(PROMPT, len(PROMPT), BLOCK, scope)]
+    names = [
+        name for scope in scopes for name in hash_blocks(PROMPT, len(PROMPT), BLOCK_SIZE, scope)
+    ]
     assert len(set(names)) == len(names) == 4 * len(scopes)
 
 

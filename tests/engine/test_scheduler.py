@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from nanochat_ray.engine.blocks import BlockPool, Blocks
+from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator
+from nanochat_ray.engine.kvcache.block_pool import BlockPool
 from nanochat_ray.engine.request import Request
 from nanochat_ray.engine.scheduler import Scheduler, Sequence
 
@@ -204,7 +205,7 @@ def test_everybody_ends_though_blocks_hold_little_more_than_one() -> None:
             max_queue_size=99,
             draft_tokens=2,
             on_draft=lambda q, most: [7] * most,
-            blocks=Blocks(pools, step=10),
+            blocks=BlockAllocator(pools, max_step_tokens=10),
         )
         for i in range(12):
             q = sequence(f"{i}", rng.randint(1, 90), priority=rng.randint(0, 2))
@@ -218,5 +219,5 @@ def test_everybody_ends_though_blocks_hold_little_more_than_one() -> None:
             steps += 1
             assert steps < 20_000
         preemptions += s.preemptions
-        assert all(pool.room == pool.capacity for pool in pools)
+        assert all(pool.num_free_blocks == pool.capacity for pool in pools)
     assert preemptions > 100

@@ -6,8 +6,10 @@ bit, and answers must not depend on who was before. Scopes (``Request.cache_scop
 
 from __future__ import annotations
 
-from nanochat_ray.engine.blocks import BLOCK, BlockPool, Blocks
-from nanochat_ray.engine.kv_cache import BlockStore, SlotCache
+from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator
+from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE, BlockPool
+from nanochat_ray.engine.kvcache.prefix_store import PrefixStore
+from nanochat_ray.engine.kvcache.slot_cache import SlotCache
 from nanochat_ray.engine.scheduler import Sequence
 
 
@@ -23,40 +25,42 @@ class CopiedPrefixes:
 
     def __init__(self, cache: SlotCache, tokens: int):
         """``tokens`` is how many are kept, at most."""
-        self.blocks = Blocks([BlockPool(tokens // BLOCK)])
-        self._store = BlockStore(cache, tokens // BLOCK)
+        self.blocks = BlockAllocator([BlockPool(tokens // BLOCK_SIZE)])
+        self._store = PrefixStore(cache, tokens // BLOCK_SIZE)
 
     def begin(self, sequence: Sequence) -> None:
         """Gives a sequence that starts what is known of its prompt."""
-        held = self.blocks.match(sequence.tokens, _reach(sequence), sequence.request.cache_scope)
-        sequence.cached = sequence.computed = len(held[0]) * BLOCK
-        if held[0]:
-            self._store.load(held[0], sequence.slot)
-        self.blocks.release(held)
+        tables = self.blocks.match_prefix(
+            sequence.tokens, _reach(sequence), sequence.request.cache_scope
+        )
+        sequence.cached = sequence.computed = len(tables[0]) * BLOCK_SIZE
+        if tables[0]:
+            self._store.load(tables[0], sequence.slot)
+        self.blocks.free(tables)
 
     def keep(self, sequence: Sequence) -> None:
         """Keeps what is computed of its prompt."""
         known = min(sequence.computed, len(sequence.request.prompt))
-        wanted = self.blocks.keep(sequence.tokens, known, sequence.request.cache_scope)
-        if wanted:
-            self._store.save(sequence.slot, wanted)
+        new_blocks = self.blocks.insert_prefix(sequence.tokens, known, sequence.request.cache_scope)
+        if new_blocks:
+            self._store.save(sequence.slot, new_blocks)
 
 
 class SharedPrefixes:
     """For ``PagedCache``: nothing is copied."""
 
-    def __init__(self, blocks: Blocks):
+    def __init__(self, blocks: BlockAllocator):
         self.blocks = blocks
 
     def begin(self, sequence: Sequence) -> None:
         """Gives a sequence that starts what is known of its prompt."""
-        sequence.blocks = self.blocks.match(
+        sequence.blocks = self.blocks.match_prefix(
             sequence.tokens, _reach(sequence), sequence.request.cache_scope
         )
-        sequence.cached = sequence.computed = len(sequence.blocks[0]) * self.blocks.block
+        sequence.cached = sequence.computed = len(sequence.blocks[0]) * self.blocks.block_size
 
     def keep(self, sequence: Sequence) -> None:
         """Keeps what is computed of its prompt."""
         known = min(sequence.computed, len(sequence.request.prompt))
         scope = sequence.request.cache_scope
-        self.blocks.register(sequence.blocks, sequence.tokens, known, scope)
+        self.blocks.commit(sequence.blocks, sequence.tokens, known, scope)

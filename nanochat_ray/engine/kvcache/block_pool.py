@@ -1,0 +1,107 @@
+"""Blocks of keys and values: reference counts, content hashes and eviction. No torch.
+
+A full block is identified by a hash chain: the digest of its tokens and of the hash of the block
+before it (for the first block: of the cache scope). A block is therefore found only behind an
+identical prefix, and only within its scope.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+BLOCK_SIZE = 16
+"""Tokens of a block."""
+NULL_BLOCK = -1
+"""Entry of a block table whose block was freed because it is behind the attention window."""
+
+
+def hash_blocks(tokens: Sequence[int], limit: int, block_size: int, scope: str = "") -> list[bytes]:
+    """Hashes of the full blocks of ``tokens[:limit]``. Different scopes share no hash."""
+    ids = array("q", tokens[: limit // block_size * block_size])
+    data, step = ids.tobytes(), block_size * ids.itemsize
+    hashes: list[bytes] = []
+    digest = hashlib.sha256(scope.encode("utf-8", "surrogatepass")).digest() if scope else b""
+    for start in range(0, len(data), step):
+        # Not Python's hash: a client must not be able to construct two prompts that collide.
+        digest = hashlib.sha256(digest + data[start : start + step]).digest()
+        hashes.append(digest)
+    return hashes
+
+
+@dataclass
+class BlockPool:
+    """``capacity`` blocks for the layers that attend to ``window`` earlier tokens (-1: to all).
+
+    Invariants: a block is free (without content), evictable (no references, but its content can be
+    found by hash) or referenced; a hash identifies at most one block.
+    """
+
+    capacity: int
+    window: int = -1
+    _free: list[int] = field(init=False)
+    _evictable: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    """Least recently used first."""
+    _ref_counts: list[int] = field(init=False)
+    _hash_to_block: dict[bytes, int] = field(default_factory=dict)
+    _block_to_hash: dict[int, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._free = list(range(self.capacity))[::-1]
+        self._ref_counts = [0] * self.capacity
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be allocated, evictable ones included."""
+        return len(self._free) + len(self._evictable)
+
+    def contains(self, block_hash: bytes) -> bool:
+        return block_hash in self._hash_to_block
+
+    def allocate(self) -> int:
+        """A block to write to, with one reference. ``num_free_blocks`` must be positive."""
+        if self._free:
+            block_id = self._free.pop()
+        else:
+            block_id, _ = self._evictable.popitem(last=False)
+            del self._hash_to_block[self._block_to_hash.pop(block_id)]
+        self._ref_counts[block_id] = 1
+        return block_id
+
+    def touch(self, block_hash: bytes) -> int:
+        """The block with this hash, with one more reference."""
+        block_id = self._hash_to_block[block_hash]
+        self._evictable.pop(block_id, None)
+        self._ref_counts[block_id] += 1
+        return block_id
+
+    def set_hash(self, block_id: int, block_hash: bytes) -> None:
+        """From now on the block is found by this hash, unless another block has it already."""
+        if block_id not in self._block_to_hash and block_hash not in self._hash_to_block:
+            self._hash_to_block[block_hash], self._block_to_hash[block_id] = block_id, block_hash
+
+    def free(self, block_ids: Sequence[int]) -> None:
+        """One reference less for each block of a sequence's block table."""
+        # The last block becomes evictable first, so that it is evicted before its prefix, without
+        # which it cannot be found.
+        for block_id in reversed(block_ids):
+            if block_id == NULL_BLOCK:
+                continue
+            self._ref_counts[block_id] -= 1
+            if self._ref_counts[block_id] == 0:
+                if block_id in self._block_to_hash:
+                    self._evictable[block_id] = None
+                else:
+                    self._free.append(block_id)
+
+    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
+        """AssertionError if a block is lost, referenced by others than ``tables``, or has a wrong
+        hash."""
+        counts = Counter(i for block_ids in tables for i in block_ids if i != NULL_BLOCK)
+        assert [counts[block_id] for block_id in range(self.capacity)] == self._ref_counts
+        assert sorted([*self._free, *self._evictable, *counts]) == list(range(self.capacity))
+        assert self._hash_to_block == {h: block_id for block_id, h in self._block_to_hash.items()}
+        assert self._block_to_hash.keys() >= self._evictable.keys()

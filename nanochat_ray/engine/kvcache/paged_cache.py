@@ -1,0 +1,231 @@
+"""Keys and values in blocks, which sequences get as they grow, and attention over them.
+
+For GPUs, where FlashAttention reads the blocks in place. Elsewhere a reference implementation with
+the same signature gathers them; it exists for tests.
+
+Legend: N tokens, S spans (each of one sequence), P block pools, M blocks of the longest sequence,
+H heads, Hkv key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import current_flash_attention_impl
+
+from nanochat_ray.config import ModelConfig
+from nanochat_ray.engine.kvcache.base import Span
+from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
+from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
+from nanochat_ray.engine.kvcache.memory import layer_windows
+from nanochat_ray.engine.kvcache.padding import padded_length, padded_queries
+from nanochat_ray.machine import send
+
+
+def block_size(device: torch.device) -> int:
+    """Tokens of a block. FlashAttention 2, which is part of torch, requires 256; version 3, if
+    activated (``torch.nn.attention.activate_flash_attention_impl``), takes small ones."""
+    small = device.type == "cpu" or current_flash_attention_impl() == "FA3"
+    return BLOCK_SIZE if small else 256
+
+
+@dataclass
+class AttentionMetadata:
+    """Which blocks a step reads and writes, in tensors that a CUDA graph can read."""
+
+    max_seqlen_q: int
+    """Most tokens of a span."""
+    positions: Tensor
+    """int64 ``[N, 1]``"""
+    cu_seqlens_q: Tensor
+    """int32 ``[S + 1]``: span i has tokens ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]``."""
+    cu_seqlens_k: Tensor
+    """int32 ``[S + 1]``: the running sum of ``seqused_k``."""
+    seqused_k: Tensor
+    """int32 ``[S]``: keys that the last token of a span attends to without a window."""
+    block_tables: Tensor
+    """int32 ``[P, S, M]``: the pages that hold those keys."""
+    slot_mapping: Tensor
+    """int64 ``[P, N]``: where the tokens' own keys are written, page by page."""
+
+    def _tensors(self) -> list[Tensor]:
+        lengths = [self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_k]
+        return [self.positions, *lengths, self.block_tables, self.slot_mapping]
+
+    def to(self, device: torch.device) -> AttentionMetadata:
+        return AttentionMetadata(self.max_seqlen_q, *(send(t, device) for t in self._tensors()))
+
+    def copy_(self, other: AttentionMetadata) -> None:
+        for target, source in zip(self._tensors(), other._tensors(), strict=True):
+            target.copy_(send(source, target.device))
+
+
+class PagedCache:
+    """Implements ``AttentionContext``. Call ``prepare`` before each forward.
+
+    Page 0 of each pool belongs to no sequence: block b of the pool is page b + 1. Padding is
+    written to page 0, and it stands in block tables for ``NULL_BLOCK``.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        allocator: BlockAllocator,
+        num_slots: int,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        min_num_tokens: int = 1,
+    ):
+        """``min_num_tokens``: the least number of tokens of a forward."""
+        self.block_size, self.device = allocator.block_size, device
+        self.end = max_model_len
+        self._min_num_tokens = min_num_tokens
+        pool_of_window = {pool.window: i for i, pool in enumerate(allocator.pools)}
+        shape = allocator.block_size, config.n_kv_head, config.head_dim
+        self._pages: list[tuple[int, Tensor, Tensor]] = []
+        """For each layer: its pool, keys and values ``[pages, block_size, Hkv, D]``."""
+        for pool in (pool_of_window[w] for w in layer_windows(config, max_model_len)):
+            pages = allocator.pools[pool].capacity + 1
+            # Zeros, not garbage: a masked value is multiplied by 0, and 0 * nan is nan.
+            keys, values = torch.zeros((2, pages, *shape), dtype=dtype, device=device)
+            self._pages.append((pool, keys, values))
+        # Padding has a slot too, the last one, without blocks.
+        max_blocks = -(-max_model_len // allocator.block_size)
+        shape = (len(allocator.pools), num_slots + 1, max_blocks)
+        self._block_tables = np.zeros(shape, dtype=np.int32)
+        self._attention: Callable[..., Any] = gathered_attention
+        if device.type == "cuda":
+            # It imports torch.compile, which takes 1.5 s.
+            from torch.nn.attention.varlen import varlen_attn
+
+            self._attention = varlen_attn
+        self.use(self.make_metadata([], 1).to(device))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(k.nbytes + v.nbytes for _, k, v in self._pages)
+
+    def set_block_tables(self, slot: int, tables: BlockTables) -> None:
+        """The blocks of the sequence in a slot. Blocks freed behind a window may stay: no token
+        attends to them."""
+        for table, block_ids in zip(self._block_tables, tables, strict=True):
+            table[slot, : len(block_ids)] = np.array(block_ids, dtype=np.int32) + 1
+
+    def prepare(self, spans: Sequence[Span]) -> int:
+        """Sets up a step; returns N, the tokens of the forward, of which the last few may be
+        padding. Sets ``positions``."""
+        self.use(self.make_metadata(spans).to(self.device))
+        return self.positions.size(0)
+
+    def use(self, metadata: AttentionMetadata) -> None:
+        """Sets the step of the next forward."""
+        self.metadata, self.positions = metadata, metadata.positions
+
+    def make_metadata(self, spans: Sequence[Span], num_tokens: int = 0) -> AttentionMetadata:
+        """The step of these spans, padded to at least ``num_tokens``, in pageable CPU memory."""
+        real = sum(span.num_tokens for span in spans)
+        padding = max(0, max(num_tokens, self._min_num_tokens) - real)
+        pad_span = Span(self._block_tables.shape[1] - 1, 0, 1, True)
+        spans = [*spans, *[pad_span] * padding]
+        counts = np.array([span.num_tokens for span in spans])
+        starts = np.array([span.start for span in spans])
+        slots = np.array([span.slot for span in spans])
+        bounds = np.concatenate(([0], counts.cumsum()))
+        span_of = np.repeat(np.arange(len(spans)), counts)  # of each token
+        positions = starts[span_of] + np.arange(len(span_of)) - bounds[span_of]
+        lengths = starts + counts
+        size = self.block_size
+        pages = self._block_tables[:, slots[span_of], positions // size].astype(np.int64)
+        return AttentionMetadata(
+            max_seqlen_q=int(counts.max()),
+            positions=torch.from_numpy(positions[:, None]),
+            cu_seqlens_q=torch.from_numpy(bounds.astype(np.int32)),
+            cu_seqlens_k=torch.from_numpy(np.concatenate(([0], lengths.cumsum())).astype(np.int32)),
+            seqused_k=torch.from_numpy(lengths.astype(np.int32)),
+            block_tables=torch.from_numpy(np.ascontiguousarray(self._block_tables[:, slots])),
+            slot_mapping=torch.from_numpy(pages * size + positions % size),
+        )
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """``q [N, 1, H, D]``, ``k`` and ``v [N, 1, Hkv, D]`` → ``[N, 1, H, D]``."""
+        pool, keys, values = self._pages[layer]
+        step = self.metadata
+        for pages, new in ((keys, k), (values, v)):
+            pages.flatten(0, 1).index_copy_(0, step.slot_mapping[pool], new[:, 0])
+        y_NHD = self._attention(
+            q[:, 0],
+            keys,
+            values,
+            step.cu_seqlens_q,
+            # FlashAttention 2 checks its shape and reads ``seqused_k``; 3 allows only the latter.
+            None if current_flash_attention_impl() == "FA3" else step.cu_seqlens_k,
+            step.max_seqlen_q,
+            self.end,
+            window_size=(window, 0),
+            enable_gqa=q.size(2) != k.size(2),
+            seqused_k=step.seqused_k,
+            block_table=step.block_tables[pool],
+            # With a split over keys a row would depend on the batch, and version 2 leaves out some
+            # keys (pytorch issue 194167).
+            num_splits=1,
+        )
+        return y_NHD[:, None]
+
+
+def gathered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: Tensor,
+    block_table: Tensor,
+    num_splits: int,
+) -> Tensor:
+    """Reference of ``torch.nn.attention.varlen.varlen_attn`` with the arguments that are used here.
+
+    All rows are padded as ``SlotCache`` pads prompts: on most CPUs a row then has the same bits
+    whatever the batch, and on all of them nearly the same values.
+    """
+    H, D = query.shape[1:]
+    size, Hkv = key.shape[1:3]
+    G = H // Hkv
+    outputs = []
+    for i, (first, last) in enumerate(pairwise(cu_seq_q.tolist())):
+        T, length = last - first, int(seqused_k[i])
+        pages = block_table[i, : -(-length // size)]
+        L = padded_length(length, 2)
+        k_hLD, v_hLD = (
+            F.pad(t[pages].flatten(0, 1)[:length], (0, 0, 0, 0, 0, L - length)).transpose(0, 1)
+            for t in (key, value)
+        )
+        positions = torch.arange(length - T, length)[:, None]
+        columns = torch.arange(L)
+        invisible = columns > positions
+        if window_size[0] >= 0:
+            invisible |= columns < positions - window_size[0]
+        mask = torch.zeros((T, L), dtype=query.dtype).masked_fill_(invisible, -torch.inf)
+        Q = G * T
+        q_hQD = query[first:last].view(T, Hkv, G, D).permute(1, 2, 0, 3).reshape(Hkv, Q, D)
+        short = padded_queries(Q) - Q
+        y_hQD = F.scaled_dot_product_attention(
+            F.pad(q_hQD, (0, 0, 0, short))[None],
+            k_hLD[None],
+            v_hLD[None],
+            attn_mask=F.pad(mask.repeat(G, 1), (0, 0, 0, short)),
+        )[0, :, :Q]
+        outputs.append(y_hQD.view(Hkv, G, T, D).permute(2, 0, 1, 3).reshape(T, H, D))
+    return torch.cat(outputs)
