@@ -1,0 +1,230 @@
+"""Attention of new tokens to a paged KV cache, in Triton: chunked prefill and decode.
+
+The algorithm is FlashAttention's online softmax (Dao et al., arXiv 2205.14135) over blocks of the
+cache; a decode step is split over keys as in Flash-Decoding (Dao et al., 2023). The query heads of
+one key/value head are packed into one tile, so that keys and values are read once for all of them.
+
+The order in which a row is reduced depends on its own position alone: tiles of BLOCK_N keys from
+key 0 on, and for a decode splits of SPLIT keys that are merged from the first on. So a row has the
+same bits in any batch, which a split that fills the GPU would not give.
+
+Legend: N tokens of the step, S sequences, T tokens of a tile, M blocks of the longest sequence, H
+query heads, Hkv key/value heads, G = H / Hkv, D head size.
+"""
+
+# Triton resolves every name in a kernel's signature: it can have no annotations but its own.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SPLIT = 512
+"""Keys of one split of a decode."""
+BLOCK_N = 64
+"""Keys of a tile."""
+MIN_ROWS = 16
+"""Rows that a tensor core's tile has at least."""
+
+
+@triton.jit
+def _attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    partial_ptr,
+    cu_seqlens_q_ptr,
+    seqused_k_ptr,
+    block_table_ptr,
+    q_stride,
+    kv_stride,
+    table_stride,
+    tiles,
+    num_splits,
+    window,
+    scale,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """One tile of BLOCK_T tokens of one sequence, for one key/value head and one split of keys.
+
+    Row r of the tile is token r // G and head r % G. SPLIT 0 is all keys. ``partial`` is float32
+    ``[tiles, Hkv, splits, BLOCK_M, BLOCK_D + 2]``: sums, largest score, sum of weights.
+    """
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    sequence = tile // tiles
+    first = tl.load(cu_seqlens_q_ptr + sequence)
+    count = tl.load(cu_seqlens_q_ptr + sequence + 1) - first
+    token = (tile % tiles) * BLOCK_T
+    if token >= count:
+        return
+    length = tl.load(seqused_k_ptr + sequence)
+    rows = tl.arange(0, BLOCK_M)
+    tokens = token + rows // G
+    inside = (rows < BLOCK_T * G) & (tokens < count)
+    positions = length - count + tokens  # [BLOCK_M]
+    d = tl.arange(0, BLOCK_D)
+    # 64 bits: a cache may hold more than 2^31 values.
+    q_offsets = (first + tokens).to(tl.int64) * q_stride + (kv_head * G + rows % G) * D
+    q_MD = tl.load(
+        q_ptr + q_offsets[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0
+    )
+    # Keys that any row of the tile sees.
+    end = tl.minimum(length, length - count + token + BLOCK_T)
+    start = 0
+    if window >= 0:
+        start = tl.maximum(0, length - count + token - window)
+    if SPLIT > 0:
+        start = tl.maximum(start, split * SPLIT)
+        end = tl.minimum(end, (split + 1) * SPLIT)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    sums_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    n = tl.arange(0, BLOCK_N)
+    for at in range(start // BLOCK_N * BLOCK_N, end, BLOCK_N):
+        keys = at + n
+        present = keys < end
+        pages = tl.load(
+            block_table_ptr + sequence * table_stride + keys // BLOCK_SIZE, mask=present, other=0
+        )
+        kv_offsets = (pages.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE) * kv_stride + kv_head * D
+        kv_mask = present[:, None] & (d < D)[None, :]
+        k_ND = tl.load(k_ptr + kv_offsets[:, None] + d[None, :], mask=kv_mask, other=0.0)
+        v_ND = tl.load(v_ptr + kv_offsets[:, None] + d[None, :], mask=kv_mask, other=0.0)
+        scores = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale
+        seen = present[None, :] & (keys[None, :] <= positions[:, None])
+        if window >= 0:
+            seen = seen & (keys[None, :] >= positions[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        # A row that has seen no key yet: any finite shift gives weights of 0.
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp(scores - shift[:, None])
+        decay = tl.exp(top - shift)
+        total = total * decay + tl.sum(weights, axis=1)
+        sums_MD = sums_MD * decay[:, None] + tl.dot(
+            weights.to(v_ND.dtype), v_ND, input_precision="ieee"
+        )
+        top = new_top
+    if SPLIT > 0:
+        base = ((tile * tl.num_programs(1) + kv_head) * num_splits + split).to(tl.int64)
+        base = base * BLOCK_M * (BLOCK_D + 2)
+        line = partial_ptr + base + rows * (BLOCK_D + 2)
+        tl.store(line[:, None] + d[None, :], sums_MD)
+        tl.store(line + BLOCK_D, top)
+        tl.store(line + BLOCK_D + 1, total)
+    else:
+        out = sums_MD / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(
+            out_ptr + q_offsets[:, None] + d[None, :],
+            out.to(out_ptr.dtype.element_ty),
+            mask=inside[:, None] & (d < D)[None, :],
+        )
+
+
+@triton.jit
+def _merge_kernel(
+    partial_ptr,
+    out_ptr,
+    seqused_k_ptr,
+    q_stride,
+    num_splits,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """The output of one decode token and key/value head, from its splits in order."""
+    sequence = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    rows = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    length = tl.load(seqused_k_ptr + sequence)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    sums_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    base = (sequence * tl.num_programs(1) + kv_head).to(tl.int64) * num_splits
+    for split in range(tl.cdiv(length, SPLIT)):
+        line = partial_ptr + (base + split) * BLOCK_M * (BLOCK_D + 2) + rows * (BLOCK_D + 2)
+        split_top = tl.load(line + BLOCK_D)
+        new_top = tl.maximum(top, split_top)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay = tl.exp(top - shift)
+        weight = tl.exp(split_top - shift)
+        total = total * decay + tl.load(line + BLOCK_D + 1) * weight
+        sums_MD = sums_MD * decay[:, None] + tl.load(line[:, None] + d[None, :]) * weight[:, None]
+        top = new_top
+    out = sums_MD / tl.where(total == 0.0, 1.0, total)[:, None]
+    offsets = sequence.to(tl.int64) * q_stride + (kv_head * G + rows) * D
+    mask = (rows < G)[:, None] & (d < D)[None, :]
+    tl.store(out_ptr + offsets[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cu_seqlens_q: Tensor,
+    seqused_k: Tensor,
+    block_table: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    window: int = -1,
+) -> Tensor:
+    """``[N, H, D]``: causal softmax attention of ``q [N, H, D]`` to the cache, scaled by 1/√D.
+
+    ``keys`` and ``values`` are ``[blocks, block size, Hkv, D]`` in the dtype of ``q`` and contain
+    the new tokens already. Sequence i has tokens ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]``
+    (int32 ``[S + 1]``), which are the last of its ``seqused_k[i]`` (int32 ``[S]``); its blocks are
+    ``block_table[i]`` (int32 ``[S, M]``). A token sees itself and ``window`` earlier ones, or with
+    -1 all. Where ``max_seqlen_q`` is 1 the sequences are split over keys.
+    """
+    N, H, D = q.shape
+    block_size, Hkv = keys.shape[1:3]
+    assert q.stride(2) == 1
+    assert q.stride(1) == D
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    S, G = seqused_k.size(0), H // Hkv
+    out = torch.empty((N, H, D), dtype=q.dtype, device=q.device)
+    is_decode = max_seqlen_q == 1
+    block_t = 1 if is_decode else max(1, 64 // triton.next_power_of_2(G))
+    block_m = max(MIN_ROWS, triton.next_power_of_2(block_t * G))
+    block_d = max(16, triton.next_power_of_2(D))
+    tiles = triton.cdiv(max_seqlen_q, block_t)
+    num_splits = triton.cdiv(max_seqlen_k, SPLIT) if is_decode else 1
+    shape = (S * tiles, Hkv, num_splits, block_m, block_d + 2) if is_decode else (0,)
+    partial = torch.empty(shape, dtype=torch.float32, device=q.device)
+    # ``out`` is addressed like ``q``, of which only the token stride may differ.
+    q = q if q.stride(0) == H * D else q.contiguous()
+    sizes = {"G": G, "D": D, "BLOCK_D": block_d, "BLOCK_M": block_m}
+    split = SPLIT if is_decode else 0
+    _attention_kernel[(S * tiles, Hkv, num_splits)](
+        *(q, keys, values, out, partial, cu_seqlens_q, seqused_k, block_table),
+        *(q.stride(0), keys.stride(1), block_table.stride(0), tiles, num_splits, window, D**-0.5),
+        **sizes,
+        BLOCK_SIZE=block_size,
+        BLOCK_T=block_t,
+        BLOCK_N=BLOCK_N,
+        SPLIT=split,
+        num_warps=4,
+    )
+    if is_decode:
+        _merge_kernel[(S, Hkv)](
+            partial, out, seqused_k, q.stride(0), num_splits, **sizes, SPLIT=SPLIT, num_warps=4
+        )
+    return out
