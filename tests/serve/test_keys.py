@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,29 @@ def test_a_hash_holds_no_key_and_knows_it() -> None:
         assert ring.name_of(wrong) is None
     assert keys.KeyRing([one]).name_of(b"secret-1") == names[0]  # whatever else there is
     assert not keys.KeyRing([])
+
+
+KEY = "0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [KEY[:-1], KEY[:8], KEY[1:], KEY + "0", KEY.upper(), f" {KEY}", f"{KEY}\n", KEY[::-1], "0", ""],
+)
+def test_only_the_whole_key_is_accepted(other: str) -> None:
+    ring = keys.KeyRing([keys.hash_key("another"), keys.hash_key(KEY)])
+    assert ring.name_of(KEY.encode())
+    assert ring.name_of(other.encode()) is None
+
+
+def test_recorded_hash_and_name() -> None:
+    """sha256 of the salt's text followed by the key; the name is its first 16 digits."""
+    salt = "00112233445566778899aabbccddeeff"
+    digest = hashlib.sha256((salt + KEY).encode()).hexdigest()
+    assert digest == "61879010f5457f4a82da1cf1cd4d8031ff9259694053d92da072a3c86a05974e"
+    ring = keys.KeyRing([f"sha256:{salt}:{digest}"])
+    assert ring.name_of(KEY.encode()) == f"key {digest[:16]}"
+    assert len(keys.hash_key(KEY)) == 7 + 32 + 1 + 64
 
 
 def test_a_wrong_hash_is_refused_without_its_value() -> None:

@@ -6,6 +6,9 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
+from nanochat_ray.serve import metrics
 from nanochat_ray.serve.metrics import EngineMetrics, PrometheusSink, RequestMetrics
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "serving.json"
@@ -31,6 +34,101 @@ def test_dashboard_names_are_served() -> None:
             asked |= set(re.findall(r"\$\{prefix\}(\w+)", target["expr"]))
     assert asked
     assert {f"nanochat{name}" for name in asked} <= served
+
+
+class Clock:
+    """Stands still until it is set."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def values(sink: PrometheusSink) -> dict[str, float]:
+    """Every sample that is not 0, by its name; a bucket's with its bound."""
+    samples = re.findall(r"^nanochat_(\w+)\{(.*?)\} (\S+)$", sink.text().decode(), re.MULTILINE)
+    found = {}
+    for name, labels, value in samples:
+        if float(value) and not name.endswith("_created"):
+            rest = re.search(r'(?:le|finished_reason)="([^"]+)"', labels)
+            found[f"{name} {rest[1]}" if rest else name] = float(value)
+    return found
+
+
+def test_latencies_by_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(metrics, "time", clock)
+    sink, requests, _ = page()
+    timer = requests.timer()
+    clock.now = 100.75
+    timer.taken(7)
+    timer.tokens(1)
+    for clock.now in (101.0, 101.5):
+        timer.tokens(2)
+    clock.now = 103.0
+    timer.end("length")
+    timer.end("abort")
+    found = values(sink)
+    assert found["time_to_first_token_seconds_sum"] == 0.75
+    assert found["time_to_first_token_seconds_count"] == 1
+    assert found["inter_token_latency_seconds_sum"] == 0.75
+    assert found["inter_token_latency_seconds_count"] == 2
+    assert found["e2e_request_latency_seconds_sum"] == 3.0
+    assert found["e2e_request_latency_seconds_count"] == 1
+    assert (found["prompt_tokens_total"], found["generation_tokens_total"]) == (7, 5)
+    assert found["request_success_total length"] == 1
+    assert "request_success_total abort" not in found
+    # Buckets hold what is at most their bound.
+    assert "time_to_first_token_seconds_bucket 0.5" not in found
+    assert found["time_to_first_token_seconds_bucket 0.75"] == 1
+    assert found["inter_token_latency_seconds_bucket 0.4"] == 1
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "abort", "error"])
+def test_only_complete_requests_have_a_latency(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "time", Clock())
+    sink, requests, _ = page()
+    timer = requests.timer()
+    for _ in range(33):
+        timer.tokens(1)
+    # Counted 32 at a time, the rest at the end.
+    assert values(sink)["generation_tokens_total"] == 32
+    timer.end(reason)
+    found = values(sink)
+    assert found["generation_tokens_total"] == 33
+    assert found[f"request_success_total {reason}"] == 1
+    assert ("e2e_request_latency_seconds_count" in found) == (reason in ("stop", "length"))
+
+
+def test_engine_figures_by_name() -> None:
+    sink, _, engines = page()
+    stats = {"running": 3, "waiting": 4, "kv_used": 0.5, "prefix_queried": 50, "prefix_hit": 20}
+    engines.put("0", stats | {"preemptions": 6, "steps": 70, "step_seconds": 8.5})
+    assert values(sink) == {
+        "num_requests_running": 3,
+        "num_requests_waiting": 4,
+        "kv_cache_usage_perc": 0.5,
+        "prefix_cache_queries_total": 50,
+        "prefix_cache_hits_total": 20,
+        "num_preemptions_total": 6,
+        "engine_steps_total": 70,
+        "engine_step_seconds_total": 8.5,
+    }
+
+
+def test_two_sinks_get_the_same() -> None:
+    sinks = PrometheusSink("tiny"), PrometheusSink("tiny")
+    both = metrics.Tee(*sinks)
+    RequestMetrics(both).timer().end("stop")
+    engines = EngineMetrics(both)
+    engines.put_all({"a": {"running": 2, "steps": 5}})
+    assert values(sinks[0]) == values(sinks[1])
+    assert values(sinks[1])["engine_steps_total"] == 5
+    engines.put_all({})
+    assert "engine_steps_total" not in values(sinks[0]) | values(sinks[1])
 
 
 def test_a_replaced_engine_goes_on_counting() -> None:
