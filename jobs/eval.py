@@ -158,7 +158,7 @@ def main(args: Args) -> None:
     }
     if args.text:
         result |= text_figures(args, model, tokenizer)
-    if tasks:  # last: an engine changes the model's layout
+    if tasks:
         config = EngineConfig(max_num_seqs=args.slots, precision=args.precision)
         engine = Engine(model, config, calculator_tool(tokenizer))
         result |= task_figures(args, engine, tokenizer, tasks)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.paged_cache import AttentionMetadata, PagedCache
-from nanochat_ray.model.gpt import GPT
+from nanochat_ray.engine.model import InferenceModel
 
 
 @dataclass
@@ -30,7 +30,7 @@ class _Recording:
 class DecodeGraphs:
     """Graphs for 1, 2, 4, 8, ... rows up to ``most``, of one row for each sequence."""
 
-    def __init__(self, model: GPT, cache: PagedCache, most: int):
+    def __init__(self, model: InferenceModel, cache: PagedCache, most: int):
         self._model, self._cache = model, cache
         sizes = [1]
         while sizes[-1] < most:
@@ -63,7 +63,7 @@ class DecodeGraphs:
     def _forward(self, tokens: Tensor, metadata: AttentionMetadata) -> Tensor:
         self._cache.use(metadata)
         ids, before = tokens
-        return self._model.logits(self._model.hidden(ids[:, None], self._cache, before)[:, 0])
+        return self._model.logits(self._model.hidden(ids, before, self._cache))
 
     def rows(self, count: int) -> int:
         """Rows of the graph that runs so many, or 0 if there is none for as many."""

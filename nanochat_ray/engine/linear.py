@@ -1,110 +1,152 @@
-"""Linear layers laid out for decoding on a CPU: a row should not depend on the rows beside it.
+"""Linear layers of an inference model: one interface, several layouts of the weight.
 
-Ours in C have the same bits for a row whatever the batch, by how they are made (``linear.c``).
-Where there are none, Intel's MKL has them from two rows on if a matrix is stored column by column
-(stored row by row, results change at 16 rows), as far as a trial at the start shows; on other CPUs
-rounding may depend on the batch.
+A row of the result should not depend on the rows beside it. ``PackedLinear`` guarantees that: its
+C kernel adds up each sum in one order, whatever the batch (``linear.c``). With torch's matmuls on a
+CPU it depends on the library: Intel's MKL has that property from two rows on if the weight is
+column-major (row-major, results change at 16 rows), as far as a trial at start-up shows
+(``min_invariant_rows``). On other CPUs the rounding may depend on the batch.
+
+Legend: N output features, K input features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from nanochat_ray.engine.native import Native, Norm, Product, ReluSquared, Softcap, Turn
+from nanochat_ray.engine.native import CHUNK, COLUMNS, Native
 from nanochat_ray.machine import zeros
-from nanochat_ray.model.gpt import GPT
-from nanochat_ray.model.layers import Linear
 
-GATE_OUTPUTS = 32
-"""A layer of fewer is computed as one of more."""
-FEWEST_ROWS = (2, 4)
-"""One row has a kernel of its own everywhere, up to three have one on some processors."""
-CHECKED_ROWS = (2, 3, 4, 5, 7, 16, 32, 33, 65)
+MIN_PADDED_OUTPUTS = 32
+"""On a CPU a layer with fewer outputs is computed as a slice of a wider one."""
+ROW_THRESHOLDS = (2, 4)
+"""Matmuls of one row have a kernel of their own everywhere, those of up to three on some CPUs."""
+TRIAL_ROWS = (2, 3, 4, 5, 7, 16, 32, 33, 65)
 
 
-class Gate(nn.Module):
-    """A linear layer of few outputs, computed as one of more.
+class Linear(Protocol):
+    """``y = x Wᵀ`` without bias; the weight stays at its address when it is loaded anew."""
 
-    A matrix of one row has kernels of its own, whose sums depend on the number of rows of ``x``.
-    And a slice of a wider result is not contiguous: a contiguous one would go through torch's
-    sigmoid by vectors of 16 with another formula for what is left over, so that a row's gate
-    would depend on its place in the batch.
+    in_features: int
+    out_features: int
+
+    def load(self, weight: Tensor) -> None:
+        """Copies ``weight [N, K]`` of any dtype and layout into the layer's own memory."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x [rows, K]`` → ``[rows, N]``, both in the layer's dtype."""
+        ...
+
+
+class DenseLinear:
+    """torch's matmul with a row-major weight: the layout for CUDA."""
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device):
+        self.out_features, self.in_features = shape
+        self.weight = torch.zeros(shape, dtype=dtype, device=device)
+
+    def load(self, weight: Tensor) -> None:
+        self.weight.copy_(weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class ColumnMajorLinear(DenseLinear):
+    """torch's matmul with a column-major weight: the layout for MKL on a CPU."""
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype):
+        self.out_features, self.in_features = shape
+        self.weight = torch.zeros(shape[::-1], dtype=dtype).t()
+
+
+class PaddedLinear:
+    """A layer of few outputs, such as a gate: a slice of a wider matmul.
+
+    MKL has kernels of their own for a weight of one row, whose sums depend on the number of rows of
+    ``x``. Also, the result must not be contiguous: of a contiguous tensor torch's sigmoid computes
+    vectors of 16 elements and the remainder by another formula, so that a row's gate would depend
+    on its position in the batch.
     """
 
-    def __init__(self, layer: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        wide = torch.zeros(layer.out_features // 8 * 8 + 8, layer.in_features)
-        wide = wide.to(layer.weight.device, layer.weight.dtype)
-        wide[: layer.out_features] = layer.weight.data
-        self.weight = nn.Parameter(by_columns(wide), requires_grad=False)
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype):
+        self.out_features, self.in_features = shape
+        self._wide = ColumnMajorLinear((shape[0] // 8 * 8 + 8, shape[1]), dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)[..., : self.out_features]
+    def load(self, weight: Tensor) -> None:
+        self._wide.weight[: self.out_features].copy_(weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._wide(x)[:, : self.out_features]
 
 
-def by_columns(weight: Tensor) -> Tensor:
-    """The same values ``[N, K]``, those of a column next to each other in memory."""
-    return weight.t().contiguous().t()
+class PackedLinear:
+    """The C kernel, float32: the weight in panels of ``COLUMNS`` outputs (``linear.c``)."""
+
+    def __init__(self, native: Native, shape: tuple[int, int], memory: Tensor | None = None):
+        """``memory`` is float32 ``[packed_size(shape)]``, by default memory of its own."""
+        self.out_features, self.in_features = shape
+        self._native = native
+        memory = torch.zeros(self.packed_size(shape)) if memory is None else memory
+        self.panels = memory.view(-(-shape[0] // COLUMNS), -1, COLUMNS)
+        """float32 ``[panels, K rounded up to CHUNK, COLUMNS]``; padding is 0."""
+
+    @staticmethod
+    def packed_size(shape: tuple[int, int]) -> int:
+        """Elements of the packed weight, padding included."""
+        N, K = shape
+        return -(-N // COLUMNS) * COLUMNS * -(-K // CHUNK) * CHUNK
+
+    def load(self, weight: Tensor) -> None:
+        N, K = weight.shape
+        full = N // COLUMNS
+        panels = weight[: full * COLUMNS].unflatten(0, (full, COLUMNS))
+        self.panels[:full, :K].copy_(panels.transpose(1, 2))
+        if rest := N % COLUMNS:
+            self.panels[full, :K, :rest].copy_(weight[-rest:].t())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._native.linear(x, self.panels)
+        # A gate's few outputs are a slice, for the reason that ``PaddedLinear`` gives.
+        return y if y.size(-1) == self.out_features else y[:, : self.out_features]
+
+
+def make_linears(
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    native: Native | None = None,
+) -> list[Linear]:
+    """A layer for each weight shape ``(N, K)``, zeros so far.
+
+    ``native`` is for float32 on a CPU; without, torch computes.
+    """
+    if native is not None:
+        # One range of huge pages for all weights.
+        sizes = [PackedLinear.packed_size(shape) for shape in shapes]
+        memory = zeros([sum(sizes)], torch.float32, torch.device("cpu"), now=False).split(sizes)
+        return [PackedLinear(native, *pair) for pair in zip(shapes, memory, strict=True)]
+    if device.type != "cpu":
+        return [DenseLinear(shape, dtype, device) for shape in shapes]
+    return [
+        PaddedLinear(shape, dtype)
+        if shape[0] < MIN_PADDED_OUTPUTS
+        else ColumnMajorLinear(shape, dtype)
+        for shape in shapes
+    ]
 
 
 @torch.inference_mode()
-def fewest_rows(layer: nn.Linear | Gate, dtype: torch.dtype) -> int | None:
-    """The number of rows from which on a row's result does not depend on it, as far as a trial
-    shows; None if it always may."""
+def min_invariant_rows(layer: Linear, dtype: torch.dtype) -> int | None:
+    """The number of rows from which on a row's result does not depend on that number, as far as a
+    trial shows; None if it always may."""
     noise = torch.Generator().manual_seed(0)
     x = torch.randn((300, layer.in_features), generator=noise).to(dtype)
     whole = layer(x)
-    wrong = [n for n in CHECKED_ROWS if not torch.equal(layer(x[:n]), whole[:n])]
-    return next((n for n in FEWEST_ROWS if not wrong or n > wrong[-1]), None)
-
-
-def faster(layer: nn.Linear) -> nn.Linear | Gate:
-    """A layer of torch's that computes the same."""
-    if layer.out_features < GATE_OUTPUTS:
-        return Gate(layer)
-    layer.weight.data = by_columns(layer.weight.data)
-    return layer
-
-
-@torch.inference_mode()
-def pack_weights(model: GPT, native: Native | None = None) -> int:
-    """Replaces or rearranges the model's layers; what they compute stays.
-
-    Returns how many rows a forward must have at least for rows not to depend on each other.
-    """
-    if native is not None:
-        model.norm = Norm(native, model.config.norm_eps)
-        model.softcap = Softcap(native, model.config.softcap)
-    for block in model.blocks:
-        attn = block.attn
-        if attn.c_qkv is None:
-            parts = [attn.c_q, attn.c_k, attn.c_v]
-            whole = Linear(attn.c_q.in_features, sum(p.out_features for p in parts))
-            whole.weight.data = torch.cat([p.weight.data for p in parts])
-            attn.c_qkv = whole
-            del attn.c_q, attn.c_k, attn.c_v
-        if native is not None:
-            attn.turn, block.mlp.activation = Turn(native), ReluSquared(native)
-    places = [
-        (parent, name)
-        for parent in model.modules()
-        for name, layer in parent.named_children()
-        if isinstance(layer, nn.Linear)
-    ]
-    if native is not None:
-        # One stretch of large pages, to which the weights go one by one: never all twice in memory.
-        rooms = [Product.room(getattr(*place).weight) for place in places]
-        memory = zeros([sum(rooms)], torch.float32, torch.device("cpu"), now=False)
-        for (parent, name), part in zip(places, memory.split(rooms), strict=True):
-            setattr(parent, name, Product(native, getattr(parent, name).weight.data, part))
-        return 1
-    needed = 1
-    for parent, name in places:
-        layer = faster(getattr(parent, name))
-        setattr(parent, name, layer)
-        rows = fewest_rows(layer, model.compute_dtype)
-        needed = max(needed, rows or FEWEST_ROWS[-1])
-    return needed
+    unequal = [n for n in TRIAL_ROWS if not torch.equal(layer(x[:n]), whole[:n])]
+    return next((n for n in ROW_THRESHOLDS if not unequal or n > unequal[-1]), None)

@@ -18,7 +18,7 @@ from nanochat_ray.engine.kvcache.memory import check_slots, make_allocator
 from nanochat_ray.engine.kvcache.paged_cache import PagedCache, block_size
 from nanochat_ray.engine.kvcache.prefixes import CopiedPrefixes, SharedPrefixes
 from nanochat_ray.engine.kvcache.slot_cache import SlotCache
-from nanochat_ray.engine.linear import pack_weights
+from nanochat_ray.engine.model import InferenceModel
 from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.sampler import insert
 from nanochat_ray.engine.scheduler import Chunk, Sequence
@@ -29,12 +29,10 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 
 class Runner:
-    """Holds the model and its cache. Takes the model over: dtype and memory layout may change."""
+    """Holds the inference model and its cache."""
 
     def __init__(self, model: GPT, config: EngineConfig, max_model_len: int):
         dtype = DTYPES[config.precision]
-        self.model = model.to(dtype).eval()
-        model.compute_dtype = dtype
         self.device = model.wte.weight.device
         on_cpu, sizes = self.device.type == "cpu", model.config
         self.native: Native | None = None
@@ -43,7 +41,15 @@ class Runner:
             self.native = native(sizes.head_dim, group, config.kernels)
         self.kernels = self.native.level if self.native else "torch"
         """What computes: the instructions that the kernels in C were compiled for, or torch."""
-        self.min_rows = pack_weights(model, self.native) if on_cpu else 1
+        self.model = InferenceModel(
+            model.config,
+            model.state_dict(),
+            max_model_len=max_model_len,
+            dtype=dtype,
+            device=self.device,
+            native=self.native,
+        )
+        self.min_rows = self.model.min_num_tokens
         self.blocks: BlockAllocator | None = None
         """Where the layout is paged: the accounting of its memory."""
         self.cache: SlotCache | PagedCache
@@ -63,7 +69,7 @@ class Runner:
             rows = config.max_num_seqs * (1 + config.num_speculative_tokens)
             if config.speculative_disable_by_batch_size:
                 rows = min(rows, max(config.max_num_seqs, config.speculative_disable_by_batch_size))
-            self._graphs = DecodeGraphs(model, self.cache, rows)
+            self._graphs = DecodeGraphs(self.model, self.cache, rows)
 
     def _paged(self, config: EngineConfig) -> bool:
         on_gpu = self.device.type == "cuda"
@@ -133,7 +139,7 @@ class Runner:
             logits = graphs.run(tokens_2N, spans)
             return logits[: len(ids)] if len(last) == len(ids) else logits[self._at(last)]
         ids_N, before_N = tokens_2N
-        hidden = self.model.hidden(ids_N[:, None], self.cache, before_N)[:, 0]
+        hidden = self.model.hidden(ids_N, before_N, self.cache)
         if not last:
             return hidden.new_empty((0, self.model.config.vocab_size), dtype=torch.float32)
         if last != list(range(rows)):

@@ -1,35 +1,14 @@
-"""Causal attention with grouped heads and windows, and the seam where a KV cache plugs in."""
+"""Causal self-attention of training, with grouped heads, windows and document masks."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-
-class AttentionContext(Protocol):
-    """Keys and values of earlier tokens, for cached inference.
-
-    The model calls ``attend`` once for each layer, in order, with the new tokens' queries, keys
-    and values; the context keeps the keys and values and attends over all it holds of each row.
-    How it lays memory out is its own affair.
-    """
-
-    positions: Tensor
-    """int64 ``[B, T]``: the place of each new token in its sequence."""
-    end: int
-    """No position reaches it."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """``q [B, T, H, D]``, ``k`` and ``v [B, T, Hkv, D]`` → ``[B, T, H, D]``.
-
-        A token sees itself and the ``window`` tokens before it, all of them if -1.
-        """
-        ...
 
 
 @functools.lru_cache(maxsize=8)
@@ -42,26 +21,26 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 
 @functools.cache
 def _compiled_flex() -> Any:
-    # Uncompiled, it would hold all scores.
+    # Uncompiled, it would keep all attention scores in memory.
     return torch.compile(flex_attention, dynamic=False)
 
 
 def _block_mask(B: int, T: int, window: int, documents: Tensor | None, device: torch.device) -> Any:
     def visible(b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = (i >= j) & (i - j <= window)
-        return seen if documents is None else seen & (documents[b, i] == documents[b, j])
+        causal = (i >= j) & (i - j <= window)
+        return causal if documents is None else causal & (documents[b, i] == documents[b, j])
 
-    rows = None if documents is None else B
-    return create_block_mask(visible, rows, None, T, T, device=str(device))
+    batch = None if documents is None else B
+    return create_block_mask(visible, batch, None, T, T, device=str(device))
 
 
-class TrainingAttention:
-    """Self-attention inside rows ``[B, T]`` that start at position 0.
+class SelfAttention:
+    """Self-attention inside sequences ``[B, T]`` that start at position 0.
 
-    One object serves all layers of a forward pass, so that a mask is made once for each window.
+    One object serves all layers of a forward pass, so that a mask is built once for each window.
     ``documents`` is int ``[B, T]``, the number of the document that a token belongs to: tokens
-    see their own document only. Without a mask torch's own causal attention runs; masked, it is
-    FlexAttention on CUDA, which skips blocks that nobody sees, and a dense mask elsewhere.
+    attend to their own document only. Without a mask torch's causal attention runs; with one,
+    FlexAttention on CUDA, which skips blocks that are all masked, and a dense mask elsewhere.
     """
 
     def __init__(self, documents: Tensor | None = None):
@@ -69,7 +48,11 @@ class TrainingAttention:
         self._masks: dict[int, Any] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-        """Shapes as in ``AttentionContext.attend``; ``scale`` multiplies the scores."""
+        """``q [B, T, H, D]``, ``k`` and ``v [B, T, Hkv, D]`` → ``[B, T, H, D]``.
+
+        A token sees itself and the ``window`` tokens before it, all of them if -1. ``scale``
+        multiplies the attention scores.
+        """
         B, T, H, _ = q.shape
         grouped = k.size(2) != H
         q_BHTD, k_BHTD, v_BHTD = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

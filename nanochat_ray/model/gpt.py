@@ -1,6 +1,6 @@
-"""The transformer, on a page: one forward for training and for cached inference.
+"""The training model, on a page. ``engine.model`` computes the same with a KV cache.
 
-Parameter names are nanochat's, so that its checkpoints load. Dimensions: B rows, T tokens,
+Parameter names are nanochat's, so that its checkpoints load. Dimensions: B sequences of T tokens,
 C = n_embd, H heads, Hkv key/value heads, D = C / H.
 """
 
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochat_ray.config import ModelConfig
-from nanochat_ray.model.attention import AttentionContext, TrainingAttention
+from nanochat_ray.model.attention import SelfAttention
 from nanochat_ray.model.fp8 import MULTIPLE
-from nanochat_ray.model.layers import Linear, Norm, ReluSquared, Softcap, Turn
-from nanochat_ray.model.loss import softcap_cross_entropy
-from nanochat_ray.model.rotary import rotary_tables, yarn_sharpening
+from nanochat_ray.model.fused import relu_squared, rms_norm
+from nanochat_ray.model.linear import Linear
+from nanochat_ray.model.loss import softcap, softcap_cross_entropy
+from nanochat_ray.model.rotary import rotary_tables, rotate, yarn_sharpening
 from nanochat_ray.scaling import has_value_embedding, windows
 
 GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
@@ -29,14 +30,12 @@ GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.config = layer, config
+        self.config = config
         self.window = windows(config)[layer]
         C, D = config.n_embd, config.head_dim
         self.c_q = Linear(C, config.n_head * D)
         self.c_k = Linear(C, config.n_kv_head * D)
         self.c_v = Linear(C, config.n_kv_head * D)
-        self.c_qkv: nn.Module | None = None
-        """The three above in one, where an engine puts them together; it does without them then."""
         self.c_proj = Linear(C, C)
         self.gate_channels = min(GATE_CHANNELS, C)
         gated = config.value_embeds and has_value_embedding(layer, config.n_layer)
@@ -44,38 +43,27 @@ class Attention(nn.Module):
         self.head_gate = (
             Linear(self.gate_channels, config.n_head) if config.attention_gate else None
         )
-        self.turn: nn.Module = Turn()
         # The scale on q and on k acts through their product alone.
-        self.sharpen = config.qk_scale**2 * yarn_sharpening(config.rope_factor)
+        self.scale = config.qk_scale**2 * yarn_sharpening(config.rope_factor) / D**0.5
 
     def forward(
         self,
         x: Tensor,
         value: Tensor | None,
         angles: tuple[Tensor, Tensor],
-        attend: TrainingAttention | AttentionContext,
+        attend: SelfAttention,
         window: int,
     ) -> Tensor:
         B, T, _ = x.shape
         c = self.config
-        if self.c_qkv is None:
-            q = self.c_q(x).view(B, T, c.n_head, c.head_dim)
-            k = self.c_k(x).view(B, T, c.n_kv_head, c.head_dim)
-            v = self.c_v(x).view(B, T, c.n_kv_head, c.head_dim)
-            q, k = self.turn(q, angles, c.norm_eps), self.turn(k, angles, c.norm_eps)
-        else:
-            heads = self.c_qkv(x).view(B, T, -1, c.head_dim)
-            turned = self.turn(heads[:, :, : -c.n_kv_head], angles, c.norm_eps)
-            q, k = turned[:, :, : c.n_head], turned[:, :, c.n_head :]
-            v = heads[:, :, -c.n_kv_head :]
+        q = self.c_q(x).view(B, T, c.n_head, c.head_dim)
+        k = self.c_k(x).view(B, T, c.n_kv_head, c.head_dim)
+        v = self.c_v(x).view(B, T, c.n_kv_head, c.head_dim)
+        q, k = (rms_norm(rotate(heads, *angles), c.norm_eps) for heads in (q, k))  # QK-norm
         if value is not None and self.ve_gate is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # [B, T, Hkv]
             v = v + gate.unsqueeze(-1) * value.view_as(v)
-        if isinstance(attend, TrainingAttention):
-            y = attend(q, k, v, window, self.sharpen / c.head_dim**0.5)
-        else:
-            sharp = q if self.sharpen == 1 else q * self.sharpen
-            y = attend.attend(self.layer, sharp, k, v, window)
+        y = attend(q, k, v, window, self.scale)
         if self.head_gate is not None:
             y = y * torch.sigmoid(self.head_gate(x[..., : self.gate_channels])).unsqueeze(-1)
         return self.c_proj(y.reshape(B, T, -1))
@@ -86,10 +74,9 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
-        self.activation: nn.Module = ReluSquared()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
+        return self.c_proj(relu_squared(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -130,8 +117,6 @@ class GPT(nn.Module):
             kv = config.n_kv_head * config.head_dim
             layers = [i for i in range(n) if has_value_embedding(i, n)]
             self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, kv) for i in layers})
-        self.norm: nn.Module = Norm(config.norm_eps)
-        self.softcap: nn.Module = Softcap(config.softcap)
         self._angles: tuple[Tensor, Tensor] | None = None
         self.window_share = 1.0
         """Share of the windows that training sees; a schedule may let it grow."""
@@ -190,14 +175,14 @@ class GPT(nn.Module):
                 fill(cast(nn.Embedding, table).weight, -bound, bound)
 
     def use_fp8(self) -> None:
-        """From now on the blocks' large products are fp8 in training (``model/fp8.py``)."""
+        """Makes the blocks' large matmuls fp8 in training (``model/fp8.py``)."""
         for block in self.blocks:
             for layer in block.modules():
                 if isinstance(layer, Linear) and not any(s % MULTIPLE for s in layer.weight.shape):
                     layer.fp8 = True
 
     def compile_hidden(self) -> None:
-        """From now on the layers run compiled, in training and in validation."""
+        """Compiles the layers, for training and for validation."""
         self.hidden = torch.compile(self.hidden)  # type: ignore[method-assign]
 
     def _window(self, layer: Attention, T: int) -> int:
@@ -207,39 +192,33 @@ class GPT(nn.Module):
         whole = T if layer.window < 0 else layer.window
         return min(whole, max(64, round(whole * self.window_share / 64) * 64))
 
-    def _rotary(self, T: int, context: AttentionContext | None) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[B or 1, T, 1, D/2]`` for the new tokens."""
+    def _rotary(self, T: int) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[1, T, 1, D / 2]``."""
         device = self.wte.weight.device
-        last = T if context is None else context.end
         angles = self._angles
-        if angles is None or angles[0].size(0) < last or angles[0].device != device:
+        if angles is None or angles[0].size(0) < T or angles[0].device != device:
             c = self.config
-            length = max(last, c.context_len)
-            cos, sin = rotary_tables(
-                length, c.head_dim, c.rope_base, trained=c.sequence_len, factor=c.rope_factor
-            )
+            length = max(T, c.context_len)
+            with torch.inference_mode(False):  # or they could not be used in training
+                cos, sin = rotary_tables(
+                    length, c.head_dim, c.rope_base, trained=c.sequence_len, factor=c.rope_factor
+                )
             angles = self._angles = (cos.to(device), sin.to(device))
         cos, sin = (table.to(self.compute_dtype) for table in angles)
-        if context is None:
-            return cos[None, :T, None], sin[None, :T, None]
-        return cos[context.positions].unsqueeze(2), sin[context.positions].unsqueeze(2)
+        return cos[None, :T, None], sin[None, :T, None]
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        return self.norm(self.wte(ids).to(self.compute_dtype))
+    def _norm(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.config.norm_eps)
 
-    def _smear(self, x: Tensor, ids: Tensor, prev_ids: Tensor | None) -> Tensor:
-        """Adds a gated share of the token before; ``prev_ids [B]`` stand before the first ones."""
-        before = x[:, :-1]
-        if prev_ids is not None:
-            first = self._embed(prev_ids.clamp_min(0)) * (prev_ids >= 0).to(x.dtype)[:, None]
-            before = torch.cat((first[:, None], before), dim=1)
-        after = x[:, x.size(1) - before.size(1) :]
-        gate = torch.sigmoid(self.smear_gate(after[..., : self.smear_gate.in_features]))
+    def _smear(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Adds a gated share of the previous token's embedding, except at a document's start."""
+        previous, x_rest = x[:, :-1], x[:, 1:]
+        gate = torch.sigmoid(self.smear_gate(x_rest[..., : self.smear_gate.in_features]))
         if self.config.document_start >= 0:
-            starts = ids[:, ids.size(1) - before.size(1) :] == self.config.document_start
+            starts = ids[:, 1:] == self.config.document_start
             gate = gate.masked_fill(starts.unsqueeze(-1), 0.0)
-        mixed = after + self.smear_lambda.to(x.dtype) * gate * before
-        return mixed if prev_ids is not None else torch.cat((x[:, :1], mixed), dim=1)
+        x_rest = x_rest + self.smear_lambda.to(x.dtype) * gate * previous
+        return torch.cat((x[:, :1], x_rest), dim=1)
 
     def _block(
         self,
@@ -250,12 +229,12 @@ class GPT(nn.Module):
         skip: Tensor | None,
         ids: Tensor,
         angles: tuple[Tensor, Tensor],
-        attend: TrainingAttention | AttentionContext,
+        attend: SelfAttention,
     ) -> Tensor:
-        """Layer ``i`` on the residual stream ``x [B, T, C]``; ``x0`` is what it began with."""
+        """Layer ``i`` on the residual stream ``x [B, T, C]``; ``x0`` is the stream's start."""
         config = self.config
         if config.residual_scalars:
-            # In float32 scalars the product would be promoted: cast them, not the stream.
+            # With float32 scalars the result would be promoted: cast them, not the stream.
             resid, first = self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype)
             x = resid * x + first * x0
         if skip is not None:
@@ -264,31 +243,20 @@ class GPT(nn.Module):
         if config.value_embeds and str(i) in self.value_embeds:
             value = self.value_embeds[str(i)](ids).to(x.dtype)
         window = self._window(block.attn, ids.size(1))
-        attended = block.attn(self.norm(x), value, angles, attend, window)
-        x = x + self._drop(attended)
-        return x + self._drop(block.mlp(self.norm(x)))
+        x = x + self._drop(block.attn(self._norm(x), value, angles, attend, window))
+        return x + self._drop(block.mlp(self._norm(x)))
 
-    def hidden(
-        self, ids: Tensor, context: AttentionContext | None = None, prev_ids: Tensor | None = None
-    ) -> Tensor:
-        """Final normalised activations ``[B, T, C]`` of ``ids [B, T]`` int64.
-
-        Without a context the rows start at position 0. With one, ``prev_ids [B]`` is the token
-        before each row's first (-1 at the start of a sequence): all that a layer needs of earlier
-        tokens beside keys and values.
-        """
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Final normalised activations ``[B, T, C]`` of ``ids [B, T]`` int64, from position 0."""
         config = self.config
-        angles = self._rotary(ids.size(1), context)
-        attend: TrainingAttention | AttentionContext
-        if context is not None:
-            attend = context
-        elif config.document_start >= 0:
-            attend = TrainingAttention((ids == config.document_start).cumsum(dim=1))
-        else:
-            attend = TrainingAttention()
-        x = self._embed(ids)
+        angles = self._rotary(ids.size(1))
+        documents = None
+        if config.document_start >= 0:
+            documents = (ids == config.document_start).cumsum(dim=1)
+        attend = SelfAttention(documents)
+        x = self._norm(self.wte(ids).to(self.compute_dtype))
         if config.smear:
-            x = self._smear(x, ids, prev_ids)
+            x = self._smear(x, ids)
         x = self._drop(x)
         x0, middle = x, None
         mirrored: list[Tensor] = []
@@ -307,7 +275,7 @@ class GPT(nn.Module):
                 middle = x
         if middle is not None:
             x = x - self.backout_lambda.to(x.dtype) * middle
-        return self.norm(x)
+        return self._norm(x)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
@@ -322,13 +290,11 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``[..., vocab_size]`` from ``hidden [..., C]``, soft-capped (Gemma 2)."""
         logits = self.lm_head(hidden)[..., : self.config.vocab_size].float()
-        return self.softcap(logits)
+        return softcap(logits, self.config.softcap)
 
-    def forward(
-        self, ids: Tensor, context: AttentionContext | None = None, prev_ids: Tensor | None = None
-    ) -> Tensor:
-        """Logits, float32 ``[B, T, vocab_size]``."""
-        return self.logits(self.hidden(ids, context, prev_ids))
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits, float32 ``[B, T, vocab_size]``, of ``ids [B, T]`` int64."""
+        return self.logits(self.hidden(ids))
 
     def loss(
         self, ids: Tensor, targets: Tensor, reduction: Literal["sum", "mean", "none"] = "mean"

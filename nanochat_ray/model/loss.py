@@ -90,6 +90,11 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
         return grad_hidden * scale.to(grad_hidden.dtype), weight, None, None, None
 
 
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """``cap`` tanh(logits / ``cap``), as in Gemma 2; 0 leaves logits as they are."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
 def softcap_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, cap: float, vocab: int
 ) -> Tensor:

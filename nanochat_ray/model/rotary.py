@@ -45,10 +45,10 @@ def rotary_tables(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns ``x [B, T, H, D]`` by the angles of ``cos``, ``sin [B or 1, T, 1, D/2]``.
+    """Rotates ``x [..., H, D]`` by the angles of ``cos`` and ``sin [..., 1, D / 2]``.
 
     By minus the angle, as nanochat does: only the difference of two positions matters to
-    attention, but weights carry over between implementations that agree on the sign.
+    attention, but weights carry over only between implementations that agree on the sign.
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)

@@ -1,4 +1,4 @@
-"""The layouts of linear layers: equal values, and the rows from which on they do not change."""
+"""The layouts of linear layers: equal values, and how many rows they need for stable bits."""
 
 from __future__ import annotations
 
@@ -6,45 +6,58 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat_ray.engine.linear import faster, fewest_rows, pack_weights
-from nanochat_ray.model.gpt import GPT
-from nanochat_ray.model.layers import Linear
-from tests.tiny import tiny_config
+from nanochat_ray.engine.linear import (
+    ColumnMajorLinear,
+    DenseLinear,
+    PaddedLinear,
+    make_linears,
+    min_invariant_rows,
+)
+
+CPU = torch.device("cpu")
 
 
-def layer(inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> Linear:
-    made = Linear(inputs, outputs).to(dtype).requires_grad_(False)
-    made.weight.copy_(torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1)))
-    return made
+def weight(outputs: int, inputs: int) -> torch.Tensor:
+    return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("outputs", [1, 6, 40, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_faster_layer_computes_the_same(outputs: int, dtype: torch.dtype) -> None:
-    plain, x = layer(96, outputs, dtype), torch.randn((5, 96)).to(dtype)
-    expected = F.linear(x.double(), plain.weight.double())
-    torch.testing.assert_close(faster(plain)(x).double(), expected, atol=0.2, rtol=2e-2)
+def test_layouts_compute_the_same(outputs: int, dtype: torch.dtype) -> None:
+    (layer,) = make_linears([(outputs, 96)], dtype, CPU)
+    layer.load(weight(outputs, 96))
+    x = torch.randn((5, 96)).to(dtype)
+    expected = F.linear(x.double(), weight(outputs, 96).to(dtype).double())
+    assert layer(x).shape == (5, outputs)
+    torch.testing.assert_close(layer(x).double(), expected, atol=0.2, rtol=2e-2)
 
 
-def test_rows_that_hang_on_their_number_are_found() -> None:
-    class Fickle(Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) + (len(x) < self.steady)
-
-        steady = 0
-
-    for steady, expected in ((2, 2), (3, 4), (4, 4), (17, None)):
-        fickle = Fickle(8, 8).requires_grad_(False)
-        fickle.weight.zero_()
-        fickle.steady = steady
-        assert fewest_rows(fickle, torch.float32) == expected
+def test_layouts_follow_device_and_size() -> None:
+    gate, large = make_linears([(6, 12), (64, 96)], torch.float32, CPU)
+    assert isinstance(gate, PaddedLinear)
+    assert isinstance(large, ColumnMajorLinear)
+    assert large.weight.stride() == (1, 64)
+    for layer in make_linears([(6, 12), (64, 96)], torch.bfloat16, torch.device("meta")):
+        assert type(layer) is DenseLinear
+        assert layer.weight.is_contiguous()
 
 
-def test_a_model_may_be_laid_out_twice() -> None:
-    model = GPT(tiny_config()).eval()
-    model.init_weights(torch.Generator().manual_seed(0))
-    ids = torch.arange(12).view(1, 12)
-    with torch.inference_mode():
-        before = model(ids)
-        assert pack_weights(model) == pack_weights(model) <= 4
-        torch.testing.assert_close(model(ids), before)
+def test_loading_keeps_the_address() -> None:
+    for layer in make_linears([(64, 96)], torch.float32, CPU):
+        assert isinstance(layer, ColumnMajorLinear)
+        address = layer.weight.data_ptr()
+        for factor in (1, 2):
+            layer.load(factor * weight(64, 96))
+            assert layer.weight.data_ptr() == address
+            assert torch.equal(layer.weight, factor * weight(64, 96))
+
+
+@pytest.mark.parametrize(("unstable_below", "expected"), [(2, 2), (3, 4), (4, 4), (17, None)])
+def test_rows_that_change_with_the_batch_are_found(
+    unstable_below: int, expected: int | None
+) -> None:
+    class Unstable(DenseLinear):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return super().__call__(x) + (len(x) < unstable_below)
+
+    assert min_invariant_rows(Unstable((8, 8), torch.float32, CPU), torch.float32) == expected

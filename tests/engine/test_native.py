@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_ray.engine.kernels import available, native
-from nanochat_ray.engine.native import FLOAT_EPS, Native, Product
+from nanochat_ray.engine.linear import PackedLinear
+from nanochat_ray.engine.native import FLOAT_EPS, Native
+from nanochat_ray.engine.operators import TorchOperators
 from nanochat_ray.engine.scheduler import Chunk, Sequence
 from nanochat_ray.model.fused import relu_squared, rms_norm
-from nanochat_ray.model.layers import Turn
 from nanochat_ray.model.rotary import rotary_tables
 from tests.engine.engine_kit import VOCAB, answer, ask, make_engine, make_model, needs_compiler
 
@@ -149,19 +150,20 @@ def test_who_reads_together() -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("eps", [None, 1e-6])
-def test_turning_and_norm(eps: float | None, level: str) -> None:
+def test_rotary_qk_norm(eps: float | None, level: str) -> None:
     noise = torch.Generator().manual_seed(3)
-    whole = torch.randn((9, 1, 7, 64), generator=noise)
-    cos, sin = (t[5:14, None, None] for t in rotary_tables(20, 64, 10_000.0))
-    want, rest = Turn()(whole[:, :, :5], (cos, sin), eps), whole[:, :, 5:].clone()
-    got = compiled(64, 1, level).turn_(whole[:, :, :5], cos, sin, eps or FLOAT_EPS)
+    whole = torch.randn((9, 7, 64), generator=noise)
+    cos, sin = (t[5:14] for t in rotary_tables(20, 64, 10_000.0))
+    want = TorchOperators().rotary_qk_norm(whole[:, :5], cos, sin, eps)
+    rest = whole[:, 5:].clone()
+    got = compiled(64, 1, level).rotary_qk_norm(whole[:, :5], cos, sin, eps)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    assert torch.equal(whole[:, :, 5:], rest)
+    assert torch.equal(whole[:, 5:], rest)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("shape", [(1, 1, 384), (40, 1, 100), (2, 7, 9)])
-def test_norm(shape: tuple[int, ...], level: str) -> None:
+@pytest.mark.parametrize("shape", [(1, 384), (40, 100), (14, 9)])
+def test_rms_norm(shape: tuple[int, ...], level: str) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     native = compiled(64, 1, level)
     got = native.rms_norm(x, 1e-6)
@@ -169,30 +171,36 @@ def test_norm(shape: tuple[int, ...], level: str) -> None:
     assert torch.equal(native.rms_norm(x[:1], 1e-6), got[:1])
 
 
+def packed(kernels: Native, weight: Tensor) -> PackedLinear:
+    layer = PackedLinear(kernels, (weight.size(0), weight.size(1)))
+    layer.load(weight)
+    return layer
+
+
 @pytest.fixture(params=LEVELS)
-def products(request: pytest.FixtureRequest) -> Native:
+def kernels(request: pytest.FixtureRequest) -> Native:
     return compiled(64, 1, request.param)
 
 
 @pytest.mark.parametrize(
     ("inputs", "outputs"), [(384, 1152), (300, 96), (64, 33), (12, 6), (1, 1), (1100, 64)]
 )
-def test_product(products: Native, inputs: int, outputs: int) -> None:
+def test_packed_linear(kernels: Native, inputs: int, outputs: int) -> None:
     noise = torch.Generator().manual_seed(7)
     weight = torch.randn((outputs, inputs), generator=noise)
-    x = torch.randn((150, 1, inputs), generator=noise)
-    product = Product(products, weight)
-    got = product(x)
+    x = torch.randn((150, inputs), generator=noise)
+    linear = packed(kernels, weight)
+    got = linear(x)
     torch.testing.assert_close(got, x @ weight.T, rtol=1e-5, atol=1e-4)
     for rows in (*range(1, 50), 127, 128, 129, 149):  # tiles of every height, and behind others
-        assert torch.equal(product(x[-rows:]), got[-rows:]), rows
+        assert torch.equal(linear(x[-rows:]), got[-rows:]), rows
     for count in (2, 3, 9):  # also more than there are blocks of outputs
         with threads(count):
-            assert torch.equal(product(x), got)
-            assert torch.equal(product(x[:5]), got[:5])
+            assert torch.equal(linear(x), got)
+            assert torch.equal(linear(x[:5]), got[:5])
 
 
-def test_products_are_as_exact_as_float32(products: Native) -> None:
+def test_matmuls_are_as_exact_as_float32(kernels: Native) -> None:
     """The rounding errors of n sums in float32, seen as independent, add up to at most some √n·eps
     of Σ|x·w| (Higham and Mary, 2019), and to n·eps in any case. Two bfloat16 for each number
     instead of three, or one product less, would be above."""
@@ -202,21 +210,21 @@ def test_products_are_as_exact_as_float32(products: Native) -> None:
     x = torch.randn((40, n), generator=noise) * scale
     exact = x.double() @ weight.double().T
     size = x.double().abs() @ weight.double().abs().T
-    error = (Product(products, weight)(x) - exact).abs() / size
+    error = (packed(kernels, weight)(x) - exact).abs() / size
     assert error.max() < n**0.5 * FLOAT_EPS
     assert error.mean() < 2 * FLOAT_EPS
     large, small = torch.tensor([[3e38, 0.0]]), torch.tensor([[0.0, 1e-30]])
     for row in (large, small):
-        one = Product(products, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))(row)
+        one = packed(kernels, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))(row)
         torch.testing.assert_close(one, row, rtol=1e-6, atol=0)
-    assert Product(products, weight)(torch.full((1, 500), torch.nan)).isnan().all()
+    assert packed(kernels, weight)(torch.full((1, 500), torch.nan)).isnan().all()
 
 
 def test_relu_squared() -> None:
     x = torch.randn((33, 7), generator=torch.Generator().manual_seed(4))
     want = relu_squared(x)
-    assert torch.equal(compiled(64, 1).relu_squared_(x.clone()), want)
-    assert compiled(64, 1).relu_squared_(torch.tensor([-1.0, torch.nan])).tolist()[0] == 0.0
+    assert torch.equal(compiled(64, 1).relu_squared(x.clone()), want)
+    assert compiled(64, 1).relu_squared(torch.tensor([-1.0, torch.nan])).tolist()[0] == 0.0
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -235,8 +243,7 @@ def test_an_engine_without_it_says_the_same(preset: str) -> None:
     prompts = [[(7 * i + j) % VOCAB for j in range(5 + 9 * i)] for i in range(4)]
     answers = []
     for kernels in ("auto", "torch"):
-        # A model of its own: an engine lays it out anew.
-        engine = make_engine(make_model.__wrapped__(preset), kernels=kernels)
+        engine = make_engine(make_model(preset), kernels=kernels)
         assert (engine.runner.native is not None) == (kernels == "auto")
         answers.append([answer(engine, ask(str(i), p)) for i, p in enumerate(prompts)])
     assert answers[0] == answers[1]

@@ -16,6 +16,7 @@ from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator
 from nanochat_ray.engine.kvcache.block_pool import NULL_BLOCK
 from nanochat_ray.engine.kvcache.memory import bytes_per_token, check_slots, make_allocator
 from nanochat_ray.engine.kvcache.paged_cache import PagedCache, block_size, gathered_attention
+from nanochat_ray.engine.model import InferenceModel
 from nanochat_ray.engine.request import Output, Request
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.model.gpt import GPT
@@ -210,6 +211,7 @@ def test_larger_blocks_and_padded_rows_change_nothing() -> None:
     prompt = [random.Random(3).randrange(VOCAB) for _ in range(530)]
     with torch.inference_mode():
         want = model(torch.tensor([prompt]))[0]
+    inference = InferenceModel(model.config, model.state_dict())
     for size, extra in ((16, 0), (256, 0), (256, 13)):
         blocks = make_allocator(model.config, engine_config, 600, torch.float32, 1 << 30, size)
         cache = PagedCache(model.config, blocks, 2, 600, torch.float32, torch.device("cpu"))
@@ -219,12 +221,11 @@ def test_larger_blocks_and_padded_rows_change_nothing() -> None:
             cache.set_block_tables(1, tables)
             spans = [Span(1, start, count, count == 1)]
             cache.use(cache.make_metadata(spans, count + extra))
-            ids = torch.zeros((count + extra, 1), dtype=torch.int64)
-            before = torch.zeros(count + extra, dtype=torch.int64)
-            ids[:count, 0] = torch.tensor(prompt[start : start + count])
+            ids, before = torch.zeros((2, count + extra), dtype=torch.int64)
+            ids[:count] = torch.tensor(prompt[start : start + count])
             before[:count] = torch.tensor([-1, *prompt][start : start + count])
             with torch.inference_mode():
-                got = model(ids, cache, before)[:count, 0]
+                got = inference.logits(inference.hidden(ids, before, cache))[:count]
             torch.testing.assert_close(got, want[start : start + count], atol=3e-5, rtol=0)
 
 
@@ -277,9 +278,9 @@ def test_a_step_on_a_gpu_waits_for_nothing() -> None:
 
     dtype, device = torch.bfloat16, torch.device("meta")
     for preset in PRESETS:
-        with device:
-            model = GPT(make_model(preset, **WINDOWED).config).to(dtype).eval()
-        model.compute_dtype = dtype
+        trained = make_model(preset, **WINDOWED)
+        weights = trained.state_dict()
+        model = InferenceModel(trained.config, weights, dtype=dtype, device=device)
         config = EngineConfig(max_num_seqs=4)
         blocks = make_allocator(model.config, config, 320, dtype, 1 << 30, block_size(device))
         assert blocks.block_size == 256
@@ -287,9 +288,9 @@ def test_a_step_on_a_gpu_waits_for_nothing() -> None:
         cache._attention = varlen_attn
         for spans in ([Span(0, 7, 1, True), Span(2, 9, 60, False)], [Span(3, 0, 1, True)]):
             with torch.inference_mode():
-                ids = torch.zeros((cache.prepare(spans), 1), dtype=torch.int64, device=device)
-                logits = model(ids, cache, ids[:, 0])
-            assert logits.shape == (sum(span.num_tokens for span in spans), 1, VOCAB)
+                ids = torch.zeros(cache.prepare(spans), dtype=torch.int64, device=device)
+                logits = model.logits(model.hidden(ids, ids, cache))
+            assert logits.shape == (sum(span.num_tokens for span in spans), VOCAB)
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:

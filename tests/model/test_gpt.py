@@ -1,4 +1,4 @@
-"""The forward pass against nanochat's, and against itself in other cuts and forms."""
+"""The forward pass against nanochat's, and against itself in other forms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.fused import relu_squared, rms_norm
@@ -62,61 +61,6 @@ def test_modern_gives_nanochats_logits(pattern: str, kv: int, length: int) -> No
     assert logits[1, -1, :8].tolist() == pytest.approx(last, abs=2e-5)
     assert logits[0, length // 2, 90:98].tolist() == pytest.approx(middle, abs=2e-5)
     assert logits.double().square().mean().item() == pytest.approx(square, abs=2e-6)
-
-
-class Remembering:
-    """The plainest AttentionContext: all keys and values so far, attention by the formula."""
-
-    def __init__(self) -> None:
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self.positions = torch.empty(0, dtype=torch.int64)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        if layer in self.kept:
-            k = torch.cat((self.kept[layer][0], k), dim=1)
-            v = torch.cat((self.kept[layer][1], v), dim=1)
-        self.kept[layer] = (k, v)
-        group = q.size(2) // k.size(2)
-        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-        scores = torch.einsum("bthd,bshd->bhts", q, k) / q.size(-1) ** 0.5
-        distance = self.positions[:, :, None] - torch.arange(k.size(1))
-        hidden = (distance < 0) | ((distance > window) if window >= 0 else False)
-        scores = scores.masked_fill(hidden[:, None], -torch.inf)
-        return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "modern": {},
-    "classic": {"preset": "classic"},
-    "windows": {"window_pattern": "SL"},
-    "classic windows": {"preset": "classic", "window_pattern": "SL"},
-    "one kv head": {"n_kv_head": 1},
-    "skips": {"skips": True},
-    "attention gate": {"attention_gate": True},
-    "residual decay": {"residual_decay": 1.1},
-    "documents": {"document_start": 256},
-    "yarn": {"rope_factor": 4.0, "sequence_len": 100},
-    "all": {"skips": True, "attention_gate": True, "rope_factor": 2.0, "window_pattern": "SSL"},
-}
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("cuts", [[0], [1, 2, 3], [150], [7, 100, 290]])
-def test_prefill_in_any_chunks_gives_the_same_logits(option: str, cuts: list[int]) -> None:
-    fields = {"preset": "modern", "sequence_len": 400, "n_layer": 4, **OPTIONS[option]}
-    model = random_model(tiny_config(**fields))
-    ids = torch.randint(0, 256, (2, 300), generator=torch.manual_seed(1))
-    context, made = Remembering(), []
-    with torch.no_grad():
-        whole = model(ids)
-        for start, stop in zip([0, *cuts], [*cuts, 300], strict=True):
-            if start == stop:
-                continue
-            context.positions = torch.arange(start, stop).expand(2, -1)
-            context.end = stop
-            before = ids[:, start - 1] if start else torch.full((2,), -1)
-            made.append(model(ids[:, start:stop], context, before))
-    assert (torch.cat(made, dim=1) - whole).abs().max() < 1e-5
 
 
 def test_later_tokens_change_nothing() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from nanochat_ray.config import ModelConfig
-from nanochat_ray.model.attention import TrainingAttention, _block_mask
+from nanochat_ray.model.attention import SelfAttention, _block_mask
 from nanochat_ray.model.fp8 import fp8_linear
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.rotary import yarn_frequencies, yarn_sharpening
@@ -46,7 +46,7 @@ def test_the_block_mask_of_the_gpu_hides_what_the_dense_mask_hides(window: int, 
     q = torch.randn(B, T, H, D)
     k, v = torch.randn(B, T, 2, D), torch.randn(B, T, 2, D)
     documents = (torch.rand(B, T) < 0.1).cumsum(dim=1) if cut else None
-    dense = TrainingAttention(documents)(q, k, v, window, 0.3)
+    dense = SelfAttention(documents)(q, k, v, window, 0.3)
     mask = _block_mask(B, T, T if window < 0 else window, documents, torch.device("cpu"))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     flex = flex_attention(q, k, v, block_mask=mask, scale=0.3, enable_gqa=True)

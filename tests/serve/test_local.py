@@ -35,12 +35,16 @@ TOK = Tokenizer.bytes_only()
 USER = [{"role": "user", "content": "hello"}]
 
 
-def make_client(**settings: int) -> LocalClient:
+def make_model() -> GPT:
     shape = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "sequence_len": 512}
     model = GPT(ModelConfig.modern(vocab_size=TOK.vocab_size, **shape))
     model.init_weights(torch.Generator().manual_seed(0))
-    config = EngineConfig(**settings)
-    return LocalClient(Engine(model.eval(), config, calculator_tool(TOK), TOK.byte_table()))
+    return model.eval()
+
+
+def make_client(**settings: int) -> LocalClient:
+    engine = Engine(make_model(), EngineConfig(**settings), calculator_tool(TOK), TOK.byte_table())
+    return LocalClient(engine)
 
 
 @pytest.fixture(scope="module")
@@ -404,7 +408,7 @@ def test_an_answer_fits_its_schema(client: openai.OpenAI) -> None:
         )
 
 
-def test_a_prompt_s_scores_are_the_model_s(client: openai.OpenAI, local: LocalClient) -> None:
+def test_a_prompt_s_scores_are_the_model_s(client: openai.OpenAI) -> None:
     """What lm-eval asks for, against a plain forward."""
     ids = [TOK.bos, *TOK.encode("the quick brown fox")]
     answer = client.completions.create(
@@ -413,7 +417,7 @@ def test_a_prompt_s_scores_are_the_model_s(client: openai.OpenAI, local: LocalCl
     found = answer.choices[0].logprobs
     assert found is not None
     with torch.inference_mode():
-        logits = local.engine.runner.model(torch.tensor([ids]))[0].float()
+        logits = make_model()(torch.tensor([ids]))[0]
     expected = logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].tolist()
     assert found.token_logprobs[0] is None
     assert found.token_logprobs[1 : len(ids)] == pytest.approx(expected, abs=1e-4)

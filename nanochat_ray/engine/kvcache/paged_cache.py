@@ -43,7 +43,7 @@ class AttentionMetadata:
     max_seqlen_q: int
     """Most tokens of a span."""
     positions: Tensor
-    """int64 ``[N, 1]``"""
+    """int64 ``[N]``"""
     cu_seqlens_q: Tensor
     """int32 ``[S + 1]``: span i has tokens ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]``."""
     cu_seqlens_k: Tensor
@@ -68,7 +68,7 @@ class AttentionMetadata:
 
 
 class PagedCache:
-    """Implements ``AttentionContext``. Call ``prepare`` before each forward.
+    """Implements ``model.AttentionCache``. Call ``prepare`` before each forward.
 
     Page 0 of each pool belongs to no sequence: block b of the pool is page b + 1. Padding is
     written to page 0, and it stands in block tables for ``NULL_BLOCK``.
@@ -146,7 +146,7 @@ class PagedCache:
         pages = self._block_tables[:, slots[span_of], positions // size].astype(np.int64)
         return AttentionMetadata(
             max_seqlen_q=int(counts.max()),
-            positions=torch.from_numpy(positions[:, None]),
+            positions=torch.from_numpy(positions),
             cu_seqlens_q=torch.from_numpy(bounds.astype(np.int32)),
             cu_seqlens_k=torch.from_numpy(np.concatenate(([0], lengths.cumsum())).astype(np.int32)),
             seqused_k=torch.from_numpy(lengths.astype(np.int32)),
@@ -155,13 +155,13 @@ class PagedCache:
         )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """``q [N, 1, H, D]``, ``k`` and ``v [N, 1, Hkv, D]`` → ``[N, 1, H, D]``."""
+        """``q [N, H, D]``, ``k`` and ``v [N, Hkv, D]`` → ``[N, H, D]``."""
         pool, keys, values = self._pages[layer]
         step = self.metadata
         for pages, new in ((keys, k), (values, v)):
-            pages.flatten(0, 1).index_copy_(0, step.slot_mapping[pool], new[:, 0])
-        y_NHD = self._attention(
-            q[:, 0],
+            pages.flatten(0, 1).index_copy_(0, step.slot_mapping[pool], new)
+        return self._attention(
+            q,
             keys,
             values,
             step.cu_seqlens_q,
@@ -170,14 +170,13 @@ class PagedCache:
             step.max_seqlen_q,
             self.end,
             window_size=(window, 0),
-            enable_gqa=q.size(2) != k.size(2),
+            enable_gqa=q.size(1) != k.size(1),
             seqused_k=step.seqused_k,
             block_table=step.block_tables[pool],
             # With a split over keys a row would depend on the batch, and version 2 leaves out some
             # keys (pytorch issue 194167).
             num_splits=1,
         )
-        return y_NHD[:, None]
 
 
 def gathered_attention(

@@ -41,7 +41,7 @@ class _Run:
 
 
 class SlotCache:
-    """Implements ``AttentionContext``. Call ``prepare`` before each forward."""
+    """Implements ``model.AttentionCache``. Call ``prepare`` before each forward."""
 
     def __init__(
         self,
@@ -60,8 +60,7 @@ class SlotCache:
         # Zeros, not garbage: a masked value is multiplied by 0, and 0 * nan is nan.
         self.keys = zeros(shape, dtype, device)
         self.values = zeros(shape, dtype, device)
-        self.positions = torch.zeros((0, 1), dtype=torch.int64, device=device)
-        self.end = max_model_len
+        self.positions = torch.zeros(0, dtype=torch.int64, device=device)
         self._columns = torch.arange(length, device=device)
         self._group = config.n_head // config.n_kv_head
         self._bytes_per_token = 2 * config.n_kv_head * config.head_dim * dtype.itemsize
@@ -70,8 +69,7 @@ class SlotCache:
         self._runs: list[_Run] = []
         self._prefills: list[Span] = []
         self._masks: dict[tuple[int, int], Tensor] = {}
-        self._slot_mapping = self.positions[:, 0]
-        self._slots_and_positions = self._tiles = self.positions
+        self._slot_mapping = self._slots_and_positions = self._tiles = self.positions
 
     @property
     def nbytes(self) -> int:
@@ -90,11 +88,10 @@ class SlotCache:
         offset = np.arange(total) - np.repeat(counts.cumsum() - counts, counts)
         positions = np.repeat(starts, counts) + offset
         num_tokens = max(total, self._min_num_tokens)
-        positions_N1 = np.zeros((num_tokens, 1), dtype=np.int64)
-        positions_N1[:total, 0] = positions
+        positions_N = np.zeros(num_tokens, dtype=np.int64)
+        positions_N[:total] = positions
         device = self.keys.device
-        self.positions = send(torch.from_numpy(positions_N1), device)
-        self.end = int(positions.max()) + 1
+        self.positions = send(torch.from_numpy(positions_N), device)
         if self._native is not None:
             self._slots_and_positions = torch.from_numpy(np.stack([slots, positions]))
             self._tiles = self._native.tiles(slots, positions)
@@ -132,7 +129,7 @@ class SlotCache:
         """
         mask = self._masks.get((first, window))
         if mask is None:
-            positions = self.positions[first:last]
+            positions = self.positions[first:last, None]
             columns = self._columns[:length]
             invisible = columns > positions
             if window >= 0:
@@ -143,12 +140,12 @@ class SlotCache:
         return mask
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """``q [N, 1, H, D]``, ``k`` and ``v [N, 1, Hkv, D]`` → ``[N, 1, H, D]``."""
-        N, _, H, D = q.shape
+        """``q [N, H, D]``, ``k`` and ``v [N, Hkv, D]`` → ``[N, H, D]``."""
+        N, H, D = q.shape
         keys, values = self.keys[layer], self.values[layer]  # [slots, Hkv, max_model_len, D]
         if self._native is not None:
-            new, step = (q[:, 0], k[:, 0], v[:, 0]), (self._slots_and_positions, self._tiles)
-            return self._native.attention(*new, keys, values, *step, window)[:, None]
+            step = (self._slots_and_positions, self._tiles)
+            return self._native.attention(q, k, v, keys, values, *step, window)
         Hkv, first = keys.size(1), self._num_decodes
         q_NhgD = q.view(N, Hkv, H // Hkv, D)
         count, mapping = self._slot_mapping.size(0), self._slot_mapping
@@ -164,7 +161,7 @@ class SlotCache:
             first = last
         if first < N:
             y_NhgD[first:] = 0
-        return y_NhgD.view(N, 1, H, D)
+        return y_NhgD.view(N, H, D)
 
     def _decode(
         self, run: _Run, q_NhgD: Tensor, keys: Tensor, values: Tensor, window: int

@@ -1,0 +1,277 @@
+"""The inference model: built from a state dict, with flat tokens and the KV cache passed in.
+
+It computes what ``model.gpt.GPT`` computes, for the new tokens of a step alone. It owns its
+weights: they are copied from the state dict into the layout that the kernels of the device want, so
+that the training model can still be trained, saved and exported. ``load_weights`` refreshes them in
+place.
+
+Legend: N tokens of a step, of any sequences; C = n_embd; H heads, Hkv key/value heads, D head size;
+V = vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat_ray.config import ModelConfig
+from nanochat_ray.engine.linear import ROW_THRESHOLDS, Linear, make_linears, min_invariant_rows
+from nanochat_ray.engine.native import Native
+from nanochat_ray.engine.operators import Operators, TorchOperators
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.rotary import rotary_tables, yarn_sharpening
+from nanochat_ray.scaling import has_value_embedding, windows
+
+PROJECTIONS = ("c_q", "c_k", "c_v")
+"""Attention's projections, which are one matmul here."""
+
+
+class AttentionCache(Protocol):
+    """Keys and values of earlier tokens, prepared for the tokens of one step.
+
+    The model calls ``attend`` once for each layer, in order. The cache stores the new keys and
+    values and attends over all that it has of each token's sequence.
+    """
+
+    positions: Tensor
+    """int64 ``[N]``: the position of each new token in its sequence."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """``q [N, H, D]``, ``k`` and ``v [N, Hkv, D]`` → ``[N, H, D]``, with scores q·k / √D.
+
+        A token sees itself and the ``window`` tokens before it, all of them if -1.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A transformer block's weights."""
+
+    qkv: Linear
+    attention_output: Linear
+    mlp_input: Linear
+    mlp_output: Linear
+    value_gate: Linear | None
+    head_gate: Linear | None
+    value_embedding: Tensor | None
+    """``[vocabulary, Hkv * D]``"""
+    window: int
+
+
+class InferenceModel:
+    """A forward is a pure function of the tokens, the cache and the weights.
+
+    Logits of a token do not depend on the other tokens of a step, if it has at least
+    ``min_num_tokens`` (see ``linear``).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        *,
+        max_model_len: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        native: Native | None = None,
+    ):
+        """``weights`` is a state dict of ``GPT(config)``, in any floating dtype, on any device.
+
+        ``max_model_len`` bounds the positions, beside the model's own context. With ``native``,
+        which is for float32 on a CPU, the kernels in C compute, else torch does. ValueError as
+        ``load_weights``.
+        """
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.native = native
+        with torch.device("meta"):
+            layout = GPT(config)
+        self._shapes = {name: tensor.shape for name, tensor in layout.state_dict().items()}
+        self.check_weights(weights)
+        self._ops: Operators = TorchOperators() if native is None else native
+        self._sources = _matmul_sources(layout)
+        sizes = [
+            (sum(self._shapes[name][0] for name in sources), self._shapes[sources[0]][1])
+            for sources in self._sources.values()
+        ]
+        linears = make_linears(sizes, dtype, self.device, native)
+        self._linears = dict(zip(self._sources, linears, strict=True))
+        in_matmuls = {name for sources in self._sources.values() for name in sources}
+        self._tensors = {
+            name: torch.zeros(shape, dtype=dtype, device=self.device)
+            for name, shape in self._shapes.items()
+            if name not in in_matmuls
+        }
+        """Embedding tables and scalars, by their name in a state dict."""
+        length = max(max_model_len, config.context_len)
+        tables = rotary_tables(
+            length,
+            config.head_dim,
+            config.rope_base,
+            trained=config.sequence_len,
+            factor=config.rope_factor,
+        )
+        self._cos, self._sin = (table.to(self.device, dtype) for table in tables)
+        # The scale on q and on k acts through their product alone.
+        self._q_scale = config.qk_scale**2 * yarn_sharpening(config.rope_factor)
+        self._layers = [self._layer(i) for i in range(config.n_layer)]
+        self._copy(weights)
+        self.min_num_tokens = self._trial() if self.device.type == "cpu" and not native else 1
+
+    def _layer(self, i: int) -> _Layer:
+        config, at = self.config, f"transformer.h.{i}."
+        gated = config.value_embeds and has_value_embedding(i, config.n_layer)
+        return _Layer(
+            qkv=self._linears[at + "attn.c_qkv"],
+            attention_output=self._linears[at + "attn.c_proj"],
+            mlp_input=self._linears[at + "mlp.c_fc"],
+            mlp_output=self._linears[at + "mlp.c_proj"],
+            value_gate=self._linears[at + "attn.ve_gate"] if gated else None,
+            head_gate=self._linears[at + "attn.head_gate"] if config.attention_gate else None,
+            value_embedding=self._tensors[f"value_embeds.{i}.weight"] if gated else None,
+            window=windows(config)[i],
+        )
+
+    def _trial(self) -> int:
+        rows = (min_invariant_rows(linear, self.dtype) for linear in self._linears.values())
+        return max(1, *(count or ROW_THRESHOLDS[-1] for count in rows))
+
+    def check_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """ValueError that names a tensor if these are not the weights of such a model."""
+        for name, shape in self._shapes.items():
+            if name not in weights:
+                raise ValueError(f"weights: {name} is missing")
+            tensor = weights[name]
+            if tensor.shape != shape:
+                sizes = f"{tuple(tensor.shape)}, expected {tuple(shape)}"
+                raise ValueError(f"weights: {name} has the shape {sizes}")
+            if not tensor.is_floating_point():
+                raise ValueError(f"weights: {name} has the dtype {tensor.dtype}, not a float")
+        unknown = next((name for name in weights if name not in self._shapes), None)
+        if unknown is not None:
+            raise ValueError(f"weights: {unknown} is not a tensor of this model")
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replaces all weights in place: addresses stay, as CUDA graphs need.
+
+        Keys and values that a cache has from before are of the old weights: whoever calls this
+        drops them. ValueError that names a tensor with a wrong name, shape or dtype; then nothing
+        has changed.
+        """
+        self.check_weights(weights)
+        self._copy(weights)
+
+    @torch.inference_mode()
+    def _copy(self, weights: Mapping[str, Tensor]) -> None:
+        for name, sources in self._sources.items():
+            parts = [weights[source].to(self.device) for source in sources]
+            self._linears[name].load(torch.cat(parts) if len(parts) > 1 else parts[0])
+        for name, tensor in self._tensors.items():
+            tensor.copy_(weights[name])
+
+    def hidden(self, ids_N: Tensor, previous_N: Tensor, cache: AttentionCache) -> Tensor:
+        """Final normalised activations ``[N, C]`` of the tokens ``ids_N`` (int64).
+
+        ``previous_N`` is the token before each one in its sequence, -1 at a sequence's start: all
+        that a layer needs of earlier tokens beside keys and values.
+        """
+        config = self.config
+        cos, sin = self._cos[cache.positions], self._sin[cache.positions]
+        x = self._embed(ids_N)
+        if config.smear:
+            x = self._smear(x, ids_N, previous_N)
+        x0, middle = x, None
+        mirrored: list[Tensor] = []
+        pairs = config.n_layer // 2 if config.skips else 0
+        for i, layer in enumerate(self._layers):
+            if config.residual_scalars:
+                scale, scale_0 = self._tensors["resid_lambdas"][i], self._tensors["x0_lambdas"][i]
+                x = scale * x + scale_0 * x0
+            if pairs and i >= config.n_layer - pairs:
+                x = x + self._skip(config.n_layer - 1 - i, x0) * mirrored.pop()
+            x = x + self._attention(i, layer, self._norm(x), ids_N, (cos, sin), cache)
+            x = x + self._mlp(layer, self._norm(x))
+            if i < pairs:
+                mirrored.append(x)
+            if config.backout and i == config.n_layer // 2:
+                middle = x
+        if middle is not None:
+            x = x - self._tensors["backout_lambda"] * middle
+        return self._norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 ``[..., V]`` from ``hidden [N, C]``, soft-capped (Gemma 2)."""
+        logits = self._linears["lm_head"](hidden)[:, : self.config.vocab_size].float()
+        return self._ops.softcap(logits, self.config.softcap)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return self._ops.rms_norm(x, self.config.norm_eps)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self._norm(F.embedding(ids, self._tensors["transformer.wte.weight"]))
+
+    def _smear(self, x: Tensor, ids: Tensor, previous: Tensor) -> Tensor:
+        """Adds a gated share of the previous token's embedding."""
+        before = self._embed(previous.clamp_min(0)) * (previous >= 0).to(x.dtype)[:, None]
+        smear_gate = self._linears["smear_gate"]
+        gate = torch.sigmoid(smear_gate(x[:, : smear_gate.in_features]))  # [N, 1]
+        if self.config.document_start >= 0:
+            starts = ids == self.config.document_start
+            gate = gate.masked_fill(starts[:, None], 0.0)
+        return x + self._tensors["smear_lambda"] * gate * before
+
+    def _skip(self, pair: int, x0: Tensor) -> Tensor:
+        """Factor ``[N, 1]`` on the first-half layer ``pair``'s output."""
+        skip_gate = self._linears[f"skip_gates.{pair}"]
+        gate = torch.sigmoid(skip_gate(x0[:, : skip_gate.in_features]))
+        return self._tensors["skip_lambdas"][pair] * gate
+
+    def _attention(
+        self,
+        i: int,
+        layer: _Layer,
+        x: Tensor,
+        ids: Tensor,
+        angles: tuple[Tensor, Tensor],
+        cache: AttentionCache,
+    ) -> Tensor:
+        c = self.config
+        N, H, Hkv = x.size(0), c.n_head, c.n_kv_head
+        qkv = layer.qkv(x).view(N, H + 2 * Hkv, c.head_dim)
+        qk = self._ops.rotary_qk_norm(qkv[:, : H + Hkv], *angles, c.norm_eps)
+        q, k, v = qk[:, :H], qk[:, H:], qkv[:, H + Hkv :]
+        if layer.value_gate is not None and layer.value_embedding is not None:
+            gate = 3 * torch.sigmoid(layer.value_gate(x[:, : layer.value_gate.in_features]))
+            v = v + gate.unsqueeze(-1) * F.embedding(ids, layer.value_embedding).view_as(v)
+        if self._q_scale != 1:
+            q = q * self._q_scale
+        y = cache.attend(i, q, k, v, layer.window)
+        if layer.head_gate is not None:
+            gate = torch.sigmoid(layer.head_gate(x[:, : layer.head_gate.in_features]))  # [N, H]
+            y = y * gate.unsqueeze(-1)
+        return layer.attention_output(y.reshape(N, -1))
+
+    def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
+        return layer.mlp_output(self._ops.relu_squared(layer.mlp_input(x)))
+
+
+def _matmul_sources(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The state-dict names of each matmul's weight, by the matmul's name.
+
+    The projections to queries, keys and values are one, ``c_qkv``: their weights are concatenated.
+    """
+    sources: dict[str, tuple[str, ...]] = {}
+    for name, module in model.named_modules():
+        parent, _, own = name.rpartition(".")
+        if not isinstance(module, nn.Linear):
+            continue
+        if own not in PROJECTIONS:
+            sources[name] = (f"{name}.weight",)
+        elif own == PROJECTIONS[0]:
+            sources[f"{parent}.c_qkv"] = tuple(f"{parent}.{p}.weight" for p in PROJECTIONS)
+    return sources

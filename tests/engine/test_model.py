@@ -1,0 +1,121 @@
+"""The inference model against the training model, which it leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanochat_ray.checkpoint import hf
+from nanochat_ray.engine.model import InferenceModel
+from nanochat_ray.model.gpt import GPT
+from tests.engine.engine_kit import VOCAB, answer, ask, make_engine, make_model, uncached_greedy
+from tests.tiny import TOKENIZER, tiny_config
+
+
+class PlainCache:
+    """The plainest cache: the same number of tokens of B sequences at a time, attention by the
+    formula. Tokens of a step are ordered by sequence."""
+
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.positions = torch.empty(0, dtype=torch.int64)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        q, k, v = (x.unflatten(0, (self._batch, -1)) for x in (q, k, v))
+        if layer in self._layers:
+            k = torch.cat((self._layers[layer][0], k), dim=1)
+            v = torch.cat((self._layers[layer][1], v), dim=1)
+        self._layers[layer] = (k, v)
+        group = q.size(2) // k.size(2)
+        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+        scores = torch.einsum("bthd,bshd->bhts", q, k) / q.size(-1) ** 0.5
+        distance = self.positions.view(self._batch, -1, 1) - torch.arange(k.size(1))
+        hidden = (distance < 0) | ((distance > window) if window >= 0 else False)
+        scores = scores.masked_fill(hidden[:, None], -torch.inf)
+        return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(0, 1)
+
+
+def random_model(**fields: Any) -> GPT:
+    generator = torch.Generator().manual_seed(0)
+    model = GPT(tiny_config(**fields))
+    model.init_weights(generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "modern": {},
+    "classic": {"preset": "classic"},
+    "windows": {"window_pattern": "SL"},
+    "classic windows": {"preset": "classic", "window_pattern": "SL"},
+    "one kv head": {"n_kv_head": 1},
+    "skips": {"skips": True},
+    "attention gate": {"attention_gate": True},
+    "residual decay": {"residual_decay": 1.1},
+    "documents": {"document_start": 256},
+    "yarn": {"rope_factor": 4.0, "sequence_len": 100},
+    "all": {"skips": True, "attention_gate": True, "rope_factor": 2.0, "window_pattern": "SSL"},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("cuts", [[0], [1, 2, 3], [150], [7, 100, 290]])
+def test_prefill_in_chunks_gives_the_same_logits(option: str, cuts: list[int]) -> None:
+    fields = {"preset": "modern", "sequence_len": 400, "n_layer": 4, **OPTIONS[option]}
+    training = random_model(**fields)
+    model = InferenceModel(training.config, training.state_dict())
+    ids = torch.randint(0, 256, (2, 300), generator=torch.manual_seed(1))
+    cache, chunks = PlainCache(batch=2), []
+    with torch.inference_mode():
+        whole = training(ids)
+        for start, stop in zip([0, *cuts], [*cuts, 300], strict=True):
+            if start == stop:
+                continue
+            cache.positions = torch.arange(start, stop).repeat(2)
+            previous = ids.roll(1, dims=1)
+            previous[:, 0] = -1
+            tokens = ids[:, start:stop].flatten(), previous[:, start:stop].flatten()
+            logits = model.logits(model.hidden(*tokens, cache))
+            chunks.append(logits.unflatten(0, (2, -1)))
+    assert (torch.cat(chunks, dim=1) - whole).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("preset", ["modern", "classic"])
+def test_a_served_model_trains_as_before(preset: str, kernels: str) -> None:
+    model = make_model.__wrapped__(preset)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.arange(40).view(1, 40) % VOCAB
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model.loss(ids[:, :-1], ids[:, 1:]).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+    engine = make_engine(model, kernels=kernels)
+    tokens = answer(engine, ask("a", [1, 2, 3]))
+    assert model.training
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+    assert all(torch.equal(*pair) for pair in zip(gradients(), expected, strict=True))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1.0  # the engine has weights of its own
+    assert answer(engine, ask("b", [1, 2, 3])) == tokens
+
+
+def test_a_served_model_exports(tmp_path: Path) -> None:
+    model = random_model(preset="classic", vocab_size=TOKENIZER.vocab_size)
+    engine = make_engine(model)
+    assert answer(engine, ask("a", [1, 2, 3], max_tokens=8)) == uncached_greedy(model, [1, 2, 3], 8)
+    hf.export(model, TOKENIZER, tmp_path, dtype=torch.float32)
+    again, _ = hf.import_folder(tmp_path)
+    assert torch.equal(again(torch.tensor([[1, 2, 3]])), model(torch.tensor([[1, 2, 3]])))
