@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import mmap
 import os
@@ -103,3 +104,8 @@ def run_in_temporary_thread(make: Callable[P, T], *args: P.args, **kwargs: P.kwa
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(make, *args, **kwargs).result()
+
+
+def use_triton(device: torch.device) -> bool:
+    """Whether this project's Triton kernels run: CUDA builds of torch bring Triton along."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None

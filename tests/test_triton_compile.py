@@ -13,20 +13,20 @@ pytest.importorskip("triton")
 PROGRAM = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from nanochat_ray.engine import triton_attention
+from nanochat_ray.engine import triton_attention, triton_sampler
 from nanochat_ray.model import triton_loss
 
-def check(kernel, pointers, constants):
+def check(kernel, pointers, constants, num_warps=4):
     "Scalars are int32 or, by name, float32."
     kinds = {n: "fp32" if n in ("cap", "scale") else "i32" for n in kernel.arg_names}
     kinds |= {f"{name}_ptr": f"*{dtype}" for name, dtype in pointers.items()}
     kinds |= dict.fromkeys(constants, "constexpr")
     where = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
     source = ASTSource(fn=kernel, signature=kinds, constexprs=where)
-    result = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    result = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
     assert result.asm["cubin"], kernel.__name__
 
-flags = {"HAS_CAP": True, "HAS_GRAD": True, "BLOCK": 4096}
+flags = {"HAS_CAP": True, "HAS_GRAD": True, "BLOCK": 1024}
 logits = {"logits": "bf16", "targets": "i64", "loss": "fp32"}
 check(triton_loss._softcap_loss_kernel, logits, flags)
 shape = {"G": 4, "D": 128, "BLOCK_D": 128}
@@ -37,6 +37,9 @@ for split, block_t, block_m in ((512, 1, 16), (0, 16, 64)):
     check(triton_attention._attention_kernel, data, shape | tile | {"SPLIT": split})
 merge = {"partial": "fp32", "out": "bf16", "seqused_k": "i32"}
 check(triton_attention._merge_kernel, merge, shape | {"BLOCK_M": 16, "SPLIT": 512})
+columns = {"logits": "fp32", "tokens": "i64", "temperature": "fp32", "top_k": "i64"}
+columns |= {"top_p": "fp64", "min_p": "fp32", "seed": "i64", "position": "i64"}
+check(triton_sampler._sample_kernel, columns, {"INVALID_TOKEN": -1, "BLOCK": 4096}, num_warps=4)
 print("compiled")
 """
 

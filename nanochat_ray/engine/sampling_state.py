@@ -15,7 +15,7 @@ from torch import Tensor
 from nanochat_ray.engine import sampler
 from nanochat_ray.engine.sampler import Rows
 from nanochat_ray.engine.scheduler import Sequence
-from nanochat_ray.machine import send
+from nanochat_ray.machine import send, use_triton
 
 PENALTY, BIAS, BAN = 32, 64, 128
 """Features beyond those of the sampler."""
@@ -148,6 +148,11 @@ class SamplingState:
             **{name: getattr(self._rows, name)[at] for name in columns},
             widest=max(self._top_k[slot] for slot in slots),
         )
+        if use_triton(self.device) and features & sampler.SAMPLED:
+            from nanochat_ray.engine import triton_sampler
+
+            if logits.size(1) <= triton_sampler.MAX_VOCAB:
+                return triton_sampler.choose(logits, rows, where)
         return sampler.choose(logits, rows, where, features)
 
     def _used(self, feature: int, slots: SequenceOf[int]) -> Tensor:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat_ray.machine import use_triton
+
 CHUNK = 1 << 20
 """Logits that exist at one time on a CPU: 4 MB in float32 (measured: the best of 2^17 to 2^22)."""
-
-
-def use_triton(device: torch.device) -> bool:
-    """Whether the fused kernel computes the loss: CUDA builds of torch bring Triton along."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def _softcap_loss(

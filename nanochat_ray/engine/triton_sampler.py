@@ -1,0 +1,138 @@
+"""``sampler.choose`` in one Triton kernel: a row of logits stays in registers, nothing is sorted.
+
+Top-k and top-p keep every token whose logit is at least a threshold. Floats order like integers
+after a flip of their bits, so the threshold is found by bisection over 32 bits; each step is one
+count or one sum over the row. Sums are float64 in an order that depends on the row alone.
+"""
+
+# Triton resolves every name in a kernel's signature: it can have no annotations but its own.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanochat_ray.engine.sampler import INVALID, Rows
+
+MAX_VOCAB = 1 << 16
+"""Largest vocabulary whose row fits the registers of one program."""
+
+
+@triton.jit
+def _mix(x):
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), on uint64."""
+    x = (x ^ (x >> 30)) * tl.full((), 0xBF58476D1CE4E5B9, tl.uint64)
+    x = (x ^ (x >> 27)) * tl.full((), 0x94D049BB133111EB, tl.uint64)
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _uniform(seed, position):
+    """float64 in [0, 1), as ``sampler.uniform``."""
+    golden = tl.full((), 0x9E3779B97F4A7C15, tl.uint64)
+    bits = _mix(_mix(seed.to(tl.uint64)) + position.to(tl.uint64) * golden)
+    return (bits >> 12).to(tl.float64) * 2.220446049250313e-16
+
+
+@triton.jit
+def _ordered(x):
+    """uint32 keys that order like the float32 ``x``."""
+    bits = x.to(tl.uint32, bitcast=True)
+    negative = (bits >> 31) == 1
+    return tl.where(negative, ~bits, bits | 0x80000000)
+
+
+@triton.jit
+def _sample_kernel(
+    logits_ptr,
+    tokens_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seed_ptr,
+    position_ptr,
+    stride,
+    vocab,
+    INVALID_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    ids = tl.arange(0, BLOCK)
+    inside = ids < vocab
+    x = tl.load(logits_ptr + row * stride + ids, mask=inside, other=float("-inf"))
+    bad = tl.sum((x != x).to(tl.int32), axis=0)
+    peak = tl.max(x, axis=0)
+    token = tl.argmax(x, axis=0)
+    temperature = tl.load(temperature_ptr + row)
+    fails = (bad > 0) | (peak == float("inf")) | (peak == float("-inf"))
+    if (temperature > 0) & ~fails:
+        x = tl.where(inside, (x - peak) / temperature, float("-inf"))
+        min_p = tl.load(min_p_ptr + row)
+        if min_p > 0:
+            x = tl.where(x < tl.log(min_p), float("-inf"), x)
+        keys = _ordered(x)
+        kept = inside & (x > float("-inf"))
+        weights = tl.where(kept, tl.exp(x), 0.0).to(tl.float64)
+        k = tl.load(top_k_ptr + row)
+        limited = (k > 0) & (k < vocab)
+        top_p = tl.load(top_p_ptr + row)
+        mass = tl.sum(weights, axis=0)
+        threshold = tl.zeros((), tl.uint32)
+        if limited:
+            # The smallest key that fewer than k keys exceed is the k-th largest.
+            for bit in range(31, -1, -1):
+                trial = threshold + ((tl.full((), 1, tl.uint32) << bit) - 1)
+                above = tl.sum((inside & (keys > trial)).to(tl.int32), axis=0)
+                threshold = tl.where(above < k, threshold, trial + 1)
+            exceed = inside & (keys > threshold)
+            # Of the tokens as likely as the k-th only so many count that k are counted.
+            at = tl.max(tl.where(keys == threshold, weights, 0.0), axis=0)
+            missing = (k - tl.sum(exceed.to(tl.int32), axis=0)).to(tl.float64)
+            mass = tl.sum(tl.where(exceed, weights, 0.0), axis=0) + missing * at
+        if top_p < 1:
+            goal = top_p * mass
+            nucleus = tl.zeros((), tl.uint32)
+            for bit in range(31, -1, -1):
+                trial = nucleus + ((tl.full((), 1, tl.uint32) << bit) - 1)
+                above = tl.sum(tl.where(keys > trial, weights, 0.0), axis=0)
+                nucleus = tl.where(above < goal, nucleus, trial + 1)
+            threshold = tl.maximum(threshold, nucleus)
+        # The likeliest token stays whatever rounding does.
+        kept = (keys >= threshold) | (x == 0.0)
+        weights = tl.where(inside & kept, weights, 0.0)
+        cumulative = tl.cumsum(weights, axis=0)
+        total = tl.sum(weights, axis=0)
+        seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+        target = _uniform(seed, position) * total
+        token = tl.sum((inside & (cumulative <= target)).to(tl.int32), axis=0)
+        # Another order of the sum may leave the last cumulative value below the total.
+        last = tl.max(tl.where(weights > 0, ids, 0), axis=0)
+        token = tl.minimum(token, last)
+    tl.store(tokens_ptr + row, tl.where(fails, INVALID_TOKEN, token).to(tl.int64))
+
+
+def choose(logits: Tensor, rows: Rows, positions: Tensor) -> Tensor:
+    """As ``sampler.choose``, for all features: ids int64 ``[S]`` of float32 ``logits [S, V]``.
+
+    V is at most ``MAX_VOCAB``. Tokens are those of ``sampler.choose`` but where the random number
+    falls within rounding of a token's edge.
+    """
+    S, V = logits.shape
+    assert V <= MAX_VOCAB
+    assert logits.dtype == torch.float32
+    assert logits.stride(1) == 1
+    tokens = torch.empty(S, dtype=torch.int64, device=logits.device)
+    block = triton.next_power_of_2(V)
+    if S:
+        _sample_kernel[(S,)](
+            *(logits, tokens, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seed),
+            *(positions, logits.stride(0), V),
+            INVALID_TOKEN=INVALID,
+            BLOCK=block,
+            num_warps=min(32, max(4, block // 1024)),
+        )
+    return tokens
