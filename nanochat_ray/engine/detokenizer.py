@@ -1,39 +1,70 @@
-"""Token ids to text as they come: no split characters, and stop strings across token borders."""
+"""Token ids to text and typed events as they come.
+
+``IncrementalDetokenizer`` decodes text: no character is split, and stop strings match across token
+borders. ``OutputProcessor`` also interprets the delimiters of tools and emits events.
+"""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from nanochat_ray.engine.request import Output
+from nanochat_ray.text.chat import tool_delimiters
 from nanochat_ray.text.tokenizer import Tokenizer
 
-_TOOL_FRAMES = (("<|python_start|>", "<|python_end|>"), ("<|output_start|>", "<|output_end|>"))
+
+@dataclass(frozen=True, slots=True)
+class TextEvent:
+    """Text that one token adds: "" while a character or a possible stop string is incomplete."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallEvent:
+    """Text of a call between its delimiters; ``is_complete`` once the end delimiter has come."""
+
+    text: str
+    is_complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResultEvent:
+    """A call that the engine executed, and its result."""
+
+    call: str
+    result: str
+
+
+Event = TextEvent | ToolCallEvent | ToolResultEvent
 
 
 class IncrementalDetokenizer:
-    """The text of one answer, piece by piece.
+    """The text of one answer, decoded as its tokens come.
 
     Bytes wait until they make a whole character; text waits only as far as it may be the
-    beginning of a stop string. Special tokens have no text, and what stands between a tool's
-    marks is left out unless ``show_tools``. However the tokens are cut into pieces, the joined
-    text is the same.
+    beginning of a stop string. Special tokens have no text, and the text between the delimiters of
+    a tool is left out unless ``show_tools``. However the tokens are split into calls of ``push``,
+    the joined text is the same.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), show_tools: bool = False):
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._special = frozenset(tokenizer.specials.values())
-        frames = () if show_tools else _TOOL_FRAMES
-        self._closes = {tokenizer.special(a): tokenizer.special(b) for a, b in frames}
+        ids = tool_delimiters(tokenizer)
+        pairs = {ids.call_start: ids.call_end, ids.result_start: ids.result_end}
+        self._closes = {} if show_tools else pairs
         self._hidden_until: int | None = None
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held = ""
-        self.stopped = False
-        """A stop string was met: the request can be aborted, and no more text comes."""
+        self._pending = ""
+        self.is_stopped = False
+        """A stop string was matched: the request can be aborted, and no more text comes."""
 
     def add(self, output: Output) -> str:
-        """New text after one step; all that is left if the request has finished with it."""
+        """New text after one step, and the rest of the text if the request has finished."""
         tokens = output.tokens
         if output.ended_by_last:
             tokens = tokens[:-1]  # the token that ended the answer is no part of its text
@@ -41,20 +72,19 @@ class IncrementalDetokenizer:
         return text if output.finish is None else text + self.flush()
 
     def push(self, tokens: Iterable[int], may_stop: bool = True) -> str:
-        """New text after ``tokens``; no stop string that is complete with them ends it unless
-        ``may_stop``."""
-        if self.stopped:
+        """New text after ``tokens``. Stop strings end the text only if ``may_stop``."""
+        if self.is_stopped:
             return ""
         visible = [token for token in tokens if self._visible(token)]
         return self._emit(self._decoder.decode(self._tokenizer.decode_bytes(visible)), may_stop)
 
     def flush(self) -> str:
-        """What was held back; call it once, after the last token."""
-        if self.stopped:
+        """Text that was still pending; call it once, after the last token."""
+        if self.is_stopped:
             return ""
         text = self._emit(self._decoder.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return text if self.stopped else text + held
+        rest, self._pending = self._pending, ""
+        return text if self.is_stopped else text + rest
 
     def _visible(self, token: int) -> bool:
         if self._hidden_until is not None:
@@ -65,16 +95,16 @@ class IncrementalDetokenizer:
         return token not in self._special
 
     def _emit(self, new: str, may_stop: bool = True) -> str:
-        text = self._held + new
+        text = self._pending + new
         if not self._stop:
             return text
-        # The string that is complete first ends the text, wherever the pieces were cut.
+        # The stop string that is complete first ends the text, wherever the tokens were split.
         ends = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
         if ends and may_stop:
-            self.stopped, self._held = True, ""
+            self.is_stopped, self._pending = True, ""
             return text[: min(ends)[1]]
         keep = max(_overlap(text, stop) for stop in self._stop)
-        self._held = text[len(text) - keep :]
+        self._pending = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
@@ -82,3 +112,74 @@ def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that is a beginning of ``stop`` but not all of it."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class OutputProcessor:
+    """Turns the token ids of one answer into events.
+
+    Special tokens have no text. Tokens between the delimiters of a call or a result become one
+    event when the end delimiter comes. In an answer that begins inside a call
+    (``begins_in_call``: the start delimiter is the last token of the prompt), ``streams_call``
+    emits the text of the call as it comes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        begins_in_call: bool = False,
+        streams_call: bool = False,
+    ):
+        """Stop strings match from the token after the first ``min_tokens`` on, as in vLLM."""
+        self._tokenizer = tokenizer
+        self._delimiters = tool_delimiters(tokenizer)
+        self._special = frozenset(tokenizer.specials.values())
+        self._min_tokens, self._num_tokens = min_tokens, 0
+        self._text = IncrementalDetokenizer(tokenizer, stop)
+        self._call_text = IncrementalDetokenizer(tokenizer) if streams_call else None
+        self._inside = self._delimiters.call_start if begins_in_call else -1
+        """The start delimiter that has no end delimiter yet; -1 outside of tools."""
+        self._pending: list[int] = []
+        self._call = ""
+
+    @property
+    def is_stopped(self) -> bool:
+        """A stop string has ended the answer."""
+        return self._text.is_stopped
+
+    def push(self, token: int) -> list[Event]:
+        self._num_tokens += 1
+        if token in self._special:
+            return self._on_special(token)
+        if self._call_text is not None:
+            return [ToolCallEvent(self._call_text.push((token,)), is_complete=False)]
+        if self._inside >= 0:
+            self._pending.append(token)
+            return []
+        may_stop = self._num_tokens > self._min_tokens
+        return [TextEvent(self._text.push((token,), may_stop))]
+
+    def flush(self) -> list[Event]:
+        """Text that was still pending; call it once, after the last token."""
+        events: list[Event] = [TextEvent(self._text.flush())]
+        if self._call_text is not None:
+            events.append(ToolCallEvent(self._call_text.flush(), is_complete=False))
+        return events
+
+    def _on_special(self, token: int) -> list[Event]:
+        events: list[Event] = []
+        text = self._tokenizer.decode(self._pending)
+        self._pending.clear()
+        ids, start = self._delimiters, self._inside
+        self._inside = token if token in (ids.call_start, ids.result_start) else -1
+        if token == ids.call_end:
+            self._call = text
+            if start == ids.call_start and self._call_text is None:
+                events.append(ToolCallEvent(text, is_complete=True))
+        elif token == ids.result_end:
+            events.append(ToolResultEvent(self._call, text))
+        if self._call_text is not None:
+            events.append(ToolCallEvent("", is_complete=True))
+        return events

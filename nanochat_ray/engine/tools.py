@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from nanochat_ray.text.chat import tool_delimiters
 from nanochat_ray.text.tokenizer import Tokenizer
 
 MAX_INPUT_TOKENS = 256
@@ -77,13 +78,8 @@ def calculator_tool(tokenizer: Tokenizer) -> Tool:
         value = calculate(tokenizer.decode(ids))
         return None if value is None else tokenizer.encode(value)
 
-    return Tool(
-        start=tokenizer.special("<|python_start|>"),
-        end=tokenizer.special("<|python_end|>"),
-        out_start=tokenizer.special("<|output_start|>"),
-        out_end=tokenizer.special("<|output_end|>"),
-        run=run,
-    )
+    start, end, out_start, out_end = tool_delimiters(tokenizer)
+    return Tool(start, end, out_start, out_end, run)
 
 
 class _NotAllowedError(Exception):

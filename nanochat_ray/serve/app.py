@@ -30,14 +30,15 @@ from nanochat_ray.serve.access import AccessLog
 from nanochat_ray.serve.auth import AuthMiddleware, BodySizeLimit, client_of
 from nanochat_ray.serve.body import JsonRoute
 from nanochat_ray.serve.client import EngineClient, UnavailableError
-from nanochat_ray.serve.completions import (
-    DeadlineError,
-    EngineFailedError,
-    GrammarError,
-    Piece,
-    all_pieces,
-)
 from nanochat_ray.serve.errors import ApiError
+from nanochat_ray.serve.generation import (
+    DeadlineError,
+    Delta,
+    EngineFailedError,
+    GenerationRequest,
+    GrammarError,
+    generate,
+)
 from nanochat_ray.serve.metrics import (
     EngineMetrics,
     PrometheusSink,
@@ -64,7 +65,7 @@ from nanochat_ray.serve.responses import (
 from nanochat_ray.serve.responses_api import responses_job
 from nanochat_ray.serve.responses_request import ResponsesRequest
 from nanochat_ray.serve.responses_shape import ResponsesShape
-from nanochat_ray.serve.service import Job, Limits, Service
+from nanochat_ray.serve.service import Limits, Service
 from nanochat_ray.serve.shapes import ChatShape, CompletionShape, Shape
 from nanochat_ray.serve.sse import ClientGoneError, EventStream, unless_gone
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -238,8 +239,11 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         return await _respond(service, job, ResponsesShape(service, job, body), http)
 
 
-async def _respond(service: Service, job: Job, shape: Shape, http: HttpRequest) -> Response:
-    pieces = all_pieces(service, job)
+async def _respond(
+    service: Service, job: GenerationRequest, shape: Shape, http: HttpRequest
+) -> Response:
+    timeout = service.limits.request_timeout_s
+    pieces = generate(service.client, service.tokenizer, service.metrics, job, timeout)
     try:
         if job.stream:
             # What fails before the first token gets its status: clients try again by that.
@@ -255,7 +259,7 @@ async def _respond(service: Service, job: Job, shape: Shape, http: HttpRequest) 
     return JSONResponse(shape.whole())
 
 
-async def _translated(step: Callable[[], Awaitable[list[Piece]]]) -> list[Piece]:
+async def _translated(step: Callable[[], Awaitable[list[Delta]]]) -> list[Delta]:
     """The next pieces; failures of the engine as the errors that clients see."""
     try:
         return await step()
@@ -273,7 +277,7 @@ async def _translated(step: Callable[[], Awaitable[list[Piece]]]) -> list[Piece]
         raise errors.invalid(str(error)) from error
 
 
-async def _gather(pieces: AsyncGenerator[list[Piece], None], shape: Shape) -> None:
+async def _gather(pieces: AsyncGenerator[list[Delta], None], shape: Shape) -> None:
     with contextlib.suppress(StopAsyncIteration):
         while True:
             for piece in await _translated(pieces.__anext__):
@@ -281,8 +285,8 @@ async def _gather(pieces: AsyncGenerator[list[Piece], None], shape: Shape) -> No
 
 
 async def _events(
-    turn: list[Piece],
-    pieces: AsyncGenerator[list[Piece], None],
+    turn: list[Delta],
+    pieces: AsyncGenerator[list[Delta], None],
     shape: Shape,
     include_usage: bool,
 ) -> AsyncGenerator[str, None]:
@@ -294,9 +298,7 @@ async def _events(
             while True:
                 for piece in turn:
                     shape.take(piece)
-                    # Half a character or half a stop string: nothing to show yet.
-                    shown = piece.text or piece.calculations or piece.scored or piece.prompt
-                    if shown or piece.calls or piece.finish:
+                    if piece.is_visible:
                         found += shape.deltas(piece)
                 if found:
                     yield shape.frame(found)

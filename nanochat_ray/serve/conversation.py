@@ -87,7 +87,7 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool | None
+ToolChoiceField = Literal["none", "auto", "required"] | NamedTool | None
 
 
 def turns(messages: Sequence[ChatMessage], tools: Sequence[ToolSpec] = ()) -> list[dict[str, Any]]:

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanochat_ray.engine.request import TokenLogprob
+from nanochat_ray.serve.generation import LogprobPair
 from nanochat_ray.text.tokenizer import Tokenizer
-
-Scored = tuple[int, TokenLogprob]
-"""A token of the answer and what the engine says of it."""
 
 
 def _name(tokenizer: Tokenizer, token: int) -> str:
@@ -22,7 +20,7 @@ def _name(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def for_chat(tokenizer: Tokenizer, scored: Sequence[Scored]) -> dict[str, Any]:
+def for_chat(tokenizer: Tokenizer, scored: Sequence[LogprobPair]) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         raw = list(tokenizer.decode_bytes([token]))
         return {"token": _name(tokenizer, token), "logprob": logprob, "bytes": raw}

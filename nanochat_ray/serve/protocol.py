@@ -12,9 +12,10 @@ from typing import Annotated, Any
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
 from nanochat_ray.engine.request import MAX_LOGPROBS
-from nanochat_ray.serve.conversation import Body, ChatMessage, ToolChoice, ToolSpec
+from nanochat_ray.serve.conversation import Body, ChatMessage, ToolChoiceField, ToolSpec
 from nanochat_ray.serve.structure import Structured
-from nanochat_ray.serve.tool_calls import ToolCalling, tool_calling
+from nanochat_ray.serve.tool_calls import resolve_tool_choice
+from nanochat_ray.text.tool_calls import ToolChoice
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 MaxTokens = Annotated[StrictInt, Field(ge=-1, lt=2**31)]
@@ -167,7 +168,7 @@ class ChatRequest(SamplingBody):
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: list[ToolSpec] | None = None
-    tool_choice: ToolChoice = None
+    tool_choice: ToolChoiceField = None
     add_generation_prompt: StrictBool | None = None
     """vLLM's: false begins no turn of the assistant's behind the last message."""
     continue_final_message: StrictBool | None = None
@@ -193,8 +194,8 @@ class ChatRequest(SamplingBody):
         return self
 
     @property
-    def calling(self) -> ToolCalling:
-        return tool_calling(self.tools, self.tool_choice)
+    def calling(self) -> ToolChoice:
+        return resolve_tool_choice(self.tools, self.tool_choice)
 
 
 class TokenizeRequest(Body):

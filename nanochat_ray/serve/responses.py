@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, model_serializer
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+from nanochat_ray.serve.generation import FinishReason
 
 
 class PromptTokensDetails(BaseModel):

@@ -9,9 +9,10 @@ from pydantic import ValidationError
 
 from nanochat_ray.serve import errors
 from nanochat_ray.serve.errors import ApiError
+from nanochat_ray.serve.generation import GenerationRequest
 from nanochat_ray.serve.protocol import ChatRequest
 from nanochat_ray.serve.responses_request import ResponsesRequest, turn_starts
-from nanochat_ray.serve.service import Job, Service
+from nanochat_ray.serve.service import Service
 
 _OUR_NAMES = {
     "max_completion_tokens": "max_output_tokens",
@@ -20,7 +21,7 @@ _OUR_NAMES = {
 }
 
 
-async def responses_job(service: Service, body: ResponsesRequest, client: str) -> Job:
+async def responses_job(service: Service, body: ResponsesRequest, client: str) -> GenerationRequest:
     """With ``truncation="auto"`` the oldest turns that do not fit are left out. ApiError names the
     fields of the request that was sent."""
     try:
@@ -42,11 +43,11 @@ async def responses_job(service: Service, body: ResponsesRequest, client: str) -
 
 async def _truncated(
     service: Service, fields: dict[str, Any], client: str, failure: ApiError
-) -> Job:
+) -> GenerationRequest:
     """The job with as many of the newest turns as fit; ``failure`` if not even the last does."""
     messages = fields["messages"]
     system, starts = turn_starts(messages)
-    fit: Job | None = None
+    fit: GenerationRequest | None = None
     low, high = 0, len(starts)
     while low < high:
         middle = (low + high) // 2

@@ -11,11 +11,10 @@ import time
 from typing import Any
 
 from nanochat_ray.serve import logprobs
-from nanochat_ray.serve.completions import Piece
 from nanochat_ray.serve.errors import ApiError
-from nanochat_ray.serve.logprobs import Scored
+from nanochat_ray.serve.generation import Delta, GenerationRequest, LogprobPair
 from nanochat_ray.serve.responses_request import ResponsesRequest
-from nanochat_ray.serve.service import Job, Service
+from nanochat_ray.serve.service import Service
 from nanochat_ray.serve.shapes import Shape
 
 Item = dict[str, Any]
@@ -24,7 +23,7 @@ Item = dict[str, Any]
 class ResponsesShape(Shape):
     kind = "response"
 
-    def __init__(self, service: Service, job: Job, request: ResponsesRequest):
+    def __init__(self, service: Service, job: GenerationRequest, request: ResponsesRequest):
         self._request = request
         self._sequence = 0
         self._message_id = f"msg_{secrets.token_hex(12)}"
@@ -33,7 +32,7 @@ class ResponsesShape(Shape):
         self._call_begun = False
         super().__init__(service, job, f"resp_{secrets.token_hex(12)}")
 
-    def take(self, piece: Piece) -> None:
+    def take(self, piece: Delta) -> None:
         super().take(piece)
         call = self.calls[0]
         if call is None:
@@ -41,7 +40,7 @@ class ResponsesShape(Shape):
         if not self._call_items:
             identity = {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call"}
             self._call_items = [{**identity, "call_id": call.id, "name": call.function.name}]
-        status = "in_progress" if piece.finish is None else self._status()
+        status = "in_progress" if piece.finish_reason is None else self._status()
         self._call_items[0] |= {"status": status, "arguments": call.function.arguments}
 
     # --- the whole ------------------------------------------------------------------------------
@@ -54,7 +53,7 @@ class ResponsesShape(Shape):
     def _status(self) -> str:
         return "incomplete" if self.finish[0] == "length" else "completed"
 
-    def _scores(self, scored: list[Scored]) -> list[dict[str, Any]]:
+    def _scores(self, scored: list[LogprobPair]) -> list[dict[str, Any]]:
         if not self.job.logprobs:
             return []
         return logprobs.for_chat(self.service.tokenizer, scored)["content"]
@@ -132,22 +131,22 @@ class ResponsesShape(Shape):
         started = self._response("in_progress", [])
         return [self._event(kind, response=started) for kind in ("created", "in_progress")]
 
-    def deltas(self, piece: Piece) -> list[str]:
+    def deltas(self, piece: Delta) -> list[str]:
         at = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
         events: list[str] = []
-        nothing = piece.finish is not None and not self._call_items
+        nothing = piece.finish_reason is not None and not self._call_items
         if not self._message_open and (piece.text or nothing):
             self._message_open = True
             item, part = self._message("in_progress"), {**self._part(), "text": "", "logprobs": []}
             events.append(self._event("output_item.added", output_index=0, item=item))
             events.append(self._event("content_part.added", **at, part=part))
         if piece.text:
-            scores = self._scores(piece.scored)
+            scores = self._scores(piece.logprobs)
             delta = self._event("output_text.delta", **at, delta=piece.text, logprobs=scores)
             events.append(delta)
-        if piece.calls and not self._message_open:  # else behind the end of the message
-            events += self._call_delta("".join(part.arguments for part in piece.calls))
-        return events if piece.finish is None else events + self._ending(at)
+        if piece.tool_calls and not self._message_open:  # else behind the end of the message
+            events += self._call_delta("".join(part.arguments for part in piece.tool_calls))
+        return events if piece.finish_reason is None else events + self._ending(at)
 
     def _call_delta(self, arguments: str) -> list[str]:
         (item,) = self._call_items

@@ -15,11 +15,12 @@ from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.serve import errors
 from nanochat_ray.serve.client import EngineClient
 from nanochat_ray.serve.conversation import ChatMessage, message_text, turns
+from nanochat_ray.serve.generation import GenerationRequest
 from nanochat_ray.serve.metrics import RequestMetrics
 from nanochat_ray.serve.protocol import ChatRequest, CompletionRequest, SamplingBody
-from nanochat_ray.serve.tool_calls import ToolCalling
 from nanochat_ray.text.chat import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.text.tool_calls import ToolChoice
 
 # Longer texts are tokenized beside the event loop: at some MB/s they would hold up every stream.
 ASIDE_CHARACTERS = 20_000
@@ -35,29 +36,6 @@ class Limits:
     request_timeout_s: float = 0.0
     """How long an answer may take, waiting and running; 0 is for ever. Clients have no field for
     it: OpenAI's give up by closing the connection, which ends the work too."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One HTTP request as engine requests, ``n`` for each prompt, in order of their index."""
-
-    requests: list[Request]
-    prefixes: list[str]
-    """What each choice's text begins with: the prompt, if it is echoed."""
-    stop: list[str]
-    stream: bool
-    include_usage: bool
-    logprobs: bool
-    prompt_tokens: int
-    calling: ToolCalling
-    prompt_logprobs: int | None = None
-    """Alternatives at each token of the prompt that vLLM's form shows."""
-    hidden: int = 0
-    """Tokens at the beginning of each prompt that its text does not hold."""
-    n: int = 1
-    """Choices of each prompt that are shown."""
-    candidates: int = 1
-    """Those that are made: more with ``best_of``."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +78,7 @@ class Service:
                 "context_length_exceeded",
             )
         try:
-            declared = body.tools if body.calling.choice != "none" else None
+            declared = body.tools if body.calling.mode != "none" else None
             found = turns(body.messages, declared or ())
             if sum(map(_characters, body.messages)) > ASIDE_CHARACTERS:
                 ids = await asyncio.to_thread(self._render, found, body)
@@ -108,7 +86,7 @@ class Service:
                 ids = self._render(found, body)
         except ValueError as error:
             raise errors.invalid(str(error), "messages") from None
-        if body.calling.forced:
+        if body.calling.is_forced:
             ids.append(self.tokenizer.special("<|python_start|>"))
         return ids
 
@@ -120,7 +98,7 @@ class Service:
             continue_final_message=bool(body.continue_final_message),
         )
 
-    async def chat_job(self, body: ChatRequest, client: str = "") -> Job:
+    async def chat_job(self, body: ChatRequest, client: str = "") -> GenerationRequest:
         self.check_model(body.model)
         ids = await self.chat_prompt(body)
         limit = body.max_completion_tokens or body.max_tokens
@@ -128,7 +106,7 @@ class Service:
         echo = readable(message_text(body.messages[-1])) if echoed else ""
         return self._job(body, "messages", [ids], [echo], limit, client)
 
-    async def completion_job(self, body: CompletionRequest, client: str = "") -> Job:
+    async def completion_job(self, body: CompletionRequest, client: str = "") -> GenerationRequest:
         self.check_model(body.model)
         self._check_choices(body, len(body.prompts()))
         prompts: list[list[int]] = []
@@ -166,7 +144,7 @@ class Service:
         echoes: list[str],
         max_tokens: int | None,
         client: str,
-    ) -> Job:
+    ) -> GenerationRequest:
         """``max_tokens``: None or -1 is all that fits behind a prompt, and more is cut to that."""
         n = body.n or 1
         candidates = self._check_choices(body, len(prompts))
@@ -189,7 +167,7 @@ class Service:
             for ids, limit in zip(prompts, limits, strict=True)
             for i in range(candidates)
         ]
-        return Job(
+        return GenerationRequest(
             requests=requests,
             prefixes=[echo for echo in echoes for _ in range(candidates)],
             stop=body.stops,
@@ -197,7 +175,7 @@ class Service:
             include_usage=body.include_usage,
             logprobs=_logprobs(body) is not None,
             prompt_tokens=sum(map(len, prompts)),
-            calling=_calling(body),
+            tool_choice=_calling(body),
             prompt_logprobs=getattr(body, "prompt_logprobs", None),
             hidden=int(isinstance(body, CompletionRequest) and isinstance(body.prompts()[0], str)),
             n=n,
@@ -241,7 +219,7 @@ class Service:
             logprobs=_logprobs(body) or 0 if _ranked(body) else _logprobs(body),
             prompt_logprobs=body.prompt_scores if isinstance(body, CompletionRequest) else None,
             # response_format is about text, and a call that is forced leaves no room for any.
-            grammar=_calling(body).grammar if _calling(body).forced else body.grammar,
+            grammar=_calling(body).grammar if _calling(body).is_forced else body.grammar,
         )
 
 
@@ -265,8 +243,8 @@ def _characters(message: ChatMessage) -> int:
     return sum(len(part.text or "") for part in message.content or [])
 
 
-def _calling(body: SamplingBody) -> ToolCalling:
-    return body.calling if isinstance(body, ChatRequest) else ToolCalling()
+def _calling(body: SamplingBody) -> ToolChoice:
+    return body.calling if isinstance(body, ChatRequest) else ToolChoice()
 
 
 def _ranked(body: SamplingBody) -> bool:

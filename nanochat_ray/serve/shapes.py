@@ -9,11 +9,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from nanochat_ray.engine.detokenizer import ToolResultEvent
 from nanochat_ray.engine.request import TokenLogprob
 from nanochat_ray.serve import logprobs
-from nanochat_ray.serve.completions import Piece
 from nanochat_ray.serve.errors import ApiError
-from nanochat_ray.serve.logprobs import Scored, TextOffsets
+from nanochat_ray.serve.generation import Delta, GenerationRequest, LogprobPair
+from nanochat_ray.serve.logprobs import TextOffsets
 from nanochat_ray.serve.responses import (
     AnswerMessage,
     Calculation,
@@ -26,8 +27,12 @@ from nanochat_ray.serve.responses import (
     PromptTokensDetails,
     Usage,
 )
-from nanochat_ray.serve.service import Job, Service
+from nanochat_ray.serve.service import Service
 from nanochat_ray.serve.sse import DONE, event
+
+
+def _calculation(event: ToolResultEvent) -> Calculation:
+    return Calculation(expression=event.call, result=event.result)
 
 
 @dataclass
@@ -35,7 +40,7 @@ class Shape:
     """How one kind of answer looks. Choices gather here while it runs."""
 
     service: Service
-    job: Job
+    job: GenerationRequest
     id: str
     kind = ""
 
@@ -44,7 +49,7 @@ class Shape:
         self.text = list(self.job.prefixes)
         self.calculations: list[list[Calculation]] = [[] for _ in self.job.requests]
         self.calls: list[CalledTool | None] = [None] * len(self.job.requests)
-        self.scored: list[list[Scored]] = [[] for _ in self.job.requests]
+        self.scored: list[list[LogprobPair]] = [[] for _ in self.job.requests]
         self.prompt_scores: list[list[TokenLogprob | None]] = [[] for _ in self.job.requests]
         self.finish: list[Any] = [None] * len(self.job.requests)
         self.tokens = 0
@@ -54,21 +59,21 @@ class Shape:
         self._head = json.dumps({**head, "model": self.service.name})[:-1] + ', "choices": ['
         self._tail = '], "usage": null}' if self.job.include_usage else "]}"
 
-    def take(self, piece: Piece) -> None:
-        self.tokens += piece.tokens
-        self.cached[piece.index] += piece.cached
+    def take(self, piece: Delta) -> None:
+        self.tokens += piece.num_tokens
+        self.cached[piece.index] += piece.cached_tokens
         self.text[piece.index] += piece.text
-        self.calculations[piece.index] += piece.calculations
-        for delta in piece.calls:
+        self.calculations[piece.index] += map(_calculation, piece.tool_results)
+        for delta in piece.tool_calls:
             call = self.calls[piece.index]
             if call is None:
                 function = CalledFunction(name=delta.name or "", arguments="")
                 call = CalledTool(id=f"call_{secrets.token_hex(12)}", function=function)
                 self.calls[piece.index] = call
             call.function.arguments += delta.arguments
-        self.finish[piece.index] = piece.finish
-        self.scored[piece.index] += piece.scored
-        self.prompt_scores[piece.index] += piece.prompt
+        self.finish[piece.index] = piece.finish_reason
+        self.scored[piece.index] += piece.logprobs
+        self.prompt_scores[piece.index] += piece.prompt_logprobs
 
     def shown(self) -> list[int]:
         """The choices that the client gets: with ``best_of`` the likeliest, by log-probability
@@ -111,10 +116,10 @@ class Shape:
     def opening(self) -> list[str]:
         raise NotImplementedError
 
-    def delta(self, piece: Piece) -> str:
+    def delta(self, piece: Delta) -> str:
         raise NotImplementedError
 
-    def deltas(self, piece: Piece) -> list[str]:
+    def deltas(self, piece: Delta) -> list[str]:
         return [self.delta(piece)]
 
     def frame(self, events: list[str]) -> str:
@@ -143,32 +148,32 @@ class CompletionShape(Shape):
         hidden = self.job.hidden if self.job.prefixes[index] else 0
         return TextOffsets(self.service.tokenizer, hidden)
 
-    def _logprobs(self, piece: Piece, offsets: TextOffsets) -> dict[str, Any] | None:
+    def _logprobs(self, piece: Delta, offsets: TextOffsets) -> dict[str, Any] | None:
         if not self.job.logprobs:
             return None
         prompt = self._prompt(piece) if self.job.prefixes[piece.index] else []
-        return logprobs.for_completion(self.service.tokenizer, [*prompt, *piece.scored], offsets)
+        return logprobs.for_completion(self.service.tokenizer, [*prompt, *piece.logprobs], offsets)
 
-    def _prompt(self, piece: Piece) -> list[tuple[int, TokenLogprob | None]]:
+    def _prompt(self, piece: Delta) -> list[tuple[int, TokenLogprob | None]]:
         ids = self.job.requests[piece.index].prompt
-        return list(zip(ids, piece.prompt, strict=True)) if piece.prompt else []
+        return list(zip(ids, piece.prompt_logprobs, strict=True)) if piece.prompt_logprobs else []
 
     def opening(self) -> list[str]:
         if self.job.logprobs and any(self.job.prefixes):
             return []  # the echo comes with its scores, in the first piece
-        return [self.delta(Piece(i, text)) for i, text in enumerate(self.job.prefixes) if text]
+        return [self.delta(Delta(i, text)) for i, text in enumerate(self.job.prefixes) if text]
 
-    def delta(self, piece: Piece) -> str:
+    def delta(self, piece: Delta) -> str:
         prefix = self.job.prefixes[piece.index]
-        echoed = bool(prefix and piece.prompt and self.job.logprobs)
+        echoed = bool(prefix and piece.prompt_logprobs and self.job.logprobs)
         return self.chunk(
             {
                 "index": piece.index,
                 "text": prefix + piece.text if echoed else piece.text,
                 "logprobs": self._logprobs(piece, self._offsets[piece.index])
-                if piece.tokens or echoed
+                if piece.num_tokens or echoed
                 else None,
-                "finish_reason": piece.finish,
+                "finish_reason": piece.finish_reason,
             }
         )
 
@@ -182,7 +187,7 @@ class CompletionShape(Shape):
         ).model_dump()
 
     def _choice(self, index: int, i: int) -> CompletionChoice:
-        piece = Piece(i, scored=self.scored[i], prompt=self.prompt_scores[i])
+        piece = Delta(i, logprobs=self.scored[i], prompt_logprobs=self.prompt_scores[i])
         shown = self.job.prompt_logprobs
         tokenizer = self.service.tokenizer
         return CompletionChoice(
@@ -199,7 +204,7 @@ class CompletionShape(Shape):
 class ChatShape(Shape):
     kind = "chat.completion.chunk"
 
-    def _logprobs(self, scored: list[Scored]) -> dict[str, Any] | None:
+    def _logprobs(self, scored: list[LogprobPair]) -> dict[str, Any] | None:
         return logprobs.for_chat(self.service.tokenizer, scored) if self.job.logprobs else None
 
     def opening(self) -> list[str]:
@@ -212,15 +217,15 @@ class ChatShape(Shape):
             for i, delta in deltas
         ]
 
-    def delta(self, piece: Piece) -> str:
+    def delta(self, piece: Delta) -> str:
         delta: dict[str, Any] = {}
-        if piece.calculations:
-            delta["calculator"] = [c.model_dump() for c in piece.calculations]
+        if piece.tool_results:
+            delta["calculator"] = [_calculation(r).model_dump() for r in piece.tool_results]
         if piece.text:
             delta["content"] = piece.text
-        if piece.calls and (call := self.calls[piece.index]):
-            function = {"arguments": "".join(part.arguments for part in piece.calls)}
-            if (name := piece.calls[0].name) is None:
+        if piece.tool_calls and (call := self.calls[piece.index]):
+            function = {"arguments": "".join(part.arguments for part in piece.tool_calls)}
+            if (name := piece.tool_calls[0].name) is None:
                 delta["tool_calls"] = [{"index": 0, "function": function}]
             else:
                 opening = {"index": 0, "id": call.id, "type": "function"}
@@ -229,8 +234,8 @@ class ChatShape(Shape):
             {
                 "index": piece.index,
                 "delta": delta,
-                "logprobs": self._logprobs(piece.scored),
-                "finish_reason": piece.finish,
+                "logprobs": self._logprobs(piece.logprobs),
+                "finish_reason": piece.finish_reason,
             }
         )
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -26,11 +26,26 @@ part with ``"weight": 0`` is not learnt."""
 
 ROLES = ("system", "user", "assistant")
 OPENAI_ROLES = (*ROLES, "developer", "tool")
+TOOL_CALL = ("<|python_start|>", "<|python_end|>")
+TOOL_RESULT = ("<|output_start|>", "<|output_end|>")
 CALCULATOR = "calculator"
 EXPRESSION = "expression"
 """The calculator's argument, where it is called as a function."""
 _BLANK = "\n\n"
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
+class ToolDelimiters(NamedTuple):
+    """Token ids around a tool call and around its result."""
+
+    call_start: int
+    call_end: int
+    result_start: int
+    result_end: int
+
+
+def tool_delimiters(tokenizer: Tokenizer) -> ToolDelimiters:
+    return ToolDelimiters(*map(tokenizer.special, TOOL_CALL + TOOL_RESULT))
 
 
 # --- messages in OpenAI's form ------------------------------------------------------------------
@@ -223,18 +238,17 @@ def _parts(content: Any) -> list[dict[str, Any]]:
 def _assistant(tok: Tokenizer, content: Any) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     mask: list[int] = []
-    marks = {"python": ("<|python_start|>", "<|python_end|>", 1)}
-    # The calculator writes its answers itself: the model does not learn them.
-    marks["python_output"] = ("<|output_start|>", "<|output_end|>", 0)
+    # The engine writes the results: the model does not learn them.
+    delimiters = {"python": (*TOOL_CALL, 1), "python_output": (*TOOL_RESULT, 0)}
     for part in _parts(content):
         kind, text = part.get("type"), part.get("text")
-        if kind != "text" and kind not in marks:
-            raise ValueError(f"content part type={kind!r}: one of text, {', '.join(marks)}")
+        if kind != "text" and kind not in delimiters:
+            raise ValueError(f"content part type={kind!r}: one of text, {', '.join(delimiters)}")
         if not isinstance(text, str):
             raise ValueError(f"content part text={text!r:.60}: a text is expected")
         piece, learned = tok.encode(text), 1
-        if kind in marks:
-            start, end, learned = marks[kind]
+        if kind in delimiters:
+            start, end, learned = delimiters[kind]
             piece = [tok.special(start), *piece, tok.special(end)]
         ids += piece
         mask += [learned if part.get("weight", 1) else 0] * len(piece)

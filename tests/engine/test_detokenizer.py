@@ -50,7 +50,7 @@ def test_any_split_gives_the_same_text() -> None:
             made.append(stream.push(piece))
         made.append(stream.flush())
         want, stopped = cut_at_first_end(bytes(raw).decode(errors="replace"), stops)
-        assert ("".join(made), stream.stopped) == (want, stopped)
+        assert ("".join(made), stream.is_stopped) == (want, stopped)
 
 
 def test_nothing_is_held_back_without_need() -> None:
@@ -59,7 +59,7 @@ def test_nothing_is_held_back_without_need() -> None:
     assert stream.push(TOKENIZER.encode("/en")) == ""
     assert stream.push(TOKENIZER.encode("glish")) == "</english"
     assert stream.push(TOKENIZER.encode("x</end>y")) == "x"
-    assert stream.stopped
+    assert stream.is_stopped
     assert stream.push(TOKENIZER.encode("z")) + stream.flush() == ""
 
 
@@ -91,7 +91,7 @@ def test_the_token_that_ended_the_answer_is_no_text() -> None:
 def test_stop_strings_wait_for_min_tokens() -> None:
     stream = IncrementalDetokenizer(TOKENIZER, ["ab"])
     parts = [stream.push([t], i >= 5) for i, t in enumerate(TOKENIZER.encode("xababababz"))]
-    assert ("".join(parts), stream.stopped) == ("xabab", True)
+    assert ("".join(parts), stream.is_stopped) == ("xabab", True)
 
 
 def test_ids_that_are_no_token_have_no_text() -> None:
