@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from pathlib import Path
 
 import msgpack
@@ -261,3 +263,30 @@ def test_a_tokenizer_that_does_not_fit_is_refused(root: Store) -> None:
     )
     with pytest.raises(ValueError, match=r"tokenizer\.json has 265 tokens, .* vocab_size=300"):
         checkpoint.load_model(root)
+
+
+def test_recorded_bytes_of_tensors() -> None:
+    """MessagePack by hand: a header, then of each tensor its head and little-endian values."""
+    stream = io.BytesIO()
+    write_tensors(stream, {"w": torch.tensor([[1.0, -2.0]]), "n": torch.tensor(258)})
+    assert stream.getvalue() == b"".join(
+        (
+            b"\x82\xa6format\xb6nanochat_ray tensors 1\xa7tensors\x02",
+            b"\x84\xa4name\xa1w\xa5dtype\xa7float32\xa5shape\x92\x01\x02\xa6chunks\x01",
+            b"\xc4\x08\x00\x00\x80\x3f\x00\x00\x00\xc0",
+            b"\x84\xa4name\xa1n\xa5dtype\xa5int64\xa5shape\x90\xa6chunks\x01",
+            b"\xc4\x08\x02\x01\x00\x00\x00\x00\x00\x00",
+        )
+    )
+
+
+def test_the_manifest_has_the_hash_of_each_file(root: Store) -> None:
+    save(root, 3)
+    folder = Path(root.root) / "step-000003"
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert set(files) == {path.name for path in folder.iterdir()} - {"manifest.json"}
+    for name, entry in files.items():
+        data = (folder / name).read_bytes()
+        assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    digest = files["weights.msgpack"]["sha256"]
+    assert checkpoint.weights_digest(root, "step-000003") == digest

@@ -141,3 +141,35 @@ def test_panic_of_a_foreign_pattern_is_an_error() -> None:
     tok = Tokenizer([bytes([b]) for b in range(256)], r"(?:a|ab)*(?!\S)c|[\s\S]")
     with pytest.raises(ValueError, match=r"pattern="):
         tok.encode("a" * 2_000_000)
+
+
+def test_byte_tokenizer_by_hand() -> None:
+    tok = Tokenizer.bytes_only()
+    assert tok.encode("hé\n") == [104, 0xC3, 0xA9, 10]
+    assert tok.vocab_size == 265
+    specials = [tok.special(name) for name in SPECIAL_TOKENS]
+    assert specials == list(range(256, 265))
+    assert SPECIAL_TOKENS[:5] == (
+        "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
+    )  # fmt: skip
+    assert tok.bos == 256
+    assert tok.byte_lengths().tolist() == [1] * 256 + [0] * 9
+    assert tok.byte_table()[97:99] == [b"a", b"b"]
+    assert tok.byte_table()[256:] == [b""] * 9
+    assert tok.decode([104, 0xC3, 256, 300]) == "h�<|bos|>"
+    assert tok.token_bytes(257) == b"<|user_start|>"
+
+
+def test_merges_and_lengths_by_hand() -> None:
+    """The most frequent pair is merged first: "ab", then "abab"; no token crosses a line's end."""
+    tok = Tokenizer.train(["abab\n" * 50 + "ab\n" * 30], 265 + 2)
+    assert tok.ranks[256:] == (b"ab", b"abab")
+    assert tok.encode("abab ab") == [257, 32, 256]
+    assert tok.byte_lengths()[[256, 257, 258]].tolist() == [2, 4, 0]
+    assert tok.decode_bytes([257, 256, 98]) == b"abababb"
+
+
+def test_recorded_fingerprint() -> None:
+    """Another one would make every stored dataset and checkpoint foreign."""
+    fingerprint = "72a895ac21224dec27d303bbc602deba19e64b067c55925f6869711cfbbf9170"
+    assert Tokenizer.bytes_only().fingerprint == fingerprint
