@@ -48,7 +48,7 @@ FACTORS = {
     "ours": (0.5, 0.7, 1.0, 1.4, 2.0),
 }
 """AdamW: the rate. nanochat: a factor on its rates, which were tuned at depth 12. Ours: a factor on
-what ``scaling.optim_config`` gives."""
+what ``recipe.optim_config`` gives."""
 TARGETS = ("adamw", "adamw by kind")
 
 

@@ -13,13 +13,14 @@ import bench_nanochat
 import numpy as np
 import torch
 
-from nanochat_ray import scaling
-from nanochat_ray.config import ModelConfig, TrainConfig
 from nanochat_ray.data.shards import SequenceReader
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.groups import build_groups
 from nanochat_ray.optim.schedule import lr_factor
 from nanochat_ray.optim.sharded import ShardedOptimizer
+from nanochat_ray.train import recipe
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.feed import from_shards
 from nanochat_ray.train.job import DTYPES, open_dataset
 from nanochat_ray.train.step import Batch, split, train_step
@@ -67,7 +68,7 @@ def build(trial: Trial, vocab_size: int, length: int) -> tuple[GPT, TrainConfig]
     model = GPT(config, DTYPES["bf16"])
     model.init_weights(torch.Generator().manual_seed(trial.seed))
     batch = trial.global_batch_size * length
-    optim = scaling.optim_config(config, batch, trial.steps * batch)
+    optim = recipe.optim_config(config, batch, trial.steps * batch)
     rates = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
     optim = dataclasses.replace(optim, **{n: getattr(optim, n) * trial.rate for n in rates})
     train = TrainConfig(
@@ -164,7 +165,7 @@ def adamw(model: GPT, train: TrainConfig, trial: Trial) -> Step:
 def by_kind(model: GPT, train: TrainConfig, trial: Trial) -> Step:
     """Ours in all but the matrices, which get AdamW at the trial's rate."""
     # The trial's rate is the matrices': the others' are as our rules give them.
-    optim = scaling.optim_config(
+    optim = recipe.optim_config(
         model.config,
         train.global_batch_size * model.config.sequence_len,
         train.steps * train.global_batch_size * model.config.sequence_len,
@@ -210,8 +211,8 @@ def nanochat(model: GPT, train: TrainConfig, trial: Trial) -> Step:
     model.get_device = lambda: torch.device("cpu")  # type: ignore[assignment]
     # scripts/base_train.py: decay falls with the batch's root and the horizon.
     batch = train.global_batch_size * model.config.sequence_len
-    reference_tokens = scaling.REFERENCE_TOKENS
-    decay = 0.28 * math.sqrt(batch / scaling.REFERENCE_BATCH)
+    reference_tokens = recipe.REFERENCE_TOKENS
+    decay = 0.28 * math.sqrt(batch / recipe.REFERENCE_BATCH)
     decay *= reference_tokens / (train.steps * batch)
     rate = trial.rate
     optimizer = peer.GPT.setup_optimizer(

@@ -4,7 +4,7 @@
         --batches 2048 16384 --scales 0.5 1 2
 
 For each batch and factor a small model is trained on the same number of tokens; the table shows
-the validation bits per byte. ``scaling.lr_scale`` rests on this table (optim/NOTES.md).
+the validation bits per byte. ``recipe.lr_scale`` rests on this table (optim/NOTES.md).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from nanochat_ray import scaling
 from nanochat_ray.checks import check_float, check_int, check_name
 from nanochat_ray.cli import entry
 from nanochat_ray.data.shards import SequenceReader
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import default_root
+from nanochat_ray.train import recipe
 from nanochat_ray.train.feed import from_shards
 from nanochat_ray.train.job import DTYPES, open_dataset
 from nanochat_ray.train.step import train_step
@@ -60,7 +60,7 @@ class Args:
 def one_run(args: Args, batch: int, scale: float, seed: int) -> tuple[float, float]:
     """Validation bits per byte after the run, and the seconds it took."""
     dataset, manifest, tokenizer = open_dataset(args.storage, args.dataset)
-    model_config = scaling.model_config(
+    model_config = recipe.model_config(
         args.depth,
         tokenizer.vocab_size,
         preset=args.preset,
@@ -69,9 +69,9 @@ def one_run(args: Args, batch: int, scale: float, seed: int) -> tuple[float, flo
         n_head=max(1, args.width // 64),
         n_kv_head=max(1, args.width // 64),
     )
-    plan = scaling.base_plan(model_config, tokens=args.tokens, batch=batch, seed=seed)
+    plan = recipe.base_plan(model_config, tokens=args.tokens, batch=batch, seed=seed)
     optim = plan.train.optim
-    now = scaling.lr_scale(plan.train.steps)
+    now = recipe.lr_scale(plan.train.steps)
     rates = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
     optim = dataclasses.replace(
         optim, **{name: getattr(optim, name) / now * scale for name in rates}

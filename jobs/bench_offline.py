@@ -29,7 +29,7 @@ import torch
 from nanochat_ray.checkpoint import hf
 from nanochat_ray.checks import check_int
 from nanochat_ray.cli import entry
-from nanochat_ray.config import ModelConfig
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 

@@ -24,7 +24,7 @@ def ours(folder: str, options: dict[str, Any]) -> Generate:
     from pathlib import Path
 
     from nanochat_ray.checkpoint import hf
-    from nanochat_ray.config import EngineConfig
+    from nanochat_ray.engine.config import EngineConfig
     from nanochat_ray.engine.engine import Engine
     from nanochat_ray.engine.request import Request, SamplingParams
 

@@ -34,7 +34,7 @@ from typing import Any
 
 from nanochat_ray.checks import check_float, check_int, check_name, check_port
 from nanochat_ray.cli import entry
-from nanochat_ray.config import EngineConfig
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.serve import load, load_engine
 from nanochat_ray.serve.chart import lines_svg
 from nanochat_ray.storage import Store

@@ -27,13 +27,14 @@ import bench_train_step
 import numpy as np
 import torch
 
-from nanochat_ray import scaling
 from nanochat_ray.checks import check_int, check_name
 from nanochat_ray.cli import entry
-from nanochat_ray.config import ModelConfig, TrainConfig
 from nanochat_ray.data.shards import Manifest, SequenceReader, write_shard
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.storage import Store, default_root
 from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.train import recipe
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.feed import from_shards
 from nanochat_ray.train.job import TrainJob
 from nanochat_ray.train.step import Batch
@@ -155,7 +156,7 @@ def dataset(args: Args, folder: Path, rows: int = 4096) -> TrainJob:
         micro_batch_size=batch // 2,
         precision="bf16",
         eval_sequences=2,
-        optim=scaling.optim_config(model, 2 * args.batch, 10**7),
+        optim=recipe.optim_config(model, 2 * args.batch, 10**7),
     )
     return TrainJob(storage=root.uri, dataset="bench", run="bench", model=model, train=train)
 

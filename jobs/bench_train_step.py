@@ -12,10 +12,11 @@ from typing import Any
 import bench_nanochat
 import torch
 
-from nanochat_ray import scaling
-from nanochat_ray.config import ModelConfig, Precision, TrainConfig
+from nanochat_ray.model.config import ModelConfig, Precision
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
+from nanochat_ray.train import recipe
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.job import DTYPES
 from nanochat_ray.train.step import Batch, train_step
 
@@ -45,7 +46,7 @@ def ours(config: ModelConfig, tokens: int, steps: int, precision: Precision) -> 
         steps=10**6,
         global_batch_size=rows,
         micro_batch_size=rows,
-        optim=scaling.optim_config(config, tokens, 10**7),
+        optim=recipe.optim_config(config, tokens, 10**7),
     )
     optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
     batch = Batch(ids.numpy())

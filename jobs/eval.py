@@ -20,13 +20,14 @@ import torch
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_int, check_name, require
 from nanochat_ray.cli import entry
-from nanochat_ray.config import EngineConfig, Precision
 from nanochat_ray.data import corpus, sources
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.evals.bpb import evaluate_text
 from nanochat_ray.evals.tasks import evaluate
 from nanochat_ray.machine import engine_threads
+from nanochat_ray.model.config import Precision
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.tasks.registry import make_task

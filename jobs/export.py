@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from nanochat_ray.checkpoint import checkpoint, folder, hf, nanochat
 from nanochat_ray.checks import check_name, require
 from nanochat_ray.cli import entry
-from nanochat_ray.config import Precision
+from nanochat_ray.model.config import Precision
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.train.job import DTYPES
 

@@ -27,8 +27,10 @@ from ray import serve
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_float, check_int, check_name, check_port, require
 from nanochat_ray.cli import entry
-from nanochat_ray.config import EngineConfig, Precision, with_options
+from nanochat_ray.config import with_options
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.machine import engine_threads, run_in_temporary_thread
+from nanochat_ray.model.config import Precision
 from nanochat_ray.on_ray import session
 from nanochat_ray.on_ray.serve import (
     ServeConfig,

@@ -26,15 +26,17 @@ from typing import Any, Literal
 
 import torch
 
-from nanochat_ray import machine, scaling
+from nanochat_ray import machine
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.claim import claimed
 from nanochat_ray.cli import entry
-from nanochat_ray.config import ModelConfig, TrainConfig, to_json, with_options
+from nanochat_ray.config import to_json, with_options
 from nanochat_ray.data.shards import Manifest
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.storage import Store, absolute, default_root
-from nanochat_ray.train import hardware, memory, plan, speed
+from nanochat_ray.train import hardware, memory, plan, recipe, speed
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.job import Resume, TrainJob, check, check_resume, execute, open_dataset
 from nanochat_ray.train.metrics import duration, progress_line, wanted
 from nanochat_ray.train.stop import STOPPED, StopOnSignal
@@ -95,7 +97,7 @@ class Args:
     """auto is bf16 on GPUs, and on a CPU the faster one, measured (sft: that of its parent)."""
     seed: int = 0
     options: list[str] = field(default_factory=list)
-    """Any field of ModelConfig, TrainConfig and OptimConfig (nanochat_ray/config.py) as name=value,
+    """Any field of ModelConfig, TrainConfig and OptimConfig (config.py of each room) as name=value,
     for example skips=true window_pattern=SSSL momentum=0.9 fp8=true compile=true."""
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more
@@ -189,9 +191,9 @@ def base_model(args: Args, dataset: str) -> ModelConfig:
     depth, preset = args.depth or 4, args.preset or "modern"
     prepared = Store.at(args.storage).child("datasets", dataset).exists("manifest.json")
     if args.plan_only and not prepared:
-        return scaling.model_config(depth, PLANNED_VOCABULARY, preset=preset)
+        return recipe.model_config(depth, PLANNED_VOCABULARY, preset=preset)
     _, manifest, tokenizer = open_dataset(args.storage, dataset)
-    return scaling.model_config(
+    return recipe.model_config(
         depth,
         tokenizer.vocab_size,
         preset=preset,
@@ -248,19 +250,19 @@ def parent_model(args: Args, parent: str) -> tuple[Store, ModelConfig]:
 
 def base_train(args: Args, model: ModelConfig) -> tuple[TrainConfig, float]:
     """Also gives the tokens per second that were measured, or 0."""
-    tokens, ratio = args.tokens or 0, args.ratio or scaling.TOKENS_PER_PARAMETER
+    tokens, ratio = args.tokens or 0, args.ratio or recipe.TOKENS_PER_PARAMETER
     precision, batch, tokens_per_s = args.precision, args.batch_tokens, 0.0
     if not args.gpus and args.cpu_minutes and not tokens:
-        found = plan_length(args, model, scaling.horizon(model, ratio), batch)
+        found = plan_length(args, model, recipe.training_tokens(model, ratio), batch)
         tokens, batch, precision = found.tokens, batch or found.batch_tokens, found.precision
         tokens_per_s = found.tokens_per_s
     elif not args.gpus and precision == "auto" and not args.plan_only:
         unbounded = dataclasses.replace(args, cpu_minutes=0.0)
         precision = plan_length(unbounded, model, tokens or 1, batch).precision
-    train = scaling.base_plan(
+    train = recipe.base_plan(
         model,
         tokens=tokens,
-        ratio=ratio,
+        tokens_per_param=ratio,
         batch=batch,
         micro_batch_size=args.micro_batch_size,
         workers=args.workers,
@@ -288,7 +290,7 @@ def sft_train(args: Args, parent: Store, dataset: str) -> tuple[TrainConfig, flo
         "seed": args.seed,
     }
     epochs = args.epochs or 1.0
-    train = scaling.sft_config(model, rows, epochs=epochs, precision=precision, **sizes)
+    train = recipe.sft_config(model, rows, epochs=epochs, precision=precision, **sizes)
     if args.gpus or not args.cpu_minutes:
         return train, 0.0
     size = train.global_batch_size * model.sequence_len
@@ -296,7 +298,7 @@ def sft_train(args: Args, parent: Store, dataset: str) -> tuple[TrainConfig, flo
     found = plan_length(bounded, model, train.steps * size, size)
     sizes["batch"] = found.batch_tokens
     epochs = found.tokens // model.sequence_len / rows
-    train = scaling.sft_config(model, rows, epochs=epochs, precision=precision, **sizes)
+    train = recipe.sft_config(model, rows, epochs=epochs, precision=precision, **sizes)
     return train, found.tokens_per_s
 
 
@@ -314,7 +316,7 @@ def build(args: Args) -> TrainJob:
         train, tokens_per_s = base_train(args, model)
     train = dataclasses.replace(
         train,
-        optim=scaling.scaled(train.optim, args.lr_scale),
+        optim=recipe.scaled(train.optim, args.lr_scale),
         save_every=args.save_every or train.save_every,
         keep_latest_k=args.keep_latest_k,
         checkpoint_activations=args.checkpoint_activations,

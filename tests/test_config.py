@@ -4,19 +4,15 @@ import re
 
 import pytest
 
-from nanochat_ray import scaling
 from nanochat_ray.cli import entry
-from nanochat_ray.config import (
-    EngineConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    from_json,
-    to_json,
-    with_options,
-)
+from nanochat_ray.config import from_json, to_json, with_options
+from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.model.config import ModelConfig, count_parameters
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
+from nanochat_ray.train import recipe
+from nanochat_ray.train.config import TrainConfig
 from tests.tiny import tiny_config
 
 
@@ -57,7 +53,7 @@ def test_old_field_names_load_or_name_the_new() -> None:
             lambda: EngineConfig(max_num_seqs=32, max_num_batched_tokens=8),
             "max_num_batched_tokens=8",
         ),
-        (lambda: scaling.model_config(0, 300), "depth=0"),
+        (lambda: recipe.model_config(0, 300), "depth=0"),
         (lambda: Store.at("ftp://host/x"), r"storage='ftp://host/x' is not allowed"),
         (lambda: Store.at(""), "storage='' is not allowed"),
         (lambda: Store.at("s3://key:secret@bucket/x"), "holds credentials"),
@@ -73,17 +69,17 @@ def test_what_is_not_allowed_is_named(make, error: str) -> None:
 def test_parameters_are_counted_right(preset: str, depth: int) -> None:
     import torch
 
-    config = scaling.model_config(depth, 1000, preset=preset, sequence_len=256)
+    config = recipe.model_config(depth, 1000, preset=preset, sequence_len=256)
     with torch.device("meta"):
         model = GPT(config)
-    assert scaling.parameters(config).total == sum(p.numel() for p in model.parameters())
+    assert count_parameters(config).total == sum(p.numel() for p in model.parameters())
 
 
 def test_the_dial_gives_sensible_runs() -> None:
     before = 0
     for depth in range(1, 27):
-        model = scaling.model_config(depth, 32768)
-        plan = scaling.base_plan(model, workers=2)
+        model = recipe.model_config(depth, 32768)
+        plan = recipe.base_plan(model, workers=2)
         size = plan.train.global_batch_size * model.sequence_len
         assert plan.tokens > before
         assert plan.train.global_batch_size % (2 * plan.train.micro_batch_size) == 0

@@ -19,7 +19,10 @@ import pytest
 
 from nanochat_ray.checks import check_float, check_int, check_name, shown
 from nanochat_ray.cli import entry
-from nanochat_ray.config import EngineConfig, ModelConfig, OptimConfig, with_options
+from nanochat_ray.config import with_options
+from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.model.config import ModelConfig
+from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
 from tests.tiny import TOKENIZER, write_dataset
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanochat_ray.config import ModelConfig
 from nanochat_ray.data.shards import Manifest, write_shard
 from nanochat_ray.engine.grammar import Grammars
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 

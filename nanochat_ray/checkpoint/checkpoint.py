@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nanochat_ray import config as configs
 from nanochat_ray.checkpoint.codec import read_tensors, write_tensors
-from nanochat_ray.config import ModelConfig
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer

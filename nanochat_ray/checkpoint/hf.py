@@ -20,9 +20,8 @@ from torch import Tensor
 
 from nanochat_ray.checkpoint.folder import Fields, read_json, regular, writing
 from nanochat_ray.checks import shown
-from nanochat_ray.config import ModelConfig
+from nanochat_ray.model.config import ModelConfig, windows
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.scaling import windows
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanochat_ray.checkpoint.folder import Fields, read_json, regular
 from nanochat_ray.checks import shown
-from nanochat_ray.config import ModelConfig
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_ray.config import EngineConfig
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.kvcache.prefixes import CopiedPrefixes

@@ -19,13 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat_ray.config import ModelConfig
 from nanochat_ray.engine.linear import ROW_THRESHOLDS, Linear, make_linears, min_invariant_rows
 from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.operators import Operators, TorchOperators
+from nanochat_ray.model.config import ModelConfig, has_value_embedding, windows
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.rotary import rotary_tables, yarn_sharpening
-from nanochat_ray.scaling import has_value_embedding, windows
 
 PROJECTIONS = ("c_q", "c_k", "c_v")
 """Attention's projections, which are one matmul here."""

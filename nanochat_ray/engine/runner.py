@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat_ray.config import EngineConfig, Precision
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.cuda_graphs import DecodeGraphs
 from nanochat_ray.engine.kernels import native
 from nanochat_ray.engine.kvcache.base import Span
@@ -23,6 +23,7 @@ from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.sampler import insert
 from nanochat_ray.engine.scheduler import Chunk, Sequence
 from nanochat_ray.machine import free_memory, send
+from nanochat_ray.model.config import Precision
 from nanochat_ray.model.gpt import GPT
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.attention import SelfAttention
+from nanochat_ray.model.config import ModelConfig, has_value_embedding, windows
 from nanochat_ray.model.fp8 import MULTIPLE
 from nanochat_ray.model.fused import relu_squared, rms_norm
 from nanochat_ray.model.linear import Linear
 from nanochat_ray.model.loss import softcap, softcap_cross_entropy
 from nanochat_ray.model.rotary import rotary_tables, rotate, yarn_sharpening
-from nanochat_ray.scaling import has_value_embedding, windows
 
 GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
 """Channels of the residual stream that gates look at (modded-nanogpt, nanochat)."""

@@ -19,7 +19,8 @@ import ray.util
 from ray import serve
 
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.config import EngineConfig, from_json
+from nanochat_ray.config import from_json
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Output, Request

@@ -16,9 +16,9 @@ import ray.data
 import ray.train
 from ray.data import DataIterator, ExecutionOptions
 
-from nanochat_ray.config import TrainConfig
 from nanochat_ray.data.shards import Manifest, SequenceReader, Split
 from nanochat_ray.storage import Store
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.feed import rank_rows
 from nanochat_ray.train.step import Batch
 

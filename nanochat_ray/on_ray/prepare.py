@@ -18,7 +18,6 @@ from typing import Any, Concatenate, ParamSpec
 import numpy as np
 import ray
 
-from nanochat_ray import scaling
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_name
 from nanochat_ray.claim import claimed
@@ -46,6 +45,7 @@ from nanochat_ray.tasks.conversations import Conversations, Entry
 from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.text.chat import Message, render_conversation
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat_ray.train import recipe
 
 DEPTH = 4
 """Of the model for which passes over the data are told: the default of training."""
@@ -243,15 +243,15 @@ def prepare_base(
 def _say_passes(manifest: Manifest, vocab_size: int) -> None:
     """How often the smallest usual model would pass over the rows."""
     tokens = manifest.num_sequences("train") * manifest.sequence_len
-    model = scaling.model_config(DEPTH, vocab_size, sequence_len=manifest.sequence_len)
-    passes = scaling.horizon(model) / tokens
+    model = recipe.model_config(DEPTH, vocab_size, sequence_len=manifest.sequence_len)
+    passes = recipe.training_tokens(model) / tokens
     say(
         f"one pass over the rows to train on is {tokens / 1e6:,.2f} M tokens; training at "
         f"--depth {DEPTH} to its full length passes over them {passes:,.1f} times"
     )
-    if passes > scaling.MANY_PASSES:
+    if passes > recipe.MANY_PASSES:
         say(
-            f"WARNING: more than {scaling.MANY_PASSES} passes teach little but to recite the "
+            f"WARNING: more than {recipe.MANY_PASSES} passes teach little but to recite the "
             "text: give more of it, or train fewer tokens"
         )
 

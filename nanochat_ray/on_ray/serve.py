@@ -23,7 +23,8 @@ from ray.serve.schema import LoggingConfig
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_float, check_int, check_name
-from nanochat_ray.config import EngineConfig, from_json, to_json
+from nanochat_ray.config import from_json, to_json
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.on_ray import autoscaling, ports
 from nanochat_ray.on_ray.engine_replica import EngineReplica
 from nanochat_ray.on_ray.ingress import Ingress

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from nanochat_ray.config import OptimConfig
+from nanochat_ray.optim.config import OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanochat_ray.config import Orthogonalizer
+from nanochat_ray.optim.config import Orthogonalizer
 
 # Five quintic steps, each optimal for the interval that the one before leaves: the paper's
 # published triples for a lower bound of 1e-3, with the safety factor 1.02 folded in.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanochat_ray.config import OptimConfig, TrainConfig
+from nanochat_ray.optim.config import OptimConfig
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
@@ -25,10 +25,10 @@ def momentum(step: int, steps: int, config: OptimConfig) -> float:
     return first + (config.momentum - first) * share
 
 
-def window_share(step: int, config: TrainConfig) -> float:
+def window_share(step: int, steps: int, window_warmup: float) -> float:
     """Share of each attention window that training sees: a quarter, a half, three quarters, all.
 
-    modded-nanogpt's window warm-up, in equal stages over ``window_warmup`` of the steps.
+    modded-nanogpt's window warmup, in equal stages over ``window_warmup`` of the steps.
     """
-    rise = round(config.window_warmup * config.steps)
+    rise = round(window_warmup * steps)
     return 1.0 if step >= rise else (1 + 3 * step // rise) / 4

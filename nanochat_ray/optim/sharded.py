@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanochat_ray.config import OptimConfig
+from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.optim.groups import Group, build_groups
 from nanochat_ray.optim.muon import MuonRule, muon_update_
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.config import EngineConfig, ModelConfig
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.engine.tools import calculator_tool
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.serve.load import Prompt, Result
 from nanochat_ray.storage import Store

@@ -10,9 +10,9 @@ from collections.abc import Callable, Generator, Iterator
 import numpy as np
 import torch
 
-from nanochat_ray.config import TrainConfig
 from nanochat_ray.data.order import global_batch_indices
 from nanochat_ray.data.shards import SequenceReader
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.step import Batch
 
 AHEAD = 2

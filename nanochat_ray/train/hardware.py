@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from nanochat_ray.config import Precision
+from nanochat_ray.model.config import Precision
 
 GIB = 1 << 30
 

@@ -13,9 +13,11 @@ from typing import Any
 
 from nanochat_ray import config as configs
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.config import ModelConfig, OptimConfig, TrainConfig
 from nanochat_ray.data.shards import Manifest
+from nanochat_ray.model.config import ModelConfig
+from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
+from nanochat_ray.train.config import TrainConfig
 
 RESUMABLE_FIELDS = {
     "micro_batch_size": "how a batch is cut; its gradient is the same sum",

@@ -19,12 +19,13 @@ from nanochat_ray import config as configs
 from nanochat_ray import machine
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_name
-from nanochat_ray.config import ModelConfig, TrainConfig
 from nanochat_ray.data.shards import Manifest, SequenceReader
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store, absolute
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train import hardware, identity, loop, memory, observers, validation
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.feed import from_shards
 from nanochat_ray.train.ranks import Ranks
 from nanochat_ray.train.samples import sampler

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from nanochat_ray import scaling
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.config import TrainConfig
+from nanochat_ray.model.config import flops_per_token
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train import identity
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.feed import prefetched
 from nanochat_ray.train.metrics import Metrics, score
 from nanochat_ray.train.ranks import Ranks
@@ -100,7 +100,7 @@ class _Loop:
         self.ranks = run.ranks
         model.checkpoint_activations = run.config.checkpoint_activations
         self.metrics = Metrics(
-            flops_per_token=scaling.flops_per_token(model.config),
+            flops_per_token=flops_per_token(model.config),
             peak_flops=run.peak_flops,
             bytes_per_token=run.bytes_per_token,
         )

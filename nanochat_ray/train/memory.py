@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nanochat_ray import scaling
-from nanochat_ray.config import ModelConfig, TrainConfig
+from nanochat_ray.model.config import ModelConfig, count_parameters, has_value_embedding
+from nanochat_ray.train.config import TrainConfig
 
 GIB = 1 << 30
 CPU_RUNTIME, CUDA_RUNTIME = int(0.45 * GIB), int(1.0 * GIB)
@@ -50,7 +50,7 @@ def estimate(
     model: ModelConfig, train: TrainConfig, *, world: int, on_gpu: bool, rank: int = 0
 ) -> Memory:
     """Peak memory of a worker of ``world``; rank 0, which writes checkpoints, has the most."""
-    counts = scaling.parameters(model)
+    counts = count_parameters(model)
     size = 2 if train.precision == "bf16" else 4
     share = -(-counts.total // world)
     matrices = -(-counts.matrices // world)
@@ -86,7 +86,7 @@ def _activations(model: ModelConfig, train: TrainConfig, size: int) -> int:
         kept = model.n_layer * (block + gated) + working
     kept += 6 * c  # embedding, smear, backout, the last norm and its gradient
     # Matrices are cast to the compute dtype where they are used, and kept for the backward.
-    counts = scaling.parameters(model)
+    counts = count_parameters(model)
     cast = counts.matrices if size < 4 else 0
     if train.checkpoint_activations:
         cast //= model.n_layer
@@ -112,7 +112,7 @@ def _update(model: ModelConfig, world: int, size: int) -> int:
     stacks = [4 * n * c * c] if kv == c else [2 * n * c * c, 2 * n * c * kv]
     stack = max(*stacks, 4 * n * c * c)
     table = model.padded_vocab_size * max(
-        c, kv * model.value_embeds * sum(scaling.has_value_embedding(i, n) for i in range(n))
+        c, kv * model.value_embeds * sum(has_value_embedding(i, n) for i in range(n))
     )
     # Nesterov's gradient, the iterate twice with its powers, the float32 update and its square.
     return max(-(-stack // world) * (12 + 4 * size), -(-table // world) * 8)

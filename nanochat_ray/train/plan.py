@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from nanochat_ray import scaling
-from nanochat_ray.config import ModelConfig, TrainConfig
-from nanochat_ray.train import memory
+from nanochat_ray.model.config import ModelConfig, count_parameters, flops_per_token
+from nanochat_ray.train import memory, recipe
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.hardware import Hardware
 
 
@@ -27,10 +27,10 @@ def describe(
     validation, checkpoints and start-up. ``rows`` are those of the dataset's train split, 0 if it
     is not prepared.
     """
-    counts = scaling.parameters(model)
+    counts = count_parameters(model)
     size = train.global_batch_size * model.sequence_len
     tokens = train.steps * size
-    flops = scaling.flops_per_token(model) * tokens
+    flops = flops_per_token(model) * tokens
     on_gpu = hardware.name != "cpu"
     needed = memory.estimate(model, train, world=workers, on_gpu=on_gpu)
     rate = workers * hardware.peak(train.precision) * hardware.mfu
@@ -86,7 +86,7 @@ def fitted(
         return train
     most = 2**16 // model.sequence_len
     while most > train.micro_batch_size:
-        micro = scaling.largest_micro(train.global_batch_size, workers, most)
+        micro = recipe.largest_micro(train.global_batch_size, workers, most)
         larger = dataclasses.replace(train, micro_batch_size=micro)
         needed = memory.estimate(model, larger, world=workers, on_gpu=True)
         if needed.total <= 0.8 * hardware.memory:
@@ -114,10 +114,10 @@ def render(plan: dict[str, Any]) -> str:
         speed = f"{plan['measured_tokens_per_s']:,.0f} tokens/s of all workers (measured)"
     shown = ", ".join(f"{millions(counts[key])} {name}" for name, key in kinds.items())
     data, many_passes = plan["data"], ""
-    if data["passes"] > scaling.MANY_PASSES:
+    if data["passes"] > recipe.MANY_PASSES:
         many_passes = (
             f"\nWARNING: training passes {data['passes']:,.0f} times over {data['rows']:,} rows, "
-            f"and more than {scaling.MANY_PASSES} passes teach little but to recite them: give "
+            f"and more than {recipe.MANY_PASSES} passes teach little but to recite them: give "
             "more text, or train fewer tokens"
         )
     lines = "\n".join(

@@ -10,11 +10,11 @@ from typing import Any
 
 from nanochat_ray import config as configs
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.config import TrainConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.metrics import Metrics, to_jsonl
 from nanochat_ray.train.ranks import Ranks
 from nanochat_ray.train.report import render

@@ -22,13 +22,14 @@ import torch
 import torch.distributed as dist
 
 from nanochat_ray import config as configs
-from nanochat_ray import machine, scaling
+from nanochat_ray import machine
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.config import ModelConfig, Precision, TrainConfig
+from nanochat_ray.model.config import ModelConfig, Precision
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
-from nanochat_ray.train import memory
+from nanochat_ray.train import memory, recipe
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.feed import rank_rows
 from nanochat_ray.train.step import Batch, train_step
 
@@ -109,8 +110,8 @@ def measure(probe: Probe, *, sharing: int = 1, seconds: float = SECONDS) -> Spee
 
 
 def _planned(probe: Probe, speed: Speed, world: int) -> TrainConfig:
-    tokens = min(speed.tokens_in(probe.minutes), scaling.horizon(probe.model))
-    return scaling.base_plan(
+    tokens = min(speed.tokens_in(probe.minutes), recipe.training_tokens(probe.model))
+    return recipe.base_plan(
         probe.model,
         tokens=max(1, tokens),
         batch=probe.batch_tokens,
@@ -224,7 +225,7 @@ def plan_length(
         tokens = max(1, min(tokens, found.tokens_in(minutes)))
     size = probe.batch_tokens
     if not size:
-        rows = scaling.base_plan(probe.model, tokens=tokens).train.global_batch_size
+        rows = recipe.base_plan(probe.model, tokens=tokens).train.global_batch_size
         size = rows * probe.model.sequence_len
     made = RunPlan(
         precision=found.precision,

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat_ray.config import TrainConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.schedule import lr_factor, momentum, window_share
 from nanochat_ray.optim.sharded import ShardedOptimizer
+from nanochat_ray.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def train_step(
     # Gradients are summed at a fixed size near 1 and set right at the end, when the number of
     # trained tokens of all workers is known.
     nominal = config.global_batch_size * (batch.ids.shape[1] - 1)
-    model.window_share = window_share(step, config)
+    model.window_share = window_share(step, config.steps, config.window_warmup)
     first_micro = optimizer.rank * len(batch.ids) // config.micro_batch_size
     for micro, (inputs, targets) in enumerate(
         split(batch, config.micro_batch_size, device), first_micro

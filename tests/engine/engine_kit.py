@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat_ray.config import EngineConfig, ModelConfig
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Output, Request, SamplingParams
 from nanochat_ray.engine.tools import Tool
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 
 VOCAB = 300

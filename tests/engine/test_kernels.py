@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nanochat_ray.config import EngineConfig
 from nanochat_ray.engine import kernel_cache, kernels
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.kernels import available, native
 from tests.engine.engine_kit import answer, ask, make_engine, make_model, needs_compiler
 from tests.tiny import wait_for

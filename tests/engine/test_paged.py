@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat_ray.config import EngineConfig
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat_ray.config import EngineConfig
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Output, Request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nanochat_ray.config import EngineConfig
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.evals.tasks import evaluate

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat_ray.config import ModelConfig
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.fused import relu_squared, rms_norm
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.loss import softcap_cross_entropy

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from nanochat_ray.config import ModelConfig
 from nanochat_ray.model.attention import SelfAttention, _block_mask
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.fp8 import fp8_linear
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.rotary import yarn_frequencies, yarn_sharpening

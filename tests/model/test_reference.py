@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_ray.config import ModelConfig
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 
 EPS = torch.finfo(torch.float32).eps

@@ -21,8 +21,10 @@ import torch
 from ray import serve
 
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.config import EngineConfig, ModelConfig, to_json
+from nanochat_ray.config import to_json
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.request import Request, SamplingParams
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.engine_replica import EngineReplica
 from nanochat_ray.on_ray.link import ACCEPTED, Link

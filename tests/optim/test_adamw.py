@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from nanochat_ray.config import OptimConfig
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from tests.tiny import tiny_config
 

@@ -18,9 +18,10 @@ import torch
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from nanochat_ray.config import EngineConfig, ModelConfig
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.tools import calculator_tool
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.local import LocalClient

@@ -15,13 +15,14 @@ import openai
 import pytest
 import torch
 
-from nanochat_ray.config import EngineConfig, ModelConfig
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.grammar import KEPT, Grammars
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Request, SamplingParams
 from nanochat_ray.engine.scheduler import Chunk
 from nanochat_ray.engine.tools import calculator_tool
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.client import OutputStream

@@ -20,11 +20,12 @@ import pytest
 import torch
 
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.config import OptimConfig, TrainConfig
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train import job as jobs
 from nanochat_ray.train import metrics, observers, samples, saving
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.feed import prefetched
 from nanochat_ray.train.job import TrainJob, execute
 from nanochat_ray.train.step import Batch

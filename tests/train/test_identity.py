@@ -12,8 +12,10 @@ import torch
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.claim import ClaimLostError
-from nanochat_ray.config import RENAMED_FIELDS, OptimConfig, TrainConfig
+from nanochat_ray.config import RENAMED_FIELDS
+from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.job import TrainJob, check, execute
 from tests.tiny import tiny_config, write_dataset
 

@@ -23,8 +23,9 @@ import pytest
 import torch
 
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.config import OptimConfig, TrainConfig
+from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.job import TrainJob, execute
 from tests.tiny import tiny_config, wait_for, write_dataset
 

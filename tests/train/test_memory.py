@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat_ray import scaling
-from nanochat_ray.config import ModelConfig, TrainConfig, from_json, to_json
+from nanochat_ray.config import from_json, to_json
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
-from nanochat_ray.train import memory
+from nanochat_ray.train import memory, recipe
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.job import DTYPES
 from nanochat_ray.train.step import Batch, train_step
 
-WIDE = scaling.model_config(4, 8192, sequence_len=512)
+WIDE = recipe.model_config(4, 8192, sequence_len=512)
 
 
 def train_config(**fields: Any) -> TrainConfig:
@@ -86,7 +87,7 @@ def test_the_estimate_is_near_what_a_process_takes(
 
 
 def test_what_cannot_fit_is_refused_with_what_would() -> None:
-    model = scaling.model_config(12, 32_768)
+    model = recipe.model_config(12, 32_768)
     train = train_config(global_batch_size=256, micro_batch_size=32)
     needed = memory.refuse(model, train, world=1, on_gpu=True, free=80 << 30)
     assert needed.total < 80 << 30
@@ -102,7 +103,7 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
             model, dataclasses.replace(train, **changes), world=1, on_gpu=True, free=24 << 30
         )
     # The state alone is too much for one, not for many.
-    deep = scaling.model_config(26, 32_768)
+    deep = recipe.model_config(26, 32_768)
     with pytest.raises(memory.DoesNotFitError, match=r"would fit: workers=2$"):
         memory.refuse(
             deep,
@@ -116,7 +117,7 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
 
 
 def test_more_workers_share_the_optimizer_and_rows_the_rest() -> None:
-    model = scaling.model_config(12, 32_768)
+    model = recipe.model_config(12, 32_768)
     one, eight = (memory.estimate(model, train_config(), world=n, on_gpu=True) for n in (1, 8))
     assert eight.optimizer == pytest.approx(one.optimizer / 8, rel=0.01)
     assert eight.weights == one.weights

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from nanochat_ray import scaling
-from nanochat_ray.train import memory, plan
+from nanochat_ray.model.config import count_parameters
+from nanochat_ray.train import memory, plan, recipe
 from nanochat_ray.train.hardware import HARDWARE, named
 
 VOCABULARY = 32_768
@@ -32,8 +32,8 @@ TABLE = {
 @pytest.mark.parametrize("depth", TABLE)
 def test_the_plan_of_a_depth_is_the_tables(depth: int) -> None:
     width, heads, blocks, total, tokens, batches, steps = TABLE[depth]
-    model = scaling.model_config(depth, VOCABULARY)
-    train = scaling.base_plan(model, workers=8).train
+    model = recipe.model_config(depth, VOCABULARY)
+    train = recipe.base_plan(model, workers=8).train
     found = plan.describe(model, train, workers=8, hardware=named("h100"))
     assert (found["width"], found["heads"]) == (width, heads)
     assert found["parameters"]["matrices"] / 1e6 == pytest.approx(blocks, rel=0.01)
@@ -60,14 +60,14 @@ def test_the_plan_of_a_depth_is_the_tables(depth: int) -> None:
 @pytest.mark.parametrize(("depth", "millions"), [(20, 561), (26, 1_082), (32, 1_879)])
 def test_the_classic_models_have_the_published_size(depth: int, millions: float) -> None:
     # nanochat, October 2025: depth 20 has 561 M parameters, depth 32 has 1.9 G (vocabulary 2^16).
-    model = scaling.model_config(depth, 2**16, preset="classic")
-    assert scaling.parameters(model).total / 1e6 == pytest.approx(millions, rel=0.005)
+    model = recipe.model_config(depth, 2**16, preset="classic")
+    assert count_parameters(model).total / 1e6 == pytest.approx(millions, rel=0.005)
 
 
 def test_published_speedruns_take_the_hours_that_a_plan_says() -> None:
     # nanochat, October 2025: depth 20, 11.2 G tokens, about 3 hours on 8 H100; 4e19 FLOPs.
-    model = scaling.model_config(20, 2**16, preset="classic", window_pattern="L")
-    train = scaling.base_plan(model, tokens=11_200_000_000, batch=2**19, workers=8).train
+    model = recipe.model_config(20, 2**16, preset="classic", window_pattern="L")
+    train = recipe.base_plan(model, tokens=11_200_000_000, batch=2**19, workers=8).train
     found = plan.describe(model, train, workers=8, hardware=named("h100"))
     assert found["flops"] == pytest.approx(4e19, rel=0.1)
     assert 2.5 < found["hours"] < 4.5
@@ -76,8 +76,8 @@ def test_published_speedruns_take_the_hours_that_a_plan_says() -> None:
 def test_rates_fall_with_the_depth_and_time_with_the_workers() -> None:
     found = []
     for depth in TABLE:
-        model = scaling.model_config(depth, VOCABULARY)
-        train = scaling.base_plan(model, workers=8).train
+        model = recipe.model_config(depth, VOCABULARY)
+        train = recipe.base_plan(model, workers=8).train
         found.append(plan.describe(model, train, workers=8, hardware=named("h200")))
     hours = [f["hours"] for f in found]
     assert hours == sorted(hours)
@@ -88,14 +88,14 @@ def test_rates_fall_with_the_depth_and_time_with_the_workers() -> None:
 
 
 def test_the_batch_is_the_same_for_any_number_of_workers() -> None:
-    model = scaling.model_config(8, VOCABULARY)
-    found = {scaling.base_plan(model, workers=n).train.global_batch_size for n in (1, 2, 3, 7, 8)}
+    model = recipe.model_config(8, VOCABULARY)
+    found = {recipe.base_plan(model, workers=n).train.global_batch_size for n in (1, 2, 3, 7, 8)}
     assert len(found) == 1
 
 
 def test_a_gpu_gets_as_many_rows_at_a_time_as_it_has_memory_for() -> None:
-    model = scaling.model_config(26, VOCABULARY)
-    train = scaling.base_plan(model, workers=8).train
+    model = recipe.model_config(26, VOCABULARY)
+    train = recipe.base_plan(model, workers=8).train
     rows = {}
     for name in ("l4", "a100", "b200", "cpu"):
         fitted = plan.fitted(model, train, workers=8, hardware=HARDWARE[name])
@@ -114,8 +114,8 @@ def test_hardware_that_is_not_known_is_refused() -> None:
 
 @pytest.mark.parametrize(("rows", "many"), [(0, False), (10**7, False), (2, True)])
 def test_the_plan_tells_passes_over_the_data(rows: int, many: bool) -> None:
-    model = scaling.model_config(4, VOCABULARY)
-    train = scaling.base_plan(model, workers=1).train
+    model = recipe.model_config(4, VOCABULARY)
+    train = recipe.base_plan(model, workers=1).train
     described = plan.describe(model, train, workers=1, hardware=named("cpu"), rows=rows)
     trained = train.steps * train.global_batch_size
     assert described["data"]["passes"] == (trained / rows if rows else 0)

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.config import OptimConfig, TrainConfig
+from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train import saving
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.job import TrainJob, execute
 from tests.tiny import free_ports, tiny_config, write_dataset
 

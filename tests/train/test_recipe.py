@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from nanochat_ray import scaling
-from nanochat_ray.config import ModelConfig, OptimConfig
+from nanochat_ray.model.config import ModelConfig, count_parameters, flops_per_token, windows
+from nanochat_ray.optim.config import OptimConfig
+from nanochat_ray.train import recipe
 
 VOCABULARY = 32_768
 # nanochat's base_train.py (July 2026) at depth 12 and 2^19 tokens a batch: rates 0.02, 0.3, 0.008
-# and 0.5; the rest are the laws in scaling.py, evaluated with a calculator. Columns: tokens a
+# and 0.5; the rest are the laws in recipe.py, evaluated with a calculator. Columns: tokens a
 # batch, steps, rates of matrices, embeddings, head and scalars; decay, momentum, beta2.
 RECIPE = {
     2: (2**16, 840, 0.0277414, 1.01928, 0.0195959, 0.259880, 0.2, 0.922655, 0.985119),
@@ -22,7 +23,7 @@ RECIPE = {
 
 @pytest.mark.parametrize("depth", RECIPE)
 def test_recipe_of_a_depth(depth: int) -> None:
-    train = scaling.base_plan(scaling.model_config(depth, VOCABULARY)).train
+    train = recipe.base_plan(recipe.model_config(depth, VOCABULARY)).train
     o, length = train.optim, 512 if depth < 8 else 2048
     assert (train.global_batch_size * length, train.steps) == RECIPE[depth][:2]
     values = (o.matrix_lr, o.embedding_lr, o.unembedding_lr, o.scalar_lr, o.weight_decay)
@@ -43,7 +44,7 @@ def test_recipe_of_a_depth(depth: int) -> None:
 def test_fine_tuning_recipe(
     depth: int, steps: int, size: int, rates: tuple[float, float, float, float]
 ) -> None:
-    train = scaling.sft_config(scaling.model_config(depth, VOCABULARY), 20_000)
+    train = recipe.sft_config(recipe.model_config(depth, VOCABULARY), 20_000)
     o = train.optim
     assert (train.stage, train.steps, train.global_batch_size) == ("sft", steps, size)
     assert (o.matrix_lr, o.embedding_lr, o.unembedding_lr, o.scalar_lr) == pytest.approx(
@@ -60,28 +61,28 @@ def test_fine_tuning_recipe(
      (660_000_000, 2**18), (165_000_000, 2**17), (16_500_000, 2**15), (1000, 2**11)],
 )  # fmt: skip
 def test_batch_grows_with_the_tokens(tokens: int, batch: int) -> None:
-    assert scaling.batch_tokens(tokens) == batch
+    assert recipe.batch_tokens(tokens) == batch
 
 
 @pytest.mark.parametrize(
     ("steps", "factor"), [(2_500, 1.0), (1_250, 2**0.3), (5_000, 2**-0.3), (1, 3.0), (10**9, 0.3)]
 )
 def test_learning_rate_scale(steps: int, factor: float) -> None:
-    assert scaling.lr_scale(steps) == pytest.approx(factor, rel=1e-12)
+    assert recipe.lr_scale(steps) == pytest.approx(factor, rel=1e-12)
 
 
 def test_bounds_of_the_optimizers_memory() -> None:
-    config = scaling.model_config(12, VOCABULARY)
-    short = scaling.optim_config(config, 2**19, 10 * 2**19)
-    long = scaling.optim_config(config, 2**19, 10**6 * 2**19)
+    config = recipe.model_config(12, VOCABULARY)
+    short = recipe.optim_config(config, 2**19, 10 * 2**19)
+    long = recipe.optim_config(config, 2**19, 10**6 * 2**19)
     assert (short.momentum, short.embedding_beta2) == pytest.approx((0.8, 0.95))
     assert (long.momentum, long.embedding_beta2) == pytest.approx((0.97, 0.995))
 
 
 def test_decay_follows_batch_and_tokens() -> None:
-    config = scaling.model_config(12, VOCABULARY)
+    config = recipe.model_config(12, VOCABULARY)
     # Wang and Aitchison: 0.28 sqrt(batch / 2^19) 1.32e9 / tokens.
-    decay = scaling.optim_config(config, 2**17, 2_640_000_000).weight_decay
+    decay = recipe.optim_config(config, 2**17, 2_640_000_000).weight_decay
     assert decay == pytest.approx(0.28 * 0.5 / 2)
 
 
@@ -97,42 +98,42 @@ def test_decay_follows_batch_and_tokens() -> None:
     ],
 )
 def test_shape_of_a_depth(depth: int, shape: tuple[object, ...]) -> None:
-    c = scaling.model_config(depth, 100)
-    assert (c.n_layer, c.n_head, c.n_embd, c.sequence_len, scaling.windows(c), c.backout) == shape
+    c = recipe.model_config(depth, 100)
+    assert (c.n_layer, c.n_head, c.n_embd, c.sequence_len, windows(c), c.backout) == shape
     assert c.n_kv_head == c.n_head
-    assert not scaling.model_config(depth, 100, preset="classic").backout
+    assert not recipe.model_config(depth, 100, preset="classic").backout
 
 
 @pytest.mark.parametrize(("length", "short"), [(1, 128), (512, 128), (513, 256), (2048, 512)])
 def test_short_window_is_a_quarter(length: int, short: int) -> None:
     c = ModelConfig.modern(vocab_size=8, n_layer=2, n_head=1, n_kv_head=1, n_embd=8,
                            sequence_len=length, window_pattern="S")  # fmt: skip
-    assert scaling.windows(c) == (short, -1)
+    assert windows(c) == (short, -1)
 
 
 def test_parameters_and_flops_by_hand() -> None:
     shape = {"vocab_size": 100, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
     c = ModelConfig.modern(**shape, sequence_len=300, window_pattern="SLL")
-    p = scaling.parameters(c)
+    p = count_parameters(c)
     # Vocabulary padded to 128; tables in layers 0 and 2; gates of 12 channels and 2 heads; two
     # scalars a layer, the smear's 24 + 1, backout's one.
     assert (p.embedding, p.head, p.value_embedding) == (128 * 32, 128 * 32, 2 * 128 * 16)
     assert p.matrices == 3 * (2 * 32 * 32 + 2 * 32 * 16 + 8 * 32 * 32) + 2 * 12 * 2
     assert p.scalars == 3 * 2 + 25 + 1
     assert p.total == 2 * 4096 + 4096 + p.matrices + 32
-    assert scaling.horizon(c) == 12 * (p.matrices + 4096)
+    assert recipe.training_tokens(c) == 12 * (p.matrices + 4096)
     # 6 a parameter, 12 a channel of each of the tokens that a token sees: 128 + 300 + 300.
-    assert scaling.flops_per_token(c) == 6 * (p.matrices + 4096) + 12 * 32 * 728
+    assert flops_per_token(c) == 6 * (p.matrices + 4096) + 12 * 32 * 728
 
 
 def test_given_sizes_overrule_the_rules() -> None:
-    c = scaling.model_config(2, 100)
-    plan = scaling.base_plan(c, tokens=10_000, batch=2_048, micro_batch_size=2, workers=2, seed=5)
+    c = recipe.model_config(2, 100)
+    plan = recipe.base_plan(c, tokens=10_000, batch=2_048, micro_batch_size=2, workers=2, seed=5)
     assert (plan.train.steps, plan.train.global_batch_size, plan.tokens) == (5, 4, 10_240)
     assert (plan.train.micro_batch_size, plan.train.seed, plan.train.precision) == (2, 5, "bf16")
-    sft = scaling.sft_config(c, 64, epochs=2.5, batch=4_096, micro_batch_size=4, workers=2)
+    sft = recipe.sft_config(c, 64, epochs=2.5, batch=4_096, micro_batch_size=4, workers=2)
     assert (sft.steps, sft.global_batch_size, sft.micro_batch_size) == (20, 8, 4)
-    assert scaling.base_plan(c, tokens=1, workers=9).train.global_batch_size == 9
+    assert recipe.base_plan(c, tokens=1, workers=9).train.global_batch_size == 9
 
 
 @pytest.mark.parametrize(
@@ -140,12 +141,12 @@ def test_given_sizes_overrule_the_rules() -> None:
     [(12, 1, 8, 6), (12, 2, 8, 6), (12, 4, 8, 3), (7, 1, 6, 1), (7, 2, 9, 1), (8, 1, 0, 1)],
 )
 def test_largest_micro_batch(rows: int, workers: int, most: int, micro: int) -> None:
-    assert scaling.largest_micro(rows, workers, most) == micro
+    assert recipe.largest_micro(rows, workers, most) == micro
 
 
 def test_scaled_learning_rates() -> None:
     one = OptimConfig(matrix_lr=1, embedding_lr=2, unembedding_lr=3, scalar_lr=4, weight_decay=0.5)
-    half = scaling.scaled(one, 0.5)
+    half = recipe.scaled(one, 0.5)
     rates = (half.matrix_lr, half.embedding_lr, half.unembedding_lr, half.scalar_lr)
     assert rates == (0.5, 1, 1.5, 2)
     assert half.weight_decay == 0.5

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_ray.config import OptimConfig, TrainConfig
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.optim.schedule import lr_factor
 from nanochat_ray.optim.sharded import ShardedOptimizer
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.step import Batch, split, train_step
 from nanochat_ray.train.validation import bits_per_byte, masked_loss
 from tests.tiny import tiny_config

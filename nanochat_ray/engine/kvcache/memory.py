@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from nanochat_ray.config import EngineConfig, ModelConfig
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator
 from nanochat_ray.engine.kvcache.block_pool import BlockPool
 from nanochat_ray.engine.kvcache.padding import slot_length
-from nanochat_ray.scaling import windows
+from nanochat_ray.model.config import ModelConfig, windows
 
 GIB = 1 << 30
 

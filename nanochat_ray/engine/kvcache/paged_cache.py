@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import current_flash_attention_impl
 
-from nanochat_ray.config import ModelConfig
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
 from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
 from nanochat_ray.engine.kvcache.memory import layer_windows
 from nanochat_ray.engine.kvcache.padding import padded_length, padded_queries
 from nanochat_ray.machine import send
+from nanochat_ray.model.config import ModelConfig
 
 
 def block_size(device: torch.device) -> int:

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_ray.config import ModelConfig
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.padding import padded_length, padded_queries, slot_length
 from nanochat_ray.engine.native import Native
 from nanochat_ray.machine import send, zeros
+from nanochat_ray.model.config import ModelConfig
 
 CALL_BYTES = 150_000
 """Reading as much from memory takes about as long as one more call of attention (15 µs)."""

@@ -11,7 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat_ray.config import ModelConfig, OptimConfig, Precision, TrainConfig
+from nanochat_ray.model.config import ModelConfig, Precision, count_parameters
+from nanochat_ray.optim.config import OptimConfig
+from nanochat_ray.train.config import TrainConfig
 
 ASPECT = 64
 """Width per layer (nanochat)."""
@@ -54,70 +56,15 @@ def model_config(
     return ModelConfig.preset(preset, **{**shape, **fields})
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of parameters by what they do."""
-
-    embedding: int
-    value_embedding: int
-    head: int
-    matrices: int
-    scalars: int
-
-    @property
-    def total(self) -> int:
-        return self.embedding + self.value_embedding + self.head + self.matrices + self.scalars
-
-
-def has_value_embedding(layer: int, n_layer: int) -> bool:
-    """Every other layer, the last one always (ResFormer, arXiv 2410.17897; nanochat's choice)."""
-    return layer % 2 == (n_layer - 1) % 2
-
-
-def parameters(config: ModelConfig) -> Parameters:
-    c, kv = config.n_embd, config.n_kv_head * config.head_dim
-    with_ve = sum(has_value_embedding(i, config.n_layer) for i in range(config.n_layer))
-    with_ve *= config.value_embeds
-    block = 2 * c * c + 2 * c * kv + 8 * c * c
-    gates = with_ve * min(12, c) * config.n_kv_head
-    scalars = 2 * config.n_layer * config.residual_scalars
-    scalars += (min(24, c) + 1) * config.smear + config.backout
-    return Parameters(
-        embedding=config.padded_vocab_size * c,
-        value_embedding=with_ve * config.padded_vocab_size * kv,
-        head=config.padded_vocab_size * c,
-        matrices=config.n_layer * block + gates,
-        scalars=scalars,
-    )
-
-
-def windows(config: ModelConfig) -> tuple[int, ...]:
-    """For each layer, how many earlier tokens a token sees; -1 is all of them.
-
-    "S" is a quarter of the context rounded up to 128 (nanochat: the tile of FlashAttention 3).
-    """
-    short = -(-config.sequence_len // 4 // 128) * 128
-    letters = [config.window_pattern[i % len(config.window_pattern)] for i in range(config.n_layer)]
-    letters[-1] = "L"
-    return tuple(short if letter == "S" else -1 for letter in letters)
-
-
-def flops_per_token(config: ModelConfig) -> float:
-    """Forward and backward of one token in training (PaLM's count, arXiv 2204.02311)."""
-    counts = parameters(config)
-    seen = [config.sequence_len if w < 0 else min(w, config.sequence_len) for w in windows(config)]
-    return 6.0 * (counts.matrices + counts.head) + 12.0 * config.n_embd * sum(seen)
-
-
 MANY_PASSES = 16
 """Passes over the data above which more of them hardly help: up to 4 are nearly as good as new
 text, and the gain is gone at about 16 (Muennighoff et al., arXiv 2305.16264)."""
 
 
-def horizon(config: ModelConfig, ratio: float = TOKENS_PER_PARAMETER) -> int:
+def training_tokens(config: ModelConfig, tokens_per_param: float = TOKENS_PER_PARAMETER) -> int:
     """Tokens to train on."""
-    counts = parameters(config)
-    return int(ratio * (counts.matrices + counts.head))
+    counts = count_parameters(config)
+    return int(tokens_per_param * (counts.matrices + counts.head))
 
 
 def batch_tokens(tokens: int) -> int:
@@ -176,7 +123,7 @@ def base_plan(
     model: ModelConfig,
     *,
     tokens: int = 0,
-    ratio: float = TOKENS_PER_PARAMETER,
+    tokens_per_param: float = TOKENS_PER_PARAMETER,
     batch: int = 0,
     micro_batch_size: int = 0,
     workers: int = 1,
@@ -184,7 +131,7 @@ def base_plan(
     seed: int = 0,
 ) -> Plan:
     """A whole run from a model; ``tokens`` and ``batch`` (in tokens) overrule the rules."""
-    wanted = tokens or horizon(model, ratio)
+    wanted = tokens or training_tokens(model, tokens_per_param)
     # Not rounded to the workers: the same run goes on with another number of them.
     rows = max(workers, (batch or batch_tokens(wanted)) // model.sequence_len)
     micro = largest_micro(rows, workers, micro_batch_size or 2**14 // model.sequence_len)

@@ -1,0 +1,56 @@
+"""The configuration of the optimizer and of its schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nanochat_ray.checks import require
+from nanochat_ray.config import require_finite
+
+Orthogonalizer = Literal["polar_express", "newton_schulz"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Learning rates and what belongs to them; absolute values, already scaled for the run."""
+
+    matrix_lr: float = 0.02
+    """Muon, for every matrix inside a block."""
+    embedding_lr: float = 0.3
+    unembedding_lr: float = 0.008
+    scalar_lr: float = 0.5
+    weight_decay: float = 0.0
+    """Decay of the matrices, tied to the rate."""
+    orthogonalizer: Orthogonalizer = "polar_express"
+    """Muon's iteration towards the nearest semi-orthogonal matrix."""
+    normuon: bool = True
+    """Even out the sizes of a Muon update's neurons by their running second moments."""
+    row_normalize: bool = True
+    """Give the rows of a gradient equal norms before it is made orthogonal."""
+    cautious: bool = False
+    """Decay a weight only where that agrees with its update."""
+    momentum: float = 0.95
+    warmup_ratio: float = 0.02
+    """Share of the steps in which the rates rise."""
+    embedding_beta2: float = 0.995
+    """Decay of the second moment of AdamW for the embeddings."""
+    warmdown_ratio: float = 0.8
+    """Share of the steps in which the rates fall to ``final_lr_frac``."""
+    final_lr_frac: float = 0.05
+    """Last rate as a share of the full one."""
+    grad_clip: float = 0.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        rates = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
+        for name in (*rates, "weight_decay", "grad_clip"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        iterations = ("polar_express", "newton_schulz")
+        allowed = f"one of {iterations}"
+        require(self.orthogonalizer in iterations, "orthogonalizer", self.orthogonalizer, allowed)
+        for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
+        for name in ("momentum", "embedding_beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "from 0 to below 1")
