@@ -75,8 +75,8 @@ def replacement(node: ast.AST) -> Iterator[tuple[str, Callable[[ast.AST], ast.AS
     in_place = isinstance(node, ast.Assign) and not isinstance(
         node.targets[0], (ast.Name, ast.Tuple)
     )
-    dropped = isinstance(node, (ast.AugAssign, ast.Continue, ast.Break)) or in_place
-    if dropped or (isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.Await))):
+    is_dropped = isinstance(node, (ast.AugAssign, ast.Continue, ast.Break)) or in_place
+    if is_dropped or (isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.Await))):
         yield "statement", lambda n: ast.Pass()
 
 
@@ -116,8 +116,8 @@ def mutants(source: str) -> list[tuple[int, str, str]]:
     changes: list[tuple[int, str, str]] = []
     for path, node in walk(tree):
         for kind, change in replacement(node):
-            changed = copy.deepcopy(tree)
-            parent: ast.AST = changed
+            new_tree = copy.deepcopy(tree)
+            parent: ast.AST = new_tree
             for field, index in path[:-1]:
                 parent = getattr(parent, field) if index is None else getattr(parent, field)[index]
             field, index = path[-1]
@@ -132,7 +132,7 @@ def mutants(source: str) -> list[tuple[int, str, str]]:
                 target = other
             after = ast.unparse(target).splitlines()[0]
             changes.append((node.lineno, f"{kind}: {before}  →  {after}",
-                            ast.unparse(ast.fix_missing_locations(changed))))  # fmt: skip
+                            ast.unparse(ast.fix_missing_locations(new_tree))))  # fmt: skip
     return changes
 
 
@@ -141,15 +141,15 @@ def tests_of(file: Path, tree: Path) -> list[str]:
     module = ".".join(file.with_suffix("").parts)
     package, stem = module.rpartition(".")[::2]
     names = (f"{module} import", f"import {module}", f"from {package} import {stem}")
-    ranked: list[tuple[int, int, str]] = []
+    ranks: list[tuple[int, int, str]] = []
     for test in sorted((tree / "tests").rglob("test_*.py")):
         text, folder = test.read_text(), test.parent.relative_to(tree / "tests")
         direct = any(name in text for name in names)
-        mirrored = str(folder) == file.parts[1]
+        is_mirror = str(folder) == file.parts[1]
         own = test.stem == f"test_{file.stem}"
-        if (direct or mirrored) and folder.parts[:1] not in (("on_ray",), ("browser",), ("k8s",)):
-            ranked.append((-2 * own - direct, len(text), str(test.relative_to(tree))))
-    return [name for *_, name in sorted(ranked)]
+        if (direct or is_mirror) and folder.parts[:1] not in (("on_ray",), ("browser",), ("k8s",)):
+            ranks.append((-2 * own - direct, len(text), str(test.relative_to(tree))))
+    return [name for *_, name in sorted(ranks)]
 
 
 def run(tree: Path, tests: list[str], limit: float) -> tuple[bool, str]:
@@ -177,14 +177,15 @@ def run(tree: Path, tests: list[str], limit: float) -> tuple[bool, str]:
             code = int(pytest.main([*options, f"--basetemp={tree}/pytest", *tests]))
         os._exit(code)
     deadline = time.monotonic() + limit
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done or time.monotonic() > deadline:
-            break
-        time.sleep(0.02)
+    ended_pid = status = 0
+    while not ended_pid and time.monotonic() < deadline + 5:
+        ended_pid, status = os.waitpid(child, os.WNOHANG)
+        if not ended_pid and time.monotonic() > deadline:
+            os.kill(child, signal.SIGINT)  # fixtures end what they started
+        time.sleep(0.02 if time.monotonic() < deadline else 1)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    if not done:
+    if not ended_pid:
         os.waitpid(child, 0)
         return False, "time limit"
     return os.waitstatus_to_exitcode(status) == 0, "\n".join(log.read_text().splitlines()[-15:])
@@ -203,26 +204,26 @@ def mutate(file: Path, tests: list[str], count: int, seed: int, tree: Path) -> t
     survived."""
     source = (tree / file).read_text()
     start = time.monotonic()
-    passed, said = run(tree, tests, 900)
-    if not passed:
-        raise SystemExit(f"{file}: the tests fail without a mutation\n{said}")
+    ok, output = run(tree, tests, 900)
+    if not ok:
+        raise SystemExit(f"{file}: the tests fail without a mutation\n{output}")
     whole = time.monotonic() - start
     changes = mutants(source)
-    picked = changes if not count else random.Random(seed).sample(changes, min(count, len(changes)))
+    sample = changes if not count else random.Random(seed).sample(changes, min(count, len(changes)))
     survivors = []
-    for line, what, text in sorted(picked):
+    for line, what, text in sorted(sample):
         (tree / file).write_text(text)
-        passed, said = run(tree, tests, 10 + 3 * whole)
-        if passed:
+        ok, output = run(tree, tests, 10 + 3 * whole)
+        if ok:
             survivors.append(what)
             print(f"SURVIVES {file}:{line}  {what}", flush=True)
         elif os.environ.get("MUTATE_VERBOSE"):
-            print(f"fails {file}:{line}  {what}  [{said.splitlines()[-2:]}]", flush=True)
+            print(f"fails {file}:{line}  {what}  [{output.splitlines()[-2:]}]", flush=True)
     (tree / file).write_text(source)
-    share = len(survivors) / max(len(picked), 1)
-    print(f"{file}: {len(survivors)} of {len(picked)} survive ({share:.0%}); {len(changes)} "
+    share = len(survivors) / max(len(sample), 1)
+    print(f"{file}: {len(survivors)} of {len(sample)} survive ({share:.0%}); {len(changes)} "
           f"mutations in all, tests take {whole:.1f} s", flush=True)  # fmt: skip
-    return len(picked), len(survivors)
+    return len(sample), len(survivors)
 
 
 def main() -> None:
