@@ -13,12 +13,12 @@ pytest.importorskip("triton")
 PROGRAM = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from nanochat_ray.engine import triton_attention, triton_sampler
+from nanochat_ray.engine import triton_attention, triton_operators, triton_sampler
 from nanochat_ray.model import triton_loss
 
 def check(kernel, pointers, constants, num_warps=4):
     "Scalars are int32 or, by name, float32."
-    kinds = {n: "fp32" if n in ("cap", "scale") else "i32" for n in kernel.arg_names}
+    kinds = {n: "fp32" if n in ("cap", "eps", "scale") else "i32" for n in kernel.arg_names}
     kinds |= {f"{name}_ptr": f"*{dtype}" for name, dtype in pointers.items()}
     kinds |= dict.fromkeys(constants, "constexpr")
     where = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
@@ -40,6 +40,13 @@ check(triton_attention._merge_kernel, merge, shape | {"BLOCK_M": 16, "SPLIT": 51
 columns = {"logits": "fp32", "tokens": "i64", "temperature": "fp32", "top_k": "i64"}
 columns |= {"top_p": "fp64", "min_p": "fp32", "seed": "i64", "position": "i64"}
 check(triton_sampler._sample_kernel, columns, {"INVALID_TOKEN": -1, "BLOCK": 4096}, num_warps=4)
+check(triton_operators._rms_norm_kernel, {"x": "bf16", "out": "bf16"}, {"BLOCK": 1024})
+rotary = dict.fromkeys(("x", "cos", "sin", "out"), "bf16")
+check(triton_operators._rotary_qk_norm_kernel, rotary, {"HALF": 64, "BLOCK": 64})
+check(triton_operators._relu_squared_kernel, {"x": "bf16"}, {"BLOCK": 1024})
+check(triton_operators._softcap_kernel, {"x": "bf16", "out": "fp32"}, {"BLOCK": 1024})
+pages = dict.fromkeys(("k", "v", "keys", "values"), "bf16") | {"slot_mapping": "i64"}
+check(triton_operators._store_kv_kernel, pages, {"BLOCK": 512})
 print("compiled")
 """
 

@@ -38,8 +38,7 @@ class EngineConfig:
     Where the layout is paged, what nobody holds is kept too."""
     kv_layout: KvLayout = "auto"
     """How keys and values are stored: in slots of ``max_model_len`` tokens, or in blocks that are
-    allocated as sequences grow. "auto" is "paged" in bf16 on a GPU, and "slots", the fastest on a
-    CPU, elsewhere."""
+    allocated as sequences grow. "auto" is "paged" on a GPU and "slots" on a CPU."""
     kernels: Kernels = field(default_factory=_default_kernels)
     """In fp32 on a CPU all but the sampling is in C, compiled for this processor where there is a
     compiler. "auto" uses all that the processor has; "amx", "avx512", "avx2" or "generic" only

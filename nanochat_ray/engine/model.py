@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nanochat_ray.engine.linear import ROW_THRESHOLDS, Linear, make_linears, min_invariant_rows
 from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.operators import Operators, TorchOperators
+from nanochat_ray.machine import use_triton
 from nanochat_ray.model.config import ModelConfig, has_value_embedding, windows
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.rotary import rotary_tables, yarn_sharpening
@@ -92,7 +93,7 @@ class InferenceModel:
             layout = GPT(config)
         self._shapes = {name: tensor.shape for name, tensor in layout.state_dict().items()}
         self.check_weights(weights)
-        self._ops: Operators = TorchOperators() if native is None else native
+        self._ops: Operators = _operators(self.device) if native is None else native
         self._sources = _matmul_sources(layout)
         sizes = [
             (sum(self._shapes[name][0] for name in sources), self._shapes[sources[0]][1])
@@ -257,6 +258,14 @@ class InferenceModel:
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
         return layer.mlp_output(self._ops.relu_squared(layer.mlp_input(x)))
+
+
+def _operators(device: torch.device) -> Operators:
+    if not use_triton(device):
+        return TorchOperators()
+    from nanochat_ray.engine.triton_operators import TritonOperators
+
+    return TritonOperators()
 
 
 def _matmul_sources(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -15,14 +15,14 @@ from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator
 from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
 from nanochat_ray.engine.kvcache.memory import check_slots, make_allocator
-from nanochat_ray.engine.kvcache.paged_cache import PagedCache, block_size
+from nanochat_ray.engine.kvcache.paged_cache import PagedCache
 from nanochat_ray.engine.kvcache.prefixes import CopiedPrefixes, SharedPrefixes
 from nanochat_ray.engine.kvcache.slot_cache import SlotCache
 from nanochat_ray.engine.model import InferenceModel
 from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.sampler import insert
 from nanochat_ray.engine.scheduler import Chunk, Sequence
-from nanochat_ray.machine import free_memory, send
+from nanochat_ray.machine import free_memory, send, use_triton
 from nanochat_ray.model.config import Precision
 from nanochat_ray.model.gpt import GPT
 
@@ -40,8 +40,10 @@ class Runner:
         if on_cpu and dtype == torch.float32 and config.kernels != "torch":
             group = sizes.n_head // sizes.n_kv_head
             self.native = native(sizes.head_dim, group, config.kernels)
-        self.kernels = self.native.level if self.native else "torch"
-        """What computes: the instructions that the kernels in C were compiled for, or torch."""
+        self.kernels = "triton" if use_triton(self.device) else "torch"
+        """What computes: the instructions that the C kernels were compiled for, triton or torch."""
+        if self.native is not None:
+            self.kernels = self.native.level
         self.model = InferenceModel(
             model.config,
             model.state_dict(),
@@ -61,7 +63,7 @@ class Runner:
             slots = config.max_num_seqs
             self.cache = SlotCache(model.config, slots, max_model_len, *place, self.native)
             return
-        size = block_size(self.device)
+        size = BLOCK_SIZE
         self.blocks = make_allocator(model.config, config, max_model_len, dtype, free, size)
         self.cache = PagedCache(
             model.config, self.blocks, config.max_num_seqs, max_model_len, *place
@@ -74,15 +76,7 @@ class Runner:
 
     def _paged(self, config: EngineConfig) -> bool:
         on_gpu = self.device.type == "cuda"
-        if config.kv_layout == "auto":
-            return on_gpu and config.precision == "bf16"
-        if config.kv_layout == "paged" and on_gpu and config.precision != "bf16":
-            # FlashAttention computes in 16 bits.
-            raise ValueError(
-                f"precision={config.precision!r} is not allowed: bf16 on a GPU with "
-                "kv_layout='paged'"
-            )
-        return config.kv_layout == "paged"
+        return on_gpu if config.kv_layout == "auto" else config.kv_layout == "paged"
 
     def prefixes(self, tokens: int) -> CopiedPrefixes | SharedPrefixes | None:
         """What keeps the beginnings of prompts; ``tokens`` is how many, where they are copies."""

@@ -1,6 +1,6 @@
 """Keys and values in blocks, which sequences get as they grow, and attention over them.
 
-For GPUs, where FlashAttention reads the blocks in place. Elsewhere a reference implementation with
+For GPUs, where a Triton kernel reads the blocks in place. Elsewhere a reference implementation with
 the same signature gathers them; it exists for tests.
 
 Legend: N tokens, S spans (each of one sequence), P block pools, M blocks of the longest sequence,
@@ -12,28 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import current_flash_attention_impl
 
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
-from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
 from nanochat_ray.engine.kvcache.memory import layer_windows
 from nanochat_ray.engine.kvcache.padding import padded_length, padded_queries
-from nanochat_ray.machine import send
+from nanochat_ray.machine import send, use_triton
 from nanochat_ray.model.config import ModelConfig
-
-
-def block_size(device: torch.device) -> int:
-    """Tokens of a block. FlashAttention 2, which is part of torch, requires 256; version 3, if
-    activated (``torch.nn.attention.activate_flash_attention_impl``), takes small ones."""
-    small = device.type == "cpu" or current_flash_attention_impl() == "FA3"
-    return BLOCK_SIZE if small else 256
 
 
 @dataclass
@@ -46,8 +36,6 @@ class AttentionMetadata:
     """int64 ``[N]``"""
     cu_seqlens_q: Tensor
     """int32 ``[S + 1]``: span i has tokens ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]``."""
-    cu_seqlens_k: Tensor
-    """int32 ``[S + 1]``: the running sum of ``seqused_k``."""
     seqused_k: Tensor
     """int32 ``[S]``: keys that the last token of a span attends to without a window."""
     block_tables: Tensor
@@ -56,7 +44,7 @@ class AttentionMetadata:
     """int64 ``[P, N]``: where the tokens' own keys are written, page by page."""
 
     def _tensors(self) -> list[Tensor]:
-        lengths = [self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_k]
+        lengths = [self.cu_seqlens_q, self.seqused_k]
         return [self.positions, *lengths, self.block_tables, self.slot_mapping]
 
     def to(self, device: torch.device) -> AttentionMetadata:
@@ -101,12 +89,13 @@ class PagedCache:
         max_blocks = -(-max_model_len // allocator.block_size)
         shape = (len(allocator.pools), num_slots + 1, max_blocks)
         self._block_tables = np.zeros(shape, dtype=np.int32)
-        self._attention: Callable[..., Any] = gathered_attention
-        if device.type == "cuda":
-            # It imports torch.compile, which takes 1.5 s.
-            from torch.nn.attention.varlen import varlen_attn
+        self._attention: Callable[..., Tensor] = gathered_attention
+        self._store: Callable[..., None] = store_by_index
+        if use_triton(device):
+            from nanochat_ray.engine.triton_attention import paged_attention
+            from nanochat_ray.engine.triton_operators import store_kv
 
-            self._attention = varlen_attn
+            self._attention, self._store = paged_attention, store_kv
         self.use(self.make_metadata([], 1).to(device))
 
     @property
@@ -148,7 +137,6 @@ class PagedCache:
             max_seqlen_q=int(counts.max()),
             positions=torch.from_numpy(positions),
             cu_seqlens_q=torch.from_numpy(bounds.astype(np.int32)),
-            cu_seqlens_k=torch.from_numpy(np.concatenate(([0], lengths.cumsum())).astype(np.int32)),
             seqused_k=torch.from_numpy(lengths.astype(np.int32)),
             block_tables=torch.from_numpy(np.ascontiguousarray(self._block_tables[:, slots])),
             slot_mapping=torch.from_numpy(pages * size + positions % size),
@@ -158,67 +146,65 @@ class PagedCache:
         """``q [N, H, D]``, ``k`` and ``v [N, Hkv, D]`` → ``[N, H, D]``."""
         pool, keys, values = self._pages[layer]
         step = self.metadata
-        for pages, new in ((keys, k), (values, v)):
-            pages.flatten(0, 1).index_copy_(0, step.slot_mapping[pool], new)
+        self._store(k, v, keys, values, step.slot_mapping[pool])
         return self._attention(
             q,
             keys,
             values,
             step.cu_seqlens_q,
-            # FlashAttention 2 checks its shape and reads ``seqused_k``; 3 allows only the latter.
-            None if current_flash_attention_impl() == "FA3" else step.cu_seqlens_k,
-            step.max_seqlen_q,
-            self.end,
-            window_size=(window, 0),
-            enable_gqa=q.size(1) != k.size(1),
-            seqused_k=step.seqused_k,
-            block_table=step.block_tables[pool],
-            # With a split over keys a row would depend on the batch, and version 2 leaves out some
-            # keys (pytorch issue 194167).
-            num_splits=1,
+            step.seqused_k,
+            step.block_tables[pool],
+            max_seqlen_q=step.max_seqlen_q,
+            max_seqlen_k=self.end,
+            window=window,
         )
 
 
+def store_by_index(
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor
+) -> None:
+    """Reference of ``triton_operators.store_kv``."""
+    keys.flatten(0, 1).index_copy_(0, slot_mapping, k)
+    values.flatten(0, 1).index_copy_(0, slot_mapping, v)
+
+
 def gathered_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor | None,
-    max_q: int,
-    max_k: int,
-    *,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cu_seqlens_q: Tensor,
     seqused_k: Tensor,
     block_table: Tensor,
-    num_splits: int,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    window: int = -1,
 ) -> Tensor:
-    """Reference of ``torch.nn.attention.varlen.varlen_attn`` with the arguments that are used here.
+    """Reference of ``triton_attention.paged_attention``.
 
     All rows are padded as ``SlotCache`` pads prompts: on most CPUs a row then has the same bits
     whatever the batch, and on all of them nearly the same values.
     """
-    H, D = query.shape[1:]
-    size, Hkv = key.shape[1:3]
+    H, D = q.shape[1:]
+    size, Hkv = keys.shape[1:3]
     G = H // Hkv
     outputs = []
-    for i, (first, last) in enumerate(pairwise(cu_seq_q.tolist())):
+    for i, (first, last) in enumerate(pairwise(cu_seqlens_q.tolist())):
         T, length = last - first, int(seqused_k[i])
         pages = block_table[i, : -(-length // size)]
         L = padded_length(length, 2)
         k_hLD, v_hLD = (
             F.pad(t[pages].flatten(0, 1)[:length], (0, 0, 0, 0, 0, L - length)).transpose(0, 1)
-            for t in (key, value)
+            for t in (keys, values)
         )
         positions = torch.arange(length - T, length)[:, None]
         columns = torch.arange(L)
         invisible = columns > positions
-        if window_size[0] >= 0:
-            invisible |= columns < positions - window_size[0]
-        mask = torch.zeros((T, L), dtype=query.dtype).masked_fill_(invisible, -torch.inf)
+        if window >= 0:
+            invisible |= columns < positions - window
+        mask = torch.zeros((T, L), dtype=q.dtype).masked_fill_(invisible, -torch.inf)
         Q = G * T
-        q_hQD = query[first:last].view(T, Hkv, G, D).permute(1, 2, 0, 3).reshape(Hkv, Q, D)
+        q_hQD = q[first:last].view(T, Hkv, G, D).permute(1, 2, 0, 3).reshape(Hkv, Q, D)
         short = padded_queries(Q) - Q
         y_hQD = F.scaled_dot_product_attention(
             F.pad(q_hQD, (0, 0, 0, short))[None],
