@@ -187,17 +187,28 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
+def command_args(command: list[str]) -> type:
+    """The flags of `nanochat-ray [bench] NAME` or `python jobs/NAME.py`."""
+    if command[0] == "python":
+        assert (REPO / command[1]).exists()
+        module = f"nanochat_ray.cli.{Path(command[1]).stem}"
+    elif command[1] == "bench":
+        module = f"nanochat_ray.bench.{command[2].replace('-', '_')}"
+    else:
+        module = f"nanochat_ray.cli.{command[1]}"
+    return importlib.import_module(module).Args
+
+
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_readme_commands_exist(command: list[str]) -> None:
     """Scripts are there and take the flags that README gives them."""
-    script = REPO / command[1]
-    assert script.exists()
     used = {word for word in command if word.startswith("--")}
     if command[0] == "bash":
+        script = REPO / command[1]
         subprocess.run(["bash", "-n", str(script)], check=True)
         known = set(re.findall(r"--[a-z-]+", script.read_text()))
     else:
-        fields = importlib.import_module(f"jobs.{script.stem}").Args.__dataclass_fields__
+        fields = command_args(command).__dataclass_fields__
         known = {"--" + name.replace("_", "-") for name in fields}
         switches = [name for name, field in fields.items() if field.type in (bool, "bool")]
         known |= {"--no-" + name.replace("_", "-") for name in switches}

@@ -1,1 +1,29 @@
-"""The command line: how every job reads its flags and ends."""
+"""The command line: ``nanochat-ray COMMAND``, one file per command.
+
+Every file has ``Args``, the flags as a dataclass, and ``main(args)``. A command's file is imported
+when it is run, so that ``nanochat-ray --help`` needs neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+COMMANDS = {
+    "prepare": "make a dataset of text, or of conversations",
+    "train": "train a base model, or fine-tune one to chat",
+    "serve": "serve a run with OpenAI's API and a chat page",
+    "chat": "chat with an endpoint in the terminal",
+    "eval": "measure a run on tasks, and its bits per byte of text",
+    "export": "write or read Hugging Face's and nanochat's folders",
+    "bench": "measure training and serving",
+}
+"""Command → what it does."""
+
+
+def main(command: str = "") -> NoReturn:
+    """Runs ``command``, by default the first argument, with the arguments that follow."""
+    from nanochat_ray.cli import entry
+
+    argv = [command, *sys.argv[1:]] if command else sys.argv[1:]
+    entry.dispatch("nanochat-ray", __name__, COMMANDS, argv)

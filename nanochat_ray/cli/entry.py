@@ -1,7 +1,4 @@
-"""The one way into every job: flags, the job, and how it ends.
-
-    if __name__ == "__main__":
-        entry.run(main, Args, __doc__)
+"""The one way into every command: flags, the command, and how it ends.
 
 What a user can mend is one line on stderr, ``error: …``, and exit status 2: a wrong flag, a file or
 folder that cannot be used, storage or a cluster that does not answer. A defect of the program keeps
@@ -11,10 +8,11 @@ its traceback and status 1. Ctrl-C is status 130, a reader of stdout that left (
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -33,15 +31,42 @@ _NUMBERS = {
 }
 
 
+def dispatch(prog: str, package: str, commands: Mapping[str, str], argv: Sequence[str]) -> NoReturn:
+    """Runs the command that ``argv`` begins with: the module of that name in ``package``.
+
+    ``commands`` is command → what it does. A module with ``COMMANDS`` of its own has subcommands.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage(prog, commands))
+        sys.exit(0)
+    name = argv[0]
+    if name not in commands:
+        _say(f"error: {prog} has no command {name!r:.80}: one of {', '.join(commands)}")
+        sys.exit(USAGE)
+    module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
+    prog = f"{prog} {name}"
+    if hasattr(module, "COMMANDS"):
+        dispatch(prog, module.PACKAGE, module.COMMANDS, argv[1:])
+    run(module.main, module.Args, module.__doc__, argv[1:], prog)
+
+
+def _usage(prog: str, commands: Mapping[str, str]) -> str:
+    width = max(map(len, commands))
+    lines = [f"usage: {prog} COMMAND [flags]", ""]
+    lines += [f"  {name:<{width}}  {text}" for name, text in commands.items()]
+    return "\n".join([*lines, "", f"{prog} COMMAND --help shows the flags of a command."])
+
+
 def run(
     main: Callable[[A], int | None],
     args: type[A],
     description: str | None,
     argv: Sequence[str] | None = None,
+    prog: str | None = None,
 ) -> NoReturn:
     """Parses the flags into ``args``, runs ``main`` and ends the process with its status."""
     try:
-        status = main(parse(args, description, argv)) or 0
+        status = main(parse(args, description, argv, prog)) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         _say("interrupted")
@@ -59,7 +84,12 @@ def run(
     sys.exit(status)
 
 
-def parse(args: type[A], description: str | None, argv: Sequence[str] | None = None) -> A:
+def parse(
+    args: type[A],
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+) -> A:
     """The flags as ``args``. Raises ValueError that names the flag, the value and what is allowed.
 
     SystemExit(0) after ``--help``.
@@ -71,7 +101,7 @@ def parse(args: type[A], description: str | None, argv: Sequence[str] | None = N
 
     try:
         with parse_errors.on_parse_error(refuse):
-            return tyro.cli(args, description=description, args=argv)
+            return tyro.cli(args, prog=prog, description=description, args=argv)
     except _FlagError as error:
         raise ValueError(str(error)) from None
 

@@ -1,7 +1,7 @@
 """A model on Ray Serve: ingress replicas speak HTTP, engine replicas make tokens.
 
     serve deploy cluster/serve.yaml        # args: the fields of ServeConfig
-    python jobs/serve.py --run chat        # the same, from flags
+    nanochat-ray serve --run chat          # the same, from flags
 
 Ingress and engine are told apart so that each scales by itself and an engine's death does not cut
 the connections of those who wait: see ``engine_client``.

@@ -1,6 +1,6 @@
 """A whole training job as data, and its execution by one of the processes that share it.
 
-``jobs/train.py`` runs ``execute`` in this process, under ``torchrun``, or (through
+``nanochat-ray train`` runs ``execute`` in this process, under ``torchrun``, or (through
 ``on_ray.train``) in each worker of a Ray Train group.
 """
 

@@ -1,4 +1,4 @@
-"""Bits per byte of any text, against the definition and through jobs/eval.py."""
+"""Bits per byte of any text, against the definition and through ``nanochat-ray eval``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from jobs import eval as job
 from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.cli import eval as job
 from nanochat_ray.evals.bpb import evaluate_text
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store

@@ -90,7 +90,7 @@ def test_clusters_scale_and_have_gpus_and_storage(path: Path) -> None:
 
 
 def flags_of(job: str) -> set[str]:
-    args = importlib.import_module(f"jobs.{job}").Args
+    args = importlib.import_module(f"nanochat_ray.cli.{job}").Args
     return {"--" + name.replace("_", "-") for name in args.__dataclass_fields__}
 
 

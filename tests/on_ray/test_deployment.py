@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from jobs import serve as job
 from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.cli import serve as job
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.engine_replica import EngineReplica
 from nanochat_ray.on_ray.link import Handshakes, Link

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from jobs import train as script
 from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.cli import train as script
 from nanochat_ray.storage import Store
 from nanochat_ray.train import speed
 from nanochat_ray.train.job import TrainJob, execute

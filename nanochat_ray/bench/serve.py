@@ -1,15 +1,15 @@
 """Measure serving: the engine in process, one plain server, Ray Serve and peers, side by side.
 
-    python jobs/bench_serve.py                                     # a fresh model of 14 M weights
-    python jobs/bench_serve.py --peer vllm=http://127.0.0.1:8001   # the same load, another server
-    python jobs/bench_serve.py --only http --sides ray --rate 4    # open loop, Poisson arrivals
-    python jobs/bench_serve.py --only offline --peer-python vllm=/envs/vllm/bin/python
+    nanochat-ray bench serve                                     # a fresh model of 14 M weights
+    nanochat-ray bench serve --peer vllm=http://127.0.0.1:8001   # the same load, another server
+    nanochat-ray bench serve --only http --sides ray --rate 4    # open loop, Poisson arrivals
+    nanochat-ray bench serve --only offline --peer-python vllm=/envs/vllm/bin/python
 
-The protocol is that of ``vllm bench serve`` (see ``serve.load``): random ids of random lengths, the
-end of a turn ignored, greedy. Sides take turns within each repeat; figures are medians over the
-repeats. A peer must serve the same weights: jobs/export.py writes them, --storage and --run say
-which (a run that is not there is made). The last line is one JSON object; what was not measured is
-null in it.
+The protocol is that of ``vllm bench serve`` (see ``bench.load``): random ids of random lengths, the
+end of a turn ignored, greedy. Systems take turns within each repeat; figures are medians over the
+repeats. A peer must serve the same weights: ``nanochat-ray export`` writes them; --storage and
+--run name the run, which is made if it does not exist. The last line is one JSON object, with null
+for what was not measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import signal
@@ -32,11 +31,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanochat_ray.bench import load, load_engine, offline
+from nanochat_ray.bench.chart import lines_svg
 from nanochat_ray.checks import check_float, check_int, check_name, check_port
-from nanochat_ray.cli import entry
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.serve import load, load_engine
-from nanochat_ray.serve.chart import lines_svg
 from nanochat_ray.storage import Store
 
 KEYS = (
@@ -62,7 +60,7 @@ class Args:
     peer: list[str] = field(default_factory=list)
     """NAME=URL of other servers of the same weights; "vllm" fills the key http_vs_vllm."""
     peer_python: list[str] = field(default_factory=list)
-    """NAME=PATH of the Python of an offline peer: see jobs/bench_offline.py."""
+    """NAME=PATH of the Python of an offline peer: see nanochat-ray bench offline."""
     key: str = ""
     """API key for all servers."""
     storage: str = ""
@@ -131,13 +129,12 @@ def be_engine(args: Args) -> None:
 
 @contextlib.contextmanager
 def child(args: Args, side: str) -> Iterator[subprocess.Popen[str]]:
-    here = Path(__file__)
     if side == "engine":
-        command = [str(here), "--child", side]
+        command = ["bench", "serve", "--child", side]
         for goal in args.goal:
             command += ["--goal", goal]
     else:
-        command = [str(here.with_name("serve.py")), "--max-num-seqs", str(STREAMS)]
+        command = ["serve", "--max-num-seqs", str(STREAMS)]
         command += ["--port", str(args.port + (side == "ray"))]
         command += ["--no-ray"] if side == "local" else []
     command += ["--storage", args.storage, "--run", args.run, "--threads", str(args.threads)]
@@ -146,10 +143,9 @@ def child(args: Args, side: str) -> Iterator[subprocess.Popen[str]]:
         **os.environ,
         "OMP_NUM_THREADS": str(args.threads),
         **({"OMP_WAIT_POLICY": "passive"} if args.threads == 1 else {}),
-        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     process = subprocess.Popen(
-        [sys.executable, *command],
+        [sys.executable, "-m", "nanochat_ray", *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE if side == "engine" else subprocess.DEVNULL,
         text=True,
@@ -368,6 +364,10 @@ def rounded(value: Any) -> Any:
 
 
 def main(args: Args) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the sides are ended too
+    if args.child:
+        be_engine(args)
+        return
     parts = args.only.split(",")
     if unknown := set(parts) - {"http", "long", "prefix", "offline"}:
         raise ValueError(f"only={sorted(unknown)} is not allowed: http, long, prefix, offline")
@@ -388,15 +388,10 @@ def main(args: Args) -> None:
             print(f"shared prefix: {speedup:.2f} times the throughput, answers equal: {equal}")
             result.update(prefix_speedup=speedup, prefix_equal=equal)
         if "offline" in parts:
-            # A script's folder is where Python looks first.
-            offline = importlib.import_module("bench_offline")
-            given = {"peer_python": tuple(args.peer_python), "repeats": args.repeats}
-            found = offline.run(offline.Args(**given, prefix=False))
-            result["offline"] = {k: found[k] for k in ("rates", "equal") if k in found}
-            result.update({k: v for k, v in found.items() if k in KEYS})
+            peers = tuple(args.peer_python)
+            figures = offline.run(
+                offline.Args(peer_python=peers, repeats=args.repeats, prefix=False)
+            )
+            result["offline"] = {k: figures[k] for k in ("rates", "equal") if k in figures}
+            result.update({k: v for k, v in figures.items() if k in KEYS})
     print(json.dumps(rounded(result)))
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the sides are ended too
-    entry.run(lambda args: be_engine(args) if args.child else main(args), Args, __doc__)

@@ -1,6 +1,6 @@
 """Measure which factor on the learning rates is best at which batch size.
 
-    python jobs/bench_learning_rates.py --storage DIR --dataset base \
+    nanochat-ray bench learning-rates --storage DIR --dataset base \
         --batches 2048 16384 --scales 0.5 1 2
 
 For each batch and factor a small model is trained on the same number of tokens; the table shows
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from nanochat_ray.checks import check_float, check_int, check_name
-from nanochat_ray.cli import entry
 from nanochat_ray.data.shards import SequenceReader
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
@@ -106,7 +105,3 @@ def main(args: Args) -> None:
         table[str(batch)] = row
         print(f"{batch:<10d} " + "".join(f"  {v:<8.4f}" for v in row.values()), flush=True)
     print(json.dumps({"bits_per_byte": table, "args": dataclasses.asdict(args)}))
-
-
-if __name__ == "__main__":
-    entry.run(main, Args, __doc__)

@@ -6,8 +6,7 @@ import asyncio
 
 import pytest
 
-from nanochat_ray.serve.app import build_app
-from nanochat_ray.serve.load import (
+from nanochat_ray.bench.load import (
     Prompt,
     Result,
     _Stream,
@@ -18,6 +17,7 @@ from nanochat_ray.serve.load import (
     shared_prefix_prompts,
     summary,
 )
+from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient, full
 from tests.serve.serving import serving

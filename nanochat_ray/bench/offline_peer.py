@@ -1,4 +1,4 @@
-"""One side of ``bench_offline``: a program of its own, run by that side's own Python.
+"""One side of ``bench offline``: a program of its own, run by that side's own Python.
 
 It imports neither nanochat_ray (unless it is that side) nor anything that the peers' environments
 lack. Each line on standard input is a job, {"prompts": [[id]], "max_tokens": n}; the answer is one
@@ -55,7 +55,7 @@ def ours(folder: str, options: dict[str, Any]) -> Generate:
 
 
 def vllm(folder: str, options: dict[str, Any]) -> Generate:
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from vllm import LLM, SamplingParams
 
     llm = LLM(
         model=folder,
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("options", type=json.loads)
     args = parser.parse_args()
+    sys.path.pop(0)  # this folder: its files are no modules of a peer's
     # Libraries print where they like: what they write goes to standard error.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

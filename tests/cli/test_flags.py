@@ -26,8 +26,7 @@ from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
 from tests.tiny import TOKENIZER, write_dataset
 
-REPO = Path(__file__).parents[1]
-sys.path.append(str(REPO / "jobs"))  # bench jobs import their siblings
+REPO = Path(__file__).parents[2]
 
 
 def ended(main: Callable[..., Any], args: type, *flags: str) -> tuple[Any, str]:
@@ -40,7 +39,9 @@ def ended(main: Callable[..., Any], args: type, *flags: str) -> tuple[Any, str]:
 
 def refused(job: str, *flags: str) -> str:
     """The one line with which a job refuses its flags."""
-    module = importlib.import_module(f"jobs.{job}")
+    package = "bench" if job.startswith("bench ") else "cli"
+    name = job.removeprefix("bench ").replace("-", "_")
+    module = importlib.import_module(f"nanochat_ray.{package}.{name}")
     status, said = ended(module.main, module.Args, *flags)
     assert status == 2, said
     (line,) = said.splitlines()
@@ -180,16 +181,16 @@ BAD_FLAGS = {
         ("--max-tokens -1", "max_tokens=-1"),
         ("--url http://127.0.0.1:1 --once hi", "url=http://127.0.0.1:1 cannot be reached"),
     ],
-    "bench_train": [("--only nothing", "only='nothing'"), ("--steps 0", "steps=0")],
-    "bench_learn": [("--depth 0", "depth=0"), ("--datasets ../x", "datasets='../x'")],
-    "bench_learning_rates": [
+    "bench train": [("--only nothing", "only='nothing'"), ("--steps 0", "steps=0")],
+    "bench learn": [("--depth 0", "depth=0"), ("--datasets ../x", "datasets='../x'")],
+    "bench learning-rates": [
         ("--scales 0", "scales=0.0"),
         ("--dataset nothing", "dataset='nothing'"),
     ],
-    "bench_serve": [("--concurrency 0", "concurrency=0"), ("--rate nan", "rate=nan")],
-    "bench_offline": [("--batches 0", "batches=0"), ("--repeats 0", "repeats=0")],
+    "bench serve": [("--concurrency 0", "concurrency=0"), ("--rate nan", "rate=nan")],
+    "bench offline": [("--batches 0", "batches=0"), ("--repeats 0", "repeats=0")],
 }
-WITHOUT_STORAGE = ("chat", "bench_train", "bench_learn", "bench_serve", "bench_offline")
+WITHOUT_STORAGE = ("chat", "bench train", "bench learn", "bench serve", "bench offline")
 
 
 @pytest.mark.parametrize("job", BAD_FLAGS)
@@ -298,7 +299,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("error", "status", "line"), ERRORS, ids=lambda v: type(v).__name__)
 def test_an_expected_error_is_one_line(error: BaseException, status: int, line: str) -> None:
-    from jobs.chat import Args
+    from nanochat_ray.cli.chat import Args
 
     code, said = ended(_raise(error), Args)
     assert code == status
@@ -308,7 +309,7 @@ def test_an_expected_error_is_one_line(error: BaseException, status: int, line: 
 
 
 def test_a_defect_keeps_its_traceback() -> None:
-    from jobs.chat import Args
+    from nanochat_ray.cli.chat import Args
 
     for defect in (KeyError("x"), TypeError("y"), AssertionError("z"), RuntimeError("w")):
         with pytest.raises(type(defect)):
@@ -336,7 +337,7 @@ def test_a_reader_that_leaves_ends_the_job_quietly(root: Store) -> None:
     write_dataset(root, "base")
     code = (
         "import sys; sys.argv[0] = 'job'\n"
-        "from jobs.chat import Args\n"
+        "from nanochat_ray.cli.chat import Args\n"
         "from nanochat_ray.cli import entry\n"
         "entry.run(lambda _: [print('x' * 100) for _ in range(10_000)] and None, Args, None)\n"
     )
@@ -352,7 +353,7 @@ def test_a_reader_that_leaves_ends_the_job_quietly(root: Store) -> None:
 
 
 def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
-    from jobs.serve import Args
+    from nanochat_ray.cli.serve import Args
 
     with pytest.raises(SystemExit) as exit_:
         entry.run(_raise(KeyError()), Args, "Serve a run.", ["--help"])

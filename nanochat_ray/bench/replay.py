@@ -1,6 +1,6 @@
 """Thousands of broken requests at a server that streams to others: none may hurt another.
 
-    python jobs/replay_serve.py --url http://127.0.0.1:8000 --pid $(pgrep -f jobs/serve.py)
+    nanochat-ray bench replay --url http://127.0.0.1:8000 --pid PID
 
 Status 1 if a request gets a 5xx other than 503 or an answer that is no answer, if a steady stream
 ends or waits longer than ``--max-gap-s``, or if the process of ``--pid`` grows. The requests are
@@ -22,9 +22,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from nanochat_ray.bench.mutations import Mutation, mutations
 from nanochat_ray.checks import check_float, check_int
-from nanochat_ray.cli import entry
-from nanochat_ray.serve.mutations import Mutation, mutations
 
 BODY_SHOWN = 300
 """Bytes of a request that failed."""
@@ -194,7 +193,3 @@ def main(args: Args) -> int:
         )
     )
     return 1 if report.failures else 0
-
-
-if __name__ == "__main__":
-    entry.run(main, Args, __doc__)

@@ -1,6 +1,6 @@
 """Generated tokens a second without HTTP: this engine, vLLM and transformers on equal weights.
 
-    python jobs/bench_offline.py --peer-python vllm=/path/to/python transformers=/path/to/python
+    nanochat-ray bench offline --peer-python vllm=/path/to/python transformers=/path/to/python
 
 Each side is a process of its own, one for each number of threads, with the same exported folder of
 weights; they take turns, so that what else the machine does falls on all alike. The first round
@@ -28,7 +28,6 @@ import torch
 
 from nanochat_ray.checkpoint import hf
 from nanochat_ray.checks import check_int
-from nanochat_ray.cli import entry
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -101,7 +100,7 @@ class Side:
         if kind == "vllm" and threads > 1:
             # Its other processes need a core now and then, and it is slower with endless spinning.
             settings |= {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}", "GOMP_SPINCOUNT": "20000"}
-        script = Path(__file__).with_name("bench_offline_peer.py")
+        script = Path(__file__).with_name("offline_peer.py")
         with log.open("w") as errors:
             process = subprocess.Popen(
                 [python, str(script), kind, str(folder), json.dumps(dict(options))],
@@ -298,7 +297,3 @@ def run(args: Args) -> dict[str, Any]:
 
 def main(args: Args) -> None:
     print(json.dumps(run(args)))
-
-
-if __name__ == "__main__":
-    entry.run(main, Args, __doc__)

@@ -1,4 +1,4 @@
-"""``jobs/chat.py`` over a real server: a context that is full loses its oldest turns, visibly."""
+"""``nanochat-ray chat`` over a real server: a full context loses its oldest turns, visibly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobs import chat
+from nanochat_ray.cli import chat
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient

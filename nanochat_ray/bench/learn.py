@@ -1,6 +1,6 @@
 """Measure learning: tokens and seconds to the bits per byte that AdamW reaches, for each optimizer.
 
-    python jobs/bench_learn.py --datasets base bible --nanochat ../nanochat
+    nanochat-ray bench learn --datasets base bible --nanochat ../nanochat
 
 One model, one order of rows, four optimizers: torch's AdamW with one rate for all parameters;
 AdamW with our rates for embeddings, head and scalars and five to choose from for the matrices;
@@ -10,8 +10,8 @@ The others get five rates each at a shorter horizon, then three seeds at several
 annealed to its end; the horizon that just reaches a target is interpolated. Seconds are those of
 the processor, which other load does not change much. The last line is one JSON object.
 
-    python jobs/bench_learn.py --what ablation     what each option of model and optimizer gives
-    python jobs/bench_learn.py --what extension    trained at T, held-out text of 4T, by YaRN
+    nanochat-ray bench learn --what ablation     what each option of model and optimizer gives
+    nanochat-ray bench learn --what extension    trained at T, held-out text of 4T, by YaRN
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from bench_learn_trial import Trial, build, ours, run_trial
 
+from nanochat_ray.bench.learn_trial import Trial, build, ours, run_trial
 from nanochat_ray.checks import check_float, check_int, check_name
-from nanochat_ray.cli import entry
 from nanochat_ray.data.shards import SequenceReader
 from nanochat_ray.storage import default_root
 from nanochat_ray.train.feed import from_shards
@@ -124,7 +123,15 @@ class Bench:
 def apart(trial: Trial) -> dict[str, float]:
     """The trial in a process of its own; prints a line."""
     done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(dataclasses.asdict(trial))],
+        [
+            sys.executable,
+            "-m",
+            "nanochat_ray",
+            "bench",
+            "learn",
+            "--child",
+            json.dumps(dataclasses.asdict(trial)),
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -327,7 +334,3 @@ def main(args: Args) -> None:
         return
     parts = {"learn": learn, "ablation": ablation, "extension": extension}
     print(json.dumps(parts[args.what](args)))
-
-
-if __name__ == "__main__":
-    entry.run(main, Args, __doc__)

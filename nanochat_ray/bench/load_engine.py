@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from nanochat_ray.bench.load import Prompt, Result
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
@@ -14,7 +15,6 @@ from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.serve.load import Prompt, Result
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""A training step of ours and of nanochat's, on equal weights: what ``bench_train`` compares.
+"""A training step of ours and of nanochat's, on equal weights: what ``bench train`` compares.
 
 Each returns its tokens a second and, as ``probe``, a few logits. ``tokens`` are those of a batch.
 """
@@ -9,9 +9,9 @@ import statistics
 import time
 from typing import Any
 
-import bench_nanochat
 import torch
 
+from nanochat_ray.bench import nanochat_checkout
 from nanochat_ray.model.config import ModelConfig, Precision
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
@@ -58,7 +58,7 @@ def theirs(
     config: ModelConfig, tokens: int, steps: int, precision: Precision, checkout: str
 ) -> dict[str, Any]:
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-    peer = bench_nanochat.load(checkout, dtype)
+    peer = nanochat_checkout.load(checkout, dtype)
     fields = (
         "vocab_size",
         "n_layer",

@@ -1,8 +1,8 @@
 """Measure training: the step against nanochat's, two workers against one, Ray's share, the feed.
 
-    python jobs/bench_train.py --only step --nanochat ../nanochat
-    python jobs/bench_train.py --only workers,ray,feed
-    python jobs/bench_train.py --only learn --datasets base bible --nanochat ../nanochat
+    nanochat-ray bench train --only step --nanochat ../nanochat
+    nanochat-ray bench train --only workers,ray,feed
+    nanochat-ray bench train --only learn --datasets base bible --nanochat ../nanochat
 
 Every figure is the median of interleaved repeats in processes of their own, one thread each. The
 last line is one JSON object; what was not measured is null in it.
@@ -23,12 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import bench_train_step
 import numpy as np
 import torch
 
+from nanochat_ray.bench import learn, train_step
 from nanochat_ray.checks import check_int, check_name
-from nanochat_ray.cli import entry
 from nanochat_ray.data.shards import Manifest, SequenceReader, write_shard
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.storage import Store, default_root
@@ -94,7 +93,16 @@ def apart(args: Args, **what: Any) -> dict[str, Any]:
         elif value is not None:
             flags += [f"--{name}", str(value)]
     done = subprocess.run(
-        [sys.executable, __file__, *flags, "--child", json.dumps(what)],
+        [
+            sys.executable,
+            "-m",
+            "nanochat_ray",
+            "bench",
+            "train",
+            *flags,
+            "--child",
+            json.dumps(what),
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -176,7 +184,15 @@ def alone(job: TrainJob) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(job.to_json(), file)
         file.flush()
-        command = [sys.executable, __file__, "--child", json.dumps({"job": file.name})]
+        command = [
+            sys.executable,
+            "-m",
+            "nanochat_ray",
+            "bench",
+            "train",
+            "--child",
+            json.dumps({"job": file.name}),
+        ]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, capture_output=True, env=env)
 
@@ -187,8 +203,8 @@ def torchrun(job: TrainJob, workers: int) -> None:
         json.dump(job.to_json(), file)
         file.flush()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={workers}", "--", __file__, "--child"]
-        command.append(json.dumps({"job": file.name}))
+        command += [f"--nproc-per-node={workers}", "-m", "nanochat_ray", "bench", "train"]
+        command += ["--child", json.dumps({"job": file.name})]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, capture_output=True, env=env)
 
@@ -292,13 +308,9 @@ def part_feed(args: Args) -> dict[str, float | None]:
 
 
 def part_learn(args: Args) -> dict[str, float | None]:
-    """Tokens to AdamW's loss: jobs/bench_learn.py, on datasets that are prepared already."""
-    import bench_learn
-
-    return bench_learn.learn(
-        bench_learn.Args(
-            storage=args.storage, datasets=tuple(args.datasets), nanochat=args.nanochat
-        )
+    """Tokens to AdamW's loss: ``bench learn``, on datasets that are prepared already."""
+    return learn.learn(
+        learn.Args(storage=args.storage, datasets=tuple(args.datasets), nanochat=args.nanochat)
     )
 
 
@@ -320,9 +332,9 @@ def run_child(args: Args) -> None:
         return
     measured = (shape(args), args.batch, args.steps, what["precision"])
     if what["side"] == "ours":
-        print(json.dumps(bench_train_step.ours(*measured)))
+        print(json.dumps(train_step.ours(*measured)))
     else:
-        print(json.dumps(bench_train_step.theirs(*measured, str(args.nanochat))))
+        print(json.dumps(train_step.theirs(*measured, str(args.nanochat))))
 
 
 def main(args: Args) -> None:
@@ -344,7 +356,3 @@ def main(args: Args) -> None:
     for part in chosen:
         found.update(parts[part](args))
     print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    entry.run(main, Args, __doc__)

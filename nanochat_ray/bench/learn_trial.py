@@ -1,4 +1,4 @@
-"""One run of ``bench_learn``: a model from fresh weights, trained by one of four optimizers."""
+"""One run of ``bench learn``: a model from fresh weights, trained by one of four optimizers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import bench_nanochat
 import numpy as np
 import torch
 
+from nanochat_ray.bench import nanochat_checkout
 from nanochat_ray.data.shards import SequenceReader
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
@@ -207,7 +207,7 @@ def nanochat(model: GPT, train: TrainConfig, trial: Trial) -> Step:
 
     Its 40 steps of warm-up are cut to a tenth of a run that is shorter than 400.
     """
-    peer = bench_nanochat.load(trial.nanochat, "bfloat16")
+    peer = nanochat_checkout.load(trial.nanochat, "bfloat16")
     model.get_device = lambda: torch.device("cpu")  # type: ignore[assignment]
     # scripts/base_train.py: decay falls with the batch's root and the horizon.
     batch = train.global_batch_size * model.config.sequence_len

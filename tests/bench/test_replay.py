@@ -1,6 +1,6 @@
 """Thousands of broken requests: none may break the server, hang, or leave anything behind.
 
-``NANOCHAT_FUZZ=10000 pytest tests/serve/test_fuzz.py`` sends as many; the default is small.
+``NANOCHAT_FUZZ=10000 pytest tests/bench/test_replay.py`` sends as many; the default is small.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import runpy
-from pathlib import Path
 
 import httpx
 import psutil
@@ -18,6 +16,8 @@ import torch
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
+from nanochat_ray.bench import replay
+from nanochat_ray.bench.mutations import Mutation, mutations
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.tools import calculator_tool
@@ -25,7 +25,6 @@ from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.local import LocalClient
-from nanochat_ray.serve.mutations import Mutation, mutations
 from nanochat_ray.serve.service import Limits
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.serving import serving
@@ -107,12 +106,11 @@ def test_broken_requests_break_nothing() -> None:
 
 
 def test_steady_streams_outlive_broken_requests() -> None:
-    job = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "replay_serve.py"))
     local = server()
     with serving(build_app(local, TOK, "tiny", local.max_model_len)) as url:
         # A second instead of half of one: this process is the clients too.
-        args = job["Args"](url=url, count=150, streams=2, stream_tokens=150, max_gap_s=1.0)
-        report = job["replay"](args)
+        args = replay.Args(url=url, count=150, streams=2, stream_tokens=150, max_gap_s=1.0)
+        report = replay.replay(args)
     local.close()
     local.engine.check_integrity()
     assert not report.failures
@@ -126,8 +124,7 @@ def test_a_broken_server_is_reported() -> None:
         status = 200 if scope["path"] == "/v1/chat/completions" else 500
         await PlainTextResponse("no", status)(scope, receive, send)
 
-    job = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "replay_serve.py"))
     with serving(broken) as url:
-        report = job["replay"](job["Args"](url=url, count=20, streams=1, huge_bytes=0))
+        report = replay.replay(replay.Args(url=url, count=20, streams=1, huge_bytes=0))
     assert any("a steady stream ended with 500" in line for line in report.failures)
     assert any("/v1/completions" in line and " 500 " in line for line in report.failures)

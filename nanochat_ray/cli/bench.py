@@ -1,0 +1,12 @@
+"""Benchmarks: ``nanochat-ray bench NAME``, one file per program in ``nanochat_ray/bench/``."""
+
+PACKAGE = "nanochat_ray.bench"
+COMMANDS = {
+    "offline": "decoding, by batch size, beside vLLM and transformers",
+    "serve": "HTTP under load, beside other servers",
+    "train": "the training step, two workers, Ray's share, the data loader",
+    "learn": "tokens and seconds to AdamW's bits per byte, and ablations",
+    "learning-rates": "the best factor on the learning rates at each batch size",
+    "replay": "broken requests beside steady streams: no stream may suffer",
+}
+"""Program → what it measures."""

@@ -1,0 +1,165 @@
+"""Measure a chat model on fresh questions of tasks, and any model's bits per byte of any text.
+
+    nanochat-ray eval --storage DIR --run chat --tasks chain_sum products --count 200
+    nanochat-ray eval --storage DIR --run base --text books/ news.jsonl
+
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.checks import check_int, check_name, require
+from nanochat_ray.data import corpus, sources
+from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.tools import calculator_tool
+from nanochat_ray.evals.bpb import evaluate_text
+from nanochat_ray.evals.tasks import evaluate
+from nanochat_ray.machine import engine_threads
+from nanochat_ray.model.config import Precision
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.storage import Store, absolute, default_root
+from nanochat_ray.tasks.registry import make_task
+from nanochat_ray.tasks.task import Task
+from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.train.job import DTYPES
+
+CHAT_TASKS = ("chain_sum", "leg_counting", "products")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    storage: str = field(default_factory=default_root)
+    run: str = "chat"
+    checkpoint: str = ""
+    """Checkpoint to measure: step-000200, or best by validation; by default the latest."""
+    tasks: tuple[str, ...] | None = None
+    """By default chain_sum, leg_counting and products for a chat model, without --text."""
+    count: int = 200
+    """Questions of each task, none of which was trained on; fewer where a task has fewer."""
+    text: tuple[str, ...] = ()
+    """Files, folders, globs, s3:// or hf:// whose bits per byte are measured."""
+    text_tokens: int = 1_000_000
+    """Tokens of that text, at most; 0 is all."""
+    seed: int = 1
+    precision: Precision = "fp32"
+    device: str = "cpu"
+    threads: int = 0
+    """Torch threads on a CPU; 0 is all cores but one."""
+    slots: int = 32
+    show_wrong: int = 2
+    """Wrong answers that are shown for each task."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "storage", absolute(self.storage))
+        check_name("run", self.run)
+        if self.checkpoint:
+            check_name("checkpoint", self.checkpoint)
+        for name, least in (("count", 1), ("seed", 0), ("threads", 0), ("slots", 1)):
+            check_int(name, getattr(self, name), least, 1 << 30)
+        check_int("show_wrong", self.show_wrong, 0)
+        check_int("text_tokens", self.text_tokens, 0)
+        require(all(self.text), "text", self.text, "files, folders, globs or URIs")
+        check_device("device", self.device)
+
+
+def check_device(field: str, name: str) -> None:
+    """ValueError if torch has no such device here."""
+    allowed = "cpu, or cuda where this machine has a CUDA device"
+    ok = re.fullmatch(r"cpu|cuda(:\d+)?", name) is not None
+    if ok and name != "cpu":
+        ok = int(name.partition(":")[2] or 0) < torch.cuda.device_count()
+    require(ok, field, name, allowed)
+
+
+def training_figures(args: Args, trainer: dict[str, Any]) -> dict[str, float]:
+    """Bits per byte, before training and after, of the base model that the run came from."""
+    parent, metrics = trainer.get("about", {}).get("parent"), trainer.get("metrics", {})
+    if parent:
+        run = Store.at(args.storage).child("runs", parent)
+        if checkpoint.latest(run) is None:
+            print(f"base model: run {parent} is gone, and its figures with it", flush=True)
+            return {}
+        metrics = checkpoint.load_trainer(run)["metrics"]
+    if not {"first_bits_per_byte", "bits_per_byte"} <= metrics.keys():
+        return {}
+    before, after = metrics["first_bits_per_byte"], metrics["bits_per_byte"]
+    print(f"base model, bits per byte of held-out text: {before:.3f} before, {after:.3f} after")
+    return {"bits_per_byte_before": before, "bits_per_byte": after}
+
+
+def documents(text: Sequence[str]) -> Iterator[str]:
+    for unit in sources.units(sources.find(list(text))):
+        yield from corpus.read(unit)
+
+
+def text_figures(args: Args, model: GPT, tokenizer: Tokenizer) -> dict[str, float]:
+    """Bits per byte of --text."""
+    began = time.perf_counter()
+    score = evaluate_text(model, tokenizer, documents(args.text), max_tokens=args.text_tokens)
+    print(
+        f"text: {score.bits_per_byte:.4f} bits per byte of {score.bytes:,} bytes ({score.tokens:,} "
+        f"tokens of {score.documents:,} documents) in {time.perf_counter() - began:.1f} s",
+        flush=True,
+    )
+    return {"text_bits_per_byte": score.bits_per_byte, "text_bytes": score.bytes}
+
+
+def task_figures(
+    args: Args, engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task]
+) -> dict[str, Any]:
+    accuracy, questions = {}, {}
+    for task in tasks:
+        began = time.perf_counter()
+        score = evaluate(engine, tokenizer, task, count=args.count)
+        accuracy[score.name], questions[score.name] = score.accuracy, score.total
+        notes = ""
+        if score.total < args.count:
+            notes += f"; the task has no more than {score.total} questions"
+        if score.too_long:
+            notes += f"; {score.too_long} do not fit into the context and count as wrong"
+        print(
+            f"{score.name:<18} {score.correct}/{score.total} right ({score.accuracy:.1%}) in "
+            f"{time.perf_counter() - began:.1f} s{notes}",
+            flush=True,
+        )
+        for question, answer in score.wrong[: args.show_wrong]:
+            print(f"    wrong: {question!r} → {answer!r}")
+    engine.check_integrity()
+    return {"accuracy": accuracy, "questions": questions}
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(args.threads or engine_threads(sharing=1))
+    store = Store.at(args.storage).child("runs", args.run)
+    names = args.tasks or ()
+    tasks = [make_task(name, "test", size=args.count, seed=args.seed) for name in names]
+    name = checkpoint.chosen(store, args.checkpoint)
+    trainer = checkpoint.load_trainer(store, name)
+    is_base = trainer.get("train_config", {}).get("stage") == "base"
+    if args.tasks is None and not args.text and not is_base:
+        tasks = [make_task(n, "test", size=args.count, seed=args.seed) for n in CHAT_TASKS]
+    dtype = DTYPES[args.precision]
+    model, tokenizer = checkpoint.load_model(store, name, device=args.device, dtype=dtype)
+    result: dict[str, Any] = {
+        "run": args.run,
+        "checkpoint": name,
+        **training_figures(args, trainer),
+    }
+    if args.text:
+        result |= text_figures(args, model, tokenizer)
+    if tasks:
+        config = EngineConfig(max_num_seqs=args.slots, precision=args.precision)
+        engine = Engine(model, config, calculator_tool(tokenizer))
+        result |= task_figures(args, engine, tokenizer, tasks)
+    print(json.dumps(result))

@@ -1,0 +1,73 @@
+"""Write a run as a Hugging Face folder, or take such a folder or nanochat's checkpoint in as a run.
+
+    nanochat-ray export --run chat --out my/folder        # for transformers and vLLM
+    nanochat-ray export --run theirs --import-from my/folder     # to serve or fine-tune it here
+    nanochat-ray export --run d20 --import-from ~/.cache/nanochat/base_checkpoints/d20
+
+A model of the classic preset is transformers' own NanoChatForCausalLM; others go out with their
+modelling file and need trust_remote_code=True.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nanochat_ray.checkpoint import checkpoint, folder, hf, nanochat
+from nanochat_ray.checks import check_name, require
+from nanochat_ray.model.config import Precision
+from nanochat_ray.storage import Store, absolute, default_root
+from nanochat_ray.train.job import DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    storage: str = field(default_factory=default_root)
+    run: str = "chat"
+    checkpoint: str = ""
+    """Checkpoint to write: step-000200, or best by validation; by default the latest."""
+    out: str | None = None
+    """Folder to write, s3:// or gs:// too: new, empty, or written by an earlier export."""
+    import_from: str | None = None
+    """Folder to read into the run, which must not exist yet: Hugging Face's, or a checkpoint folder
+    of nanochat's, such as base_checkpoints/d20, with its tokenizer."""
+    precision: Precision = "fp32"
+    """Of the weights that are written."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "storage", absolute(self.storage))
+        check_name("run", self.run)
+        for name in ("out", "import_from"):
+            if (value := getattr(self, name)) is not None:
+                require(bool(value), name, value, "a folder, s3:// or gs://")
+                object.__setattr__(self, name, absolute(value))
+        if self.checkpoint:
+            check_name("checkpoint", self.checkpoint)
+
+
+def main(args: Args) -> None:
+    run = Store.at(args.storage).child("runs", args.run)
+    if (args.out is None) == (args.import_from is None):
+        raise ValueError("give either --out, to write a folder, or --import-from, to read one")
+    if args.out is not None:
+        out = Store.at(args.out)
+        folder.check_target(out)
+        model, tokenizer = checkpoint.load_model(run, checkpoint.chosen(run, args.checkpoint))
+        hf.export(model, tokenizer, out, dtype=DTYPES[args.precision])
+        print(f"{args.out} holds run {args.run} for transformers")
+    elif args.import_from is not None:
+        if (name := checkpoint.latest(run)) is not None:
+            raise ValueError(f"run={args.run!r} exists already, with {name}")
+        with folder.local_copy(args.import_from, "import_from") as local:
+            reader = nanochat if nanochat.is_checkpoint(local) else hf
+            model, tokenizer = reader.import_folder(local)
+        tokenizer.save(Store.at(args.storage).child("tokenizers", tokenizer.fingerprint[:16]))
+        checkpoint.save(
+            run,
+            0,
+            model_config=model.config,
+            weights=dict(model.named_parameters()),
+            optimizer=None,
+            trainer={"step": 0, "metrics": {}, "about": {"taken_from": args.import_from}},
+            tokenizer=tokenizer,
+        )
+        print(f"run {args.run} holds {args.import_from}")
