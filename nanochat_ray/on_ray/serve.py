@@ -13,7 +13,6 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from ray import serve
@@ -22,84 +21,16 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import LoggingConfig
 
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.checks import check_float, check_int, check_name
 from nanochat_ray.config import from_json, to_json
-from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.on_ray import autoscaling, ports
+from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.on_ray.engine_replica import EngineReplica
 from nanochat_ray.on_ray.ingress import Ingress
 from nanochat_ray.serve import keys
-from nanochat_ray.serve.auth import check_origins
-from nanochat_ray.storage import Store, absolute, default_root
+from nanochat_ray.storage import Store
 
 LOOK_BACK_S = 15.0
 """Over which engines' loads are averaged for autoscaling; they come every 10 s."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeConfig:
-    """What is served and by how many. All plain JSON values, as a Serve config file holds them."""
-
-    storage: str = field(default_factory=default_root)
-    run: str = "chat"
-    checkpoint: str = ""
-    """Empty: the run's latest, as of the deployment. All engines have the same one, and a replica
-    that is restarted takes that one again: keep it for as long as it is served."""
-    name: str = ""
-    """The model's name for clients; by default that of the run."""
-    num_replicas: int = 1
-    max_replicas: int = 0
-    """Above ``engines``: as many as queues and KV caches ask for, from ``engines`` up to this
-    (``autoscaling``); 0 is ``engines``, always."""
-    upscale_delay_s: float = 10.0
-    """How long more engines must have been wanted before they start."""
-    downscale_delay_s: float = 300.0
-    """How long fewer must have been: to start one again takes a node, an image and the weights."""
-    num_ingress_replicas: int = 1
-    gpus: float = 0.0
-    """GPUs of each engine."""
-    cpus: float = 1.0
-    """Logical CPUs of each engine."""
-    threads: int = 0
-    """Torch threads of an engine on the CPU; 0 is its part of all cores but one, if the engines are
-    all on one machine."""
-    ingress_cpus: float = 0.1
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    deadline_s: float = 60.0
-    """How long a request may wait for an engine after its own has died."""
-    request_timeout_s: float = 0.0
-    """How long an answer may take, waiting and running; 0 is for ever."""
-    key_hashes: tuple[str, ...] = ()
-    """Of the API keys of which clients need one (``serve.keys``); without these and ``key_file``
-    nobody needs one."""
-    key_file: str = ""
-    """File on every node that runs ingresses, such as a mounted Kubernetes secret, with API keys;
-    read when an ingress starts, which fails without it."""
-    allowed_origins: tuple[str, ...] = ()
-    """Origins whose web pages may ask (CORS), or "*"."""
-    access_log: bool = True
-    """A line for each request in Serve's log of the ingress that answered it."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_replicas", 1), ("num_ingress_replicas", 1), ("threads", 0)):
-            check_int(name, getattr(self, name), least)
-        most = self.max_replicas
-        if not isinstance(most, int) or 0 != most < self.num_replicas:
-            allowed = f"0, or a whole number from num_replicas={self.num_replicas}"
-            raise ValueError(f"max_replicas={most!r} is not allowed: {allowed}")
-        for name in ("upscale_delay_s", "downscale_delay_s", "deadline_s", "request_timeout_s"):
-            check_float(name, getattr(self, name))
-        for name in ("gpus", "cpus", "ingress_cpus"):
-            check_float(name, getattr(self, name))
-        object.__setattr__(self, "key_hashes", tuple(self.key_hashes))
-        keys.check_hashes("key_hashes", self.key_hashes)
-        object.__setattr__(self, "allowed_origins", tuple(self.allowed_origins))
-        check_origins("allowed_origins", self.allowed_origins)
-        check_name("run", self.run)
-        if self.checkpoint:
-            check_name("checkpoint", self.checkpoint)
-        # The replicas' working directory is another one.
-        object.__setattr__(self, "storage", absolute(self.storage))
 
 
 def build_application(config: ServeConfig) -> Application:

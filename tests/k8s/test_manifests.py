@@ -117,7 +117,7 @@ def test_the_serve_configurations_are_valid() -> None:
     from ray.serve.schema import ServeDeploySchema
 
     from nanochat_ray.config import from_json
-    from nanochat_ray.on_ray.serve import ServeConfig
+    from nanochat_ray.on_ray.config import ServeConfig
 
     for text in (
         load(K8S / "ray-service.serve.yaml")["spec"]["serveConfigV2"],

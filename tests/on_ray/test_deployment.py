@@ -15,9 +15,10 @@ import pytest
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import serve as job
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.on_ray.engine_replica import EngineReplica
 from nanochat_ray.on_ray.link import Handshakes, Link
-from nanochat_ray.on_ray.serve import ServeConfig, build, build_application, settings
+from nanochat_ray.on_ray.serve import build, build_application, settings
 from nanochat_ray.serve import keys
 from nanochat_ray.storage import Store
 from tests.tiny import TOKENIZER, tiny_config

@@ -26,10 +26,11 @@ from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.on_ray.engine_replica import EngineReplica
 from nanochat_ray.on_ray.link import ACCEPTED, Link
 from nanochat_ray.on_ray.routing import MAX_LEAD, PrefixRouter
-from nanochat_ray.on_ray.serve import ServeConfig, build, settings
+from nanochat_ray.on_ray.serve import build, settings
 from nanochat_ray.serve.keys import hash_key
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer

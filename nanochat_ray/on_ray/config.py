@@ -1,0 +1,82 @@
+"""Configuration of a deployment on Ray Serve. Importing it needs no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nanochat_ray.checks import check_float, check_int, check_name
+from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.serve import keys
+from nanochat_ray.serve.auth import check_origins
+from nanochat_ray.storage import absolute, default_root
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """What is served, by how many replicas: plain JSON values, as in a Serve config file."""
+
+    storage: str = field(default_factory=default_root)
+    """Folder, s3:// or gs:// that holds the runs."""
+    run: str = "chat"
+    """Name of the run."""
+    checkpoint: str = ""
+    """Name of a checkpoint, or best by validation; by default the run's latest when it is deployed.
+    All replicas serve this one, and a restarted replica loads it again, so keep it."""
+    name: str = ""
+    """The model's name for clients; by default that of the run."""
+    num_replicas: int = 1
+    """Engine replicas, each with the whole model."""
+    max_replicas: int = 0
+    """Above num_replicas: replicas are added up to this, by queue length and KV-cache usage; 0
+    turns autoscaling off."""
+    upscale_delay_s: float = 10.0
+    """Seconds that more replicas are needed before they start."""
+    downscale_delay_s: float = 300.0
+    """Seconds that fewer replicas are needed before one stops."""
+    num_ingress_replicas: int = 1
+    """HTTP replicas."""
+    gpus: float = 0.0
+    """GPUs of each engine replica."""
+    cpus: float = 1.0
+    """Logical CPUs of each engine replica."""
+    threads: int = 0
+    """Torch threads of an engine replica on a CPU; 0 is its share of all cores but one, if all
+    replicas are on one machine."""
+    ingress_cpus: float = 0.1
+    """Logical CPUs of each HTTP replica."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    deadline_s: float = 60.0
+    """Seconds that a request may wait for another engine replica after its own has died."""
+    request_timeout_s: float = 0.0
+    """Seconds that a request may take, waiting and running; 0 is no limit."""
+    key_hashes: tuple[str, ...] = ()
+    """Hashes of the API keys (``python -m nanochat_ray.serve.keys``); without these and key_file
+    clients need no key."""
+    key_file: str = ""
+    """File on every node that runs ingresses, such as a mounted Kubernetes secret, with API keys;
+    read when an ingress starts, which fails without it."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins whose web pages may send requests (CORS), such as https://chat.example.org, or *."""
+    access_log: bool = True
+    """Log a line for each request."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_replicas", 1), ("num_ingress_replicas", 1), ("threads", 0)):
+            check_int(name, getattr(self, name), least)
+        most = self.max_replicas
+        if not isinstance(most, int) or 0 != most < self.num_replicas:
+            allowed = f"0, or a whole number from num_replicas={self.num_replicas}"
+            raise ValueError(f"max_replicas={most!r} is not allowed: {allowed}")
+        for name in ("upscale_delay_s", "downscale_delay_s", "deadline_s", "request_timeout_s"):
+            check_float(name, getattr(self, name))
+        for name in ("gpus", "cpus", "ingress_cpus"):
+            check_float(name, getattr(self, name))
+        object.__setattr__(self, "key_hashes", tuple(self.key_hashes))
+        keys.check_hashes("key_hashes", self.key_hashes)
+        object.__setattr__(self, "allowed_origins", tuple(self.allowed_origins))
+        check_origins("allowed_origins", self.allowed_origins)
+        check_name("run", self.run)
+        if self.checkpoint:
+            check_name("checkpoint", self.checkpoint)
+        # The replicas' working directory is another one.
+        object.__setattr__(self, "storage", absolute(self.storage))
