@@ -16,13 +16,14 @@ from nanochat_ray.bench import nanochat_checkout
 from nanochat_ray.data.shards import SequenceReader
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.optim.groups import build_groups
 from nanochat_ray.optim.schedule import lr_factor
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.train import recipe
 from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.feed import from_shards
-from nanochat_ray.train.job import DTYPES, open_dataset
+from nanochat_ray.train.job import open_dataset
 from nanochat_ray.train.step import Batch, split, train_step
 from nanochat_ray.train.validation import bits_per_byte
 
@@ -68,9 +69,7 @@ def build(trial: Trial, vocab_size: int, length: int) -> tuple[GPT, TrainConfig]
     model = GPT(config, DTYPES["bf16"])
     model.init_weights(torch.Generator().manual_seed(trial.seed))
     batch = trial.global_batch_size * length
-    optim = recipe.optim_config(config, batch, trial.steps * batch)
-    rates = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
-    optim = dataclasses.replace(optim, **{n: getattr(optim, n) * trial.rate for n in rates})
+    optim = recipe.optim_config(config, batch, trial.steps * batch).with_scaled_lr(trial.rate)
     train = TrainConfig(
         steps=trial.steps,
         global_batch_size=trial.global_batch_size,

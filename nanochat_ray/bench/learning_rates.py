@@ -19,12 +19,14 @@ import torch
 
 from nanochat_ray.checks import check_float, check_int, check_name
 from nanochat_ray.data.shards import SequenceReader
+from nanochat_ray.model.config import Precision
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import default_root
 from nanochat_ray.train import recipe
 from nanochat_ray.train.feed import from_shards
-from nanochat_ray.train.job import DTYPES, open_dataset
+from nanochat_ray.train.job import open_dataset
 from nanochat_ray.train.step import train_step
 from nanochat_ray.train.validation import bits_per_byte
 
@@ -43,7 +45,7 @@ class Args:
     """Factors on all learning rates."""
     seeds: int = 1
     preset: str = "modern"
-    precision: str = "bf16"
+    precision: Precision = "bf16"
     eval_sequences: int = 128
 
     def __post_init__(self) -> None:
@@ -69,12 +71,7 @@ def one_run(args: Args, batch: int, scale: float, seed: int) -> tuple[float, flo
         n_kv_head=max(1, args.width // 64),
     )
     plan = recipe.base_plan(model_config, tokens=args.tokens, batch=batch, seed=seed)
-    optim = plan.train.optim
-    now = recipe.lr_scale(plan.train.steps)
-    rates = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
-    optim = dataclasses.replace(
-        optim, **{name: getattr(optim, name) / now * scale for name in rates}
-    )
+    optim = plan.train.optim.with_scaled_lr(scale / recipe.lr_scale(plan.train.steps))
     train = dataclasses.replace(plan.train, optim=optim)
     model = GPT(model_config, compute_dtype=DTYPES[args.precision])
     model.init_weights(torch.Generator().manual_seed(seed))

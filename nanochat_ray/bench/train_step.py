@@ -14,10 +14,10 @@ import torch
 from nanochat_ray.bench import nanochat_checkout
 from nanochat_ray.model.config import ModelConfig, Precision
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.train import recipe
 from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.job import DTYPES
 from nanochat_ray.train.step import Batch, train_step
 
 

@@ -28,11 +28,11 @@ from nanochat_ray.evals.tasks import evaluate
 from nanochat_ray.machine import engine_threads
 from nanochat_ray.model.config import Precision
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.tasks.task import Task
 from nanochat_ray.text.tokenizer import Tokenizer
-from nanochat_ray.train.job import DTYPES
 
 CHAT_TASKS = ("chain_sum", "leg_counting", "products")
 

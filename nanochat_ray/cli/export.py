@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from nanochat_ray.checkpoint import checkpoint, folder, hf, nanochat
 from nanochat_ray.checks import check_name, require
 from nanochat_ray.model.config import Precision
+from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.storage import Store, absolute, default_root
-from nanochat_ray.train.job import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from nanochat_ray.config import with_options
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.machine import engine_threads, run_in_temporary_thread
 from nanochat_ray.model.config import Precision
+from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.on_ray import session
 from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.on_ray.serve import build_application, prefer_haproxy
@@ -37,7 +38,6 @@ from nanochat_ray.serve import keys
 from nanochat_ray.serve.auth import check_origins
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.text.tokenizer import Tokenizer
-from nanochat_ray.train.job import DTYPES
 
 APP = "nanochat"
 

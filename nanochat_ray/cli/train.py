@@ -315,7 +315,7 @@ def build(args: Args) -> TrainJob:
         train, tokens_per_s = base_train(args, model)
     train = dataclasses.replace(
         train,
-        optim=recipe.scaled(train.optim, args.lr_scale),
+        optim=train.optim.with_scaled_lr(args.lr_scale),
         save_every=args.save_every or train.save_every,
         keep_latest_k=args.keep_latest_k,
         checkpoint_activations=args.checkpoint_activations,

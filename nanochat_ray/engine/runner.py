@@ -23,10 +23,8 @@ from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.sampler import insert
 from nanochat_ray.engine.scheduler import Chunk, Sequence
 from nanochat_ray.machine import free_memory, send, use_triton
-from nanochat_ray.model.config import Precision
 from nanochat_ray.model.gpt import GPT
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from nanochat_ray.model.precision import DTYPES
 
 
 class Runner:

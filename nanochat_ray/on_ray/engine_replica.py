@@ -106,8 +106,10 @@ class EngineReplica:
     def _start(self, name: str, loop: asyncio.AbstractEventLoop) -> EngineLoop:
         import torch
 
+        from nanochat_ray.model.precision import DTYPES
+
         torch.set_num_threads(self.threads or engine_threads(self.sharing))
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.precision]
+        dtype = DTYPES[self.config.precision]
         model, tokenizer = checkpoint.load_model(self.run, name, device=self.device, dtype=dtype)
         if self.tokenizer not in ("", tokenizer.fingerprint):
             raise ValueError(f"checkpoint={name!r} has another tokenizer than {self.checkpoint!r}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
 
 from nanochat_ray.checks import require
 from nanochat_ray.config import require_finite
@@ -42,10 +42,18 @@ class OptimConfig:
     grad_clip: float = 0.0
     """Largest global gradient norm; 0 turns clipping off."""
 
+    def learning_rates(self) -> dict[str, float]:
+        """Each learning rate by the name of its field."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_lr")}
+
+    def with_scaled_lr(self, factor: float) -> Self:
+        """The same configuration with every learning rate times ``factor``."""
+        changes: dict[str, Any] = {n: lr * factor for n, lr in self.learning_rates().items()}
+        return replace(self, **changes)
+
     def __post_init__(self) -> None:
         require_finite(self)
-        rates = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
-        for name in (*rates, "weight_decay", "grad_clip"):
+        for name in (*self.learning_rates(), "weight_decay", "grad_clip"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         iterations = ("polar_express", "newton_schulz")
         allowed = f"one of {iterations}"

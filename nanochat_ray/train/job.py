@@ -22,6 +22,7 @@ from nanochat_ray.checks import check_name
 from nanochat_ray.data.shards import Manifest, SequenceReader
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.storage import Store, absolute
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train import hardware, identity, loop, memory, observers, validation
@@ -34,7 +35,6 @@ from nanochat_ray.train.step import Batch
 CHECKED_BYTES = 512 << 20
 """Shards up to this size together are checked before a job starts, larger ones when opened."""
 Resume = Literal["auto", "never", "must"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)

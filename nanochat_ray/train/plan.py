@@ -55,10 +55,7 @@ def describe(
             "rows": rows,
             "passes": train.steps * train.global_batch_size / rows if rows else 0.0,
         },
-        "learning_rates": {
-            name: getattr(train.optim, name)
-            for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
-        },
+        "learning_rates": train.optim.learning_rates(),
         "weight_decay": train.optim.weight_decay,
         "precision": train.precision,
         "workers": workers,

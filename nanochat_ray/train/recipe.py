@@ -184,7 +184,7 @@ def sft_config(
         seed=seed,
         precision=precision,
         optim=dataclasses.replace(
-            scaled(optim, 0.5),
+            optim.with_scaled_lr(0.5),
             weight_decay=0.0,
             warmup_ratio=0.02,
             warmdown_ratio=0.9,
@@ -193,12 +193,6 @@ def sft_config(
         eval_every=-(-steps // 3),
         save_every=-(-steps // 2),
     )
-
-
-def scaled(optim: OptimConfig, factor: float) -> OptimConfig:
-    """The same with every learning rate times ``factor``."""
-    rates = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
-    return dataclasses.replace(optim, **{name: getattr(optim, name) * factor for name in rates})
 
 
 def largest_micro(rows: int, workers: int, most: int) -> int:

@@ -26,6 +26,7 @@ from nanochat_ray import machine
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.model.config import ModelConfig, Precision
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
 from nanochat_ray.train import memory, recipe
@@ -45,7 +46,6 @@ SHARE_OF_STEPS = 0.9
 """Of a run's time. The rest is validation (4 times 4 to 5 s at depth 4 on two busy cores),
 checkpoints and texts."""
 PLAN = "plan.json"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.job import DTYPES, TrainJob, execute
+from nanochat_ray.train.job import TrainJob, execute
 from tests.tiny import free_ports, tiny_config, write_dataset
 
 CONFIG = TrainConfig(

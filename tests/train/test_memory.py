@@ -14,10 +14,10 @@ import torch
 from nanochat_ray.config import from_json, to_json
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.train import memory, recipe
 from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.job import DTYPES
 from nanochat_ray.train.step import Batch, train_step
 
 WIDE = recipe.model_config(4, 8192, sequence_len=512)

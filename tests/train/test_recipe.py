@@ -146,7 +146,7 @@ def test_largest_micro_batch(rows: int, workers: int, most: int, micro: int) -> 
 
 def test_scaled_learning_rates() -> None:
     one = OptimConfig(matrix_lr=1, embedding_lr=2, unembedding_lr=3, scalar_lr=4, weight_decay=0.5)
-    half = recipe.scaled(one, 0.5)
+    half = one.with_scaled_lr(0.5)
     rates = (half.matrix_lr, half.embedding_lr, half.unembedding_lr, half.scalar_lr)
     assert rates == (0.5, 1, 1.5, 2)
     assert half.weight_decay == 0.5

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from nanochat_ray.config import OptimConfig, TrainConfig
+from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
+from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.job import TrainJob, execute
 from tests.tiny import tiny_config, write_dataset
 
