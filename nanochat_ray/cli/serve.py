@@ -33,7 +33,7 @@ from nanochat_ray.model.config import Precision
 from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.on_ray import session
 from nanochat_ray.on_ray.config import ServeConfig
-from nanochat_ray.on_ray.serve import build_application, prefer_haproxy
+from nanochat_ray.on_ray.serve.deployment import build_application, prefer_haproxy
 from nanochat_ray.serve import keys
 from nanochat_ray.serve.auth import check_origins
 from nanochat_ray.storage import Store, absolute, default_root

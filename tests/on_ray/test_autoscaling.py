@@ -1,4 +1,4 @@
-"""How many engines are wanted: the policy alone, without Ray (with it: test_serve.py)."""
+"""How many replicas there should be: the policy alone, without Ray (with it: test_serve.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanochat_ray.on_ray.autoscaling import Load, policy, wanted
+from nanochat_ray.on_ray.serve.autoscaling import Load, policy, target_num_replicas
 
 
 def load(running: float, waiting: float = 0, kv_used: float = 0.0) -> Load:
@@ -14,7 +14,7 @@ def load(running: float, waiting: float = 0, kv_used: float = 0.0) -> Load:
 
 
 @pytest.mark.parametrize(
-    ("loads", "engines", "expected"),
+    ("loads", "num_replicas", "expected"),
     [
         ([], 1, 1),  # nobody has said anything yet
         ([load(0)], 1, 1),
@@ -31,23 +31,27 @@ def load(running: float, waiting: float = 0, kv_used: float = 0.0) -> Load:
         ([load(0)] * 4, 4, 1),
     ],
 )
-def test_engines_are_wanted_for_queues_and_full_caches(
-    loads: list[Load], engines: int, expected: int
+def test_replicas_follow_queues_and_caches(
+    loads: list[Load], num_replicas: int, expected: int
 ) -> None:
-    assert wanted(loads, engines) == expected
+    assert target_num_replicas(loads, num_replicas) == expected
 
 
-def test_the_policy_reads_what_serve_gives_it() -> None:
-    told = {"running_requests": {"a": 0.0, "b": 0.0}}
-    context = SimpleNamespace(aggregated_metrics=told, target_num_replicas=2)
-    assert policy(context) == (1, {})  # an engine that has not said anything yet is idle
-    told |= {"running": {"a": 10}, "waiting": {"a": 12}, "slots": {"a": 10}, "kv_used": {"a": 0.1}}
+def test_policy_reads_what_serve_gives() -> None:
+    metrics = {"running_requests": {"a": 0.0, "b": 0.0}}
+    context = SimpleNamespace(aggregated_metrics=metrics, target_num_replicas=2)
+    assert policy(context) == (1, {})  # a replica without metrics is idle
+    metrics |= {
+        "running": {"a": 10},
+        "waiting": {"a": 12},
+        "slots": {"a": 10},
+        "kv_used": {"a": 0.1},
+    }
     assert policy(context) == (3, {})
 
 
-def test_a_steady_load_never_goes_to_and_fro() -> None:
+def test_a_steady_load_does_not_oscillate() -> None:
     for requests in range(300):
-        for engines in range(1, 30):
-            found = wanted([load((requests + 0.5) / engines)] * engines, engines)
-            # Spread over that many, it wants the same.
-            assert wanted([load((requests + 0.5) / found)] * found, found) == found
+        for before in range(1, 30):
+            after = target_num_replicas([load((requests + 0.5) / before)] * before, before)
+            assert target_num_replicas([load((requests + 0.5) / after)] * after, after) == after

@@ -16,9 +16,9 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import serve as job
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.config import ServeConfig
-from nanochat_ray.on_ray.engine_replica import EngineReplica
-from nanochat_ray.on_ray.link import Handshakes, Link
-from nanochat_ray.on_ray.serve import build, build_application, settings
+from nanochat_ray.on_ray.serve.connection import Connection, Handshakes
+from nanochat_ray.on_ray.serve.deployment import build, build_application, settings
+from nanochat_ray.on_ray.serve.replica import EngineReplica
 from nanochat_ray.serve import keys
 from nanochat_ray.storage import Store
 from tests.tiny import TOKENIZER, tiny_config
@@ -123,18 +123,18 @@ def test_strangers_cannot_lock_an_ingress_out(root: Store) -> None:
         replica.handshakes = Handshakes(most=8, seconds=0.5)
         await replica.listen()
         assert replica.server is not None
-        address = tuple((await replica.place())["address"])
+        address = tuple((await replica.endpoint())["address"])
         strangers = [socket.create_connection(address) for _ in range(40)]
         heard: list[Any] = []
-        _, link = await asyncio.get_running_loop().create_connection(
-            lambda: Link(
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: Connection(
                 lambda _, message: heard.append(message[0]), lambda _: heard.append("lost")
             ),
             *address,
         )
-        link.send("hello", replica.secret, "i")
+        connection.send("handshake", replica.secret, "i")
         async with asyncio.timeout(10):
-            while "hello" not in heard:
+            while "handshake" not in heard:
                 await asyncio.sleep(0.01)
         assert len(replica.handshakes) <= 8
         began = time.monotonic()
@@ -147,8 +147,8 @@ def test_strangers_cannot_lock_an_ingress_out(root: Store) -> None:
             assert await asyncio.to_thread(stranger.recv, 1) == b""
             stranger.close()
         assert "lost" not in heard  # the right one stays
-        assert len(replica.links) == 1
-        link.close()
+        assert len(replica.connections) == 1
+        connection.close()
         replica.server.close()
         for task in replica._tasks:
             task.cancel()

@@ -27,10 +27,10 @@ from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.config import ServeConfig
-from nanochat_ray.on_ray.engine_replica import EngineReplica
-from nanochat_ray.on_ray.link import ACCEPTED, Link
-from nanochat_ray.on_ray.routing import MAX_LEAD, PrefixRouter
-from nanochat_ray.on_ray.serve import build, settings
+from nanochat_ray.on_ray.serve.connection import ACCEPTED, Connection
+from nanochat_ray.on_ray.serve.deployment import build, settings
+from nanochat_ray.on_ray.serve.replica import EngineReplica
+from nanochat_ray.on_ray.serve.routing import MAX_LEAD, PrefixRouter
 from nanochat_ray.serve.keys import hash_key
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -225,16 +225,16 @@ def test_a_grammar_that_compiles_for_long_holds_up_nobody(
         replica = Unserved(config.storage, "tiny", engine, "cpu", 1, name="r", host="127.0.0.1")
         await replica.reconfigure({"checkpoint": "step-000100"})
         answers: list[Any] = []
-        place = await replica.place()
-        _, link = await asyncio.get_running_loop().create_connection(
-            lambda: Link(lambda _, message: answers.append(message), lambda _: None),
-            *place["address"],
+        endpoint = await replica.endpoint()
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: Connection(lambda _, message: answers.append(message), lambda _: None),
+            *endpoint["address"],
         )
-        link.send("hello", place["secret"], "i")
+        connection.send("handshake", endpoint["secret"], "i")
 
         def submit(name: str, grammar: dict[str, Any] | None) -> None:
             params = SamplingParams(max_tokens=3, grammar=grammar)
-            link.send("submit", Request(id=name, prompt=[65], params=params).to_wire())
+            connection.send("submit", Request(id=name, prompt=[65], params=params).to_wire())
 
         async def until(ready: Callable[[], Any]) -> None:
             async with asyncio.timeout(60):
@@ -245,14 +245,14 @@ def test_a_grammar_that_compiles_for_long_holds_up_nobody(
         submit("given up", {"choice": ["no"]})
         assert await asyncio.to_thread(compiling.wait, 60)
         submit("plain", None)
-        await until(lambda: ["answer", "plain", ACCEPTED] in answers)
-        link.send("abort", ["given up"])
+        await until(lambda: ["reply", "plain", ACCEPTED] in answers)
+        connection.send("abort", ["given up"])
         await until(lambda: "given up" not in replica.owners)
-        assert ["answer", "slow", ACCEPTED] not in answers
+        assert ["reply", "slow", ACCEPTED] not in answers
         may_go_on.set()
         await until(lambda: not replica.owners)
-        await until(lambda: ["answer", "slow", ACCEPTED] in answers)
-        assert not any(a[:2] == ["answer", "given up"] for a in answers)
+        await until(lambda: ["reply", "slow", ACCEPTED] in answers)
+        assert not any(a[:2] == ["reply", "given up"] for a in answers)
         assert replica.engine is not None
         await asyncio.to_thread(replica.engine.stop)
 
@@ -272,8 +272,8 @@ def test_a_new_checkpoint_is_swapped_in_place(config: ServeConfig) -> None:
         ended: set[str] = set()
         answers: list[Any] = []
 
-        def received(_: Link, message: list[Any]) -> None:
-            if message[0] == "answer" or message[0] == "leaving":
+        def received(_: Connection, message: list[Any]) -> None:
+            if message[0] == "reply" or message[0] == "draining":
                 answers.append(message)
             if message[0] != "outputs":
                 return
@@ -281,13 +281,13 @@ def test_a_new_checkpoint_is_swapped_in_place(config: ServeConfig) -> None:
                 texts[output["id"]] += output["tokens"]
                 ended.update({output["id"]} if output.get("finish") else ())
 
-        async def connect(secret: str) -> Link:
-            _, link = await asyncio.get_running_loop().create_connection(
-                lambda: Link(received, lambda _: answers.append("lost")),
-                *(await replica.place())["address"],
+        async def connect(secret: str) -> Connection:
+            _, connection = await asyncio.get_running_loop().create_connection(
+                lambda: Connection(received, lambda _: answers.append("lost")),
+                *(await replica.endpoint())["address"],
             )
-            link.send("hello", secret, "i")
-            return link
+            connection.send("handshake", secret, "i")
+            return connection
 
         async def until(ready: Callable[[], Any]) -> None:
             async with asyncio.timeout(30):
@@ -297,7 +297,7 @@ def test_a_new_checkpoint_is_swapped_in_place(config: ServeConfig) -> None:
         def submit(name: str, tokens: int) -> None:
             params = SamplingParams(max_tokens=tokens, seed=1)
             texts[name] = []
-            link.send("submit", Request(id=name, prompt=[65], params=params).to_wire())
+            connection.send("submit", Request(id=name, prompt=[65], params=params).to_wire())
 
         stranger = await connect("guess")
         stranger.send("submit", Request(id="x", prompt=[65]).to_wire())
@@ -305,12 +305,12 @@ def test_a_new_checkpoint_is_swapped_in_place(config: ServeConfig) -> None:
         assert not replica.owners
         answers.clear()
 
-        link = await connect(replica.secret)
+        connection = await connect(replica.secret)
         submit("before", 200)
         await until(lambda: "before" in ended)
-        assert answers == [["answer", "before", ACCEPTED]]
-        # What cannot be read is refused, and the link goes on.
-        link.send("submit", {"id": "odd\ud800", "params": {}, "prompts": [65]})
+        assert answers == [["reply", "before", ACCEPTED]]
+        # What cannot be read is refused, and the connection goes on.
+        connection.send("submit", {"id": "odd\ud800", "params": {}, "prompts": [65]})
         await until(lambda: len(answers) == 2)
         _, name, reason = answers.pop()
         assert (name, "prompts" in reason, name in replica.owners) == ("odd?", True, False)
@@ -327,16 +327,16 @@ def test_a_new_checkpoint_is_swapped_in_place(config: ServeConfig) -> None:
         with pytest.raises(ValueError, match="step-000999"):
             await replica.reconfigure({"checkpoint": "step-000999"})
         assert replica.checkpoint == "step-000101"  # it goes on with what it has
-        link.close()
+        connection.close()
         await until(lambda: not replica.owners)  # an ingress that dies frees its slots
 
-        link = await connect(replica.secret)
+        connection = await connect(replica.secret)
         ended.clear()
         submit("last", 300)
         await until(lambda: texts["last"])
         await EngineReplica.__del__(replica)  # it ends what it has
         assert "last" in ended
-        assert ["leaving"] in answers
+        assert ["draining"] in answers
 
     asyncio.run(run())
 
@@ -344,15 +344,15 @@ def test_a_new_checkpoint_is_swapped_in_place(config: ServeConfig) -> None:
 def test_prompts_go_where_their_beginning_is_unless_that_is_busy() -> None:
     router = PrefixRouter()
     system, other = list(range(100)), list(range(200, 300))
-    router.sent("a", [*system, 1])
-    router.sent("b", other)
+    router.record("a", [*system, 1])
+    router.record("b", other)
     assert router.choose([*system, 7, 8], {"a": 3, "b": 1}) == "a"
     assert router.choose([*system, 7, 8], {"a": 3 + MAX_LEAD, "b": 1}) == "b"
     assert router.choose([*other, 7], {"a": 0, "b": 1}) == "b"
     assert router.choose([5], {"a": 1, "b": 0}) == "b"
     # Another scope finds nothing there.
     assert router.choose([*system, 7, 8], {"a": 1, "b": 0}, "bob") == "b"
-    router.sent("a", system, "bob")
+    router.record("a", system, "bob")
     assert router.choose([*system, 7, 8], {"a": 1, "b": 0}, "bob") == "a"
     router.forget("a")
     assert router.choose(system, {"a": 1, "b": 0}) == "b"

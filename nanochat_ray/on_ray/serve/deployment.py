@@ -4,7 +4,7 @@
     nanochat-ray serve --run chat          # the same, from flags
 
 Ingress and engine are told apart so that each scales by itself and an engine's death does not cut
-the connections of those who wait: see ``engine_client``.
+the connections of those who wait: see ``client``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from ray.serve.schema import LoggingConfig
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import from_json, to_json
-from nanochat_ray.on_ray import autoscaling, ports
+from nanochat_ray.on_ray import ports
 from nanochat_ray.on_ray.config import ServeConfig
-from nanochat_ray.on_ray.engine_replica import EngineReplica
-from nanochat_ray.on_ray.ingress import Ingress
+from nanochat_ray.on_ray.serve import autoscaling
+from nanochat_ray.on_ray.serve.ingress import Ingress
+from nanochat_ray.on_ray.serve.replica import EngineReplica
 from nanochat_ray.serve import keys
 from nanochat_ray.storage import Store
 

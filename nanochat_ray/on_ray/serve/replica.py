@@ -1,7 +1,7 @@
-"""The engine side of Serve: one ``EngineLoop``, and one link to each ingress.
+"""The engine side of Serve: one ``EngineLoop``, and one connection to each ingress.
 
 The event loop of a replica only moves messages; the model runs in the engine's own thread, which
-hands over each step's outputs with one call, and each ingress gets its part as one message.
+hands over each step's outputs with one call, and each ingress gets its batch as one message.
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Output, Request
 from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.machine import engine_threads, run_in_temporary_thread
-from nanochat_ray.on_ray.link import ACCEPTED, NOT_HERE, QUEUE_FULL, Handshakes, Link
-from nanochat_ray.on_ray.metrics import RaySink
+from nanochat_ray.on_ray.serve.connection import (
+    ACCEPTED,
+    NOT_HERE,
+    QUEUE_FULL,
+    Connection,
+    Handshakes,
+)
+from nanochat_ray.on_ray.serve.metrics import RaySink
 from nanochat_ray.serve.collector import freeze_gc
 from nanochat_ray.serve.metrics import EngineMetrics
 from nanochat_ray.storage import Store
 
-TELL_S = 1.0
+HEARTBEAT_S = 1.0
 """How often figures go to the ingresses and to Ray's metrics."""
 DRAIN_S = 25.0
 """How long a replica that Serve ends may go on with what it has; less than Serve's patience."""
@@ -41,8 +47,8 @@ DRAIN_S = 25.0
 class EngineReplica:
     """One model in one process.
 
-    Which checkpoint is in ``user_config``, so that another is swapped in place: the old engine ends
-    what it has begun while the new one takes what comes.
+    ``user_config`` names the checkpoint, so that another is swapped in place: the old engine
+    finishes its requests while the new one takes new ones.
     """
 
     def __init__(
@@ -68,9 +74,9 @@ class EngineReplica:
         self.engine: EngineLoop | None = None
         self.secret = secrets.token_hex(32)
         self.server: asyncio.Server | None = None
-        self.links: set[Link] = set()
+        self.connections: set[Connection] = set()
         self.handshakes = Handshakes()
-        self.owners: dict[str, tuple[Link, EngineLoop]] = {}
+        self.owners: dict[str, tuple[Connection, EngineLoop]] = {}
         """Where each request came from, and the engine that has it."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics = EngineMetrics(RaySink(model or self.name))
@@ -82,28 +88,35 @@ class EngineReplica:
             return
         loop = asyncio.get_running_loop()
         await self.listen()
-        fresh = await asyncio.to_thread(run_in_temporary_thread, self._start, name, loop)
-        old, self.engine, self.checkpoint = self.engine, fresh, name
-        if old is not None:
-            self._spawn(self._retire(old))
+        new_engine = await asyncio.to_thread(
+            run_in_temporary_thread, self._start_engine, name, loop
+        )
+        old_engine, self.engine, self.checkpoint = self.engine, new_engine, name
+        if old_engine is not None:
+            self._spawn(self._retire(old_engine))
 
     async def listen(self) -> None:
         """Takes connections of ingresses from here on."""
         if self.server is not None:
             return
 
-        def link() -> Link:
-            return Link(self._received, self._lost, trusted=False, on_made=self.handshakes.begin)
+        def connection() -> Connection:
+            return Connection(
+                self._on_message,
+                self._on_disconnected,
+                trusted=False,
+                on_connected=self.handshakes.begin,
+            )
 
-        self.server = await asyncio.get_running_loop().create_server(link, self.host, 0)
-        self._spawn(self._tell())
+        self.server = await asyncio.get_running_loop().create_server(connection, self.host, 0)
+        self._spawn(self._send_heartbeats())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _start(self, name: str, loop: asyncio.AbstractEventLoop) -> EngineLoop:
+    def _start_engine(self, name: str, loop: asyncio.AbstractEventLoop) -> EngineLoop:
         import torch
 
         from nanochat_ray.model.precision import DTYPES
@@ -129,46 +142,48 @@ class EngineReplica:
         await asyncio.to_thread(engine.stop)
 
     def _deliver(self, outputs: Sequence[Output]) -> None:
-        parts: dict[Link, list[dict[str, Any]]] = {}
+        batches: dict[Connection, list[dict[str, Any]]] = {}
         for output in outputs:
             owner = self.owners.get(output.request_id)
             if owner is None:
                 continue  # aborted while the step ran
             if output.finish is not None:
                 del self.owners[output.request_id]
-            parts.setdefault(owner[0], []).append(output.to_wire())
-        for link, part in parts.items():
-            link.send("outputs", part)
+            batches.setdefault(owner[0], []).append(output.to_wire())
+        for connection, batch in batches.items():
+            connection.send("outputs", batch)
 
     # ---- what an ingress says
 
-    def _received(self, link: Link, message: list[Any]) -> None:
-        if not link.trusted:
+    def _on_message(self, connection: Connection, message: list[Any]) -> None:
+        if not connection.trusted:
             kind, secret, _ = message
-            if kind == "hello" and hmac.compare_digest(secret, self.secret):
-                link.trusted = True
-                self.handshakes.end(link)
-                self.links.add(link)
-                link.send("hello", self.status())
+            if kind == "handshake" and hmac.compare_digest(secret, self.secret):
+                connection.trusted = True
+                self.handshakes.end(connection)
+                self.connections.add(connection)
+                connection.send("handshake", self.status())
         elif message[0] == "submit":
-            self._submit(link, message[1])
+            self._submit(connection, message[1])
         elif message[0] == "abort":
             self._abort(message[1])
 
-    def _lost(self, link: Link) -> None:
+    def _on_disconnected(self, connection: Connection) -> None:
         """An ingress has gone: nobody waits for its requests."""
-        self.handshakes.end(link)
-        self.links.discard(link)
-        self._abort([name for name, (owner, _) in self.owners.items() if owner is link])
+        self.handshakes.end(connection)
+        self.connections.discard(connection)
+        self._abort([name for name, (owner, _) in self.owners.items() if owner is connection])
 
-    def _submit(self, link: Link, wire: dict[str, Any]) -> None:
+    def _submit(self, connection: Connection, wire: dict[str, Any]) -> None:
         if self.engine is None:
-            link.send("answer", wire["id"], NOT_HERE)
+            connection.send("reply", wire["id"], NOT_HERE)
             return
-        self.owners[wire["id"]] = link, self.engine
-        self._spawn(self._begin(link, wire, self.engine))
+        self.owners[wire["id"]] = connection, self.engine
+        self._spawn(self._start_request(connection, wire, self.engine))
 
-    async def _begin(self, link: Link, wire: dict[str, Any], engine: EngineLoop) -> None:
+    async def _start_request(
+        self, connection: Connection, wire: dict[str, Any], engine: EngineLoop
+    ) -> None:
         answer = ACCEPTED
         try:
             request = Request.from_wire(wire)
@@ -185,7 +200,7 @@ class EngineReplica:
             answer = NOT_HERE
         if answer != ACCEPTED:
             del self.owners[wire["id"]]
-        link.send("answer", wire["id"], answer)
+        connection.send("reply", wire["id"], answer)
 
     def _abort(self, requests: Sequence[str]) -> None:
         for request in requests:
@@ -195,7 +210,7 @@ class EngineReplica:
 
     # ---- what Serve and the ingresses ask through Ray
 
-    async def place(self) -> dict[str, Any]:
+    async def endpoint(self) -> dict[str, Any]:
         """Where an ingress can reach this engine, and the secret that it must show."""
         address = self.server.sockets[0].getsockname()[:2] if self.server else None
         return {"replica": self.name, "address": address, "secret": self.secret}
@@ -216,13 +231,13 @@ class EngineReplica:
         stats = self.engine.stats()
         return {name: getattr(stats, name) for name in ("running", "waiting", "slots", "kv_used")}
 
-    async def _tell(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
             status = self.status()
             self._metrics.put(self.name, status)
-            for link in self.links:
-                link.send("status", status)
-            await asyncio.sleep(TELL_S)
+            for connection in self.connections:
+                connection.send("heartbeat", status)
+            await asyncio.sleep(HEARTBEAT_S)
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose engine thread has died."""
@@ -233,13 +248,13 @@ class EngineReplica:
     async def __del__(self) -> None:
         if self.server is not None:
             self.server.close()
-        for link in self.links:
-            link.send("leaving")
+        for connection in self.connections:
+            connection.send("draining")
         until = time.monotonic() + DRAIN_S
         while self.owners and time.monotonic() < until:
             await asyncio.sleep(0.1)
-        for link in list(self.links):
-            link.close()  # an ingress moves what is left to other engines
+        for connection in list(self.connections):
+            connection.close()  # an ingress moves what is left to other engines
         for task in self._tasks:
             task.cancel()
         if self.engine is not None:

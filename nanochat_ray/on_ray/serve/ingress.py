@@ -8,8 +8,8 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from nanochat_ray.on_ray.engine_client import RayEngineClient
-from nanochat_ray.on_ray.metrics import RaySink
+from nanochat_ray.on_ray.serve.client import RayEngineClient
+from nanochat_ray.on_ray.serve.metrics import RaySink
 from nanochat_ray.serve import access, keys
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.collector import freeze_gc

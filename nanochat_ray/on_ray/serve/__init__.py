@@ -1,0 +1,1 @@
+"""A model on Ray Serve: ingress replicas speak HTTP, engine replicas decode."""

@@ -1,0 +1,357 @@
+"""The ingress side of Serve: an ``EngineClient`` over connections to all engine replicas.
+
+One task asks Ray every few seconds for the replicas and their addresses; each gets one connection.
+When a connection breaks, its requests are migrated to another replica together with the tokens that
+have arrived: sampling is a pure function of weights, seed and position, so the text continues as if
+nothing had happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import secrets
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from nanochat_ray.engine.request import EngineFull, Output, Request
+from nanochat_ray.on_ray.serve.connection import (
+    ACCEPTED,
+    NOT_HERE,
+    QUEUE_FULL,
+    SILENCE_S,
+    Connection,
+)
+from nanochat_ray.on_ray.serve.routing import PrefixRouter
+from nanochat_ray.serve.client import OutputStream, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 5.0
+"""How often replicas are listed. One that disconnects or drains is noticed at once."""
+POLL_UNREADY_S = 0.2
+CALL_TIMEOUT_S = 10.0
+CALL_ERRORS = (RayError, RayServeException, TimeoutError)
+
+
+@dataclass
+class InFlightRequest:
+    """A request whose client waits."""
+
+    request: Request
+    stream: OutputStream
+    tokens: list[int] = field(default_factory=list)
+    """Generated so far, on any replica."""
+    num_dispatches: int = 0
+    replica: ReplicaHandle | None = None
+    dispatching: bool = True
+    closed: bool = False
+
+    @property
+    def wire_id(self) -> str:
+        # A new id for each dispatch: late messages about an old one must not be mistaken.
+        return f"{self.request.id}.{self.num_dispatches}"
+
+
+@dataclass(eq=False)
+class ReplicaHandle:
+    """An engine replica as this ingress sees it."""
+
+    name: str
+    connection: Connection | None = None
+    in_flight: dict[str, InFlightRequest] = field(default_factory=dict)
+    """By their ``wire_id``."""
+    replies: dict[str, asyncio.Future[str]] = field(default_factory=dict)
+    """Submitted requests that the replica has not replied to."""
+    ready: bool = False
+    listed: bool = True
+    """Whether the controller lists it; one that shuts down gets no new requests."""
+    draining: bool = False
+    status: dict[str, Any] = field(default_factory=dict)
+    """Its last heartbeat."""
+    num_other_requests: int = 0
+    """Requests of other ingresses there, as of that heartbeat."""
+
+    @property
+    def load(self) -> int:
+        return len(self.in_flight) + self.num_other_requests
+
+    @property
+    def usable(self) -> bool:
+        return self.ready and self.listed and not self.draining
+
+
+class RayEngineClient:
+    """``deadline_s``: how long a request may be without a replica before it fails."""
+
+    def __init__(self, handle: DeploymentHandle, *, deadline_s: float = 60.0):
+        self.handle = handle
+        self.deadline_s = deadline_s
+        self.name = secrets.token_hex(6)
+        self.replicas: dict[str, ReplicaHandle] = {}
+        self.router = PrefixRouter()
+        self._changed = asyncio.Condition()
+        self._poll_now = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        self._spawn(self._poll())
+        self._spawn(self._abort_silent_connections())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        for replica in self.replicas.values():
+            if replica.connection is not None:
+                replica.connection.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # ---- the EngineClient
+
+    async def submit(self, request: Request, stream: OutputStream) -> None:
+        entry = InFlightRequest(request, stream, tokens=list(request.generated))
+        stream.take(request.id, lambda: self._abort(entry))
+        try:
+            await self._dispatch(entry)
+        except BaseException:
+            stream.drop(request.id)
+            self._abort(entry)
+            raise
+
+    async def health(self) -> dict[str, Any]:
+        statuses = [replica.status for replica in self.replicas.values() if replica.ready]
+        if not statuses:
+            raise UnavailableError("no engine is running")
+        return {"engines": statuses}
+
+    # ---- discovery of replicas
+
+    async def _poll(self) -> None:
+        has_warned = False
+        while True:
+            try:
+                endpoints = await self.handle.broadcast("endpoint").results_async(
+                    timeout_s=CALL_TIMEOUT_S, return_exceptions=True
+                )
+                await self._update_replicas(
+                    [e for e in endpoints if isinstance(e, dict) and e["address"]]
+                )
+                has_warned = False
+            except CALL_ERRORS as error:
+                # Normal at the start, while the replicas load their model.
+                if not has_warned:
+                    logger.info("the engine replicas cannot be listed: %s", error)
+                has_warned = True
+            any_ready = any(replica.ready for replica in self.replicas.values())
+            period = POLL_S if any_ready else POLL_UNREADY_S
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._poll_now.wait(), period)
+            self._poll_now.clear()
+
+    async def _update_replicas(self, endpoints: list[dict[str, Any]]) -> None:
+        addresses = {e["replica"]: (e["address"], e["secret"]) for e in endpoints}
+        for replica in self.replicas.values():
+            replica.listed = replica.name in addresses
+            if not replica.listed and not replica.in_flight and replica.connection is not None:
+                replica.connection.close()
+        for name, address_and_secret in addresses.items():
+            replica = self.replicas.setdefault(name, ReplicaHandle(name))
+            if replica.connection is None:
+                await self._connect(replica, *address_and_secret)
+
+    async def _connect(self, replica: ReplicaHandle, address: list[Any], secret: str) -> None:
+        def connection() -> Connection:
+            return Connection(
+                lambda _, message: self._on_message(replica, message),
+                lambda _: self._on_disconnected(replica),
+            )
+
+        try:
+            _, connected = await asyncio.wait_for(
+                asyncio.get_running_loop().create_connection(connection, *address), CALL_TIMEOUT_S
+            )
+        except (OSError, TimeoutError) as error:
+            logger.warning("engine replica %s cannot be reached: %s", replica.name, error)
+            self.replicas.pop(replica.name, None)
+            return
+        replica.connection = connected
+        connected.send("handshake", secret, self.name)
+
+    async def _abort_silent_connections(self) -> None:
+        """A host that vanishes closes no connection: its requests are migrated all the same."""
+        while True:
+            await asyncio.sleep(SILENCE_S / 10)
+            oldest = time.monotonic() - SILENCE_S
+            for replica in list(self.replicas.values()):
+                connection = replica.connection
+                if connection is not None and connection.last_received < oldest:
+                    logger.warning("engine replica %s is silent", replica.name)
+                    connection.abort()
+
+    def _on_message(self, replica: ReplicaHandle, message: list[Any]) -> None:
+        match message[0]:
+            case "outputs":
+                for wire in message[1]:
+                    self._on_output(replica, wire)
+            case "reply":
+                reply = replica.replies.pop(message[1], None)
+                if reply is not None and not reply.done():
+                    reply.set_result(message[2])
+            case "draining":
+                replica.draining = True
+                self._poll_now.set()
+            case "handshake" | "heartbeat":
+                replica.status = message[1]
+                others = message[1]["requests"] - len(replica.in_flight)
+                replica.num_other_requests = max(0, others)
+                if not replica.ready:
+                    replica.ready = True
+                    self._spawn(self._notify())
+
+    def _on_disconnected(self, replica: ReplicaHandle) -> None:
+        """Migrates its requests to other replicas."""
+        if replica.listed and not replica.draining:
+            logger.warning("engine replica %s disconnected", replica.name)
+        replica.ready = False
+        self.replicas.pop(replica.name, None)
+        self.router.forget(replica.name)
+        self._poll_now.set()
+        for reply in replica.replies.values():
+            if not reply.done():
+                reply.set_result(NOT_HERE)
+        entries, replica.in_flight = list(replica.in_flight.values()), {}
+        for entry in entries:
+            entry.replica = None
+            if not entry.dispatching:  # else the task that dispatches it tries again by itself
+                self._spawn(self._migrate(entry))
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _on_output(self, replica: ReplicaHandle, wire: dict[str, Any]) -> None:
+        entry = replica.in_flight.get(wire["id"])
+        if entry is None:
+            return  # aborted or migrated
+        # The reader knows the request by its own id.
+        output = Output.from_wire({**wire, "id": entry.request.id})
+        entry.tokens += output.tokens
+        if output.finish is not None:
+            del replica.in_flight[wire["id"]]
+            entry.replica = None
+            entry.closed = True
+        entry.stream.push(output)
+
+    # ---- dispatch of requests
+
+    async def _migrate(self, entry: InFlightRequest) -> None:
+        entry.num_dispatches += 1
+        entry.dispatching = True
+        try:
+            await self._dispatch(entry, wait_for_capacity=True)
+        except (UnavailableError, EngineFull) as error:
+            reason = f"the engine was lost and no other took over: {error}"
+            entry.stream.fail(entry.request.id, UnavailableError(reason))
+        except Exception as error:
+            logger.exception("request %s could not be migrated", entry.request.id)
+            reason = f"the engine was lost: {error}"
+            entry.stream.fail(entry.request.id, UnavailableError(reason))
+
+    async def _dispatch(self, entry: InFlightRequest, wait_for_capacity: bool = False) -> None:
+        """Submits a request to a replica, to another if that one fails, until the deadline.
+
+        Raises UnavailableError, ValueError, or EngineFull when every queue is full. With
+        ``wait_for_capacity``, for a request whose first tokens the client has, it waits instead.
+        """
+        timeout = self.deadline_s
+        if entry.request.deadline is not None:
+            timeout = min(timeout, entry.request.deadline - time.time())
+        deadline = time.monotonic() + timeout
+        full: set[str] = set()
+        while not entry.closed:
+            replica = await self._choose_replica(entry, full, deadline, wait_for_capacity)
+            reply = await self._try_submit(entry, replica)
+            if reply == ACCEPTED and (entry.replica is replica or entry.closed):
+                entry.dispatching = False
+                return
+            self._detach(entry)
+            entry.num_dispatches += 1
+            if reply == QUEUE_FULL:
+                full.add(replica.name)
+            elif reply not in (ACCEPTED, NOT_HERE):
+                raise ValueError(reply)
+            elif not entry.closed:
+                # It is dead or stops: the end of its connection will tell. Try another meanwhile.
+                replica.listed = False
+                await asyncio.sleep(0.05)
+
+    async def _try_submit(self, entry: InFlightRequest, replica: ReplicaHandle) -> str:
+        """The replica's reply."""
+        assert replica.connection is not None
+        entry.replica, entry.dispatching = replica, True
+        wire_id = entry.wire_id
+        replica.in_flight[wire_id] = entry
+        request = dataclasses.replace(entry.request, id=wire_id, generated=tuple(entry.tokens))
+        future = replica.replies[wire_id] = asyncio.get_running_loop().create_future()
+        try:
+            replica.connection.send("submit", request.to_wire())
+            reply = await asyncio.wait_for(future, CALL_TIMEOUT_S)
+        except TimeoutError:
+            replica.connection.send("abort", [wire_id])
+            reply = NOT_HERE
+        finally:
+            replica.replies.pop(wire_id, None)
+        if reply == ACCEPTED:
+            self.router.record(replica.name, entry.request.prompt, entry.request.cache_scope)
+        return reply
+
+    async def _choose_replica(
+        self, entry: InFlightRequest, full: set[str], deadline: float, wait_for_capacity: bool
+    ) -> ReplicaHandle:
+        while True:
+            usable = [replica for replica in self.replicas.values() if replica.usable]
+            if usable:
+                loads = {r.name: r.load for r in usable if r.name not in full}
+                if loads:
+                    prompt, scope = entry.request.prompt, entry.request.cache_scope
+                    return self.replicas[self.router.choose(prompt, loads, scope)]
+                if not wait_for_capacity or time.monotonic() > deadline:
+                    raise EngineFull("every engine's queue is full")
+                full.clear()
+                await asyncio.sleep(0.2)
+                continue
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise UnavailableError("no engine was found in time")
+            self._poll_now.set()
+            async with self._changed:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), min(remaining, 0.5))
+
+    def _detach(self, entry: InFlightRequest) -> None:
+        if entry.replica is not None:
+            entry.replica.in_flight.pop(entry.wire_id, None)
+            entry.replica = None
+
+    def _abort(self, entry: InFlightRequest) -> None:
+        entry.closed = True
+        replica = entry.replica
+        if replica is None:
+            return
+        self._detach(entry)
+        if replica.connection is not None:
+            replica.connection.send("abort", [entry.wire_id])

@@ -1,0 +1,135 @@
+"""The connection between an ingress and an engine: MessagePack values over one TCP socket.
+
+Ray starts both, tells the ingress the address and the secret, and carries no tokens: a stream of
+Ray's costs about a millisecond of processor time for each message, and a call through a Serve
+handle several. See BENCHMARKS.md.
+
+Every message is a list whose first element names it:
+
+    ingress → engine    handshake(secret, ingress)   submit(request)   abort(ids)
+    engine → ingress    handshake(status)   reply(id, text)   outputs([output, …])
+                        heartbeat(status), every second   draining()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import msgpack
+
+MAX_MESSAGE_BYTES = 64 << 20
+MAX_HANDSHAKE_BYTES = 1 << 10
+MAX_HANDSHAKES = 128
+HANDSHAKE_S = 5.0
+SILENCE_S = 10.0
+"""A peer whose host vanished sends nothing, and does not acknowledge what is sent: after this long
+the connection counts as broken. An engine sends a heartbeat every second."""
+# An engine's reply to a request; any other reply is the reason of a refusal.
+ACCEPTED = "accepted"
+QUEUE_FULL = "queue full"
+NOT_HERE = "not here"
+"""The engine is dead or stopping; another may take it."""
+
+
+class Connection(asyncio.Protocol):
+    """One end. ``on_message`` gets each complete message, ``on_disconnected`` is called once.
+
+    ``trusted`` is False until the other side has sent the secret: until then no more than a
+    handshake is read.
+    """
+
+    def __init__(
+        self,
+        on_message: Callable[[Connection, list[Any]], None],
+        on_disconnected: Callable[[Connection], None],
+        trusted: bool = True,
+        on_connected: Callable[[Connection], None] = lambda connection: None,
+    ):
+        self._on_message, self._on_connected = on_message, on_connected
+        self._on_disconnected = on_disconnected
+        self.trusted = trusted
+        self.last_received = time.monotonic()
+        self._unpacker: Any = msgpack.Unpacker(max_buffer_size=MAX_MESSAGE_BYTES)
+        self._num_bytes = 0
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # Keep-alive probes are not sent while data is unacknowledged: that is TCP_USER_TIMEOUT.
+        for option, value in (
+            *(("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)),
+            ("TCP_USER_TIMEOUT", int(1000 * SILENCE_S)),
+        ):
+            if hasattr(socket, option):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        self._on_connected(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._num_bytes += len(data)
+        self.last_received = time.monotonic()
+        if not self.trusted and self._num_bytes > MAX_HANDSHAKE_BYTES:
+            self.close()
+            return
+        try:
+            self._unpacker.feed(data)
+            for message in self._unpacker:
+                self._on_message(self, message)
+                if not self.trusted:
+                    self.close()
+                    return
+        except (ValueError, msgpack.UnpackException, TypeError):
+            if self.trusted:
+                raise
+            self.close()  # a stranger
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self._on_disconnected(self)
+
+    def send(self, *message: Any) -> None:
+        if self._transport is not None:
+            # Text from a client may hold lone surrogates, which UTF-8 cannot carry.
+            self._transport.write(msgpack.packb(message, unicode_errors="replace"))
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """As ``close``, without waiting for the peer to take what was sent."""
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class Handshakes:
+    """Bounds the connections that have not said the secret yet, in number and in time, so that they
+    cannot use up the process's file descriptors."""
+
+    def __init__(self, *, most: int = MAX_HANDSHAKES, seconds: float = HANDSHAKE_S):
+        self._most, self._seconds = most, seconds
+        self._waiting: dict[Connection, asyncio.TimerHandle] = {}  # the oldest first
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def begin(self, connection: Connection) -> None:
+        """Closes ``connection`` unless ``end`` comes in time; if there are too many, the oldest."""
+        while len(self._waiting) >= self._most:
+            self._drop(next(iter(self._waiting)))
+        later = asyncio.get_running_loop().call_later(self._seconds, self._drop, connection)
+        self._waiting[connection] = later
+
+    def end(self, connection: Connection) -> None:
+        """``connection`` is trusted, or gone."""
+        if timer := self._waiting.pop(connection, None):
+            timer.cancel()
+
+    def _drop(self, connection: Connection) -> None:
+        self.end(connection)
+        connection.close()
