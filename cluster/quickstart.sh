@@ -86,7 +86,7 @@ for name in sys.argv[1:]:
     if "://" not in name:
         try:
             for source in sources.find([name]):
-                print(source.uri, source.size, source.modified)
+                print(source.uri, source.size, source.mtime_ns)
         except (ValueError, OSError):  # the first stage says what is wrong with it
             pass
 PY

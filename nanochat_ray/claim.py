@@ -173,7 +173,7 @@ def _file(generation: int) -> str:
 
 
 def _newest(folder: Store) -> tuple[int, Owner | None] | None:
-    """The highest generation and its owner; None if nobody has ever claimed."""
+    """The highest generation and its owner; None if nobody has ever hold_claim."""
     numbers = [name.removesuffix(".json") for name in folder.list() if name.endswith(".json")]
     generations = [int(n) for n in numbers if n.isascii() and n.isdigit() and len(n) == 8]
     if not generations:
@@ -202,7 +202,7 @@ def _wait_while_alive(folder: Store, what: str, found: tuple[int, Owner | None])
     # Of another machine (or damaged): alive if it is renewed. Clocks of machines differ, so what
     # counts is a change that is seen here.
     described = _described(owner) if owner else "an unknown owner"
-    _LOG.warning("%s was claimed by %s: waiting up to %.0f s", what, described, LEASE)
+    _LOG.warning("%s was hold_claim by %s: waiting up to %.0f s", what, described, LEASE)
     deadline = time.monotonic() + LEASE
     while time.monotonic() < deadline:
         time.sleep(min(1.0, LEASE / 10))
@@ -241,7 +241,7 @@ def acquire(root: Store, kind: str, name: str) -> Claim:
 
 
 @contextlib.contextmanager
-def claimed(root: Store, kind: str, name: str) -> Iterator[Claim]:
+def hold_claim(root: Store, kind: str, name: str) -> Iterator[Claim]:
     """``acquire``, released when the block ends."""
     claim = acquire(root, kind, name)
     try:

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from nanochat_ray import claim
-from nanochat_ray.claim import ClaimLostError, Owner, acquire, claimed
+from nanochat_ray.claim import ClaimLostError, Owner, acquire, hold_claim
 from nanochat_ray.storage import Store
 
 
 def test_second_writer_is_refused_by_name(root: Store) -> None:
     with (
-        claimed(root, "runs", "base"),
+        hold_claim(root, "runs", "base"),
         pytest.raises(ValueError, match=r"runs/base of .* is in use: process \d+ on "),
     ):
         acquire(root, "runs", "base")
@@ -26,7 +26,11 @@ def test_second_writer_is_refused_by_name(root: Store) -> None:
 
 
 def test_names_and_kinds_do_not_disturb_each_other(root: Store) -> None:
-    with claimed(root, "runs", "a"), claimed(root, "runs", "b"), claimed(root, "datasets", "a"):
+    with (
+        hold_claim(root, "runs", "a"),
+        hold_claim(root, "runs", "b"),
+        hold_claim(root, "datasets", "a"),
+    ):
         pass
 
 

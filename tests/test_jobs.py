@@ -81,7 +81,7 @@ def test_training_without_ray_and_out_to_hugging_face_and_back(root: Store, tmp_
     three = checkpoint.load_model(root.child("runs", "more"))[0]
     for (_, a), (_, b) in zip(one.named_parameters(), three.named_parameters(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-6)
-    from nanochat_ray.on_ray.prepare import find_tokenizer
+    from nanochat_ray.checkpoint.find_tokenizer import find_tokenizer
 
     assert find_tokenizer(root, "back")[0].fingerprint == TOKENIZER.fingerprint
 

@@ -29,7 +29,7 @@ import torch
 from nanochat_ray import machine
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_float, check_int, check_name, require
-from nanochat_ray.claim import claimed
+from nanochat_ray.claim import hold_claim
 from nanochat_ray.config import to_json, with_options
 from nanochat_ray.data.shards import Manifest
 from nanochat_ray.model.config import ModelConfig
@@ -395,7 +395,7 @@ def run_here(job: TrainJob, args: Args) -> dict[str, Any]:
 
     root = Store.at(job.storage)
     # Of torchrun's ranks the first claims the run for all.
-    claim = claimed(root, "runs", job.run) if rank == 0 else contextlib.nullcontext()
+    claim = hold_claim(root, "runs", job.run) if rank == 0 else contextlib.nullcontext()
     with claim as mine, StopOnSignal() as stop:
         return execute(
             job,

@@ -1,7 +1,7 @@
-"""The default corpus: the documentation that lies on any machine which can run this program.
+"""The default corpus: the documentation on any machine that can run this program.
 
 Docstrings of the standard library and of the packages that the project depends on: English about
-code, up to 25 MB. A document is one module: its docstrings in the order of the source, each led by
+code, up to 25 MB. A document is one module: its docstrings in the order of the source, each after
 the signature of what it describes. Test files and files with little documentation are left out.
 Nothing is imported: the sources are parsed.
 """
@@ -15,16 +15,27 @@ import inspect
 import re
 import sys
 import sysconfig
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from nanochat_ray.data import sources
+from nanochat_ray.data.decoding import replace_surrogates
+from nanochat_ray.data.map_tasks import MapTasks, TaskResult
+from nanochat_ray.data.progress import log, run_with_progress
+from nanochat_ray.storage import Store
 
 MIN_DOCSTRING = 40
-"""Characters below which a docstring says too little."""
+"""Shorter docstrings, in characters, are left out."""
 MIN_SHARE = 0.2
 """Share of a source file that is in triple quotes, below which it is not parsed: those files hold
 a sixth of the docstrings, and parsing them took over half of the time."""
 MAX_BYTES = 25_000_000
 MAX_SIGNATURE = 400
+FILES_PER_TASK = 250
 _QUOTED = re.compile(r'"""(.*?)"""|\'\'\'(.*?)\'\'\'', re.DOTALL)
 _SKIP = re.compile(r"(^|/)(tests?|testing|idlelib|lib2to3|_vendor|__pycache__)/|(^|/)test_[^/]*$")
 
@@ -37,23 +48,23 @@ def _distribution(name: str) -> importlib.metadata.Distribution | None:
 
 def packages() -> list[tuple[str, str]]:
     """(name, version) of the packages that the project needs to run, sorted; extras left out."""
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     todo = ["nanochat_ray"]
     while todo:
-        wanted = todo.pop()
-        package = _distribution(wanted)
+        requirement = todo.pop()
+        package = _distribution(requirement)
         if package is None:
             continue
         name = package.metadata["Name"].lower().replace("_", "-")
-        if name in found:
+        if name in versions:
             continue
-        found[name] = package.version
+        versions[name] = package.version
         for line in package.requires or []:
             need, _, condition = line.partition(";")
-            if "extra" not in condition or wanted == "ray":
+            if "extra" not in condition or requirement == "ray":
                 todo.append(re.split(r"[\s\[<>=!~(]", need.strip(), maxsplit=1)[0])
-    found.pop("nanochat-ray", None)
-    return sorted(found.items())
+    versions.pop("nanochat-ray", None)
+    return sorted(versions.items())
 
 
 def key() -> str:
@@ -65,8 +76,8 @@ def key() -> str:
 def files() -> list[Path]:
     """Every Python source of the corpus, in an order that depends on the names alone."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    found = [(f"stdlib/{p.relative_to(stdlib)}", p) for p in stdlib.rglob("*.py")]
-    found = [(name, p) for name, p in found if "site-packages" not in name]
+    candidates = [(f"stdlib/{p.relative_to(stdlib)}", p) for p in stdlib.rglob("*.py")]
+    candidates = [(name, p) for name, p in candidates if "site-packages" not in name]
     for package, _ in packages():
         distribution = _distribution(package)
         assert distribution is not None
@@ -74,9 +85,9 @@ def files() -> list[Path]:
         for line in (distribution.read_text("RECORD") or "").splitlines():
             name = line.split(",")[0]
             if name.endswith(".py") and ".." not in name:
-                found.append((name, Path(str(distribution.locate_file(name)))))
-    kept = {name: path for name, path in found if not _SKIP.search(name)}
-    return [kept[name] for name in sorted(kept)]
+                candidates.append((name, Path(str(distribution.locate_file(name)))))
+    paths = {name: path for name, path in candidates if not _SKIP.search(name)}
+    return [paths[name] for name in sorted(paths)]
 
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -101,8 +112,8 @@ def _signature(node: Definition, lines: list[str]) -> str:
     return text if len(text) <= MAX_SIGNATURE else header[0].strip()
 
 
-def _handed_over(body: Iterable[ast.stmt]) -> Iterator[str]:
-    """Texts that a module gives to C code as its documentation, as numpy's ``add_newdoc``."""
+def _c_docstrings(body: Iterable[ast.stmt]) -> Iterator[str]:
+    """Documentation of C code that a module passes to a function, as numpy's ``add_newdoc``."""
     for node in body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and node.value.args:
             last = node.value.args[-1]
@@ -118,8 +129,8 @@ def docstrings(path: Path) -> list[str]:
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return []
-    quoted = sum(len(a or b) for a, b in _QUOTED.findall(source))
-    if quoted <= MIN_SHARE * len(source):
+    docstring_chars = sum(len(a or b) for a, b in _QUOTED.findall(source))
+    if docstring_chars <= MIN_SHARE * len(source):
         return []
     try:
         tree = ast.parse(source)
@@ -127,42 +138,83 @@ def docstrings(path: Path) -> list[str]:
         return []
     lines = source.splitlines()
     first = ast.get_docstring(tree)
-    found = [first] if first and len(first) >= MIN_DOCSTRING else []
+    texts = [first] if first and len(first) >= MIN_DOCSTRING else []
     for node, text in _definitions(tree.body):
         if len(text) >= MIN_DOCSTRING:
-            found.append(f"{_signature(node, lines)}\n{text}")
-    found += [text for text in _handed_over(tree.body) if len(text) >= 5 * MIN_DOCSTRING]
-    # A sequence such as "\\ud800" in a docstring is half a character, which no encoder takes.
-    return [text.rstrip().encode("utf-8", "replace").decode() for text in found]
+            texts.append(f"{_signature(node, lines)}\n{text}")
+    texts += [text for text in _c_docstrings(tree.body) if len(text) >= 5 * MIN_DOCSTRING]
+    # "\\ud800" in a docstring is half a character.
+    return [replace_surrogates(text.rstrip()) for text in texts]
 
 
 def documents(modules: Iterable[list[str]]) -> list[str]:
-    """One document for each module, docstrings that stood in an earlier one left out.
+    """One document for each module, without the docstrings of earlier modules.
 
-    If that is more than ``MAX_BYTES``, those with the lowest hashes are kept, in their order, so
-    that every package keeps its share.
+    If that is more than ``MAX_BYTES``, the documents with the lowest hashes remain, in their order,
+    so that every package keeps its share.
     """
-    seen: set[bytes] = set()
-    made: list[tuple[bytes, int, str]] = []
+    hashes: set[bytes] = set()
+    candidates: list[tuple[bytes, int, str]] = []
     for module in modules:
         fresh = []
         for text in module:
             signature, _, body = text.partition("\n")
             if not signature.startswith(("def ", "class ", "async ")):
                 body = text
-            mark = hashlib.sha256(body.encode()).digest()
-            if mark not in seen:
-                seen.add(mark)
+            body_hash = hashlib.sha256(body.encode()).digest()
+            if body_hash not in hashes:
+                hashes.add(body_hash)
                 fresh.append(text)
         if fresh:
             document = "\n\n".join(fresh) + "\n"
             data = document.encode()
-            made.append((hashlib.sha256(data).digest(), len(data), document))
-    kept: set[bytes] = set()
+            candidates.append((hashlib.sha256(data).digest(), len(data), document))
+    selection: set[bytes] = set()
     total = 0
-    for mark, size, _ in sorted(made):
+    for document_hash, size, _ in sorted(candidates):
         total += size
         if total > MAX_BYTES:
             break
-        kept.add(mark)
-    return [document for mark, _, document in made if mark in kept]
+        selection.add(document_hash)
+    return [document for document_hash, _, document in candidates if document_hash in selection]
+
+
+def _extract(item: Any) -> TaskResult:
+    """Work of one task: the docstrings of some source files."""
+    number, paths = item
+    modules = [docstrings(Path(path)) for path in paths]
+    return {"number": number, "modules": modules, "documents": len(modules)}
+
+
+def documentation_corpus(root: Store, map_tasks: MapTasks) -> str:
+    """URI of the corpus below ``root``; it is extracted, in parallel, if it is not there yet."""
+    store = root.child("corpora", f"documentation-{key()}")
+    if store.exists("done"):
+        log(f"corpus: {store.uri} (extracted before)")
+        return store.uri
+    start = time.perf_counter()
+    paths = [str(path) for path in files()]
+    # Every n-th file: the files of large packages are neighbours, and tasks should take equally
+    # long.
+    count = -(-len(paths) // FILES_PER_TASK)
+    plan = [[number, paths[number::count]] for number in range(count)]
+    modules: list[list[str]] = [[] for _ in paths]
+    for result in run_with_progress(map_tasks, plan, _extract, "read source files, part"):
+        modules[result["number"] :: count] = result["modules"]
+    texts = documents(modules)
+    size = sum(len(text.encode()) for text in texts)
+    # Spread over files, so that units of work mix the packages.
+    num_files = max(1, round(size / sources.UNIT_BYTES))
+    for number in range(num_files):
+        table = pa.table({"text": texts[number::num_files]})
+        with (
+            store.writing(f"{number:02d}.arrow") as file,
+            pa.ipc.new_file(file, table.schema) as writer,
+        ):
+            writer.write_table(table, max_chunksize=256)
+    store.write_text("done", "")
+    log(
+        f"corpus: {len(texts):,} documents, {size / 1e6:.1f} MB from {len(paths):,} source "
+        f"files in {time.perf_counter() - start:.0f} s; {store.uri}"
+    )
+    return store.uri

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from html.parser import HTMLParser
+
+from nanochat_ray.data.decoding import decode, encoding_of
 
 _HIDDEN = {"script", "style", "template", "noscript", "svg", "head", "iframe", "object"}
 _BLOCK_TAGS = (
@@ -71,3 +74,15 @@ def text_of(page: str) -> str:
         raise ValueError(f"HTML that cannot be parsed: {error}") from None
     lines = [line.rstrip() for line in "".join(parser.out).split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
+
+
+def decode_page(data: bytes, where: str) -> str:
+    """The characters of a page, which may name its encoding in a ``meta`` near its start."""
+    charset = re.search(rb"""<meta[^>]+charset=["']?([\w-]+)""", data[:2048], re.IGNORECASE)
+    if charset is None or encoding_of(data) != "utf-8-sig":
+        return decode(data, where)
+    try:
+        codec = codecs.lookup(charset[1].decode())
+        return data.decode(codec.name)
+    except (LookupError, ValueError):
+        return decode(data, where)

@@ -1,25 +1,22 @@
-"""Records from files of JSON lines, JSON or Parquet, read as text is: compressed or not, local or
-not, and refused by name when damaged."""
+"""Records of JSON lines, JSON or Parquet files: compressed or not, local or remote.
+
+A damaged file is an error that names it.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from nanochat_ray.data import corpus
+from nanochat_ray.data.corpus import DAMAGE
+from nanochat_ray.data.decoding import DecompressedFile, decode, read_all
 from nanochat_ray.data.formats import format_of
-from nanochat_ray.data.sources import (
-    Source,
-    check_regular,
-    find,
-    is_outside,
-    open_filesystem,
-    open_parquet,
-)
+from nanochat_ray.data.json_text import parse
+from nanochat_ray.data.sources import Source, check_regular, find, is_outside, open_filesystem
+from nanochat_ray.data.tables import open_parquet
 
 KINDS = ("jsonl", "json", "parquet")
 SUFFIXES = ".jsonl, .ndjson, .json or .parquet, plain or compressed"
@@ -33,11 +30,11 @@ def find_files(uri: str, field: str) -> list[Source]:
     try:
         sources = find([uri])
     except ValueError as error:
-        raise ValueError(_named(str(error), field)) from None
-    chosen = [source for source in sources if format_of(source.uri)[0] in KINDS]
-    if not chosen:
+        raise ValueError(_with_field(str(error), field)) from None
+    files = [source for source in sources if format_of(source.uri)[0] in KINDS]
+    if not files:
         raise ValueError(f"{field}={uri!r} is not allowed: it names no file in {SUFFIXES}")
-    return chosen
+    return files
 
 
 def read(source: Source, field: str) -> Iterator[tuple[str, Any]]:
@@ -49,16 +46,16 @@ def read(source: Source, field: str) -> Iterator[tuple[str, Any]]:
     try:
         yield from _records(source, where)
     except Exception as error:
-        if not isinstance(error, (*corpus.DAMAGE, ValueError)) and not is_outside(
-            error, source.uri
-        ):
+        is_damage = isinstance(error, (*DAMAGE, ValueError))
+        if not is_damage and not is_outside(error, source.uri):
             raise
-        text = _named(str(error).partition("\n")[0][:300] or type(error).__name__, field)
+        text = _with_field(str(error).partition("\n")[0][:300] or type(error).__name__, field)
         text = text if source.uri in text else f"{where} cannot be read: {text}"
         raise ValueError(text) from None
 
 
-def _named(message: str, field: str) -> str:
+def _with_field(message: str, field: str) -> str:
+    """A message about text as one about ``field``."""
     message = message.replace("text file ", f"{field} file ", 1)
     return f"{field}={message.removeprefix('text=')}" if message.startswith("text=") else message
 
@@ -68,8 +65,8 @@ def _records(source: Source, where: str) -> Iterator[tuple[str, Any]]:
     if isinstance(fs, pafs.LocalFileSystem):
         check_regular(path)
     kind, compression = format_of(source.uri)
-    with corpus.Stream(fs, path, compression) as stream:
-        data = corpus.read_whole(stream)
+    with DecompressedFile(fs, path, compression) as file:
+        data = read_all(file)
     if kind == "parquet":
         parquet = open_parquet(pa.BufferReader(data), source.uri)
         number = 0
@@ -78,10 +75,10 @@ def _records(source: Source, where: str) -> Iterator[tuple[str, Any]]:
                 number += 1
                 yield f"{where}, row {number}", row
         return
-    text = corpus.decode(data, source.uri)
+    text = decode(data, source.uri)
     if kind == "json":
         try:
-            document = _parse(text)
+            document = parse(text)
         except ValueError as error:
             if "Extra data" not in str(error):  # else JSON lines under another name
                 raise ValueError(f"{where} is not JSON: {error}") from None
@@ -93,14 +90,7 @@ def _records(source: Source, where: str) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            value = _parse(line)
+            value = parse(line)
         except ValueError as error:
             raise ValueError(f"{where}, line {number}: not JSON: {error}") from None
         yield f"{where}, line {number}", value
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deep") from None

@@ -1,4 +1,4 @@
-"""Where raw text comes from: files, folders, globs and URIs, cut into units of work."""
+"""The files of raw text, by folder, glob or URI, and their division into units of work."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
+from nanochat_ray.data.decoding import OnBad
 from nanochat_ray.data.formats import KNOWN, format_of, is_known
+from nanochat_ray.data.tables import open_parquet
 from nanochat_ray.storage import OBJECT_STORES, filesystem, join_uri, split_uri
 
 UNIT_BYTES = 4 << 20
-"""Text that one task reads, about."""
+"""Approximate bytes of text that one task reads."""
 _FILE_TYPES = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFCHR: "a device",
@@ -29,19 +29,19 @@ _FILE_TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One file, or a part of a large one."""
+    """One file, or a part of a large file."""
 
     uri: str
     size: int
-    modified: int
+    mtime_ns: int
     groups: tuple[int, ...] = ()
-    """The part's row groups (Parquet)."""
+    """Row groups of the part (Parquet)."""
     span: tuple[int, int] | None = None
-    """The part's bytes: it has the lines that begin from the first to before the second."""
+    """Bytes of the part: it has the lines that begin from the first to before the second."""
 
     @property
     def text_size(self) -> int:
-        """Bytes of text in it, about: compression and Parquet save a factor of 3."""
+        """Approximate bytes of text: compression and Parquet save a factor of 3."""
         kind, compression = format_of(self.uri)
         return self.size * (3 if compression or kind == "parquet" else 1)
 
@@ -63,21 +63,21 @@ DEFAULT = ReadOptions()
 
 
 @dataclass
-class Skipped:
-    """What was left out because it cannot be read: how much, and the first of it by name."""
+class Unreadable:
+    """Files, lines and rows that cannot be read: their number and the first messages."""
 
-    NAMED = 20
+    MAX_MESSAGES = 20
     count: int = 0
     first: list[str] = field(default_factory=list)
 
     def add(self, message: str) -> None:
         self.count += 1
-        if len(self.first) < self.NAMED:
+        if len(self.first) < self.MAX_MESSAGES:
             self.first.append(message)
 
-    def merge(self, other: Skipped) -> None:
+    def merge(self, other: Unreadable) -> None:
         self.count += other.count
-        self.first = [*self.first, *other.first][: self.NAMED]
+        self.first = [*self.first, *other.first][: self.MAX_MESSAGES]
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -119,14 +119,14 @@ def check_regular(path: str) -> os.stat_result:
 def _matches(pattern: str) -> re.Pattern[str]:
     """A shell's glob: ``*`` and ``?`` stay inside one folder, ``**/`` is any number of folders."""
     wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    made = ""
+    regex = ""
     for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]]+\]|.", pattern, re.DOTALL):
         if len(token) > 1 and token.startswith("["):
-            made += "[" + token[1:-1].replace("\\", r"\\").replace("!", "^", token[1] == "!") + "]"
+            regex += "[" + token[1:-1].replace("\\", r"\\").replace("!", "^", token[1] == "!") + "]"
         else:
-            made += wild.get(token) or re.escape(token)
+            regex += wild.get(token) or re.escape(token)
     try:
-        return re.compile(made, re.DOTALL)
+        return re.compile(regex, re.DOTALL)
     except re.error as error:
         raise ValueError(f"text={pattern!r} is no glob: {error}") from None
 
@@ -145,7 +145,7 @@ def _select(path: str, is_folder: bool) -> tuple[str, Callable[[str], bool]]:
 def _walk(folder: str) -> Iterator[str]:
     """Every file below a local folder; each folder once, whatever links lead to it."""
     start = os.stat(folder)
-    entered = {(start.st_dev, start.st_ino)}
+    visited_ids = {(start.st_dev, start.st_ino)}
     todo = [folder]
     while todo:
         below = todo.pop()
@@ -162,18 +162,18 @@ def _walk(folder: str) -> Iterator[str]:
             # A link to a folder above would bring in all that is beside this one.
             target = os.path.realpath(entry.path) if entry.is_symlink() else ""
             above = target and (real == target or real.startswith(target.rstrip("/") + "/"))
-            if not above and (status.st_dev, status.st_ino) not in entered:
-                entered.add((status.st_dev, status.st_ino))
+            if not above and (status.st_dev, status.st_ino) not in visited_ids:
+                visited_ids.add((status.st_dev, status.st_ino))
                 todo.append(entry.path)
 
 
 def _local_files(uri: str, path: str) -> list[str]:
     if os.path.exists(path) and not os.path.isdir(path):
         return [path]
-    folder, wanted = _select(path, os.path.isdir(path))
+    folder, is_match = _select(path, os.path.isdir(path))
     if not os.path.isdir(folder or "/"):
         return []
-    return sorted(name for name in _walk(folder or "/") if wanted(name))
+    return sorted(name for name in _walk(folder or "/") if is_match(name))
 
 
 def _remote_files(uri: str) -> list[tuple[str, pafs.FileInfo]]:
@@ -183,108 +183,97 @@ def _remote_files(uri: str) -> list[tuple[str, pafs.FileInfo]]:
     if info.type == pafs.FileType.File:
         infos = [info]
     else:
-        folder, wanted = _select(path, info.type == pafs.FileType.Directory)
+        folder, is_match = _select(path, info.type == pafs.FileType.Directory)
         selector = pafs.FileSelector(folder, recursive=True, allow_not_found=True)
-        listed = fs.get_file_info(selector)
-        infos = [i for i in listed if i.type == pafs.FileType.File and wanted(i.path)]
+        entries = fs.get_file_info(selector)
+        infos = [i for i in entries if i.type == pafs.FileType.File and is_match(i.path)]
     return [(join_uri(scheme, info.path, options), info) for info in infos]
 
 
 def is_outside(error: Exception, uri: str) -> bool:
-    """Whether an error came from disk or network, not from what was found there."""
-    # The Hub's client lets the errors of its HTTP library through, which are no OSErrors.
+    """Whether an error is of the disk or network, not of the content that was read."""
+    # The Hub's client raises errors of its HTTP library, which are no OSErrors.
     hub = uri.startswith("hf://") and not isinstance(error, ValueError)
     return isinstance(error, OSError) or hub
 
 
-def _expand(uri: str, bad: Callable[[str], None]) -> Iterator[tuple[Any, Source]]:
+def _expand(uri: str, on_bad: OnBad) -> Iterator[tuple[Any, Source]]:
     """(identity, source) of every file that ``uri`` (a file, a folder or a glob) stands for."""
     if split_uri(uri)[0] in (*OBJECT_STORES, "hf"):
         for name, info in _remote_files(uri):
-            modified = int(info.mtime_ns or 0)
-            yield name, Source(uri=name, size=int(info.size or 0), modified=modified)
+            mtime_ns = int(info.mtime_ns or 0)
+            yield name, Source(uri=name, size=int(info.size or 0), mtime_ns=mtime_ns)
         return
     _, path = open_filesystem(uri)
     for name in _local_files(uri, path):
         try:
             status = check_regular(name)
         except ValueError as error:
-            bad(str(error))
+            on_bad(str(error))
             continue
-        source = Source(uri=name, size=status.st_size, modified=status.st_mtime_ns)
+        source = Source(uri=name, size=status.st_size, mtime_ns=status.st_mtime_ns)
         yield (status.st_dev, status.st_ino) if status.st_ino else name, source
 
 
 def find(
     text: Sequence[str],
     options: ReadOptions = DEFAULT,
-    skipped: Skipped | None = None,
+    unreadable: Unreadable | None = None,
 ) -> list[Source]:
     """Every file that ``text`` names, each once, in an order that depends on the names alone.
 
     A folder gives the files in it, at any depth, whose format is known. Raises ValueError for
     what does not exist, for an unknown format, an empty or special file, and if nothing is found;
-    with ``skip_bad`` such files are added to ``skipped`` instead.
+    with ``skip_bad`` such files are added to ``unreadable`` instead.
     """
-    skipped = Skipped() if skipped is None else skipped
+    unreadable = Unreadable() if unreadable is None else unreadable
 
-    def bad(message: str) -> None:
+    def on_bad(message: str) -> None:
         if not options.skip_bad:
             raise ValueError(message)
-        skipped.add(message)
+        unreadable.add(message)
 
-    chosen: dict[Any, Source] = {}
+    by_identity: dict[Any, Source] = {}
     for uri in text:
-        before = len(chosen), skipped.count
+        before = len(by_identity), unreadable.count
         any_file = False
         try:
-            for identity, source in _expand(uri, bad):
+            for identity, source in _expand(uri, on_bad):
                 any_file = True
-                if identity not in chosen or source.uri < chosen[identity].uri:
-                    chosen[identity] = source
+                if identity not in by_identity or source.uri < by_identity[identity].uri:
+                    by_identity[identity] = source
         except Exception as error:
             if is_outside(error, uri):
                 reason = str(error).partition("\n")[0]
                 raise ValueError(f"text={uri!r} cannot be listed: {reason}") from None
             raise
-        if not any_file and before == (len(chosen), skipped.count):
+        if not any_file and before == (len(by_identity), unreadable.count):
             raise ValueError(f"text={uri!r} names no file of a known format ({KNOWN})")
     sources = []
-    for source in sorted(chosen.values(), key=lambda source: source.uri):
+    for source in sorted(by_identity.values(), key=lambda source: source.uri):
         try:
             kind, _ = format_of(source.uri)
             if source.size == 0 and kind != "code":
                 raise ValueError(f"text file {source.uri} is empty")
         except ValueError as error:
-            bad(str(error))
+            on_bad(str(error))
             continue
-        if source.size:  # an empty source file, such as __init__.py, is nothing wrong
+        if source.size:  # an empty source file, such as __init__.py, is no error
             sources.append(source)
     if not sources:
         raise ValueError(f"text={', '.join(text)!r:.200} has no file that can be read")
     return sources
 
 
-def open_parquet(file: Any, uri: str) -> pq.ParquetFile:
-    try:
-        # Read as a stream of pages, not a row group at once; checksums are checked where there are.
-        return pq.ParquetFile(
-            file, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
-        )
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"text file {uri} is not a Parquet file: {reason}") from None
-
-
 def _is_wide(source: Source) -> bool:
-    """Whether a text file is UTF-16 or UTF-32, by its mark: it is not cut at bytes."""
+    """Whether a text file is UTF-16 or UTF-32 by its byte order mark, so not splittable."""
     fs, path = open_filesystem(source.uri)
     with fs.open_input_file(path) as file:
         return file.read(2) in (b"\xff\xfe", b"\xfe\xff") or file.read(2) == b"\xfe\xff"
 
 
 def _parts(source: Source, unit_bytes: int) -> list[Source]:
-    """A large file in parts that can be read apart; one that cannot be cut stays whole."""
+    """Parts of a large file that can be read separately; the file itself if it has none."""
     kind, compression = format_of(source.uri)
     if source.size <= 2 * unit_bytes or compression:
         return [source]
@@ -309,28 +298,28 @@ def _parts_or_whole(source: Source, unit_bytes: int, skip_bad: bool) -> list[Sou
         return _parts(source, unit_bytes)
     except Exception as error:
         if skip_bad:
-            return [source]  # whoever reads it names it
+            return [source]  # the task that reads it names it
         if is_outside(error, source.uri):
             raise ValueError(f"text file {source.uri} cannot be read: {error}") from None
         raise
 
 
 def units(sources: Sequence[Source], *, skip_bad: bool = False) -> list[Unit]:
-    """Sources grouped (small files) or cut (large ones) into tasks of about equal size.
+    """Units of about equal size: groups of small files, parts of large ones.
 
-    At least ``UNIT_BYTES`` each, and larger where there would be thousands: every task writes a
-    part for each shard.
+    A unit has about ``UNIT_BYTES``, and more where there would be thousands of units: every task
+    writes a record batch for each shard.
     """
     total = sum(source.size for source in sources)
     unit_bytes = min(max(UNIT_BYTES, total // 1024), 64 * UNIT_BYTES)
-    made: list[Unit] = []
-    open_unit: list[Source] = []
-    filled = 0
+    result: list[Unit] = []
+    unit: list[Source] = []
+    size = 0
     for source in sources:
         for part in _parts_or_whole(source, unit_bytes, skip_bad):
-            if open_unit and filled + part.size > unit_bytes:
-                made.append(tuple(open_unit))
-                open_unit, filled = [], 0
-            open_unit.append(part)
-            filled += part.size
-    return [*made, tuple(open_unit)] if open_unit else made
+            if unit and size + part.size > unit_bytes:
+                result.append(tuple(unit))
+                unit, size = [], 0
+            unit.append(part)
+            size += part.size
+    return [*result, tuple(unit)] if unit else result

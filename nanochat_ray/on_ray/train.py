@@ -31,7 +31,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.metrics import Gauge
 
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.claim import check_reference, claimed
+from nanochat_ray.claim import check_reference, hold_claim
 from nanochat_ray.on_ray.feed import RankedRows, from_iterator
 from nanochat_ray.storage import Store
 from nanochat_ray.train.job import TrainJob, check, execute, open_dataset
@@ -225,7 +225,7 @@ def fit(
     if reached() >= job.train.steps:
         return result()
 
-    with claimed(Store.at(job.storage), "runs", job.run) as claim:
+    with hold_claim(Store.at(job.storage), "runs", job.run) as claim:
         # How often the controller asks if its workers are alive, which a report waits for.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         # Ray Train would print every line of a worker a second time.

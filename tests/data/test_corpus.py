@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_ray.data import corpus, documentation, sources
-from nanochat_ray.data.holdout import cut
-from nanochat_ray.data.sources import ReadOptions, Skipped
+from nanochat_ray.data import corpus, decoding, documentation, plain_text, sources
+from nanochat_ray.data.sources import ReadOptions, Unreadable
+from nanochat_ray.data.split import split_document
 from nanochat_ray.storage import Store, join_uri, split_uri
 
 
@@ -237,12 +237,12 @@ def test_bad_input_is_named_or_skipped(
         texts(str(tmp_path))
     assert name in str(raised.value)
     assert "\n" not in str(raised.value)
-    options, skipped = ReadOptions(skip_bad=True), Skipped()
-    plan = sources.units(sources.find([str(tmp_path)], options, skipped), skip_bad=True)
-    read = [text for unit in plan for text in corpus.read(unit, options, skipped)]
+    options, unreadable = ReadOptions(skip_bad=True), Unreadable()
+    plan = sources.units(sources.find([str(tmp_path)], options, unreadable), skip_bad=True)
+    read = [text for unit in plan for text in corpus.read(unit, options, unreadable)]
     assert read == ["ok", *rest]
-    assert skipped.count == len(skipped.first) == 1
-    assert name in skipped.first[0]
+    assert unreadable.count == len(unreadable.first) == 1
+    assert name in unreadable.first[0]
 
 
 def test_the_text_column_has_any_name(tmp_path: Path) -> None:
@@ -302,12 +302,12 @@ def test_special_files_are_refused_and_never_read(
     for uri in (str(tmp_path), f"{tmp_path}/*.txt"):
         with pytest.raises(ValueError, match=error):
             texts(uri)
-    skipped = Skipped()
-    found = sources.find([str(tmp_path)], ReadOptions(skip_bad=True), skipped)
+    unreadable = Unreadable()
+    found = sources.find([str(tmp_path)], ReadOptions(skip_bad=True), unreadable)
     assert [source.uri for source in found] == [str(tmp_path / "ok.txt")]
-    assert skipped.count == 1
+    assert unreadable.count == 1
     # One that has become a FIFO since it was listed.
-    source = sources.Source(uri=str(path), size=1, modified=0)
+    source = sources.Source(uri=str(path), size=1, mtime_ns=0)
     with pytest.raises(ValueError, match=r"x\.txt"):
         list(corpus.read((source,)))
 
@@ -345,8 +345,8 @@ def test_long_lines_are_cut_between_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
-    monkeypatch.setattr(corpus, "BLOCK_BYTES", 300)
-    monkeypatch.setattr(corpus, "LINE_BYTES", 50)
+    monkeypatch.setattr(decoding, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(plain_text, "LINE_BYTES", 50)
     said = "ä€😀x" * 900
     (tmp_path / "x.txt").write_text(said)
     plan = sources.units(sources.find([str(tmp_path)]))
@@ -358,8 +358,8 @@ def test_long_lines_are_cut_between_characters(
 def test_long_compressed_text_is_read_in_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "BLOCK_BYTES", 300)
-    monkeypatch.setattr(corpus, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(decoding, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(plain_text, "WHOLE_BYTES", 1000)
     lines = "".join(f"{i} " + "ä€😀" * (i % 30) + "\n" for i in range(200))
     for said in (lines, "ä€😀x" * 900):
         for name, data in {
@@ -388,11 +388,11 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_long_documents_are_cut_at_blank_lines() -> None:
     text = "".join(f"paragraph {i} " + "x" * (i % 70) + "\n\n" for i in range(300))
-    pieces = cut(text, 1000)
+    pieces = split_document(text, 1000)
     assert "".join(pieces) == text
     assert all(len(piece) <= 1000 for piece in pieces)
     assert all(piece.endswith("\n\n") for piece in pieces)
-    assert cut("y" * 2500, 1000) == ["y" * 1000, "y" * 1000, "y" * 500]
+    assert split_document("y" * 2500, 1000) == ["y" * 1000, "y" * 1000, "y" * 500]
 
 
 def test_documentation_of_a_module(tmp_path: Path) -> None:

@@ -121,13 +121,13 @@ def test_a_changed_manifest_is_refused(root: Store) -> None:
 def test_a_damaged_dataset_is_not_up_to_date(
     root: Store, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    from nanochat_ray.on_ray.publish import unchanged
+    from nanochat_ray.data.publish import load_if_up_to_date
 
     manifest = write_dataset(root, "data")
     store = root.child("datasets", "data")
-    assert unchanged(store, manifest.key) == manifest
-    assert unchanged(store, "other") is None
+    assert load_if_up_to_date(store, manifest.key) == manifest
+    assert load_if_up_to_date(store, "other") is None
     data = store.read_bytes(name)
     store.write_bytes(name, data[:-9] + b"?" + data[-8:])
-    assert unchanged(store, manifest.key) is None
+    assert load_if_up_to_date(store, manifest.key) is None
     assert name in capsys.readouterr().out.splitlines()[-1]

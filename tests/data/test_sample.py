@@ -11,25 +11,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_ray.data import corpus, sample, sources
-from nanochat_ray.data.holdout import HoldOut
+from nanochat_ray.data import corpus, decoding, plain_text, sources, tokenizer_sample
 from nanochat_ray.data.sources import ReadOptions
+from nanochat_ray.data.split import SplitRule
 from nanochat_ray.text.tokenizer import Tokenizer
 
-ALL = HoldOut(longest=1000, limit=0)
+ALL = SplitRule(max_chunk_chars=1000, hash_limit=0)
 
 
 @pytest.fixture(autouse=True)
 def _small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "UNIT_BYTES", 20_000)
-    monkeypatch.setattr(corpus, "BLOCK_BYTES", 5_000)
-    monkeypatch.setattr(corpus, "LINE_BYTES", 200)
-    monkeypatch.setattr(sample, "STRETCH", 500)
+    monkeypatch.setattr(decoding, "BLOCK_BYTES", 5_000)
+    monkeypatch.setattr(plain_text, "LINE_BYTES", 200)
+    monkeypatch.setattr(tokenizer_sample, "GROUP_CHARS", 500)
 
 
-def drawn(folder: Path, characters: int, divided: HoldOut = ALL) -> list[str]:
+def drawn(folder: Path, characters: int, divided: SplitRule = ALL) -> list[str]:
     plan = sources.units(sources.find([str(folder)]))
-    return list(sample.tokenizer_sample(plan, divided, ReadOptions(), characters))
+    return list(tokenizer_sample.tokenizer_sample(plan, divided, ReadOptions(), characters))
 
 
 def letters(size: int, letter: str) -> str:
@@ -119,8 +119,8 @@ def test_a_sample_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_all_of_a_small_text_is_used_but_what_is_held_out(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text(letters(30_000, "a"))
-    divided = HoldOut(longest=500, limit=2**62)
-    split = divided.divide([letters(30_000, "a")])
+    divided = SplitRule(max_chunk_chars=500, hash_limit=2**62)
+    split = divided.split([letters(30_000, "a")])
     assert drawn(tmp_path, 10**6, divided) == split.train
     assert set(drawn(tmp_path, 9_000, divided)) <= set(split.train)
     assert drawn(tmp_path, 9_000) == drawn(tmp_path, 9_000)

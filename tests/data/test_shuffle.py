@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nanochat_ray.data.holdout import MAX_SHARE, HoldOut, cut
 from nanochat_ray.data.shuffle import assign_shards, gather, scatter
+from nanochat_ray.data.split import MAX_VAL_SHARE, SplitRule, split_document
 from nanochat_ray.storage import Store
 
 
@@ -43,29 +43,29 @@ def test_rows_are_drawn_evenly() -> None:
     assert np.array_equal(assign_shards(50, 7, key=3), assign_shards(100, 7, key=3)[:50])
 
 
-RULE = HoldOut(longest=1000, limit=int(0.05 * 2**64))
+RULE = SplitRule(max_chunk_chars=1000, hash_limit=int(0.05 * 2**64))
 
 
-def settled(rule: HoldOut, documents: list[str], least: int) -> HoldOut:
-    return rule.settled(rule.divide(documents).census, least)
+def adjust(rule: SplitRule, documents: list[str], least: int) -> SplitRule:
+    return rule.adjust(rule.split(documents).census, least)
 
 
 def test_holding_out_depends_on_the_text_alone() -> None:
     pieces = [f"document {i}" for i in range(5000)]
-    split = RULE.divide(pieces)
+    split = RULE.split(pieces)
     assert len(split.val) / 5000 == pytest.approx(0.05, abs=0.01)
-    assert sorted(RULE.divide(pieces[::-1]).val) == sorted(split.val)
-    assert RULE.divide([*pieces, *pieces]).val == [*split.val, *split.val]
-    assert settled(RULE, pieces, 100) is RULE
+    assert sorted(RULE.split(pieces[::-1]).val) == sorted(split.val)
+    assert RULE.split([*pieces, *pieces]).val == [*split.val, *split.val]
+    assert adjust(RULE, pieces, 100) is RULE
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 40])
 def test_a_little_text_is_held_out_however_few_documents(count: int) -> None:
     pieces = [f"{i:03d}" * 100 for i in range(count)]
-    rule = settled(HoldOut(longest=1000, limit=0), pieces, 150)
-    split = rule.divide(pieces)
+    rule = adjust(SplitRule(max_chunk_chars=1000, hash_limit=0), pieces, 150)
+    split = rule.split(pieces)
     assert len(split.val) == 1
-    assert not rule.by_copy
+    assert not rule.separates_copies
 
 
 def test_duplicates_do_not_move_data_between_splits() -> None:
@@ -74,14 +74,14 @@ def test_duplicates_do_not_move_data_between_splits() -> None:
     documents = [f"document {i} " * 9 for i in range(200)]
     copies = [documents[i] for i in rng.zipf(1.3, 20_000) % 200]
     for corpus in (documents, documents * 7, copies, ["boilerplate " * 20] * 5000 + documents):
-        rule = settled(HoldOut(longest=1000, limit=2**57), corpus, 4000)
-        split = rule.divide(corpus)
+        rule = adjust(SplitRule(max_chunk_chars=1000, hash_limit=2**57), corpus, 4000)
+        split = rule.split(corpus)
         assert not set(split.train) & set(split.val)
         held = sum(map(len, split.val)) / sum(map(len, corpus))
-        assert 0 < held <= MAX_SHARE
-        again = split.census.join([split.census])
-        assert rule.settled(again, 4000) == rule
-    assert RULE.divide(documents * 7).census.duplicates() == (1200, pytest.approx(6 / 7))
+        assert 0 < held <= MAX_VAL_SHARE
+        again = split.census.concat([split.census])
+        assert rule.adjust(again, 4000) == rule
+    assert RULE.split(documents * 7).census.duplicates() == (1200, pytest.approx(6 / 7))
 
 
 @pytest.mark.parametrize("size", [1_000, 300_000])
@@ -89,11 +89,11 @@ def test_equal_lines_still_train(size: int) -> None:
     """2 rows to train on and 1,563 to validate, it was."""
     text = "the same line again\n" * size
     for documents in ([text], text.splitlines(), [text] * 3):
-        rule = HoldOut.of(len(text), 64)
-        rule = settled(rule, documents, 16 * 64)
-        split = rule.divide(documents)
+        rule = SplitRule.for_text(len(text), 64)
+        rule = adjust(rule, documents, 16 * 64)
+        split = rule.split(documents)
         held = sum(map(len, split.val)) / sum(map(len, split.train + split.val))
-        assert rule.by_copy
+        assert rule.separates_copies
         assert 0.01 < held < 0.3
 
 
@@ -101,24 +101,24 @@ def test_equal_lines_still_train(size: int) -> None:
 @pytest.mark.parametrize("sequence_len", [256, 2048])
 def test_one_book_is_divided(size: int, sequence_len: int) -> None:
     text = "".join(f"{i:06d} is a number.\n" for i in range(size // 20))
-    rule = settled(HoldOut.of(len(text), sequence_len), [text], 16 * sequence_len)
-    split = rule.divide([text])
-    assert sorted([*split.train, *split.val]) == sorted(cut(text, rule.longest))
+    rule = adjust(SplitRule.for_text(len(text), sequence_len), [text], 16 * sequence_len)
+    split = rule.split([text])
+    assert sorted([*split.train, *split.val]) == sorted(split_document(text, rule.max_chunk_chars))
     held = sum(map(len, split.val))
     assert min(16 * sequence_len, len(text) // 6) <= held <= len(text) // 2
 
 
 def test_little_of_much_text_is_held_out() -> None:
-    assert HoldOut.of(25_000_000, 512).limit / 2**64 == pytest.approx(0.016)
-    huge = HoldOut.of(10**12, 2048)
-    assert (huge.longest, huge.limit / 2**64) == (64_000, pytest.approx(0.002))
+    assert SplitRule.for_text(25_000_000, 512).hash_limit / 2**64 == pytest.approx(0.016)
+    huge = SplitRule.for_text(10**12, 2048)
+    assert (huge.max_chunk_chars, huge.hash_limit / 2**64) == (64_000, pytest.approx(0.002))
 
 
 def test_a_census_in_part_counts_as_the_whole() -> None:
     documents = [f"document {i % 4000}" for i in range(12_000)]
-    census = RULE.divide(documents).census
+    census = RULE.split(documents).census
     copies, share = census.duplicates()
     assert copies == 8000
-    few, share_of_few = census.thinned(8).duplicates()
+    few, share_of_few = census.sample(8).duplicates()
     assert 8 * few == pytest.approx(copies, rel=0.2)
     assert share_of_few == pytest.approx(share, rel=0.02)

@@ -1,27 +1,25 @@
-"""The prepare job on a real Ray: real text in, rows that decode to it out."""
+"""Preparation by Ray Data: bit for bit the dataset that is prepared without Ray."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from nanochat_ray.data.shards import Manifest, SequenceReader
+from nanochat_ray.data import sources, tokenizers
+from nanochat_ray.data.map_tasks import map_in_processes, map_serially
+from nanochat_ray.data.prepare import prepare_base, prepare_sft
 from nanochat_ray.on_ray import session
-from nanochat_ray.on_ray.mapping import mapped
-from nanochat_ray.on_ray.prepare import find_tokenizer, prepare_base, prepare_sft
+from nanochat_ray.on_ray.tasks import map_tasks
 from nanochat_ray.storage import Store
 from nanochat_ray.tasks.conversations import Entry
-from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.tasks.mixture import Mixture
 
 pytestmark = pytest.mark.ray
-REPO = Path(__file__).parents[2]
+WORDS = ["the", "sea", "was", "calm", "and", "Ishmael", "slept", "till", "morning", "came"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,234 +27,64 @@ def _quiet(ray_session: None) -> None:
     session.quiet_data()
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A book of one file, and a few notes: 200 kB."""
-    folder = tmp_path_factory.mktemp("text")
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
-    words = ["the", "sea", "was", "calm", "and", "Ishmael", "slept", "till", "morning", "came"]
-    verses = [" ".join(rng.choice(words, 20)) + f" {i}.\n" for i in range(1800)]
-    (folder / "book.txt").write_text("".join(verses))
-    notes = [json.dumps({"text": f"Note {i}: " + " ".join(rng.choice(words, 9))}) for i in range(9)]
-    (folder / "notes.jsonl").write_text("\n".join(notes))
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name in "abcde":
+        lines = [" ".join(rng.choice(WORDS, 20)) + f" {name}{i}.\n" for i in range(400)]
+        (folder / f"{name}.txt").write_text("".join(lines))
     return folder
 
 
-def rows_of(dataset: Store, manifest: Manifest, split: str) -> np.ndarray:
-    reader = SequenceReader(dataset, manifest, split)  # type: ignore[arg-type]
-    return reader.read(np.arange(len(reader)))[0]
+def files_of(root: Store, name: str) -> dict[str, bytes]:
+    """Every file of a dataset; of the manifest, all but the speed and the checksum over it."""
+    dataset = root.child("datasets", name)
+    files = {file: dataset.read_bytes(file) for file in dataset.list()}
+    manifest = json.loads(files["manifest.json"])
+    del manifest["checksum"]
+    manifest["about"].pop("tokens_per_s", None)
+    return files | {"manifest.json": json.dumps(manifest, sort_keys=True).encode()}
 
 
-@pytest.mark.parametrize("where", ["folder", "s3"])
-def test_text_becomes_rows(
-    request: pytest.FixtureRequest,
-    root: Store,
-    text: Path,
-    where: str,
-    capsys: pytest.CaptureFixture[str],
+def test_ray_and_processes_give_equal_files(
+    root: Store, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uris = [str(text)]
-    if where == "s3":
-        root = Store.at(request.getfixturevalue("s3")).child(uuid.uuid4().hex)
-        for path in text.iterdir():
-            root.write_bytes(f"text/{path.name}", path.read_bytes())
-        uris = [root.child("text").uri]
-    wanted = {"text": uris, "vocab_size": 400, "sequence_len": 64}
-    manifest = prepare_base(root.uri, "book", **wanted)
-    dataset = root.child("datasets", "book")
-    assert Manifest.load(dataset) == manifest
-    shards = [shard.name for split in manifest.splits.values() for shard in split]
-    assert dataset.list() == sorted([*shards, "manifest.json"])
-    tokenizer, sequence_len = find_tokenizer(root, "book")
-    assert (tokenizer.fingerprint, sequence_len) == (manifest.tokenizer, 64)
-    assert tokenizer.vocab_size == 400
-    assert manifest.about["share_kept"] > 0.97
-    train, val = (rows_of(dataset, manifest, split) for split in ("train", "val"))
-    assert len(train) == manifest.num_sequences("train") > 10 * len(val) > 0
-    for rows in (train, val):
-        assert rows.shape[1] == 65
-        assert (rows[:, 0] == tokenizer.bos).all()
-    kept = (train != tokenizer.bos).sum() + (val != tokenizer.bos).sum()
-    assert kept == round(manifest.about["share_kept"] * manifest.about["tokens"])
-
-    # What is held out is not trained on: verses are numbered.
-    def verses(rows: np.ndarray) -> set[str]:
-        lines = "\n".join(tokenizer.decode(row[1:]) for row in rows).split("\n")
-        return {line for line in lines if line.endswith(".") and line.startswith("the sea")}
-
-    assert verses(val)
-    assert not verses(val) & verses(train)
-
-    capsys.readouterr()
-    assert prepare_base(root.uri, "book", **wanted) == manifest
-    assert "up to date" in capsys.readouterr().out
-    twin = prepare_base(root.uri, "twin", **wanted)
-    assert "trained before" in capsys.readouterr().out
-    assert twin.splits == manifest.splits
-    other = prepare_base(root.uri, "book", **wanted, seed=1)
-    shuffled = rows_of(dataset, other, "train")
-    assert not np.array_equal(shuffled, train)
-    assert np.array_equal(
-        np.sort(shuffled.view("V130"), axis=0), np.sort(train.view("V130"), axis=0)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 50_000)
+    (tmp_path / "my.jsonl").write_text(
+        "\n".join(
+            json.dumps(
+                [
+                    {"role": "user", "content": f"Which is {i}?"},
+                    {"role": "assistant", "content": f"It is {i}."},
+                ]
+            )
+            for i in range(40)
+        )
     )
+    mixture = Mixture.load(
+        [("chain_sum", 2100), ("identity", 60)], [Entry(str(tmp_path / "my.jsonl"))], seed=3
+    )
+    for name, mapping in (("ray", map_tasks), ("pool", map_in_processes), ("one", map_serially)):
+        options: dict[str, Any] = {"text": [str(text)], "vocab_size": 400, "sequence_len": 64}
+        base = prepare_base(root.uri, name, map_tasks=mapping, **options, seed=5)
+        prepare_sft(
+            root.uri,
+            f"{name}-sft",
+            map_tasks=mapping,
+            mixture=mixture,
+            tokenizer=tokenizers.load(root, base.tokenizer[:16]),
+            sequence_len=128,
+        )
+    for name in ("pool", "one"):
+        assert files_of(root, name) == files_of(root, "ray")
+        assert files_of(root, f"{name}-sft") == files_of(root, "ray-sft")
 
 
-def test_a_bad_file_is_named_and_nothing_is_lost(root: Store, text: Path, tmp_path: Path) -> None:
-    manifest = prepare_base(root.uri, "book", text=[str(text)], vocab_size=300, sequence_len=64)
-    bad = tmp_path / "bad.txt"
-    bad.write_bytes(b"ab\0cd")
-    for uris, error in (
-        ([str(bad)], r"bad\.txt is binary"),
-        ([f"{tmp_path}/*.md"], "names no file"),
-    ):
-        with pytest.raises(ValueError, match=error):
-            prepare_base(root.uri, "book", text=uris, vocab_size=300, sequence_len=64)
-    (tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(ValueError, match="there is too little input"):
-        prepare_base(root.uri, "book", text=[f"{tmp_path}/short.txt"], vocab_size=300)
-    assert Manifest.load(root.child("datasets", "book")) == manifest
-    with pytest.raises(ValueError, match=r"dataset='\.\./x' is not allowed"):
-        prepare_base(root.uri, "../x")
-
-
-def test_duplicates_and_bad_lines_are_counted(
-    root: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = [
-        json.dumps({"body": f"Note {i % 300}: the sea was calm that day."}) for i in range(900)
-    ]
-    lines[10] = "{"
-    lines[20] = json.dumps({"body": None})
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "notes.jsonl").write_text("\n".join(lines))
-    wanted = {
-        "text": [str(tmp_path / "text")],
-        "vocab_size": 300,
-        "sequence_len": 32,
-        "text_column": "body",
-    }
-    with pytest.raises(ValueError, match=r"notes\.jsonl, line 11: not a JSON object"):
-        prepare_base(root.uri, "notes", **wanted)
-    manifest = prepare_base(root.uri, "notes", **wanted, skip_bad=True)
-    assert manifest == Manifest.load(root.child("datasets", "notes"))
-    assert (manifest.about["documents"], manifest.about["duplicates"]) == (898, 598)
-    assert manifest.about["skipped"]["count"] == 1
-    assert manifest.num_sequences("train") > manifest.num_sequences("val") > 0
-    said = capsys.readouterr().out
-    assert "598 of 898 documents are copies of others" in said
-    assert "WARNING: 1 files, lines or rows cannot be read" in said
-    assert "notes.jsonl, line 11" in said
-    (tmp_path / "notes.jsonl").write_text("")
-    (tmp_path / "same.txt").write_text("the same line again and again\n" * 20_000)
-    wanted["text"] = [str(tmp_path / "same.txt")]
-    manifest = prepare_base(root.uri, "same", **wanted)
-    assert manifest.num_sequences("train") > 3 * manifest.num_sequences("val") > 0
-    assert "WARNING: too little text differs" in capsys.readouterr().out
-
-
-def test_tasks_become_rows(root: Store) -> None:
-    tok = Tokenizer.bytes_only()
-    tasks = [("chain_sum", 120), ("identity", 60)]
-    manifest = prepare_sft(root.uri, "chat", tokenizer=tok, tasks=tasks, sequence_len=512)
-    assert find_tokenizer(root, "chat")[0].fingerprint == tok.fingerprint
-    by_fingerprint, sequence_len = find_tokenizer(root, tok.fingerprint[:8])
-    assert (by_fingerprint.fingerprint, sequence_len) == (tok.fingerprint, None)
-    assert manifest.kind == "sft"
-    assert manifest.about["share_kept"] > 0.97
-    reader = SequenceReader(root.child("datasets", "chat"), manifest, "train")
-    ids, mask = reader.read(np.arange(len(reader)))
-    assert mask is not None
-    assert (ids[:, 0] == tok.bos).all()
-    assert not mask[ids == tok.bos].any()
-    assert mask.sum() > 0
-    everything = tok.decode(ids.reshape(-1))
-    for mark in tok.specials:
-        assert mark in everything
-    learned = tok.decode(ids[mask == 1])
-    assert "<|assistant_end|>" in learned
-    assert "<|user_start|>" not in learned
-    assert "<|output_start|>" not in learned
-    with pytest.raises(ValueError, match="task='nothing' is not known"):
-        prepare_sft(root.uri, "chat", tokenizer=tok, tasks=[("nothing", 10)])
-    with pytest.raises(
-        ValueError, match=r"tokenizer='ffff' is no dataset, no run and no fingerprint"
-    ):
-        find_tokenizer(root, "ffff")
-
-
-def test_a_given_tokenizer_is_used(root: Store, text: Path) -> None:
-    wanted = {"text": [str(text)], "sequence_len": 64}
-    first = prepare_base(root.uri, "first", **wanted, vocab_size=400)
-    tokenizer, _ = find_tokenizer(root, "first")
-    again = prepare_base(root.uri, "again", **wanted, tokenizer=tokenizer)
-    other = prepare_base(root.uri, "other", **wanted, tokenizer=Tokenizer.bytes_only())
-    shas = [[s.sha256 for s in m.splits["train"]] for m in (first, again)]
-    assert (again.tokenizer, shas[1]) == (first.tokenizer, shas[0])
-    assert other.tokenizer == Tokenizer.bytes_only().fingerprint
-    assert find_tokenizer(root, "other")[0].fingerprint == other.tokenizer
-
-
-def test_own_conversations_become_rows(root: Store, tmp_path: Path) -> None:
-    lines = []
-    for i in range(60):
-        answers = [
-            {"role": "assistant", "content": f"{word} {i}.", "weight": weight}
-            for word, weight in (("left out", 0), ("learnt", 1))
-        ]
-        asks = [{"role": "user", "content": f"Which is number {i}?"}] * 2
-        turns = [turn for pair in zip(asks, answers, strict=True) for turn in pair]
-        lines.append(json.dumps({"messages": turns}))
-    path = tmp_path / "my.jsonl"
-    path.write_text("\n".join(lines))
-    tok = Tokenizer.bytes_only()
-    chats, tasks = [Entry(str(path), passes=2.0)], [("identity", 60)]
-    wanted = {"tokenizer": tok, "tasks": tasks, "chats": chats, "sequence_len": 512}
-    manifest = prepare_sft(root.uri, "chat", **wanted)
-    assert ["identity", 60] in manifest.about["tasks"]
-    assert [f"chats:{path}", 114] in manifest.about["tasks"]
-    dataset = root.child("datasets", "chat")
-    text, learnt = {}, {}
-    for split in ("train", "val"):
-        reader = SequenceReader(dataset, manifest, split)  # type: ignore[arg-type]
-        ids, mask = reader.read(np.arange(len(reader)))
-        assert mask is not None
-        text[split], learnt[split] = tok.decode(ids.reshape(-1)), tok.decode(ids[mask == 1])
-    assert sum(text["train"].count(f" learnt {i}.") for i in range(60)) == 0
-    counts = [text["train"].count(f">learnt {i}.<") for i in range(60)]
-    held_out = [i for i in range(60) if f">learnt {i}.<" in text["val"]]
-    assert len(held_out) == 3
-    assert counts == [0 if i in held_out else 2 for i in range(60)]
-    assert "left out" in text["train"]
-    assert "left out" not in learnt["train"] + learnt["val"]
-    assert prepare_sft(root.uri, "chat", **wanted) == manifest
-    path.write_text("\n".join([*lines, "{}"]))
-    with pytest.raises(ValueError, match=r"my\.jsonl, line 61: "):
-        prepare_sft(root.uri, "chat", **wanted)
-    assert Manifest.load(dataset) == manifest
-
-
-def test_an_error_of_a_task_comes_through_ray_as_it_was() -> None:
+def test_task_errors_pass_through_ray_unchanged() -> None:
     def work(item: str) -> dict[str, str]:
         raise ValueError(f"text file {item} is not text")
 
     with pytest.raises(ValueError, match=r"^text file late is not text$"):
-        list(mapped(["late"], work))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (["--storage", "ftp://x"], "storage='ftp://x' is not allowed"),
-        (["--stage", "sft", "--tokenizer", "base"], "tokenizer='base' is no dataset"),
-        (["--stage", "sft", "--tasks", "chain_sum"], "tasks='chain_sum' is not allowed"),
-    ],
-)
-def test_the_command_says_what_is_wrong(tmp_path: Path, arguments: list[str], error: str) -> None:
-    command = [sys.executable, str(REPO / "jobs" / "prepare.py"), "--storage", str(tmp_path)]
-    found = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=100, env={**os.environ}
-    )
-    assert found.returncode == 2
-    assert found.stderr.startswith("error: ")
-    assert error in found.stderr
-    assert "Traceback" not in found.stderr
+        list(map_tasks(["late"], work))

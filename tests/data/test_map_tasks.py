@@ -1,0 +1,88 @@
+"""Tasks in a pool of processes: results, errors, workers that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from nanochat_ray.data import map_tasks
+from nanochat_ray.data.map_tasks import TaskResult, map_in_processes, map_serially
+
+
+@pytest.fixture(autouse=True)
+def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(map_tasks, "_num_cores", lambda: 2)
+
+
+def square(item: Any) -> TaskResult:
+    return {"number": item, "square": item**2, "pid": os.getpid()}
+
+
+def fail_on_three(item: Any) -> TaskResult:
+    if item == 3:
+        raise FileNotFoundError(2, "text file late.txt is missing")
+    if item == 4:
+        raise ValueError("text file late.txt is not text")
+    return {"number": item}
+
+
+def die(item: Any) -> TaskResult:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def test_processes_give_the_results_of_all_items() -> None:
+    results = sorted(map_in_processes(range(9), square), key=lambda result: result["number"])
+    assert [result["square"] for result in results] == [n * n for n in range(9)]
+    assert os.getpid() not in {result["pid"] for result in results}
+    assert list(map_in_processes([7], square)) == list(map_serially([7], square))
+    assert list(map_in_processes([], square)) == []
+
+
+@pytest.mark.parametrize("mapping", [map_serially, map_in_processes])
+def test_errors_of_tasks_keep_type_and_message(mapping: map_tasks.MapTasks) -> None:
+    with pytest.raises(ValueError, match=r"^text file late\.txt is not text$"):
+        list(mapping([4, 4], fail_on_three))
+    with pytest.raises(OSError, match=r"text file late\.txt is missing$"):
+        list(mapping([3, 3], fail_on_three))
+
+
+def test_a_dead_worker_is_an_error() -> None:
+    with pytest.raises(OSError, match="a process of the preparation died"):
+        list(map_in_processes([1, 2], die))
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent("""
+        import os, time
+        from nanochat_ray.data import map_tasks
+
+        def work(item):
+            print(os.getpid(), flush=True)
+            time.sleep(600)
+            return {}
+
+        if __name__ == "__main__":
+            map_tasks._num_cores = lambda: 2
+            list(map_tasks.map_in_processes([1, 2], work))
+        """)
+    )
+    with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True) as p:
+        assert p.stdout is not None
+        workers = [int(p.stdout.readline()) for _ in range(2)]
+        p.kill()
+    deadline = time.monotonic() + 20
+    while any(psutil.pid_exists(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
