@@ -4,6 +4,7 @@ official client."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -28,9 +29,10 @@ from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.on_ray.serve.connection import ACCEPTED, Connection
-from nanochat_ray.on_ray.serve.deployment import build, settings
+from nanochat_ray.on_ray.serve.deployment import build, build_application, settings
 from nanochat_ray.on_ray.serve.replica import EngineReplica
 from nanochat_ray.on_ray.serve.routing import MAX_LEAD, PrefixRouter
+from nanochat_ray.serve import keys
 from nanochat_ray.serve.keys import hash_key
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -365,3 +367,21 @@ def test_a_run_that_is_not_there_is_named(config: ServeConfig) -> None:
         build({**settings(config), "engine_count": 2})
     with pytest.raises(ValueError, match="max_replicas=1 is not allowed"):
         build({**settings(config), "max_replicas": 1})
+
+
+def test_keys_of_a_redeployment_count(
+    url: str, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster whose workers have another environment. The last one: it changes the key."""
+    monkeypatch.setenv("NANOCHAT_API_KEYS", "another key")
+    hashes = tuple(hash_key(key) for key in keys.from_environment())
+    redeployed = build_application(dataclasses.replace(config, key_hashes=hashes))
+    serve.run(redeployed, name="tiny", route_prefix="/")
+
+    def status(key: str) -> int:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.get(f"{url}/v1/models", headers=headers, timeout=10).status_code
+
+    wait_for(lambda: status("another key") == 200, 60)
+    for key, expected in (("another key", 200), ("", 401), (KEY, 401)):
+        assert [status(key) for _ in range(10)] == [expected] * 10
