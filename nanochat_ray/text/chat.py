@@ -1,14 +1,13 @@
-"""Conversations as token ids: nanochat's layout, with a mask of what the assistant is to learn.
+"""The chat template: conversations as token ids in nanochat's layout, and the loss mask.
 
 ``<|bos|> (<|user_start|> … <|user_end|> <|assistant_start|> … <|assistant_end|>)*``; inside an
 assistant's turn ``<|python_start|> expression <|python_end|>`` calls the calculator, which answers
 ``<|output_start|> value <|output_end|>``. A call of another function is written between the same
 delimiters as ``{"name":…,"arguments":{…}}``.
 
-nanochat's models have seen user and assistant alternate, and a system message at the head of the
-first user turn. Every other order is brought into that form: a system message becomes part of the
-user turn where it stands, and neighbours of one role become one turn, with a blank line between
-them.
+nanochat trains on turns of user and assistant that alternate, with a system message at the start of
+the first user turn. Other orders are converted to that form: a system message becomes part of the
+user turn where it stands, and neighbours of one role become one turn, joined by a blank line.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from nanochat_ray.text.tokenizer import Tokenizer
 Message = dict[str, Any]
 """``{"role": "system" | "user" | "assistant", "content": str | parts}``; a part is
 ``{"type": "text" | "python" | "python_output", "text": str}`` and only assistants have parts. A
-part with ``"weight": 0`` is not learnt."""
+part with ``"weight": 0`` has no loss."""
 
 ROLES = ("system", "user", "assistant")
 OPENAI_ROLES = (*ROLES, "developer", "tool")
@@ -63,57 +62,78 @@ def from_openai(
     ``open_calls`` the last message may call without a result, as what is trained on does. An
     assistant's ``weight`` of 0 marks its parts. ValueError names the message that is wrong.
     """
-    rendered: list[Message] = []
-    pending: dict[str, Message] = {}  # calls without a result yet, by id, as the model writes them
-    turn_is_open = False  # the assistant's turn continues behind a result
+    conversation = _OpenAIConversation()
     for i, message in enumerate(messages):
-        at = f"messages[{i}]"
+        conversation.add(message, f"messages[{i}]")
+    conversation.end(may_call=open_calls and bool(messages) and messages[-1]["role"] == "assistant")
+    result = conversation.messages
+    if text := tools_text(tools):
+        at = int(bool(result) and result[0]["role"] == "system")
+        result.insert(at, {"role": "system", "content": text})
+    return result
+
+
+class _OpenAIConversation:
+    """OpenAI's messages, converted one by one."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self._pending: dict[str, Message] = {}
+        """Calls without a result yet, by id, as the model writes them."""
+        self._turn_is_open = False
+        """Whether the assistant's turn continues after a result."""
+
+    def add(self, message: Mapping[str, Any], at: str) -> None:
         role = message.get("role")
         if role not in OPENAI_ROLES:
             raise ValueError(f"{at}.role={role!r:.40} is not allowed: one of {list(OPENAI_ROLES)}")
         text = content_text(message.get("content"), f"{at}.content")
         if role == "tool":
-            call = pending.pop(message.get("tool_call_id") or "", None)
-            if call is None:
-                raise ValueError(
-                    f"{at}.tool_call_id={message.get('tool_call_id')!r:.80} is not allowed: the id "
-                    "of a call in an assistant's message before it that has no result yet"
-                )
-            rendered[-1]["content"] += [call, {"type": "python_output", "text": text}]
-            turn_is_open = True
-            continue
-        if pending:
+            self._add_result(message.get("tool_call_id"), text, at)
+            return
+        if self._pending:
             raise ValueError(
                 f"{at}.role={role!r} is not allowed: the result of the call "
-                f"{next(iter(pending))!r:.80} must come first"
+                f"{next(iter(self._pending))!r:.80} must come first"
             )
-        if role != "assistant":
-            rendered.append({"role": "user" if role == "user" else "system", "content": text})
-            turn_is_open = False
-            continue
+        if role == "assistant":
+            self._add_assistant(message, text, at)
+        else:
+            role = "user" if role == "user" else "system"
+            self.messages.append({"role": role, "content": text})
+        self._turn_is_open = False
+
+    def _add_result(self, call_id: Any, text: str, at: str) -> None:
+        call = self._pending.pop(call_id or "", None)
+        if call is None:
+            raise ValueError(
+                f"{at}.tool_call_id={call_id!r:.80} is not allowed: the id of a call in an "
+                "assistant's message before it that has no result yet"
+            )
+        self.messages[-1]["content"] += [call, {"type": "python_output", "text": text}]
+        self._turn_is_open = True
+
+    def _add_assistant(self, message: Mapping[str, Any], text: str, at: str) -> None:
         weight = {"weight": 0} if message.get("weight") == 0 else {}
         parts = [{"type": "text", "text": text, **weight}] if text else []
-        if turn_is_open:
-            rendered[-1]["content"] += parts
+        if self._turn_is_open:
+            self.messages[-1]["content"] += parts
         else:
-            rendered.append({"role": "assistant", "content": parts})
+            self.messages.append({"role": "assistant", "content": parts})
         for k, call in enumerate(message.get("tool_calls") or ()):
             where = f"{at}.tool_calls[{k}]"
-            if call["id"] in pending:
+            if call["id"] in self._pending:
                 raise ValueError(f"{where}.id={call['id']!r:.80} is not allowed: it comes twice")
-            written = _call_text(call["function"], f"{where}.function")
-            pending[call["id"]] = {"type": "python", "text": written, **weight}
-        turn_is_open = False
-    if pending and open_calls and messages[-1]["role"] == "assistant":
-        rendered[-1]["content"] += pending.values()
-    elif pending:
-        raise ValueError(f"messages: the result of the call {next(iter(pending))!r:.80} is missing")
-    if text := tools_text(tools):
-        rendered.insert(
-            int(bool(rendered) and rendered[0]["role"] == "system"),
-            {"role": "system", "content": text},
-        )
-    return rendered
+            text = _call_text(call["function"], f"{where}.function")
+            self._pending[call["id"]] = {"type": "python", "text": text, **weight}
+
+    def end(self, *, may_call: bool) -> None:
+        """ValueError for a call without a result, unless the last message may call."""
+        if self._pending and not may_call:
+            call_id = next(iter(self._pending))
+            raise ValueError(f"messages: the result of the call {call_id!r:.80} is missing")
+        if self._pending:
+            self.messages[-1]["content"] += self._pending.values()
 
 
 def content_text(content: Any, at: str) -> str:
@@ -142,12 +162,12 @@ def content_text(content: Any, at: str) -> str:
 def _call_text(function: Mapping[str, Any], at: str) -> str:
     name, arguments = function["name"], function["arguments"]
     try:
-        parsed = json.loads(arguments or "{}")
+        values = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, dict):
+        values = None
+    if not isinstance(values, dict):
         raise ValueError(f"{at}.arguments={arguments!r:.80} is not allowed: a JSON object")
-    return call_text(name, parsed)
+    return call_text(name, values)
 
 
 def call_text(name: str, arguments: Mapping[str, Any]) -> str:
@@ -160,26 +180,26 @@ def call_text(name: str, arguments: Mapping[str, Any]) -> str:
 
 
 def call_prefix(name: str) -> str:
-    """How a call of ``name`` begins; its arguments and ``}`` follow."""
+    """The start of a call of ``name``; its arguments and ``}`` follow."""
     return f'{{"name":{json.dumps(name, ensure_ascii=False)},"arguments":'
 
 
 def is_calculator(function: Mapping[str, Any]) -> bool:
-    """Whether a function of a client's is the calculator that the model has learnt."""
+    """Whether a client's function is the calculator that the model is trained to call."""
     if function.get("name") != CALCULATOR:
         return False
     schema = function.get("parameters")
     if not schema:
         return True
-    properties, required = schema.get("properties"), schema.get("required")
+    properties, required_names = schema.get("properties"), schema.get("required")
     if not isinstance(properties, dict) or not isinstance(properties.get(EXPRESSION), dict):
         return False
     is_text = properties[EXPRESSION].get("type", "string") == "string"
-    return is_text and (required is None or required in ([], [EXPRESSION]))
+    return is_text and (required_names is None or required_names in ([], [EXPRESSION]))
 
 
 def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
-    """What tells the model of functions other than its calculator; "" if there are none."""
+    """The system text that declares functions other than the calculator; "" without any."""
     functions = [t["function"] for t in tools if not is_calculator(t["function"])]
     if not functions:
         return ""
@@ -210,25 +230,25 @@ def _turns(messages: Sequence[Message]) -> list[Message]:
             raise ValueError(f"messages[{i}].content: a text is expected, not {content!r:.60}")
         role = "assistant" if role == "assistant" else "user"
         if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] = _joined(turns[-1]["content"], content)
+            turns[-1]["content"] = _join(turns[-1]["content"], content)
         else:
             turns.append({"role": role, "content": content})
     return turns
 
 
-def _joined(first: Any, second: Any) -> Any:
+def _join(first: Any, second: Any) -> Any:
     if not first or not second:
         return first or second
     if isinstance(first, str) and isinstance(second, str):
         return f"{first}{_BLANK}{second}"
     parts = [*_parts(first), {"type": "text", "text": _BLANK}, *_parts(second)]
-    joined: list[dict[str, Any]] = []
+    result: list[dict[str, Any]] = []
     for part in parts:  # neighbouring texts are tokenized as one
-        if joined and joined[-1].get("type") == part.get("type") == "text":
-            joined[-1] = {"type": "text", "text": joined[-1]["text"] + part["text"]}
+        if result and result[-1].get("type") == part.get("type") == "text":
+            result[-1] = {"type": "text", "text": result[-1]["text"] + part["text"]}
         else:
-            joined.append(part)
-    return joined
+            result.append(part)
+    return result
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:
@@ -246,31 +266,31 @@ def _assistant(tok: Tokenizer, content: Any) -> tuple[list[int], list[int]]:
             raise ValueError(f"content part type={kind!r}: one of text, {', '.join(delimiters)}")
         if not isinstance(text, str):
             raise ValueError(f"content part text={text!r:.60}: a text is expected")
-        piece, learned = tok.encode(text), 1
+        part_ids, has_loss = tok.encode(text), 1
         if kind in delimiters:
-            start, end, learned = delimiters[kind]
-            piece = [tok.special(start), *piece, tok.special(end)]
-        ids += piece
-        mask += [learned if part.get("weight", 1) else 0] * len(piece)
+            start, end, has_loss = delimiters[kind]
+            part_ids = [tok.special(start), *part_ids, tok.special(end)]
+        ids += part_ids
+        mask += [has_loss if part.get("weight", 1) else 0] * len(part_ids)
     return ids, mask
 
 
 def render_conversation(tok: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Ids, and a mask of equal length with 1 where the assistant's own tokens stand.
+    """Ids, and a loss mask of equal length with 1 at the tokens that the assistant writes.
 
     Raises ValueError for an unknown role or part.
     """
     ids, mask = [tok.bos], [0]
     for turn in _turns(messages):
         if turn["role"] == "user":
-            piece = tok.encode(turn["content"])
-            ids += [tok.special("<|user_start|>"), *piece, tok.special("<|user_end|>")]
-            mask += [0] * (len(piece) + 2)
+            turn_ids = tok.encode(turn["content"])
+            ids += [tok.special("<|user_start|>"), *turn_ids, tok.special("<|user_end|>")]
+            mask += [0] * (len(turn_ids) + 2)
         else:
-            piece, learned = _assistant(tok, turn["content"])
-            ids += [tok.special("<|assistant_start|>"), *piece, tok.special("<|assistant_end|>")]
+            turn_ids, loss = _assistant(tok, turn["content"])
+            ids += [tok.special("<|assistant_start|>"), *turn_ids, tok.special("<|assistant_end|>")]
             parts = _parts(turn["content"])
-            mask += [0, *learned, 1 if not parts or parts[-1].get("weight", 1) else 0]
+            mask += [0, *loss, 1 if not parts or parts[-1].get("weight", 1) else 0]
     return ids, mask
 
 
@@ -281,11 +301,11 @@ def render_prompt(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
 ) -> list[int]:
-    """Ids up to where the model begins to write, with transformers' and vLLM's two switches.
+    """Ids of a prompt, with the two switches that transformers and vLLM have.
 
-    By default that is a new turn of the assistant's, or the open turn whose last part is a tool's
-    result. ``continue_final_message`` leaves the last message open, which must then be the
-    assistant's, so that the answer continues it.
+    By default the prompt ends where a new assistant turn begins, or inside the assistant turn whose
+    last part is a tool's result. ``continue_final_message`` leaves the last message open, which
+    must be the assistant's, so that the answer continues it.
     """
     ids, _ = render_conversation(tok, messages)
     last = messages[-1]

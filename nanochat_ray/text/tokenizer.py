@@ -45,25 +45,25 @@ SPLIT_PATTERN = "|".join(
 )
 
 MAX_WHITE_SPACE = 999_000
-"""Characters of one run of white space that the split pattern takes: it tries each run for a line's
-end, and keeps one state a character, of which the regular expression engine allows a million."""
+"""Longest run of white space that the split pattern can match: it searches each run for a line's
+end and keeps one state a character, of which the regular expression engine allows a million."""
 # What Rust's \s matches; Python's has four control characters more.
 _WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 
 
-def _cuts(text: str) -> list[int]:
-    """Where a text is cut before it is split: only inside of runs that are too long for that.
+def _boundaries(text: str) -> list[int]:
+    """Offsets that divide a text before the split pattern is applied: only inside of long runs.
 
-    Whatever comes before a run and after it is split as in the whole text, since the pattern looks
-    ahead no further than one character behind a run.
+    The text before and after a run is split as in the whole text, since the pattern looks ahead no
+    further than one character after a run.
     """
     if len(text) <= MAX_WHITE_SPACE:
         return []
     return [
-        cut
+        at
         for run in _WHITE_SPACE.finditer(text)
         if run.end() - run.start() > MAX_WHITE_SPACE
-        for cut in range(run.start() + MAX_WHITE_SPACE, run.end(), MAX_WHITE_SPACE)
+        for at in range(run.start() + MAX_WHITE_SPACE, run.end(), MAX_WHITE_SPACE)
     ]
 
 
@@ -87,8 +87,8 @@ class Tokenizer:
             mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
             special_tokens=self.specials,
         )
-        # tiktoken's own decoding lets go of the interpreter's lock, for which a server's threads
-        # then queue: for a token at a time, a fifth of all that its event loop did.
+        # tiktoken's own decoding releases the GIL, for which a server's threads then compete: for
+        # one token at a time that was a fifth of the event loop's time.
         self._bytes = dict(enumerate(ranks))
         self._bytes |= {token: name.encode() for name, token in self.specials.items()}
 
@@ -109,12 +109,12 @@ class Tokenizer:
                 iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
             )
         except BaseException as error:
-            # A panic of Rust is no Exception: it would pass by everything that reports errors.
+            # A panic of Rust is no Exception: no handler would report it.
             if type(error).__name__ != "PanicException":
                 raise
             raise ValueError(f"the tokenizer cannot be trained: {error}") from None
-        ranked = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
-        return cls([bytes(token) for token, _ in ranked])
+        pairs = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+        return cls([bytes(token) for token, _ in pairs])
 
     @classmethod
     def bytes_only(cls) -> Tokenizer:
@@ -135,24 +135,23 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of any text; a lone surrogate becomes U+FFFD, as in ``decode``.
 
-        A run of white space longer than ``MAX_WHITE_SPACE`` is encoded in several parts.
+        A run of white space longer than ``MAX_WHITE_SPACE`` is encoded in several chunks.
         ValueError if the split pattern, a foreign one, cannot take the text.
         """
-        cuts = _cuts(text)
-        if not cuts:
-            return self._encode_part(text)
-        bounds = [0, *cuts, len(text)]
-        parts = itertools.pairwise(bounds)
-        return [token for a, b in parts for token in self._encode_part(text[a:b])]
+        boundaries = _boundaries(text)
+        if not boundaries:
+            return self._encode_chunk(text)
+        chunks = itertools.pairwise([0, *boundaries, len(text)])
+        return [token for a, b in chunks for token in self._encode_chunk(text[a:b])]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
-    def _encode_part(self, text: str) -> list[int]:
+    def _encode_chunk(self, text: str) -> list[int]:
         try:
             return self._encoding.encode_ordinary(text)
         except BaseException as error:
-            # A panic of Rust's is no Exception: it would pass every handler up to the server's.
+            # A panic of Rust is no Exception: no handler would report it.
             if type(error).__name__ != "PanicException":
                 raise
             raise ValueError(
@@ -160,7 +159,7 @@ class Tokenizer:
             ) from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids that are no token have no text: a model may have rows that its tokenizer lacks."""
+        """Bytes of the tokens; ids beyond the vocabulary have none (a model may be padded)."""
         text = self._bytes
         return b"".join([text.get(token, b"") for token in ids])
 
@@ -197,13 +196,13 @@ class Tokenizer:
     def from_json(cls, text: str) -> Tokenizer:
         """Raises ValueError if ``text`` is not what ``to_json`` writes."""
         try:
-            found = json.loads(text)
-            if found["format"] != "nanochat_ray tokenizer 1":
-                raise ValueError(f"its format is {repr(found['format'])[:60]}")
-            if tuple(found["specials"]) != SPECIAL_TOKENS:
-                raise ValueError(f"its special tokens are {repr(found['specials'])[:120]}")
-            tokens = [base64.b64decode(token, validate=True) for token in found["tokens"]]
-            return cls(tokens, found["pattern"])
+            values = json.loads(text)
+            if values["format"] != "nanochat_ray tokenizer 1":
+                raise ValueError(f"its format is {repr(values['format'])[:60]}")
+            if tuple(values["specials"]) != SPECIAL_TOKENS:
+                raise ValueError(f"its special tokens are {repr(values['specials'])[:120]}")
+            tokens = [base64.b64decode(token, validate=True) for token in values["tokens"]]
+            return cls(tokens, values["pattern"])
         except RecursionError:
             raise ValueError("tokenizer.json cannot be read: it is nested too deep") from None
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -220,7 +219,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, store: Store, fingerprint: str | None = None) -> Tokenizer:
-        """The tokenizer of a folder. ``fingerprint`` is that of the one it must be.
+        """The tokenizer of a folder, which must have the ``fingerprint`` if one is given.
 
         Raises ValueError, naming the file, if it is missing, damaged or another one.
         """
