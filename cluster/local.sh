@@ -98,7 +98,7 @@ local_head() (  # GPUS
   # Ray tells a job the address of whatever cluster was started last on the machine; ours knows its
   # own (on_ray/session.py).
   export NANOCHAT_RAY_ADDRESS="127.0.0.1:${RAY_PORTS[0]#--port=}"
-  # HAProxy before the ingresses: Serve's own proxy costs more than the model (on_ray/NOTES.md).
+  # HAProxy before the ingresses: Serve's own proxy costs more than the model (on_ray/BENCHMARKS.md).
   export RAY_SERVE_ENABLE_HA_PROXY="${RAY_SERVE_ENABLE_HA_PROXY:-1}" RAY_SERVE_HAPROXY_NBTHREAD=1
   export RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=1
   # More logical CPUs than cores: the tasks of Ray Data must find a place beside the workers.

@@ -65,8 +65,8 @@ class ServeConfig:
             check_int(name, getattr(self, name), least)
         most = self.max_replicas
         if not isinstance(most, int) or 0 != most < self.num_replicas:
-            allowed = f"0, or a whole number from num_replicas={self.num_replicas}"
-            raise ValueError(f"max_replicas={most!r} is not allowed: {allowed}")
+            requirement = f"0, or a whole number from num_replicas={self.num_replicas}"
+            raise ValueError(f"max_replicas={most!r} is not allowed: {requirement}")
         for name in ("upscale_delay_s", "downscale_delay_s", "deadline_s", "request_timeout_s"):
             check_float(name, getattr(self, name))
         for name in ("gpus", "cpus", "ingress_cpus"):

@@ -47,8 +47,8 @@ def rank_dataset(
         steps = range(int(block["first"][0]), min(int(block["first"][0]) + stride, config.steps))
         numbers = [rank_rows(config, num_rows, step, rank, world) for step in steps]
         ids, mask = reader.read(np.concatenate(numbers))
-        found = {"ids": ids, "step": np.repeat(np.asarray(steps), [len(n) for n in numbers])}
-        return found if mask is None else {**found, "mask": mask}
+        batch = {"ids": ids, "step": np.repeat(np.asarray(steps), [len(n) for n in numbers])}
+        return batch if mask is None else {**batch, "mask": mask}
 
     firsts = [{"first": step} for step in range(start, config.steps, stride)]
     plan = ray.data.from_items(firsts, override_num_blocks=len(firsts))

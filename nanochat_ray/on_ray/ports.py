@@ -71,11 +71,11 @@ def set_serve_environment() -> None:
     variables = serve_environment()
     folder = variables[STATE_BASE].rstrip("/")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    given = set(os.environ)
+    preset = set(os.environ)
     for name, value in variables.items():
         # A range keeps both its ends.
         pair = next((pair for pair in (HTTP_RANGE, GRPC_RANGE) if name in pair), (name,))
-        if not given & {name, *pair}:
+        if not preset & {name, *pair}:
             os.environ[name] = value
 
 

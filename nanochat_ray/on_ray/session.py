@@ -35,7 +35,7 @@ def connect() -> None:
                 "use ray job submit, or give host:port of the head node"
             )
         if joins_cluster():
-            address = _resolved(address)
+            address = _head_address(address)
             _check_reachable(address)
             ray.init(address=address, logging_level=logging.WARNING)
         else:
@@ -69,14 +69,14 @@ def joins_cluster() -> bool:
     return cluster_address() not in ("", "local") or ray.is_initialized() or _is_job()
 
 
-def _resolved(address: str) -> str:
+def _head_address(address: str) -> str:
     """The address of the head node; where it is not named, that of this machine's cluster."""
     if address not in ("", "auto"):
         return address
-    found = services.canonicalize_bootstrap_address("auto")
-    if found is None:
+    head = services.canonicalize_bootstrap_address("auto")
+    if head is None:
         raise ConnectionError(f"RAY_ADDRESS={address!r}: no Ray runs on this machine")
-    return found
+    return head
 
 
 def _check_reachable(address: str) -> None:
@@ -84,8 +84,8 @@ def _check_reachable(address: str) -> None:
     for minutes."""
     target = address.removeprefix("ray://")
     host, _, port = target.rpartition(":")
-    allowed = "host:port or ray://host:port of a head node, auto or local"
-    require(bool(host) and port.isdecimal(), "RAY_ADDRESS", address, allowed)
+    requirement = "host:port or ray://host:port of a head node, auto or local"
+    require(bool(host) and port.isdecimal(), "RAY_ADDRESS", address, requirement)
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         return
     options = [("grpc.enable_http_proxy", 0)]

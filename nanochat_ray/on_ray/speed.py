@@ -48,13 +48,13 @@ def measure(probe: Probe, *, workers: int, cpus_per_worker: float = 1.0) -> Spee
     try:
         addresses = ray.get([worker.address.remote() for worker in group])
         hosts, port, values = [host for host, _ in addresses], addresses[0][1], to_json(probe)
-        found = ray.get(
+        speeds = ray.get(
             [worker.measure.remote(values, i, hosts, port) for i, worker in enumerate(group)]
         )
     finally:
         for worker in group:
             ray.kill(worker)
-    for each in found:
+    for each in speeds:
         if "refused" in each:
             raise ValueError(each["refused"])
-    return Speed(**found[0])
+    return Speed(**speeds[0])

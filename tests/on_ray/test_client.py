@@ -80,7 +80,9 @@ def test_requests_leave_a_host_that_vanished(monkeypatch: pytest.MonkeyPatch) ->
         stream = OutputStream()
         request = Request(id="r", prompt=[1, 2], params=SamplingParams(max_tokens=2))
         async with asyncio.timeout(30):
-            while not all(r.usable for r in client.replicas.values()) or len(client.replicas) < 2:
+            while (
+                not all(r.is_usable for r in client.replicas.values()) or len(client.replicas) < 2
+            ):
                 await asyncio.sleep(0.01)
             await client.submit(request, stream)
             outputs = [output async for batch in stream for output in batch]

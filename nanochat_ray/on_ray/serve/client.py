@@ -52,8 +52,8 @@ class InFlightRequest:
     """Generated so far, on any replica."""
     num_dispatches: int = 0
     replica: ReplicaHandle | None = None
-    dispatching: bool = True
-    closed: bool = False
+    is_dispatching: bool = True
+    is_closed: bool = False
 
     @property
     def wire_id(self) -> str:
@@ -71,10 +71,10 @@ class ReplicaHandle:
     """By their ``wire_id``."""
     replies: dict[str, asyncio.Future[str]] = field(default_factory=dict)
     """Submitted requests that the replica has not replied to."""
-    ready: bool = False
-    listed: bool = True
+    is_ready: bool = False
+    is_listed: bool = True
     """Whether the controller lists it; one that shuts down gets no new requests."""
-    draining: bool = False
+    is_draining: bool = False
     status: dict[str, Any] = field(default_factory=dict)
     """Its last heartbeat."""
     num_other_requests: int = 0
@@ -85,8 +85,8 @@ class ReplicaHandle:
         return len(self.in_flight) + self.num_other_requests
 
     @property
-    def usable(self) -> bool:
-        return self.ready and self.listed and not self.draining
+    def is_usable(self) -> bool:
+        return self.is_ready and self.is_listed and not self.is_draining
 
 
 class RayEngineClient:
@@ -98,7 +98,7 @@ class RayEngineClient:
         self.name = secrets.token_hex(6)
         self.replicas: dict[str, ReplicaHandle] = {}
         self.router = PrefixRouter()
-        self._changed = asyncio.Condition()
+        self._change = asyncio.Condition()
         self._poll_now = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -133,7 +133,7 @@ class RayEngineClient:
             raise
 
     async def health(self) -> dict[str, Any]:
-        statuses = [replica.status for replica in self.replicas.values() if replica.ready]
+        statuses = [replica.status for replica in self.replicas.values() if replica.is_ready]
         if not statuses:
             raise UnavailableError("no engine is running")
         return {"engines": statuses}
@@ -156,7 +156,7 @@ class RayEngineClient:
                 if not has_warned:
                     logger.info("the engine replicas cannot be listed: %s", error)
                 has_warned = True
-            any_ready = any(replica.ready for replica in self.replicas.values())
+            any_ready = any(replica.is_ready for replica in self.replicas.values())
             period = POLL_S if any_ready else POLL_UNREADY_S
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._poll_now.wait(), period)
@@ -165,8 +165,8 @@ class RayEngineClient:
     async def _update_replicas(self, endpoints: list[dict[str, Any]]) -> None:
         addresses = {e["replica"]: (e["address"], e["secret"]) for e in endpoints}
         for replica in self.replicas.values():
-            replica.listed = replica.name in addresses
-            if not replica.listed and not replica.in_flight and replica.connection is not None:
+            replica.is_listed = replica.name in addresses
+            if not replica.is_listed and not replica.in_flight and replica.connection is not None:
                 replica.connection.close()
         for name, address_and_secret in addresses.items():
             replica = self.replicas.setdefault(name, ReplicaHandle(name))
@@ -174,22 +174,23 @@ class RayEngineClient:
                 await self._connect(replica, *address_and_secret)
 
     async def _connect(self, replica: ReplicaHandle, address: list[Any], secret: str) -> None:
-        def connection() -> Connection:
+        def make_connection() -> Connection:
             return Connection(
                 lambda _, message: self._on_message(replica, message),
                 lambda _: self._on_disconnected(replica),
             )
 
         try:
-            _, connected = await asyncio.wait_for(
-                asyncio.get_running_loop().create_connection(connection, *address), CALL_TIMEOUT_S
+            _, connection = await asyncio.wait_for(
+                asyncio.get_running_loop().create_connection(make_connection, *address),
+                CALL_TIMEOUT_S,
             )
         except (OSError, TimeoutError) as error:
             logger.warning("engine replica %s cannot be reached: %s", replica.name, error)
             self.replicas.pop(replica.name, None)
             return
-        replica.connection = connected
-        connected.send("handshake", secret, self.name)
+        replica.connection = connection
+        connection.send("handshake", secret, self.name)
 
     async def _abort_silent_connections(self) -> None:
         """A host that vanishes closes no connection: its requests are migrated all the same."""
@@ -212,21 +213,21 @@ class RayEngineClient:
                 if reply is not None and not reply.done():
                     reply.set_result(message[2])
             case "draining":
-                replica.draining = True
+                replica.is_draining = True
                 self._poll_now.set()
             case "handshake" | "heartbeat":
                 replica.status = message[1]
                 others = message[1]["requests"] - len(replica.in_flight)
                 replica.num_other_requests = max(0, others)
-                if not replica.ready:
-                    replica.ready = True
+                if not replica.is_ready:
+                    replica.is_ready = True
                     self._spawn(self._notify())
 
     def _on_disconnected(self, replica: ReplicaHandle) -> None:
         """Migrates its requests to other replicas."""
-        if replica.listed and not replica.draining:
+        if replica.is_listed and not replica.is_draining:
             logger.warning("engine replica %s disconnected", replica.name)
-        replica.ready = False
+        replica.is_ready = False
         self.replicas.pop(replica.name, None)
         self.router.forget(replica.name)
         self._poll_now.set()
@@ -236,12 +237,12 @@ class RayEngineClient:
         entries, replica.in_flight = list(replica.in_flight.values()), {}
         for entry in entries:
             entry.replica = None
-            if not entry.dispatching:  # else the task that dispatches it tries again by itself
+            if not entry.is_dispatching:  # else the task that dispatches it tries again by itself
                 self._spawn(self._migrate(entry))
 
     async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+        async with self._change:
+            self._change.notify_all()
 
     def _on_output(self, replica: ReplicaHandle, wire: dict[str, Any]) -> None:
         entry = replica.in_flight.get(wire["id"])
@@ -253,14 +254,14 @@ class RayEngineClient:
         if output.finish is not None:
             del replica.in_flight[wire["id"]]
             entry.replica = None
-            entry.closed = True
+            entry.is_closed = True
         entry.stream.push(output)
 
     # ---- dispatch of requests
 
     async def _migrate(self, entry: InFlightRequest) -> None:
         entry.num_dispatches += 1
-        entry.dispatching = True
+        entry.is_dispatching = True
         try:
             await self._dispatch(entry, wait_for_capacity=True)
         except (UnavailableError, EngineFull) as error:
@@ -282,11 +283,11 @@ class RayEngineClient:
             timeout = min(timeout, entry.request.deadline - time.time())
         deadline = time.monotonic() + timeout
         full: set[str] = set()
-        while not entry.closed:
+        while not entry.is_closed:
             replica = await self._choose_replica(entry, full, deadline, wait_for_capacity)
             reply = await self._try_submit(entry, replica)
-            if reply == ACCEPTED and (entry.replica is replica or entry.closed):
-                entry.dispatching = False
+            if reply == ACCEPTED and (entry.replica is replica or entry.is_closed):
+                entry.is_dispatching = False
                 return
             self._detach(entry)
             entry.num_dispatches += 1
@@ -294,15 +295,15 @@ class RayEngineClient:
                 full.add(replica.name)
             elif reply not in (ACCEPTED, NOT_HERE):
                 raise ValueError(reply)
-            elif not entry.closed:
+            elif not entry.is_closed:
                 # It is dead or stops: the end of its connection will tell. Try another meanwhile.
-                replica.listed = False
+                replica.is_listed = False
                 await asyncio.sleep(0.05)
 
     async def _try_submit(self, entry: InFlightRequest, replica: ReplicaHandle) -> str:
         """The replica's reply."""
         assert replica.connection is not None
-        entry.replica, entry.dispatching = replica, True
+        entry.replica, entry.is_dispatching = replica, True
         wire_id = entry.wire_id
         replica.in_flight[wire_id] = entry
         request = dataclasses.replace(entry.request, id=wire_id, generated=tuple(entry.tokens))
@@ -323,9 +324,9 @@ class RayEngineClient:
         self, entry: InFlightRequest, full: set[str], deadline: float, wait_for_capacity: bool
     ) -> ReplicaHandle:
         while True:
-            usable = [replica for replica in self.replicas.values() if replica.usable]
-            if usable:
-                loads = {r.name: r.load for r in usable if r.name not in full}
+            is_usable = [replica for replica in self.replicas.values() if replica.is_usable]
+            if is_usable:
+                loads = {r.name: r.load for r in is_usable if r.name not in full}
                 if loads:
                     prompt, scope = entry.request.prompt, entry.request.cache_scope
                     return self.replicas[self.router.choose(prompt, loads, scope)]
@@ -338,9 +339,9 @@ class RayEngineClient:
             if remaining <= 0:
                 raise UnavailableError("no engine was found in time")
             self._poll_now.set()
-            async with self._changed:
+            async with self._change:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), min(remaining, 0.5))
+                    await asyncio.wait_for(self._change.wait(), min(remaining, 0.5))
 
     def _detach(self, entry: InFlightRequest) -> None:
         if entry.replica is not None:
@@ -348,7 +349,7 @@ class RayEngineClient:
             entry.replica = None
 
     def _abort(self, entry: InFlightRequest) -> None:
-        entry.closed = True
+        entry.is_closed = True
         replica = entry.replica
         if replica is None:
             return

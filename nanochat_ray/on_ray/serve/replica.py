@@ -104,7 +104,7 @@ class EngineReplica:
             return Connection(
                 self._on_message,
                 self._on_disconnected,
-                trusted=False,
+                is_trusted=False,
                 on_connected=self.handshakes.begin,
             )
 
@@ -156,10 +156,10 @@ class EngineReplica:
     # ---- what an ingress says
 
     def _on_message(self, connection: Connection, message: list[Any]) -> None:
-        if not connection.trusted:
+        if not connection.is_trusted:
             kind, secret, _ = message
             if kind == "handshake" and hmac.compare_digest(secret, self.secret):
-                connection.trusted = True
+                connection.is_trusted = True
                 self.handshakes.end(connection)
                 self.connections.add(connection)
                 connection.send("handshake", self.status())
