@@ -42,7 +42,7 @@ def test_one_of_many_gets_the_claim(root: Store) -> None:
         barrier.wait()
         try:
             acquire(root, "runs", "base")
-            outcomes.append("taken")
+            outcomes.append("acquired")
         except ValueError as error:
             outcomes.append(str(error))
 
@@ -51,7 +51,7 @@ def test_one_of_many_gets_the_claim(root: Store) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert outcomes.count("taken") == 1
+    assert outcomes.count("acquired") == 1
     assert len(outcomes) == 8
 
 
@@ -61,8 +61,8 @@ def test_dead_owner_loses_its_claim_at_once(root: Store) -> None:
         "from nanochat_ray.storage import Store; "
         "acquire(Store.at(sys.argv[1]), 'runs', 'base'); os._exit(9)"
     )
-    done = subprocess.run([sys.executable, "-c", program, root.uri], check=False)
-    assert done.returncode == 9
+    result = subprocess.run([sys.executable, "-c", program, root.uri], check=False)
+    assert result.returncode == 9
     acquire(root, "runs", "base").release()
 
 
@@ -101,11 +101,25 @@ def test_living_owner_of_another_machine_is_respected(
     monkeypatch.setattr(claim.time, "sleep", lambda seconds: threading.Event().wait(0.1))
     owner = replace(Owner.here("abc"), machine="another", host="another")
     folder = root.child("claims", "runs", "base")
-    folder.create("00000001.json", json.dumps(owner.__dict__).encode())
+    folder.create("00000001.json", owner.to_json().encode())
     living = claim.Claim(folder, 1, owner, "runs/base")
     with pytest.raises(ValueError, match=r"in use: process .* on another"):
         acquire(root, "runs", "base")
     living.release()
+
+
+def test_claims_of_earlier_versions_are_read(root: Store) -> None:
+    folder = root.child("claims", "runs", "base")
+    owner = Owner.here("abc")
+    values = {"token": "abc", "host": owner.host, "machine": owner.machine, "pid": owner.pid}
+    values |= {"started": owner.process_start, "renewed": owner.renewed_at, "released": False}
+    folder.write_text("00000001.json", json.dumps(values))
+    assert Owner.from_json(folder.read_bytes("00000001.json")) == owner
+    assert json.loads(owner.to_json()) == values
+    with pytest.raises(ValueError, match="is in use"):
+        acquire(root, "runs", "base")
+    folder.write_text("00000001.json", json.dumps(values | {"released": True}))
+    acquire(root, "runs", "base").release()
 
 
 @pytest.mark.parametrize("where", ["folder", "s3"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def take_over(root: Store) -> None:
     """As a successor on another machine does after this owner's lease."""
     folder = root.child("claims", "datasets", "data")
     owner = Owner.here("e" * 32)
-    assert folder.create("00000002.json", json.dumps(asdict(owner)).encode())
+    assert folder.create("00000002.json", owner.to_json().encode())
 
 
 @pytest.mark.parametrize("lost_before", ["tokenize", "gather", "manifest"])
@@ -74,7 +73,7 @@ def test_a_lost_claim_keeps_the_old_dataset(root: Store, text: str) -> None:
     def map_tasks(plan: Sequence[Any], work: Work, /) -> Iterator[TaskResult]:
         yield from map_serially(plan, work)
         folder = root.child("claims", "datasets", "data")
-        folder.write_text("00000009.json", json.dumps(asdict(Owner.here("e" * 32))))
+        folder.write_text("00000009.json", Owner.here("e" * 32).to_json())
 
     with pytest.raises(ClaimLostError):
         prepare_base(root.uri, "data", map_tasks=map_tasks, **options, seed=1)
