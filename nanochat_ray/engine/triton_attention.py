@@ -31,39 +31,64 @@ MIN_ROWS = 16
 
 
 @triton.jit
+def _load_block(pages_ptr, table_ptr, keys, present, kv_stride, first, D, d, SIZE: tl.constexpr):
+    """``[BLOCK_N, BLOCK_D]``: keys or values of one head at the positions ``keys``."""
+    pages = tl.load(table_ptr + keys // SIZE, mask=present, other=0)
+    # 64 bits: a cache may hold more than 2^31 values.
+    offsets = (pages.to(tl.int64) * SIZE + keys % SIZE) * kv_stride + first
+    mask = present[:, None] & (d < D)[None, :]
+    return tl.load(pages_ptr + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _online_softmax(scores, v_ND, top, total, sums_MD):
+    """Adds a tile of scores and values to the running maximum, sum of weights and sums."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    # A row that has attended to no key yet: any finite shift gives weights of 0.
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp(scores - shift[:, None])
+    decay = tl.exp(top - shift)
+    total = total * decay + tl.sum(weights, axis=1)
+    products = tl.dot(weights.to(v_ND.dtype), v_ND, input_precision="ieee")
+    return new_top, total, sums_MD * decay[:, None] + products
+
+
+@triton.jit
+def _attend(
+    q_MD, positions, k_ptr, v_ptr, table_ptr, kv_stride, first, start, end, window, scale, D, d,
+    BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The largest score, sum of weights and weighted sums over the keys ``start`` to ``end``."""
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    sums_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for at in range(start // BLOCK_N * BLOCK_N, end, BLOCK_N):
+        keys = at + tl.arange(0, BLOCK_N)
+        present = keys < end
+        k_ND = _load_block(k_ptr, table_ptr, keys, present, kv_stride, first, D, d, BLOCK_SIZE)
+        v_ND = _load_block(v_ptr, table_ptr, keys, present, kv_stride, first, D, d, BLOCK_SIZE)
+        scores = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale
+        visible = present[None, :] & (keys[None, :] <= positions[:, None])
+        if window >= 0:
+            visible = visible & (keys[None, :] >= positions[:, None] - window)
+        scores = tl.where(visible, scores, float("-inf"))
+        top, total, sums_MD = _online_softmax(scores, v_ND, top, total, sums_MD)
+    return top, total, sums_MD
+
+
+@triton.jit
 def _attention_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    partial_ptr,
-    cu_seqlens_q_ptr,
-    seqused_k_ptr,
-    block_table_ptr,
-    q_stride,
-    kv_stride,
-    table_stride,
-    tiles,
-    num_splits,
-    window,
-    scale,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, cu_seqlens_q_ptr, seqused_k_ptr, block_table_ptr,
+    q_stride, kv_stride, table_stride, tiles, num_splits, window, scale,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     """One tile of BLOCK_T tokens of one sequence, for one key/value head and one split of keys.
 
     Row r of the tile is token r // G and head r % G. SPLIT 0 is all keys. ``partial`` is float32
     ``[tiles, Hkv, splits, BLOCK_M, BLOCK_D + 2]``: sums, largest score, sum of weights.
     """
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
+    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = tile // tiles
     first = tl.load(cu_seqlens_q_ptr + sequence)
     count = tl.load(cu_seqlens_q_ptr + sequence + 1) - first
@@ -71,17 +96,14 @@ def _attention_kernel(
     if token >= count:
         return
     length = tl.load(seqused_k_ptr + sequence)
-    rows = tl.arange(0, BLOCK_M)
+    rows, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     tokens = token + rows // G
     inside = (rows < BLOCK_T * G) & (tokens < count)
     positions = length - count + tokens  # [BLOCK_M]
-    d = tl.arange(0, BLOCK_D)
-    # 64 bits: a cache may hold more than 2^31 values.
     q_offsets = (first + tokens).to(tl.int64) * q_stride + (kv_head * G + rows % G) * D
-    q_MD = tl.load(
-        q_ptr + q_offsets[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0
-    )
-    # Keys that any row of the tile sees.
+    q_mask = inside[:, None] & (d < D)[None, :]
+    q_MD = tl.load(q_ptr + q_offsets[:, None] + d[None, :], mask=q_mask, other=0.0)
+    # Keys that any row of the tile attends to.
     end = tl.minimum(length, length - count + token + BLOCK_T)
     start = 0
     if window >= 0:
@@ -89,49 +111,19 @@ def _attention_kernel(
     if SPLIT > 0:
         start = tl.maximum(start, split * SPLIT)
         end = tl.minimum(end, (split + 1) * SPLIT)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    sums_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    n = tl.arange(0, BLOCK_N)
-    for at in range(start // BLOCK_N * BLOCK_N, end, BLOCK_N):
-        keys = at + n
-        present = keys < end
-        pages = tl.load(
-            block_table_ptr + sequence * table_stride + keys // BLOCK_SIZE, mask=present, other=0
-        )
-        kv_offsets = (pages.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE) * kv_stride + kv_head * D
-        kv_mask = present[:, None] & (d < D)[None, :]
-        k_ND = tl.load(k_ptr + kv_offsets[:, None] + d[None, :], mask=kv_mask, other=0.0)
-        v_ND = tl.load(v_ptr + kv_offsets[:, None] + d[None, :], mask=kv_mask, other=0.0)
-        scores = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale
-        seen = present[None, :] & (keys[None, :] <= positions[:, None])
-        if window >= 0:
-            seen = seen & (keys[None, :] >= positions[:, None] - window)
-        scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        # A row that has seen no key yet: any finite shift gives weights of 0.
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp(scores - shift[:, None])
-        decay = tl.exp(top - shift)
-        total = total * decay + tl.sum(weights, axis=1)
-        sums_MD = sums_MD * decay[:, None] + tl.dot(
-            weights.to(v_ND.dtype), v_ND, input_precision="ieee"
-        )
-        top = new_top
+    top, total, sums_MD = _attend(
+        q_MD, positions, k_ptr, v_ptr, block_table_ptr + sequence * table_stride, kv_stride,
+        kv_head * D, start, end, window, scale, D, d, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     if SPLIT > 0:
         base = ((tile * tl.num_programs(1) + kv_head) * num_splits + split).to(tl.int64)
-        base = base * BLOCK_M * (BLOCK_D + 2)
-        line = partial_ptr + base + rows * (BLOCK_D + 2)
+        line = partial_ptr + (base * BLOCK_M + rows) * (BLOCK_D + 2)
         tl.store(line[:, None] + d[None, :], sums_MD)
         tl.store(line + BLOCK_D, top)
         tl.store(line + BLOCK_D + 1, total)
     else:
-        out = sums_MD / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(
-            out_ptr + q_offsets[:, None] + d[None, :],
-            out.to(out_ptr.dtype.element_ty),
-            mask=inside[:, None] & (d < D)[None, :],
-        )
+        out = (sums_MD / tl.where(total == 0.0, 1.0, total)[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + q_offsets[:, None] + d[None, :], out, mask=q_mask)
 
 
 @triton.jit

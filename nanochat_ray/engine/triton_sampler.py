@@ -46,72 +46,72 @@ def _ordered(x):
 
 
 @triton.jit
+def _top_k(keys, weights, inside, k):
+    """The k-th largest key, which fewer than k keys exceed, and the weight of the k largest."""
+    threshold = tl.zeros((), tl.uint32)
+    for bit in range(31, -1, -1):
+        trial = threshold + ((tl.full((), 1, tl.uint32) << bit) - 1)
+        above = tl.sum((inside & (keys > trial)).to(tl.int32), axis=0)
+        threshold = tl.where(above < k, threshold, trial + 1)
+    exceed = inside & (keys > threshold)
+    # Of the tokens as likely as the k-th only so many count that k are counted.
+    at = tl.max(tl.where(keys == threshold, weights, 0.0), axis=0)
+    missing = (k - tl.sum(exceed.to(tl.int32), axis=0)).to(tl.float64)
+    return threshold, tl.sum(tl.where(exceed, weights, 0.0), axis=0) + missing * at
+
+
+@triton.jit
+def _top_p(keys, weights, goal):
+    """The smallest key such that larger keys have less weight than ``goal``."""
+    threshold = tl.zeros((), tl.uint32)
+    for bit in range(31, -1, -1):
+        trial = threshold + ((tl.full((), 1, tl.uint32) << bit) - 1)
+        above = tl.sum(tl.where(keys > trial, weights, 0.0), axis=0)
+        threshold = tl.where(above < goal, threshold, trial + 1)
+    return threshold
+
+
+@triton.jit
+def _sample(x, ids, inside, k, top_p, min_p, uniform, vocab):
+    """The token of one row of log-weights ``x``, of which the largest is 0."""
+    if min_p > 0:
+        x = tl.where(x < tl.log(min_p), float("-inf"), x)
+    keys = _ordered(x)
+    weights = tl.where(inside & (x > float("-inf")), tl.exp(x), 0.0).to(tl.float64)
+    mass = tl.sum(weights, axis=0)
+    threshold = tl.zeros((), tl.uint32)
+    if (k > 0) & (k < vocab):
+        threshold, mass = _top_k(keys, weights, inside, k)
+    if top_p < 1:
+        threshold = tl.maximum(threshold, _top_p(keys, weights, top_p * mass))
+    # The likeliest token stays whatever rounding does.
+    weights = tl.where(inside & ((keys >= threshold) | (x == 0.0)), weights, 0.0)
+    target = uniform * tl.sum(weights, axis=0)
+    cumulative = tl.cumsum(weights, axis=0)
+    token = tl.sum((inside & (cumulative <= target)).to(tl.int32), axis=0)
+    # Another order of the sum may leave the last cumulative value below the total.
+    return tl.minimum(token, tl.max(tl.where(weights > 0, ids, 0), axis=0))
+
+
+@triton.jit
 def _sample_kernel(
-    logits_ptr,
-    tokens_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    seed_ptr,
-    position_ptr,
-    stride,
-    vocab,
-    INVALID_TOKEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits_ptr, tokens_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr,
+    position_ptr, stride, vocab, INVALID_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     ids = tl.arange(0, BLOCK)
     inside = ids < vocab
     x = tl.load(logits_ptr + row * stride + ids, mask=inside, other=float("-inf"))
-    bad = tl.sum((x != x).to(tl.int32), axis=0)
+    num_nan = tl.sum((x != x).to(tl.int32), axis=0)
     peak = tl.max(x, axis=0)
     token = tl.argmax(x, axis=0)
     temperature = tl.load(temperature_ptr + row)
-    fails = (bad > 0) | (peak == float("inf")) | (peak == float("-inf"))
+    fails = (num_nan > 0) | (peak == float("inf")) | (peak == float("-inf"))
     if (temperature > 0) & ~fails:
         x = tl.where(inside, (x - peak) / temperature, float("-inf"))
-        min_p = tl.load(min_p_ptr + row)
-        if min_p > 0:
-            x = tl.where(x < tl.log(min_p), float("-inf"), x)
-        keys = _ordered(x)
-        kept = inside & (x > float("-inf"))
-        weights = tl.where(kept, tl.exp(x), 0.0).to(tl.float64)
-        k = tl.load(top_k_ptr + row)
-        limited = (k > 0) & (k < vocab)
-        top_p = tl.load(top_p_ptr + row)
-        mass = tl.sum(weights, axis=0)
-        threshold = tl.zeros((), tl.uint32)
-        if limited:
-            # The smallest key that fewer than k keys exceed is the k-th largest.
-            for bit in range(31, -1, -1):
-                trial = threshold + ((tl.full((), 1, tl.uint32) << bit) - 1)
-                above = tl.sum((inside & (keys > trial)).to(tl.int32), axis=0)
-                threshold = tl.where(above < k, threshold, trial + 1)
-            exceed = inside & (keys > threshold)
-            # Of the tokens as likely as the k-th only so many count that k are counted.
-            at = tl.max(tl.where(keys == threshold, weights, 0.0), axis=0)
-            missing = (k - tl.sum(exceed.to(tl.int32), axis=0)).to(tl.float64)
-            mass = tl.sum(tl.where(exceed, weights, 0.0), axis=0) + missing * at
-        if top_p < 1:
-            goal = top_p * mass
-            nucleus = tl.zeros((), tl.uint32)
-            for bit in range(31, -1, -1):
-                trial = nucleus + ((tl.full((), 1, tl.uint32) << bit) - 1)
-                above = tl.sum(tl.where(keys > trial, weights, 0.0), axis=0)
-                nucleus = tl.where(above < goal, nucleus, trial + 1)
-            threshold = tl.maximum(threshold, nucleus)
-        # The likeliest token stays whatever rounding does.
-        kept = (keys >= threshold) | (x == 0.0)
-        weights = tl.where(inside & kept, weights, 0.0)
-        cumulative = tl.cumsum(weights, axis=0)
-        total = tl.sum(weights, axis=0)
-        seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-        target = _uniform(seed, position) * total
-        token = tl.sum((inside & (cumulative <= target)).to(tl.int32), axis=0)
-        # Another order of the sum may leave the last cumulative value below the total.
-        last = tl.max(tl.where(weights > 0, ids, 0), axis=0)
-        token = tl.minimum(token, last)
+        k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+        uniform = _uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row))
+        token = _sample(x, ids, inside, k, top_p, tl.load(min_p_ptr + row), uniform, vocab)
     tl.store(tokens_ptr + row, tl.where(fails, INVALID_TOKEN, token).to(tl.int64))
 
 

@@ -1,9 +1,9 @@
-"""Rejects names that are bare participles and terms that this project has replaced.
+"""Checks that ruff lacks: names that are bare participles or replaced terms, long functions.
 
-    python cluster/names.py FILE...
+    python cluster/lint.py FILE...
 
-Only names that a file binds are looked at: variables, arguments, attributes, functions, classes,
-aliases. Prints each with its place; status 1 if there is one.
+Names are those that a file binds: variables, arguments, attributes, functions, classes, aliases.
+Prints each finding with its file and line; status 1 if there is one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+MAX_LINES = 60
+LIMITED = tuple(f"nanochat_ray/{package}/" for package in ("engine", "serve", "train"))
+"""Folders whose functions have at most MAX_LINES."""
 IRREGULAR = frozenset(
     """begun bought brought built chosen come done drawn driven fallen felt flown forgotten found
     given gone got grown heard held hidden kept known laid led left lent lost made meant met paid
@@ -74,17 +77,31 @@ def reason(name: str) -> str:
     return "a bare participle: name the thing" if participle else ""
 
 
+def long_functions(tree: ast.AST) -> Iterator[tuple[str, int, int]]:
+    """(name, line, lines) of functions with more than MAX_LINES."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > MAX_LINES:
+                yield node.name, node.lineno, lines
+
+
 def main(files: list[str]) -> int:
-    names = rejected = 0
+    num_names, num_rejections, num_long = 0, 0, 0
     for file in files:
-        for name, line in bound_names(ast.parse(Path(file).read_text(), file)):
-            names += 1
+        tree = ast.parse(Path(file).read_text(), file)
+        for name, line in bound_names(tree):
+            num_names += 1
             if why := reason(name):
-                rejected += 1
+                num_rejections += 1
                 print(f"{file}:{line}: {name!r}: {why}")
-    share = rejected / max(1, names)
-    print(f"{names:,} bound names, {rejected} rejected ({share:.2%})", file=sys.stderr)
-    return 1 if rejected else 0
+        if file.startswith(LIMITED):
+            for name, line, lines in long_functions(tree):
+                num_long += 1
+                print(f"{file}:{line}: {name} has {lines} lines, {MAX_LINES} are allowed")
+    share = num_rejections / max(1, num_names)
+    print(f"{num_names:,} bound names, {num_rejections} rejected ({share:.2%})", file=sys.stderr)
+    return 1 if num_rejections or num_long else 0
 
 
 if __name__ == "__main__":
