@@ -1,19 +1,34 @@
-"""Decoding steps recorded once for each size of batch, and replayed: a launch for all kernels.
+"""CUDA graphs of decode steps: recorded once for each batch size, then replayed.
 
-A small model on a large GPU waits for Python to launch its kernels; a graph takes that away.
+A graph launches all kernels of a step at once, since a small model on a large GPU would otherwise
+wait for Python to launch them one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from nanochat_ray.engine.kvcache.attention_metadata import AttentionMetadata
 from nanochat_ray.engine.kvcache.base import Span
-from nanochat_ray.engine.kvcache.paged_cache import AttentionMetadata, PagedCache
-from nanochat_ray.engine.model import InferenceModel
+from nanochat_ray.engine.model import AttentionCache, InferenceModel
+
+
+class GraphCache(AttentionCache, Protocol):
+    """A KV cache whose steps are described by tensors (``kvcache.paged_cache.PagedCache``)."""
+
+    device: torch.device
+
+    def make_metadata(self, spans: Sequence[Span], num_tokens: int = 0) -> AttentionMetadata:
+        """The step of these spans, padded to at least ``num_tokens``."""
+        ...
+
+    def use(self, metadata: AttentionMetadata) -> None:
+        """Sets the step of the next forward."""
 
 
 @dataclass
@@ -22,31 +37,31 @@ class _Recording:
 
     graph: torch.cuda.CUDAGraph
     tokens: Tensor
-    """int64 ``[2, rows]``: the tokens, and those before them."""
+    """int64 ``[2, N]``: the tokens, and those before them."""
     metadata: AttentionMetadata
     logits: Tensor
 
 
 class DecodeGraphs:
-    """Graphs for 1, 2, 4, 8, ... rows up to ``most``, of one row for each sequence."""
+    """Graphs for 1, 2, 4, 8, ... tokens, the largest for at least ``max_num_tokens``."""
 
-    def __init__(self, model: InferenceModel, cache: PagedCache, most: int):
+    def __init__(self, model: InferenceModel, cache: GraphCache, max_num_tokens: int):
         self._model, self._cache = model, cache
         sizes = [1]
-        while sizes[-1] < most:
+        while sizes[-1] < max_num_tokens:
             sizes.append(2 * sizes[-1])
         self.largest = sizes[-1]
-        # The largest first: the others find room in the memory that it leaves.
+        # The largest first: the others share its memory pool.
         self._recordings: dict[int, _Recording] = {}
-        for rows in reversed(sizes):
-            self._recordings[rows] = self._record(rows)
+        for num_tokens in reversed(sizes):
+            self._recordings[num_tokens] = self._record(num_tokens)
 
     @torch.inference_mode()
-    def _record(self, rows: int) -> _Recording:
+    def _record(self, num_tokens: int) -> _Recording:
         device = self._cache.device
-        tokens = torch.zeros((2, rows), dtype=torch.int64, device=device)
-        metadata = self._cache.make_metadata([], rows).to(device)
-        # Libraries set themselves up in the first run, which must not be recorded.
+        tokens = torch.zeros((2, num_tokens), dtype=torch.int64, device=device)
+        metadata = self._cache.make_metadata([], num_tokens).to(device)
+        # Libraries initialise themselves in the first run, which must not be recorded.
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -55,7 +70,7 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         first = self._recordings.get(self.largest)
         pool = first.graph.pool() if first else None
-        # Another engine of this process may run meanwhile, in a thread of its own.
+        # Another engine of this process may run in its own thread at the same time.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logits = self._forward(tokens, metadata)
         return _Recording(graph, tokens, metadata, logits)
@@ -65,16 +80,16 @@ class DecodeGraphs:
         ids, before = tokens
         return self._model.logits(self._model.hidden(ids, before, self._cache))
 
-    def rows(self, count: int) -> int:
-        """Rows of the graph that runs so many, or 0 if there is none for as many."""
-        return 1 << (count - 1).bit_length() if count <= self.largest else 0
+    def padded_size(self, num_tokens: int) -> int:
+        """Tokens of the smallest graph for this many, or 0 if no graph is large enough."""
+        return 1 << (num_tokens - 1).bit_length() if num_tokens <= self.largest else 0
 
     def run(self, tokens: Tensor, spans: Sequence[Span]) -> Tensor:
-        """float32 logits ``[rows, V]`` of spans of one token each, and of padding; valid up to the
-        next run. ``tokens [2, rows]`` as in a recording."""
-        rows = tokens.size(1)
-        found = self._recordings[rows]
-        found.tokens.copy_(tokens)
-        found.metadata.copy_(self._cache.make_metadata(spans, rows))
-        found.graph.replay()
-        return found.logits
+        """float32 logits ``[N, V]`` of spans of one token each and of padding; valid until the next
+        run. ``tokens [2, N]`` as in a recording, with N a ``padded_size``."""
+        num_tokens = tokens.size(1)
+        recording = self._recordings[num_tokens]
+        recording.tokens.copy_(tokens)
+        recording.metadata.copy_(self._cache.make_metadata(spans, num_tokens))
+        recording.graph.replay()
+        return recording.logits

@@ -1,29 +1,6 @@
 """The engine: requests join and leave the running batch at every step.
 
-The way of one request:
-
-1. ``add`` checks it (``validate``), draws a seed if it has none, and queues a
-   ``scheduler.Sequence``: its tokens, and how many of them have keys and values.
-2. Each ``step`` ends what is past its deadline and asks the ``scheduler`` for a plan. That admits
-   whoever there is a slot for (priority, then the client that runs least, then who came first);
-   the slot's row of ``sampling_state`` is filled. The plan is a list of chunks: one token for each
-   decode, with guesses from ``draft`` behind it, then prompts under the token budget; before a
-   prompt's first chunk ``prefixes`` gives it what ``blocks`` knows of its beginning, and one whose
-   beginning another computes just now waits a step for it.
-3. The ``runner`` runs all chunks as rows of one forward; ``kv_cache`` (on a CPU: a slot for each
-   sequence) or ``paged_cache`` (on a GPU: ``blocks``) keeps their keys and values and attends.
-   Back come logits for the rows that want some.
-4. ``sampling_state`` bends them (bias, penalties, bans, ``grammar``), ``sampler`` chooses tokens: a
-   pure function of (logits, parameters, seed, position); ``scores`` finds log-probabilities.
-   The step is ``launched``.
-5. ``_extend`` decides what a token means: guesses hold up to the first wrong one; a token may end
-   the answer or, through ``tools``, force others. What is new leaves as an ``Output``.
-
-On a GPU steps overlap: while one runs, the next is planned and launched, with tokens that only the
-GPU knows. What turns out to have ended by then, or to go on as a tool wants, ran in vain.
-
-Who is preempted waits with its tokens, which are then computed as they were the first time.
-Not thread-safe: ``loop.EngineLoop`` is.
+``README.md`` describes the life of a request. Not thread-safe; ``loop.EngineLoop`` is.
 """
 
 from __future__ import annotations
@@ -37,34 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat_ray.engine.acceptance import Acceptance, accept_tokens
+from nanochat_ray.engine.admission import Admitter
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.grammar import Grammars
-from nanochat_ray.engine.kvcache.prefixes import CopiedPrefixes
-from nanochat_ray.engine.launched import Launched, Ran, launch
-from nanochat_ray.engine.request import Finish, Output, Request, TokenLogprob
+from nanochat_ray.engine.in_flight import ForwardOutput, InFlightStep, sample
+from nanochat_ray.engine.prefill_cost import PrefillCostModel
+from nanochat_ray.engine.request import Output, Request, TokenLogprob
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
-from nanochat_ray.engine.scheduler import (
-    CHUNK_PER_DECODE,
-    DOUBLING_WIDTHS,
-    Chunk,
-    Scheduler,
-    Sequence,
-)
+from nanochat_ray.engine.scheduler import ScheduledChunk, Scheduler
 from nanochat_ray.engine.scores import PromptScores
+from nanochat_ray.engine.sequence import Sequence
 from nanochat_ray.engine.stats import Stats
-from nanochat_ray.engine.tools import Tool, ToolState
+from nanochat_ray.engine.tools import Tool
 from nanochat_ray.model.gpt import GPT
 
 logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Answers requests over one model, which it takes over (dtype and memory layout may change).
+    """Generates the outputs of requests with one model, whose weights it copies.
 
     Equal requests with equal seeds get equal tokens, whatever runs beside them, however prompts
-    are cut into chunks, and after preemption or a move to another engine.
+    are split into chunks, and after preemption or a move to another engine.
     """
 
     def __init__(
@@ -74,36 +47,33 @@ class Engine:
         tool: Tool | None = None,
         token_bytes: SequenceOf[bytes] | None = None,
     ):
-        """``token_bytes[t]`` is token t's text (empty: none); without, grammars are refused."""
-        self.config, self.tool = config, tool
+        """``token_bytes[t]`` is the text of token t (empty: none). Without it, requests with a
+        grammar are rejected."""
+        self.config = config
         self.max_model_len = config.max_model_len or model.config.sequence_len
         self.vocab_size = model.config.vocab_size
         self.runner = Runner(model, config, self.max_model_len)
-        self._prefixes = self.runner.prefixes(config.prefix_cache_tokens)
         self._sampling = SamplingState(config.max_num_seqs, self.vocab_size, self.runner.device)
         self.scheduler = Scheduler(
-            slots=config.max_num_seqs,
+            kv_cache=self.runner.kv_manager,
+            num_slots=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             prefill_chunk=config.prefill_chunk,
             max_queue_size=config.max_queue_size,
-            chunk_per_decode=CHUNK_PER_DECODE,
-            doubling=DOUBLING_WIDTHS * model.config.n_embd,
-            draft_tokens=config.num_speculative_tokens,
-            draft_rows=config.speculative_disable_by_batch_size,
-            on_draft=self._draft,
-            on_admit=self._sampling.admit,
-            on_begin=None if self._prefixes is None else self._prefixes.begin,
-            blocks=self.runner.blocks,
-            on_blocks=self.runner.assign,
+            prefill_cost=PrefillCostModel.of_width(model.config.n_embd),
+            num_speculative_tokens=config.num_speculative_tokens,
+            speculative_disable_by_batch_size=config.speculative_disable_by_batch_size,
         )
         self._grammars = Grammars(token_bytes, self.vocab_size) if token_bytes else None
+        self._admitter = Admitter(config, self.max_model_len, self.vocab_size, tool, self._grammars)
         self._async_scheduling = config.async_scheduling == "on" or (
             config.async_scheduling == "auto" and self.runner.device.type == "cuda"
         )
-        self._flying: Launched | None = None
-        """The last step, where it may still run."""
+        self._in_flight: InFlightStep | None = None
+        """The last step, if its tokens are not committed yet."""
         self._sequences: dict[str, Sequence] = {}
         self._ready: list[Output] = []
+        """Outputs that the next ``step`` returns."""
         self._stats = Stats(slots=config.max_num_seqs, kernels=self.runner.kernels)
 
     @property
@@ -111,91 +81,35 @@ class Engine:
         return bool(self._sequences or self._ready)
 
     def validate(self, request: Request) -> None:
-        """ValueError if this engine can never answer it. Any thread may call it."""
-        tokens = (*request.prompt, *request.generated)
-        if not request.prompt:
-            raise ValueError("prompt: it must hold at least one token")
-        if len(tokens) + min(1, request.params.max_tokens) > self.max_model_len:
-            raise ValueError(
-                f"prompt has {len(tokens)} tokens, but the context holds {self.max_model_len} "
-                "together with at least one token of the answer"
-            )
-        for name, ids in (
-            ("prompt", tokens),
-            ("logit_bias", tuple(request.params.logit_bias)),
-            ("stop_ids", request.params.stop_ids),
-            ("eos_ids", request.params.eos_ids),
-        ):
-            wrong = next((t for t in ids if not 0 <= t < self.vocab_size), None)
-            if wrong is not None:
-                allowed = f"token ids from 0 to {self.vocab_size - 1}"
-                raise ValueError(f"{name}={wrong} is not allowed: {allowed}")
-        if request.params.grammar is not None:
-            if self._grammars is None:
-                raise ValueError("grammar: this engine does not know the text of its tokens")
-            self._grammars.check(request.params.grammar)
+        """ValueError if this engine can never process the request. Any thread may call it."""
+        self._admitter.validate(request)
 
     def prepare(self, request: Request) -> Future[Any] | None:
         """What ``validate`` and ``add`` would wait for: its grammar is compiled. None without."""
-        grammar = request.params.grammar
-        return self._grammars.compile(grammar) if self._grammars and grammar else None
+        return self._admitter.prepare(request)
 
     def add(self, request: Request) -> None:
         """Raises ValueError (see ``validate``; or its id is in use) or EngineFull."""
         self.validate(request)
         if request.id in self._sequences:
             raise ValueError(f"id={request.id!r} is in use by another request")
-        request = request.seeded()
-        params, grammar = request.params, None
-        if self._grammars is not None and params.grammar is not None:
-            limit = min(params.max_tokens, self.max_model_len - len(request.prompt))
-            grammar = self._grammars.start(params.grammar, params.ending, request.generated, limit)
-        sequence = Sequence(
-            request=request,
-            tokens=[*request.prompt, *request.generated],
-            seed=params.seed or 0,
-            limit=min(self.max_model_len, len(request.prompt) + params.max_tokens),
-            # What a tool writes would not follow the grammar.
-            tool=ToolState(self.tool) if self.tool and grammar is None else None,
-            grammar=grammar,
-            ending=params.ending,
-            prompts=[(0, len(request.prompt))],
-            # Whoever made a part of the answer has told them.
-            prompt_scores=None if params.prompt_logprobs is None or request.generated else [],
-        )
-        if self.config.num_speculative_tokens:
-            sequence.lookup = PromptLookup(self.config.prompt_lookup_max)
-        due: list[int] = []
-        if sequence.tool is not None:
-            due, written = sequence.tool.replay(request.generated)
-            first = len(request.prompt)
-            sequence.prompts += [(first + start, first + end) for start, end in written]
-        finish = self._finish(sequence, request.generated[-1]) if request.generated else None
-        complete = finish is None and sequence.grammar is not None and sequence.grammar.finished
-        finish = "stop" if complete else finish
-        if finish is not None:
-            due = []
-        elif due:
-            # The engine before this one was lost while it wrote a tool's output.
-            due = due[: sequence.limit - len(sequence.tokens)]
-            sequence.tokens += due
-            finish = "length" if len(sequence.tokens) >= sequence.limit else None
-        if finish is None:
-            self.scheduler.add(sequence)
-            self._sequences[request.id] = sequence
-        if finish or due:
+        admission = self._admitter.admit(request.seeded())
+        if admission.finish is None:
+            self.scheduler.add(admission.sequence)
+            self._sequences[request.id] = admission.sequence
+        if admission.finish or admission.tool_tokens:
             self._ready.append(
                 Output(
                     request_id=request.id,
-                    tokens=due,
-                    forced=list(range(len(due))),
-                    finish=finish,
-                    complete=complete,
+                    tokens=admission.tool_tokens,
+                    forced=list(range(len(admission.tool_tokens))),
+                    finish=admission.finish,
+                    complete=admission.completes_grammar,
                 )
             )
 
     def abort(self, request_id: str) -> bool:
-        """Frees what the request holds, at once; False if there is no such request."""
+        """Releases what the request has, at once; False if there is no such request."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return False
@@ -205,212 +119,175 @@ class Engine:
         return True
 
     def preempt(self, request_id: str) -> None:
-        """Makes a running request give its slot back and wait; its tokens will be the same."""
+        """Makes a running request wait without its slot; its tokens will be the same."""
         sequence = self._sequences[request_id]
         if sequence.slot >= 0:
             self.scheduler.preempt(sequence)
 
     def reset(self) -> list[str]:
-        """Forgets every request; returns their ids."""
-        lost, self._flying = list(self._sequences), None
+        """Removes every request; returns their ids."""
+        request_ids, self._in_flight = list(self._sequences), None
         for sequence in self._sequences.values():
             self.scheduler.remove(sequence)
         self._sequences.clear()
         self._ready.clear()
-        return lost
+        return request_ids
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """One forward of the batch. At most two outputs for each request that got tokens or ended,
-        the earlier one first.
+        """One forward of the batch. At most two outputs for each request that got tokens or
+        finished, the earlier one first.
 
-        Where steps overlap, outputs are of the step before, which was still running, and of this
-        one only if the next cannot be launched without knowing them.
+        With asynchronous scheduling the outputs are those of the previous step, which was still in
+        flight, and of this one only if the next cannot be planned without its tokens.
         """
-        began, flying = time.perf_counter(), self._flying
+        start, previous = time.perf_counter(), self._in_flight
         outputs, self._ready = self._ready, []
-        if flying is None:
+        if previous is None:
             outputs += self._expire(time.time())
-        flown = flying.assume() if flying is not None else None
-        try:
-            chunks = self.scheduler.plan()
-            ran = self._run(chunks, flown) if chunks else None
-            launched: Launched | None = None
-            if ran is not None and not ran.waits:
-                launched = launch(ran, self._sampling, self._grammars, flown)
-        finally:
-            if flying is not None:
-                flying.forget()
-        self._flying = None
-        if flying is not None:
-            outputs += self._land(flying)
+        plan = self.scheduler.plan()
+        for sequence in plan.admitted:
+            self._sampling.admit(sequence)
+        previous_ids = previous.input_ids() if previous is not None else None
+        forward = self._run(plan.chunks, previous_ids) if plan.chunks else None
+        step: InFlightStep | None = None
+        if forward is not None and not forward.needs_previous_tokens:
+            step = sample(forward, self._sampling, self._grammars, previous_ids)
+        if previous is not None:
+            self._in_flight = None
+            outputs += self._commit(previous)
             outputs += self._expire(time.time())
-        if ran is not None and ran.waits:
-            launched = launch(ran, self._sampling, self._grammars)
-        if launched is not None:
-            guesses = self.scheduler.may_guess(len(launched.chunks))
-            if self._async_scheduling and launched.leads and not guesses:
-                self._flying = launched
+        if forward is not None and forward.needs_previous_tokens:
+            step = sample(forward, self._sampling, self._grammars)
+        if step is not None:
+            if self._may_stay_in_flight(step):
+                self._keep_in_flight(step)
             else:
-                outputs += self._land(launched)
-        if chunks or flying:
-            self._stats.steps += bool(chunks)
-            self._stats.step_seconds += time.perf_counter() - began
+                outputs += self._commit(step)
+        if plan.chunks or previous:
+            self._stats.steps += bool(plan.chunks)
+            self._stats.step_seconds += time.perf_counter() - start
         return outputs
 
     def _expire(self, now: float) -> list[Output]:
         outputs = []
         for s in self.scheduler.expire(now):
             del self._sequences[s.request.id]
-            made, late = len(s.tokens) - len(s.request.prompt), now - (s.request.deadline or now)
-            why = f"deadline: it passed {late:.3f} s ago, with {made} tokens of the answer made"
+            count = len(s.tokens) - len(s.request.prompt)
+            delay = now - (s.request.deadline or now)
+            why = f"deadline: it passed {delay:.3f} s ago, with {count} tokens of the answer made"
             outputs.append(Output(request_id=s.request.id, finish="error", error=why))
         return outputs
 
-    @staticmethod
-    def _draft(sequence: Sequence, most: int) -> list[int]:
-        if sequence.lookup is None:
-            return []
-        draft = sequence.lookup.propose(sequence.tokens, most)
-        return draft[: sequence.grammar.agreed(draft)] if draft and sequence.grammar else draft
-
-    def _run(self, chunks: list[Chunk], flown: Tensor | None) -> Ran:
-        logits = self.runner.run(chunks, flown)
-        scored = PromptScores(chunks, logits) if any(c.scores for c in chunks) else None
-        sampling: list[tuple[int, Chunk]] = []
-        row = 0
+    def _run(self, chunks: list[ScheduledChunk], previous_ids: Tensor | None) -> ForwardOutput:
+        logits = self.runner.run(chunks, previous_ids)
+        scores = PromptScores(chunks, logits) if any(c.scores_prompt for c in chunks) else None
+        sampling_chunks: list[tuple[int, ScheduledChunk]] = []
+        num_logits = 0
         for chunk in chunks:
-            s, count = chunk.sequence, chunk.rows
-            s.computed = chunk.start + chunk.count
-            row += count
-            if not chunk.decode:
-                self._stats.prompt_tokens += chunk.count
-                if self._prefixes is not None and chunk.start < len(s.request.prompt):
-                    self._prefixes.keep(s)
-            if count and chunk.samples:
-                sampling.append((row - 1 - len(chunk.draft), chunk))
-        return Ran(logits, sampling, scored)
+            s = chunk.sequence
+            s.num_computed_tokens = chunk.end
+            num_logits += chunk.num_logits
+            if not chunk.is_decode:
+                self._stats.prompt_tokens += chunk.num_tokens
+                if chunk.start < len(s.request.prompt):
+                    self.runner.kv_manager.commit(s)
+            if chunk.samples:
+                sampling_chunks.append((num_logits - 1 - len(chunk.draft), chunk))
+        return ForwardOutput(logits, sampling_chunks, scores)
 
-    def _land(self, launched: Launched) -> list[Output]:
-        """Takes the tokens that were chosen, as far as they hold."""
-        chosen, scores = launched.results()
+    def _may_stay_in_flight(self, step: InFlightStep) -> bool:
+        """Whether the next step can be planned before the tokens of this one are known: every
+        sequence gets exactly one token, and no draft tokens, which depend on it, will be added."""
+        can_speculate = self.scheduler.can_speculate(len(step.chunks))
+        return self._async_scheduling and not step.has_draft and not can_speculate
+
+    def _keep_in_flight(self, step: InFlightStep) -> None:
+        self._in_flight = step
+        for row, chunk in enumerate(step.chunks):
+            if chunk.sequence.needs_token_at(chunk.end):
+                chunk.sequence.num_placeholders, chunk.sequence.placeholder_row = 1, row
+
+    def _commit(self, step: InFlightStep) -> list[Output]:
+        """Appends the tokens of a step to the sequences that still need them."""
+        token_ids, logprobs = step.wait()
         outputs: list[Output] = []
-        pairs: list[tuple[int, int]] = []
-        at = 0
-        for chunk in launched.chunks:
-            here, slot = slice(at, at + 1 + len(chunk.draft)), chunk.sequence.slot
-            at = here.stop
-            if not chunk.samples:
-                continue  # it ended, or a tool wrote, after this had been launched
+        new_tokens: list[tuple[int, int]] = []  # slot and token
+        first = 0
+        for chunk in step.chunks:
+            s, rows = chunk.sequence, slice(first, first + 1 + len(chunk.draft))
+            first, slot = rows.stop, s.slot
+            s.num_placeholders = 0
+            if not s.needs_token_at(chunk.end):
+                continue  # it finished, or a tool call ended, after this step had been planned
             try:
-                outputs.append(self._extend(chunk, chosen[here], scores[here]))
-            except Exception as error:  # of a tool, say: the others of the step have their tokens
-                logger.exception("request %s failed", chunk.sequence.request.id)
-                outputs.append(self._give_up(chunk.sequence, f"{type(error).__name__}: {error}"))
+                outputs.append(self._extend(chunk, token_ids[rows], logprobs[rows]))
+            except Exception as error:  # of a tool, for example: it concerns this request alone
+                logger.exception("request %s failed", s.request.id)
+                outputs.append(self._fail(s, f"{type(error).__name__}: {error}"))
                 continue
             self._stats.generated_tokens += len(outputs[-1].tokens)
-            if slot >= 0:  # who was put off meanwhile is counted anew
-                pairs += [(slot, token) for token in outputs[-1].tokens]
-        self._sampling.count([slot for slot, _ in pairs], [token for _, token in pairs])
+            if slot >= 0:  # a preempted sequence is counted when it is admitted again
+                new_tokens += [(slot, token) for token in outputs[-1].tokens]
+        self._sampling.count([s for s, _ in new_tokens], [token for _, token in new_tokens])
         return outputs
 
-    def _extend(self, chunk: Chunk, chosen: list[int], scores: list[TokenLogprob | None]) -> Output:
-        """Takes the tokens chosen after a chunk, up to the first that was guessed wrong."""
+    def _extend(
+        self, chunk: ScheduledChunk, sampled_ids: list[int], logprobs: list[TokenLogprob | None]
+    ) -> Output:
+        """Appends the tokens sampled behind a chunk, and finishes the sequence if it is done."""
         s = chunk.sequence
-        asked = s.request.params.logprobs is not None
-        first = len(s.tokens) == len(s.request.prompt)
-        made: list[int] = []
-        forced: list[int] = []
-        complete, error = False, None
-        finish: Finish | None = "length" if len(s.tokens) >= s.limit else None
-        while finish is None:
-            i = len(made)
-            token = chosen[i]
-            if not 0 <= token < self.vocab_size:
-                error, finish = self._no_token(s), "error"
-                break
-            s.tokens.append(token)
-            made.append(token)
-            finish = self._finish(s, token)
-            if finish != "stop" and s.grammar is not None:
-                s.grammar.feed([token])
-                if (reason := s.grammar.error) is not None:
-                    error, finish = reason, "error"
-                elif complete := s.grammar.finished:
-                    finish = "stop"
-            if finish is None and s.tool is not None:
-                forced = s.tool.feed(token)[: s.limit - len(s.tokens)]
-                if forced:
-                    s.computed = min(s.computed, len(s.tokens) - 1)
-                    s.prompts.append((len(s.tokens) - 1, len(s.tokens) + len(forced)))
-                    s.tokens += forced
-                    finish = "length" if len(s.tokens) >= s.limit else None
-                    break
-            if i == len(chunk.draft) or chunk.draft[i] != token:
-                break
-            s.computed += 1
+        is_first = len(s.tokens) == len(s.request.prompt)
+        result = accept_tokens(s, chunk.draft, sampled_ids, self.vocab_size)
         self._stats.drafted += len(chunk.draft)
-        self._stats.draft_accepted += max(0, len(made) - 1)
-        if finish is not None:
+        self._stats.draft_accepted += max(0, len(result.tokens) - 1)
+        if result.finish is not None:
             self.scheduler.remove(s)
             del self._sequences[s.request.id]
             self._stats.finished += 1
+        return self._make_output(s, result, is_first, logprobs)
+
+    @staticmethod
+    def _make_output(
+        s: Sequence, result: Acceptance, is_first: bool, logprobs: list[TokenLogprob | None]
+    ) -> Output:
+        count, num_tool_tokens = len(result.tokens), len(result.tool_tokens)
+        needs_logprobs = s.request.params.logprobs is not None
         return Output(
             request_id=s.request.id,
-            tokens=made + forced,
-            forced=list(range(len(made), len(made) + len(forced))),
-            finish=finish,
-            error=error,
-            complete=complete,
-            cached_tokens=s.cached if first else 0,
-            logprobs=[*scores[: len(made)], *[None] * len(forced)] if asked else None,
-            prompt_logprobs=s.prompt_scores if first and error is None else None,
+            tokens=result.tokens + result.tool_tokens,
+            forced=list(range(count, count + num_tool_tokens)),
+            finish=result.finish,
+            error=result.error,
+            complete=result.completes_grammar,
+            cached_tokens=s.num_cached_tokens if is_first else 0,
+            logprobs=[*logprobs[:count], *[None] * num_tool_tokens] if needs_logprobs else None,
+            prompt_logprobs=s.prompt_logprobs if is_first and result.error is None else None,
         )
 
-    def _give_up(self, sequence: Sequence, reason: str) -> Output:
-        """Ends a request that failed, and no other."""
-        if not sequence.ended:
+    def _fail(self, sequence: Sequence, reason: str) -> Output:
+        """Finishes one request with an error."""
+        if not sequence.is_finished:
             self.scheduler.remove(sequence)
         self._sequences.pop(sequence.request.id, None)
         self._stats.finished += 1
         return Output(request_id=sequence.request.id, finish="error", error=reason)
 
-    @staticmethod
-    def _no_token(sequence: Sequence) -> str:
-        """Why a row has no token: the others of its step have theirs."""
-        if sequence.grammar is not None and sequence.grammar.error is not None:
-            return sequence.grammar.error
-        return f"logits: they are not finite at position {len(sequence.tokens)}"
-
-    @staticmethod
-    def _finish(sequence: Sequence, token: int) -> Finish | None:
-        if token in sequence.ending:
-            return "stop"
-        return "length" if len(sequence.tokens) >= sequence.limit else None
-
     def stats(self) -> Stats:
-        stats, scheduler = self._stats, self.scheduler
+        stats, scheduler, kv_manager = self._stats, self.scheduler, self.runner.kv_manager
         stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
-        if scheduler.blocks is None:
-            held = sum(s.computed for s in scheduler.running)
-            stats.kv_used = held / (self.config.max_num_seqs * self.max_model_len)
-        else:
-            stats.kv_used = scheduler.blocks.usage
-        stats.preemptions = scheduler.preemptions
-        if self._prefixes is not None:
-            known = self._prefixes.blocks
-            stats.prefix_queried, stats.prefix_hit = known.num_lookup_tokens, known.num_hit_tokens
+        stats.kv_used = kv_manager.usage(scheduler.running)
+        stats.preemptions = scheduler.num_preemptions
+        stats.prefix_queried = kv_manager.num_lookup_tokens
+        stats.prefix_hit = kv_manager.num_hit_tokens
         return stats
 
     def check_integrity(self) -> None:
-        """AssertionError if a slot, a block or a request has leaked. Cheap; meant for when idle."""
+        """AssertionError if a slot, memory or a request has leaked. Cheap; meant for when idle."""
         self.scheduler.check_integrity()
-        if isinstance(self._prefixes, CopiedPrefixes):
-            self._prefixes.blocks.check_integrity([])
-        known = {*self.scheduler.running, *self.scheduler.waiting}
-        assert known == set(self._sequences.values()), "a sequence is queued but unknown, or lost"
-        coming = self._flying is not None
+        queues = {*self.scheduler.running, *self.scheduler.waiting}
+        assert queues == set(self._sequences.values()), "a sequence is lost, or not in a queue"
         for sequence in self.scheduler.running:
-            assert 0 <= sequence.computed < len(sequence.tokens) + coming
-            assert len(sequence.tokens) <= sequence.limit
-            assert sequence.late < 0
+            assert 0 <= sequence.num_computed_tokens < sequence.num_tokens
+            assert len(sequence.tokens) <= sequence.max_length
+            assert sequence.num_placeholders <= (self._in_flight is not None)

@@ -65,7 +65,7 @@ class EngineLoop:
                 raise RuntimeError("the engine is stopping")
             if request.id in self._ids:
                 raise ValueError(f"id={request.id!r} is in use by another request")
-            if self._engine.scheduler.room - self._arriving - len(self._inbox) <= 0:
+            if self._engine.scheduler.queue_capacity - self._arriving - len(self._inbox) <= 0:
                 waiting = self._engine.config.max_queue_size
                 raise EngineFull(f"max_queue_size={waiting} requests are waiting already")
             self._ids.add(request.id)

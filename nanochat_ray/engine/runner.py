@@ -9,22 +9,54 @@ import torch
 from torch import Tensor
 
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.engine.cuda_graphs import DecodeGraphs
 from nanochat_ray.engine.kernels import native
 from nanochat_ray.engine.kvcache.base import Span
-from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator
-from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
-from nanochat_ray.engine.kvcache.memory import check_slots, make_allocator
-from nanochat_ray.engine.kvcache.paged_cache import PagedCache
-from nanochat_ray.engine.kvcache.prefixes import CopiedPrefixes, SharedPrefixes
-from nanochat_ray.engine.kvcache.slot_cache import SlotCache
+from nanochat_ray.engine.kvcache.build import build_kv_cache
 from nanochat_ray.engine.model import InferenceModel
 from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.sampler import insert
-from nanochat_ray.engine.scheduler import Chunk, Sequence
-from nanochat_ray.machine import free_memory, send, use_triton
+from nanochat_ray.engine.scheduler import ScheduledChunk
+from nanochat_ray.engine.sequence import PLACEHOLDER
+from nanochat_ray.machine import send, use_triton
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.precision import DTYPES
+
+
+class StepInputs:
+    """The flat tokens of a step, chunk by chunk."""
+
+    def __init__(self, chunks: SequenceOf[ScheduledChunk]):
+        self.token_ids: list[int] = []
+        self.previous_ids: list[int] = []
+        """The token before each, of the same sequence; -1 where there is none."""
+        self.spans: list[Span] = []
+        self.logits_indices: list[int] = []
+        """Tokens whose logits are needed."""
+        self.placeholders: list[tuple[int, int]] = []
+        """Index of a token that the previous step samples, and its row there."""
+        for chunk in chunks:
+            self._add(chunk)
+            num_tokens = len(self.token_ids)
+            self.logits_indices += range(num_tokens - chunk.num_logits, num_tokens)
+
+    def _add(self, chunk: ScheduledChunk) -> None:
+        tokens, slot, start = chunk.sequence.tokens, chunk.sequence.slot, chunk.start
+        self.previous_ids.append(tokens[start - 1] if start else -1)
+        if chunk.input_from_previous_step is not None:
+            self.placeholders.append((len(self.token_ids), chunk.input_from_previous_step))
+            self.token_ids.append(PLACEHOLDER)
+            self.spans.append(Span(slot, start, 1, chunk.is_decode))
+        elif chunk.num_tokens == 1 and not chunk.draft:
+            self.token_ids.append(tokens[start])
+            self.spans.append(Span(slot, start, 1, chunk.is_decode))
+        else:
+            ids = [*tokens[start : chunk.end], *chunk.draft]
+            self.token_ids += ids
+            self.previous_ids += ids[:-1]
+            if chunk.is_decode:
+                self.spans += [Span(slot, start + i, 1, True) for i in range(len(ids))]
+            else:
+                self.spans.append(Span(slot, start, chunk.num_tokens, False))
 
 
 class Runner:
@@ -50,94 +82,51 @@ class Runner:
             device=self.device,
             native=self.native,
         )
-        self.min_rows = self.model.min_num_tokens
-        self.blocks: BlockAllocator | None = None
-        """Where the layout is paged: the accounting of its memory."""
-        self.cache: SlotCache | PagedCache
-        self._graphs: DecodeGraphs | None = None
-        free, place = free_memory(self.device), (dtype, self.device, self.min_rows)
-        if not self._paged(config):
-            check_slots(model.config, config, max_model_len, dtype, free, self.native is not None)
-            slots = config.max_num_seqs
-            self.cache = SlotCache(model.config, slots, max_model_len, *place, self.native)
-            return
-        size = BLOCK_SIZE
-        self.blocks = make_allocator(model.config, config, max_model_len, dtype, free, size)
-        self.cache = PagedCache(
-            model.config, self.blocks, config.max_num_seqs, max_model_len, *place
+        self.min_num_tokens = self.model.min_num_tokens
+        self.cache, self.kv_manager = build_kv_cache(
+            model.config,
+            config,
+            max_model_len,
+            dtype,
+            self.device,
+            self.min_num_tokens,
+            self.native,
         )
-        if self.device.type == "cuda":
-            rows = config.max_num_seqs * (1 + config.num_speculative_tokens)
-            if config.speculative_disable_by_batch_size:
-                rows = min(rows, max(config.max_num_seqs, config.speculative_disable_by_batch_size))
-            self._graphs = DecodeGraphs(self.model, self.cache, rows)
-
-    def _paged(self, config: EngineConfig) -> bool:
-        on_gpu = self.device.type == "cuda"
-        return on_gpu if config.kv_layout == "auto" else config.kv_layout == "paged"
-
-    def prefixes(self, tokens: int) -> CopiedPrefixes | SharedPrefixes | None:
-        """What keeps the beginnings of prompts; ``tokens`` is how many, where they are copies."""
-        if tokens < BLOCK_SIZE:
-            return None
-        if self.blocks is not None:
-            return SharedPrefixes(self.blocks)
-        assert isinstance(self.cache, SlotCache)
-        return CopiedPrefixes(self.cache, tokens)
-
-    def assign(self, sequence: Sequence) -> None:
-        """Tells the cache which blocks a running sequence holds."""
-        assert isinstance(self.cache, PagedCache)
-        self.cache.set_block_tables(sequence.slot, sequence.blocks)
+        max_decodes = config.max_num_seqs * (1 + config.num_speculative_tokens)
+        if limit := config.speculative_disable_by_batch_size:
+            max_decodes = min(max_decodes, max(config.max_num_seqs, limit))
+        self._graphs = self.cache.decode_graphs(self.model, max_decodes)
 
     @torch.inference_mode()
-    def run(self, chunks: SequenceOf[Chunk], flown: Tensor | None = None) -> Tensor:
-        """float32 logits ``[R, V]`` after those rows of each chunk that it wants (its last
-        ``Chunk.rows``), chunk by chunk.
+    def run(
+        self, chunks: SequenceOf[ScheduledChunk], previous_step_ids: Tensor | None = None
+    ) -> Tensor:
+        """float32 logits ``[R, V]`` of the last ``num_logits`` tokens of each chunk, in order.
 
-        ``flown`` int64 ``[S]`` holds, on the device, the tokens that the step before chose: those
-        of sequences that are ``late``.
+        ``previous_step_ids`` int64 ``[S]`` holds, on the device, the tokens that the previous step
+        sampled, if chunks have ``input_from_previous_step``.
         """
-        ids: list[int] = []
-        before: list[int] = []
-        spans: list[Span] = []
-        last: list[int] = []
-        unknown: list[tuple[int, int]] = []
-        for chunk in chunks:
-            tokens, slot, start = chunk.sequence.tokens, chunk.sequence.slot, chunk.start
-            before.append(tokens[start - 1] if start else -1)
-            if chunk.sequence.late >= 0:
-                unknown.append((len(ids), chunk.sequence.late))
-            if chunk.count == 1 and not chunk.draft:
-                spans.append(Span(slot, start, 1, chunk.decode))
-                ids.append(tokens[start])
-            else:
-                run = tokens[start : start + chunk.count] + list(chunk.draft)
-                ids += run
-                before += run[:-1]
-                if chunk.decode:  # each row by itself, as one by one
-                    spans += [Span(slot, start + i, 1, True) for i in range(len(run))]
-                else:
-                    spans.append(Span(slot, start, chunk.count, False))
-            last += range(len(ids) - chunk.rows, len(ids))
-        graphs = self._graphs if all(chunk.decode for chunk in chunks) else None
-        recorded = graphs.rows(len(ids)) if graphs else 0
-        rows = recorded or self.cache.prepare(spans)
-        table = np.zeros((2, rows), dtype=np.int64)
-        table[0, : len(ids)], table[1, : len(ids)] = ids, before
+        step = StepInputs(chunks)
+        count, indices = len(step.token_ids), step.logits_indices
+        graphs = self._graphs if all(chunk.is_decode for chunk in chunks) else None
+        graph_size = graphs.padded_size(count) if graphs else 0
+        num_tokens = graph_size or self.cache.prepare(step.spans)
+        table = np.zeros((2, num_tokens), dtype=np.int64)
+        table[0, :count], table[1, :count] = step.token_ids, step.previous_ids
         tokens_2N = send(torch.from_numpy(table), self.device)
-        if flown is not None and unknown:
-            insert(tokens_2N[0], unknown, flown)
-        if graphs and recorded:
-            logits = graphs.run(tokens_2N, spans)
-            return logits[: len(ids)] if len(last) == len(ids) else logits[self._at(last)]
-        ids_N, before_N = tokens_2N
-        hidden = self.model.hidden(ids_N, before_N, self.cache)
-        if not last:
+        if previous_step_ids is not None and step.placeholders:
+            insert(tokens_2N[0], step.placeholders, previous_step_ids)
+        if graphs and graph_size:
+            logits = graphs.run(tokens_2N, step.spans)
+            return logits[:count] if len(indices) == count else logits[self._index(indices)]
+        ids_N, previous_N = tokens_2N
+        hidden = self.model.hidden(ids_N, previous_N, self.cache)
+        if not indices:
             return hidden.new_empty((0, self.model.config.vocab_size), dtype=torch.float32)
-        if last != list(range(rows)):
-            hidden = hidden[self._at(last + [last[0]] * (self.min_rows - len(last)))]
-        return self.model.logits(hidden)[: len(last)]
+        if indices != list(range(num_tokens)):
+            padding = [indices[0]] * (self.min_num_tokens - len(indices))
+            hidden = hidden[self._index(indices + padding)]
+        return self.model.logits(hidden)[: len(indices)]
 
-    def _at(self, rows: list[int]) -> Tensor:
+    def _index(self, rows: list[int]) -> Tensor:
         return send(torch.tensor(rows, dtype=torch.int64), self.device)

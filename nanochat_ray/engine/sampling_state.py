@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanochat_ray.engine import sampler
 from nanochat_ray.engine.sampler import Rows
-from nanochat_ray.engine.scheduler import Sequence
+from nanochat_ray.engine.sequence import Sequence
 from nanochat_ray.machine import send, use_triton
 
 PENALTY, BIAS, BAN = 32, 64, 128
@@ -76,11 +76,11 @@ class SamplingState:
                 self._bias = self._table(torch.float32)
             values = send(torch.tensor(list(p.logit_bias.values())), self.device)
             self._bias[slot].zero_().index_copy_(0, self._ids(list(p.logit_bias)), values)
-        if p.min_tokens and sequence.ending:
+        if p.min_tokens and sequence.stop_token_ids:
             features |= BAN
             if self._bans is None:
                 self._bans = self._table(torch.bool)
-            self._bans[slot].zero_().index_fill_(0, self._ids(list(sequence.ending)), True)
+            self._bans[slot].zero_().index_fill_(0, self._ids(list(sequence.stop_token_ids)), True)
             self._ban_before[slot].fill_(len(sequence.request.prompt) + p.min_tokens)
         self._features[slot] = features
 

@@ -1,346 +1,290 @@
-"""Who runs in the next step, and on how many tokens. No torch: policy only.
+"""Which sequences run in the next step, and how many of their tokens. Policy only, no torch.
 
-Every sequence is a list of tokens of which the first ``computed`` have keys and values. Running a
-chunk computes more of them; when a chunk reaches the end of the list, one more token is sampled.
-Prefill, decode, a tool's output and recomputation after preemption are all this one thing.
+The first ``num_computed_tokens`` tokens of a sequence have keys and values. Running a chunk
+computes more of them; a chunk that reaches the end of the sequence samples one more token. Prefill,
+decode, the output of a tool and recomputation after preemption are all this one operation.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from nanochat_ray.engine.draft import PromptLookup
-from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
+from nanochat_ray.engine.kvcache.base import KVCacheManager
 from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
-from nanochat_ray.engine.request import EngineFull, Request, TokenLogprob
-from nanochat_ray.engine.tools import ToolState
-
-if TYPE_CHECKING:
-    from nanochat_ray.engine.grammar import GrammarState
-
-
-CHUNK_PER_DECODE = 3
-"""``Scheduler.chunk_per_decode``: at 300 tokens before it a decode made a step 0.55 ms longer, a
-token of a prompt 0.15 (``classic``, 14 M weights, one core with AMX, 2026-11-21)."""
-DOUBLING_WIDTHS = 2
-"""``Scheduler.doubling`` in widths of the model: 24 width² operations of a token and layer against
-4 width for each token before it would make 6, but attention is less efficient than products: 1.6
-were measured with AMX, and 3.6 without (one core, 2026-11-22)."""
-
-
-UNKNOWN = -1
-"""A token that is only on the device yet."""
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A request while the engine has it."""
-
-    request: Request
-    tokens: list[int]
-    """Prompt and answer so far."""
-    seed: int
-    limit: int
-    """Length of ``tokens`` at which it is cut."""
-    tool: ToolState | None = None
-    grammar: GrammarState | None = None
-    prompts: list[tuple[int, int]] = field(default_factory=list)
-    """Stretches ``[start, end)`` of tokens that are run as prompts: the prompt, and what tools
-    wrote. All others are run as decodes, also when they are computed anew. Which of the two it is
-    must not depend on how chunks fall or on preemption, since they differ in the last bit where
-    attention is torch's or a GPU's."""
-    lookup: PromptLookup | None = None
-    prompt_scores: list[TokenLogprob] | None = None
-    """Those of the prompt's tokens from the second on that are known, if they were asked for."""
-    computed: int = 0
-    slot: int = -1
-    late: int = -1
-    """While a step is planned and launched before the one ahead of it has told its tokens: the row
-    there of this sequence's last token, which is not known yet (``tokens`` ends in UNKNOWN)."""
-    order: int = 0
-    """Admission goes by it; it survives preemption."""
-    ended: bool = False
-    ending: frozenset[int] = frozenset()
-    cached: int = 0
-    """Prompt tokens that were found computed when it was admitted last."""
-    blocks: BlockTables = field(default_factory=list)
-    """What it holds while it runs, where the layout is paged."""
-
-    @property
-    def pending(self) -> int:
-        return len(self.tokens) - self.computed
-
-    @property
-    def unscored(self) -> bool:
-        """Whether log-probabilities of the prompt are still to be found."""
-        known = self.prompt_scores
-        return known is not None and len(known) < len(self.request.prompt) - 1
-
-    def stretch(self) -> tuple[int, bool]:
-        """How far the tokens from ``computed`` on are run alike, and whether as decodes."""
-        for start, end in self.prompts:
-            if self.computed < end:
-                return (start, True) if self.computed < start else (end, False)
-        return len(self.tokens), True
-
-    @property
-    def decoding(self) -> bool:
-        """Whether all that is left to run is one token, as a decode."""
-        return self.computed + 1 == len(self.tokens) and self.computed >= self.prompts[-1][1]
-
-
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    """The largest is the first to go."""
-    return sequence.request.priority, sequence.order
+from nanochat_ray.engine.prefill_cost import PrefillCostModel
+from nanochat_ray.engine.request import EngineFull
+from nanochat_ray.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Tokens ``[start, start + count)`` of a sequence are to be run in this step."""
+class ScheduledChunk:
+    """Tokens ``[start, start + num_tokens)`` of a sequence, to run in this step."""
 
     sequence: Sequence
     start: int
-    count: int
-    decode: bool = False
-    """Each token as if it were the only one."""
+    num_tokens: int
+    is_decode: bool = False
+    """Whether each token is computed as if it were alone."""
     draft: tuple[int, ...] = ()
-    """Guesses at the tokens behind the sequence's last one, to be run as decodes too."""
-    scores: bool = False
-    """The logits of every token are wanted."""
+    """Draft tokens behind the sequence's last token, which run as decodes too."""
+    samples: bool = False
+    """Whether the chunk reaches the end of the sequence, so that the next token is sampled."""
+    num_logits: int = 0
+    """Logits are needed of this many of the last tokens, draft tokens included."""
+    scores_prompt: bool = False
+    """Whether the log-probabilities of the prompt are computed from its logits."""
+    input_from_previous_step: int | None = None
+    """Row of the previous step that samples the chunk's only token, which the host does not know
+    yet."""
 
     @property
-    def samples(self) -> bool:
-        """Whether the next token can be sampled after it. No more, perhaps, once more is known
-        than when it was planned."""
-        s = self.sequence
-        return not s.ended and self.start + self.count == len(s.tokens)
+    def end(self) -> int:
+        return self.start + self.num_tokens
 
-    @property
-    def rows(self) -> int:
-        """Of how many of its last tokens, guesses included, logits are wanted."""
-        return self.count if self.scores else (1 + len(self.draft)) * self.samples
+    @classmethod
+    def of(
+        cls,
+        sequence: Sequence,
+        num_tokens: int,
+        is_decode: bool = False,
+        draft: tuple[int, ...] = (),
+    ) -> ScheduledChunk:
+        """The next ``num_tokens`` tokens of a sequence."""
+        start = sequence.num_computed_tokens
+        samples = start + num_tokens == sequence.num_tokens
+        scores_prompt = not is_decode and sequence.needs_prompt_logprobs
+        return cls(
+            sequence,
+            start,
+            num_tokens,
+            is_decode,
+            draft,
+            samples,
+            num_tokens if scores_prompt else (1 + len(draft)) * samples,
+            scores_prompt,
+            sequence.placeholder_row if sequence.num_placeholders and samples else None,
+        )
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step."""
+
+    chunks: list[ScheduledChunk]
+    """Decodes by slot, then prompts in the order of admission."""
+    admitted: list[Sequence]
+    """Sequences that run for the first time, or again after preemption."""
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    """The sequence with the largest rank is preempted first."""
+    return sequence.request.priority, sequence.arrival
+
+
+def _computes_prefix_of(chunk: ScheduledChunk, sequence: Sequence) -> bool:
+    """Whether the chunk computes a block of the sequence's prompt, which the sequence can then
+    match in the next step instead of computing it too."""
+    end = chunk.start // BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE
+    if sequence.needs_prompt_logprobs or end > min(chunk.end, len(sequence.request.prompt)):
+        return False
+    other = chunk.sequence
+    same_scope = other.request.cache_scope == sequence.request.cache_scope
+    return same_scope and other.tokens[:end] == sequence.tokens[:end]
 
 
 @dataclass
 class Scheduler:
     """Slots and queues.
 
-    Invariants: a sequence is either waiting (no slot) or running (a slot of its own); decodes are
-    in every plan, except where the last token is being made; a plan never exceeds
-    ``max_num_batched_tokens``, nor, while anything decodes, the larger of ``prefill_chunk`` for
-    each prompt and ``chunk_per_decode`` for each decode in prompt tokens.
+    Invariants: a sequence is either waiting (no slot) or running (a slot of its own); every plan
+    contains all decodes, except those whose last token is in flight; a plan never exceeds
+    ``max_num_batched_tokens`` nor, while anything decodes, the budget of ``prefill_cost``.
 
-    With ``blocks``, which hold at least one sequence as long as may be, a sequence is admitted
-    when there are blocks for all its tokens. When they run out, it takes them from those behind
-    it (lower priority, or later); the last of all stands still meanwhile. So the first one always
-    gets on, and there is no deadlock.
+    A sequence that gets no memory preempts those of a larger rank (lower priority, or later
+    arrival); the one with the largest rank waits instead. The cache holds at least one sequence of
+    the maximum length, so the first one always proceeds and there is no deadlock.
     """
 
-    slots: int
+    kv_cache: KVCacheManager
+    num_slots: int
     max_num_batched_tokens: int
     prefill_chunk: int
     max_queue_size: int
-    doubling: int = 0
-    """Tokens before it at which a prompt's token takes twice as long as the first one, since it
-    attends to all of them; 0 if that does not count."""
-    chunk_per_decode: int = 0
-    """A step of many decodes takes longer anyway, and those who wait for it are delayed less by a
-    larger share of a prompt."""
-    draft_tokens: int = 0
-    """Guesses that a sequence may run in one step."""
-    draft_rows: int = 0
-    """Rows of a step, decodes included, up to which there are guesses; 0 is no bound."""
-    blocks: BlockAllocator | None = None
-    """Where the layout is paged: what sequences hold keys and values in."""
-    on_blocks: Callable[[Sequence], None] = lambda sequence: None
-    """Called when a sequence has got more blocks."""
-    on_draft: Callable[[Sequence, int], SequenceOf[int]] = lambda sequence, most: ()
-    """Guesses at what follows a sequence's tokens, at most so many."""
-    on_admit: Callable[[Sequence], None] = lambda sequence: None
-    """Called when a sequence has got its slot."""
-    on_begin: Callable[[Sequence], None] | None = None
-    """Called before a sequence's first chunk; sets ``computed`` to what is known of it already,
-    from others' prompts up to the last step."""
+    prefill_cost: PrefillCostModel = field(default_factory=PrefillCostModel)
+    num_speculative_tokens: int = 0
+    """Draft tokens of a sequence in one step, at most."""
+    speculative_disable_by_batch_size: int = 0
+    """Draft tokens are added only while the batch has fewer tokens than this (0: no limit)."""
     running: list[Sequence] = field(default_factory=list)
     waiting: list[Sequence] = field(default_factory=list)
-    preemptions: int = 0
-    _free: list[int] = field(default_factory=list)
-    _orders: int = 0
-    _turns: dict[str, int] = field(default_factory=dict)
-    """When each client's turn was last; forgotten once nobody waits."""
+    num_preemptions: int = 0
+    _free_slots: list[int] = field(default_factory=list)
+    _num_arrivals: int = 0
+    _last_admission: dict[str, int] = field(default_factory=dict)
+    """Order in which clients had a request admitted last; cleared when no request waits."""
 
     def __post_init__(self) -> None:
-        self._free = list(range(self.slots))
+        self._free_slots = list(range(self.num_slots))
 
     @property
-    def room(self) -> int:
-        """Requests that may still come."""
-        return self.max_queue_size + len(self._free) - len(self.waiting)
+    def queue_capacity(self) -> int:
+        """Requests that can still be added."""
+        return self.max_queue_size + len(self._free_slots) - len(self.waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Raises EngineFull when as many wait as may."""
-        if self.room <= 0:
+        """Raises EngineFull if the queue is full."""
+        if self.queue_capacity <= 0:
             raise EngineFull(f"max_queue_size={self.max_queue_size} requests are waiting already")
-        sequence.order = self._orders
-        self._orders += 1
+        sequence.arrival = self._num_arrivals
+        self._num_arrivals += 1
         self.waiting.append(sequence)
 
-    def plan(self) -> list[Chunk]:
-        """Admits whom there is room for; chunks of the next step, decodes first, by slot."""
-        self._admit()
-        steady: list[Sequence] = []
-        others: list[Sequence] = []
+    def plan(self) -> StepPlan:
+        """Admits waiting sequences and plans the next step."""
+        admitted = self._admit()
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
         for s in self.running:
-            if s.late < 0 or len(s.tokens) < s.limit:  # else its last token is being made
-                (steady if s.decoding else others).append(s)
-        chunks: list[Chunk] = []
-        budget = self.max_num_batched_tokens - len(steady)
-        rest = float(min(budget, self._chunk(len(steady), len(others))))
-        for s in others:
-            if rest < 1:
+            # A placeholder at the maximum length is the last token: nothing is left to compute.
+            if not s.num_placeholders or s.num_tokens < s.max_length:
+                (decodes if s.is_decoding else prefills).append(s)
+        num_preemptions = self.num_preemptions
+        budget = self.max_num_batched_tokens - len(decodes)
+        chunks = self._plan_prefills(prefills, len(decodes), budget)
+        budget -= sum(chunk.num_tokens for chunk in chunks)
+        chunks += self._plan_decodes(decodes, budget)
+        if self.num_preemptions > num_preemptions:
+            chunks = [chunk for chunk in chunks if chunk.sequence.slot >= 0]
+        # Stable: prompts stay in the order of admission.
+        chunks.sort(key=lambda c: (not c.is_decode, c.sequence.slot if c.is_decode else 0))
+        return StepPlan(chunks, [s for s in admitted if s.slot >= 0])
+
+    def _plan_prefills(
+        self, prefills: SequenceOf[Sequence], num_decodes: int, max_tokens: int
+    ) -> list[ScheduledChunk]:
+        """Chunks of prompts, and of tokens that are recomputed."""
+        chunks: list[ScheduledChunk] = []
+        budget = float(max_tokens)
+        if num_decodes:
+            cost = self.prefill_cost.budget(self.prefill_chunk, len(prefills), num_decodes)
+            budget = float(min(max_tokens, cost))
+        for s in prefills:
+            if budget < 1:
                 break
             if s.slot < 0:
-                continue  # its blocks have just gone to one before it
-            if s.computed == 0 and self.on_begin is not None:
-                if any(self._computes(c, s) for c in chunks):
+                continue  # preempted for a sequence before it
+            if s.num_computed_tokens == 0 and self.kv_cache.caches_prefixes:
+                if any(_computes_prefix_of(chunk, s) for chunk in chunks):
                     continue
-                self.on_begin(s)
-            end, decode = s.stretch()
-            # Late in a long prompt a token takes longer, and those who decode wait for it.
-            price = 1 + s.computed / self.doubling if steady and self.doubling else 1.0
-            count = min(end - s.computed, max(1, int(rest / price)))
-            if self.blocks is not None and not self._hold(s, s.computed + count):
-                continue
-            scores = s.unscored and not decode
-            chunks.append(Chunk(s, s.computed, count, decode, scores=scores))
-            rest -= count * price
-            budget -= count
-        if self.draft_rows:
-            budget = min(budget, self.draft_rows - len(steady))
-        for s in steady:
-            if self.blocks is not None and not self._hold(s, s.computed + 1):
-                continue
-            # What is sampled behind the last guess still has to fit.
-            most = min(self.draft_tokens, budget, s.limit - len(s.tokens) - 1)
-            draft = tuple(self.on_draft(s, most)) if most > 0 else ()
-            if draft and not self._grow(s, s.computed + 1 + len(draft)):
-                draft = ()  # nobody is put off for a guess
-            chunks.append(Chunk(s, s.computed, 1, True, draft))
-            budget -= len(draft)
-        if self.blocks is not None:
-            chunks = [c for c in chunks if c.sequence.slot >= 0]
-        # Stable: prompts stay in the order of admission.
-        chunks.sort(key=lambda c: (not c.decode, c.sequence.slot if c.decode else 0))
+                s.num_cached_tokens = s.num_computed_tokens = self.kv_cache.match_prefix(s)
+            end, is_decode = s.next_span()
+            # Late in a long prompt a token takes longer, and the decodes wait for it.
+            cost_per_token = self.prefill_cost.token_cost(s.num_computed_tokens)
+            cost_per_token = cost_per_token if num_decodes else 1.0
+            num_tokens = min(end - s.num_computed_tokens, max(1, int(budget / cost_per_token)))
+            if self._allocate(s, s.num_computed_tokens + num_tokens):
+                chunks.append(ScheduledChunk.of(s, num_tokens, is_decode))
+                budget -= num_tokens * cost_per_token
         return chunks
 
-    def may_guess(self, decodes: int) -> bool:
-        """Whether a step of so many decodes has rows left for guesses."""
-        return self.draft_tokens > 0 and (not self.draft_rows or decodes < self.draft_rows)
+    def _plan_decodes(
+        self, decodes: SequenceOf[Sequence], max_draft_tokens: int
+    ) -> list[ScheduledChunk]:
+        """One token of each sequence, and draft tokens where they fit."""
+        chunks: list[ScheduledChunk] = []
+        if self.speculative_disable_by_batch_size:
+            limit = self.speculative_disable_by_batch_size - len(decodes)
+            max_draft_tokens = min(max_draft_tokens, limit)
+        for s in decodes:
+            if not self._allocate(s, s.num_computed_tokens + 1):
+                continue
+            draft: tuple[int, ...] = ()
+            if self.num_speculative_tokens and max_draft_tokens > 0:
+                # The token that is sampled behind the last draft token must fit too.
+                most = min(max_draft_tokens, s.max_length - s.num_tokens - 1)
+                draft = s.propose_draft(min(self.num_speculative_tokens, most))
+                # No sequence is preempted for draft tokens.
+                if draft and not self.kv_cache.allocate(s, s.num_computed_tokens + 1 + len(draft)):
+                    draft = ()
+            chunks.append(ScheduledChunk.of(s, 1, True, draft))
+            max_draft_tokens -= len(draft)
+        return chunks
 
-    def _chunk(self, decodes: int, prompts: int) -> int:
-        """Prompt tokens of a step: it takes longer, the more wait for their first token."""
-        if not decodes:
-            return self.max_num_batched_tokens
-        return max(self.prefill_chunk * prompts, self.chunk_per_decode * decodes)
+    def can_speculate(self, num_decodes: int) -> bool:
+        """Whether a step with this many decodes has room for draft tokens."""
+        limit = self.speculative_disable_by_batch_size
+        return self.num_speculative_tokens > 0 and (not limit or num_decodes < limit)
 
-    def _grow(self, sequence: Sequence, end: int) -> bool:
-        """Whether it has blocks up to token ``end``, new ones from what is free if need be."""
-        if self.blocks is None:
-            return True
-        before = len(sequence.blocks[0])
-        if not self.blocks.extend(sequence.blocks, sequence.computed, end):
-            return False
-        if len(sequence.blocks[0]) > before:
-            self.on_blocks(sequence)
-        return True
-
-    def _hold(self, sequence: Sequence, end: int) -> bool:
-        """Whether it runs and has blocks up to token ``end``, from those behind it if need be."""
+    def _allocate(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether the sequence runs and has memory for its first ``num_tokens`` tokens, if need be
+        that of sequences with a larger rank."""
         if sequence.slot < 0:
             return False
-        while not self._grow(sequence, end):
-            last = max((s for s in self.running if any(s.blocks)), key=_rank)
+        while not self.kv_cache.allocate(sequence, num_tokens):
+            last = max((s for s in self.running if self.kv_cache.frees_memory(s)), key=_rank)
             if _rank(last) <= _rank(sequence):
                 return False
             self.preempt(last)
         return True
 
-    @staticmethod
-    def _computes(chunk: Chunk, sequence: Sequence) -> bool:
-        """Whether the chunk computes a block of the sequence's prompt, which may then wait for it
-        instead of computing it too."""
-        end = chunk.start // BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE
-        if sequence.unscored or end > min(chunk.start + chunk.count, len(sequence.request.prompt)):
-            return False
-        other = chunk.sequence
-        alike = other.request.cache_scope == sequence.request.cache_scope
-        return alike and other.tokens[:end] == sequence.tokens[:end]
-
     def expire(self, now: float) -> list[Sequence]:
-        """Forgets those whose deadline is at ``now`` or before, and returns them."""
-        late = [
+        """Removes and returns the sequences whose deadline is at ``now`` or before."""
+        expired_sequences = [
             s
             for s in (*self.running, *self.waiting)
             if s.request.deadline is not None and s.request.deadline <= now
         ]
-        for s in late:
+        for s in expired_sequences:
             self.remove(s)
-        return late
+        return expired_sequences
 
-    def _admit(self) -> None:
+    def _admit(self) -> list[Sequence]:
         if not self.waiting:
-            self._turns.clear()
+            self._last_admission.clear()
+        admissions: list[Sequence] = []
         while self.waiting:
-            shares = Counter(s.request.client for s in self.running)
-            # Within a priority the client that runs least goes first, among several the one whose
-            # turn is longest ago, and of its requests the first.
+            num_running = Counter(s.request.client for s in self.running)
+            # Within a priority the client with the fewest running requests goes first, among
+            # several the one that was admitted longest ago, and of its requests the first.
             first = min(
                 self.waiting,
                 key=lambda s: (
                     s.request.priority,
-                    shares[s.request.client],
-                    self._turns.get(s.request.client, -1),
-                    s.order,
+                    num_running[s.request.client],
+                    self._last_admission.get(s.request.client, -1),
+                    s.arrival,
                 ),
             )
-            if first.late >= 0:
-                break  # it has just been put off, and its last token is not known yet
-            if not self._free or not self._has_room(first):
+            if first.num_placeholders:
+                break  # it was preempted while its last token is in flight
+            if not self._free_slots or not self.kv_cache.can_admit(first, self.running):
                 last = max(self.running, key=_rank)
                 if last.request.priority <= first.request.priority:
                     break
                 self.preempt(last)
                 continue
             self.waiting.remove(first)
-            self._turns[first.request.client] = max(self._turns.values(), default=-1) + 1
-            first.slot = heapq.heappop(self._free)
-            if self.blocks is not None:
-                first.blocks = self.blocks.empty_tables()
+            latest = max(self._last_admission.values(), default=-1)
+            self._last_admission[first.request.client] = latest + 1
+            first.slot = heapq.heappop(self._free_slots)
             self.running.append(first)
-            self.on_admit(first)
-
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether there are blocks for its tokens and one more, beside those who run."""
-        if self.blocks is None:
-            return True
-        length = min(len(sequence.tokens) + 1, sequence.limit)
-        return self.blocks.can_admit(length, [(s.blocks, len(s.tokens)) for s in self.running])
+            admissions.append(first)
+        return admissions
 
     def preempt(self, sequence: Sequence) -> None:
-        """Takes its slot; it waits again and its tokens are recomputed, with the same outcome."""
+        """Takes the slot and memory of a sequence, which waits again. Its tokens are recomputed to
+        the same values."""
         self._release(sequence)
-        sequence.computed = 0
-        self.preemptions += 1
+        sequence.num_computed_tokens = 0
+        self.num_preemptions += 1
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forgets a sequence, wherever it is."""
-        sequence.ended = True
+        """Finishes a sequence that waits or runs."""
+        sequence.is_finished = True
         if sequence.slot >= 0:
             self._release(sequence)
         else:
@@ -348,19 +292,15 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        heapq.heappush(self._free, sequence.slot)
+        self.kv_cache.free(sequence)
+        heapq.heappush(self._free_slots, sequence.slot)
         sequence.slot = -1
-        if self.blocks is not None:
-            self.blocks.free(sequence.blocks)
-            sequence.blocks = []
 
     def check_integrity(self) -> None:
-        """Every slot is free or has one running sequence, and so is every block. AssertionError if
-        not."""
-        used = [s.slot for s in self.running]
-        assert sorted(used + self._free) == list(range(self.slots)), (used, self._free)
-        assert all(s.slot == -1 and s.computed == 0 for s in self.waiting)
+        """AssertionError unless every slot is free or has one running sequence, and likewise the
+        memory of the cache."""
+        slots = [s.slot for s in self.running]
+        assert sorted(slots + self._free_slots) == list(range(self.num_slots)), slots
+        assert all(s.slot == -1 and s.num_computed_tokens == 0 for s in self.waiting)
         assert not set(map(id, self.running)) & set(map(id, self.waiting))
-        assert not any(s.blocks for s in self.waiting)
-        if self.blocks is not None:
-            self.blocks.check_integrity([s.blocks for s in self.running])
+        self.kv_cache.check_integrity(self.running)

@@ -1,4 +1,4 @@
-"""Log-probabilities that requests ask for, computed for all of a step's rows at once."""
+"""Requested log-probabilities, computed for all rows of a step at once."""
 
 from __future__ import annotations
 
@@ -9,68 +9,68 @@ from torch import Tensor
 
 from nanochat_ray.engine import sampler
 from nanochat_ray.engine.request import TokenLogprob
-from nanochat_ray.engine.scheduler import Chunk, Sequence
+from nanochat_ray.engine.scheduler import ScheduledChunk
+from nanochat_ray.engine.sequence import Sequence
 from nanochat_ray.machine import send
 
 
 class ScoreTable:
-    """Those of some rows, on the device until they are fetched or read."""
+    """Log-probabilities of some rows, on the device until they are fetched or read."""
 
     def __init__(self, logits: Tensor, tokens: Tensor, tops: SequenceOf[int | None]):
-        """Of float32 ``logits [R, V]`` and int64 ``tokens [R]``: each token, and as many likeliest
-        ones as ``tops`` says; None asks for nothing."""
-        self._rows = len(tops)
-        self._asked = [(row, top) for row, top in enumerate(tops) if top is not None]
+        """For float32 ``logits [R, V]`` and int64 ``tokens [R]``: the log-probability of each token
+        and of the ``tops`` likeliest ones; None: neither is needed."""
+        self._num_rows = len(tops)
+        self._requests = [(row, top) for row, top in enumerate(tops) if top is not None]
         self._columns: tuple[Tensor, ...] = ()
-        if self._asked:
-            if len(self._asked) < len(logits):
-                at = send(torch.tensor([row for row, _ in self._asked]), logits.device)
-                logits, tokens = logits[at], tokens[at]
-            top = min(max(top for _, top in self._asked), logits.size(-1))
+        if self._requests:
+            if len(self._requests) < len(logits):
+                rows = send(torch.tensor([row for row, _ in self._requests]), logits.device)
+                logits, tokens = logits[rows], tokens[rows]
+            top = min(max(top for _, top in self._requests), logits.size(-1))
             self._columns = sampler.log_probabilities(logits, tokens, top)
 
     def fetch(self) -> None:
-        """Has it sent to the CPU; to be read once the device is that far."""
+        """Starts the copy to the CPU, to be read when the device has done it."""
         self._columns = tuple(column.to("cpu", non_blocking=True) for column in self._columns)
 
     def read(self) -> list[TokenLogprob | None]:
-        """For each of the R rows: None where nobody asked; an empty list if nobody did at all."""
-        if not self._asked:
+        """For each of the R rows, None where not needed; an empty list if no row needs any."""
+        if not self._requests:
             return []
-        found: list[TokenLogprob | None] = [None] * self._rows
+        logprobs: list[TokenLogprob | None] = [None] * self._num_rows
         own, ids, values = (column.tolist() for column in self._columns)
-        for i, (row, n) in enumerate(self._asked):
+        for i, (row, n) in enumerate(self._requests):
             top = list(zip(ids[i][:n], values[i][:n], strict=True))
-            found[row] = TokenLogprob(logprob=own[i], top=top)
-        return found
+            logprobs[row] = TokenLogprob(logprob=own[i], top=top)
+        return logprobs
 
 
 class PromptScores:
-    """What a step tells of prompts' tokens."""
+    """Log-probabilities of prompt tokens that a step computes."""
 
-    def __init__(self, chunks: SequenceOf[Chunk], logits: Tensor):
+    def __init__(self, chunks: SequenceOf[ScheduledChunk], logits: Tensor):
         """``logits [R, V]`` are those of the chunks."""
         tokens = [0] * len(logits)
         tops: list[int | None] = [None] * len(logits)
-        self._places: list[tuple[Sequence, int]] = []
-        row = 0
+        self._positions: list[tuple[Sequence, int]] = []
+        first = 0
         for chunk in chunks:
             s, prompt = chunk.sequence, chunk.sequence.request.prompt
-            if chunk.scores:
-                # The row of each token tells of the one behind it.
-                for place in range(
-                    chunk.start + 1, min(chunk.start + chunk.count + 1, len(prompt))
-                ):
-                    at = row + place - 1 - chunk.start
-                    tokens[at], tops[at] = prompt[place], s.request.params.prompt_logprobs or 0
-                    self._places.append((s, place))
-            row += chunk.rows
+            if chunk.scores_prompt:
+                # The logits of a token are those of the token behind it.
+                for position in range(chunk.start + 1, min(chunk.end + 1, len(prompt))):
+                    row = first + position - 1 - chunk.start
+                    tokens[row] = prompt[position]
+                    tops[row] = s.request.params.prompt_logprobs or 0
+                    self._positions.append((s, position))
+            first += chunk.num_logits
         self.table = ScoreTable(logits, send(torch.tensor(tokens), logits.device), tops)
 
-    def tell(self) -> None:
-        """Adds them to the ``prompt_scores`` of sequences, unless they are known from before a
+    def store(self) -> None:
+        """Adds them to the ``prompt_logprobs`` of the sequences, unless they were there before a
         preemption."""
-        found = [score for score in self.table.read() if score is not None]
-        for (s, place), score in zip(self._places, found, strict=True):
-            if s.prompt_scores is not None and len(s.prompt_scores) == place - 1:
-                s.prompt_scores.append(score)
+        logprobs = [logprob for logprob in self.table.read() if logprob is not None]
+        for (s, position), logprob in zip(self._positions, logprobs, strict=True):
+            if s.prompt_logprobs is not None and len(s.prompt_logprobs) == position - 1:
+                s.prompt_logprobs.append(logprob)

@@ -1,7 +1,7 @@
-"""Steps that are launched before the tokens of the step ahead are known, as on a GPU.
+"""Asynchronous scheduling: a step is planned while the previous one is in flight, as on a GPU.
 
-On a CPU a step is over when it is launched, so what is seen here is the order of things: nothing
-that the host could not know yet is used. That tokens stay the same, test_same_tokens shows too.
+On a CPU a step is done when it is launched, so these tests check the order of events: nothing is
+used that the host could not know yet. test_same_tokens checks the tokens too.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.launched import Launched, Ran, launch
+from nanochat_ray.engine.in_flight import ForwardOutput, InFlightStep, sample
 from nanochat_ray.engine.request import Output, Request
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
-from nanochat_ray.engine.scheduler import UNKNOWN, Chunk, Sequence
+from nanochat_ray.engine.scheduler import ScheduledChunk
+from nanochat_ray.engine.sequence import Sequence
 from nanochat_ray.engine.tools import Tool
 from tests.engine.engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
 
@@ -43,23 +44,26 @@ def answers(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What engines do: "run" with how many rows of unknown tokens, and "read"."""
-    found: list[str] = []
-    run, results = Runner.run, Launched.results
+    """What engines do: "run", with the number of placeholder tokens, and "read"."""
+    log: list[str] = []
+    run, wait = Runner.run, InFlightStep.wait
 
-    def spied_run(runner: Runner, chunks: list[Chunk], flown: torch.Tensor | None) -> torch.Tensor:
-        late = [c for c in chunks if c.sequence.late >= 0]
-        assert all(c.sequence.tokens[-1] == UNKNOWN for c in late)
-        found.append(f"run {len(late)}")
-        return run(runner, chunks, flown)
+    def spy_run(
+        runner: Runner, chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        placeholders = [c for c in chunks if c.input_from_previous_step is not None]
+        assert all(c.start == len(c.sequence.tokens) for c in placeholders)
+        assert all(c.end <= len(c.sequence.tokens) for c in chunks if c not in placeholders)
+        log.append(f"run {len(placeholders)}")
+        return run(runner, chunks, previous_ids)
 
-    def spied_results(launched: Launched) -> Any:
-        found.append("read")
-        return results(launched)
+    def spy_wait(step: InFlightStep) -> Any:
+        log.append("read")
+        return wait(step)
 
-    monkeypatch.setattr(Runner, "run", spied_run)
-    monkeypatch.setattr(Launched, "results", spied_results)
-    return found
+    monkeypatch.setattr(Runner, "run", spy_run)
+    monkeypatch.setattr(InFlightStep, "wait", spy_wait)
+    return log
 
 
 def test_a_step_runs_before_the_last_one_is_read(events: list[str]) -> None:
@@ -69,8 +73,8 @@ def test_a_step_runs_before_the_last_one_is_read(events: list[str]) -> None:
     assert got == answers(make("off"), requests)
 
 
-def test_what_ends_sooner_than_assumed_ran_in_vain_and_disturbs_nobody() -> None:
-    """Stop tokens, and requests that are aborted, late, or put off while their token flies."""
+def test_discarded_rows_leave_others_unchanged() -> None:
+    """Stop tokens, and requests that abort, expire or are preempted with a token in flight."""
     plain = [
         ask(str(i), p, max_tokens=30, temperature=1.0, seed=i, frequency_penalty=0.5)
         for i, p in enumerate(prompts(24))
@@ -91,14 +95,14 @@ def test_what_ends_sooner_than_assumed_ran_in_vain_and_disturbs_nobody() -> None
         )
         for r in plain
     ]
-    cut, vain = set[str](), 0
+    cut, num_discarded = set[str](), 0
     while coming or engine.has_work:
         if coming and rng.random() < 0.5:
             engine.add(coming.pop(0))
         for output in engine.step():
             found.setdefault(output.request_id, []).append(output)
-        if engine._flying is not None:
-            vain += sum(not chunk.samples for chunk in engine._flying.chunks)
+        if (step := engine._in_flight) is not None:
+            num_discarded += sum(not c.sequence.num_placeholders for c in step.chunks)
         running = [s for s in engine.scheduler.running if s.request.id not in cut]
         if running and rng.random() < 0.3:
             engine.preempt(rng.choice(running).request.id)
@@ -110,7 +114,7 @@ def test_what_ends_sooner_than_assumed_ran_in_vain_and_disturbs_nobody() -> None
             else:
                 object.__setattr__(gone.request, "deadline", 1.0)
         engine.check_integrity()
-    assert vain > 5
+    assert num_discarded > 5
     assert len(cut) == 6
     for name, made in whole.items():
         got = tokens(found[name])
@@ -131,14 +135,14 @@ def test_a_tool_writes_although_the_model_was_already_going_on() -> None:
         )
         run, prompted = engine.runner.run, set[tuple[str, int]]()
 
-        def spied(chunks: list[Chunk], flown: torch.Tensor | None) -> torch.Tensor:
+        def spy(chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None) -> torch.Tensor:
             for c in chunks:
-                if not c.decode:
-                    places = range(c.start, c.start + c.count)
-                    prompted.update((c.sequence.request.id, i) for i in places)  # noqa: B023
-            return run(chunks, flown)  # noqa: B023
+                if not c.is_decode:
+                    positions = range(c.start, c.end)
+                    prompted.update((c.sequence.request.id, i) for i in positions)  # noqa: B023
+            return run(chunks, previous_ids)  # noqa: B023
 
-        engine.runner.run = spied  # type: ignore[method-assign]
+        engine.runner.run = spy  # type: ignore[method-assign]
         bias = {10: 7.0, 20: 7.0}
         params: dict[str, Any] = {"max_tokens": 40, "temperature": 1.0, "logit_bias": bias}
         texts = enumerate(prompts(12, seed=2))
@@ -178,7 +182,7 @@ def test_after_a_reset_nothing_is_left_in_flight() -> None:
     engine.add(request)
     for _ in range(3):
         engine.step()
-    assert engine._flying is not None
+    assert engine._in_flight is not None
     assert engine.reset() == ["a"]
     assert answers(engine, [request]) == want
 
@@ -191,7 +195,7 @@ def test_guesses_come_first() -> None:
             engine.add(ask(str(i), [i + 1], max_tokens=12))
         engine.step()
         engine.step()
-        assert (engine._flying is None) == waits
+        assert (engine._in_flight is None) == waits
 
 
 class NoWaiting(TorchDispatchMode):
@@ -218,18 +222,19 @@ def test_choosing_on_a_gpu_waits_for_nothing() -> None:
         )
     ):
         request = ask(str(slot), [1, 2], **params)
-        s = Sequence(request, [1, 2, UNKNOWN], 7, 99, slot=slot, ending=request.params.ending)
+        s = Sequence(request, [1, 2], 7, 99, prefill_spans=[(0, 2)], slot=slot)
+        s.stop_token_ids, s.num_computed_tokens = request.params.ending, 2
         with NoWaiting():
             state.admit(s)
-        s.late = slot
-        chunks.append((slot, Chunk(s, 2, 1, True)))
+        s.num_placeholders, s.placeholder_row = 1, slot
+        chunks.append((slot, ScheduledChunk.of(s, 1, is_decode=True)))
     before = torch.zeros(4, dtype=torch.int64, device=device)
     logits = torch.zeros((4, VOCAB), device=device)
     with NoWaiting():
-        launched = launch(Ran(logits, chunks), state, None, before)
+        step = sample(ForwardOutput(logits, chunks), state, None, before)
         state.count([2, 3], [5, 6])
-    assert launched.chosen.shape == (4,)
-    assert launched.chosen.device == device
+    assert step.token_ids.shape == (4,)
+    assert step.token_ids.device == device
 
 
 def test_a_step_that_samples_nothing_is_waited_for_too(events: list[str]) -> None:
@@ -258,11 +263,11 @@ def test_after_a_step_that_fails_the_tokens_ahead_of_it_are_not_lost() -> None:
     want = answers(make("off"), [request])
     run, fail = engine.runner.run, [3]
 
-    def broken(chunks: list[Chunk], flown: torch.Tensor | None) -> torch.Tensor:
+    def broken(chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None) -> torch.Tensor:
         fail[0] -= 1
         if fail[0] == 0:
             raise MemoryError
-        return run(chunks, flown)
+        return run(chunks, previous_ids)
 
     engine.runner.run = broken  # type: ignore[method-assign]
     engine.add(request)

@@ -124,8 +124,8 @@ def logits_of(
     seen: list[torch.Tensor] = []
     run = engine.runner.run
 
-    def spy(chunks, flown):  # type: ignore[no-untyped-def]
-        logits = run(chunks, flown)
+    def spy(chunks, previous_ids):  # type: ignore[no-untyped-def]
+        logits = run(chunks, previous_ids)
         sampled = [c.sequence.request.id for c in chunks if c.samples]
         if "me" in sampled:
             seen.append(logits[sampled.index("me")].clone())

@@ -118,11 +118,11 @@ def test_a_step_that_raises_ends_its_requests_and_the_loop_goes_on(
     engine, out = loop
     run, fail = engine._engine.runner.run, [True]
 
-    def broken(chunks, flown):  # type: ignore[no-untyped-def]
+    def broken(chunks, previous_ids):  # type: ignore[no-untyped-def]
         if fail:
             fail.pop()
             raise MemoryError("no memory for this step")
-        return run(chunks, flown)
+        return run(chunks, previous_ids)
 
     engine._engine.runner.run = broken  # type: ignore[method-assign]
     engine.submit(ask("a", [1, 2]))
@@ -139,7 +139,7 @@ def test_a_loop_that_keeps_failing_says_that_it_is_dead() -> None:
     out = Collector()
     loop = EngineLoop(make_engine(make_model("modern")), out)
 
-    def broken(chunks, flown):  # type: ignore[no-untyped-def]
+    def broken(chunks, previous_ids):  # type: ignore[no-untyped-def]
         raise RuntimeError("device lost")
 
     loop._engine.runner.run = broken  # type: ignore[method-assign]

@@ -15,7 +15,8 @@ from nanochat_ray.engine.kernels import available, native
 from nanochat_ray.engine.linear import PackedLinear
 from nanochat_ray.engine.native import FLOAT_EPS, Native
 from nanochat_ray.engine.operators import TorchOperators
-from nanochat_ray.engine.scheduler import Chunk, Sequence
+from nanochat_ray.engine.scheduler import ScheduledChunk
+from nanochat_ray.engine.sequence import Sequence
 from nanochat_ray.model.fused import relu_squared, rms_norm
 from nanochat_ray.model.rotary import rotary_tables
 from tests.engine.engine_kit import VOCAB, answer, ask, make_engine, make_model, needs_compiler
@@ -257,9 +258,10 @@ def test_a_prompt_and_its_tokens_one_by_one_give_the_same_bits(preset: str, leve
     tokens = [(11 * i * i + i) % VOCAB for i in range(100)]
 
     def logits(slot: int, size: int, decode: bool) -> Tensor:
-        of = Sequence(ask("", tokens), tokens, seed=0, limit=101, prompts=[(0, 100)], slot=slot)
-        steps = [Chunk(of, i, min(size, 100 - i), decode, scores=True) for i in range(0, 100, size)]
-        return torch.cat([runner.run([step]) for step in steps])
+        s = Sequence(ask("", tokens), tokens, seed=0, max_length=101, slot=slot)
+        counts = [(start, min(size, 100 - start)) for start in range(0, 100, size)]
+        chunks = [ScheduledChunk(s, start, n, decode, num_logits=n) for start, n in counts]
+        return torch.cat([runner.run([chunk]) for chunk in chunks])
 
     whole = logits(0, 100, decode=False)
     assert torch.equal(logits(1, 1, decode=True), whole)

@@ -12,10 +12,13 @@ import torch
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.kvcache.base import Span
-from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator
+from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
 from nanochat_ray.engine.kvcache.block_pool import NULL_BLOCK
+from nanochat_ray.engine.kvcache.build import choose_layout
 from nanochat_ray.engine.kvcache.memory import bytes_per_token, check_slots, make_allocator
 from nanochat_ray.engine.kvcache.paged_cache import PagedCache, gathered_attention
+from nanochat_ray.engine.kvcache.paged_manager import PagedManager
+from nanochat_ray.engine.kvcache.slot_cache import SlotCache
 from nanochat_ray.engine.model import InferenceModel
 from nanochat_ray.engine.request import Output, Request
 from nanochat_ray.engine.runner import Runner
@@ -41,8 +44,15 @@ def paged(model: GPT, **settings: Any) -> Engine:
 
 
 def allocator_of(engine: Engine) -> BlockAllocator:
-    assert engine.runner.blocks is not None
-    return engine.runner.blocks
+    manager = engine.runner.kv_manager
+    assert isinstance(manager, PagedManager)
+    return manager.allocator
+
+
+def block_tables_of(engine: Engine) -> list[BlockTables]:
+    manager = engine.runner.kv_manager
+    assert isinstance(manager, PagedManager)
+    return [manager.block_tables(s) for s in engine.scheduler.running]
 
 
 def requests(rng: random.Random, count: int, longest: int) -> list[Request]:
@@ -103,17 +113,17 @@ def test_layers_with_windows_give_their_old_blocks_back(preset: str) -> None:
     assert (short.window, full.window) == (128, -1)
     # 128 tokens and a step, and not 320.
     assert short.capacity < 0.6 * full.capacity
-    seen = 0
+    num_freed = 0
 
-    def spy(chunks, flown):  # type: ignore[no-untyped-def]
-        nonlocal seen
-        held = [places for s in engine.scheduler.running for places in s.blocks]
-        seen = max(seen, *(places.count(NULL_BLOCK) for places in held))
-        return real(chunks, flown)
+    def spy(chunks, previous_ids):  # type: ignore[no-untyped-def]
+        nonlocal num_freed
+        all_ids = [block_ids for tables in block_tables_of(engine) for block_ids in tables]
+        num_freed = max(num_freed, *(block_ids.count(NULL_BLOCK) for block_ids in all_ids))
+        return real(chunks, previous_ids)
 
     real, engine.runner.run = engine.runner.run, spy  # type: ignore[method-assign]
     assert run(engine, asked, random.Random(7), preempt=0.05) == slots
-    assert seen > 5
+    assert num_freed > 5
     again = run(engine, asked, random.Random(8))
     assert again == slots
     assert engine.stats().prefix_hit > 100
@@ -165,10 +175,10 @@ def test_a_beginning_is_held_by_all_who_have_it_and_not_copied() -> None:
         engine.add(ask(f"r{i}", [*start, 100 + i], max_tokens=8))
     for _ in range(8):
         engine.step()
-    held = [s.blocks[0] for s in engine.scheduler.running]
-    assert len(held) == 4
-    assert all(places[:4] == held[0][:4] for places in held)
-    assert len({places[4] for places in held}) == 4
+    all_ids = [block_ids for (block_ids,) in block_tables_of(engine)]
+    assert len(all_ids) == 4
+    assert all(block_ids[:4] == all_ids[0][:4] for block_ids in all_ids)
+    assert len({block_ids[4] for block_ids in all_ids}) == 4
     pool = allocator_of(engine).pools[0]
     assert pool.capacity - pool.num_free_blocks == 4 + 4
     finish(engine)
@@ -310,5 +320,9 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
 
 def test_slots_are_the_layout_on_a_cpu() -> None:
     model = make_model("classic")
-    assert Runner(model, EngineConfig(), 128).blocks is None
-    assert Runner(model, EngineConfig(kv_layout="paged"), 128).blocks is not None
+    cpu = torch.device("cpu")
+    assert choose_layout(EngineConfig(), cpu) == "slots"
+    assert choose_layout(EngineConfig(kv_layout="paged"), cpu) == "paged"
+    assert isinstance(Runner(model, EngineConfig(), 128).cache, SlotCache)
+    assert isinstance(Runner(model, EngineConfig(kv_layout="paged"), 128).cache, PagedCache)
+    assert choose_layout(EngineConfig(), torch.device("cuda")) == "paged"

@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
-from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator
+from nanochat_ray.engine.draft import PromptLookup
+from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
 from nanochat_ray.engine.kvcache.block_pool import BlockPool
+from nanochat_ray.engine.kvcache.paged_manager import PagedManager
+from nanochat_ray.engine.kvcache.slot_manager import SlotManager
+from nanochat_ray.engine.prefill_cost import PrefillCostModel
 from nanochat_ray.engine.request import Request
-from nanochat_ray.engine.scheduler import Scheduler, Sequence
+from nanochat_ray.engine.scheduler import Scheduler
+from nanochat_ray.engine.sequence import Sequence
 
 
 def sequence(name: str, length: int = 4, **fields: object) -> Sequence:
     request = Request(id=name, prompt=[1] * length, **fields)  # type: ignore[arg-type]
-    return Sequence(request, [1] * length, seed=0, limit=99, prompts=[(0, length)])
+    return Sequence(request, [1] * length, seed=0, max_length=99, prefill_spans=[(0, length)])
 
 
-def scheduler(**fields: int) -> Scheduler:
-    settings = {
-        "slots": 2,
+def scheduler(**fields: Any) -> Scheduler:
+    settings: dict[str, Any] = {
+        "num_slots": 2,
         "max_num_batched_tokens": 10,
         "prefill_chunk": 4,
         "max_queue_size": 9,
     } | fields
-    return Scheduler(**settings)
+    return Scheduler(SlotManager(settings["num_slots"], 99), **settings)
+
+
+class NoTables:
+    """Attention without a device."""
+
+    def set_block_tables(self, slot: int, tables: BlockTables) -> None:
+        assert slot >= 0
 
 
 def run(s: Scheduler) -> dict[str, int]:
     """One step: tokens by request; whoever is done with its prompt gets one more token."""
-    chunks = s.plan()
+    chunks = s.plan().chunks
     for chunk in chunks:
-        samples = chunk.samples
-        chunk.sequence.computed += chunk.count
-        if samples:
+        chunk.sequence.num_computed_tokens = chunk.end
+        if chunk.samples:
             chunk.sequence.tokens.append(1)
     s.check_integrity()
-    return {chunk.sequence.request.id: chunk.count for chunk in chunks}
+    return {chunk.sequence.request.id: chunk.num_tokens for chunk in chunks}
 
 
 def test_decodes_come_first_and_long_prompts_do_not_hold_them_up() -> None:
@@ -48,7 +60,11 @@ def test_decodes_come_first_and_long_prompts_do_not_hold_them_up() -> None:
 
 
 def test_late_in_a_long_prompt_chunks_get_shorter_while_others_decode() -> None:
-    s = scheduler(max_num_batched_tokens=20, prefill_chunk=8, doubling=16)
+    s = scheduler(
+        max_num_batched_tokens=20,
+        prefill_chunk=8,
+        prefill_cost=PrefillCostModel(doubling_tokens=16),
+    )
     s.add(sequence("short"))
     run(s)
     s.add(sequence("long", 60))
@@ -59,7 +75,12 @@ def test_late_in_a_long_prompt_chunks_get_shorter_while_others_decode() -> None:
 
 
 def test_beside_many_decodes_a_prompt_gets_more() -> None:
-    s = scheduler(slots=5, max_num_batched_tokens=20, prefill_chunk=6, chunk_per_decode=3)
+    s = scheduler(
+        num_slots=5,
+        max_num_batched_tokens=20,
+        prefill_chunk=6,
+        prefill_cost=PrefillCostModel(tokens_per_decode=3),
+    )
     got = []
     for name in "abcd":
         s.add(sequence(name))
@@ -71,7 +92,7 @@ def test_beside_many_decodes_a_prompt_gets_more() -> None:
 
 
 def test_a_step_has_more_tokens_for_more_prompts() -> None:
-    s = scheduler(slots=9, max_num_batched_tokens=40)
+    s = scheduler(num_slots=9, max_num_batched_tokens=40)
     s.add(sequence("first"))
     run(s)
     for name in "abcd":
@@ -83,31 +104,31 @@ def test_a_step_has_more_tokens_for_more_prompts() -> None:
 
 
 def test_several_prompts_share_a_step() -> None:
-    s = scheduler(slots=3)
+    s = scheduler(num_slots=3)
     for name in "abc":
         s.add(sequence(name))
     assert run(s) == {"a": 4, "b": 4, "c": 2}
 
 
 def test_the_lowest_priority_number_goes_first_and_pushes_out() -> None:
-    s = scheduler(slots=1)
+    s = scheduler(num_slots=1)
     s.add(sequence("later", priority=5))
     assert run(s) == {"later": 4}
     s.add(sequence("same", priority=5))
     assert run(s) == {"later": 1}
     s.add(sequence("urgent", priority=1))
     assert run(s) == {"urgent": 4}
-    assert s.preemptions == 1
+    assert s.num_preemptions == 1
     s.remove(s.running[0])
     # All of it again, before "same", which came after it: the prompt as a prompt, and what was
     # decoded as decodes, to the same bits.
     assert run(s) == {"later": 4}
-    (chunk,) = s.plan()
-    assert (chunk.start, chunk.count, chunk.decode) == (4, 2, True)
+    (chunk,) = s.plan().chunks
+    assert (chunk.start, chunk.num_tokens, chunk.is_decode) == (4, 2, True)
 
 
 def test_clients_take_turns() -> None:
-    s = scheduler(slots=2)
+    s = scheduler(num_slots=2)
     for i in range(4):
         s.add(sequence(f"many{i}", client="many"))
     s.add(sequence("one", client="one"))
@@ -115,7 +136,7 @@ def test_clients_take_turns() -> None:
 
 
 def test_clients_take_turns_though_one_of_them_came_first_with_many() -> None:
-    s = scheduler(slots=1)
+    s = scheduler(num_slots=1)
     for name, client in [*((f"many{i}", "many") for i in range(3)), ("a", "a"), ("b", "b")]:
         s.add(sequence(name, client=client))
     s.add(sequence("urgent", priority=-1, client="many"))
@@ -124,14 +145,14 @@ def test_clients_take_turns_though_one_of_them_came_first_with_many() -> None:
         order += run(s)
         s.remove(s.running[0])
     assert order == ["urgent", "a", "b", "many0", "many1", "many2"]
-    assert s.plan() == []
+    assert s.plan().chunks == []
     for name in ("many3", "many4", "c"):
         s.add(sequence(name, client=name.rstrip("0123456789")))
     assert list(run(s)) == ["many3"]  # nobody waited: all begin anew
 
 
 def test_the_youngest_of_the_lowest_priority_is_pushed_out() -> None:
-    s = scheduler(slots=3, max_num_batched_tokens=20)
+    s = scheduler(num_slots=3, max_num_batched_tokens=20)
     for name, priority in (("old", 5), ("young", 5), ("kept", 2)):
         s.add(sequence(name, priority=priority))
     run(s)
@@ -141,7 +162,7 @@ def test_the_youngest_of_the_lowest_priority_is_pushed_out() -> None:
 
 
 def test_deadlines_end_who_waits_and_who_runs() -> None:
-    s = scheduler(slots=1)
+    s = scheduler(num_slots=1)
     for name, deadline in (("runs", 5.0), ("waits", 4.0), ("later", 9.0), ("never", None)):
         s.add(sequence(name, deadline=deadline))
     run(s)
@@ -152,38 +173,32 @@ def test_deadlines_end_who_waits_and_who_runs() -> None:
 
 
 def test_guesses_get_what_is_left_of_the_budget_and_fit_the_limit() -> None:
-    s = Scheduler(
-        slots=4,
-        max_num_batched_tokens=12,
-        prefill_chunk=4,
-        max_queue_size=9,
-        draft_tokens=5,
-        on_draft=lambda q, most: [7] * most,
-    )
+    s = scheduler(num_slots=4, max_num_batched_tokens=12, num_speculative_tokens=5)
     for name in "abc":
         s.add(sequence(name, 4))
-    while any(not q.decoding for q in s.running) or s.waiting:
+        s.waiting[-1].prompt_lookup = PromptLookup(1)  # all tokens are 1, so it always proposes
+    while any(not q.is_decoding for q in s.running) or s.waiting:
         run(s)
-    s.running[1].limit = len(s.running[1].tokens) + 3
+    s.running[1].max_length = len(s.running[1].tokens) + 3
     s.add(sequence("d", 9))
-    assert [(c.sequence.request.id, c.count, len(c.draft)) for c in s.plan()] == [
+    assert [(c.sequence.request.id, c.num_tokens, len(c.draft)) for c in s.plan().chunks] == [
         ("a", 1, 5),
         ("b", 1, 0),
         ("c", 1, 0),
         ("d", 4, 0),
     ]
     s.remove(s.running[0])
-    assert [(len(c.draft), c.rows) for c in s.plan()] == [(2, 3), (4, 5), (0, 0)]
+    assert [(len(c.draft), c.num_logits) for c in s.plan().chunks] == [(2, 3), (4, 5), (0, 0)]
 
 
 def test_a_long_prompt_amid_decodes_takes_no_step_from_them() -> None:
-    s = scheduler(slots=17, max_num_batched_tokens=256, prefill_chunk=64)
+    s = scheduler(num_slots=17, max_num_batched_tokens=256, prefill_chunk=64)
     for i in range(16):
         s.add(sequence(f"decode{i}"))
     run(s)
     s.add(sequence("long", 1900))
     steps = 0
-    while s.running[-1].computed < 1900:
+    while s.running[-1].num_computed_tokens < 1900:
         ran = run(s)
         steps += 1
         # Each of them gets its token in each step, which is at most so much longer.
@@ -198,26 +213,27 @@ def test_everybody_ends_though_blocks_hold_little_more_than_one() -> None:
         window = rng.choice([-1, 20])
         # 128 tokens: all of one sequence; of layers with a window 20, and a step of 10.
         pools = [BlockPool(8 + trial % 5), BlockPool(3 + trial % 5 if window > 0 else 8, window)]
+        allocator = BlockAllocator(pools, max_step_tokens=10)
         s = Scheduler(
-            slots=5,
+            PagedManager(allocator, NoTables(), caches_prefixes=False),
+            num_slots=5,
             max_num_batched_tokens=10,
             prefill_chunk=rng.choice([2, 10]),
             max_queue_size=99,
-            draft_tokens=2,
-            on_draft=lambda q, most: [7] * most,
-            blocks=BlockAllocator(pools, max_step_tokens=10),
+            num_speculative_tokens=2,
         )
         for i in range(12):
             q = sequence(f"{i}", rng.randint(1, 90), priority=rng.randint(0, 2))
-            q.limit = 128
+            q.max_length = 128
+            q.prompt_lookup = PromptLookup(1)
             s.add(q)
         steps = 0
         while s.running or s.waiting:
             assert run(s)  # somebody gets on in every step
-            for q in [q for q in s.running if len(q.tokens) >= q.limit]:
+            for q in [q for q in s.running if len(q.tokens) >= q.max_length]:
                 s.remove(q)
             steps += 1
             assert steps < 20_000
-        preemptions += s.preemptions
+        preemptions += s.num_preemptions
         assert all(pool.num_free_blocks == pool.capacity for pool in pools)
     assert preemptions > 100

@@ -20,7 +20,7 @@ from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.grammar import KEPT, Grammars
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Request, SamplingParams
-from nanochat_ray.engine.scheduler import Chunk
+from nanochat_ray.engine.scheduler import ScheduledChunk
 from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
@@ -261,13 +261,13 @@ def hurried(local: LocalClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
     has 3 tokens, or while a request waits: whatever the speed of the machine."""
     run, scheduler = local.engine.runner.run, local.engine.scheduler
 
-    def late(chunks: list[Chunk], flown: torch.Tensor | None) -> torch.Tensor:
+    def late(chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None) -> torch.Tensor:
         time.sleep(0.005)  # those without a deadline are still there when the next request comes
         begun = [s for s in scheduler.running if len(s.tokens) >= len(s.request.prompt) + 3]
         for s in (*begun, *scheduler.waiting):
             if s.request.deadline is not None:
                 object.__setattr__(s.request, "deadline", time.time())
-        return run(chunks, flown)
+        return run(chunks, previous_ids)
 
     monkeypatch.setattr(local.engine.runner, "run", late)
     limits = Limits(request_timeout_s=600)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+
+from nanochat_ray.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -14,3 +18,85 @@ class Span:
     num_tokens: int
     is_decode: bool
     """Whether each token is computed as if it were alone."""
+
+
+class KVCacheManager(ABC):
+    """Which memory holds the keys and values of which tokens.
+
+    Call order for a sequence that has a slot: ``match_prefix`` once, before its first chunk; then,
+    step after step, ``allocate``, the forward, ``commit``; in the end ``free``.
+
+    Invariants:
+    - between ``allocate(s, n)`` and ``free(s)`` the tokens ``[0, n)`` of ``s`` have memory of their
+      own or share it with an identical prefix, except for tokens behind every attention window;
+    - ``allocate`` that returns False changes nothing that another sequence depends on, and it never
+      takes memory from another sequence: the caller preempts one and tries again;
+    - ``match_prefix`` finds only what was computed as a prompt and committed, with the same
+      ``cache_scope``, so that the bits of a sequence do not depend on earlier requests;
+    - ``free`` of a sequence without memory does nothing; committed prefixes stay matchable until
+      their memory is allocated again;
+    - without sequences nothing is referenced (``check_integrity`` with an empty list).
+    """
+
+    @property
+    @abstractmethod
+    def num_lookup_tokens(self) -> int:
+        """Prompt tokens that ``match_prefix`` was asked for, in total."""
+
+    @property
+    @abstractmethod
+    def num_hit_tokens(self) -> int:
+        """Prompt tokens that it found, in total."""
+
+    @property
+    @abstractmethod
+    def caches_prefixes(self) -> bool:
+        """Whether ``match_prefix`` can find anything."""
+
+    @abstractmethod
+    def can_admit(self, sequence: Sequence, running: SequenceOf[Sequence]) -> bool:
+        """Whether the sequence and its next token fit beside the ``running`` ones, when each of
+        those has the memory that its tokens need."""
+
+    @abstractmethod
+    def match_prefix(self, sequence: Sequence) -> int:
+        """Gives the sequence the longest cached prefix of its prompt; returns its number of
+        tokens. The last token is never part of it, since its logits are needed."""
+
+    @abstractmethod
+    def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Memory for the first ``num_tokens`` tokens of the sequence; False if there is none."""
+
+    @abstractmethod
+    def commit(self, sequence: Sequence) -> None:
+        """The computed part of the prompt can be matched by other sequences from now on."""
+
+    @abstractmethod
+    def free(self, sequence: Sequence) -> None:
+        """Releases the memory of a sequence, which still has its slot."""
+
+    @abstractmethod
+    def frees_memory(self, sequence: Sequence) -> bool:
+        """Whether to preempt the sequence would make memory available to others."""
+
+    @abstractmethod
+    def usage(self, running: SequenceOf[Sequence]) -> float:
+        """Share of the memory that the ``running`` sequences use, from 0 to 1."""
+
+    @abstractmethod
+    def check_integrity(self, running: SequenceOf[Sequence]) -> None:
+        """AssertionError if memory is lost, or referenced by others than ``running``."""
+
+
+def num_matchable_tokens(sequence: Sequence) -> int:
+    """How many tokens ``match_prefix`` may return: those of the prompt but the last token. None if
+    the prompt's log-probabilities are still missing, since they need its logits."""
+    if sequence.needs_prompt_logprobs:
+        return 0
+    return min(len(sequence.tokens) - 1, len(sequence.request.prompt))
+
+
+def num_committable_tokens(sequence: Sequence) -> int:
+    """Computed tokens of the prompt. Those of the output are computed as decodes, whose bits may
+    differ from a prompt's."""
+    return min(sequence.num_computed_tokens, len(sequence.request.prompt))

@@ -10,7 +10,6 @@ H heads, Hkv key/value heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -18,47 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat_ray.engine.cuda_graphs import DecodeGraphs
+from nanochat_ray.engine.kvcache.attention_metadata import AttentionMetadata
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
+from nanochat_ray.engine.kvcache.kv_cache import KVCache
 from nanochat_ray.engine.kvcache.memory import layer_windows
 from nanochat_ray.engine.kvcache.padding import padded_length, padded_queries
-from nanochat_ray.machine import send, use_triton
+from nanochat_ray.engine.model import InferenceModel
+from nanochat_ray.machine import use_triton
 from nanochat_ray.model.config import ModelConfig
 
 
-@dataclass
-class AttentionMetadata:
-    """Which blocks a step reads and writes, in tensors that a CUDA graph can read."""
-
-    max_seqlen_q: int
-    """Most tokens of a span."""
-    positions: Tensor
-    """int64 ``[N]``"""
-    cu_seqlens_q: Tensor
-    """int32 ``[S + 1]``: span i has tokens ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]``."""
-    seqused_k: Tensor
-    """int32 ``[S]``: keys that the last token of a span attends to without a window."""
-    block_tables: Tensor
-    """int32 ``[P, S, M]``: the pages that hold those keys."""
-    slot_mapping: Tensor
-    """int64 ``[P, N]``: where the tokens' own keys are written, page by page."""
-
-    def _tensors(self) -> list[Tensor]:
-        lengths = [self.cu_seqlens_q, self.seqused_k]
-        return [self.positions, *lengths, self.block_tables, self.slot_mapping]
-
-    def to(self, device: torch.device) -> AttentionMetadata:
-        return AttentionMetadata(self.max_seqlen_q, *(send(t, device) for t in self._tensors()))
-
-    def copy_(self, other: AttentionMetadata) -> None:
-        for target, source in zip(self._tensors(), other._tensors(), strict=True):
-            target.copy_(send(source, target.device))
-
-
-class PagedCache:
-    """Implements ``model.AttentionCache``. Call ``prepare`` before each forward.
-
-    Page 0 of each pool belongs to no sequence: block b of the pool is page b + 1. Padding is
+class PagedCache(KVCache):
+    """Page 0 of each pool belongs to no sequence: block b of the pool is page b + 1. Padding is
     written to page 0, and it stands in block tables for ``NULL_BLOCK``.
     """
 
@@ -108,9 +80,10 @@ class PagedCache:
         for table, block_ids in zip(self._block_tables, tables, strict=True):
             table[slot, : len(block_ids)] = np.array(block_ids, dtype=np.int32) + 1
 
+    def decode_graphs(self, model: InferenceModel, max_num_tokens: int) -> DecodeGraphs | None:
+        return DecodeGraphs(model, self, max_num_tokens) if self.device.type == "cuda" else None
+
     def prepare(self, spans: Sequence[Span]) -> int:
-        """Sets up a step; returns N, the tokens of the forward, of which the last few may be
-        padding. Sets ``positions``."""
         self.use(self.make_metadata(spans).to(self.device))
         return self.positions.size(0)
 

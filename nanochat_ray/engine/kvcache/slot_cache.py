@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_ray.engine.kvcache.base import Span
+from nanochat_ray.engine.kvcache.kv_cache import KVCache
 from nanochat_ray.engine.kvcache.padding import padded_length, padded_queries, slot_length
 from nanochat_ray.engine.native import Native
 from nanochat_ray.machine import send, zeros
@@ -40,8 +41,8 @@ class _Run:
     length: int
 
 
-class SlotCache:
-    """Implements ``model.AttentionCache``. Call ``prepare`` before each forward."""
+class SlotCache(KVCache):
+    """Slot s has positions ``[0, max_model_len)`` of ``keys[:, s]`` and ``values[:, s]``."""
 
     def __init__(
         self,
@@ -76,11 +77,6 @@ class SlotCache:
         return self.keys.nbytes + self.values.nbytes
 
     def prepare(self, spans: Sequence[Span]) -> int:
-        """Sets up a step: decodes, by ascending slot, then prompt chunks.
-
-        Returns N, the tokens of the forward, of which the last few may be padding. Sets
-        ``positions``.
-        """
         counts = np.array([span.num_tokens for span in spans])
         starts = np.array([span.start for span in spans])
         slots = np.repeat([span.slot for span in spans], counts)

@@ -1,0 +1,42 @@
+"""What attention over paged memory needs to know of a step.
+
+Legend: N tokens, S spans (each of one sequence), P block pools, M blocks of the longest sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanochat_ray.machine import send
+
+
+@dataclass
+class AttentionMetadata:
+    """Which blocks a step reads and writes, in tensors that a CUDA graph can read."""
+
+    max_seqlen_q: int
+    """Most tokens of a span."""
+    positions: Tensor
+    """int64 ``[N]``"""
+    cu_seqlens_q: Tensor
+    """int32 ``[S + 1]``: span i has tokens ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]``."""
+    seqused_k: Tensor
+    """int32 ``[S]``: keys that the last token of a span attends to without a window."""
+    block_tables: Tensor
+    """int32 ``[P, S, M]``: the pages that hold those keys."""
+    slot_mapping: Tensor
+    """int64 ``[P, N]``: where the tokens' own keys are written, page by page."""
+
+    def _tensors(self) -> list[Tensor]:
+        lengths = [self.cu_seqlens_q, self.seqused_k]
+        return [self.positions, *lengths, self.block_tables, self.slot_mapping]
+
+    def to(self, device: torch.device) -> AttentionMetadata:
+        return AttentionMetadata(self.max_seqlen_q, *(send(t, device) for t in self._tensors()))
+
+    def copy_(self, other: AttentionMetadata) -> None:
+        for target, source in zip(self._tensors(), other._tensors(), strict=True):
+            target.copy_(send(source, target.device))

@@ -1,0 +1,46 @@
+"""What the runner needs of the memory of a KV cache, whatever its layout."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nanochat_ray.engine.cuda_graphs import DecodeGraphs
+from nanochat_ray.engine.kvcache.base import Span
+from nanochat_ray.engine.model import InferenceModel
+
+
+class KVCache(ABC):
+    """Keys and values, and attention over them. Implements ``model.AttentionCache``.
+
+    Invariants: ``prepare`` is called before each forward; ``attend`` then once for each layer;
+    memory that no ``attend`` has written is zero, not garbage, since a masked value is multiplied
+    by 0 and 0 * nan is nan.
+    """
+
+    positions: Tensor
+    """int64 ``[N]``: the position of each token of the step in its sequence."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory of all keys and values."""
+
+    @abstractmethod
+    def prepare(self, spans: Sequence[Span]) -> int:
+        """Sets up a step: decodes, by ascending slot, then prompt chunks.
+
+        Returns N, the tokens of the forward, of which the last few may be padding. Sets
+        ``positions``.
+        """
+
+    @abstractmethod
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """``q [N, H, D]``, ``k`` and ``v [N, Hkv, D]`` → ``[N, H, D]``. Writes the keys and values
+        of the step first."""
+
+    def decode_graphs(self, model: InferenceModel, max_num_tokens: int) -> DecodeGraphs | None:
+        """CUDA graphs for steps of decodes alone, up to this many tokens, where there can be."""
+        return None
