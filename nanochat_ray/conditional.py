@@ -11,8 +11,8 @@ from obstore.store import GCSStore, S3Store
 def create(scheme: str, path: str, options: str, name: str, data: bytes) -> bool:
     """Puts ``data`` at ``name`` below ``path`` (bucket and prefix); False if the key exists.
 
-    The first three are those of ``storage.split_uri``. Credentials come from the environment. Raises
-    OSError.
+    The first three are those of ``storage.split_uri``. Credentials come from the environment.
+    Raises OSError.
     """
     bucket, _, prefix = path.partition("/")
     key = "/".join(part for part in (prefix.strip("/"), name) if part)

@@ -134,15 +134,15 @@ class Store:
     def is_local(self) -> bool:
         return isinstance(self.fs, pafs.LocalFileSystem)
 
-    def child(self, *parts: str) -> Store:
-        """The folder below this one that ``parts`` name, each one entry. Raises ValueError."""
-        for part in parts:
-            check_name("name", part)
-        root = "/".join([self.root, *parts])
+    def child(self, *names: str) -> Store:
+        """The folder at the path ``names`` below this one. ValueError if one is no name."""
+        for name in names:
+            check_name("name", name)
+        root = "/".join([self.root, *names])
         if self.is_local:
             return Store(root, self.fs, root)
         scheme, path, options = split_uri(self.uri)
-        return Store(join_uri(scheme, "/".join([path, *parts]), options), self.fs, root)
+        return Store(join_uri(scheme, "/".join([path, *names]), options), self.fs, root)
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
@@ -158,8 +158,8 @@ class Store:
         return int(info.size)
 
     def read_bytes(self, name: str) -> bytes:
-        with self.open_input(name) as stream:
-            return stream.read()
+        with self.open_input(name) as file:
+            return file.read()
 
     def read_text(self, name: str) -> str:
         return self.read_bytes(name).decode()
@@ -181,8 +181,8 @@ class Store:
             # pyarrow cannot abort an upload: after an error a truncated object may remain, which no
             # manifest names. ``write_bytes`` sends its data in one request, so it is atomic.
             # Without compression=None pyarrow would gzip every file called .gz.
-            with self.fs.open_output_stream(target, compression=None) as stream:
-                yield stream
+            with self.fs.open_output_stream(target, compression=None) as file:
+                yield file
             return
         self.fs.create_dir(os.path.dirname(target), recursive=True)
         aside = f"{target}.{uuid.uuid4().hex}.tmp"
@@ -199,8 +199,8 @@ class Store:
             raise
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        with self.writing(name) as stream:
-            stream.write(data)
+        with self.writing(name) as file:
+            file.write(data)
 
     def write_text(self, name: str, text: str) -> None:
         self.write_bytes(name, text.encode())
