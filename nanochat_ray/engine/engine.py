@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from typing import Any
@@ -123,6 +124,23 @@ class Engine:
         sequence = self._sequences[request_id]
         if sequence.slot >= 0:
             self.scheduler.preempt(sequence)
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replaces the model's weights in place, between two steps, by a state dict of the model.
+
+        Later answers and log-probabilities equal those of a new engine with these weights: cached
+        prefixes are dropped, and running requests are preempted, so that the keys and values of
+        their tokens are recomputed. ValueError names a tensor with a wrong name, shape or dtype;
+        then nothing has changed.
+        """
+        self.runner.model.check_weights(weights)
+        if self._in_flight is not None:
+            step, self._in_flight = self._in_flight, None
+            self._ready += self._commit(step)
+        for sequence in list(self.scheduler.running):
+            self.scheduler.preempt(sequence)
+        self.runner.kv_manager.reset_prefix_cache()
+        self.runner.model.load_weights(weights)
 
     def reset(self) -> list[str]:
         """Removes every request; returns their ids."""

@@ -33,6 +33,8 @@ class Linear(Protocol):
 
     in_features: int
     out_features: int
+    weight: Tensor
+    """In the layer's own layout."""
 
     def load(self, weight: Tensor) -> None:
         """Copies ``weight [N, K]`` of any dtype and layout into the layer's own memory."""
@@ -76,13 +78,13 @@ class PaddedLinear:
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype):
         self.out_features, self.in_features = shape
-        self._wide = ColumnMajorLinear((shape[0] // 8 * 8 + 8, shape[1]), dtype)
+        self.weight = torch.zeros((shape[1], shape[0] // 8 * 8 + 8), dtype=dtype).t()
 
     def load(self, weight: Tensor) -> None:
-        self._wide.weight[: self.out_features].copy_(weight)
+        self.weight[: self.out_features].copy_(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._wide(x)[:, : self.out_features]
+        return F.linear(x, self.weight)[:, : self.out_features]
 
 
 class PackedLinear:
@@ -93,7 +95,7 @@ class PackedLinear:
         self.out_features, self.in_features = shape
         self._native = native
         memory = torch.zeros(self.packed_size(shape)) if memory is None else memory
-        self.panels = memory.view(-(-shape[0] // COLUMNS), -1, COLUMNS)
+        self.weight = memory.view(-(-shape[0] // COLUMNS), -1, COLUMNS)
         """float32 ``[panels, K rounded up to CHUNK, COLUMNS]``; padding is 0."""
 
     @staticmethod
@@ -106,12 +108,12 @@ class PackedLinear:
         N, K = weight.shape
         full = N // COLUMNS
         panels = weight[: full * COLUMNS].unflatten(0, (full, COLUMNS))
-        self.panels[:full, :K].copy_(panels.transpose(1, 2))
+        self.weight[:full, :K].copy_(panels.transpose(1, 2))
         if rest := N % COLUMNS:
-            self.panels[full, :K, :rest].copy_(weight[-rest:].t())
+            self.weight[full, :K, :rest].copy_(weight[-rest:].t())
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self._native.linear(x, self.panels)
+        y = self._native.linear(x, self.weight)
         # A gate's few outputs are a slice, for the reason that ``PaddedLinear`` gives.
         return y if y.size(-1) == self.out_features else y[:, : self.out_features]
 
@@ -139,6 +141,19 @@ def make_linears(
         else ColumnMajorLinear(shape, dtype)
         for shape in shapes
     ]
+
+
+def min_num_tokens(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
+    """The tokens that a step on a CPU must have, with torch's matmuls of these weight shapes, for
+    the result of one not to depend on the others, as far as trials show."""
+    noise = torch.Generator().manual_seed(1)
+    distinct = sorted(set(shapes))
+    layers = make_linears(distinct, dtype, torch.device("cpu"))
+    num_tokens = 1
+    for shape, layer in zip(distinct, layers, strict=True):
+        layer.load(torch.randn(shape, generator=noise) / shape[1] ** 0.5)
+        num_tokens = max(num_tokens, min_invariant_rows(layer, dtype) or ROW_THRESHOLDS[-1])
+    return num_tokens
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat_ray.engine.linear import ROW_THRESHOLDS, Linear, make_linears, min_invariant_rows
+from nanochat_ray.engine.linear import Linear, make_linears, min_num_tokens
 from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.operators import Operators, TorchOperators
 from nanochat_ray.machine import use_triton
@@ -121,7 +121,8 @@ class InferenceModel:
         self._q_scale = config.qk_scale**2 * yarn_sharpening(config.rope_factor)
         self._layers = [self._layer(i) for i in range(config.n_layer)]
         self._copy(weights)
-        self.min_num_tokens = self._trial() if self.device.type == "cpu" and not native else 1
+        uses_mkl = self.device.type == "cpu" and native is None
+        self.min_num_tokens = min_num_tokens(sizes, dtype) if uses_mkl else 1
 
     def _layer(self, i: int) -> _Layer:
         config, at = self.config, f"transformer.h.{i}."
@@ -136,10 +137,6 @@ class InferenceModel:
             value_embedding=self._tensors[f"value_embeds.{i}.weight"] if gated else None,
             window=windows(config)[i],
         )
-
-    def _trial(self) -> int:
-        rows = (min_invariant_rows(linear, self.dtype) for linear in self._linears.values())
-        return max(1, *(count or ROW_THRESHOLDS[-1] for count in rows))
 
     def check_weights(self, weights: Mapping[str, Tensor]) -> None:
         """ValueError that names a tensor if these are not the weights of such a model."""

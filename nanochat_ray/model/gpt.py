@@ -85,6 +85,12 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
 
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """A table of zeros. torch's would be random, for nothing: ``init_weights`` or a checkpoint
+    fills it. On the meta device torch would also import torch.compile, which takes seconds."""
+    return nn.Embedding(rows, width, _weight=torch.zeros(rows, width))
+
+
 class GPT(nn.Module):
     """Weights are float32; activations have ``compute_dtype``; logits and losses are float32."""
 
@@ -94,7 +100,7 @@ class GPT(nn.Module):
         rows, C, n = config.padded_vocab_size, config.n_embd, config.n_layer
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(rows, C),
+                "wte": _embedding(rows, C),
                 "h": nn.ModuleList([Block(config, layer) for layer in range(n)]),
             }
         )
@@ -115,7 +121,7 @@ class GPT(nn.Module):
         if config.value_embeds:
             kv = config.n_kv_head * config.head_dim
             layers = [i for i in range(n) if has_value_embedding(i, n)]
-            self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, kv) for i in layers})
+            self.value_embeds = nn.ModuleDict({str(i): _embedding(rows, kv) for i in layers})
         self._angles: tuple[Tensor, Tensor] | None = None
         self.window_share = 1.0
         """Share of the windows that training sees; a schedule may let it grow."""

@@ -1,8 +1,7 @@
-"""The ``Task`` protocol: questions with ideal answers, and a program that grades answers."""
+"""What a task is: questions with ideal answers, and a program that grades what a model says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, Protocol
 
 from nanochat_ray.text.chat import Message
@@ -11,7 +10,7 @@ Split = Literal["train", "val", "test"]
 
 
 class Task(Protocol):
-    """Examples by index; equal arguments give equal examples in every process.
+    """Random access by index; equal arguments give equal examples in every process.
 
     The splits of a task never share a question.
     """
@@ -21,26 +20,20 @@ class Task(Protocol):
     def __len__(self) -> int: ...
 
     def question(self, index: int) -> list[Message]:
-        """The conversation up to the assistant's answer."""
+        """The conversation up to where the assistant is to answer."""
         ...
 
     def example(self, index: int) -> list[Message]:
-        """The question with its ideal answer, which fine-tuning trains on."""
+        """The question with the answer that a model should learn."""
         ...
 
     def grade(self, index: int, answer: str) -> bool:
-        """Whether ``answer``, the text of the assistant, is right."""
+        """Whether ``answer``, the text that the assistant said, is right."""
         ...
 
 
-TaskFactory = Callable[[Split, int | None, int], Task]
-"""(split, at most how many examples, seed) → task. None is all, or ``DEFAULT_SIZE`` of a task that
-generates its examples."""
-DEFAULT_SIZE = 1000
-
-
-def calculator_turn(expression: str, result: str, text: str) -> list[Message]:
-    """Content of an assistant that calls the calculator and then writes ``text``."""
+def calculated(expression: str, result: str, text: str) -> list[Message]:
+    """Content of an assistant that computes ``expression`` and then says ``text``."""
     return [
         {"type": "python", "text": expression},
         {"type": "python_output", "text": result},

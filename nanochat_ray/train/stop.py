@@ -1,8 +1,8 @@
-"""Graceful stop: SIGTERM (a scheduler takes the machine back) or Ctrl-C, once.
+"""Being asked to stop: SIGTERM (a scheduler takes the machine back) or Ctrl-C, once.
 
-After the first signal the trainer finishes its step, saves a checkpoint and returns; the process
-then exits with ``STOPPED``, which says that the same command resumes the run. A second signal has
-its default effect.
+The first signal lets the step under way end, after which the loop saves a checkpoint and leaves;
+the job then exits with ``STOPPED``, so that whoever started it knows to start it again. A second
+one acts as if nothing had been installed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ STOPPED = 75
 
 
 class StopOnSignal:
-    """While entered, ``stop`` is set by the first of ``signals``. Main thread only."""
+    """While entered, ``asked`` is set by the first of ``signals``. Main thread only."""
 
     def __init__(self, *signals: signal.Signals):
         self.signals = signals or (signal.SIGTERM, signal.SIGINT)
-        self.stop = threading.Event()
+        self.asked = threading.Event()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         for number in self.signals:
-            self._before[number] = signal.signal(number, self._handle)
+            self._before[number] = signal.signal(number, self._stop)
         return self
 
     def __exit__(
@@ -42,8 +42,8 @@ class StopOnSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.stop.set()
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.asked.set()
         self._restore()
         print(
             f"{signal.Signals(number).name}: a checkpoint after this step, then the end; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,19 @@ import torch
 from torch import Tensor
 
 from nanochat_ray.checkpoint import hf
+from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.model import InferenceModel
 from nanochat_ray.model.gpt import GPT
-from tests.engine.engine_kit import VOCAB, answer, ask, make_engine, make_model, uncached_greedy
+from tests.engine.engine_kit import (
+    VOCAB,
+    answer,
+    ask,
+    finish,
+    make_engine,
+    make_model,
+    tokens,
+    uncached_greedy,
+)
 from tests.tiny import TOKENIZER, tiny_config
 
 
@@ -119,3 +131,113 @@ def test_a_served_model_exports(tmp_path: Path) -> None:
     hf.export(model, TOKENIZER, tmp_path, dtype=torch.float32)
     again, _ = hf.import_folder(tmp_path)
     assert torch.equal(again(torch.tensor([[1, 2, 3]])), model(torch.tensor([[1, 2, 3]])))
+
+
+def other_model(preset: str, **fields: Any) -> GPT:
+    """The same shape as ``make_model``, other weights."""
+    model = make_model.__wrapped__(preset, **fields)
+    noise = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=noise)
+    return model
+
+
+def logprobs(engine: Engine) -> list[tuple[list[int], list[float]]]:
+    """Tokens and their log-probabilities, prompts' included: long prompts that share a prefix."""
+    prompts = [[(3 * j) % VOCAB for j in range(40)] + [i] for i in range(3)]
+    for i, prompt in enumerate(prompts):
+        scored = 0 if i == 2 else None
+        engine.add(ask(str(i), prompt, max_tokens=12, logprobs=0, prompt_logprobs=scored))
+    answers = []
+    for outputs in (found for _, found in sorted(finish(engine).items())):
+        values = [p.logprob for o in outputs for p in o.logprobs or () if p]
+        values += [p.logprob for p in outputs[0].prompt_logprobs or ()]
+        answers.append((tokens(outputs), values))
+    return answers
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"kernels": kernels, "kv_layout": layout}
+    for kernels in ("auto", "generic", "torch")
+    for layout in ("slots", "paged")
+] + [{"kernels": "torch", "precision": "bf16"}, {"async_scheduling": "on"}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("preset", ["modern", "classic"])
+def test_loaded_weights_answer_as_a_new_engine(preset: str, settings: dict[str, Any]) -> None:
+    other = other_model(preset)
+    engine, new = make_engine(make_model(preset), **settings), make_engine(other, **settings)
+    first = logprobs(engine)
+    engine.load_weights(other.state_dict())
+    assert logprobs(engine) == logprobs(new)
+    engine.load_weights(make_model(preset).state_dict())
+    assert logprobs(engine) == first  # and nothing of the other weights is cached
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_layout": "paged"}, {"async_scheduling": "on"}])
+def test_running_requests_continue_with_new_weights(settings: dict[str, Any]) -> None:
+    other = other_model("modern")
+    engine = make_engine(make_model("modern"), num_speculative_tokens=0, **settings)
+    engine.add(ask("a", [1, 2, 3], max_tokens=20))
+    outputs = [output for _ in range(8) for output in engine.step()]
+    engine.load_weights(other.state_dict())
+    engine.check_integrity()
+    early = tokens(outputs) + tokens([o for o in engine._ready if o.request_id == "a"])
+    assert 4 < len(early) < 12
+    late = tokens(finish(engine)["a"])
+    new = make_engine(other, num_speculative_tokens=0)
+    expected = answer(new, ask("a", [1, 2, 3], early, max_tokens=20))
+    assert [*tokens(outputs), *late] == [*early, *expected]
+
+
+def test_loading_keeps_addresses() -> None:
+    for kernels in ("auto", "torch"):
+        model = make_engine(make_model("modern"), kernels=kernels).runner.model
+        before = addresses(model)
+        model.load_weights(other_model("modern").state_dict())
+        assert addresses(model) == before
+        # One matmul instead of three projections in each of the two layers.
+        assert len(before) == len(make_model("modern").state_dict()) - 2 * 2
+
+
+def addresses(model: InferenceModel) -> list[int]:
+    matmuls = [layer.weight for layer in model._linears.values()]
+    return [tensor.data_ptr() for tensor in (*matmuls, *model._tensors.values())]
+
+
+WRONG: dict[str, Any] = {
+    "lm_head.weight is missing": lambda w: w.pop("lm_head.weight"),
+    r"lm_head.weight has the shape \(3, 64\), expected \(320, 64\)": lambda w: w.update(
+        {"lm_head.weight": torch.zeros(3, 64)}
+    ),
+    "x.y is not a tensor of this model": lambda w: w.update({"x.y": torch.zeros(3)}),
+    "resid_lambdas has the dtype torch.int64": lambda w: w.update(
+        {"resid_lambdas": torch.zeros(2, dtype=torch.int64)}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_weights_change_nothing(message: str) -> None:
+    engine = make_engine(make_model("modern"))
+    engine.add(ask("a", [1, 2, 3], max_tokens=9))
+    early = [token for _ in range(3) for o in engine.step() for token in o.tokens]
+    weights = other_model("modern").state_dict()
+    WRONG[message](weights)
+    with pytest.raises(ValueError, match=f"weights: {message}"):
+        engine.load_weights(weights)
+    with pytest.raises(ValueError, match=f"weights: {message}"):
+        InferenceModel(make_model("modern").config, weights)
+    new = make_engine(make_model("modern"))
+    assert [*early, *tokens(finish(engine)["a"])] == answer(new, ask("a", [1, 2, 3], max_tokens=9))
+
+
+def test_an_engine_starts_without_torch_compile() -> None:
+    """Importing it takes seconds, which a start on a CPU need not wait for."""
+    code = (
+        "import sys; from tests.engine.engine_kit import make_engine, make_model;"
+        "make_engine(make_model('modern')); assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -76,6 +76,11 @@ class KVCacheManager(ABC):
         """Releases the memory of a sequence, which still has its slot."""
 
     @abstractmethod
+    def reset_prefix_cache(self) -> None:
+        """Drops all cached prefixes, for example when weights change. Sequences keep their memory,
+        so they must be preempted first if their prompts are not to be committed later."""
+
+    @abstractmethod
     def frees_memory(self, sequence: Sequence) -> bool:
         """Whether to preempt the sequence would make memory available to others."""
 

@@ -140,6 +140,11 @@ class BlockAllocator:
         pool.free(block_ids)
         return new_blocks
 
+    def reset_prefix_cache(self) -> None:
+        """Drops all cached prefixes; sequences keep the blocks that they reference."""
+        for pool in self.pools:
+            pool.clear_hashes()
+
     def check_integrity(self, all_tables: Sequence[BlockTables]) -> None:
         """AssertionError if a block is lost or referenced by others than ``all_tables``."""
         for i, pool in enumerate(self.pools):

@@ -83,6 +83,13 @@ class BlockPool:
         if block_id not in self._block_to_hash and block_hash not in self._hash_to_block:
             self._hash_to_block[block_hash], self._block_to_hash[block_id] = block_id, block_hash
 
+    def clear_hashes(self) -> None:
+        """No block can be found any more; those that are evictable become free."""
+        self._free += self._evictable
+        self._evictable.clear()
+        self._hash_to_block.clear()
+        self._block_to_hash.clear()
+
     def free(self, block_ids: Sequence[int]) -> None:
         """One reference less for each block of a sequence's block table."""
         # The last block becomes evictable first, so that it is evicted before its prefix, without

@@ -82,6 +82,9 @@ class PagedManager(KVCacheManager):
         if tables := self._tables.pop(sequence, None):
             self.allocator.free(tables)
 
+    def reset_prefix_cache(self) -> None:
+        self.allocator.reset_prefix_cache()
+
     def frees_memory(self, sequence: Sequence) -> bool:
         return sequence in self._tables
 

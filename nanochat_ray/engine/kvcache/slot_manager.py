@@ -80,6 +80,9 @@ class SlotManager(KVCacheManager):
     def free(self, sequence: Sequence) -> None:
         pass
 
+    def reset_prefix_cache(self) -> None:
+        self._allocator.reset_prefix_cache()
+
     def frees_memory(self, sequence: Sequence) -> bool:
         return True
 
