@@ -37,12 +37,12 @@ print(json.dumps({
 def test_every_fixed_port_and_path_of_serve_is_set() -> None:
     """Read from Ray's own list, so that one that another version adds is missed here."""
     source = Path(constants.__file__).read_text()
-    fixed = set(re.findall(r'"(RAY_SERVE_\w*_PORT)",?\s*"?\d+', source))
-    fixed |= set(re.findall(r'"(RAY_SERVE_\w+)",\s*"/tmp', source))
-    assert len(fixed) >= 13
+    names = set(re.findall(r'"(RAY_SERVE_\w*_PORT)",?\s*"?\d+', source))
+    names |= set(re.findall(r'"(RAY_SERVE_\w+)",\s*"/tmp', source))
+    assert len(names) >= 13
     variables = ports.serve_environment()
     shutil.rmtree(variables[ports.STATE_BASE])
-    assert fixed <= set(variables)
+    assert names <= set(variables)
 
 
 def test_two_clusters_share_nothing() -> None:
@@ -53,7 +53,7 @@ def test_two_clusters_share_nothing() -> None:
     with socket.create_server(("", int(first["RAY_SERVE_HAPROXY_STATS_PORT"]))):
         environments = [first, ports.serve_environment()]
         for environment in environments:
-            done = subprocess.run(
+            process = subprocess.run(
                 [sys.executable, "-c", SERVES],
                 env={**os.environ, **environment},
                 capture_output=True,
@@ -61,7 +61,7 @@ def test_two_clusters_share_nothing() -> None:
                 timeout=60,
                 check=True,
             )
-            clusters.append(json.loads(done.stdout.splitlines()[-1]))
+            clusters.append(json.loads(process.stdout.splitlines()[-1]))
     one, two = (
         set(cluster["ports"]).union(*(range(low, high) for low, high in cluster["ranges"]))
         for cluster in clusters
@@ -79,7 +79,7 @@ def test_two_clusters_share_nothing() -> None:
         shutil.rmtree(folder)
 
 
-def test_what_is_set_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_are_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):  # what is set below is taken back
         if name.startswith("RAY_SERVE_"):
             monkeypatch.delenv(name)
@@ -97,17 +97,19 @@ def test_what_is_set_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
             del os.environ[name]
 
 
-def test_the_local_cluster_takes_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_local_cluster_has_its_own_ports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """cluster/local.sh sources what it writes; no block is shared with its other ports."""
     monkeypatch.setattr(ports, "_new_folder", lambda: str(tmp_path))
     lines = list(ports.exports())
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", "-c", "\n".join([*lines, 'echo "$RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"'])],
         capture_output=True,
         text=True,
         timeout=20,
     )
-    assert int(done.stdout) >= ports.FIRST
+    assert int(process.stdout) >= ports.FIRST
     script = (REPO / "cluster" / "local.sh").read_text()
     low, high = map(int, re.findall(r"range\((\d+), (\d+)\)", script)[0])
     assert 20_000 <= low < high <= ports.FIRST

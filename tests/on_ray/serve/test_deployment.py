@@ -1,11 +1,8 @@
-"""What a deployment carries: never what the environment of a worker happens to hold."""
+"""A deployment carries its whole configuration; the environment of a worker decides nothing."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import socket
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +13,7 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import serve as job
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.config import ServeConfig
-from nanochat_ray.on_ray.serve.connection import Connection, Handshakes
 from nanochat_ray.on_ray.serve.deployment import build, build_application, settings
-from nanochat_ray.on_ray.serve.replica import EngineReplica
 from nanochat_ray.serve import keys
 from nanochat_ray.storage import Store
 from tests.tiny import TOKENIZER, tiny_config
@@ -54,10 +49,10 @@ def test_keys_come_from_the_command(root: Store, monkeypatch: pytest.MonkeyPatch
     assert not ring.name_of(b"of-some-worker")
 
 
-def test_a_variable_of_a_worker_guards_nothing(
+def test_keys_in_a_workers_environment_are_refused(
     root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Serve config file is built in a worker: there the variable is refused, not believed."""
+    """A Serve config file is built in a worker: there the variable is refused."""
     write_run(root)
     monkeypatch.setenv(keys.VARIABLE, "of-some-worker")
     args = {"storage": root.uri, "run": "chat"}
@@ -100,63 +95,25 @@ def test_storage_is_absolute_in_a_deployment(
 
 def test_the_best_checkpoint_can_be_served(root: Store) -> None:
     write_run(root)
-    for asked, served in (("", "step-000002"), ("best", "step-000001"), ("step-000001",) * 2):
-        application = build({"storage": root.uri, "checkpoint": asked})
+    for choice, name in (("", "step-000002"), ("best", "step-000001"), ("step-000001",) * 2):
+        application = build({"storage": root.uri, "checkpoint": choice})
         (engines,) = application._bound_deployment.init_args
-        assert engines._bound_deployment.user_config == {"checkpoint": served}
+        assert engines._bound_deployment.user_config == {"checkpoint": name}
     with pytest.raises(ValueError, match=r"checkpoint='step-000009' is not in .* step-000001"):
         build({"storage": root.uri, "checkpoint": "step-000009"})
 
 
-class Unserved(EngineReplica):
-    """Without Serve nobody awaits its end."""
-
-    def __del__(self) -> None:  # type: ignore[override]
-        pass
-
-
-def test_strangers_cannot_lock_an_ingress_out(root: Store) -> None:
-    """Connections that never say the secret are bounded in number and in time."""
-
-    async def run() -> None:
-        replica = Unserved(root.uri, "chat", {}, "cpu", 1, name="r", host="127.0.0.1")
-        replica.handshakes = Handshakes(most=8, seconds=0.5)
-        await replica.listen()
-        assert replica.server is not None
-        address = tuple((await replica.endpoint())["address"])
-        strangers = [socket.create_connection(address) for _ in range(40)]
-        heard: list[Any] = []
-        _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: Connection(
-                lambda _, message: heard.append(message[0]), lambda _: heard.append("lost")
-            ),
-            *address,
-        )
-        connection.send("handshake", replica.secret, "i")
-        async with asyncio.timeout(10):
-            while "handshake" not in heard:
-                await asyncio.sleep(0.01)
-        assert len(replica.handshakes) <= 8
-        began = time.monotonic()
-        async with asyncio.timeout(10):
-            while len(replica.handshakes):
-                await asyncio.sleep(0.01)
-        assert time.monotonic() - began < 5
-        for stranger in strangers:
-            stranger.settimeout(5)
-            assert await asyncio.to_thread(stranger.recv, 1) == b""
-            stranger.close()
-        assert "lost" not in heard  # the right one stays
-        assert len(replica.connections) == 1
-        connection.close()
-        replica.server.close()
-        for task in replica._tasks:
-            task.cancel()
-
-    asyncio.run(run())
+def test_missing_runs_and_fields_are_named(root: Store) -> None:
+    write_run(root)
+    with pytest.raises(ValueError, match="run='other' has no checkpoint"):
+        build({"storage": root.uri, "run": "other"})
+    with pytest.raises(ValueError, match="no field 'engine_count'"):
+        build({"storage": root.uri, "run": "chat", "engine_count": 2})
+    with pytest.raises(ValueError, match="max_replicas=1 is not allowed"):
+        build({"storage": root.uri, "run": "chat", "num_replicas": 2, "max_replicas": 1})
 
 
-def test_what_a_replica_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replicas_refusal_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve reports a replica's exception as the text of a trace."""
     trace = (
         "Deploying application nanochat failed: The deployment failed to start 3 times in a row:\n"

@@ -1,4 +1,4 @@
-"""How many replicas there should be: the policy alone, without Ray (with it: test_serve.py)."""
+"""The number of replicas: the policy alone, without Ray (with it: test_serve.py)."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ def load(running: float, waiting: float = 0, kv_used: float = 0.0) -> Load:
 
 
 @pytest.mark.parametrize(
-    ("loads", "num_replicas", "expected"),
+    ("loads", "num_replicas", "target"),
     [
-        ([], 1, 1),  # nobody has said anything yet
+        ([], 1, 1),  # no replica has reported yet
         ([load(0)], 1, 1),
-        ([load(9)], 1, 1),  # all that it should have
+        ([load(9)], 1, 1),  # full
         ([load(10)], 1, 2),
         ([load(10, waiting=30)], 1, 5),
-        ([load(10, waiting=30)], 3, 5),  # two of them start just now
+        ([load(10, waiting=30)], 3, 5),  # two of them are starting
         ([load(10, waiting=30), load(0), load(0)], 5, 5),
         ([load(3, kv_used=0.9)], 1, 2),  # few, but long
         ([load(9), load(9)], 2, 2),
-        ([load(3), load(3)], 2, 2),  # one could do it, but not much more
+        ([load(3), load(3)], 2, 2),  # one would suffice, but be nearly full
         ([load(3), load(2)], 2, 1),
         ([load(0, kv_used=0.0), load(1, kv_used=0.6)], 2, 2),
         ([load(0)] * 4, 4, 1),
     ],
 )
 def test_replicas_follow_queues_and_caches(
-    loads: list[Load], num_replicas: int, expected: int
+    loads: list[Load], num_replicas: int, target: int
 ) -> None:
-    assert target_num_replicas(loads, num_replicas) == expected
+    assert target_num_replicas(loads, num_replicas) == target
 
 
 def test_policy_reads_what_serve_gives() -> None:

@@ -1,0 +1,197 @@
+"""An engine replica and its connections, without Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nanochat_ray.config import to_json
+from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.request import Request, SamplingParams
+from nanochat_ray.on_ray.serve.connection import ACCEPTED, Connection, Handshakes
+from nanochat_ray.on_ray.serve.replica import EngineReplica
+from nanochat_ray.storage import Store
+from tests.on_ray.serve.tiny_run import LocalReplica, write_checkpoint
+from tests.tiny import hold_up_grammars
+
+ENGINE = EngineConfig(max_num_seqs=8, max_num_batched_tokens=64, max_queue_size=16)
+
+
+@pytest.fixture
+def tiny_run(root: Store) -> Store:
+    write_checkpoint(root, 0)
+    return root
+
+
+async def start_replica(root: Store) -> LocalReplica:
+    engine = to_json(ENGINE)
+    replica = LocalReplica(root.uri, "tiny", engine, "cpu", 1, name="r", host="127.0.0.1")
+    await replica.reconfigure({"checkpoint": "step-000100"})
+    return replica
+
+
+def test_slow_grammars_delay_no_other_request(
+    tiny_run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling, may_go_on = hold_up_grammars(monkeypatch)
+
+    async def run() -> None:
+        replica = await start_replica(tiny_run)
+        answers: list[Any] = []
+        endpoint = await replica.endpoint()
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: Connection(lambda _, message: answers.append(message), lambda _: None),
+            *endpoint["address"],
+        )
+        connection.send("handshake", endpoint["secret"], "i")
+
+        def submit(name: str, grammar: dict[str, Any] | None) -> None:
+            params = SamplingParams(max_tokens=3, grammar=grammar)
+            connection.send("submit", Request(id=name, prompt=[65], params=params).to_wire())
+
+        async def until(ready: Callable[[], Any]) -> None:
+            async with asyncio.timeout(60):
+                while not ready():
+                    await asyncio.sleep(0.01)
+
+        submit("slow", {"choice": ["yes", "no"]})
+        submit("aborted", {"choice": ["no"]})
+        assert await asyncio.to_thread(compiling.wait, 60)
+        submit("plain", None)
+        await until(lambda: ["reply", "plain", ACCEPTED] in answers)
+        connection.send("abort", ["aborted"])
+        await until(lambda: "aborted" not in replica.owners)
+        assert ["reply", "slow", ACCEPTED] not in answers
+        may_go_on.set()
+        await until(lambda: not replica.owners)
+        await until(lambda: ["reply", "slow", ACCEPTED] in answers)
+        assert not any(a[:2] == ["reply", "aborted"] for a in answers)
+        assert replica.engine is not None
+        await asyncio.to_thread(replica.engine.stop)
+
+    asyncio.run(run())
+
+
+def test_a_new_checkpoint_is_swapped_in_place(tiny_run: Store) -> None:
+    """What Serve does with a replica when it is deployed again, but without Serve."""
+    write_checkpoint(tiny_run, 1)
+
+    async def run() -> None:
+        replica = await start_replica(tiny_run)
+        texts: dict[str, list[int]] = {}
+        complete: set[str] = set()
+        answers: list[Any] = []
+
+        def on_message(_: Connection, message: list[Any]) -> None:
+            if message[0] == "reply" or message[0] == "draining":
+                answers.append(message)
+            if message[0] != "outputs":
+                return
+            for output in message[1]:
+                texts[output["id"]] += output["tokens"]
+                complete.update({output["id"]} if output.get("finish") else ())
+
+        async def connect(secret: str) -> Connection:
+            _, connection = await asyncio.get_running_loop().create_connection(
+                lambda: Connection(on_message, lambda _: answers.append("lost")),
+                *(await replica.endpoint())["address"],
+            )
+            connection.send("handshake", secret, "i")
+            return connection
+
+        async def until(ready: Callable[[], Any]) -> None:
+            async with asyncio.timeout(30):
+                while not ready():
+                    await asyncio.sleep(0.01)
+
+        def submit(name: str, tokens: int) -> None:
+            params = SamplingParams(max_tokens=tokens, seed=1)
+            texts[name] = []
+            connection.send("submit", Request(id=name, prompt=[65], params=params).to_wire())
+
+        stranger = await connect("guess")
+        stranger.send("submit", Request(id="x", prompt=[65]).to_wire())
+        await until(lambda: answers == ["lost"])
+        assert not replica.owners
+        answers.clear()
+
+        connection = await connect(replica.secret)
+        submit("before", 200)
+        await until(lambda: "before" in complete)
+        assert answers == [["reply", "before", ACCEPTED]]
+        # What cannot be read is refused, and the connection goes on.
+        connection.send("submit", {"id": "odd\ud800", "params": {}, "prompts": [65]})
+        await until(lambda: len(answers) == 2)
+        _, name, reason = answers.pop()
+        assert (name, "prompts" in reason, name in replica.owners) == ("odd?", True, False)
+        submit("during", 200)
+        await until(lambda: len(answers) == 2)
+        old = replica.engine
+        await replica.reconfigure({"checkpoint": "step-000101"})
+        submit("after", 200)
+        await until(lambda: {"during", "after"} <= complete)
+        assert texts["during"] == texts["before"] != texts["after"]
+        assert old is not replica.engine
+        submit("after", 2000)
+        await until(lambda: len(answers) == 4)
+        with pytest.raises(ValueError, match="step-000999"):
+            await replica.reconfigure({"checkpoint": "step-000999"})
+        assert replica.checkpoint == "step-000101"  # it goes on with what it has
+        connection.close()
+        await until(lambda: not replica.owners)  # an ingress that dies frees its slots
+
+        connection = await connect(replica.secret)
+        complete.clear()
+        submit("last", 300)
+        await until(lambda: texts["last"])
+        await EngineReplica.__del__(replica)  # it ends what it has
+        assert "last" in complete
+        assert ["draining"] in answers
+
+    asyncio.run(run())
+
+
+def test_strangers_cannot_use_up_connections(root: Store) -> None:
+    """Connections that never send the secret are bounded in number and in time."""
+
+    async def run() -> None:
+        replica = LocalReplica(root.uri, "chat", {}, "cpu", 1, name="r", host="127.0.0.1")
+        replica.handshakes = Handshakes(most=8, seconds=0.5)
+        await replica.listen()
+        assert replica.server is not None
+        address = tuple((await replica.endpoint())["address"])
+        strangers = [socket.create_connection(address) for _ in range(40)]
+        messages: list[Any] = []
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: Connection(
+                lambda _, message: messages.append(message[0]), lambda _: messages.append("lost")
+            ),
+            *address,
+        )
+        connection.send("handshake", replica.secret, "i")
+        async with asyncio.timeout(10):
+            while "handshake" not in messages:
+                await asyncio.sleep(0.01)
+        assert len(replica.handshakes) <= 8
+        start = time.monotonic()
+        async with asyncio.timeout(10):
+            while len(replica.handshakes):
+                await asyncio.sleep(0.01)
+        assert time.monotonic() - start < 5
+        for stranger in strangers:
+            stranger.settimeout(5)
+            assert await asyncio.to_thread(stranger.recv, 1) == b""
+            stranger.close()
+        assert "lost" not in messages  # the right one stays
+        assert len(replica.connections) == 1
+        connection.close()
+        replica.server.close()
+        for task in replica._tasks:
+            task.cancel()
+
+    asyncio.run(run())

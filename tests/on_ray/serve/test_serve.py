@@ -1,0 +1,198 @@
+"""A tiny real model in S3, on a real Ray Serve with two engines and two ingresses, and the
+official client."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from ray import serve
+
+from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.on_ray.config import ServeConfig
+from nanochat_ray.on_ray.serve.deployment import build, build_application, settings
+from nanochat_ray.serve import keys
+from nanochat_ray.serve.keys import hash_key
+from nanochat_ray.storage import Store
+from tests.on_ray.serve.tiny_run import TOK, write_checkpoint
+from tests.tiny import wait_for
+
+pytestmark = pytest.mark.ray
+
+KEY = "test-key-of-the-deployment"
+USER = [{"role": "user", "content": "hello"}]
+LONG = {"max_tokens": 900, "seed": 7, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def config(s3: str) -> ServeConfig:
+    root = Store.at(s3).child("serve")
+    write_checkpoint(root, 0)
+    TOK.save(root.child("tokenizers", TOK.fingerprint[:16]))
+    return ServeConfig(
+        storage=root.uri,
+        run="tiny",
+        num_replicas=2,
+        max_replicas=3,
+        upscale_delay_s=0,
+        downscale_delay_s=1,
+        num_ingress_replicas=2,
+        cpus=0.5,
+        key_hashes=(hash_key(KEY),),
+        engine=EngineConfig(max_num_seqs=8, max_num_batched_tokens=64, max_queue_size=16),
+    )
+
+
+@pytest.fixture(scope="module")
+def url(ray_session: None, config: ServeConfig) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(build(settings(config)), name="tiny", route_prefix="/")
+    url = f"http://127.0.0.1:{port}"
+    wait_for(lambda: len(engines(url)) == 2, 60)
+    yield url
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+
+def test_health_keeps_the_secret(url: str) -> None:
+    assert "secret" not in httpx.get(f"{url}/health", timeout=10).text
+
+
+def engines(url: str) -> list[dict[str, Any]]:
+    response = httpx.get(f"{url}/health", timeout=10)
+    return response.json().get("engines", [])
+
+
+def running(url: str) -> int:
+    return sum(engine["requests"] for engine in engines(url))
+
+
+def test_client_lists_completes_chats_and_streams(client: openai.OpenAI, url: str) -> None:
+    assert [m.id for m in client.models.list().data] == ["tiny"]
+    one = client.completions.create(model="tiny", prompt="x", max_tokens=8, seed=1)
+    assert one.usage is not None
+    assert one.usage.prompt_tokens == 2
+    whole = client.chat.completions.create(model="tiny", messages=USER, max_tokens=40, seed=3)
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny", messages=USER, max_tokens=40, seed=3, stream=True
+        )
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks)
+    assert text == whole.choices[0].message.content
+    assert "<textarea" in httpx.get(url).text
+    with_key = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    assert httpx.post(f"{url}/v1/completions", content=b"{", headers=with_key).status_code == 400
+    # The key came with the deployment: no process of this Ray has it in its environment.
+    assert "NANOCHAT_API_KEYS" not in os.environ
+    assert httpx.post(f"{url}/v1/completions", content=b"{").status_code == 401
+
+
+def test_unknown_model_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="gpt-5", messages=USER)
+    assert caught.value.code == "model_not_found"
+
+
+def test_a_disconnect_frees_the_sequence(url: str) -> None:
+    wait_for(lambda: running(url) == 0)
+    body = json.dumps({"messages": USER, "stream": True, "ignore_eos": True}).encode()
+    host, port = url.removeprefix("http://").split(":")
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Authorization: Bearer {KEY}\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert b"200 OK" in connection.recv(65536)
+    wait_for(lambda: running(url) == 0, 20)
+
+
+def test_streams_survive_a_killed_replica(client: openai.OpenAI, url: str) -> None:
+    def ask() -> Any:
+        return client.chat.completions.create(model="tiny", messages=USER, stream=True, **LONG)
+
+    reference = "".join(c.choices[0].delta.content or "" for c in ask())
+    assert len(reference) > 300
+    streams = [ask() for _ in range(4)]
+    texts = ["".join(next(s).choices[0].delta.content or "" for _ in range(8)) for s in streams]
+    victim = engine_processes()[0]
+    os.kill(victim, signal.SIGKILL)
+    began = time.monotonic()
+    for i, stream in enumerate(streams):
+        texts[i] += "".join(c.choices[0].delta.content or "" for c in stream)
+    assert time.monotonic() - began < 60
+    assert texts == [reference] * 4
+    wait_for(lambda: len(engines(url)) == 2 and victim not in engine_processes(), 90)
+
+
+def test_replicas_follow_the_load(client: openai.OpenAI, url: str) -> None:
+    """Full queues start a third replica, which stops again; every completion stays the same."""
+
+    def ask() -> str:
+        chunks = client.chat.completions.create(
+            model="tiny", messages=USER, stream=True, **{**LONG, "max_tokens": 300}
+        )
+        return "".join(c.choices[0].delta.content or "" for c in chunks)
+
+    def ask_until(stop: threading.Event) -> set[str]:
+        return {ask() for _ in iter(stop.is_set, True)}
+
+    reference = ask()
+    for num_clients, num_replicas in ((32, 3), (2, 2)):
+        stop = threading.Event()
+        with ThreadPoolExecutor(num_clients) as pool:
+            texts = [pool.submit(ask_until, stop) for _ in range(num_clients)]
+            try:
+                wait_for(lambda n=num_replicas: len(engines(url)) == n, 90)
+            finally:
+                stop.set()
+        assert set().union(*(text.result() for text in texts)) == {reference}
+
+
+def engine_processes() -> list[int]:
+    """Process ids of the engine replicas, which Ray names after their deployment."""
+    import psutil
+
+    pids = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            line = child.cmdline()
+        except psutil.Error:
+            continue
+        if any("ServeReplica:tiny:engine" in part for part in line):
+            pids.append(child.pid)
+    return sorted(pids)
+
+
+def test_keys_of_a_redeployment_count(
+    url: str, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster whose workers have another environment. The last one: it changes the key."""
+    monkeypatch.setenv("NANOCHAT_API_KEYS", "another key")
+    hashes = tuple(hash_key(key) for key in keys.from_environment())
+    application = build_application(dataclasses.replace(config, key_hashes=hashes))
+    serve.run(application, name="tiny", route_prefix="/")
+
+    def status(key: str) -> int:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.get(f"{url}/v1/models", headers=headers, timeout=10).status_code
+
+    wait_for(lambda: status("another key") == 200, 60)
+    for key, code in (("another key", 200), ("", 401), (KEY, 401)):
+        assert [status(key) for _ in range(10)] == [code] * 10
