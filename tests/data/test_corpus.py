@@ -21,8 +21,8 @@ from nanochat_ray.storage import Store, join_uri, split_uri
 
 
 def texts(*uris: str) -> list[str]:
-    found = [text for unit in sources.units(sources.find(uris)) for text in corpus.read(unit)]
-    return sorted(found)
+    documents = [text for unit in sources.units(sources.find(uris)) for text in corpus.read(unit)]
+    return sorted(documents)
 
 
 @pytest.fixture
@@ -71,41 +71,41 @@ def test_globs_are_those_of_a_shell(tmp_path: Path) -> None:
     for name in ("a1.txt", "a2.txt", "b[1].txt", "in/a1.txt", "in/deep/a3.txt", "a1.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(name)
-    for pattern, found in {
+    for pattern, matches in {
         "a?.txt": ["a1.txt", "a2.txt"],
         "a[!2].*": ["a1.md", "a1.txt"],
         "*/a*": ["in/a1.txt"],
         "**/a*.txt": ["a1.txt", "a2.txt", "in/a1.txt", "in/deep/a3.txt"],
         "b[1].txt": ["b[1].txt"],  # a file of that very name
     }.items():
-        assert texts(f"{tmp_path}/{pattern}") == found
+        assert texts(f"{tmp_path}/{pattern}") == matches
 
 
 @pytest.mark.parametrize("name", ["big.txt", "big.jsonl"])
-def test_a_large_file_is_read_in_parts(
+def test_a_large_file_is_read_in_spans(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(sources, "UNIT_BYTES", 700)
     # Characters of several bytes, empty lines, one line longer than a part, no newline at the end.
-    said = [f"{i} " + "ä\u2028" * (i % 40) + "x" * (2000 if i == 70 else 0) for i in range(150)]
-    lines = [json.dumps({"text": t}, ensure_ascii=False) if "jsonl" in name else t for t in said]
+    content = [f"{i} " + "ä\u2028" * (i % 40) + "x" * (2000 if i == 70 else 0) for i in range(150)]
+    lines = [json.dumps({"text": t}, ensure_ascii=False) if "jsonl" in name else t for t in content]
     (tmp_path / name).write_text("\n".join(lines))
-    found = sources.find([str(tmp_path)])
-    plan = sources.units(found)
+    files = sources.find([str(tmp_path)])
+    plan = sources.units(files)
     assert len(plan) > 10
     read = [text for unit in plan for text in corpus.read(unit)]
-    assert read == said if "jsonl" in name else "".join(read) == "\n".join(said)
+    assert read == content if "jsonl" in name else "".join(read) == "\n".join(content)
 
 
 def test_large_parquet_files_are_read_by_row_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "UNIT_BYTES", 2000)
-    said = [f"{i * 7919} is a number" for i in range(2000)]
-    pq.write_table(pa.table({"text": said}), tmp_path / "x.parquet", row_group_size=100)
+    content = [f"{i * 7919} is a number" for i in range(2000)]
+    pq.write_table(pa.table({"text": content}), tmp_path / "x.parquet", row_group_size=100)
     plan = sources.units(sources.find([str(tmp_path)]))
     assert len(plan) > 5
-    assert [text for unit in plan for text in corpus.read(unit)] == said
+    assert [text for unit in plan for text in corpus.read(unit)] == content
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def as_parquet(table: pa.Table) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "expected"),
+    ("name", "data", "documents"),
     [
         ("x.json", json.dumps(ONE).encode(), ["a", "b"]),
         ("x.json", b'{"text": "a\\nb"}', ["a\nb"]),
@@ -180,9 +180,9 @@ def as_parquet(table: pa.Table) -> bytes:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_formats(tmp_path: Path, name: str, data: bytes, expected: list[str]) -> None:
+def test_formats(tmp_path: Path, name: str, data: bytes, documents: list[str]) -> None:
     (tmp_path / name).write_bytes(data)
-    assert texts(str(tmp_path)) == expected
+    assert texts(str(tmp_path)) == documents
 
 
 def invalid_utf8() -> pa.Table:
@@ -233,10 +233,10 @@ def test_bad_input_is_named_or_skipped(
 ) -> None:
     (tmp_path / "ok.txt").write_text("ok")
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=error) as raised:
+    with pytest.raises(ValueError, match=error) as failure:
         texts(str(tmp_path))
-    assert name in str(raised.value)
-    assert "\n" not in str(raised.value)
+    assert name in str(failure.value)
+    assert "\n" not in str(failure.value)
     options, unreadable = ReadOptions(skip_bad=True), Unreadable()
     plan = sources.units(sources.find([str(tmp_path)], options, unreadable), skip_bad=True)
     read = [text for unit in plan for text in corpus.read(unit, options, unreadable)]
@@ -303,8 +303,8 @@ def test_special_files_are_refused_and_never_read(
         with pytest.raises(ValueError, match=error):
             texts(uri)
     unreadable = Unreadable()
-    found = sources.find([str(tmp_path)], ReadOptions(skip_bad=True), unreadable)
-    assert [source.uri for source in found] == [str(tmp_path / "ok.txt")]
+    files = sources.find([str(tmp_path)], ReadOptions(skip_bad=True), unreadable)
+    assert [source.uri for source in files] == [str(tmp_path / "ok.txt")]
     assert unreadable.count == 1
     # One that has become a FIFO since it was listed.
     source = sources.Source(uri=str(path), size=1, mtime_ns=0)
@@ -341,17 +341,17 @@ def test_files_may_have_any_name(
         assert texts(below(f"{name}/{name}.txt")) == [name]
 
 
-def test_long_lines_are_cut_between_characters(
+def test_long_lines_split_between_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
     monkeypatch.setattr(decoding, "BLOCK_BYTES", 300)
     monkeypatch.setattr(plain_text, "LINE_BYTES", 50)
-    said = "ä€😀x" * 900
-    (tmp_path / "x.txt").write_text(said)
+    content = "ä€😀x" * 900
+    (tmp_path / "x.txt").write_text(content)
     plan = sources.units(sources.find([str(tmp_path)]))
     read = [text for unit in plan for text in corpus.read(unit)]
-    assert "".join(read) == said
+    assert "".join(read) == content
     assert max(map(len, read)) <= 300
 
 
@@ -361,18 +361,18 @@ def test_long_compressed_text_is_read_in_blocks(
     monkeypatch.setattr(decoding, "BLOCK_BYTES", 300)
     monkeypatch.setattr(plain_text, "WHOLE_BYTES", 1000)
     lines = "".join(f"{i} " + "ä€😀" * (i % 30) + "\n" for i in range(200))
-    for said in (lines, "ä€😀x" * 900):
+    for content in (lines, "ä€😀x" * 900):
         for name, data in {
-            "x.txt.gz": gzip.compress(said.encode()),
-            "x.txt.xz": lzma.compress(said.encode()),
+            "x.txt.gz": gzip.compress(content.encode()),
+            "x.txt.xz": lzma.compress(content.encode()),
         }.items():
             (tmp_path / name).write_bytes(data)
             read = list(corpus.read(tuple(sources.find([str(tmp_path / name)]))))
-            assert "".join(read) == said
+            assert "".join(read) == content
             assert len(read) > 10
 
 
-def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere' does not exist"):
         texts(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="names no file of a known format"):
@@ -402,9 +402,13 @@ def test_documentation_of_a_module(tmp_path: Path) -> None:
         f'class A:\n    """{doc} (A)"""\n    def f(self):\n        """{doc}"""\n'
         f'def g():\n    """{doc}"""\ndef h():\n    """Short."""\n'
     )
-    found = documentation.docstrings(tmp_path / "m.py")
-    assert [text.splitlines()[0] for text in found[1:]] == ["class A:", "def f(self):", "def g():"]
-    (document,) = documentation.documents([found])
+    docstrings = documentation.docstrings(tmp_path / "m.py")
+    assert [text.splitlines()[0] for text in docstrings[1:]] == [
+        "class A:",
+        "def f(self):",
+        "def g():",
+    ]
+    (document,) = documentation.documents([docstrings])
     assert document.count(doc) == 2  # once in A's, once in f's; g's is f's again
     (tmp_path / "bad.py").write_text('"""x"""\ndef (')
     assert documentation.docstrings(tmp_path / "bad.py") == []

@@ -41,9 +41,9 @@ def reseal(folder: Path) -> None:
 def test_no_damaged_dataset_loads(root: Store, kind: str) -> None:
     write_dataset(root, "data", kind, rows=12, length=16)
     folder = Path(root.root) / "datasets" / "data"
-    expected = content(folder)
+    original = content(folder)
     outcomes = check_damage(
-        folder, content, same=lambda value: value == expected, count=260, seed=1
+        folder, content, same=lambda value: value == original, count=260, seed=1
     )
     assert outcomes["refused"] > 200
 
@@ -52,10 +52,10 @@ def test_an_old_manifest_is_read_strictly(root: Store) -> None:
     """Without a checksum, damage that leaves a valid dataset may load; no other does."""
     write_dataset(root, "data", "sft", rows=12, length=16)
     folder = Path(root.root) / "datasets" / "data"
-    expected = content(folder)
+    original = content(folder)
     check_damage(folder, content, same=lambda value: True, count=260, seed=2, reseal=reseal)
     reseal(folder)
-    assert content(folder) == expected
+    assert content(folder) == original
 
 
 def test_no_altered_tokenizer_loads(tmp_path: Path) -> None:

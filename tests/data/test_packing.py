@@ -13,7 +13,7 @@ B = 99
 U16 = np.dtype(np.uint16)
 
 
-def packed(documents: list[list[int]], length: int) -> tuple[list[list[int]], int, int]:
+def pack(documents: list[list[int]], length: int) -> tuple[list[list[int]], int, int]:
     result = pack_documents(
         [np.array(d, dtype=np.uint16) for d in documents], length=length, bos=B, dtype=U16
     )
@@ -38,7 +38,7 @@ def packed(documents: list[list[int]], length: int) -> tuple[list[list[int]], in
 def test_pack_by_hand(
     documents: list[list[int]], length: int, sequences: list[list[int]], tokens: tuple[int, int]
 ) -> None:
-    ids, *counts = packed(documents, length)
+    ids, *counts = pack(documents, length)
     assert sorted(ids) == sorted(sequences)
     assert tuple(counts) == tokens
 
@@ -52,8 +52,8 @@ def test_lost_tokens_are_the_last_chunks(length: int) -> None:
     result = pack_documents(documents, length=length, bos=0, dtype=np.dtype(np.uint16))
     tokens = result.ids[result.ids > 0]
     assert len(np.unique(tokens)) == len(tokens) == result.num_packed_tokens
-    lost = np.setdiff1d(np.arange(bounds[-1]) + 1, tokens)
-    assert len(lost) < length - 1
+    missing = np.setdiff1d(np.arange(bounds[-1]) + 1, tokens)
+    assert len(missing) < length - 1
     # Inside a sequence a document's tokens follow each other.
     pairs = np.stack((result.ids[:, :-1].ravel(), result.ids[:, 1:].ravel())).astype(int)
     inside = (pairs > 0).all(axis=0)

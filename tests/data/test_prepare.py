@@ -60,7 +60,7 @@ def rows_of(dataset: Store, manifest: Manifest, split: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("where", ["folder", "s3"])
-def test_text_becomes_rows(
+def test_text_becomes_sequences(
     request: pytest.FixtureRequest,
     root: Store,
     text: Path,
@@ -88,8 +88,8 @@ def test_text_becomes_rows(
     for rows in (train, val):
         assert rows.shape[1] == 65
         assert (rows[:, 0] == tokenizer.bos).all()
-    kept = (train != tokenizer.bos).sum() + (val != tokenizer.bos).sum()
-    assert kept == round(manifest.about["share_kept"] * manifest.about["tokens"])
+    num_tokens = (train != tokenizer.bos).sum() + (val != tokenizer.bos).sum()
+    assert num_tokens == round(manifest.about["share_kept"] * manifest.about["tokens"])
 
     # What is held out is not trained on: verses are numbered.
     def verses(rows: np.ndarray) -> set[str]:
@@ -106,14 +106,14 @@ def test_text_becomes_rows(
     assert "trained before" in capsys.readouterr().out
     assert twin.splits == manifest.splits
     other = prepare_base(root, "book", **options, seed=1)
-    shuffled = rows_of(dataset, other, "train")
-    assert not np.array_equal(shuffled, train)
+    other_train = rows_of(dataset, other, "train")
+    assert not np.array_equal(other_train, train)
     assert np.array_equal(
-        np.sort(shuffled.view("V130"), axis=0), np.sort(train.view("V130"), axis=0)
+        np.sort(other_train.view("V130"), axis=0), np.sort(train.view("V130"), axis=0)
     )
 
 
-def test_a_bad_file_is_named_and_nothing_is_lost(root: Store, text: Path, tmp_path: Path) -> None:
+def test_a_bad_file_keeps_the_old_dataset(root: Store, text: Path, tmp_path: Path) -> None:
     manifest = prepare_base(root, "book", text=[str(text)], vocab_size=300, sequence_len=64)
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"ab\0cd")
@@ -154,10 +154,10 @@ def test_duplicates_and_bad_lines_are_counted(
     assert (manifest.about["documents"], manifest.about["duplicates"]) == (898, 598)
     assert manifest.about["skipped"]["count"] == 1
     assert manifest.num_sequences("train") > manifest.num_sequences("val") > 0
-    said = capsys.readouterr().out
-    assert "598 of 898 documents are copies of others" in said
-    assert "WARNING: 1 files, lines or rows cannot be read" in said
-    assert "notes.jsonl, line 11" in said
+    output = capsys.readouterr().out
+    assert "598 of 898 documents are copies of others" in output
+    assert "WARNING: 1 files, lines or rows cannot be read" in output
+    assert "notes.jsonl, line 11" in output
     (tmp_path / "notes.jsonl").write_text("")
     (tmp_path / "same.txt").write_text("the same line again and again\n" * 20_000)
     options["text"] = [str(tmp_path / "same.txt")]
@@ -166,7 +166,7 @@ def test_duplicates_and_bad_lines_are_counted(
     assert "WARNING: too little of the text differs" in capsys.readouterr().out
 
 
-def test_tasks_become_rows(root: Store) -> None:
+def test_tasks_become_sequences(root: Store) -> None:
     tok = Tokenizer.bytes_only()
     tasks = [("chain_sum", 120), ("identity", 60)]
     manifest = prepare_sft(root, "chat", tokenizer=tok, tasks=tasks, sequence_len=512)
@@ -184,10 +184,10 @@ def test_tasks_become_rows(root: Store) -> None:
     everything = tok.decode(ids.reshape(-1))
     for mark in tok.specials:
         assert mark in everything
-    learned = tok.decode(ids[mask == 1])
-    assert "<|assistant_end|>" in learned
-    assert "<|user_start|>" not in learned
-    assert "<|output_start|>" not in learned
+    loss_text = tok.decode(ids[mask == 1])
+    assert "<|assistant_end|>" in loss_text
+    assert "<|user_start|>" not in loss_text
+    assert "<|output_start|>" not in loss_text
     with pytest.raises(ValueError, match="task='nothing' is not known"):
         prepare_sft(root, "chat", tokenizer=tok, tasks=[("nothing", 10)])
     with pytest.raises(
@@ -196,7 +196,7 @@ def test_tasks_become_rows(root: Store) -> None:
         find_tokenizer(root, "ffff")
 
 
-def test_a_given_tokenizer_is_used(root: Store, text: Path) -> None:
+def test_another_tokenizer_can_be_used(root: Store, text: Path) -> None:
     options = {"text": [str(text)], "sequence_len": 64}
     first = prepare_base(root, "first", **options, vocab_size=400)
     tokenizer, _ = find_tokenizer(root, "first")
@@ -208,7 +208,7 @@ def test_a_given_tokenizer_is_used(root: Store, text: Path) -> None:
     assert find_tokenizer(root, "other")[0].fingerprint == other.tokenizer
 
 
-def test_own_conversations_become_rows(root: Store, tmp_path: Path) -> None:
+def test_files_of_conversations_become_sequences(root: Store, tmp_path: Path) -> None:
     lines = []
     for i in range(60):
         answers = [
@@ -294,7 +294,7 @@ def test_the_command_runs_without_ray(
         (["--stage", "sft", "--tasks", "chain_sum"], "tasks='chain_sum' is not allowed"),
     ],
 )
-def test_the_command_says_what_is_wrong(tmp_path: Path, arguments: list[str], error: str) -> None:
+def test_the_command_names_a_wrong_flag(tmp_path: Path, arguments: list[str], error: str) -> None:
     command = [sys.executable, str(REPO / "jobs" / "prepare.py"), "--storage", str(tmp_path)]
     result = subprocess.run(
         [*command, *arguments], capture_output=True, text=True, timeout=100, env={**os.environ}

@@ -38,7 +38,7 @@ def learnt(messages: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("record", "expected"),
+    ("record", "text"),
     [
         ({"messages": [USER, YES]}, "Yes<|assistant_end|>"),
         ([USER, YES], "Yes<|assistant_end|>"),
@@ -102,8 +102,8 @@ def learnt(messages: list[dict[str, Any]]) -> str:
         ),
     ],
 )
-def test_formats_are_read(tmp_path: Path, record: Any, expected: str) -> None:
-    assert learnt(read_one(tmp_path / "my.jsonl", record)).startswith(expected)
+def test_formats_are_read(tmp_path: Path, record: Any, text: str) -> None:
+    assert learnt(read_one(tmp_path / "my.jsonl", record)).startswith(text)
 
 
 @pytest.mark.parametrize(
@@ -143,27 +143,27 @@ def test_errors_name_line_and_message(tmp_path: Path, line: Any, error: str) -> 
     assert len(str(caught.value)) < 600
 
 
-def numbered(count: int) -> bytes:
+def conversations_file(count: int) -> bytes:
     records = ([{**USER, "content": f"Hi {i}"}, YES] for i in range(count))
     return "".join(json.dumps(r) + "\n" for r in records).encode()
 
 
-def test_validation_is_held_apart(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(numbered(100) + numbered(40))
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(numbered(60)))
+def test_validation_shares_no_conversation(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(conversations_file(100) + conversations_file(40))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(conversations_file(60)))
     (tmp_path / "README.md").write_text("no conversation")
     one, two = load([Entry(str(tmp_path / "a.jsonl")), Entry(str(tmp_path))], 0)
     for own in (one, two):
         assert 5 <= len(own.val) <= 10
-        asked = {m[0]["content"] for m in own.train}
-        assert len(asked) + len(own.val) == 100
-        assert not asked & {m[0]["content"] for m in (*one.val, *two.val)}
+        questions = {m[0]["content"] for m in own.train}
+        assert len(questions) + len(own.val) == 100
+        assert not questions & {m[0]["content"] for m in (*one.val, *two.val)}
     assert load([Entry(str(tmp_path))], 0) == load([Entry(str(tmp_path))], 0)
 
 
 def test_counts_sample_and_repeat(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(numbered(100))
+    path.write_bytes(conversations_file(100))
     for text, count in (("", 95), (":20", 20), (":200", 200), (":2x", 190), (":0.5x", 48)):
         (own,) = load([parse_entry(f"{path}{text}")], 1)
         assert len(own.train) == count

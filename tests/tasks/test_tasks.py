@@ -14,7 +14,7 @@ from nanochat_ray.tasks.registry import DEFAULT_MIXTURE, make_task, names
 from nanochat_ray.text.chat import render_conversation
 from nanochat_ray.text.tokenizer import Tokenizer
 
-OFFLINE = [*KINDS, "spoken_sums", "identity"]
+OFFLINE = [name for name in names() if name not in hub.NAMES]
 TOK = Tokenizer.bytes_only()
 
 
@@ -27,13 +27,13 @@ def test_examples_are_right_and_calculated(name: str) -> None:
         assert question == task.question(index)
         content = answer["content"]
         if isinstance(content, str):
-            said = content
+            text = content
         else:
             expression, result, last = (part["text"] for part in content)
             assert calculate(expression) == result
-            said = last
-        assert task.grade(index, f" {said}\n")
-        assert not task.grade(index, said + "0")
+            text = last
+        assert task.grade(index, f" {text}\n")
+        assert not task.grade(index, text + "0")
         render_conversation(TOK, [*question, answer])
 
 
@@ -49,10 +49,10 @@ def test_splits_never_share_a_question(name: str) -> None:
     assert not set(questions["val"]) & set(questions["test"])
     # Another seed, as the measurement uses, does not leak either.
     other = make_task(name, "test", size=size, seed=1)
-    asked = {other.question(i)[-1]["content"] for i in range(len(other))}
-    assert not set(questions["train"]) & asked
+    other_questions = {other.question(i)[-1]["content"] for i in range(len(other))}
+    assert not set(questions["train"]) & other_questions
     if name != "identity":
-        assert len(asked) == len(other)
+        assert len(other_questions) == len(other)
 
 
 def test_spoken_sums_never_ask_a_test_sum_of_chain_sum() -> None:
@@ -76,8 +76,8 @@ def test_reasoning_gym_itself_agrees(name: str) -> None:
     source = reasoning_gym.create_dataset(kind.dataset, seed=9, size=50, **kind.config)
     for item in source:
         content = kind.solve(item["question"], item["answer"])
-        said = content if isinstance(content, str) else content[-1]["text"]
-        assert source.score_answer(said, item) == 1.0
+        text = content if isinstance(content, str) else content[-1]["text"]
+        assert source.score_answer(text, item) == 1.0
 
 
 def test_the_default_mixture_is_offline_and_known() -> None:
@@ -125,9 +125,9 @@ class _Rows(list):
 
 def _hub_row(name: str, split: str, number: int) -> dict:
     text = f"{split} {number % 500}?"  # every question of the first 500 comes twice
-    said = {"role": "assistant", "content": "x"}
+    answer = {"role": "assistant", "content": "x"}
     return {
-        "smoltalk": {"messages": [{"role": "user", "content": text}, said]},
+        "smoltalk": {"messages": [{"role": "user", "content": text}, answer]},
         "mmlu": {"question": text, "choices": ["1", "2", "3", "4"], "answer": 3},
         "gsm8k": {"question": text, "answer": "x\n#### 1"},
     }[name]

@@ -24,7 +24,7 @@ SHORT = {
 }
 
 
-def shown(messages: list[dict[str, Any]], tools: Any = (), **fields: Any) -> str:
+def render(messages: list[dict[str, Any]], tools: Any = (), **fields: Any) -> str:
     ids = render_prompt(TOK, from_openai(messages, tools), **fields)
     return "".join(SHORT[NAMES[i]] if i in NAMES else TOK.decode([i]) for i in ids)
 
@@ -33,9 +33,9 @@ def m(role: str, content: Any = None, **fields: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **fields}
 
 
-def called(*calls: tuple[str, str, str], content: Any = None) -> dict[str, Any]:
-    made = [{"id": i, "function": {"name": n, "arguments": a}} for i, n, a in calls]
-    return m("assistant", content, tool_calls=made)
+def calls_of(*calls: tuple[str, str, str], content: Any = None) -> dict[str, Any]:
+    tool_calls = [{"id": i, "function": {"name": n, "arguments": a}} for i, n, a in calls]
+    return m("assistant", content, tool_calls=tool_calls)
 
 
 def result(call: str, content: Any) -> dict[str, Any]:
@@ -46,7 +46,7 @@ CITY = ("c", "weather", '{"city": "Bonn"}')
 
 
 @pytest.mark.parametrize(
-    ("messages", "expected"),
+    ("messages", "text"),
     [
         ([m("user", "a"), m("user", "b")], "<U>a\n\nb</U><A>"),
         ([m("system", "s"), m("system", "t"), m("user", "a")], "<U>s\n\nt\n\na</U><A>"),
@@ -67,39 +67,39 @@ CITY = ("c", "weather", '{"city": "Bonn"}')
         ([m("system", ""), m("user", "a")], "<U>a</U><A>"),
         ([m("user", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])],
          "<U>a\nb</U><A>"),
-        ([m("user", "a"), called(CITY), result("c", "wet")],
+        ([m("user", "a"), calls_of(CITY), result("c", "wet")],
          '<U>a</U><A><P>{"name":"weather","arguments":{"city":"Bonn"}}</P><O>wet</O>'),
-        ([m("user", "a"), called(CITY, content="So:"), result("c", None), m("assistant", "Wet."),
+        ([m("user", "a"), calls_of(CITY, content="So:"), result("c", None), m("assistant", "Wet."),
           m("user", "b")],
          '<U>a</U><A>So:<P>{"name":"weather","arguments":{"city":"Bonn"}}</P><O></O>Wet.</A>'
          "<U>b</U><A>"),
-        ([m("user", "a"), called(CITY, ("d", "f", "")), result("d", "2"), result("c", "1")],
+        ([m("user", "a"), calls_of(CITY, ("d", "f", "")), result("d", "2"), result("c", "1")],
          '<U>a</U><A><P>{"name":"f","arguments":{}}</P><O>2</O>'
          '<P>{"name":"weather","arguments":{"city":"Bonn"}}</P><O>1</O>'),
-        ([m("user", "a"), called(("c", "calculator", '{"expression":"1+1"}')), result("c", "2")],
+        ([m("user", "a"), calls_of(("c", "calculator", '{"expression":"1+1"}')), result("c", "2")],
          "<U>a</U><A><P>1+1</P><O>2</O>"),
     ],
 )  # fmt: skip
-def test_any_order_becomes_turns(messages: list[dict[str, Any]], expected: str) -> None:
-    assert shown(messages) == expected
+def test_any_order_becomes_turns(messages: list[dict[str, Any]], text: str) -> None:
+    assert render(messages) == text
 
 
 def test_the_final_message_is_continued() -> None:
     prefill = [m("user", "a"), m("assistant", "So b")]
-    assert shown(prefill, continue_final_message=True) == "<U>a</U><A>So b"
-    assert shown(prefill, add_generation_prompt=False) == "<U>a</U><A>So b</A>"
-    assert shown([m("user", "a")], add_generation_prompt=False) == "<U>a</U>"
+    assert render(prefill, continue_final_message=True) == "<U>a</U><A>So b"
+    assert render(prefill, add_generation_prompt=False) == "<U>a</U><A>So b</A>"
+    assert render([m("user", "a")], add_generation_prompt=False) == "<U>a</U>"
     with pytest.raises(ValueError, match=r"messages\[0\].role='user' .* continue_final_message"):
-        shown([m("user", "a")], continue_final_message=True)
+        render([m("user", "a")], continue_final_message=True)
 
 
 def test_functions_are_told_to_the_model() -> None:
     weather = {"name": "weather", "description": "d", "parameters": {"type": "object"}}
     tools = [{"type": "function", "function": weather}]
     tools += [{"type": "function", "function": {"name": "calculator"}}]
-    told = 'Functions:\n{"name":"weather","description":"d","parameters":{"type":"object"}}'
-    assert shown([m("system", "s"), m("user", "a")], tools) == f"<U>s\n\n{told}\n\na</U><A>"
-    assert shown([m("user", "a")], tools[1:]) == "<U>a</U><A>"
+    declaration = 'Functions:\n{"name":"weather","description":"d","parameters":{"type":"object"}}'
+    assert render([m("system", "s"), m("user", "a")], tools) == f"<U>s\n\n{declaration}\n\na</U><A>"
+    assert render([m("user", "a")], tools[1:]) == "<U>a</U><A>"
 
 
 @pytest.mark.parametrize(
@@ -107,13 +107,13 @@ def test_functions_are_told_to_the_model() -> None:
     [
         ([m("user", "a"), m("king", "b")], r"messages\[1\]\.role='king'"),
         ([m("user", "a"), result("x", "1")], r"messages\[1\]\.tool_call_id='x'"),
-        ([m("user", "a"), called(CITY), m("user", "b")], r"messages\[2\]\.role='user'"),
-        ([m("user", "a"), called(CITY)], "the result of the call 'c' is missing"),
-        ([m("user", "a"), called(CITY, CITY)], r"messages\[1\]\.tool_calls\[1\]\.id='c'"),
-        ([called(("c", "f", "[1]"))], r"messages\[0\]\.tool_calls\[0\]\.function\.arguments"),
+        ([m("user", "a"), calls_of(CITY), m("user", "b")], r"messages\[2\]\.role='user'"),
+        ([m("user", "a"), calls_of(CITY)], "the result of the call 'c' is missing"),
+        ([m("user", "a"), calls_of(CITY, CITY)], r"messages\[1\]\.tool_calls\[1\]\.id='c'"),
+        ([calls_of(("c", "f", "[1]"))], r"messages\[0\]\.tool_calls\[0\]\.function\.arguments"),
         ([m("user", [{"type": "image_url"}])], r"messages\[0\]\.content\[0\]: type 'image_url'"),
     ],
 )
 def test_wrong_messages_are_named(messages: list[dict[str, Any]], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        shown(messages)
+        render(messages)

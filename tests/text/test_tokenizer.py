@@ -84,12 +84,12 @@ def test_the_mask_marks_what_the_assistant_says(tok: Tokenizer) -> None:
         },
     ]
     ids, mask = render_conversation(tok, messages)
-    shown = "".join(
+    text = "".join(
         next((n for n, i in tok.specials.items() if i == t), None) or tok.decode([t])
         for t, m in zip(ids, mask, strict=True)
         if m
     )
-    assert shown == "so <|python_start|>1+1<|python_end|>2!<|assistant_end|>"
+    assert text == "so <|python_start|>1+1<|python_end|>2!<|assistant_end|>"
     assert ids.count(tok.special("<|assistant_end|>")) == 1
     assert tok.decode(ids).startswith("<|bos|><|user_start|>Be kind.\n\n1+1?")
     prompt = render_prompt(tok, messages[:2])

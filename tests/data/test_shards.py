@@ -19,26 +19,26 @@ BOS = 999
 
 
 @pytest.mark.parametrize("length", [8, 33, 257])
-def test_rows_are_full_and_nothing_is_lost_but_the_rest(length: int) -> None:
+def test_packing_fills_sequences_and_drops_the_rest(length: int) -> None:
     rng = np.random.default_rng(length)
     sizes = [*rng.integers(0, 60, 300), *rng.integers(500, 3000, 5)]
     # Each token names its document, so that what is kept can be counted.
     documents = [np.full(size, number, dtype=np.uint16) for number, size in enumerate(sizes)]
-    packed = pack_documents(documents, length=length, bos=BOS, dtype=np.dtype(np.uint16))
-    assert packed.ids.shape[1] == length
-    assert (packed.ids[:, 0] == BOS).all()
-    kept = packed.ids[packed.ids != BOS]
-    assert packed.num_input_tokens == sum(sizes)
-    assert packed.num_packed_tokens == len(kept)
-    assert packed.num_input_tokens - len(kept) < length
-    found = np.bincount(kept, minlength=len(sizes))
-    assert (found <= np.asarray(sizes)).all()
+    result = pack_documents(documents, length=length, bos=BOS, dtype=np.dtype(np.uint16))
+    assert result.ids.shape[1] == length
+    assert (result.ids[:, 0] == BOS).all()
+    tokens = result.ids[result.ids != BOS]
+    assert result.num_input_tokens == sum(sizes)
+    assert result.num_packed_tokens == len(tokens)
+    assert result.num_input_tokens - len(tokens) < length
+    counts = np.bincount(tokens, minlength=len(sizes))
+    assert (counts <= np.asarray(sizes)).all()
     # One document's piece ends where BOS begins the next: no two touch without it.
-    inside = packed.ids[:, 1:], packed.ids[:, :-1]
+    inside = result.ids[:, 1:], result.ids[:, :-1]
     changes = (inside[0] != inside[1]) & (inside[0] != BOS) & (inside[1] != BOS)
     assert not changes.any()
     again = pack_documents(documents, length=length, bos=BOS, dtype=np.dtype(np.uint16))
-    assert np.array_equal(again.ids, packed.ids)
+    assert np.array_equal(again.ids, result.ids)
 
 
 def test_conversations_stay_whole() -> None:
@@ -47,27 +47,27 @@ def test_conversations_stay_whole() -> None:
         ([BOS, *[number] * size], [0, *[1] * size])
         for number, size in enumerate(rng.integers(1, 50, 200))
     ]
-    packed = pack_conversations(conversations, length=41, bos=BOS, dtype=np.dtype(np.uint16))
+    result = pack_conversations(conversations, length=41, bos=BOS, dtype=np.dtype(np.uint16))
     too_long = [c for c in conversations if len(c[0]) > 41]
-    assert packed.num_too_long == len(too_long) > 0
-    assert packed.mask.sum() == sum(len(c[0]) - 1 for c in conversations if len(c[0]) <= 41)
-    rows = [",".join(map(str, row)) for row in packed.ids]
+    assert result.num_too_long == len(too_long) > 0
+    assert result.mask.sum() == sum(len(c[0]) - 1 for c in conversations if len(c[0]) <= 41)
+    rows = [",".join(map(str, row)) for row in result.ids]
     for ids, _ in conversations:
         if len(ids) <= 41:
             assert any(",".join(map(str, ids)) in row for row in rows)
-    assert (packed.ids[packed.mask == 1] != BOS).all()
+    assert (result.ids[result.mask == 1] != BOS).all()
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 1000, 4097])
 def test_permutations(size: int) -> None:
     index = np.arange(size, dtype=np.int64)
-    seen = [tuple(permute(index, size, key)) for key in range(3)]
-    for order in seen:
+    orders = [tuple(permute(index, size, key)) for key in range(3)]
+    for order in orders:
         assert sorted(order) == list(range(size))
-    assert size < 64 or len(set(seen)) == 3
+    assert size < 64 or len(set(orders)) == 3
 
 
-def test_the_order_is_a_pure_function_and_visits_each_row_once_an_epoch() -> None:
+def test_an_epoch_reads_each_sequence_once() -> None:
     flat = np.concatenate([global_batch_indices(50, 3, 8, step) for step in range(25)])
     assert np.array_equal(flat[:50], np.arange(50))
     for epoch in range(4):
@@ -82,15 +82,15 @@ def reader(root: Store, kind: str = "base") -> SequenceReader:
     return SequenceReader(store, Manifest.load(store), "train")
 
 
-def test_rows_come_back_by_number(root: Store) -> None:
+def test_sequences_are_read_by_index(root: Store) -> None:
     write_dataset(root, "sft", "sft", rows=21)
     rows = reader(root, "sft")
     ids, mask = rows.read(np.arange(21))
     assert mask is not None
     some = np.asarray([20, 3, 3, 11])
-    again, learned = rows.read(some)
+    again, loss_mask = rows.read(some)
     assert np.array_equal(again, ids[some])
-    assert np.array_equal(learned, mask[some])
+    assert np.array_equal(loss_mask, mask[some])
 
 
 def test_a_flipped_byte_is_refused_by_name(root: Store) -> None:
@@ -139,20 +139,20 @@ def test_shards_on_s3_are_read_and_checked_too(
     local = Store.at(str(tmp_path / "local"))
     write_dataset(local, "base")
     numbers = np.asarray([3, 49, 0])
-    expected = reader(local).read(numbers)[0]
-    assert np.array_equal(reader(root).read(numbers)[0], expected)
+    sequences = reader(local).read(numbers)[0]
+    assert np.array_equal(reader(root).read(numbers)[0], sequences)
     copies = sorted(tmp_path.glob("*.arrow"))
     assert len(copies) == 2
     for copy in copies:  # one of the right size that is damaged, one that is cut
         data = copy.read_bytes()
         copy.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if copy == copies[0] else data[:9])
-    assert np.array_equal(reader(root).read(numbers)[0], expected)
+    assert np.array_equal(reader(root).read(numbers)[0], sequences)
     assert sorted(tmp_path.glob("*")) == [*copies, tmp_path / "local"]
     store = root.child("datasets", "base")
-    damaged = store.read_bytes("train-0.arrow")[:-1] + b"?"
+    data = store.read_bytes("train-0.arrow")[:-1] + b"?"
     copies[0].unlink()
     copies[1].unlink()
-    store.write_bytes("train-0.arrow", damaged)
+    store.write_bytes("train-0.arrow", data)
     with pytest.raises(ValueError, match=r"shard train-0\.arrow of s3.* is damaged"):
         reader(root).read(np.asarray([3]))
 

@@ -27,9 +27,9 @@ def _small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_sample, "GROUP_CHARS", 500)
 
 
-def drawn(folder: Path, characters: int, divided: SplitRule = ALL) -> list[str]:
+def sample(folder: Path, characters: int, rule: SplitRule = ALL) -> list[str]:
     plan = sources.units(sources.find([str(folder)]))
-    return list(tokenizer_sample.tokenizer_sample(plan, divided, ReadOptions(), characters))
+    return list(tokenizer_sample.tokenizer_sample(plan, rule, ReadOptions(), characters))
 
 
 def letters(size: int, letter: str) -> str:
@@ -71,10 +71,10 @@ def test_both_halves_of_an_input_are_sampled(tmp_path: Path, kind: str) -> None:
     """As one source with both, where its kind allows that: the second half counts as the first."""
     text = letters(200_000, "a") + letters(200_000, "b")
     write(tmp_path / "x", text, kind)
-    counts = Counter("".join(drawn(tmp_path, 20_000)))
-    taken = counts["a"] + counts["b"]
-    assert 5_000 < taken < 45_000
-    assert 0.35 < counts["a"] / taken < 0.65
+    counts = Counter("".join(sample(tmp_path, 20_000)))
+    total = counts["a"] + counts["b"]
+    assert 5_000 < total < 45_000
+    assert 0.35 < counts["a"] / total < 0.65
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,7 +85,7 @@ def test_sources_count_by_their_bytes(tmp_path: Path, kind: str) -> None:
         write(tmp_path / "b", letters(100_000, "b"), kind)
     else:
         write(tmp_path / "b", letters(100_000, "b"), "many files")
-    counts = Counter("".join(drawn(tmp_path, 40_000)))
+    counts = Counter("".join(sample(tmp_path, 40_000)))
     assert 0.55 < counts["a"] / (counts["a"] + counts["b"]) < 0.9
 
 
@@ -94,9 +94,9 @@ def test_one_huge_file_beside_many_small_ones(tmp_path: Path) -> None:
         (tmp_path / f"a{i:03d}.txt").write_text(f"a{i} " + "a" * 300)
     (tmp_path / "huge.txt").write_text(letters(300_000, "b"))
     (tmp_path / "z.txt").write_text(letters(100_000, "c"))
-    counts = Counter("".join(drawn(tmp_path, 50_000)))
-    taken = sum(counts[letter] for letter in "abc")
-    assert [counts[letter] / taken for letter in "abc"] == pytest.approx(
+    counts = Counter("".join(sample(tmp_path, 50_000)))
+    total = sum(counts[letter] for letter in "abc")
+    assert [counts[letter] / total for letter in "abc"] == pytest.approx(
         [91 / 491, 300 / 491, 100 / 491], abs=0.08
     )
 
@@ -106,24 +106,24 @@ def test_a_sample_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     read = 0
     plain = corpus.read
 
-    def counted(unit: sources.Unit, options: ReadOptions) -> list[str]:
+    def count_and_read(unit: sources.Unit, options: ReadOptions) -> list[str]:
         nonlocal read
         texts = list(plain(unit, options))
         read += sum(map(len, texts))
         return texts
 
-    monkeypatch.setattr(corpus, "read", counted)
-    assert sum(map(len, drawn(tmp_path, 20_000))) > 5_000
+    monkeypatch.setattr(corpus, "read", count_and_read)
+    assert sum(map(len, sample(tmp_path, 20_000))) > 5_000
     assert read < 600_000
 
 
-def test_all_of_a_small_text_is_used_but_what_is_held_out(tmp_path: Path) -> None:
+def test_the_sample_has_no_validation_text(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text(letters(30_000, "a"))
-    divided = SplitRule(max_chunk_chars=500, hash_limit=2**62)
-    split = divided.split([letters(30_000, "a")])
-    assert drawn(tmp_path, 10**6, divided) == split.train
-    assert set(drawn(tmp_path, 9_000, divided)) <= set(split.train)
-    assert drawn(tmp_path, 9_000) == drawn(tmp_path, 9_000)
+    rule = SplitRule(max_chunk_chars=500, hash_limit=2**62)
+    split = rule.split([letters(30_000, "a")])
+    assert sample(tmp_path, 10**6, rule) == split.train
+    assert set(sample(tmp_path, 9_000, rule)) <= set(split.train)
+    assert sample(tmp_path, 9_000) == sample(tmp_path, 9_000)
 
 
 def test_a_second_language_is_not_spelt_in_bytes(tmp_path: Path) -> None:
@@ -132,6 +132,6 @@ def test_a_second_language_is_not_spelt_in_bytes(tmp_path: Path) -> None:
     russian = "Море было спокойно тем утром, и никто не говорил о прошедшей буре. "
     (tmp_path / "a.txt").write_text(english * (400_000 // len(english)))
     (tmp_path / "b.txt").write_text(russian * (400_000 // len(russian.encode())))
-    tok = Tokenizer.train(drawn(tmp_path, 160_000), 800)
+    tok = Tokenizer.train(sample(tmp_path, 160_000), 800)
     for text in (english, russian):
         assert len(text.encode()) / len(tok.encode(text)) > 3
