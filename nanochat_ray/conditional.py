@@ -1,4 +1,4 @@
-"""Conditional writes to object stores, which pyarrow does not offer: through obstore."""
+"""Conditional writes to object stores by obstore: pyarrow has none."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from obstore.store import GCSStore, S3Store
 
 
 def create(scheme: str, path: str, options: str, name: str, data: bytes) -> bool:
-    """Puts ``data`` at ``name`` below ``path`` (bucket and prefix); False if something is there.
+    """Puts ``data`` at ``name`` below ``path`` (bucket and prefix); False if the key exists.
 
-    The first three are what ``storage.split_uri`` gives. Credentials come from the environment.
+    The first three are those of ``storage.split_uri``. Credentials come from the environment.
+    Raises OSError.
     """
     bucket, _, prefix = path.partition("/")
     key = "/".join(part for part in (prefix.strip("/"), name) if part)

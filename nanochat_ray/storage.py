@@ -1,8 +1,8 @@
-"""One place for everything that is kept: a folder, S3 or GCS behind the same few calls.
+"""Storage: a local folder, S3 or GCS behind one small interface.
 
-A ``Store`` is a root and its file system. A file appears whole or not at all: on a local disk it
-is written aside and renamed, in an object store one upload is one atomic object. A folder of many
-files is made whole by its manifest, which is written last (``checkpoint`` and ``data`` do that).
+A ``Store`` is a root URI and its file system. Writing a file is atomic: on a local disk it is
+written to a temporary file and renamed, in an object store one upload is one object. Folders of
+many files have a manifest, which is written last (``checkpoint`` and ``data`` do that).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def default_root() -> str:
 
 
 def split_uri(uri: str) -> tuple[str, str, str]:
-    """(scheme, path, options) of a URI, nothing of them decoded but a ``file:`` path.
+    """(scheme, path, options) of a URI; only a ``file:`` path is decoded.
 
     The scheme is empty for a local path, which may hold any character. Object keys may too, so
-    only what looks like pyarrow's fields (``name=value&…``) after the last ``?`` are options; a
-    key that ends in such a text is written with one more ``?`` after it.
+    only a text in the form of pyarrow's fields (``name=value&…``) after the last ``?`` counts as
+    options; a key that ends in such a text is written with one more ``?`` after it.
     """
     match = _SCHEME.match(uri)
     if match is None:
@@ -56,7 +56,7 @@ def split_uri(uri: str) -> tuple[str, str, str]:
 
 
 def join_uri(scheme: str, path: str, options: str) -> str:
-    """The URI that ``split_uri`` takes apart."""
+    """The inverse of ``split_uri``."""
     if scheme in ("", "file"):
         return path
     mark = "?" if options or (scheme in OBJECT_STORES and "?" in path) else ""
@@ -64,16 +64,16 @@ def join_uri(scheme: str, path: str, options: str) -> str:
 
 
 def absolute(uri: str) -> str:
-    """``uri`` so that it means the same in every process, whatever its working directory and home.
+    """``uri`` in a form that does not depend on the working directory or home of a process.
 
     A local path, with or without ``file://``, becomes an absolute one with ``~`` expanded; other
     URIs stay as they are. Raises ValueError, naming the URI, for a scheme that is not supported.
     """
-    allowed = ", ".join(f"{s}://" for s in SCHEMES)
-    require(isinstance(uri, str), "storage", uri, f"a folder or one of {allowed}")
+    schemes = ", ".join(f"{s}://" for s in SCHEMES)
+    require(isinstance(uri, str), "storage", uri, f"a folder or one of {schemes}")
     scheme, path, _ = split_uri(uri)
     ok = bool(uri) and "\0" not in uri and (not scheme or scheme in SCHEMES)
-    require(ok, "storage", uri, f"give a folder or one of {allowed}")
+    require(ok, "storage", uri, f"give a folder or one of {schemes}")
     if scheme in OBJECT_STORES:
         return uri
     try:
@@ -87,7 +87,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
     A path without a scheme is a local one. S3 takes pyarrow's query fields
     (``s3://bucket/path?endpoint_override=host:port&scheme=http``); its credentials come from the
-    environment, never from the URI. Keys are taken as they are written, without decoding ``%``.
+    environment, never from the URI. ``%`` in keys is not decoded.
     Raises ValueError, naming the URI, for any other scheme.
     """
     uri = absolute(uri)
@@ -102,7 +102,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         )
     require(bool(bucket), "storage", uri, f"{scheme}://bucket or a folder of it")
     try:
-        # An endpoint that is dead or silent ends a call after about 10 s, by pyarrow's defaults.
+        # Calls to an endpoint that does not answer fail after about 10 s, by pyarrow's defaults.
         fs, _ = pafs.FileSystem.from_uri(join_uri(scheme, bucket, options))
     except (ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
@@ -112,7 +112,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of a file system. Paths given to its methods are relative to it."""
+    """A folder of a file system. Its methods take paths relative to it."""
 
     uri: str
     fs: pafs.FileSystem
@@ -127,22 +127,22 @@ class Store:
         return cls(absolute(uri), fs, root.rstrip("/"))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A store travels to other processes as its URI: credentials stay in their environment.
+        # Pickled as its URI: credentials stay in the environment of each process.
         return Store.at, (self.uri,)
 
     @property
     def is_local(self) -> bool:
         return isinstance(self.fs, pafs.LocalFileSystem)
 
-    def child(self, *parts: str) -> Store:
-        """The folder below this one that ``parts`` name, each one entry. Raises ValueError."""
-        for part in parts:
-            check_name("name", part)
-        root = "/".join([self.root, *parts])
+    def child(self, *names: str) -> Store:
+        """The folder at the path ``names`` below this one. ValueError if one is no name."""
+        for name in names:
+            check_name("name", name)
+        root = "/".join([self.root, *names])
         if self.is_local:
             return Store(root, self.fs, root)
         scheme, path, options = split_uri(self.uri)
-        return Store(join_uri(scheme, "/".join([path, *parts]), options), self.fs, root)
+        return Store(join_uri(scheme, "/".join([path, *names]), options), self.fs, root)
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
@@ -158,8 +158,8 @@ class Store:
         return int(info.size)
 
     def read_bytes(self, name: str) -> bytes:
-        with self.open_input(name) as stream:
-            return stream.read()
+        with self.open_input(name) as file:
+            return file.read()
 
     def read_text(self, name: str) -> str:
         return self.read_bytes(name).decode()
@@ -170,19 +170,19 @@ class Store:
         return self.fs.open_input_file(self.path(name))
 
     def local_path(self, name: str) -> Path | None:
-        """Where the file lies on this machine's disk, so that it can be memory-mapped, or None."""
+        """The file's path on this machine, so that it can be memory-mapped, or None."""
         return Path(self.path(name)) if self.is_local else None
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Any]:
-        """A stream to a file that appears under its name only when the block ends without error."""
+        """A writable file that appears under its name only when the block ends without error."""
         target = self.path(name)
         if not self.is_local:
-            # pyarrow cannot abandon an upload: after an error a short object may remain, which no
-            # manifest names. ``write_bytes`` sends its data in one piece and has no such gap.
-            # Without compression=None it would gzip whatever is called .gz.
-            with self.fs.open_output_stream(target, compression=None) as stream:
-                yield stream
+            # pyarrow cannot abort an upload: after an error a truncated object may remain, which no
+            # manifest names. ``write_bytes`` sends its data in one request, so it is atomic.
+            # Without compression=None pyarrow would gzip every file called .gz.
+            with self.fs.open_output_stream(target, compression=None) as file:
+                yield file
             return
         self.fs.create_dir(os.path.dirname(target), recursive=True)
         aside = f"{target}.{uuid.uuid4().hex}.tmp"
@@ -199,15 +199,15 @@ class Store:
             raise
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        with self.writing(name) as stream:
-            stream.write(data)
+        with self.writing(name) as file:
+            file.write(data)
 
     def write_text(self, name: str, text: str) -> None:
         self.write_bytes(name, text.encode())
 
     def create(self, name: str, data: bytes) -> bool:
-        """Writes a file that does not exist yet; False if it does. Of several that create one file
-        at the same time one gets True: a hard link in a folder, a conditional put elsewhere."""
+        """Writes a file that does not exist yet; False if it does. Of concurrent calls for one file
+        only one gets True: a hard link in a folder, a conditional put in an object store."""
         target = self.path(name)
         if not self.is_local:
             return conditional.create(*split_uri(self.uri), name, data)
@@ -236,7 +236,7 @@ class Store:
         return sorted(n for n in names if not n.endswith(".tmp"))
 
     def delete(self, name: str) -> None:
-        """Removes a file or a whole folder; what is not there is no error."""
+        """Deletes a file or a folder with its content; a missing one is no error."""
         info = self.fs.get_file_info(self.path(name))
         if info.type == pafs.FileType.Directory:
             self.fs.delete_dir(self.path(name))

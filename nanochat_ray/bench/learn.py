@@ -36,8 +36,7 @@ from nanochat_ray.bench.learn_trial import Trial, build, ours, run_trial
 from nanochat_ray.checks import check_float, check_int, check_name
 from nanochat_ray.data.shards import SequenceReader
 from nanochat_ray.storage import default_root
-from nanochat_ray.train.feed import from_shards
-from nanochat_ray.train.job import open_dataset
+from nanochat_ray.train.data_loader import ShardDataLoader, open_dataset
 from nanochat_ray.train.step import Batch
 
 FACTORS = {
@@ -263,7 +262,9 @@ def step_times(trials: list[Trial], repeats: int = 12) -> list[float]:
     running = []
     for trial in trials:
         model, train = build(trial, tokenizer.vocab_size, manifest.sequence_len)
-        running.append((ours(model, train, trial), next(iter(from_shards(reader, train, 0, 1)(0)))))
+        running.append(
+            (ours(model, train, trial), next(iter(ShardDataLoader(reader, train, 0, 1).batches(0))))
+        )
     seconds: list[list[float]] = [[] for _ in trials]
     for i in range(repeats):
         for trial, (step, rows), spent in zip(trials, running, seconds, strict=True):

@@ -22,8 +22,7 @@ from nanochat_ray.optim.schedule import lr_factor
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.train import recipe
 from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.feed import from_shards
-from nanochat_ray.train.job import open_dataset
+from nanochat_ray.train.data_loader import ShardDataLoader, open_dataset
 from nanochat_ray.train.step import Batch, split, train_step
 from nanochat_ray.train.validation import bits_per_byte
 
@@ -97,7 +96,7 @@ def run_trial(trial: Trial) -> dict[str, float]:
     sides = {"adamw": adamw, "adamw by kind": by_kind, "nanochat": nanochat, "ours": ours}
     step = sides[trial.side](model, train, trial)
     began = time.process_time()
-    for k, rows in enumerate(from_shards(reader, train, 0, 1)(0)):
+    for k, rows in enumerate(ShardDataLoader(reader, train, 0, 1).batches(0)):
         step(k, Batch(rows.ids[:, : length + 1]))
     seconds = time.process_time() - began
     held_out = SequenceReader(store, manifest, "val")

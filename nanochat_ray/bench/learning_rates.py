@@ -25,8 +25,7 @@ from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import default_root
 from nanochat_ray.train import recipe
-from nanochat_ray.train.feed import from_shards
-from nanochat_ray.train.job import open_dataset
+from nanochat_ray.train.data_loader import ShardDataLoader, open_dataset
 from nanochat_ray.train.step import train_step
 from nanochat_ray.train.validation import bits_per_byte
 
@@ -77,9 +76,9 @@ def one_run(args: Args, batch: int, scale: float, seed: int) -> tuple[float, flo
     model.init_weights(torch.Generator().manual_seed(seed))
     optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
     began = time.perf_counter()
-    feed = from_shards(SequenceReader(dataset, manifest, "train"), train, 0, 1)(0)
-    for step, rows in enumerate(feed):
-        train_step(model, optimizer, rows, step, train)
+    reader = SequenceReader(dataset, manifest, "train")
+    for step, sequences in enumerate(ShardDataLoader(reader, train, 0, 1).batches(0)):
+        train_step(model, optimizer, sequences, step, train)
     seconds = time.perf_counter() - began
     reader = SequenceReader(dataset, manifest, "val")
     ids, _ = reader.read(np.arange(min(args.eval_sequences, len(reader)), dtype=np.int64))

@@ -33,9 +33,8 @@ from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.storage import Store, default_root
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train import recipe
-from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.feed import from_shards
-from nanochat_ray.train.job import TrainJob
+from nanochat_ray.train.config import TrainConfig, TrainerConfig
+from nanochat_ray.train.data_loader import ShardDataLoader
 from nanochat_ray.train.step import Batch
 
 KEYS = (
@@ -137,7 +136,7 @@ def part_step(args: Args) -> dict[str, float | None]:
     return {"step_vs_nanochat": best["ours"] / best["nanochat"]}
 
 
-def dataset(args: Args, folder: Path, rows: int = 4096) -> TrainJob:
+def dataset(args: Args, folder: Path, rows: int = 4096) -> TrainerConfig:
     """Random rows as a real dataset on disk, and a job that trains on them."""
     root, tokenizer = Store.at(str(folder)), Tokenizer.bytes_only()
     rng = np.random.default_rng(0)
@@ -166,7 +165,7 @@ def dataset(args: Args, folder: Path, rows: int = 4096) -> TrainJob:
         eval_sequences=2,
         optim=recipe.optim_config(model, 2 * args.batch, 10**7),
     )
-    return TrainJob(storage=root.uri, dataset="bench", run="bench", model=model, train=train)
+    return TrainerConfig(storage=root.uri, dataset="bench", run="bench", model=model, train=train)
 
 
 def steady(storage: str, run: str) -> tuple[float, float, float]:
@@ -179,7 +178,7 @@ def steady(storage: str, run: str) -> tuple[float, float, float]:
     return rate, wait, sum(r["seconds"] for r in every)
 
 
-def alone(job: TrainJob) -> None:
+def alone(job: TrainerConfig) -> None:
     """The job in a process of its own, without a process group."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(job.to_json(), file)
@@ -197,7 +196,7 @@ def alone(job: TrainJob) -> None:
         subprocess.run(command, check=True, capture_output=True, env=env)
 
 
-def torchrun(job: TrainJob, workers: int) -> None:
+def torchrun(job: TrainerConfig, workers: int) -> None:
     """The job under torchrun; its configuration travels in a file."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(job.to_json(), file)
@@ -235,10 +234,10 @@ def part_ray(args: Args) -> dict[str, float | None]:
 
     session.connect()
 
-    def by_ray(job: TrainJob, ray_data: bool) -> None:
+    def by_ray(job: TrainerConfig, ray_data: bool) -> None:
         fit(job, workers=1, print_every=10**6, ray_data=ray_data)
 
-    ways: dict[str, Callable[[TrainJob], None]] = {
+    ways: dict[str, Callable[[TrainerConfig], None]] = {
         "plain process": alone,
         "torchrun": lambda job: torchrun(job, 1),
         "Ray Train": lambda job: by_ray(job, False),
@@ -276,7 +275,7 @@ def part_feed(args: Args) -> dict[str, float | None]:
     """Rows from shards on this disk to batches, with nothing that trains: by Ray Data, and by a
     thread of the training process."""
     from nanochat_ray.on_ray import session
-    from nanochat_ray.on_ray.feed import from_iterator, rank_dataset
+    from nanochat_ray.on_ray.data_loader import RayDataLoader, rank_dataset
 
     session.connect()
     rates: dict[str, list[float]] = {"plain": [], "Ray Data": []}
@@ -291,9 +290,12 @@ def part_feed(args: Args) -> dict[str, float | None]:
 
         def by_ray() -> Iterator[Batch]:
             rows = rank_dataset(store, manifest, config, start=0, rank=0, world=1)
-            return from_iterator(rows.iterator(), config, 0, 1)(0)
+            return RayDataLoader(rows.iterator(), config, 0, 1).batches(0)
 
-        feeds = {"plain": lambda: from_shards(reader, config, 0, 1)(0), "Ray Data": by_ray}
+        feeds = {
+            "plain": lambda: ShardDataLoader(reader, config, 0, 1).batches(0),
+            "Ray Data": by_ray,
+        }
         for _ in range(args.repeats):
             for way, feed in feeds.items():
                 batches = feed()
@@ -320,14 +322,14 @@ def run_child(args: Args) -> None:
     if "job" in what:
         import torch.distributed as dist
 
-        from nanochat_ray.train.job import execute
+        from nanochat_ray.train.trainer import Trainer
 
-        job = TrainJob.from_json(json.loads(Path(what["job"]).read_text()))
+        job = TrainerConfig.from_json(json.loads(Path(what["job"]).read_text()))
         if "RANK" not in os.environ:
-            execute(job)
+            Trainer(job).run()
             return
         dist.init_process_group("gloo")
-        execute(job, rank=dist.get_rank(), world=dist.get_world_size())
+        Trainer(job).run()
         dist.destroy_process_group()
         return
     measured = (shape(args), args.batch, args.steps, what["precision"])

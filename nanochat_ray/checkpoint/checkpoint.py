@@ -96,13 +96,13 @@ def save(
     optimizer: Mapping[str, Tensor] | None,
     trainer: Mapping[str, Any],
     tokenizer: Tokenizer,
-    score: float | None = None,
-    may_publish: Callable[[], None] = lambda: None,
+    val_metric: float | None = None,
+    check_publish: Callable[[], None] = lambda: None,
 ) -> str:
     """Writes a checkpoint, publishes it, then moves ``latest``. Returns its name.
 
-    ``score`` is what a validation of these weights gave, lower being better; see ``best``.
-    ``may_publish`` is called when all is written but the manifest; what it raises leaves the
+    ``val_metric`` is that of a validation of these weights, lower being better; see ``best``.
+    ``check_publish`` is called when all is written but the manifest; what it raises leaves the
     checkpoint unpublished. FloatingPointError, naming the tensor, before anything is written if
     one is not finite.
     """
@@ -114,8 +114,8 @@ def save(
             )
     name = name_of(step)
     folder = run.child(name)
-    arguments = (model_config, weights, optimizer, trainer, tokenizer, score)
-    _write(folder, step, *arguments, may_publish)
+    arguments = (model_config, weights, optimizer, trainer, tokenizer, val_metric)
+    _write(folder, step, *arguments, check_publish)
     run.write_text("latest", name)
     return name
 
@@ -128,8 +128,8 @@ def _write(
     optimizer: Mapping[str, Tensor] | None,
     trainer: Mapping[str, Any],
     tokenizer: Tokenizer,
-    score: float | None,
-    may_publish: Callable[[], None] = lambda: None,
+    val_metric: float | None,
+    check_publish: Callable[[], None] = lambda: None,
 ) -> None:
     """The files of a checkpoint, and last its manifest."""
     # What an earlier attempt left there is no checkpoint any more from here on.
@@ -161,10 +161,10 @@ def _write(
     manifest = {
         "format": FORMAT,
         "step": step,
-        "score": score if score is not None and math.isfinite(score) else None,
+        "score": val_metric if val_metric is not None and math.isfinite(val_metric) else None,
         "files": files,
     }
-    may_publish()
+    check_publish()
     folder.write_text("manifest.json", json.dumps(manifest, indent=1))
 
 
@@ -184,7 +184,7 @@ def _is_complete(run: Store, name: str) -> bool:
     return True
 
 
-def skipped(run: Store) -> list[str]:
+def resume_warnings(run: Store) -> list[str]:
     """One line for each thing that seemed newer than ``latest`` but is no complete checkpoint."""
     found = latest(run)
     lines = []
@@ -206,7 +206,7 @@ def _find(run: Store, name: str | None) -> str:
     if found is None:
         raise ValueError(f"run {run.uri} has no complete checkpoint")
     if name is None:
-        for line in skipped(run):
+        for line in resume_warnings(run):
             _LOG.warning("run %s: %s", run.uri, line)
     return found
 

@@ -29,16 +29,20 @@ import torch
 from nanochat_ray import machine
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_float, check_int, check_name, require
-from nanochat_ray.claim import hold_claim
+from nanochat_ray.claim import Claim, hold_claim
 from nanochat_ray.config import to_json, with_options
 from nanochat_ray.data.shards import Manifest
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.train import hardware, memory, plan, recipe, speed
-from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.job import Resume, TrainJob, check, check_resume, execute, open_dataset
-from nanochat_ray.train.metrics import duration, progress_line, wanted
+from nanochat_ray.train.config import TrainConfig, TrainerConfig
+from nanochat_ray.train.data_loader import open_dataset
+from nanochat_ray.train.hooks import Hooks
+from nanochat_ray.train.loggers import ProgressPrinter
+from nanochat_ray.train.metrics import duration
+from nanochat_ray.train.preflight import Resume, check, check_resume
 from nanochat_ray.train.stop import STOPPED, StopOnSignal
+from nanochat_ray.train.trainer import Trainer
 
 BASE_FLAGS = ("depth", "preset", "ratio", "tokens")
 """Fine-tuning takes the model from its parent and the tokens from its dataset."""
@@ -270,7 +274,7 @@ def base_train(args: Args, model: ModelConfig) -> tuple[TrainConfig, float]:
     ).train
     if not args.micro_batch_size:
         gpu = planned_hardware(args)
-        train = plan.fitted(model, train, workers=args.workers, hardware=gpu)
+        train = plan.fit_micro_batch(model, train, workers=args.workers, hardware=gpu)
     return train, tokens_per_s
 
 
@@ -301,7 +305,7 @@ def sft_train(args: Args, parent: Store, dataset: str) -> tuple[TrainConfig, flo
     return train, found.tokens_per_s
 
 
-def build(args: Args) -> TrainJob:
+def build(args: Args) -> TrainerConfig:
     """The job that the flags describe. Raises ValueError."""
     dataset = args.dataset or args.stage
     parent = args.parent or ("base" if args.stage == "sft" else "")
@@ -336,7 +340,7 @@ def build(args: Args) -> TrainJob:
             f"options={options[0]!r} is not allowed: no configuration has such a field"
         )
     train = dataclasses.replace(train, optim=optim)
-    return TrainJob(
+    return TrainerConfig(
         storage=args.storage,
         dataset=dataset,
         run=run_name(args),
@@ -357,7 +361,7 @@ def under_torchrun() -> bool:
     return "LOCAL_WORLD_SIZE" in os.environ
 
 
-def print_plan(job: TrainJob, args: Args) -> dict[str, Any]:
+def print_plan(job: TrainerConfig, args: Args) -> dict[str, Any]:
     """Prints the plan; returns it with what memory says of it."""
     found = planned_hardware(args)
     dataset = Store.at(job.storage).child("datasets", job.dataset)
@@ -375,38 +379,48 @@ def print_plan(job: TrainJob, args: Args) -> dict[str, Any]:
     free = found.memory or machine.free_memory(torch.device("cpu"), args.workers)
     on_gpu = bool(found.memory)
     try:
-        memory.refuse(job.model, job.train, world=args.workers, on_gpu=on_gpu, free=free)
+        memory.check_memory(job.model, job.train, world=args.workers, on_gpu=on_gpu, free=free)
     except memory.DoesNotFitError as error:
         return {**described, "fits": False, "advice": str(error)}
     return {**described, "fits": True, "advice": ""}
 
 
-def run_here(job: TrainJob, args: Args) -> dict[str, Any]:
+def run_here(job: TrainerConfig, args: Args) -> dict[str, Any]:
     """Trains in this process, or as one rank of ``torchrun``."""
     torch.set_num_threads(args.threads)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
     device = torch.device("cpu")
     if args.gpus:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
-    def report(record: dict[str, Any]) -> None:
-        if rank == 0 and wanted(record, args.print_every):
-            print(progress_line(record), flush=True)
-
     root = Store.at(job.storage)
     # Of torchrun's ranks the first claims the run for all.
     claim = hold_claim(root, "runs", job.run) if rank == 0 else contextlib.nullcontext()
-    with claim as mine, StopOnSignal() as stop:
-        return execute(
+    with claim as mine, StopOnSignal() as on_signal:
+        hooks: list[Hooks] = [_ProcessHooks(on_signal, mine)]
+        if rank == 0:
+            hooks.append(ProgressPrinter(args.print_every))
+        trainer = Trainer(
             job,
-            rank=rank,
-            world=world,
-            sharing=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
             device=device,
-            report=report,
-            should_stop=stop.asked.is_set,
-            may_publish=mine.check if mine is not None else lambda: None,
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            hooks=hooks,
         )
+        return trainer.run()
+
+
+class _ProcessHooks(Hooks):
+    """Stops at a signal; publishes only while the claim on the run is this process's."""
+
+    def __init__(self, on_signal: StopOnSignal, claim: Claim | None):
+        self._on_signal, self._claim = on_signal, claim
+
+    def should_stop(self) -> bool:
+        return self._on_signal.stop.is_set()
+
+    def check_publish(self) -> None:
+        if self._claim is not None:
+            self._claim.check()
 
 
 @contextlib.contextmanager
@@ -426,7 +440,7 @@ def process_group(args: Args) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def run_on_ray(job: TrainJob, args: Args) -> dict[str, Any]:
+def run_on_ray(job: TrainerConfig, args: Args) -> dict[str, Any]:
     from nanochat_ray.on_ray import session
     from nanochat_ray.on_ray.train import fit
 

@@ -1,8 +1,8 @@
-"""Training by Ray Train: the same ``execute`` in every worker, fed by Ray Data.
+"""Training by Ray Train: the same ``Trainer`` in every worker, its batches from Ray Data.
 
-The run's checkpoints are its own (``checkpoint.checkpoint``), so a run may be begun under Ray and
-resumed without it. Ray restarts the group when a worker dies, with fewer workers if it may; the
-new group looks up where the run stands and goes on from there.
+Checkpoints are the run's own (``checkpoint.checkpoint``), so a run may start under Ray and resume
+without it. Ray restarts the worker group when a worker dies, with fewer workers if it may; the new
+group resumes from the run's latest checkpoint.
 """
 
 from __future__ import annotations
@@ -32,105 +32,132 @@ from ray.util.metrics import Gauge
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.claim import check_reference, hold_claim
-from nanochat_ray.on_ray.feed import RankedRows, from_iterator
+from nanochat_ray.on_ray.data_loader import RankDataConfig, RayDataLoader
 from nanochat_ray.storage import Store
-from nanochat_ray.train.job import TrainJob, check, execute, open_dataset
-from nanochat_ray.train.metrics import progress_line, wanted
+from nanochat_ray.train.config import TrainerConfig
+from nanochat_ray.train.data_loader import open_dataset
+from nanochat_ray.train.hooks import Hooks
+from nanochat_ray.train.loggers import ProgressPrinter
+from nanochat_ray.train.preflight import check, check_workers
 from nanochat_ray.train.stop import StopOnSignal
+from nanochat_ray.train.trainer import Trainer
 
 FINAL = (ValueError, FloatingPointError, PermissionError, FileNotFoundError)
-"""Errors that would come again: the group is not restarted. Others may be those of a machine or a
-network, and the run continues from its last checkpoint."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Errors of the operating system that would come again too."""
+"""Errors that a restart would repeat: the group is not restarted. Others may be those of a machine
+or a network, and the run resumes from its latest checkpoint."""
+FINAL_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of the operating system that a restart would repeat."""
 GAUGES = {
+    "step": "Steps done.",
     "loss": "Training loss, nats per token.",
-    "bits_per_byte": "Bits per byte of held-out text.",
+    "bits_per_byte": "Bits per byte of the validation split.",
     "tokens_per_s": "Tokens per second of all workers.",
     "mfu": "Share of the peak FLOP/s.",
     "grad_norm": "Global gradient norm before clipping.",
     "data_wait": "Seconds that the last step waited for data.",
-    "stall": "Seconds that the last checkpoint held training up.",
+    "stall": "Seconds that the last checkpoint stalled training.",
 }
 
 
 class StopFlag:
-    """The driver's word to the workers that the run is to stop."""
+    """An actor through which the driver tells the workers to stop."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._stop = False
 
-    def ask(self) -> None:
-        self._asked = True
+    def stop(self) -> None:
+        self._stop = True
 
-    def asked(self) -> bool:
-        return self._asked
+    def is_stopping(self) -> bool:
+        return self._stop
 
 
 @contextlib.contextmanager
-def _polled(flag: Any, every: float = 0.5) -> Iterator[Callable[[], bool]]:
-    """A function that tells at once what a thread has last heard of the flag."""
-    asked, over = threading.Event(), threading.Event()
+def _poll_flag(flag: Any, interval_s: float = 0.5) -> Iterator[Callable[[], bool]]:
+    """A function that returns at once what a thread last read from the flag."""
+    stop, end = threading.Event(), threading.Event()
 
     def poll() -> None:
-        while not over.wait(every) and not asked.is_set():
-            # The driver may be gone, and its flag with it: then nobody asks any more.
+        while not end.wait(interval_s) and not stop.is_set():
+            # The driver, and the flag with it, may be gone: then nobody stops the run.
             with contextlib.suppress(ray.exceptions.RayError):
-                if ray.get(flag.asked.remote(), timeout=10):
-                    asked.set()
+                if ray.get(flag.is_stopping.remote(), timeout=10):
+                    stop.set()
 
     thread = threading.Thread(target=poll, name="stop-flag", daemon=True)
     thread.start()
     try:
-        yield asked.is_set
+        yield stop.is_set
     finally:
-        over.set()
+        end.set()
         thread.join()
 
 
 @contextlib.contextmanager
-def _told_by_signal(flag: Any) -> Iterator[None]:
+def _stop_on_sigterm(flag: Any) -> Iterator[None]:
     """While entered, SIGTERM to this process sets the flag (``ray job stop`` sends it)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    over = threading.Event()
-    with StopOnSignal(signal.SIGTERM) as stop:
+    end = threading.Event()
+    with StopOnSignal(signal.SIGTERM) as on_signal:
 
-        def tell() -> None:
+        def forward() -> None:
             # Not from the handler itself, which may interrupt Ray in the middle of a call.
-            while not over.wait(0.2):
-                if stop.asked.is_set():
-                    ray.get(flag.ask.remote())
+            while not end.wait(0.2):
+                if on_signal.stop.is_set():
+                    ray.get(flag.stop.remote())
                     return
 
-        thread = threading.Thread(target=tell, name="told-by-signal", daemon=True)
+        thread = threading.Thread(target=forward, name="stop-on-sigterm", daemon=True)
         thread.start()
         try:
             yield
         finally:
-            over.set()
+            end.set()
             thread.join()
 
 
-def _gauges(run: str) -> Callable[[dict[str, Any]], None]:
-    """A function that shows each record to Prometheus as ``ray_nanochat_train_<name>``."""
-    shown = {
-        name: Gauge(f"nanochat_train_{name}", description=text, tag_keys=("run",))
-        for name, text in {"step": "Steps done.", **GAUGES}.items()
-    }
+class PrometheusLogger(Hooks):
+    """Exports each record to Prometheus as ``ray_nanochat_train_<name>``."""
 
-    def show(record: dict[str, Any]) -> None:
+    def __init__(self, run: str):
+        self._run = run
+        self._gauges = {
+            name: Gauge(f"nanochat_train_{name}", description=text, tag_keys=("run",))
+            for name, text in GAUGES.items()
+        }
+
+    def on_record(self, record: dict[str, Any]) -> None:
         # A training step's own bits per byte would be drawn into the validation's curve.
-        skipped = {"bits_per_byte"} if record["kind"] == "train" else set()
-        for name in (set(shown) & set(record)) - skipped:
-            shown[name].set(float(record[name]), tags={"run": run})
+        hidden = {"bits_per_byte"} if record["kind"] == "train" else set()
+        for name in (set(self._gauges) & set(record)) - hidden:
+            self._gauges[name].set(float(record[name]), tags={"run": self._run})
 
-    return show
+
+class WorkerHooks(Hooks):
+    """What Ray and the driver want of a worker: to stop, to save, to leave a run to its owner."""
+
+    def __init__(self, should_stop: Callable[[], bool], claim: Any):
+        self._should_stop, self._claim = should_stop, claim
+        self._preemption_handled = False
+
+    def should_stop(self) -> bool:
+        return self._should_stop()
+
+    def should_save(self) -> bool:
+        # Once: when the machine is gone, Ray starts a new group from that checkpoint.
+        if self._preemption_handled or ray.train.get_preemption_info() is None:
+            return False
+        self._preemption_handled = True
+        return True
+
+    def check_publish(self) -> None:
+        check_reference(self._claim)
 
 
 class NoRetry(UserCallback):
-    """Ends a run at the first error that another attempt would only repeat; names the others."""
+    """Ends a run at the first error that a restart would repeat; prints the others."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         errors: dict[int, Any] = {
@@ -139,56 +166,40 @@ class NoRetry(UserCallback):
             for rank, error in sorted(worker_exceptions.items())
         }
         for error in errors.values():
-            if isinstance(error, FINAL) or getattr(error, "errno", None) in FULL:
-                raise error  # an error in a callback is never tried again
+            if isinstance(error, FINAL) or getattr(error, "errno", None) in FINAL_ERRNO:
+                raise error  # Ray Train does not restart after an error in a callback
         for rank, error in errors.items():
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             print(f"worker {rank} failed: {text}", flush=True)
 
 
 def _worker(values: dict[str, Any]) -> None:
+    """One worker of the group: a ``Trainer``."""
     torch.set_num_threads(int(values["threads"]))
-    job = TrainJob.from_json(values["job"])
+    config = TrainerConfig.from_json(values["config"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    batches = None
+    data_loader = None
     if values["ray_data"]:
-        shard = ray.train.get_dataset_shard("train")
-        batches = from_iterator(shard, job.train, rank, world)
-    show = _gauges(job.run) if rank == 0 else lambda record: None
-    preempted = False
-
-    def report(record: dict[str, Any]) -> None:
-        show(record)
-        if rank == 0 and wanted(record, values["print_every"]):
-            print(progress_line(record), flush=True)
-
-    def should_save() -> bool:
-        # Once: when the machine is gone, Ray starts a group anew from that checkpoint.
-        nonlocal preempted
-        if preempted or ray.train.get_preemption_info() is None:
-            return False
-        preempted = True
-        return True
-
-    with _polled(values["stop"]) as should_stop:
-        result = execute(
-            job,
-            rank=rank,
-            world=world,
-            sharing=context.get_local_world_size(),
+        iterator = ray.train.get_dataset_shard("train")
+        data_loader = RayDataLoader(iterator, config.train, rank, world)
+    loggers: list[Hooks] = []
+    if rank == 0:
+        loggers = [PrometheusLogger(config.run), ProgressPrinter(values["print_every"])]
+    with _poll_flag(values["stop"]) as should_stop:
+        trainer = Trainer(
+            config,
             device=ray.train.torch.get_device(),
-            batches=batches,
-            report=report,
-            should_stop=should_stop,
-            should_save=should_save,
-            may_publish=lambda: check_reference(values["claim"]),
+            local_world_size=context.get_local_world_size(),
+            data_loader=data_loader,
+            hooks=[*loggers, WorkerHooks(should_stop, values["claim"])],
         )
+        result = trainer.run()
     ray.train.report(result)
 
 
 def fit(
-    job: TrainJob,
+    config: TrainerConfig,
     *,
     workers: int,
     min_workers: int = 0,
@@ -199,88 +210,91 @@ def fit(
     print_every: int = 10,
     ray_data: bool = True,
 ) -> dict[str, Any]:
-    """Trains ``job`` on ``workers`` processes and returns what its last checkpoint says of it.
+    """Trains ``config`` on ``workers`` processes; returns the metrics of its latest checkpoint.
 
     Without ``ray_data`` each worker reads the shards itself: the same batches.
     With ``min_workers`` the group may be as small as that while machines are missing, and grows
-    again when they are back; the batches stay the same. ``done`` is false in what is returned if
-    the run was stopped by SIGTERM. Raises ValueError for a job that cannot run, FloatingPointError
-    for one that diverged, and what Ray Train raises if the workers fail more than ``max_failures``
-    times (machines that Ray was told would go do not count).
+    again when they are back; the batches stay the same. ``done`` is false in the result if the run
+    was stopped by SIGTERM. Raises ValueError for a configuration that cannot run,
+    FloatingPointError for a run that diverged, and what Ray Train raises if workers fail more than
+    ``max_failures`` times (machines whose preemption was announced do not count).
     """
-    job = check(job)
-    check_workers(job, workers, min_workers)
-    dataset, manifest, _ = open_dataset(job.storage, job.dataset)
-    run = Store.at(job.storage).child("runs", job.run)
-    own = run.child("ray")
-
-    def reached() -> int:
-        name = checkpoint.latest(run)
-        return checkpoint.step_of(name) if name else 0
-
-    def result() -> dict[str, Any]:
-        saved = checkpoint.load_trainer(run)
-        return {**saved["metrics"], "step": saved["step"], "done": reached() >= job.train.steps}
-
-    if reached() >= job.train.steps:
-        return result()
-
-    with hold_claim(Store.at(job.storage), "runs", job.run) as claim:
-        # How often the controller asks if its workers are alive, which a report waits for.
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        # Ray Train would print every line of a worker a second time.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-        number: Any = (min_workers, workers) if min_workers else workers
-        flag = ray.remote(num_cpus=0)(StopFlag).remote()
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={
-                "job": job.to_json(),
+    config = check(config)
+    check_workers(config, workers, min_workers)
+    run = Store.at(config.storage).child("runs", config.run)
+    if _completed_steps(run) < config.train.steps:
+        with hold_claim(Store.at(config.storage), "runs", config.run) as claim:
+            flag = ray.remote(num_cpus=0)(StopFlag).remote()
+            values = {
+                "config": config.to_json(),
                 "threads": threads,
                 "print_every": print_every,
                 "ray_data": ray_data,
                 "stop": flag,
                 "claim": claim.reference,
-            },
-            # Long enough for data that stalls: a dead worker is noticed by its connections.
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=1800),
-            scaling_config=ScalingConfig(
+            }
+            number: Any = (min_workers, workers) if min_workers else workers
+            scaling = ScalingConfig(
                 num_workers=number,
                 use_gpu=gpus,
                 resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpus else {})},
-            ),
-            datasets={"train": lambda: ray.data.from_items([{"start": reached()}])}
-            if ray_data
-            else {},
-            dataset_config=RankedRows(dataset.uri, manifest, job.train) if ray_data else None,
-            run_config=RunConfig(
-                name="train",
-                storage_path=own.root,
-                storage_filesystem=None if own.is_local else own.fs,
-                failure_config=FailureConfig(max_failures=max_failures),
-                callbacks=[NoRetry()],  # type: ignore[list-item]  # ray.train shows mypy its old API
-                # Its log files have all of it; a refusal is to be one line.
-                logging_config=LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]
-            ),
-        )
-        try:
-            with _told_by_signal(flag):
-                trainer.fit()
-        except ControllerError as error:
-            # What NoRetry raised, out of the callback's own wrapping.
-            failure: BaseException = error
-            while isinstance(failure, ControllerError):
-                failure = failure.controller_failure
-            raise failure from None
-        return result()
+            )
+            trainer = _torch_trainer(config, run, values, scaling, max_failures)
+            with _stop_on_sigterm(flag):
+                _fit(trainer)
+    state = checkpoint.load_trainer(run)
+    done = _completed_steps(run) >= config.train.steps
+    return {**state["metrics"], "step": state["step"], "done": done}
 
 
-def check_workers(job: TrainJob, workers: int, min_workers: int) -> None:
-    """ValueError if the numbers of workers make no sense together."""
-    if not 0 <= min_workers <= workers:
-        raise ValueError(f"min_workers={min_workers} is not allowed: from 0 to workers={workers}")
-    if job.train.global_batch_size < workers:
-        raise ValueError(
-            f"workers={workers} is not allowed: at most "
-            f"global_batch_size={job.train.global_batch_size}, or some would have nothing to do"
-        )
+def _completed_steps(run: Store) -> int:
+    """Steps up to the run's latest checkpoint."""
+    name = checkpoint.latest(run)
+    return checkpoint.step_of(name) if name else 0
+
+
+def _torch_trainer(
+    config: TrainerConfig,
+    run: Store,
+    values: dict[str, Any],
+    scaling: ScalingConfig,
+    max_failures: int,
+) -> TorchTrainer:
+    """Ray's trainer, which starts ``_worker(values)`` on each worker of the group."""
+    # How often the controller asks if its workers are alive, which a report waits for.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # Ray Train would print every line of a worker a second time.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    dataset, manifest, _ = open_dataset(config.storage, config.dataset)
+    ray_folder, ray_data = run.child("ray"), values["ray_data"]
+    return TorchTrainer(
+        _worker,
+        train_loop_config=values,
+        # Long enough for data that stalls: a dead worker is noticed by its connections.
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
+        scaling_config=scaling,
+        datasets={"train": lambda: ray.data.from_items([{"start": _completed_steps(run)}])}
+        if ray_data
+        else {},
+        dataset_config=RankDataConfig(dataset.uri, manifest, config.train) if ray_data else None,
+        run_config=RunConfig(
+            name="train",
+            storage_path=ray_folder.root,
+            storage_filesystem=None if ray_folder.is_local else ray_folder.fs,
+            failure_config=FailureConfig(max_failures=max_failures),
+            callbacks=[NoRetry()],  # type: ignore[list-item]  # ray.train shows mypy its old API
+            # Its log files have all of it; on the terminal an error is one line.
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]
+        ),
+    )
+
+
+def _fit(trainer: TorchTrainer) -> None:
+    """Runs Ray's trainer. Raises what ``NoRetry`` raised, without Ray's wrapping."""
+    try:
+        trainer.fit()
+    except ControllerError as error:
+        failure: BaseException = error
+        while isinstance(failure, ControllerError):
+            failure = failure.controller_failure
+        raise failure from None

@@ -21,13 +21,14 @@ from typing import Any
 
 from nanochat_ray.checks import require, shown
 from nanochat_ray.data import records
+from nanochat_ray.data.decoding import replace_surrogates
 from nanochat_ray.text import chat
 from nanochat_ray.text.chat import Message
 
 FIELD = "chats"
 VAL_SHARE = 0.05
 MAX_VAL = 200
-"""Conversations that are held out of one entry, at most."""
+"""Most conversations of one entry in the validation split."""
 _SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model"), "assistant"),
@@ -36,9 +37,7 @@ _SHAREGPT_ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
 _ENTRY = re.compile(r"(?P<uri>.+):(?P<amount>\d+(?:\.\d+)?)(?P<passes>x?)", re.DOTALL)
-_ALLOWED = (
-    "write PATH, PATH:2000 for so many conversations, or PATH:2.5x for so many passes over them"
-)
+_ALLOWED = "write PATH, PATH:2000 for 2000 conversations, or PATH:2.5x for 2.5 passes over them"
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Entry:
     count: int | None = None
     """Conversations to train on, sampled or repeated; None is each once."""
     passes: float | None = None
-    """Instead of a count: how often each is trained on."""
+    """Instead of a count: passes over all conversations."""
 
 
 def parse_entry(text: str) -> Entry:
@@ -82,13 +81,13 @@ class Conversations:
 def load(entries: Sequence[Entry], seed: int) -> list[Conversations]:
     """Reads and checks every conversation; a function of the files' contents and the seed.
 
-    About 5% of the different conversations of each entry are held out for validation, at least
-    one; equal conversations go to the same split. ValueError names the file, line and message.
+    The validation split gets about 5% of the different conversations of each entry, at least one;
+    equal conversations go to the same split. ValueError names the file, line and message.
     """
     uris = [entry.uri for entry in entries]
     for uri in uris:
         require(uris.count(uri) == 1, FIELD, uri, "each file or folder once")
-    everything: list[list[tuple[int, list[Message]]]] = []
+    by_entry: list[list[tuple[int, list[Message]]]] = []
     for entry in entries:
         rows = []
         for source in records.find_files(entry.uri, FIELD):
@@ -100,26 +99,28 @@ def load(entries: Sequence[Entry], seed: int) -> list[Conversations]:
                 f"{FIELD}={entry.uri!r} has too few conversations: 2 different ones or more, one "
                 "of which validates"
             )
-        everything.append(rows)
-    held: set[int] = set()
-    for rows in everything:
+        by_entry.append(rows)
+    val_hashes: set[int] = set()
+    for rows in by_entry:
         keys = sorted({key for key, _ in rows})
-        held |= set(keys[: max(1, min(MAX_VAL, int(len(keys) * VAL_SHARE)))])
-    loaded = []
-    for entry, rows in zip(entries, everything, strict=True):
-        train = [messages for key, messages in rows if key not in held]
-        val = {key: messages for key, messages in rows if key in held}
+        val_hashes |= set(keys[: max(1, min(MAX_VAL, int(len(keys) * VAL_SHARE)))])
+    result = []
+    for entry, rows in zip(entries, by_entry, strict=True):
+        train = [messages for key, messages in rows if key not in val_hashes]
+        val = {key: messages for key, messages in rows if key in val_hashes}
         if not train:
-            raise ValueError(f"{FIELD}={entry.uri!r}: all of it is held out by another entry")
+            raise ValueError(
+                f"{FIELD}={entry.uri!r}: all of it is in the validation split of another entry"
+            )
         name = f"{FIELD}:{entry.uri}"
-        loaded.append(Conversations(name, _sampled(train, entry, seed), list(val.values())))
-    return loaded
+        result.append(Conversations(name, _sample(train, entry, seed), list(val.values())))
+    return result
 
 
-def digest(loaded: Sequence[Conversations]) -> str:
-    """SHA-256 (hex) of all that is trained and validated on, in its order."""
+def digest(entries: Sequence[Conversations]) -> str:
+    """SHA-256 (hex) of all conversations of both splits, in their order."""
     sha = hashlib.sha256()
-    for conversations in loaded:
+    for conversations in entries:
         for split in (conversations.train, conversations.val):
             sha.update(b"%d\n" % len(split))
             for messages in split:
@@ -127,14 +128,14 @@ def digest(loaded: Sequence[Conversations]) -> str:
     return sha.hexdigest()
 
 
-def _sampled(train: list[list[Message]], entry: Entry, seed: int) -> list[list[Message]]:
-    """Whole passes over ``train``, and of the last one a random part."""
+def _sample(train: list[list[Message]], entry: Entry, seed: int) -> list[list[Message]]:
+    """Full passes over ``train``, and a random sample for the rest of the count."""
     count = entry.count or len(train)
     if entry.passes is not None:
         count = max(1, round(entry.passes * len(train)))
     passes, rest = divmod(count, len(train))
-    picked = sorted(random.Random(seed).sample(range(len(train)), rest))
-    return [*(train * passes), *(train[i] for i in picked)]
+    indices = sorted(random.Random(seed).sample(range(len(train)), rest))
+    return [*(train * passes), *(train[i] for i in indices)]
 
 
 def _canonical(messages: list[Message]) -> bytes:
@@ -151,12 +152,10 @@ def _content_hash(messages: list[Message]) -> int:
 def _conversation(record: Any, where: str) -> list[Message]:
     try:
         messages, tools = _openai_form(record)
-        rendered = _rendered(messages, tools)
-        texts = json.dumps(rendered, ensure_ascii=False)
+        text = json.dumps(_render(messages, tools), ensure_ascii=False)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    # JSON can spell half a surrogate pair, which no encoder takes.
-    return json.loads(texts.encode("utf-8", "replace"))
+    return json.loads(replace_surrogates(text))
 
 
 def _openai_form(record: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -190,8 +189,8 @@ def _openai_form(record: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 
 def _from_sharegpt(item: dict[str, Any], at: str) -> dict[str, Any]:
     role = _SHAREGPT_ROLES.get(item["from"]) if isinstance(item["from"], str) else None
-    allowed = f"one of {', '.join(_SHAREGPT_ROLES)}"
-    require(role is not None, f"{at}.from", item["from"], allowed)
+    choices = f"one of {', '.join(_SHAREGPT_ROLES)}"
+    require(role is not None, f"{at}.from", item["from"], choices)
     value = item.get("value")
     require(isinstance(value, str), f"{at}.value", value, "a text")
     weight = {"weight": item["weight"]} if "weight" in item else {}
@@ -233,8 +232,8 @@ def _name_calls(messages: list[dict[str, Any]], name: str) -> None:
             message["role"] = "tool"
         if message.get("role") == "tool" and not message.get("tool_call_id") and waiting:
             message["tool_call_id"] = waiting[0]
-        if (used := message.get("tool_call_id")) in waiting:
-            waiting.remove(used)
+        if (call_id := message.get("tool_call_id")) in waiting:
+            waiting.remove(call_id)
         calls = message.get("tool_calls") or []
         require(isinstance(calls, list), f"{at}.tool_calls", calls, "a list")
         if "function_call" in message:
@@ -269,7 +268,7 @@ def _tools(record: dict[str, Any]) -> list[dict[str, Any]]:
         require(isinstance(functions, list), "functions", functions, "a list of functions")
         tools = [*tools, *({"function": function} for function in functions)]
     require(isinstance(tools, list), "tools", tools, "a list of functions")
-    made = []
+    result = []
     for i, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         fits = isinstance(function, dict) and isinstance(function.get("name"), str)
@@ -277,19 +276,19 @@ def _tools(record: dict[str, Any]) -> list[dict[str, Any]]:
         parameters = function.get("parameters")  # type: ignore[union-attr]
         is_schema = parameters is None or isinstance(parameters, dict)
         require(is_schema, f"tools[{i}].function.parameters", parameters, "a JSON Schema")
-        made.append({"type": "function", "function": function})
-    return made
+        result.append({"type": "function", "function": function})
+    return result
 
 
-def _rendered(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[Message]:
-    """The conversation as ``text.chat`` takes it; what a message's weight leaves out is marked."""
-    rendered = chat.from_openai(messages, tools, open_calls=True)
-    if not any(_trains(message) for message in rendered):
+def _render(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[Message]:
+    """The conversation in the form of ``text.chat``; parts of messages of weight 0 are marked."""
+    result = chat.from_openai(messages, tools, open_calls=True)
+    if not any(_has_loss(message) for message in result):
         raise ValueError("no message of the assistant's has a loss: there is nothing to learn")
-    return rendered
+    return result
 
 
-def _trains(message: Message) -> bool:
+def _has_loss(message: Message) -> bool:
     content = message["content"]
     if message["role"] != "assistant" or not content:
         return False

@@ -1,6 +1,6 @@
-"""The chat data that nanochat trains on, by name, from the Hugging Face Hub (needs a network).
+"""The chat data sets that nanochat trains on, from the Hugging Face Hub (needs a network).
 
-The converters are plain functions from a data set's row to messages.
+The converters are plain functions from a row of a data set to messages.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ def mmlu(row: dict[str, Any]) -> list[Message]:
 def gsm8k(row: dict[str, Any]) -> list[Message]:
     """openai/gsm8k (Cobbe et al., arXiv 2110.14168): ``<<12*3=36>>`` is a calculator turn."""
     parts: list[Message] = []
-    for piece in re.split(r"(<<[^>]*>>)", row["answer"]):
-        if piece.startswith("<<") and piece.endswith(">>"):
-            expression, _, result = piece[2:-2].rpartition("=")
+    for text in re.split(r"(<<[^>]*>>)", row["answer"]):
+        if text.startswith("<<") and text.endswith(">>"):
+            expression, _, result = text[2:-2].rpartition("=")
             parts.append({"type": "python", "text": expression})
             parts.append({"type": "python_output", "text": result})
-        elif piece:
-            parts.append({"type": "text", "text": piece})
+        elif text:
+            parts.append({"type": "text", "text": text})
     return [
         {"role": "user", "content": row["question"]},
         {"role": "assistant", "content": parts},
     ]
 
 
-HELD_APART = 32
-"""One in this many questions of a Hub's train split is for validation, where the Hub has no split
-for that: its test split is for the final measurement alone."""
+VAL_STRIDE = 32
+"""One in this many questions of the Hub's train split is for validation, where the Hub has no
+validation split: its test split is for the final measurement only."""
 
 _SETS: dict[str, tuple[str, str | None, dict[Split, str], Any]] = {
     "smoltalk": (
@@ -71,8 +71,8 @@ _SETS: dict[str, tuple[str, str | None, dict[Split, str], Any]] = {
 NAMES = tuple(_SETS)
 
 
-def _said(content: Any) -> str:
-    """What an assistant's content says aloud, calculator turns left out."""
+def _text_of(content: Any) -> str:
+    """The text of an assistant's content, without calculator calls and results."""
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
@@ -81,19 +81,19 @@ def _said(content: Any) -> str:
 def final_answer(name: str, text: str) -> str:
     """The part of an answer that is graded: the number after ``####`` for gsm8k, else all."""
     if name == "gsm8k":
-        found = re.findall(r"####\s*(-?[\d.,]+)", text)
-        return found[-1].replace(",", "").rstrip(".") if found else ""
+        numbers = re.findall(r"####\s*(-?[\d.,]+)", text)
+        return numbers[-1].replace(",", "").rstrip(".") if numbers else ""
     return text.strip()
 
 
-def _held_apart(messages: list[Message]) -> bool:
-    """By what the user asks first, so that a question that comes twice is in one split."""
+def _is_val(messages: list[Message]) -> bool:
+    """By the hash of the first question, so that equal questions are in one split."""
     first = next((m["content"] for m in messages if m["role"] == "user"), "")
-    return hashlib.sha256(first.encode("utf-8", "replace")).digest()[0] % HELD_APART == 0
+    return hashlib.sha256(first.encode("utf-8", "replace")).digest()[0] % VAL_STRIDE == 0
 
 
 class HubTask:
-    """A data set of the Hub, shuffled by ``seed``. Raises ValueError if it cannot be had."""
+    """A data set of the Hub, shuffled by ``seed``. Raises ValueError if it cannot be loaded."""
 
     def __init__(self, name: str, split: Split, size: int | None, seed: int, data: Any = None):
         self.name = name
@@ -109,16 +109,16 @@ class HubTask:
                 data = datasets.load_dataset(path, config, split=splits[split])
             except Exception as error:
                 raise ValueError(
-                    f"task={name!r} cannot be had from the Hub ({path}): {error}"
+                    f"task={name!r} cannot be loaded from the Hub ({path}): {error}"
                 ) from None
             data = data.shuffle(seed=seed)
         self._data = data
-        shares = splits["train"] == splits["val"] and split != "test"
-        rows = (i for i in range(len(data)) if not shares or self._is_of(i, split))
+        is_shared = splits["train"] == splits["val"] and split != "test"
+        rows = (i for i in range(len(data)) if not is_shared or self._is_of(i, split))
         self._rows = list(itertools.islice(rows, size or None))
 
     def _is_of(self, row: int, split: Split) -> bool:
-        return _held_apart(self._convert(self._data[row])) == (split == "val")
+        return _is_val(self._convert(self._data[row])) == (split == "val")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -130,5 +130,5 @@ class HubTask:
         return self.example(index)[:-1]
 
     def grade(self, index: int, answer: str) -> bool:
-        right = _said(self.example(index)[-1]["content"])
-        return final_answer(self.name, answer) == final_answer(self.name, right)
+        answer_text = _text_of(self.example(index)[-1]["content"])
+        return final_answer(self.name, answer) == final_answer(self.name, answer_text)

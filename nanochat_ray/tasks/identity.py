@@ -1,10 +1,10 @@
-"""Conversations about who the model is, made from phrases."""
+"""Conversations about who the model is, generated from phrases."""
 
 from __future__ import annotations
 
 import random
 
-from nanochat_ray.tasks.task import Split
+from nanochat_ray.tasks.task import DEFAULT_SIZE, Split
 from nanochat_ray.text.chat import Message
 
 _TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -67,7 +67,7 @@ _TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("You are welcome!", "Gladly. Goodbye!"),
     ),
 }
-# What makes the questions of one split differ from those of the others.
+# Prefixes of questions, which differ by split, so that splits share no question.
 _LEADS: dict[Split, tuple[str, ...]] = {
     "train": ("", "", "", "So, "),
     "val": ("Well, ",),
@@ -80,8 +80,8 @@ class Identity:
 
     name = "identity"
 
-    def __init__(self, split: Split, size: int, seed: int):
-        self._split, self._size, self._seed = split, size, seed
+    def __init__(self, split: Split, size: int | None, seed: int):
+        self._split, self._size, self._seed = split, size or DEFAULT_SIZE, seed
 
     def __len__(self) -> int:
         return self._size

@@ -1,5 +1,5 @@
 """Procedural tasks with verifiable answers, from reasoning-gym (Stojanovski et al., arXiv
-2505.24760). They need no network, and there are as many fresh questions as one wants.
+2505.24760). They need no network, and any number of different questions can be generated.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanochat_ray.tasks.task import Split, calculated
+from nanochat_ray.tasks.task import DEFAULT_SIZE, Split, calculator_turn
 from nanochat_ray.text.chat import Message
 
 Solve = Callable[[str, str], Any]
@@ -24,20 +24,20 @@ def _plain(question: str, answer: str) -> Any:
 
 def _sum(question: str, answer: str) -> Any:
     expression = question.split(":", 1)[1].rstrip("= ").strip()
-    return calculated(expression, answer, answer)
+    return calculator_turn(expression, answer, answer)
 
 
 def _product(question: str, answer: str) -> Any:
     expression = question.split(":", 1)[1].split(".")[0].strip()
-    return calculated(expression, answer, answer)
+    return calculator_turn(expression, answer, answer)
 
 
 def _letters(question: str, answer: str) -> Any:
-    found = re.search(r'letter "(.)" appear in the text: "(.*)"\?', question, re.DOTALL)
-    assert found is not None
-    letter, text = found.groups()
-    # reasoning-gym counts without regard to case.
-    return calculated(f'"{text.lower()}".count("{letter}")', answer, answer)
+    match = re.search(r'letter "(.)" appear in the text: "(.*)"\?', question, re.DOTALL)
+    assert match is not None
+    letter, text = match.groups()
+    # reasoning-gym ignores case.
+    return calculator_turn(f'"{text.lower()}".count("{letter}")', answer, answer)
 
 
 @functools.lru_cache(maxsize=1)
@@ -48,20 +48,20 @@ def _legs() -> dict[str, int]:
 
 
 def _leg_sum(question: str, answer: str) -> Any:
-    listed = re.findall(r"(\d+) ([a-z ]+?)(?:,|\?)", question.rsplit("if you have ", 1)[1])
+    counts = re.findall(r"(\d+) ([a-z ]+?)(?:,|\?)", question.rsplit("if you have ", 1)[1])
     legs = _legs()
     terms = []
-    for count, animal in listed:
+    for count, animal in counts:
         singular = animal if animal in legs else animal.removesuffix("s")
         terms.append(f"{count} * {legs[singular]}")
-    return calculated(" + ".join(terms), answer, answer)
+    return calculator_turn(" + ".join(terms), answer, answer)
 
 
 def _equation(question: str, answer: str) -> Any:
-    found = re.fullmatch(r"Solve for \w: (\d+)\*\w = (\d+)", question.strip())
-    if found is None:
+    match = re.fullmatch(r"Solve for \w: (\d+)\*\w = (\d+)", question.strip())
+    if match is None:
         return answer
-    return calculated(f"{found[2]} // {found[1]}", answer, answer)
+    return calculator_turn(f"{match[2]} // {match[1]}", answer, answer)
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ KINDS = {
 
 
 def _split_of(question: str) -> Split:
-    """By the question itself, so that no question can be in two splits."""
+    """By the question's hash, so that no question can be in two splits."""
     bucket = hashlib.sha256(question.encode()).digest()[0] % 16
     return "test" if bucket == 0 else "val" if bucket == 1 else "train"
 
 
 @functools.lru_cache(maxsize=16)
 def _items(name: str, split: Split, size: int, seed: int) -> tuple[tuple[str, str], ...]:
-    """(question, answer); in "val" and "test" each question comes once."""
+    """(question, answer); in "val" and "test" each question occurs once."""
     try:
         import reasoning_gym
     except ImportError:
@@ -98,29 +98,29 @@ def _items(name: str, split: Split, size: int, seed: int) -> tuple[tuple[str, st
             f"task={name!r} needs reasoning-gym: pip install 'nanochat_ray[tasks]'"
         ) from None
     kind = KINDS[name]
-    # Far more than can be needed: an item is made only when it is asked for.
+    # More than are ever needed: an item is generated on access.
     source = reasoning_gym.create_dataset(kind.dataset, seed=seed, size=size * 400, **kind.config)
-    found: list[tuple[str, str]] = []
-    seen: set[str] = set()
+    items: list[tuple[str, str]] = []
+    questions: set[str] = set()
     for number in range(size * 400):
         item = source[number]
         question, answer = item["question"], str(item["answer"])
-        if _split_of(question) != split or (split != "train" and question in seen):
+        if _split_of(question) != split or (split != "train" and question in questions):
             continue
-        seen.add(question)
-        found.append((question, answer))
-        if len(found) == size:
+        questions.add(question)
+        items.append((question, answer))
+        if len(items) == size:
             break
-    return tuple(found)
+    return tuple(items)
 
 
 class ReasoningTask:
-    """One of ``KINDS``; the answer is exact, and computed where a calculator can."""
+    """One of ``KINDS``; the answer is exact, and computed by the calculator where possible."""
 
-    def __init__(self, name: str, split: Split, size: int, seed: int):
+    def __init__(self, name: str, split: Split, size: int | None, seed: int):
         self.name = name
         self._kind = KINDS[name]
-        self._items = _items(name, split, size, seed)
+        self._items = _items(name, split, size or DEFAULT_SIZE, seed)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -143,8 +143,8 @@ class SpokenSums:
     name = "spoken_sums"
     _ASK = ("What is {}?", "what is {}", "Compute {}.", "How much is {}?", "{} = ?", "{}", "{} =")
 
-    def __init__(self, split: Split, size: int, seed: int):
-        # Questions are told apart by the sum, so the splits of chain_sum are those of this task.
+    def __init__(self, split: Split, size: int | None, seed: int):
+        # The split of a question is that of its sum in chain_sum.
         self._inner = ReasoningTask("chain_sum", split, size, seed + 1)
 
     def __len__(self) -> int:

@@ -1,7 +1,8 @@
-"""What a task is: questions with ideal answers, and a program that grades what a model says."""
+"""The ``Task`` protocol: questions with ideal answers, and a program that grades answers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 from nanochat_ray.text.chat import Message
@@ -10,7 +11,7 @@ Split = Literal["train", "val", "test"]
 
 
 class Task(Protocol):
-    """Random access by index; equal arguments give equal examples in every process.
+    """Examples by index; equal arguments give equal examples in every process.
 
     The splits of a task never share a question.
     """
@@ -20,20 +21,26 @@ class Task(Protocol):
     def __len__(self) -> int: ...
 
     def question(self, index: int) -> list[Message]:
-        """The conversation up to where the assistant is to answer."""
+        """The conversation up to the assistant's answer."""
         ...
 
     def example(self, index: int) -> list[Message]:
-        """The question with the answer that a model should learn."""
+        """The question with its ideal answer, which fine-tuning trains on."""
         ...
 
     def grade(self, index: int, answer: str) -> bool:
-        """Whether ``answer``, the text that the assistant said, is right."""
+        """Whether ``answer``, the text of the assistant, is right."""
         ...
 
 
-def calculated(expression: str, result: str, text: str) -> list[Message]:
-    """Content of an assistant that computes ``expression`` and then says ``text``."""
+TaskFactory = Callable[[Split, int | None, int], Task]
+"""(split, at most how many examples, seed) → task. None is all, or ``DEFAULT_SIZE`` of a task that
+generates its examples."""
+DEFAULT_SIZE = 1000
+
+
+def calculator_turn(expression: str, result: str, text: str) -> list[Message]:
+    """Content of an assistant that calls the calculator and then writes ``text``."""
     return [
         {"type": "python", "text": expression},
         {"type": "python_output", "text": result},

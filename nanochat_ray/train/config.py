@@ -1,31 +1,32 @@
-"""The configuration of one stage of training."""
+"""The configuration of one stage of training, and of the run that it belongs to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from nanochat_ray.checks import require
-from nanochat_ray.config import require_finite
-from nanochat_ray.model.config import Precision
+from nanochat_ray.checks import check_name, require
+from nanochat_ray.config import from_json, require_finite, to_json
+from nanochat_ray.model.config import ModelConfig, Precision
 from nanochat_ray.optim.config import OptimConfig
+from nanochat_ray.storage import absolute
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One stage of training: what is trained, on how much, and when it is looked at."""
+    """One stage of training: how it steps, and when it is validated and saved."""
 
     stage: Literal["base", "sft"] = "base"
     steps: int
     global_batch_size: int
-    """Rows of the global batch, whatever the number of workers."""
+    """Sequences of the global batch, whatever the number of workers."""
     micro_batch_size: int
-    """Rows of one forward and backward pass of one worker."""
+    """Sequences of one forward and backward pass of one worker."""
     seed: int = 0
     precision: Precision = "fp32"
     optim: OptimConfig = field(default_factory=OptimConfig)
     fp8: bool = False
-    """The blocks' large matrix products in 8-bit floating point (Hopper; bf16 for the rest)."""
+    """The blocks' large matmuls in 8-bit floating point (Hopper; bf16 for the rest)."""
     compile: bool = False
     """Compile the forward pass (torch.compile): pays on a GPU; on a CPU it gained nothing."""
     window_warmup: float = 0.0
@@ -33,23 +34,24 @@ class TrainConfig:
     eval_every: int = 0
     """Steps between validations; 0 validates only at the first and last step."""
     eval_sequences: int = 256
-    """Validation rows that are looked at, at most."""
+    """Sequences of the validation split that are evaluated, at most."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves only at the end."""
     keep_latest_k: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints that are kept."""
     keep_best: bool = True
     """Also save where a validation is the best so far, and keep that checkpoint."""
     checkpoint_activations: bool = False
-    """Keep only the inputs of blocks and compute the rest again in the backward pass (Chen et al.,
+    """Keep only the inputs of blocks and recompute the rest in the backward pass (Chen et al.,
     arXiv 1604.06174): a third more work for a fraction of the memory."""
     deterministic: bool = False
-    """Only operations whose result is the same bits each time; slower on a GPU."""
+    """Only operations whose result is bitwise identical each time; slower on a GPU."""
     spike_clip: float = 0.0
-    """A gradient norm above this many times the median of the last 100 is cut down to that; 0 is
-    off."""
+    """Gradient-spike clipping: the largest gradient norm, as a multiple of the median of the last
+    100; 0 is off."""
     sample_tokens: int = 48
-    """Tokens of the texts that are written at each validation, for a person to read; 0 is none."""
+    """Tokens of the samples that are generated at each validation, for a person to read; 0 is
+    none."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -72,4 +74,47 @@ class TrainConfig:
             "global_batch_size",
             self.global_batch_size,
             f"a multiple of micro_batch_size={self.micro_batch_size}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """What a run trains, on what data, and where it is stored.
+
+    Names of runs and datasets are folders under ``storage``.
+    """
+
+    storage: str
+    dataset: str
+    run: str
+    model: ModelConfig
+    train: TrainConfig
+    parent: str = ""
+    """Run whose weights this one starts from; empty starts from random weights."""
+    tensorboard: str = ""
+    """Folder on rank 0's machine for TensorBoard's files; empty writes none."""
+    wandb: str = ""
+    """Project at Weights & Biases to log to; empty is none."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """Facts that the run's checkpoints store: data and parent (``identity.describe``), ..."""
+
+    def __post_init__(self) -> None:
+        # Ray Train's workers have a working directory of their own.
+        object.__setattr__(self, "storage", absolute(self.storage))
+        check_name("dataset", self.dataset)
+        check_name("run", self.run)
+        if self.parent:
+            check_name("parent", self.parent)
+
+    def to_json(self) -> dict[str, Any]:
+        return to_json(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainerConfig:
+        return cls(
+            **{
+                **values,
+                "model": from_json(ModelConfig, values["model"]),
+                "train": from_json(TrainConfig, values["train"]),
+            }
         )

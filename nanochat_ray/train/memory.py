@@ -118,7 +118,7 @@ def _update(model: ModelConfig, world: int, size: int) -> int:
     return max(-(-stack // world) * (12 + 4 * size), -(-table // world) * 8)
 
 
-def refuse(
+def check_memory(
     model: ModelConfig, train: TrainConfig, *, world: int, on_gpu: bool, free: int
 ) -> Memory:
     """The estimate, if it fits into ``free`` bytes. DoesNotFitError says what would instead."""

@@ -116,7 +116,7 @@ class Metrics:
         return record
 
     def step(
-        self, step: int, result: StepResult, *, seconds: float, waited: float, tokens: int
+        self, step: int, result: StepResult, *, seconds: float, data_wait: float, tokens: int
     ) -> dict[str, Any]:
         # The first step after a start warms caches up and would spoil the rate.
         if step > self._first + 1:
@@ -141,7 +141,7 @@ class Metrics:
             tokens=tokens,
             trained_tokens=result.trained_tokens,
             seconds=seconds,
-            data_wait=waited,
+            data_wait=data_wait,
             tokens_per_s=tokens / seconds,
             eta_s=mean * (self._steps - step),
             **known,
@@ -153,7 +153,7 @@ class Metrics:
 
     def best(self) -> tuple[int, float] | None:
         """Step and figure of the best validation: bits per byte, or loss where that is measured."""
-        found = [(r["step"], s) for r in self.records if (s := score(r)) is not None]
+        found = [(r["step"], s) for r in self.records if (s := val_metric(r)) is not None]
         found += [self._best] if self._best else []
         return min(found, key=lambda pair: pair[1]) if found else None
 
@@ -188,46 +188,9 @@ def to_jsonl(records: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def score(record: dict[str, Any]) -> float | None:
-    """What a validation is judged by (lower is better); None for another kind of record."""
+def val_metric(record: dict[str, Any]) -> float | None:
+    """A validation's metric (lower is better); None for another kind of record."""
     if record["kind"] != "eval":
         return None
     figures = (record[key] for key in ("bits_per_byte", "val_loss") if key in record)
     return next((figure for figure in figures), None)
-
-
-def wanted(record: dict[str, Any], every: int) -> bool:
-    """Whether a person is shown this record: one step in ``every``, the last, and all else."""
-    if record["kind"] != "train":
-        return True
-    last = record["step"] == record["steps"]
-    return bool(last or record["step"] % every == 0 or record["skipped"])
-
-
-def progress_line(record: dict[str, Any]) -> str:
-    """One line a person reads: a training step, a validation, a text or a checkpoint."""
-    at = f"step {record['step']}"
-    if record["kind"] == "eval":
-        found = {k: v for k, v in record.items() if k not in ("kind", "step", "time", "seconds")}
-        values = "  ".join(f"{key} {value:.4f}" for key, value in found.items())
-        return f"{at}  validation: {values}  ({record['seconds']:.1f} s)"
-    if record["kind"] == "sample":
-        return f"{at}  {record['prompt']!r} → {record['text']!r}"
-    if record["kind"] == "save":
-        return f"{at}  checkpoint; training stood still for {record['stall']:.3f} s"
-    wait = record["data_wait"] / record["seconds"]
-    parts = [
-        f"{at}/{record['steps']}",
-        f"loss {record['loss']:.4f}",
-        f"norm {record['grad_norm']:.2f}",
-        f"lr ×{record['lr_factor']:.2f}",
-        f"{record['tokens_per_s']:,.0f} tokens/s",
-    ]
-    if "bits_per_byte" in record:
-        parts.insert(2, f"bpb {record['bits_per_byte']:.4f}")
-    if "mfu" in record:
-        parts.append(f"MFU {record['mfu']:.1%}")
-    parts += [f"data wait {wait:.1%}", f"left {duration(record['eta_s'])}"]
-    if record["skipped"]:
-        parts.append("SKIPPED: not finite")
-    return "  ".join(parts)

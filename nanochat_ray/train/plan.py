@@ -72,7 +72,7 @@ def describe(
     }
 
 
-def fitted(
+def fit_micro_batch(
     model: ModelConfig, train: TrainConfig, *, workers: int, hardware: Hardware
 ) -> TrainConfig:
     """``train`` with as many rows at a time as a GPU has memory for, up to 2^16 tokens.

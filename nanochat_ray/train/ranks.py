@@ -2,7 +2,7 @@
 
 Collectives of a step end with an error after the process group's timeout, as they must: a rank is
 dead or stuck. A rank that loads a checkpoint or uploads one is neither. Whatever one rank may do
-for long while the others wait goes through ``together``, which has a group of its own.
+for long while the others wait goes through ``run_together``, which has a group of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Ranks:
         self.device = device or torch.device("cpu")
         self._group = dist.new_group(timeout=PATIENCE) if self.world > 1 else None
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_together(self, work: Callable[[], T]) -> T:
         """The result of this rank's ``work``, when every rank has done its own. Collective.
 
         If it raises on any rank it raises on all: the same error where that is one of those that
@@ -49,9 +49,9 @@ class Ranks:
         self._exchange(None)
         return result
 
-    def first(self, work: Callable[[], object]) -> None:
-        """Rank 0 does ``work`` while the others wait. Collective; raises as ``together`` does."""
-        self.together(work if self.rank == 0 else lambda: None)
+    def run_on_first(self, work: Callable[[], object]) -> None:
+        """Rank 0 does ``work`` while the others wait. Collective; raises as ``run_together``."""
+        self.run_together(work if self.rank == 0 else lambda: None)
 
     def _exchange(self, error: Exception | None) -> None:
         """Raises another rank's error, if there is one and this rank has none itself."""

@@ -45,7 +45,9 @@ def greedy(model: GPT, ids: Sequence[int], count: int, ends: Sequence[int]) -> l
     return row[0, first:last].tolist()
 
 
-def sampler(tokenizer: Tokenizer, stage: str, count: int) -> Callable[[GPT], list[tuple[str, str]]]:
+def make_sampler(
+    tokenizer: Tokenizer, stage: str, count: int
+) -> Callable[[GPT], list[tuple[str, str]]]:
     """A function from a model to (prompt, text) pairs, ``count`` tokens each."""
     ends = [tokenizer.bos]
     prompts = BASE_PROMPTS

@@ -31,7 +31,7 @@ from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
 from nanochat_ray.train import memory, recipe
 from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.feed import rank_rows
+from nanochat_ray.train.data_loader import rank_sequences
 from nanochat_ray.train.step import Batch, train_step
 
 logger = logging.getLogger(__name__)
@@ -129,12 +129,12 @@ def _step_seconds(
     distributed = dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     free = machine.free_memory(torch.device("cpu"), sharing)
-    memory.refuse(config, train, world=world, on_gpu=False, free=free)
+    memory.check_memory(config, train, world=world, on_gpu=False, free=free)
     model = GPT(config, compute_dtype=DTYPES[train.precision])
     model.init_weights(torch.Generator().manual_seed(0))
     model.train()
     optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
-    rows = len(rank_rows(train, train.global_batch_size, 0, rank, world))
+    rows = len(rank_sequences(train, train.global_batch_size, 0, rank, world))
     shape = (rows, config.sequence_len + 1)
     batch = Batch(np.random.default_rng(rank).integers(0, config.vocab_size, shape))
     times: list[float] = []

@@ -1,8 +1,8 @@
-"""Being asked to stop: SIGTERM (a scheduler takes the machine back) or Ctrl-C, once.
+"""Graceful stop: SIGTERM (a scheduler takes the machine back) or Ctrl-C, once.
 
-The first signal lets the step under way end, after which the loop saves a checkpoint and leaves;
-the job then exits with ``STOPPED``, so that whoever started it knows to start it again. A second
-one acts as if nothing had been installed.
+After the first signal the trainer finishes its step, saves a checkpoint and returns; the process
+then exits with ``STOPPED``, which says that the same command resumes the run. A second signal has
+its default effect.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ STOPPED = 75
 
 
 class StopOnSignal:
-    """While entered, ``asked`` is set by the first of ``signals``. Main thread only."""
+    """While entered, ``stop`` is set by the first of ``signals``. Main thread only."""
 
     def __init__(self, *signals: signal.Signals):
         self.signals = signals or (signal.SIGTERM, signal.SIGINT)
-        self.asked = threading.Event()
+        self.stop = threading.Event()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         for number in self.signals:
-            self._before[number] = signal.signal(number, self._stop)
+            self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -42,8 +42,8 @@ class StopOnSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.asked.set()
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.stop.set()
         self._restore()
         print(
             f"{signal.Signals(number).name}: a checkpoint after this step, then the end; "

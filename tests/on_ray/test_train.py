@@ -18,9 +18,9 @@ import torch
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
-from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.job import TrainJob, execute
+from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from tests.tiny import tiny_config, wait_for, write_dataset
+from tests.train.run_trainer import run_trainer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -34,9 +34,9 @@ CONFIG = TrainConfig(
 )
 
 
-def job(storage: str, run: str, **changes: Any) -> TrainJob:
+def job(storage: str, run: str, **changes: Any) -> TrainerConfig:
     train = dataclasses.replace(CONFIG, **changes)
-    return TrainJob(storage=storage, dataset="base", run=run, model=tiny_config(), train=train)
+    return TrainerConfig(storage=storage, dataset="base", run=run, model=tiny_config(), train=train)
 
 
 def losses(root: Store, run: str) -> list[float]:
@@ -56,7 +56,7 @@ def test_two_workers_on_s3_give_what_one_process_gives(s3: str, tmp_path: Path) 
     for store in (root, local):
         write_dataset(store, "base", rows=30)  # more than one epoch
     result = fit(job(root.uri, "two"), workers=2, cpus_per_worker=0.5)
-    execute(job(local.uri, "one"))
+    run_trainer(job(local.uri, "one"))
     assert result["done"]
     assert losses(root, "two") == pytest.approx(losses(local, "one"), abs=1e-5)
     assert result["bits_per_byte"] < result["first_bits_per_byte"]
@@ -70,7 +70,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
     root = Store.at(str(tmp_path))
     write_dataset(root, "base")
     whole, killed = job(root.uri, "whole", steps=300), job(root.uri, "killed", steps=300)
-    execute(whole, world=1)
+    run_trainer(whole)
 
     def kill() -> None:
         run = root.child("runs", "killed")
@@ -116,7 +116,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_workers(tmp_path: Path) ->
     assert checkpoint.latest(run) == checkpoint.name_of(result["step"])
     result = on_ray.fit(stopped, workers=1, cpus_per_worker=0.5)
     assert result["done"]
-    execute(whole)
+    run_trainer(whole)
     assert losses(root, "stopped") == pytest.approx(losses(root, "whole"), abs=1e-4)
 
 

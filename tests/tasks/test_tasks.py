@@ -165,5 +165,5 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.Mon
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ValueError, match=r"task='mmlu' cannot be had from the Hub .*no network"):
+    with pytest.raises(ValueError, match=r"task='mmlu' cannot be loaded from the Hub .*no network"):
         make_task("mmlu", "train")

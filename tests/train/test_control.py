@@ -23,14 +23,13 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
-from nanochat_ray.train import job as jobs
-from nanochat_ray.train import metrics, observers, samples, saving
-from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.feed import prefetched
-from nanochat_ray.train.job import TrainJob, execute
+from nanochat_ray.train import checkpointer, loggers, preflight, samples, trainer
+from nanochat_ray.train.config import TrainConfig, TrainerConfig
+from nanochat_ray.train.data_loader import prefetch
 from nanochat_ray.train.step import Batch
 from nanochat_ray.train.stop import STOPPED
 from tests.tiny import TOKENIZER, tiny_config, wait_for, write_dataset
+from tests.train.run_trainer import run_trainer
 
 REPO = Path(__file__).parents[2]
 CONFIG = TrainConfig(
@@ -45,9 +44,11 @@ CONFIG = TrainConfig(
 )
 
 
-def job(root: Store, run: str, **changes: Any) -> TrainJob:
+def job(root: Store, run: str, **changes: Any) -> TrainerConfig:
     train = dataclasses.replace(CONFIG, **changes)
-    return TrainJob(storage=root.uri, dataset="base", run=run, model=tiny_config(), train=train)
+    return TrainerConfig(
+        storage=root.uri, dataset="base", run=run, model=tiny_config(), train=train
+    )
 
 
 def records(root: Store, run: str) -> list[dict[str, Any]]:
@@ -99,26 +100,28 @@ def test_sigterm_leaves_a_checkpoint_and_status_75_and_the_run_goes_on(root: Sto
 
 def test_resume_auto_never_must(root: Store) -> None:
     for resume in ("auto", "never"):
-        jobs.check_resume(root.uri, "run", resume)
+        preflight.check_resume(root.uri, "run", resume)
     with pytest.raises(ValueError, match=r"resume='must', but run 'run' has no checkpoint in"):
-        jobs.check_resume(root.uri, "run", "must")
+        preflight.check_resume(root.uri, "run", "must")
     write_dataset(root, "base")
-    execute(job(root, "run", steps=2))
+    run_trainer(job(root, "run", steps=2))
     for resume in ("auto", "must"):
-        jobs.check_resume(root.uri, "run", resume)
+        preflight.check_resume(root.uri, "run", resume)
     with pytest.raises(ValueError, match=r"resume='never', but run 'run' exists .*step-000002"):
-        jobs.check_resume(root.uri, "run", "never")
+        preflight.check_resume(root.uri, "run", "never")
 
 
 def test_what_does_not_fit_is_refused_before_it_starts(
     root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_dataset(root, "base")
-    monkeypatch.setattr(jobs.machine, "free_memory", lambda device, sharing: 100 << 20)
+    monkeypatch.setattr(
+        preflight.machine, "free_memory", lambda device, local_world_size: 100 << 20
+    )
     with pytest.raises(
         ValueError, match=r"micro_batch_size=4 needs about 0\.\d GiB on each of 1 worker"
     ):
-        execute(job(root, "run"))
+        run_trainer(job(root, "run"))
     assert not root.child("runs", "run").exists("latest")
 
 
@@ -132,7 +135,7 @@ def test_the_newest_and_the_best_are_kept(root: Store, s3: str) -> None:
         optim = dataclasses.replace(
             CONFIG.optim, embedding_lr=3.0, matrix_lr=0.3, warmdown_ratio=0.0
         )
-        execute(
+        run_trainer(
             job(store, "run", steps=20, optim=optim, save_every=2, eval_every=2, keep_latest_k=2)
         )
         run = store.child("runs", "run")
@@ -164,13 +167,13 @@ def test_a_slow_store_does_not_hold_training_up(
         wait_for(lambda: reached >= goal, 30, "training beside its checkpoint", every=0.001)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(saving.checkpoint, "save", slow)
+    monkeypatch.setattr(checkpointer.checkpoint, "save", slow)
     slowly = job(root, "slow", steps=60, save_every=1, eval_every=0, keep_best=False)
-    execute(slowly, report=report)
+    run_trainer(slowly, on_record=report)
     saves = [r for r in records(root, "slow") if r["kind"] == "save"]
     assert 2 <= len(saves) < 60
     monkeypatch.undo()
-    execute(job(root, "quick", steps=60, save_every=1, eval_every=0, keep_best=False))
+    run_trainer(job(root, "quick", steps=60, save_every=1, eval_every=0, keep_best=False))
     assert same_weights(root, "slow", "quick")
 
 
@@ -178,9 +181,11 @@ def test_a_machine_that_will_be_taken_away_gets_a_checkpoint_and_training_goes_o
     root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_dataset(root, "base")
-    monkeypatch.setattr(jobs.loop, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(trainer, "POLL_INTERVAL_S", 0.0)
     answers = iter([False] * 4 + [True] + [False] * 20)
-    result = execute(job(root, "run", save_every=0, keep_best=False), should_save=answers.__next__)
+    result = run_trainer(
+        job(root, "run", save_every=0, keep_best=False), should_save=answers.__next__
+    )
     assert result["done"]
     assert checkpoints(root.child("runs", "run")) == ["step-000005", "step-000012"]
 
@@ -189,7 +194,7 @@ def test_weights_that_are_not_finite_are_never_written(
     root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_dataset(root, "base")
-    execute(job(root, "run"), should_stop=iter([False, False, True]).__next__)
+    run_trainer(job(root, "run"), should_stop=iter([False, False, True]).__next__)
     from nanochat_ray.optim import sharded
 
     real = sharded.FlatGroup.update
@@ -200,7 +205,7 @@ def test_weights_that_are_not_finite_are_never_written(
 
     monkeypatch.setattr(sharded.FlatGroup, "update", poisoned)
     with pytest.raises(FloatingPointError, match=r"not finite|diverged"):
-        execute(job(root, "run", save_every=1))
+        run_trainer(job(root, "run", save_every=1))
     assert checkpoint.latest(root.child("runs", "run")) == "step-000003"
 
 
@@ -208,22 +213,22 @@ def test_a_spike_is_cut_and_a_resumed_run_cuts_the_same(
     root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_dataset(root, "base")
-    real, clips = jobs.loop.train_step, []
+    real, clips = trainer.train_step, []
 
     def noted(*args: Any, clip: float, **kwargs: Any) -> Any:
         clips.append(clip)
         return real(*args, clip=clip, **kwargs)
 
-    monkeypatch.setattr(jobs.loop, "train_step", noted)
+    monkeypatch.setattr(trainer, "train_step", noted)
     changes = {"steps": 70, "spike_clip": 1.05, "eval_every": 0, "sample_tokens": 0}
-    execute(job(root, "whole", **changes))
+    run_trainer(job(root, "whole", **changes))
     assert clips[:50] == [0.0] * 50
     assert all(clip > 0 for clip in clips[50:])
     norms = [r["grad_norm"] for r in records(root, "whole") if r["kind"] == "train"]
     assert clips[60] == pytest.approx(1.05 * np.median(norms[:60]))
     stop = iter([False] * 57 + [True])
-    execute(job(root, "halves", **changes), should_stop=stop.__next__)
-    execute(job(root, "halves", **changes))
+    run_trainer(job(root, "halves", **changes), should_stop=stop.__next__)
+    run_trainer(job(root, "halves", **changes))
     assert same_weights(root, "whole", "halves")
 
 
@@ -238,14 +243,14 @@ def numbered(count: int, made: list[int]) -> Iterator[Batch]:
 
 def test_the_feed_reads_ahead_but_not_far_and_keeps_the_order() -> None:
     made: list[int] = []
-    ready = prefetched(numbered(50, made), pin=False, ahead=2)
+    ready = prefetch(numbered(50, made), pin=False, depth=2)
     assert int(next(ready).ids[0, 0]) == 0
     wait_for(lambda: len(made) >= 4, 5, "reading ahead")
     time.sleep(0.1)
     assert len(made) == 4  # one given, two waiting, one in hand
     assert [int(b.ids[0, 0]) for b in ready] == list(range(1, 50))
     threads = threading.active_count()
-    ready = prefetched(numbered(50, made), pin=False)
+    ready = prefetch(numbered(50, made), pin=False)
     next(ready)
     ready.close()
     wait_for(lambda: threading.active_count() <= threads, 5, "the thread's end")
@@ -256,7 +261,7 @@ def test_what_the_feed_raises_comes_out_in_its_place() -> None:
         yield Batch(np.zeros((1, 3), dtype=np.uint16))
         raise ValueError("shard 7 is damaged")
 
-    ready = prefetched(broken(), pin=False)
+    ready = prefetch(broken(), pin=False)
     next(ready)
     with pytest.raises(ValueError, match="shard 7"):
         next(ready)
@@ -269,15 +274,15 @@ def test_the_report_and_the_lines_show_what_matters(root: Store, tmp_path: Path)
     write_dataset(root, "base")
     shown: list[dict[str, Any]] = []
     told = dataclasses.replace(job(root, "run"), tensorboard=str(tmp_path / "board"))
-    result = execute(told, report=shown.append)
+    result = run_trainer(told, on_record=shown.append)
     assert [r["step"] for r in shown if r["kind"] == "train"] == list(range(1, 13))
-    line = metrics.progress_line(next(r for r in shown if r["kind"] == "train"))
+    line = loggers.progress_line(next(r for r in shown if r["kind"] == "train"))
     assert re.fullmatch(
         r"step 1/12  loss \d\.\d+  bpb \d\.\d+  norm [\d.]+  lr ×[\d.]+  [\d,]+ tokens/s  "
         r"MFU [\d.]+%  data wait [\d.]+%  left \d+:\d\d",
         line,
     )
-    kinds = {r["kind"]: metrics.progress_line(r) for r in shown}
+    kinds = {r["kind"]: loggers.progress_line(r) for r in shown}
     assert kinds.keys() == {"train", "eval", "sample", "save"}
     assert "validation: bits_per_byte" in kinds["eval"]
     assert re.search(r"training stood still for \d+\.\d", kinds["save"])
@@ -301,7 +306,7 @@ def test_a_report_survives_a_loss_that_is_not_a_number(root: Store) -> None:
     from nanochat_ray.train.report import render
 
     assert "gradient norm" in render("run", [found], {}, about={}, hardware={})
-    assert observers.figures(found) == {"train/grad_norm": 1.0}
+    assert loggers.finite_metrics(found) == {"train/grad_norm": 1.0}
 
 
 def test_weights_and_biases_that_is_not_there_is_named() -> None:
@@ -311,8 +316,8 @@ def test_weights_and_biases_that_is_not_there_is_named() -> None:
         with pytest.raises(
             ValueError, match=r"wandb='p' needs .* pip install nanochat_ray\[wandb\]"
         ):
-            observers.check(wandb="p")
-    observers.check(wandb="")
+            loggers.check_installed(wandb="p")
+    loggers.check_installed(wandb="")
 
 
 @pytest.mark.parametrize("stage", ["base", "sft"])
@@ -327,7 +332,7 @@ def test_samples_are_greedy_and_stop_at_the_end_of_the_context(stage: str) -> No
     with torch.no_grad():
         assert model(whole)[0, 2:-1].argmax(dim=-1).tolist() == found
     assert samples.greedy(model, ids, 100, ends=[found[0]]) == []
-    texts = samples.sampler(TOKENIZER, stage, 3)(model)
+    texts = samples.make_sampler(TOKENIZER, stage, 3)(model)
     assert len(texts) == 3
     assert all(prompt for prompt, _ in texts)
 
@@ -337,5 +342,5 @@ def test_samples_are_greedy_and_stop_at_the_end_of_the_context(stage: str) -> No
 def test_samples_fit_into_a_short_context(stage: str, length: int) -> None:
     model = GPT(tiny_config(sequence_len=length))
     model.init_weights(torch.Generator().manual_seed(0))
-    texts = samples.sampler(TOKENIZER, stage, 48)(model)
+    texts = samples.make_sampler(TOKENIZER, stage, 48)(model)
     assert len(texts) == 3

@@ -18,9 +18,9 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
-from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.job import TrainJob, execute
+from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from tests.tiny import free_ports, tiny_config, write_dataset
+from tests.train.run_trainer import run_trainer
 
 CONFIG = TrainConfig(
     steps=8,
@@ -35,15 +35,15 @@ CONFIG = TrainConfig(
 )
 
 
-def job(root: Store, run: str, stage: str = "base", **changes: Any) -> TrainJob:
+def job(root: Store, run: str, stage: str = "base", **changes: Any) -> TrainerConfig:
     train = dataclasses.replace(CONFIG, stage=stage, **changes)
-    return TrainJob(storage=root.uri, dataset=stage, run=run, model=tiny_config(), train=train)
+    return TrainerConfig(storage=root.uri, dataset=stage, run=run, model=tiny_config(), train=train)
 
 
-def losses(job: TrainJob, **kwargs: Any) -> list[float]:
+def losses(job: TrainerConfig, **kwargs: Any) -> list[float]:
     found: list[float] = []
-    execute(
-        job, report=lambda r: found.append(r["loss"]) if r["kind"] == "train" else None, **kwargs
+    run_trainer(
+        job, on_record=lambda r: found.append(r["loss"]) if r["kind"] == "train" else None, **kwargs
     )
     return found
 
@@ -69,12 +69,12 @@ def _rank(rank: int, world: int, port: int, values: dict[str, Any], out: Path, s
     dist.init_process_group("gloo", rank=rank, world_size=world)
     # One rank's wish is enough.
     should_stop = stop_after(stop if rank == 1 else 0)
-    found = losses(TrainJob.from_json(values), rank=rank, world=world, should_stop=should_stop)
+    found = losses(TrainerConfig.from_json(values), should_stop=should_stop)
     out.with_suffix(f".{rank}").write_text(repr(found))
     dist.destroy_process_group()
 
 
-def on_ranks(world: int, job: TrainJob, out: Path, stop: int = 0) -> list[list[float]]:
+def on_ranks(world: int, job: TrainerConfig, out: Path, stop: int = 0) -> list[list[float]]:
     context, (port,) = multiprocessing.get_context("spawn"), free_ports(1)
     ranks = [
         context.Process(target=_rank, args=(rank, world, port, job.to_json(), out, stop))
@@ -110,11 +110,11 @@ def test_two_ranks_equal_one(root: Store, tmp_path: Path, stage: str) -> None:
 @pytest.mark.parametrize("stop", [1, 3, 5, 7])
 def test_resumed_equals_uninterrupted_bit_for_bit(root: Store, stop: int) -> None:
     write_dataset(root, "base")
-    execute(job(root, "whole"))
-    half = execute(job(root, "halves"), should_stop=stop_after(stop))
+    run_trainer(job(root, "whole"))
+    half = run_trainer(job(root, "halves"), should_stop=stop_after(stop))
     assert half["step"] == stop
     assert not half["done"]
-    done = execute(job(root, "halves"))
+    done = run_trainer(job(root, "halves"))
     assert done["done"]
     whole, halves = (
         checkpoint.load(root.child("runs", run), optimizer=True) for run in ("whole", "halves")
@@ -138,11 +138,11 @@ def test_a_run_stopped_by_two_ranks_goes_on_with_one(root: Store, tmp_path: Path
 
 def test_another_configuration_is_refused(root: Store) -> None:
     write_dataset(root, "base")
-    execute(job(root, "run", steps=2))
+    run_trainer(job(root, "run", steps=2))
     with pytest.raises(
         ValueError, match=r"global_batch_size=4 is not what this run was started with"
     ):
-        execute(job(root, "run", steps=2, global_batch_size=4))
+        run_trainer(job(root, "run", steps=2, global_batch_size=4))
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
@@ -159,7 +159,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
 
     monkeypatch.setattr(GPT, "loss", poisoned)
     with pytest.raises(FloatingPointError, match="not finite in 5 steps"):
-        execute(job(root, "run", steps=20, save_every=1))
+        run_trainer(job(root, "run", steps=20, save_every=1))
     saved = checkpoint.load(root.child("runs", "run"), optimizer=True)
     assert saved.step <= 3
     assert all(torch.isfinite(weight).all() for weight in saved.weights.values())
@@ -187,9 +187,9 @@ def test_checkpointed_activations_give_the_same_gradients(precision: str) -> Non
 
 def test_a_run_may_be_checkpointed_after_it_began_without(root: Store) -> None:
     write_dataset(root, "base")
-    execute(job(root, "whole"))
-    execute(job(root, "halves"), should_stop=stop_after(4))
-    execute(job(root, "halves", checkpoint_activations=True, deterministic=True))
+    run_trainer(job(root, "whole"))
+    run_trainer(job(root, "halves"), should_stop=stop_after(4))
+    run_trainer(job(root, "halves", checkpoint_activations=True, deterministic=True))
     torch.use_deterministic_algorithms(False)
     one, two = (
         checkpoint.load(root.child("runs", r), optimizer=False) for r in ("whole", "halves")

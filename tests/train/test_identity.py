@@ -15,9 +15,10 @@ from nanochat_ray.claim import ClaimLostError
 from nanochat_ray.config import RENAMED_FIELDS
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
-from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.job import TrainJob, check, execute
+from nanochat_ray.train.config import TrainConfig, TrainerConfig
+from nanochat_ray.train.preflight import check
 from tests.tiny import tiny_config, write_dataset
+from tests.train.run_trainer import run_trainer
 
 TRAIN = TrainConfig(
     steps=4,
@@ -32,7 +33,7 @@ TRAIN = TrainConfig(
 )
 
 
-def job(root: Store, **changes: Any) -> TrainJob:
+def job(root: Store, **changes: Any) -> TrainerConfig:
     """Fields of the job, or of its ``train`` and ``model`` as ``train__x`` and ``model__x``."""
     inner: dict[str, dict[str, Any]] = {"train": {}, "model": {}}
     for name in [name for name in changes if "__" in name]:
@@ -45,7 +46,7 @@ def job(root: Store, **changes: Any) -> TrainJob:
         "model": tiny_config(**inner["model"]),
         "train": dataclasses.replace(TRAIN, **inner["train"]),
     }
-    return TrainJob(**fields | changes)
+    return TrainerConfig(**fields | changes)
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def begun(root: Store) -> Store:
     """A root with a run that stopped after 2 of its 4 steps."""
     write_dataset(root, "base")
     stops = iter([False, True])
-    execute(check(job(root)), should_stop=lambda: next(stops, True))
+    run_trainer(check(job(root)), should_stop=lambda: next(stops, True))
     assert checkpoint.latest(root.child("runs", "run")) == "step-000002"
     return root
 
@@ -77,7 +78,7 @@ def test_what_shapes_steps_is_refused(begun: Store, changes: dict[str, Any], fie
     with pytest.raises(ValueError, match=rf"^{field}=.* is not what this run was started with \("):
         check(job(begun, **changes))
     with pytest.raises(ValueError, match=rf"^{field}="):
-        execute(job(begun, **changes))
+        run_trainer(job(begun, **changes))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_what_shapes_steps_is_refused(begun: Store, changes: dict[str, Any], fie
     ],
 )
 def test_what_does_not_shape_steps_may_change(begun: Store, changes: dict[str, Any]) -> None:
-    assert execute(check(job(begun, **changes)))["done"]
+    assert run_trainer(check(job(begun, **changes)))["done"]
 
 
 def test_other_data_is_refused_by_content(begun: Store) -> None:
@@ -110,9 +111,9 @@ def test_other_parents_are_refused_by_content(root: Store) -> None:
     write_dataset(root, "base")
     write_dataset(root, "sft", "sft")
     for run, seed in (("one", 0), ("two", 1)):
-        execute(check(job(root, run=run, train__seed=seed)))
+        run_trainer(check(job(root, run=run, train__seed=seed)))
     child = job(root, run="chat", dataset="sft", parent="one", train__stage="sft")
-    assert execute(check(child))["done"]
+    assert run_trainer(check(child))["done"]
     check(child)
     with pytest.raises(ValueError, match=r"^parent='two' \('two' at step-000004, content"):
         check(dataclasses.replace(child, parent="two"))
@@ -130,7 +131,7 @@ def test_older_checkpoints_resume_with_a_note(
         return {**trainer, "about": {"dataset": "base", "parent": ""}}
 
     monkeypatch.setattr(checkpoint, "load_trainer", older)
-    assert execute(check(job(begun)))["done"]
+    assert run_trainer(check(job(begun)))["done"]
     assert "its checkpoint does not say what was in dataset 'base'" in caplog.text
 
 
@@ -150,7 +151,7 @@ def test_divergence_in_the_last_step_is_no_checkpoint(
 
     monkeypatch.setattr(sharded.FlatGroup, "update", poisoned)
     with pytest.raises(FloatingPointError, match=r"diverged at step 4: .* nan.*step-000002"):
-        execute(check(job(begun)))
+        run_trainer(check(job(begun)))
     run = begun.child("runs", "run")
     assert checkpoint.latest(run) == "step-000002"
     assert not run.exists("step-000004/manifest.json")
@@ -167,7 +168,7 @@ def test_newest_complete_checkpoint_wins(begun: Store, damage: str | None) -> No
     run.write_text("metrics.jsonl", '{"kind": "train", "st')
     assert checkpoint.latest(run) == "step-000002"
     first: list[dict[str, Any]] = []
-    assert execute(check(job(begun)), report=first.append)["done"]
+    assert run_trainer(check(job(begun)), on_record=first.append)["done"]
     assert first[0]["step"] == 3
     assert checkpoint.latest(run) == "step-000004"
     assert (Path(run.root) / "step-000002-good").is_dir()
@@ -178,13 +179,13 @@ def test_job_that_was_taken_over_publishes_nothing(begun: Store) -> None:
         raise ClaimLostError("another job has taken over")
 
     with pytest.raises(ClaimLostError):
-        execute(check(job(begun)), may_publish=lost)
+        run_trainer(check(job(begun)), check_publish=lost)
     assert checkpoint.latest(begun.child("runs", "run")) == "step-000002"
 
 
 def test_resumed_run_equals_one_that_was_not_stopped(begun: Store) -> None:
-    execute(check(job(begun)))
-    execute(check(job(begun, run="whole")))
+    run_trainer(check(job(begun)))
+    run_trainer(check(job(begun, run="whole")))
     runs = (checkpoint.load(begun.child("runs", r), optimizer=False) for r in ("run", "whole"))
     one, other = (saved.weights for saved in runs)
     assert all(torch.equal(one[name], other[name]) for name in other)
@@ -207,4 +208,4 @@ def test_checkpoints_with_old_names_resume(begun: Store, monkeypatch: pytest.Mon
     monkeypatch.setattr(checkpoint._Reader, "object", with_old_names)
     with pytest.raises(ValueError, match=r"^global_batch_size=2 is not what this run was started"):
         check(job(begun, train__global_batch_size=2))
-    assert execute(check(job(begun)))["done"]
+    assert run_trainer(check(job(begun)))["done"]

@@ -25,9 +25,9 @@ import torch
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
-from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.job import TrainJob, execute
+from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from tests.tiny import tiny_config, wait_for, write_dataset
+from tests.train.run_trainer import run_trainer
 
 KILLS = int(os.environ.get("NANOCHAT_KILLS", "3"))
 CONFIG = TrainConfig(
@@ -45,16 +45,16 @@ REPO = Path(__file__).parents[2]
 
 def train(values: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    execute(TrainJob.from_json(values))
+    run_trainer(TrainerConfig.from_json(values))
 
 
 @pytest.fixture(scope="module")
-def spawn() -> Callable[[TrainJob], multiprocessing.Process]:
+def spawn() -> Callable[[TrainerConfig], multiprocessing.Process]:
     """Starts a process that trains; from a server with torch loaded, so in milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanochat_ray.train.job"])
+    context.set_forkserver_preload(["nanochat_ray.train.trainer"])
 
-    def start(job: TrainJob) -> multiprocessing.Process:
+    def start(job: TrainerConfig) -> multiprocessing.Process:
         process = context.Process(target=train, args=(job.to_json(),))
         process.start()
         return process
@@ -62,8 +62,10 @@ def spawn() -> Callable[[TrainJob], multiprocessing.Process]:
     return start
 
 
-def job(root: Store, run: str) -> TrainJob:
-    return TrainJob(storage=root.uri, dataset="base", run=run, model=tiny_config(), train=CONFIG)
+def job(root: Store, run: str) -> TrainerConfig:
+    return TrainerConfig(
+        storage=root.uri, dataset="base", run=run, model=tiny_config(), train=CONFIG
+    )
 
 
 def inside_a_checkpoint(run: Store) -> bool:
@@ -93,7 +95,7 @@ def kill(
 
 
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
-    root: Store, s3: str, spawn: Callable[[TrainJob], multiprocessing.Process]
+    root: Store, s3: str, spawn: Callable[[TrainerConfig], multiprocessing.Process]
 ) -> None:
     remote = Store.at(s3).child(f"kills-{time.time_ns()}")
     for store in (root, remote):
@@ -184,12 +186,12 @@ def test_two_workers_killed_go_on_as_one_with_the_same_batches(root: Store) -> N
 def test_the_rows_of_a_step_are_the_same_for_any_number_of_workers(rows: int) -> None:
     import numpy as np
 
-    from nanochat_ray.train.feed import rank_rows
+    from nanochat_ray.train.data_loader import rank_sequences
 
     config = dataclasses.replace(CONFIG, global_batch_size=rows, micro_batch_size=1)
     for step in (0, 3, 17):
-        alone = rank_rows(config, 50, step, 0, 1)
+        alone = rank_sequences(config, 50, step, 0, 1)
         for world in range(2, rows + 1):
-            parts = [rank_rows(config, 50, step, rank, world) for rank in range(world)]
+            parts = [rank_sequences(config, 50, step, rank, world) for rank in range(world)]
             assert np.array_equal(np.concatenate(parts), alone)
             assert min(map(len, parts)) >= 1

@@ -89,23 +89,23 @@ def test_the_estimate_is_near_what_a_process_takes(
 def test_what_cannot_fit_is_refused_with_what_would() -> None:
     model = recipe.model_config(12, 32_768)
     train = train_config(global_batch_size=256, micro_batch_size=32)
-    needed = memory.refuse(model, train, world=1, on_gpu=True, free=80 << 30)
+    needed = memory.check_memory(model, train, world=1, on_gpu=True, free=80 << 30)
     assert needed.total < 80 << 30
     with pytest.raises(memory.DoesNotFitError) as error:
-        memory.refuse(model, train, world=1, on_gpu=True, free=24 << 30)
+        memory.check_memory(model, train, world=1, on_gpu=True, free=24 << 30)
     text = str(error.value)
     assert "micro_batch_size=32 needs about 32" in text
     assert (
         "24.0 GiB are free: what would fit: micro_batch_size=16 or checkpoint_activations" in text
     )
     for changes in ({"micro_batch_size": 16}, {"checkpoint_activations": True}):
-        memory.refuse(
+        memory.check_memory(
             model, dataclasses.replace(train, **changes), world=1, on_gpu=True, free=24 << 30
         )
     # The state alone is too much for one, not for many.
     deep = recipe.model_config(26, 32_768)
     with pytest.raises(memory.DoesNotFitError, match=r"would fit: workers=2$"):
-        memory.refuse(
+        memory.check_memory(
             deep,
             train_config(global_batch_size=64, micro_batch_size=1, checkpoint_activations=True),
             world=1,
@@ -113,7 +113,7 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
             free=24 << 30,
         )
     with pytest.raises(memory.DoesNotFitError, match="a smaller depth would fit"):
-        memory.refuse(deep, train, world=1, on_gpu=True, free=4 << 30)
+        memory.check_memory(deep, train, world=1, on_gpu=True, free=4 << 30)
 
 
 def test_more_workers_share_the_optimizer_and_rows_the_rest() -> None:

@@ -98,7 +98,7 @@ def test_a_gpu_gets_as_many_rows_at_a_time_as_it_has_memory_for() -> None:
     train = recipe.base_plan(model, workers=8).train
     rows = {}
     for name in ("l4", "a100", "b200", "cpu"):
-        fitted = plan.fitted(model, train, workers=8, hardware=HARDWARE[name])
+        fitted = plan.fit_micro_batch(model, train, workers=8, hardware=HARDWARE[name])
         rows[name] = fitted.micro_batch_size
         if name in ("a100", "b200"):
             needed = memory.estimate(model, fitted, world=8, on_gpu=True)

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
-from nanochat_ray.train import saving
-from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.job import TrainJob, execute
+from nanochat_ray.train import checkpointer
+from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from tests.tiny import free_ports, tiny_config, write_dataset
+from tests.train.run_trainer import run_trainer
 
 TIMEOUT = 3.0
 """Seconds of a collective; what is slow takes twice as long."""
@@ -43,14 +43,14 @@ def slow_save(rank: int) -> None:
         time.sleep(2 * TIMEOUT)
         return real(*args, **kwargs)
 
-    saving.checkpoint.save = save  # type: ignore[assignment]
+    checkpointer.checkpoint.save = save  # type: ignore[assignment]
 
 
 def full_disk(rank: int) -> None:
     def save(*args: Any, **kwargs: Any) -> str:
         raise OSError("no space left")
 
-    saving.checkpoint.save = save  # type: ignore[assignment]
+    checkpointer.checkpoint.save = save  # type: ignore[assignment]
 
 
 def run_rank(
@@ -64,7 +64,7 @@ def run_rank(
     dist.init_process_group("gloo", rank=rank, world_size=2, store=store, timeout=limit)
     fault(rank)
     try:
-        result = str(execute(TrainJob.from_json(values), rank=rank, world=2)["done"])
+        result = str(run_trainer(TrainerConfig.from_json(values))["done"])
     except Exception as error:
         result = f"{type(error).__name__}: {error}"
     out.with_suffix(f".{rank}").write_text(result)
@@ -76,7 +76,9 @@ def test_ranks_wait_for_slow_storage_and_fail_alike(
     root: Store, tmp_path: Path, fault: Callable[[int], None]
 ) -> None:
     write_dataset(root, "base", rows=16)
-    job = TrainJob(storage=root.uri, dataset="base", run="run", model=tiny_config(), train=CONFIG)
+    job = TrainerConfig(
+        storage=root.uri, dataset="base", run="run", model=tiny_config(), train=CONFIG
+    )
     context, (port,) = multiprocessing.get_context("spawn"), free_ports(1)
     out = tmp_path / "result"
     ranks = [

@@ -12,9 +12,10 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import train as script
 from nanochat_ray.storage import Store
 from nanochat_ray.train import speed
-from nanochat_ray.train.job import TrainJob, execute
+from nanochat_ray.train.config import TrainerConfig
 from nanochat_ray.train.speed import Probe, RunPlan, Speed, plan_length
 from tests.tiny import tiny_config, write_dataset
+from tests.train.run_trainer import run_trainer
 
 MODEL = tiny_config()
 
@@ -96,7 +97,7 @@ def test_a_plan_is_measured_once(run: Store) -> None:
     assert plan_length(run, probe, 10**9, 2, Machine(1000.0)) == first
 
 
-def train(root: Store, **flags: Any) -> TrainJob:
+def train(root: Store, **flags: Any) -> TrainerConfig:
     settings = {"storage": root.uri, "ray": False, "depth": 1, "batch_tokens": 128}
     settings |= {"sample_tokens": 0}
     return script.build(script.Args(**{**settings, **flags}))
@@ -111,7 +112,7 @@ def test_a_begun_run_keeps_its_plan(root: Store, monkeypatch: pytest.MonkeyPatch
     began = train(root, cpu_minutes=1.0, workers=2)
     assert began.train.steps == round(60 * 16 * speed.SHARE_OF_STEPS / 128)
     assert began.train.precision == "fp32"
-    execute(began, should_stop=iter([False, True]).__next__)
+    run_trainer(began, should_stop=iter([False, True]).__next__)
     run = root.child("runs", "base")
     assert checkpoint.latest(run) == "step-000002"
     rate = 1e6  # a faster machine, other workers, or a note that was lost
@@ -125,7 +126,7 @@ def test_a_begun_run_keeps_its_plan(root: Store, monkeypatch: pytest.MonkeyPatch
         train(root, cpu_minutes=3.0)
     run.delete("plan.json")
     assert train(root, cpu_minutes=1.0).train == began.train
-    assert execute(again)["done"]
+    assert run_trainer(again)["done"]
 
 
 def test_fine_tuning_is_bounded_and_takes_its_parents_precision(
@@ -136,7 +137,7 @@ def test_fine_tuning_is_bounded_and_takes_its_parents_precision(
     monkeypatch.setattr(
         speed, "measure", lambda probe, **_: Speed(precision=probe.precision, tokens_per_s=16.0)
     )
-    execute(train(root, tokens=256, precision="fp32"))
+    run_trainer(train(root, tokens=256, precision="fp32"))
     flags = {"stage": "sft", "depth": None}
     whole = train(root, **flags)
     assert whole.train.precision == "fp32"

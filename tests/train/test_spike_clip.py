@@ -11,9 +11,9 @@ from torch import Tensor
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
-from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.job import TrainJob, execute
+from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from tests.tiny import tiny_config, write_dataset
+from tests.train.run_trainer import run_trainer
 
 
 def test_bound_is_a_multiple_of_the_median(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,10 +39,10 @@ def test_bound_is_a_multiple_of_the_median(root: Store, monkeypatch: pytest.Monk
         optim=OptimConfig(grad_clip=100.0),
     )
     model = tiny_config(n_layer=1, sequence_len=8)
-    job = TrainJob(storage=root.uri, dataset="base", run="r", model=model, train=train)
+    job = TrainerConfig(storage=root.uri, dataset="base", run="r", model=model, train=train)
     stops = iter([*[False] * 104, True])
-    execute(job, should_stop=lambda: next(stops))
-    execute(job)
+    run_trainer(job, should_stop=lambda: next(stops))
+    run_trainer(job)
     assert len(norms) == 112
     assert bounds[:50] == [100.0] * 50
     for at in range(50, 112):

@@ -17,7 +17,7 @@ from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.optim.schedule import lr_factor
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.step import Batch, split, train_step
+from nanochat_ray.train.step import Batch, RankVotes, split, train_step
 from nanochat_ray.train.validation import bits_per_byte, masked_loss
 from tests.tiny import tiny_config
 
@@ -186,8 +186,15 @@ def test_window_warmup_reaches_the_model() -> None:
         assert model.window_share == share
 
 
-def test_flags_come_back_summed() -> None:
+def test_votes_come_back() -> None:
     model = random_model()
     optimizer = ShardedOptimizer(model, CONFIG.optim)
-    result = train_step(model, optimizer, random_batch(0, False), 0, CONFIG, flags=(1, 0, 0.5))
-    assert result.flags == (1, 0, 0.5)
+    result = train_step(
+        model,
+        optimizer,
+        random_batch(0, False),
+        0,
+        CONFIG,
+        votes=RankVotes(stop=True, writer_idle=True),
+    )
+    assert result.votes == (True, False, True, False)

@@ -1,4 +1,4 @@
-"""Checkpoints beside the training: the copies are made here and now, the writing in a thread."""
+"""Checkpoints beside the training: the trainer's thread copies, another thread writes."""
 
 from __future__ import annotations
 
@@ -36,84 +36,90 @@ class Checkpointer:
         *,
         about: dict[str, Any],
         hardware: dict[str, Any],
+        check_publish: Callable[[], None] = lambda: None,
     ):
+        """``check_publish`` is called before anything is published; it raises if this process may
+        not publish (``claim``)."""
         self.store, self.config, self.tokenizer = store, config, tokenizer
         self.model, self.optimizer = model, optimizer
         self.ranks, self.about, self.hardware = ranks, about, hardware
-        self.may_publish: Callable[[], None] = lambda: None
-        """Called before anything is published; raises if this job may not (``claim``)."""
+        self.check_publish = check_publish
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     @property
     def idle(self) -> bool:
-        """Nothing is being written."""
+        """No checkpoint is being written."""
         return self._thread is None or not self._thread.is_alive()
 
     @property
-    def failed(self) -> bool:
-        """The last writing has failed: ``wait`` raises why."""
+    def has_error(self) -> bool:
+        """The last write raised; ``wait`` raises its error."""
         return self.idle and self._error is not None
 
-    def save(self, step: int, metrics: Metrics, score: float | None) -> float:
-        """Starts a checkpoint after ``step`` steps; returns the seconds that it held training up.
+    def save(self, step: int, metrics: Metrics, val_metric: float | None) -> float:
+        """Starts a checkpoint after ``step`` steps; returns the seconds that training stood still.
 
-        ``score`` is the validation's figure at this step, if there was one. Collective. Raises
-        what the last writing raised.
+        ``val_metric`` is that of a validation at this step, if there was one. Collective. Raises
+        what the last write raised.
         """
-        began = time.perf_counter()
+        start = time.perf_counter()
         self.wait()
-        state = self.optimizer.state_dict()
+        optimizer_state = self.optimizer.state_dict()
         if self.optimizer.rank != 0:
-            return time.perf_counter() - began
+            return time.perf_counter() - start
         weights = {
             name: t.detach().to("cpu", copy=True) for name, t in self.model.named_parameters()
         }
-        summary, records = metrics.summary(), list(metrics.records)
-        trainer: dict[str, Any] = {
-            "step": step,
-            "train_config": configs.to_json(self.config),
-            "about": self.about,
-            "metrics": summary,
-            **metrics.state(),
-        }
+        records = list(metrics.records)
+        trainer_state = self._trainer_state(step, metrics) | metrics.state()
 
         def write() -> None:
-            self._publish_metrics(records, trainer)
+            self._publish_metrics(records, trainer_state)
             checkpoint.save(
                 self.store,
                 step,
                 model_config=self.model.config,
                 weights=weights,
-                optimizer=state,
-                trainer=trainer,
+                optimizer=optimizer_state,
+                trainer=trainer_state,
                 tokenizer=self.tokenizer,
-                score=score,
-                may_publish=self.may_publish,
+                val_metric=val_metric,
+                check_publish=self.check_publish,
             )
             checkpoint.prune(self.store, self.config.keep_latest_k, keep_best=self.config.keep_best)
 
         self._start(write, f"checkpoint-{step}")
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     def finish(self, step: int, metrics: Metrics) -> None:
-        """Waits for the last checkpoint, then completes metrics and report. Collective."""
+        """Waits for the last checkpoint, then writes all metrics and the report. Collective."""
         self.wait()
-        trainer = {
+        trainer_state = self._trainer_state(step, metrics)
+
+        def write() -> None:
+            self.check_publish()
+            self._publish_metrics(metrics.records, trainer_state)
+
+        self.ranks.run_on_first(write)
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written. Collective; raises what the write
+        raised."""
+        self.ranks.run_together(self._join)
+
+    def _trainer_state(self, step: int, metrics: Metrics) -> dict[str, Any]:
+        """trainer.json, but for what ``metrics`` needs to resume."""
+        return {
             "step": step,
             "train_config": configs.to_json(self.config),
             "about": self.about,
             "metrics": metrics.summary(),
         }
 
-        def write() -> None:
-            self.may_publish()
-            self._publish_metrics(metrics.records, trainer)
-
-        self.ranks.first(write)
-
     def _publish_metrics(self, records: list[dict[str, Any]], trainer: dict[str, Any]) -> None:
-        """Logs never block a run: what cannot be written is said, and the run continues."""
+        """A log never blocks a run: if it cannot be written, that is logged and the run
+        continues."""
         try:
             self._write_metrics(records, trainer)
         except Exception as error:
@@ -127,18 +133,14 @@ class Checkpointer:
         self.store.write_text("report.html", page)
 
     def _start(self, write: Callable[[], None], name: str) -> None:
-        def guarded() -> None:
+        def run() -> None:
             try:
                 write()
-            except BaseException as error:  # handed to the training thread by wait()
+            except BaseException as error:  # raised in the trainer's thread by wait()
                 self._error = error
 
-        self._thread = threading.Thread(target=guarded, name=name)
+        self._thread = threading.Thread(target=run, name=name)
         self._thread.start()
-
-    def wait(self) -> None:
-        """Until the checkpoint under way is whole. Collective; raises what its writing raised."""
-        self.ranks.together(self._join)
 
     def _join(self) -> None:
         if self._thread is not None:

@@ -1,0 +1,130 @@
+"""Metric loggers: the progress lines on stdout, TensorBoard, and Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any
+
+from nanochat_ray import config as configs
+from nanochat_ray.train.config import TrainerConfig
+from nanochat_ray.train.hooks import Hooks
+from nanochat_ray.train.metrics import duration
+
+_NO_METRICS = ("kind", "step", "steps", "time")
+
+
+def check_installed(*, wandb: str) -> None:
+    """ValueError if a logger needs a package that is not installed."""
+    if wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"wandb={wandb!r} needs the package wandb: pip install nanochat_ray[wandb]"
+        )
+
+
+def metric_loggers(config: TrainerConfig) -> list[Hooks]:
+    """The loggers that a configuration names; for rank 0 alone."""
+    loggers: list[Hooks] = []
+    if config.tensorboard:
+        loggers.append(TensorBoardLogger(f"{config.tensorboard}/{config.run}"))
+    if config.wandb:
+        loggers.append(WandbLogger(config))
+    return loggers
+
+
+def finite_metrics(record: dict[str, Any]) -> dict[str, float]:
+    """A record's finite numbers under ``<kind>/<name>``."""
+    return {
+        f"{record['kind']}/{name}": float(value)
+        for name, value in record.items()
+        if name not in _NO_METRICS and isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+class ProgressPrinter(Hooks):
+    """Prints a line for every ``every``-th step, and for each validation, sample and checkpoint."""
+
+    def __init__(self, every: int):
+        self.every = every
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        if should_log(record, self.every):
+            print(progress_line(record), flush=True)
+
+
+class TensorBoardLogger(Hooks):
+    """Writes TensorBoard event files into ``folder``."""
+
+    def __init__(self, folder: str):
+        # tensorboardX writes the same files as torch.utils.tensorboard and comes with ray[train].
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(folder)
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        for name, value in finite_metrics(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+        if record["kind"] == "sample":
+            self._writer.add_text(record["prompt"], record["text"], record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbLogger(Hooks):
+    """Logs to a project at Weights & Biases, under the run's own name."""
+
+    def __init__(self, config: TrainerConfig):
+        import wandb
+
+        # The name is the identity, so that a resumed run continues its curves.
+        self._run = wandb.init(
+            project=config.wandb,
+            name=config.run,
+            id=config.run,
+            resume="allow",
+            config={"model": configs.to_json(config.model), "train": configs.to_json(config.train)},
+        )
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        self._run.log(finite_metrics(record), step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def should_log(record: dict[str, Any], every: int) -> bool:
+    """Whether a person sees this record: one step in ``every``, the last, and all other kinds."""
+    if record["kind"] != "train":
+        return True
+    last = record["step"] == record["steps"]
+    return bool(last or record["step"] % every == 0 or record["skipped"])
+
+
+def progress_line(record: dict[str, Any]) -> str:
+    """One line that a person reads: a training step, a validation, a sample or a checkpoint."""
+    at = f"step {record['step']}"
+    if record["kind"] == "eval":
+        skip = ("kind", "step", "time", "seconds")
+        values = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k not in skip)
+        return f"{at}  validation: {values}  ({record['seconds']:.1f} s)"
+    if record["kind"] == "sample":
+        return f"{at}  {record['prompt']!r} → {record['text']!r}"
+    if record["kind"] == "save":
+        return f"{at}  checkpoint; training stood still for {record['stall']:.3f} s"
+    wait = record["data_wait"] / record["seconds"]
+    columns = [
+        f"{at}/{record['steps']}",
+        f"loss {record['loss']:.4f}",
+        f"norm {record['grad_norm']:.2f}",
+        f"lr ×{record['lr_factor']:.2f}",
+        f"{record['tokens_per_s']:,.0f} tokens/s",
+    ]
+    if "bits_per_byte" in record:
+        columns.insert(2, f"bpb {record['bits_per_byte']:.4f}")
+    if "mfu" in record:
+        columns.append(f"MFU {record['mfu']:.1%}")
+    columns += [f"data wait {wait:.1%}", f"left {duration(record['eta_s'])}"]
+    if record["skipped"]:
+        columns.append("SKIPPED: not finite")
+    return "  ".join(columns)

@@ -1,0 +1,352 @@
+"""The trainer, in plain torch: one process, a rank of ``torchrun`` or a Ray Train worker alike.
+
+Every rank runs a ``Trainer`` with the same configuration. Step k trains on the batch that (dataset,
+seed, batch size, k) name, however often the run was stopped before. A stop loses at most the steps
+since the last checkpoint, and these are repeated bitwise identically on the same hardware.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.data.shards import SequenceReader
+from nanochat_ray.model.config import flops_per_token
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.precision import DTYPES
+from nanochat_ray.optim.sharded import ShardedOptimizer
+from nanochat_ray.storage import Store
+from nanochat_ray.train import hardware, identity, preflight
+from nanochat_ray.train.checkpointer import Checkpointer
+from nanochat_ray.train.config import TrainerConfig
+from nanochat_ray.train.data_loader import DataLoader, ShardDataLoader, open_dataset, prefetch
+from nanochat_ray.train.divergence import DivergenceGuard
+from nanochat_ray.train.hooks import Hooks
+from nanochat_ray.train.loggers import metric_loggers
+from nanochat_ray.train.metrics import Metrics, val_metric
+from nanochat_ray.train.ranks import Ranks
+from nanochat_ray.train.samples import make_sampler
+from nanochat_ray.train.step import Batch, RankVotes, StepResult, train_step
+from nanochat_ray.train.validation import Validator
+
+_LOG = logging.getLogger(__name__)
+POLL_INTERVAL_S = 5.0
+"""Seconds between two calls of ``Hooks.should_save``."""
+
+
+class Evaluation(NamedTuple):
+    """A validation's metric (lower is better; None if it has none), and whether it is the best."""
+
+    metric: float | None
+    is_best: bool
+
+
+class Trainer:
+    """Trains one configuration to its end, from the run's latest checkpoint if there is one.
+
+    ``run`` does all; ``setup``, ``step``, ``evaluate`` and ``save`` are its parts. All of them are
+    collective over the process group, if there is one.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        *,
+        device: torch.device | None = None,
+        local_world_size: int = 1,
+        data_loader: DataLoader | None = None,
+        hooks: Sequence[Hooks] = (),
+    ):
+        """``local_world_size`` is the number of workers on this machine. ``data_loader`` replaces
+        the plain reading of shards (Ray Data does)."""
+        self.config, self.train_config = config, config.train
+        self.device = device or torch.device("cpu")
+        self.local_world_size = local_world_size
+        self.hooks = list(hooks)
+        self.data_loader = data_loader
+        self.store = Store.at(config.storage).child("runs", config.run)
+        self.completed_steps = 0
+        self.save_pending = False
+        self._last_poll = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end of the configuration; returns the last metrics.
+
+        ``done`` in them is false if a hook stopped the run. Raises DoesNotFitError, on every rank,
+        if one has too little memory; ValueError if the run's checkpoint does not fit the
+        configuration; FloatingPointError if the run has diverged.
+        """
+        try:
+            self.setup()
+            steps = self.train_config.steps
+            if self.completed_steps == 0:
+                self.evaluate()
+            self.model.train()
+            self.metrics.start_clock(self.completed_steps, steps)
+            try:
+                if self.completed_steps < steps:
+                    self._run_steps()
+            except FloatingPointError:  # on every rank alike
+                self.checkpointer.finish(self.completed_steps, self.metrics)
+                raise
+            self.checkpointer.finish(self.completed_steps, self.metrics)
+        finally:
+            for hook in self.hooks:
+                hook.close()
+        step = self.completed_steps
+        return {**self.metrics.summary(), "step": step, "done": step >= steps}
+
+    def setup(self) -> None:
+        """Model, data, validation, loggers; all state from the latest checkpoint, if any."""
+        config = self.config
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        preflight.check_memory(config, local_world_size=self.local_world_size, device=self.device)
+        preflight.check_workers(config, world)
+        if config.train.deterministic:
+            use_deterministic_algorithms()
+        root = Store.at(config.storage)
+        dataset, manifest, self.tokenizer = open_dataset(config.storage, config.dataset)
+        self.model = build_model(config, root, self.device)
+        rank = dist.get_rank() if world > 1 else 0
+        if self.data_loader is None:
+            reader = SequenceReader(dataset, manifest, "train")
+            self.data_loader = ShardDataLoader(reader, config.train, rank, world)
+        self.about = config.about
+        if "dataset_digest" not in self.about:
+            data_and_parent = identity.describe(root, config.dataset, manifest, config.parent)
+            self.about = self.about | data_and_parent
+        self.validator = Validator(config.train, dataset, manifest, self.tokenizer, rank, world)
+        self.sampler = (
+            make_sampler(self.tokenizer, config.train.stage, config.train.sample_tokens)
+            if config.train.sample_tokens
+            else None
+        )
+        if rank == 0:
+            self.hooks[:0] = metric_loggers(config)
+        self.ranks = Ranks(self.device)
+        self._setup_state()
+
+    def _setup_state(self) -> None:
+        """What holds state: metrics, optimizer, checkpointer."""
+        config = self.train_config
+        entry = hardware.detect(self.device)
+        peak = entry.peak(config.precision) if entry else 0.0
+        self.metrics = Metrics(
+            flops_per_token=flops_per_token(self.model.config),
+            peak_flops=self.ranks.world * peak,
+            bytes_per_token=self.validator.bytes_per_token,
+        )
+        self.guard = DivergenceGuard(self.model, config, self.metrics, self.ranks, self.store)
+        self.optimizer = self._resume()
+        description = hardware.describe(self.device, config.precision)
+        self.checkpointer = Checkpointer(
+            self.store,
+            config,
+            self.tokenizer,
+            self.model,
+            self.optimizer,
+            self.ranks,
+            about=self.about,
+            hardware={**description, "workers": self.ranks.world},
+            check_publish=self._check_publish,
+        )
+
+    def _resume(self) -> ShardedOptimizer:
+        """The optimizer, and all state as the latest checkpoint has it, if there is one."""
+        # Ranks load at different speeds; run_together waits for all of them.
+        latest = self.ranks.run_together(self._load_latest)
+        optimizer = ShardedOptimizer(self.model, self.train_config.optim, self.model.compute_dtype)
+        if latest is not None and latest.optimizer is not None:
+            state = latest.optimizer
+            self.ranks.run_together(lambda: optimizer.load_state_dict(state))
+        return optimizer
+
+    def _load_latest(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint to resume from, with its weights in the model and its records read."""
+        name = checkpoint.latest(self.store)
+        warnings = checkpoint.resume_warnings(self.store)
+        latest = None
+        if name is not None:
+            warnings += identity.check_resumable(
+                self.store,
+                name,
+                model=self.model.config,
+                train=self.train_config,
+                tokenizer=self.tokenizer.fingerprint,
+                about=self.about,
+            )
+            latest = checkpoint.load(self.store, name, optimizer=True)
+            where = f"checkpoint {self.store.child(name).uri}: weights.msgpack"
+            checkpoint.load_weights(self.model, latest.weights, where)
+            self.completed_steps = latest.step
+            log = _read_log(self.store)
+            warnings += self.metrics.resume(log, latest.trainer, before=latest.step)
+        if self.ranks.rank == 0:
+            for warning in warnings:
+                _LOG.warning("run %s: %s", self.store.uri, warning)
+        return latest
+
+    # --- one step -------------------------------------------------------------------------------
+
+    def _run_steps(self) -> None:
+        """Steps, validations and checkpoints up to the last step, or until a hook stops them."""
+        assert self.data_loader is not None
+        batches = prefetch(
+            self.data_loader.batches(self.completed_steps), pin=self.device.type == "cuda"
+        )
+        with contextlib.closing(batches):
+            while self.completed_steps < self.train_config.steps:
+                result, batch = self.step(batches)
+                self._evaluate_and_save(result, batch)
+                if result.votes.stop:
+                    return
+
+    def step(self, batches: Iterator[Batch]) -> tuple[StepResult, Batch]:
+        """Trains on the next batch, which it returns too, and records it."""
+        config, start = self.train_config, time.perf_counter()
+        votes = self._votes()
+        batch = next(batches)
+        data_wait = time.perf_counter() - start
+        result = train_step(
+            self.model,
+            self.optimizer,
+            batch,
+            self.completed_steps,
+            config,
+            clip=self.guard.spike_bound(),
+            votes=votes,
+        )
+        if result.votes.writer_error:
+            self.checkpointer.wait()
+        self.completed_steps += 1
+        record = self.metrics.step(
+            self.completed_steps,
+            result,
+            seconds=time.perf_counter() - start,
+            data_wait=data_wait,
+            tokens=config.global_batch_size * (batch.ids.shape[1] - 1),
+        )
+        self._record(record)
+        self.guard.check_step(self.completed_steps, result)
+        return result, batch
+
+    def _votes(self) -> RankVotes:
+        is_first, writer = self.ranks.rank == 0, self.checkpointer
+        stops = [hook.should_stop() for hook in self.hooks]
+        return RankVotes(
+            stop=any(stops),
+            poll=is_first and time.monotonic() - self._last_poll > POLL_INTERVAL_S,
+            writer_idle=is_first and writer.idle,
+            writer_error=writer.has_error,
+        )
+
+    def _evaluate_and_save(self, result: StepResult, batch: Batch) -> None:
+        """What follows a step: a validation and a checkpoint, where they are due."""
+        config, votes, skipping = self.train_config, result.votes, self.guard.skipped_steps > 0
+        is_last = self.completed_steps == config.steps
+        evaluation = Evaluation(None, is_best=False)
+        if is_last or _is_due(self.completed_steps, config.eval_every):
+            evaluation = self.evaluate()
+        self.save_pending |= _is_due(self.completed_steps, config.save_every)
+        if votes.poll:
+            self._last_poll = time.monotonic()
+            saves = [hook.should_save() for hook in self.hooks]  # collective: all are called
+            self.save_pending |= any(saves)
+        # A checkpoint that is due while the last one is still being written waits for it, without
+        # stalling the training; and none is started while steps are being skipped.
+        save = (evaluation.is_best and config.keep_best) or (
+            self.save_pending and votes.writer_idle
+        )
+        if is_last or (save and not skipping):
+            self.guard.check_weights(self.completed_steps, result.loss, evaluation.metric, batch)
+            self.save(evaluation.metric)
+        elif votes.stop and not skipping and math.isfinite(result.loss):
+            self.save(evaluation.metric)
+
+    def evaluate(self) -> Evaluation:
+        """Validates, and generates samples on rank 0."""
+        start = time.perf_counter()
+        self.model.eval()
+        metrics = self.validator.evaluate(self.model)
+        best_before = self.metrics.best()
+        seconds = time.perf_counter() - start
+        record = self.metrics.add(
+            kind="eval", step=self.completed_steps, seconds=seconds, **metrics
+        )
+        self._record(record)
+        if self.sampler is not None:
+            self.ranks.run_on_first(self._sample)
+        self.model.train()
+        metric = val_metric(record)
+        is_best = metric is not None and best_before is not None and metric < best_before[1]
+        return Evaluation(metric, is_best)
+
+    def save(self, metric: float | None = None) -> None:
+        """Starts a checkpoint; ``metric`` is that of a validation at this step, if there was
+        one."""
+        stall = self.checkpointer.save(self.completed_steps, self.metrics, metric)
+        self.save_pending = False
+        self._record(self.metrics.add(kind="save", step=self.completed_steps, stall=stall))
+
+    def _sample(self) -> None:
+        assert self.sampler is not None
+        for prompt, text in self.sampler(self.model):
+            step = self.completed_steps
+            self._record(self.metrics.add(kind="sample", step=step, prompt=prompt, text=text))
+
+    def _record(self, record: dict[str, Any]) -> None:
+        for hook in self.hooks:
+            hook.on_record(record)
+
+    def _check_publish(self) -> None:
+        for hook in self.hooks:
+            hook.check_publish()
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _read_log(store: Store) -> str:
+    """metrics.jsonl, or what of it can be read: a log never blocks a run."""
+    try:
+        return store.read_bytes("metrics.jsonl").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def build_model(config: TrainerConfig, root: Store, device: torch.device) -> GPT:
+    """The model with its parent's weights, or random ones, ready for training on ``device``."""
+    model = GPT(config.model, compute_dtype=DTYPES[config.train.precision]).to(device)
+    if config.parent:
+        name = config.about.get("parent_checkpoint")
+        parent = checkpoint.load(root.child("runs", config.parent), name, optimizer=False)
+        model.load_state_dict(parent.weights)
+    else:
+        model.init_weights(torch.Generator().manual_seed(config.train.seed))
+    if config.train.fp8:
+        model.use_fp8()
+    if config.train.compile:
+        model.compile_hidden()
+    model.checkpoint_activations = config.train.checkpoint_activations
+    return model
+
+
+def use_deterministic_algorithms() -> None:
+    """Only deterministic operations from here on, in this process.
+
+    On a CPU they all are for a fixed number of threads; on a GPU this costs speed. Must come
+    before the first matmul on a GPU, where cuBLAS reads its workspace's size.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
