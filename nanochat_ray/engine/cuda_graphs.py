@@ -6,6 +6,7 @@ wait for Python to launch them one by one.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +17,9 @@ from torch import Tensor
 from nanochat_ray.engine.kvcache.attention_metadata import AttentionMetadata
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.model import AttentionCache, InferenceModel
+
+DENSE_UP_TO = 256
+"""Graphs are 8 tokens apart up to this, since a step of 9 sequences should not cost that of 16."""
 
 
 class GraphCache(AttentionCache, Protocol):
@@ -31,6 +35,14 @@ class GraphCache(AttentionCache, Protocol):
         """Sets the step of the next forward."""
 
 
+def graph_sizes(max_num_tokens: int) -> list[int]:
+    """The sizes of graphs, ascending, of which the last is at least ``max_num_tokens``."""
+    sizes = [1, 2, 4, *range(8, DENSE_UP_TO + 1, 8)]
+    while sizes[-1] < max_num_tokens:
+        sizes.append(2 * sizes[-1])
+    return sizes[: bisect.bisect_left(sizes, max_num_tokens) + 1]
+
+
 @dataclass
 class _Recording:
     """A graph with the tensors that it reads and writes."""
@@ -43,17 +55,18 @@ class _Recording:
 
 
 class DecodeGraphs:
-    """Graphs for 1, 2, 4, 8, ... tokens, the largest for at least ``max_num_tokens``."""
+    """Graphs for 1, 2, 4, 8, 16, 24, ... 256, 512, ... tokens, up to at least ``max_num_tokens``.
+
+    A step runs the smallest graph that is large enough, so up to 7 rows of it are padding.
+    """
 
     def __init__(self, model: InferenceModel, cache: GraphCache, max_num_tokens: int):
         self._model, self._cache = model, cache
-        sizes = [1]
-        while sizes[-1] < max_num_tokens:
-            sizes.append(2 * sizes[-1])
-        self.largest = sizes[-1]
+        self.sizes = graph_sizes(max_num_tokens)
+        self.largest = self.sizes[-1]
         # The largest first: the others share its memory pool.
         self._recordings: dict[int, _Recording] = {}
-        for num_tokens in reversed(sizes):
+        for num_tokens in reversed(self.sizes):
             self._recordings[num_tokens] = self._record(num_tokens)
 
     @torch.inference_mode()
@@ -82,7 +95,8 @@ class DecodeGraphs:
 
     def padded_size(self, num_tokens: int) -> int:
         """Tokens of the smallest graph for this many, or 0 if no graph is large enough."""
-        return 1 << (num_tokens - 1).bit_length() if num_tokens <= self.largest else 0
+        at = bisect.bisect_left(self.sizes, num_tokens)
+        return self.sizes[at] if at < len(self.sizes) else 0
 
     def run(self, tokens: Tensor, spans: Sequence[Span]) -> Tensor:
         """float32 logits ``[N, V]`` of spans of one token each and of padding; valid until the next

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanochat_ray.engine.staging import pack, unpack
 from nanochat_ray.machine import send
 
 
@@ -29,14 +30,25 @@ class AttentionMetadata:
     """int32 ``[P, S, M]``: the pages that hold those keys."""
     slot_mapping: Tensor
     """int64 ``[P, N]``: where the tokens' own keys are written, page by page."""
+    buffer: Tensor | None = None
+    """What the tensors are views of, on a GPU."""
 
     def _tensors(self) -> list[Tensor]:
         lengths = [self.cu_seqlens_q, self.seqused_k]
         return [self.positions, *lengths, self.block_tables, self.slot_mapping]
 
     def to(self, device: torch.device) -> AttentionMetadata:
-        return AttentionMetadata(self.max_seqlen_q, *(send(t, device) for t in self._tensors()))
+        """On a CUDA device: views of one buffer, which is sent without waiting."""
+        if device.type != "cuda":
+            return AttentionMetadata(self.max_seqlen_q, *(t.to(device) for t in self._tensors()))
+        tensors = self._tensors()
+        buffer = send(pack(tensors), device)
+        return AttentionMetadata(self.max_seqlen_q, *unpack(buffer, tensors), buffer=buffer)
 
     def copy_(self, other: AttentionMetadata) -> None:
+        """Takes over the values of ``other``, which has the same shapes."""
+        if self.buffer is not None:
+            self.buffer.copy_(send(pack(other._tensors()), self.buffer.device))
+            return
         for target, source in zip(self._tensors(), other._tensors(), strict=True):
-            target.copy_(send(source, target.device))
+            target.copy_(source)
