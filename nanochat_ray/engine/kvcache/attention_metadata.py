@@ -5,7 +5,7 @@ Legend: N tokens, S spans (each of one sequence), P block pools, M blocks of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class AttentionMetadata:
     """int32 ``[P, S, M]``: the pages that hold those keys."""
     slot_mapping: Tensor
     """int64 ``[P, N]``: where the tokens' own keys are written, page by page."""
-    buffer: Tensor | None = None
+    buffer: Tensor | None = field(default=None, init=False)
     """What the tensors are views of, on a GPU."""
 
     def _tensors(self) -> list[Tensor]:
@@ -43,7 +43,9 @@ class AttentionMetadata:
             return AttentionMetadata(self.max_seqlen_q, *(t.to(device) for t in self._tensors()))
         tensors = self._tensors()
         buffer = send(pack(tensors), device)
-        return AttentionMetadata(self.max_seqlen_q, *unpack(buffer, tensors), buffer=buffer)
+        metadata = AttentionMetadata(self.max_seqlen_q, *unpack(buffer, tensors))
+        metadata.buffer = buffer
+        return metadata
 
     def copy_(self, other: AttentionMetadata) -> None:
         """Takes over the values of ``other``, which has the same shapes."""
