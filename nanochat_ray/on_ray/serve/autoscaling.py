@@ -21,7 +21,7 @@ MAX_KV_USAGE = 0.7
 longer they are."""
 DOWNSCALE_USAGE = 0.6
 """A replica is removed where the others would then be at most this full, on average. The gap to 1
-keeps a steady load from oscillating."""
+keeps the number from oscillating under a steady load."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Load:
 
     @property
     def fullness(self) -> float:
-        """1: as much as it should have."""
+        """1 is as much load as the replica should have."""
         requests = (self.running + self.waiting) / (self.slots * MAX_SLOT_USAGE)
         return max(requests, self.kv_used / MAX_KV_USAGE)
 
@@ -57,5 +57,5 @@ def policy(context: AutoscalingContext) -> tuple[int, dict]:
         Load(**{name: metrics[name][replica] for name in names})
         for replica in metrics.get("slots", {})
     ]
-    # Replicas that start now are counted, or they would be requested a second time.
+    # Starting replicas count, so that they are not requested a second time.
     return target_num_replicas(loads, context.target_num_replicas), {}

@@ -2,8 +2,8 @@
 
 One task asks Ray every few seconds for the replicas and their addresses; each gets one connection.
 When a connection breaks, its requests are migrated to another replica together with the tokens that
-have arrived: sampling is a pure function of weights, seed and position, so the text continues as if
-nothing had happened.
+have arrived: sampling is a pure function of weights, seed and position, so the text is the same as
+without the migration.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CALL_ERRORS = (RayError, RayServeException, TimeoutError)
 
 @dataclass
 class InFlightRequest:
-    """A request whose client waits."""
+    """A request that is not complete."""
 
     request: Request
     stream: OutputStream
@@ -57,7 +57,7 @@ class InFlightRequest:
 
     @property
     def wire_id(self) -> str:
-        # A new id for each dispatch: late messages about an old one must not be mistaken.
+        # A new id for each dispatch, so that late messages of an earlier one match no request.
         return f"{self.request.id}.{self.num_dispatches}"
 
 
@@ -193,7 +193,7 @@ class RayEngineClient:
         connection.send("handshake", secret, self.name)
 
     async def _abort_silent_connections(self) -> None:
-        """A host that vanishes closes no connection: its requests are migrated all the same."""
+        """Migrates the requests of a host that vanishes, which closes no connection."""
         while True:
             await asyncio.sleep(SILENCE_S / 10)
             oldest = time.monotonic() - SILENCE_S
@@ -237,7 +237,7 @@ class RayEngineClient:
         entries, replica.in_flight = list(replica.in_flight.values()), {}
         for entry in entries:
             entry.replica = None
-            if not entry.is_dispatching:  # else the task that dispatches it tries again by itself
+            if not entry.is_dispatching:  # else the task that dispatches it chooses another
                 self._spawn(self._migrate(entry))
 
     async def _notify(self) -> None:
@@ -248,7 +248,7 @@ class RayEngineClient:
         entry = replica.in_flight.get(wire["id"])
         if entry is None:
             return  # aborted or migrated
-        # The reader knows the request by its own id.
+        # The stream knows the request by its own id.
         output = Output.from_wire({**wire, "id": entry.request.id})
         entry.tokens += output.tokens
         if output.finish is not None:
@@ -276,7 +276,7 @@ class RayEngineClient:
         """Submits a request to a replica, to another if that one fails, until the deadline.
 
         Raises UnavailableError, ValueError, or EngineFull when every queue is full. With
-        ``wait_for_capacity``, for a request whose first tokens the client has, it waits instead.
+        ``wait_for_capacity``, for a request that has sent tokens to the client, it waits instead.
         """
         timeout = self.deadline_s
         if entry.request.deadline is not None:
@@ -296,12 +296,12 @@ class RayEngineClient:
             elif reply not in (ACCEPTED, NOT_HERE):
                 raise ValueError(reply)
             elif not entry.is_closed:
-                # It is dead or stops: the end of its connection will tell. Try another meanwhile.
+                # It is dead or stopping, and its connection will close; another one is tried now.
                 replica.is_listed = False
                 await asyncio.sleep(0.05)
 
     async def _try_submit(self, entry: InFlightRequest, replica: ReplicaHandle) -> str:
-        """The replica's reply."""
+        """Submits a request to one replica and returns the reply."""
         assert replica.connection is not None
         entry.replica, entry.is_dispatching = replica, True
         wire_id = entry.wire_id
@@ -324,9 +324,9 @@ class RayEngineClient:
         self, entry: InFlightRequest, full: set[str], deadline: float, wait_for_capacity: bool
     ) -> ReplicaHandle:
         while True:
-            is_usable = [replica for replica in self.replicas.values() if replica.is_usable]
-            if is_usable:
-                loads = {r.name: r.load for r in is_usable if r.name not in full}
+            usable_replicas = [r for r in self.replicas.values() if r.is_usable]
+            if usable_replicas:
+                loads = {r.name: r.load for r in usable_replicas if r.name not in full}
                 if loads:
                     prompt, scope = entry.request.prompt, entry.request.cache_scope
                     return self.replicas[self.router.choose(prompt, loads, scope)]

@@ -1,8 +1,8 @@
 """The connection between an ingress and an engine: MessagePack values over one TCP socket.
 
-Ray starts both, tells the ingress the address and the secret, and carries no tokens: a stream of
-Ray's costs about a millisecond of processor time for each message, and a call through a Serve
-handle several. See BENCHMARKS.md.
+Ray starts both processes and gives the ingress the address and the secret, but carries no tokens:
+a message of a Ray stream costs about 1 ms of processor time, a call through a Serve handle several
+(BENCHMARKS.md).
 
 Every message is a list whose first element names it:
 
@@ -26,13 +26,13 @@ MAX_HANDSHAKE_BYTES = 1 << 10
 MAX_HANDSHAKES = 128
 HANDSHAKE_S = 5.0
 SILENCE_S = 10.0
-"""A peer whose host vanished sends nothing, and does not acknowledge what is sent: after this long
-the connection counts as broken. An engine sends a heartbeat every second."""
+"""A connection without messages for this long counts as broken, since the host of the peer may have
+vanished. An engine replica sends a heartbeat every second."""
 # An engine's reply to a request; any other reply is the reason of a refusal.
 ACCEPTED = "accepted"
 QUEUE_FULL = "queue full"
 NOT_HERE = "not here"
-"""The engine is dead or stopping; another may take it."""
+"""The engine is dead or stopping; another replica may accept the request."""
 
 
 class Connection(asyncio.Protocol):
@@ -102,14 +102,14 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def abort(self) -> None:
-        """As ``close``, without waiting for the peer to take what was sent."""
+        """As ``close``, but unsent data is discarded."""
         if self._transport is not None:
             self._transport.abort()
 
 
 class Handshakes:
-    """Bounds the connections that have not said the secret yet, in number and in time, so that they
-    cannot use up the process's file descriptors."""
+    """Bounds the connections that have not sent the secret, in number and in time, so that they
+    cannot use up the file descriptors of the process."""
 
     def __init__(self, *, most: int = MAX_HANDSHAKES, seconds: float = HANDSHAKE_S):
         self._most, self._seconds = most, seconds
@@ -119,14 +119,14 @@ class Handshakes:
         return len(self._waiting)
 
     def begin(self, connection: Connection) -> None:
-        """Closes ``connection`` unless ``end`` comes in time; if there are too many, the oldest."""
+        """Closes ``connection`` unless ``end`` is called in time; of too many, the oldest."""
         while len(self._waiting) >= self._most:
             self._drop(next(iter(self._waiting)))
         later = asyncio.get_running_loop().call_later(self._seconds, self._drop, connection)
         self._waiting[connection] = later
 
     def end(self, connection: Connection) -> None:
-        """``connection`` is trusted, or gone."""
+        """``connection`` has sent the secret or is closed."""
         if timer := self._waiting.pop(connection, None):
             timer.cancel()
 

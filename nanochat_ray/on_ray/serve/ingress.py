@@ -39,12 +39,12 @@ class Ingress:
     ):
         self.tokenizer = Tokenizer.load(Store.at(storage).child(*tokenizer.split("/")), fingerprint)
         self.name, self.max_model_len = name, max_model_len
-        # From the deployment alone: a worker's environment may be older than it.
+        # From the deployment alone: the environment of a worker may be older.
         self.keys = [*key_hashes, *(keys.from_file(key_file) if key_file else [])]
         self.limits = Limits(request_timeout_s=request_timeout_s)
         self.allowed_origins = allowed_origins
         if access_log:
-            access.log_to(logging.getLogger("ray.serve").handlers)  # a file of this replica's
+            access.log_to(logging.getLogger("ray.serve").handlers)  # the log file of this replica
         self.client = RayEngineClient(engines, deadline_s=deadline_s)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:

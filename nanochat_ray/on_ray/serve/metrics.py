@@ -1,4 +1,4 @@
-"""Figures to Ray's metrics; each node's Prometheus endpoint has them as ``ray_<name>``."""
+"""Exports metrics through Ray; the Prometheus endpoint of each node has them as ``ray_<name>``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nanochat_ray.serve.metrics import Record
 
 
 class RaySink:
-    """A ``serve.metrics.Sink``. Ray itself adds who says it (node, worker)."""
+    """A ``serve.metrics.Sink``. Ray adds the labels of node and worker."""
 
     def __init__(self, model: str):
         self._tags = {"model_name": model}
@@ -37,4 +37,4 @@ class RaySink:
         return lambda value, key: metric.observe(value)
 
     def forget(self, key: str) -> None:
-        """Nothing: Ray forgets what a process said when the process ends."""
+        """Does nothing: Ray drops the series of a process when it ends."""

@@ -39,9 +39,10 @@ from nanochat_ray.serve.metrics import EngineMetrics
 from nanochat_ray.storage import Store
 
 HEARTBEAT_S = 1.0
-"""How often figures go to the ingresses and to Ray's metrics."""
+"""How often the status is sent to the ingresses and to Ray's metrics."""
 DRAIN_S = 25.0
-"""How long a replica that Serve ends may go on with what it has; less than Serve's patience."""
+"""How long a replica that Serve stops may finish its requests; less than
+``graceful_shutdown_timeout_s`` of the deployment."""
 
 
 class EngineReplica:
@@ -77,7 +78,7 @@ class EngineReplica:
         self.connections: set[Connection] = set()
         self.handshakes = Handshakes()
         self.owners: dict[str, tuple[Connection, EngineLoop]] = {}
-        """Where each request came from, and the engine that has it."""
+        """The connection and the engine of each request, by request id."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics = EngineMetrics(RaySink(model or self.name))
         freeze_gc()
@@ -96,7 +97,7 @@ class EngineReplica:
             self._spawn(self._retire(old_engine))
 
     async def listen(self) -> None:
-        """Takes connections of ingresses from here on."""
+        """Starts to accept connections of ingresses."""
         if self.server is not None:
             return
 
@@ -153,7 +154,7 @@ class EngineReplica:
         for connection, batch in batches.items():
             connection.send("outputs", batch)
 
-    # ---- what an ingress says
+    # ---- messages of an ingress
 
     def _on_message(self, connection: Connection, message: list[Any]) -> None:
         if not connection.is_trusted:
@@ -169,7 +170,7 @@ class EngineReplica:
             self._abort(message[1])
 
     def _on_disconnected(self, connection: Connection) -> None:
-        """An ingress has gone: nobody waits for its requests."""
+        """Aborts the requests of an ingress that is gone."""
         self.handshakes.end(connection)
         self.connections.discard(connection)
         self._abort([name for name, (owner, _) in self.owners.items() if owner is connection])
@@ -184,23 +185,25 @@ class EngineReplica:
     async def _start_request(
         self, connection: Connection, wire: dict[str, Any], engine: EngineLoop
     ) -> None:
-        answer = ACCEPTED
+        reply = ACCEPTED
         try:
             request = Request.from_wire(wire)
-            if compiling := engine.prepare(request):  # others' tokens go on meanwhile
+            if compiling := engine.prepare(request):  # other requests continue
                 await asyncio.shield(asyncio.wrap_future(compiling))
             if request.id not in self.owners:
                 return  # aborted
             engine.submit(request)
         except EngineFull:
-            answer = QUEUE_FULL
+            reply = QUEUE_FULL
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            answer = str(error) or type(error).__name__
-        except RuntimeError:  # it is dead: Serve will see that too, and replace this replica
-            answer = NOT_HERE
-        if answer != ACCEPTED:
+            reply = str(error) or type(error).__name__
+        except (
+            RuntimeError
+        ):  # the engine is dead: ``check_health`` fails, and Serve replaces this replica
+            reply = NOT_HERE
+        if reply != ACCEPTED:
             del self.owners[wire["id"]]
-        connection.send("reply", wire["id"], answer)
+        connection.send("reply", wire["id"], reply)
 
     def _abort(self, requests: Sequence[str]) -> None:
         for request in requests:
@@ -208,15 +211,15 @@ class EngineReplica:
             if engine is not None:
                 engine.abort(request)
 
-    # ---- what Serve and the ingresses ask through Ray
+    # ---- calls of Serve and of the ingresses through Ray
 
     async def endpoint(self) -> dict[str, Any]:
-        """Where an ingress can reach this engine, and the secret that it must show."""
+        """The address for ingresses, and the secret that they must send."""
         address = self.server.sockets[0].getsockname()[:2] if self.server else None
         return {"replica": self.name, "address": address, "secret": self.secret}
 
     def status(self) -> dict[str, Any]:
-        """Who this is and how busy."""
+        """Name, checkpoint and load."""
         return {
             "replica": self.name,
             "checkpoint": self.checkpoint,
@@ -254,7 +257,7 @@ class EngineReplica:
         while self.owners and time.monotonic() < until:
             await asyncio.sleep(0.1)
         for connection in list(self.connections):
-            connection.close()  # an ingress moves what is left to other engines
+            connection.close()  # the ingresses migrate the remaining requests
         for task in self._tasks:
             task.cancel()
         if self.engine is not None:
