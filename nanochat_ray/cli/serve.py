@@ -208,8 +208,8 @@ def serve_here(config: ServeConfig, args: Args) -> None:
     from nanochat_ray.serve import access, http_server
     from nanochat_ray.serve.app import build_app
     from nanochat_ray.serve.collector import freeze_gc
+    from nanochat_ray.serve.generation import Limits
     from nanochat_ray.serve.local import LocalClient
-    from nanochat_ray.serve.service import Limits
 
     def load() -> tuple[Engine, Tokenizer]:
         torch.set_num_threads(config.threads or engine_threads(sharing=1))

@@ -19,7 +19,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanochat_ray.serve import errors
+from nanochat_ray.serve.openai import errors
 
 logger = logging.getLogger(__name__)
 failures = logging.getLogger(f"{__name__}.failures")

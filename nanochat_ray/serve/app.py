@@ -1,8 +1,9 @@
 """The HTTP server: OpenAI's API and the chat page, over any ``EngineClient``.
 
-A request's way: ``protocol`` checks its shape, ``Service`` turns it into engine requests,
-``completions`` turns tokens into text, and the routes here give that its OpenAI form, whole or as
-events. Nothing here knows where the engine runs.
+A request's way: ``body`` parses and validates it into a model of ``openai/schema``;
+``openai/chat`` (or ``completions``, ``responses``) turns that into a ``GenerationRequest``;
+``generation`` runs it and yields deltas; a ``ResponseBuilder`` formats these. Nothing here knows
+where the engine runs.
 """
 
 from __future__ import annotations
@@ -14,60 +15,56 @@ import importlib.metadata
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Path
 from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from nanochat_ray.engine.request import EngineFull
-from nanochat_ray.serve import errors
 from nanochat_ray.serve.access import AccessLog
 from nanochat_ray.serve.auth import AuthMiddleware, BodySizeLimit, client_of
-from nanochat_ray.serve.body import JsonRoute
+from nanochat_ray.serve.body import JsonRoute, from_validation
 from nanochat_ray.serve.client import EngineClient, UnavailableError
-from nanochat_ray.serve.errors import ApiError
-from nanochat_ray.serve.generation import (
-    DeadlineError,
-    Delta,
-    EngineFailedError,
-    GenerationRequest,
-    GrammarError,
-    generate,
-)
-from nanochat_ray.serve.metrics import (
-    EngineMetrics,
-    PrometheusSink,
-    RequestMetrics,
-    Sink,
-    Tee,
-)
-from nanochat_ray.serve.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
-from nanochat_ray.serve.responses import (
-    ChatResponse,
+from nanochat_ray.serve.generation import Limits
+from nanochat_ray.serve.metrics import EngineMetrics, PrometheusSink, RequestMetrics, Sink, Tee
+from nanochat_ray.serve.openai import errors
+from nanochat_ray.serve.openai.chat import ChatBuilder, chat_prompt, parse_chat
+from nanochat_ray.serve.openai.completions import CompletionBuilder, parse_completion
+from nanochat_ray.serve.openai.errors import ApiError
+from nanochat_ray.serve.openai.responses import ResponsesBuilder, parse_responses
+from nanochat_ray.serve.openai.schema.outputs import (
+    ChatCompletionChunk,
+    ChatCompletionResponse,
+    CompletionChunk,
     CompletionResponse,
     DetokenizeResponse,
     ErrorResponse,
+    HealthResponse,
     ModelCard,
     ModelList,
     TokenizeResponse,
     VersionResponse,
 )
-from nanochat_ray.serve.responses_api import responses_job
-from nanochat_ray.serve.responses_request import ResponsesRequest
-from nanochat_ray.serve.responses_shape import ResponsesShape
-from nanochat_ray.serve.service import Limits, Service
-from nanochat_ray.serve.shapes import ChatShape, CompletionShape, Shape
-from nanochat_ray.serve.sse import ClientGoneError, EventStream, unless_gone
+from nanochat_ray.serve.openai.schema.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from nanochat_ray.serve.openai.schema.responses import (
+    ResponsesEvent,
+    ResponsesRequest,
+    ResponsesResponse,
+)
+from nanochat_ray.serve.openai.serving import Serving
+from nanochat_ray.serve.openai.stream import respond
+from nanochat_ray.serve.openapi import add_stream_schemas
 from nanochat_ray.text.tokenizer import Tokenizer
 
 FAILURES: dict[int | str, dict[str, Any]] = {
@@ -77,12 +74,15 @@ FAILURES: dict[int | str, dict[str, Any]] = {
         "description": "The server cannot serve it now (503) or in time (504).",
     },
 }
-STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The answer; with stream=true as server-sent events.",
-        "content": {"text/event-stream": {}},
-    }
+ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer; with stream=true as server-sent events."}
 }
+STREAMS = {
+    "/v1/completions": CompletionChunk,
+    "/v1/chat/completions": ChatCompletionChunk,
+    "/v1/responses": ResponsesEvent,
+}
+"""The shape of an event's data in the stream of each endpoint."""
 try:
     VERSION = importlib.metadata.version("nanochat_ray")
 except importlib.metadata.PackageNotFoundError:  # run from its folder
@@ -100,22 +100,26 @@ def build_app(
     sink: Sink | None = None,
     allowed_origins: Sequence[str] = (),
 ) -> FastAPI:
-    """The application. ``name`` is the model's, ``max_model_len`` the engine's longest sequence in
-    tokens, ``keys`` the API keys of which one is then needed, ``sink`` where figures of requests
-    go besides ``/metrics``, ``allowed_origins`` those whose pages may ask (CORS), or "*"."""
-    page = PrometheusSink(name)
-    metrics = RequestMetrics(Tee(page, sink) if sink is not None else page)
-    service = Service(client, tokenizer, name, max_model_len, limits or Limits(), metrics)
+    """The application.
+
+    ``name``: the model's. ``max_model_len``: the engine's longest sequence, in tokens. ``keys``:
+    API keys, one of which each request then needs. ``sink``: takes the metrics of requests, which
+    ``/metrics`` has in any case. ``allowed_origins``: origins whose pages may send requests (CORS),
+    or "*".
+    """
+    prometheus = PrometheusSink(name)
+    metrics = RequestMetrics(Tee(prometheus, sink) if sink is not None else prometheus)
+    serving = Serving(client, tokenizer, name, max_model_len, limits or Limits(), metrics)
     # FastAPI's documentation pages load scripts from elsewhere; /openapi.json remains.
     app = FastAPI(
         title="nanochat_ray", version=VERSION, docs_url=None, redoc_url=None, responses=FAILURES
     )
     app.router.route_class = JsonRoute
-    errors.install(app)
+    _add_error_handlers(app)
     app.add_middleware(
         BodySizeLimit,
-        max_bytes=service.limits.max_body_bytes,
-        timeout_s=service.limits.body_timeout_s,
+        max_bytes=serving.limits.max_body_bytes,
+        timeout_s=serving.limits.body_timeout_s,
     )
     app.add_middleware(AuthMiddleware, keys=keys)
     if allowed_origins:  # outside of auth: a preflight has no key, and browsers read refusals
@@ -127,25 +131,25 @@ def build_app(
             expose_headers=["x-request-id", "retry-after"],
         )
     app.add_middleware(AccessLog)
-    _add_pages(app, service)
-    _add_metrics(app, service, page)
-    _add_models(app, service)
-    _add_tokens(app, service)
-    _add_generation(app, service)
+    _add_pages(app, serving)
+    _add_metrics(app, serving, prometheus)
+    _add_models(app, serving)
+    _add_tokens(app, serving)
+    _add_generation(app, serving)
     return app
 
 
 def _page() -> tuple[str, dict[str, str]]:
-    """The chat page, and headers that let it run its own script and style and nothing else."""
+    """The chat page, and headers that allow its own script and style and nothing else."""
     html = resources.files(__package__).joinpath("chat.html").read_text(encoding="utf-8")
 
-    def allowed(tag: str) -> str:
+    def source(tag: str) -> str:
         (inside,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
         return f"'sha256-{digest}'"
 
     policy = (
-        f"default-src 'none'; script-src {allowed('script')}; style-src {allowed('style')}; "
+        f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; "
         "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
@@ -157,155 +161,114 @@ def _page() -> tuple[str, dict[str, str]]:
     }
 
 
-def _add_pages(app: FastAPI, service: Service) -> None:
+def _add_pages(app: FastAPI, serving: Serving) -> None:
     html, headers = _page()
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         return HTMLResponse(html, headers=headers)
 
-    @app.get("/health")
-    async def health() -> Response:
+    @app.get("/health", response_model=HealthResponse)
+    async def health_check() -> Response:
         try:
-            figures = await service.client.health()
+            health = await serving.client.health()
         except UnavailableError as error:
             return errors.unavailable(str(error)).response()
-        return JSONResponse({"status": "ok", "model": service.name, **figures})
+        return JSONResponse({"status": "ok", "model": serving.name, **health})
 
     @app.get("/version")
     async def version() -> VersionResponse:
-        return VersionResponse(version=VERSION)
+        return {"version": VERSION}
 
 
-def _add_metrics(app: FastAPI, service: Service, page: PrometheusSink) -> None:
-    engines = EngineMetrics(page)
+def _add_metrics(app: FastAPI, serving: Serving, prometheus: PrometheusSink) -> None:
+    engines = EngineMetrics(prometheus)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus' text format."""
-        with contextlib.suppress(UnavailableError):  # then the last figures stand
-            found = (await service.client.health())["engines"]
-            engines.put_all({e.get("replica", str(i)): e for i, e in enumerate(found)})
-        return Response(page.text(), media_type=CONTENT_TYPE_LATEST)
+        with contextlib.suppress(UnavailableError):  # then the last values are repeated
+            stats = (await serving.client.health())["engines"]
+            engines.put_all({e.get("replica", str(i)): e for i, e in enumerate(stats)})
+        return Response(prometheus.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_models(app: FastAPI, service: Service) -> None:
-    card = ModelCard(id=service.name, created=int(time.time()), max_model_len=service.max_model_len)
+def _add_models(app: FastAPI, serving: Serving) -> None:
+    card: ModelCard = {
+        "id": serving.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "nanochat_ray",
+        "max_model_len": serving.max_model_len,
+    }
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        return ModelList(data=[card])
+        return {"object": "list", "data": [card]}
 
     @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> ModelCard:
-        service.check_model(model)
+    async def model(model: Annotated[str, Path(description="Name of the model.")]) -> ModelCard:
+        serving.check_model(model)
         return card
 
 
-def _add_tokens(app: FastAPI, service: Service) -> None:
+def _add_tokens(app: FastAPI, serving: Serving) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
-        service.check_model(body.model)
+        serving.check_model(body.model)
         if body.messages is not None:
-            ids = await service.chat_prompt(ChatRequest(messages=body.messages))
+            ids = await chat_prompt(serving, ChatRequest.model_construct(messages=body.messages))
+        elif body.add_special_tokens is False:
+            ids = await serving.encode(body.prompt or "")
         else:
-            bare = body.add_special_tokens is False
-            ids = await (service.encode if bare else service.text_prompt)(body.prompt or "")
-        return TokenizeResponse(count=len(ids), max_model_len=service.max_model_len, tokens=ids)
+            ids = await serving.encode_document(body.prompt or "")
+        return {"count": len(ids), "max_model_len": serving.max_model_len, "tokens": ids}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
-        service.check_model(body.model)
-        service.check_ids(body.tokens, "tokens")
-        return DetokenizeResponse(prompt=service.tokenizer.decode(body.tokens))
+        serving.check_model(body.model)
+        serving.check_token_ids(body.tokens, "tokens")
+        return {"prompt": serving.tokenizer.decode(body.tokens)}
 
 
-def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", response_model=CompletionResponse, responses=STREAMED)
+def _add_generation(app: FastAPI, serving: Serving) -> None:
+    @app.post("/v1/completions", response_model=CompletionResponse, responses=ANSWER)
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
-        job = await service.completion_job(body, client_of(http))
-        shape = CompletionShape(service, job, f"cmpl-{secrets.token_hex(12)}")
-        return await _respond(service, job, shape, http)
+        generation = await parse_completion(serving, body, client_of(http))
+        name = f"cmpl-{secrets.token_hex(12)}"
+        return await respond(CompletionBuilder(serving, generation, name), http)
 
-    @app.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMED)
+    @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ANSWER)
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
-        job = await service.chat_job(body, client_of(http))
-        shape = ChatShape(service, job, f"chatcmpl-{secrets.token_hex(12)}")
-        return await _respond(service, job, shape, http)
+        generation = await parse_chat(serving, body, client_of(http))
+        name = f"chatcmpl-{secrets.token_hex(12)}"
+        return await respond(ChatBuilder(serving, generation, name), http)
 
-    @app.post("/v1/responses", responses=STREAMED)
+    @app.post("/v1/responses", response_model=ResponsesResponse, responses=ANSWER)
     async def responses(body: ResponsesRequest, http: HttpRequest) -> Response:
-        job = await responses_job(service, body, client_of(http))
-        return await _respond(service, job, ResponsesShape(service, job, body), http)
+        generation = await parse_responses(serving, body, client_of(http))
+        return await respond(ResponsesBuilder(serving, generation, body), http)
+
+    add_stream_schemas(app, STREAMS)
 
 
-async def _respond(
-    service: Service, job: GenerationRequest, shape: Shape, http: HttpRequest
-) -> Response:
-    timeout = service.limits.request_timeout_s
-    pieces = generate(service.client, service.tokenizer, service.metrics, job, timeout)
-    try:
-        if job.stream:
-            # What fails before the first token gets its status: clients try again by that.
-            first = await unless_gone(http, _translated(pieces.__anext__))
-            return EventStream(_events(first, pieces, shape, job.include_usage))
-        try:
-            await unless_gone(http, _gather(pieces, shape))
-        finally:
-            await pieces.aclose()
-    except ClientGoneError:
-        await pieces.aclose()
-        return Response(status_code=499)
-    return JSONResponse(shape.whole())
+_CODES = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout"}
 
 
-async def _translated(step: Callable[[], Awaitable[list[Delta]]]) -> list[Delta]:
-    """The next pieces; failures of the engine as the errors that clients see."""
-    try:
-        return await step()
-    except EngineFull as error:
-        raise errors.overloaded(str(error)) from error
-    except UnavailableError as error:
-        raise errors.unavailable(str(error)) from error
-    except DeadlineError as error:
-        raise errors.too_late(str(error)) from error
-    except GrammarError as error:
-        raise errors.invalid(str(error)) from error
-    except EngineFailedError as error:
-        raise ApiError(500, str(error), kind="server_error", code="engine_failed") from error
-    except ValueError as error:
-        raise errors.invalid(str(error)) from error
+def _add_error_handlers(app: FastAPI) -> None:
+    """Gives every failure of a request OpenAI's form; ``access`` does the same for defects."""
 
+    @app.exception_handler(ApiError)
+    async def on_api_error(_: HttpRequest, error: ApiError) -> JSONResponse:
+        return error.response()
 
-async def _gather(pieces: AsyncGenerator[list[Delta], None], shape: Shape) -> None:
-    with contextlib.suppress(StopAsyncIteration):
-        while True:
-            for piece in await _translated(pieces.__anext__):
-                shape.take(piece)
+    @app.exception_handler(RequestValidationError)
+    async def on_validation_error(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
+        return from_validation(error.errors()).response()
 
-
-async def _events(
-    turn: list[Delta],
-    pieces: AsyncGenerator[list[Delta], None],
-    shape: Shape,
-    include_usage: bool,
-) -> AsyncGenerator[str, None]:
-    """The events of a streamed answer, those that came together as one text: ``turn``, then
-    ``pieces``. An error after its begin is an event of its own."""
-    try:
-        found = shape.opening()
-        with contextlib.suppress(StopAsyncIteration):
-            while True:
-                for piece in turn:
-                    shape.take(piece)
-                    if piece.is_visible:
-                        found += shape.deltas(piece)
-                if found:
-                    yield shape.frame(found)
-                found = []
-                turn = await _translated(pieces.__anext__)
-        yield shape.closing(include_usage)
-    except ApiError as error:
-        yield shape.failure(error)
-    finally:
-        await pieces.aclose()
+    @app.exception_handler(HTTPException)
+    async def on_http_error(_: HttpRequest, error: HTTPException) -> JSONResponse:
+        code = _CODES.get(error.status_code)
+        response = ApiError(error.status_code, str(error.detail), code=code).response()
+        response.headers.update(error.headers or {})
+        return response

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat_ray.checks import require
-from nanochat_ray.serve.errors import ApiError
 from nanochat_ray.serve.keys import KeyRing
+from nanochat_ray.serve.openai.errors import ApiError
 
 OPEN_PATHS = ("/", "/health", "/metrics", "/version", "/openapi.json")
 """Answered without an API key: the chat page asks its user for one."""

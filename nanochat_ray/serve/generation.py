@@ -25,7 +25,19 @@ LogprobPair = tuple[int, TokenLogprob]
 """A token of the answer and its log-probabilities."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    max_body_bytes: int = 2 << 20
+    body_timeout_s: float = 60.0
+    """How long the body of a request may take to arrive."""
+    max_choices: int = 128
+    """Prompts times choices of one request."""
+    request_timeout_s: float = 0.0
+    """How long an answer may wait and run; 0 is no limit. Requests have no field for it: OpenAI's
+    clients close the connection, which aborts the work too."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """One HTTP request as engine requests: ``candidates`` for each prompt, in order of index."""
 

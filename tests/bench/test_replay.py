@@ -24,8 +24,8 @@ from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.serve.app import build_app
+from nanochat_ray.serve.generation import Limits
 from nanochat_ray.serve.local import LocalClient
-from nanochat_ray.serve.service import Limits
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.serving import serving
 from tests.tiny import wait_for

@@ -8,7 +8,7 @@ import pytest
 
 from nanochat_ray.engine.detokenizer import IncrementalDetokenizer
 from nanochat_ray.engine.request import Output, TokenLogprob
-from nanochat_ray.serve.logprobs import TextOffsets, for_chat, for_completion
+from nanochat_ray.serve.openai.logprobs import TextOffsets, for_chat, for_completion
 from nanochat_ray.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.bytes_only()

@@ -15,8 +15,8 @@ import pytest
 from nanochat_ray.serve import access
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.auth import check_origins
+from nanochat_ray.serve.generation import Limits
 from nanochat_ray.serve.http_server import bind, server_of
-from nanochat_ray.serve.service import Limits
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient
 from tests.serve.serving import get, post, serving

@@ -13,8 +13,8 @@ import pytest
 
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.client import UnavailableError
+from nanochat_ray.serve.generation import Limits
 from nanochat_ray.serve.keys import hash_key
-from nanochat_ray.serve.service import Limits
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient, full
 from tests.serve.serving import get, post, serving

@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from nanochat_ray.serve import protocol
 from nanochat_ray.serve.app import build_app
-from nanochat_ray.serve.conversation import Body
-from nanochat_ray.serve.errors import MAX_MESSAGE
-from nanochat_ray.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest
-from nanochat_ray.serve.responses_request import ResponsesRequest
+from nanochat_ray.serve.body import Body
+from nanochat_ray.serve.openai.errors import MAX_MESSAGE
+from nanochat_ray.serve.openai.schema import requests
+from nanochat_ray.serve.openai.schema.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+)
+from nanochat_ray.serve.openai.schema.responses import ResponsesRequest
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient
 from tests.serve.serving import post, serving
@@ -74,7 +78,7 @@ def test_every_list_of_a_body_stops_early() -> None:
             for inner in schema:
                 yield from lists(inner)
 
-    models = [m for m in vars(protocol).values() if isinstance(m, type) and issubclass(m, Body)]
+    models = [m for m in vars(requests).values() if isinstance(m, type) and issubclass(m, Body)]
     for model in (*models, ResponsesRequest):
         assert all(each.get("fail_fast") for each in lists(model.__pydantic_core_schema__))
 

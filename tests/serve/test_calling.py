@@ -12,7 +12,6 @@ import pytest
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.request import Request
 from nanochat_ray.serve.app import build_app
-from nanochat_ray.serve.conversation import ChatMessage, turns
 from nanochat_ray.text.chat import render_conversation
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient
@@ -227,9 +226,8 @@ def test_refusals(client: openai.OpenAI, fields: dict[str, Any], says: str) -> N
         ask(client, **fields)
 
 
-def test_a_result_that_is_missing() -> None:
+def test_a_missing_result_is_refused(client: openai.OpenAI) -> None:
     function = {"name": "calculator", "arguments": '{"expression": "1+1"}'}
-    called = {"role": "assistant", "tool_calls": [{"id": "c1", "function": function}]}
-    messages = [ChatMessage.model_validate(m) for m in (USER, called)]
-    with pytest.raises(ValueError, match="the result of the call 'c1' is missing"):
-        turns(messages)
+    message = {"role": "assistant", "tool_calls": [{"id": "c1", "function": function}]}
+    with pytest.raises(openai.BadRequestError, match="the result of the call 'c1' is missing"):
+        ask(client, messages=[USER, message])

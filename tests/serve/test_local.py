@@ -26,8 +26,8 @@ from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.client import OutputStream
+from nanochat_ray.serve.generation import Limits
 from nanochat_ray.serve.local import LocalClient
-from nanochat_ray.serve.service import Limits
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.serving import get, post, serving
 from tests.tiny import hold_up_grammars, wait_for

@@ -13,7 +13,7 @@ from nanochat_ray.on_ray.serve.metrics import RaySink
 from nanochat_ray.serve import access, keys
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.collector import freeze_gc
-from nanochat_ray.serve.service import Limits
+from nanochat_ray.serve.generation import Limits
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 

@@ -1,11 +1,13 @@
-"""The ``tools`` and ``tool_choice`` of a request as a ``ToolChoice``."""
+"""The ``tools`` and ``tool_choice`` of a request, and the ``ToolChoice`` that they stand for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from nanochat_ray.serve.conversation import FunctionSpec, ToolChoiceField, ToolSpec
+from pydantic import Field, StrictStr
+
+from nanochat_ray.serve.body import Body, doc
 from nanochat_ray.text.chat import call_prefix, is_calculator
 from nanochat_ray.text.tool_calls import CALL_END, ToolChoice
 
@@ -13,7 +15,30 @@ _COMBINED = {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
 _OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
 
 
-def resolve_tool_choice(tools: Sequence[ToolSpec] | None, choice: ToolChoiceField) -> ToolChoice:
+class FunctionSpec(Body):
+    name: StrictStr = Field(description="Name of the function.")
+    description: StrictStr | None = doc("What the function does, for the model.")
+    parameters: dict[str, Any] | None = doc("JSON schema of the arguments, an object.")
+
+
+class ToolSpec(Body):
+    type: Literal["function"] = Field(description="Kind of tool.")
+    function: FunctionSpec = Field(description="The function.")
+
+
+class NamedFunction(Body):
+    name: StrictStr = Field(description="Name of the function to call.")
+
+
+class NamedTool(Body):
+    type: Literal["function"] = Field(description="Kind of tool.")
+    function: NamedFunction = Field(description="The function.")
+
+
+def resolve_tool_choice(
+    tools: Sequence[ToolSpec] | None,
+    choice: Literal["none", "auto", "required"] | NamedTool | None,
+) -> ToolChoice:
     """ValueError for a choice that is not among the tools, or an empty name."""
     if not tools and choice not in (None, "none", "auto"):
         raise ValueError("tool_choice is only allowed together with tools")
@@ -23,25 +48,28 @@ def resolve_tool_choice(tools: Sequence[ToolSpec] | None, choice: ToolChoiceFiel
     if not tools or choice == "none":
         return ToolChoice()
     functions = {tool.function.name: tool.function for tool in tools}
-    calculator = any(is_calculator(f.model_dump()) for f in functions.values())
     if choice is None or choice == "auto":
-        return ToolChoice("auto", tuple(functions), calculator)
-    if choice == "required":
-        kind: Literal["required", "named"] = "required"
-    else:
-        kind, name = "named", choice.function.name
+        has_calculator = any(map(_is_calculator, functions.values()))
+        return ToolChoice("auto", tuple(functions), has_calculator)
+    mode: Literal["required", "named"] = "required"
+    if choice != "required":
+        mode, name = "named", choice.function.name
         if name not in functions:
             raise ValueError(f"tool_choice={name!r:.80} is not allowed: it is not among tools")
         functions = {name: functions[name]}
-    if all(is_calculator(f.model_dump()) for f in functions.values()):
-        return ToolChoice(kind, (), True)
+    if all(map(_is_calculator, functions.values())):
+        return ToolChoice(mode, (), True)
     grammar = {
         "structures": [
             {"begin": call_prefix(name), "schema": _parameters(function), "end": CALL_END}
             for name, function in functions.items()
         ]
     }
-    return ToolChoice(kind, tuple(functions), False, grammar)
+    return ToolChoice(mode, tuple(functions), False, grammar)
+
+
+def _is_calculator(function: FunctionSpec) -> bool:
+    return is_calculator({"name": function.name, "parameters": function.parameters})
 
 
 def _parameters(function: FunctionSpec) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API: requests to generation requests, and deltas to responses or events."""

@@ -1,0 +1,1 @@
+"""Shapes of requests, responses and stream chunks, with the descriptions that /openapi.json has."""
