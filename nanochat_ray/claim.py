@@ -85,7 +85,7 @@ class Owner:
 
     @classmethod
     def from_json(cls, data: bytes) -> Owner | None:
-        """None for what is no claim's file: then only its age says whether it is in use."""
+        """None if ``data`` is no owner: then only renewals show whether the claim is in use."""
         names = {old: name for name, old in _STORED_NAMES.items()}
         try:
             values: dict[str, Any] = json.loads(data)

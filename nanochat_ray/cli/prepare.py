@@ -150,7 +150,7 @@ def base(args: Args, name: str, tokenizer: Tokenizer | None, sequence_len: int) 
 
 
 def conversations_of(args: Args) -> tuple[list[tuple[str, int]], list[Entry]]:
-    """(tasks with counts, files of conversations); by default tasks alone. Raises ValueError."""
+    """(tasks with counts, files of conversations); by default tasks only. Raises ValueError."""
     chats = [parse_entry(entry) for entry in args.chats]
     if chats and args.tasks is None:
         return [], chats

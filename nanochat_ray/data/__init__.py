@@ -1,1 +1,1 @@
-"""Raw text to packed rows in Arrow shards. No torch."""
+"""Raw text or conversations to shuffled shards of packed sequences. No torch, no Ray."""

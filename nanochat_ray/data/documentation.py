@@ -74,7 +74,7 @@ def key() -> str:
 
 
 def files() -> list[Path]:
-    """Every Python source of the corpus, in an order that depends on the names alone."""
+    """Every Python source of the corpus, in an order that depends on the names only."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     candidates = [(f"stdlib/{p.relative_to(stdlib)}", p) for p in stdlib.rglob("*.py")]
     candidates = [(name, p) for name, p in candidates if "site-packages" not in name]

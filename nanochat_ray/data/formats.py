@@ -1,4 +1,4 @@
-"""What a file's name says about its content: format and compression."""
+"""The format and compression of a file, by its name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def format_of(name: str) -> tuple[Kind, str | None]:
         parts.pop()
     kind = _KIND_OF.get(parts[-1]) if len(parts) > 1 else None
     if kind is None:
-        raise ValueError(f"text file {name} has a format that is not known: give {KNOWN}")
+        raise ValueError(f"text file {name} has an unknown format: give {KNOWN}")
     return kind, compression
 
 

@@ -56,7 +56,7 @@ class ReadOptions:
     text_column: str = "text"
     """Column (Parquet, Arrow, CSV, TSV) or field (JSON) that has the text."""
     skip_bad: bool = False
-    """Leave out files, lines and rows that cannot be read, instead of refusing them."""
+    """Leave out files, lines and rows that cannot be read, instead of raising an error."""
 
 
 DEFAULT = ReadOptions()
@@ -220,7 +220,7 @@ def find(
     options: ReadOptions = DEFAULT,
     unreadable: Unreadable | None = None,
 ) -> list[Source]:
-    """Every file that ``text`` names, each once, in an order that depends on the names alone.
+    """Every file that ``text`` names, each once, in an order that depends on the names only.
 
     A folder gives the files in it, at any depth, whose format is known. Raises ValueError for
     what does not exist, for an unknown format, an empty or special file, and if nothing is found;

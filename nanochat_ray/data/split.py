@@ -1,4 +1,4 @@
-"""The validation split of text: by chunk of a document, decided by its content alone.
+"""The validation split of text: by chunk of a document, decided by its content only.
 
 Equal chunks belong to one split, so no copy of a validation document is trained on.
 """

@@ -77,7 +77,7 @@ class Tokenizer:
     def __init__(self, ranks: Sequence[bytes], pattern: str = SPLIT_PATTERN):
         missing = {bytes([b]) for b in range(256)} - set(ranks)
         if missing or len(set(ranks)) != len(ranks):
-            raise ValueError("tokenizer: every byte must be a token, and none may come twice")
+            raise ValueError("tokenizer: every byte must be a token, and no token may occur twice")
         self.ranks = tuple(ranks)
         self.pattern = pattern
         self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
@@ -136,7 +136,7 @@ class Tokenizer:
         """Token ids of any text; a lone surrogate becomes U+FFFD, as in ``decode``.
 
         A run of white space longer than ``MAX_WHITE_SPACE`` is encoded in several chunks.
-        ValueError if the split pattern, a foreign one, cannot take the text.
+        ValueError if the split pattern, a foreign one, cannot split the text.
         """
         boundaries = _boundaries(text)
         if not boundaries:

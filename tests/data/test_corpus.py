@@ -115,7 +115,7 @@ def test_large_parquet_files_are_read_by_row_groups(
         ("x.txt", b" \n", r"x\.txt is empty"),
         ("x.txt", b"ab\0cd", r"x\.txt is binary: it holds a NUL \(byte 2\)"),
         ("x.txt", b"ab\xff\xfe", r"x\.txt is not UTF-8 text \(byte 2\)"),
-        ("x.pdf", b"%PDF", r"x\.pdf has a format that is not known: give \.txt, \.md"),
+        ("x.pdf", b"%PDF", r"x\.pdf has an unknown format: give \.txt, \.md"),
         ("x.jsonl", b'{"text": "a"}\n{"t": 1}', r"x\.jsonl, line 2: not a JSON object"),
         ("x.jsonl", b'{"text": 7}', r"x\.jsonl, line 1: not a JSON object"),
         ("x.arrow", b"rubbish", r"x\.arrow is not an Arrow file"),
