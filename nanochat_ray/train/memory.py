@@ -100,8 +100,10 @@ def _logits(model: ModelConfig, train: TrainConfig, size: int, on_gpu: bool) -> 
     tokens = train.micro_batch_size * model.sequence_len
     chunk = (1 << 13) if on_gpu else max(16, (1 << 20) // model.vocab_size)
     head = model.padded_vocab_size * model.n_embd
-    # Logits, their tanh or exponential and one temporary in float32; the gradient in both.
-    return min(tokens, chunk) * model.vocab_size * (12 + size) + (4 + size) * head
+    # On a GPU the gradient takes the place of the logits. Elsewhere: logits, their tanh or
+    # exponential and one temporary in float32; the gradient in both.
+    bytes_per_logit = size if on_gpu else 12 + size
+    return min(tokens, chunk) * model.vocab_size * bytes_per_logit + (4 + size) * head
 
 
 def _update(model: ModelConfig, world: int, size: int) -> int:
