@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,7 +28,7 @@ class MapTasks(Protocol):
 
         Items and results are JSON values. ``work`` can be pickled; its result depends on the item
         only, so that it does not matter where and in which order tasks run. A ValueError or
-        OSError of ``work`` is raised here with its message, and no further task starts.
+        OSError of ``work`` is raised here with its message; tasks that wait are then cancelled.
         """
         ...
 
@@ -94,6 +95,8 @@ _worker_work: Work | None = None
 def _start_worker(work: Work) -> None:
     global _worker_work
     _worker_work = work
+    # Ctrl-C is for the parent, which then cancels what waits; a worker would print a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, name="exit-with-parent", daemon=True).start()
 
 

@@ -22,14 +22,14 @@ class _Text(HTMLParser):
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.out: list[str] = []
-        self._hidden: list[str] = []
+        self._hidden_tags: list[str] = []
         self._pre = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in _HIDDEN:
-            self._hidden.append(tag)
+            self._hidden_tags.append(tag)
         elif tag == "body":
-            self._hidden.clear()  # a head that was never closed
+            self._hidden_tags.clear()  # a head that was never closed
         elif tag == "pre":
             self._pre += 1
         self._break(tag)
@@ -38,15 +38,15 @@ class _Text(HTMLParser):
         self._break(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in self._hidden:
-            while self._hidden.pop() != tag:
+        if tag in self._hidden_tags:
+            while self._hidden_tags.pop() != tag:
                 pass
         elif tag == "pre":
             self._pre = max(0, self._pre - 1)
         self._break(tag)
 
     def handle_data(self, data: str) -> None:
-        if self._hidden or not data:
+        if self._hidden_tags or not data:
             return
         if not self._pre:
             # Line ends of ``pre`` stay; elsewhere white space is one space, none begins a line.
@@ -57,7 +57,7 @@ class _Text(HTMLParser):
             self.out.append(data)
 
     def _break(self, tag: str) -> None:
-        if tag in _BLOCKS and not self._hidden:
+        if tag in _BLOCKS and not self._hidden_tags:
             self.out.append("\n\n" if tag in _PARAGRAPHS else "\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -35,6 +36,14 @@ def fail_on_three(item: Any) -> TaskResult:
     return {"number": item}
 
 
+def touch(folder: str, item: Any) -> TaskResult:
+    if item == 0:
+        raise ValueError("item 0")
+    time.sleep(0.1)
+    (Path(folder) / str(item)).touch()
+    return {}
+
+
 def die(item: Any) -> TaskResult:
     os.kill(os.getpid(), signal.SIGKILL)
     return {}
@@ -59,6 +68,44 @@ def test_errors_of_tasks_keep_type_and_message(mapping: map_tasks.MapTasks) -> N
 def test_a_dead_worker_is_an_error() -> None:
     with pytest.raises(OSError, match="a process of the preparation died"):
         list(map_in_processes([1, 2], die))
+
+
+def test_an_error_cancels_tasks_that_wait(tmp_path: Path) -> None:
+    work = functools.partial(touch, str(tmp_path))
+    with pytest.raises(ValueError, match="item 0"):
+        list(map_in_processes(range(60), work))
+    assert len(list(tmp_path.iterdir())) < 30
+
+
+def test_interrupted_workers_print_nothing(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent("""
+        import time
+        from nanochat_ray.data import map_tasks
+
+        def work(item):
+            print("started", flush=True)
+            time.sleep(1)
+            return {}
+
+        if __name__ == "__main__":
+            map_tasks._num_cores = lambda: 2
+            try:
+                list(map_tasks.map_in_processes(range(100), work))
+            except KeyboardInterrupt:
+                raise SystemExit(130)
+        """)
+    )
+    command = [sys.executable, str(program)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, start_new_session=True) as process:
+        assert process.stdout is not None
+        for _ in range(2):
+            process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "")
 
 
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ def test_spoken_sums_never_ask_a_test_sum_of_chain_sum() -> None:
         make_task("spoken_sums", "train", size=2000),
         make_task("chain_sum", "test", size=200),
     )
-    spoken = {train.example(i)[1]["content"][0]["text"] for i in range(2000)}
-    assert not spoken & {test.example(i)[1]["content"][0]["text"] for i in range(200)}
+    sums = {train.example(i)[1]["content"][0]["text"] for i in range(2000)}
+    assert not sums & {test.example(i)[1]["content"][0]["text"] for i in range(200)}
 
 
 def test_equal_arguments_give_equal_examples() -> None:
