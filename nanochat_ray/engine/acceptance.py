@@ -55,7 +55,7 @@ def _advance_grammar(sequence: Sequence, token: int, result: Acceptance) -> None
     grammar.feed([token])
     if (error := grammar.error) is not None:
         result.error, result.finish = error, "error"
-    elif grammar.finished:
+    elif grammar.is_complete:
         result.completes_grammar, result.finish = True, "stop"
 
 

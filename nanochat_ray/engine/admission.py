@@ -38,7 +38,7 @@ class Admitter:
 
     def validate(self, request: Request) -> None:
         """ValueError if the engine can never process the request."""
-        tokens = (*request.prompt, *request.generated)
+        tokens = (*request.prompt, *request.output_token_ids)
         if not request.prompt:
             raise ValueError("prompt: it must hold at least one token")
         if len(tokens) + min(1, request.params.max_tokens) > self.max_model_len:
@@ -69,33 +69,33 @@ class Admitter:
 
     def admit(self, request: Request) -> Admission:
         """The sequence of a valid request that has a seed."""
-        params, generated, grammar = request.params, request.generated, None
+        params, output_ids, grammar = request.params, request.output_token_ids, None
         if self.grammars is not None and params.grammar is not None:
             limit = min(params.max_tokens, self.max_model_len - len(request.prompt))
-            grammar = self.grammars.start(params.grammar, params.ending, generated, limit)
+            grammar = self.grammars.start(params.grammar, params.all_stop_ids, output_ids, limit)
         sequence = Sequence(
             request=request,
-            tokens=[*request.prompt, *generated],
+            tokens=[*request.prompt, *output_ids],
             seed=params.seed or 0,
             max_length=min(self.max_model_len, len(request.prompt) + params.max_tokens),
             # The output of a tool would not follow the grammar.
             tool=ToolState(self.tool) if self.tool and grammar is None else None,
             grammar=grammar,
-            stop_token_ids=params.ending,
+            stop_token_ids=params.all_stop_ids,
             prefill_spans=[(0, len(request.prompt))],
             # The engine that generated the first part has reported them.
-            prompt_logprobs=None if params.prompt_logprobs is None or generated else [],
+            prompt_logprobs=None if params.prompt_logprobs is None or output_ids else [],
         )
         if self.config.num_speculative_tokens:
             sequence.prompt_lookup = PromptLookup(self.config.prompt_lookup_max)
         tool_tokens: list[int] = []
         if sequence.tool is not None:
-            tool_tokens, spans = sequence.tool.replay(generated)
+            tool_tokens, spans = sequence.tool.replay(output_ids)
             first = len(request.prompt)
             sequence.prefill_spans += [(first + start, first + end) for start, end in spans]
-        if generated and (finish := sequence.finish_after(generated[-1])) is not None:
+        if output_ids and (finish := sequence.finish_after(output_ids[-1])) is not None:
             return Admission(sequence, finish=finish)
-        if grammar is not None and grammar.finished:
+        if grammar is not None and grammar.is_complete:
             return Admission(sequence, finish="stop", completes_grammar=True)
         # The engine before this one was lost while it injected a tool's output.
         tool_tokens = tool_tokens[: sequence.max_length - len(sequence.tokens)]

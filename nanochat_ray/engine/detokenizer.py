@@ -10,7 +10,7 @@ import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nanochat_ray.engine.request import Output
+from nanochat_ray.engine.request import RequestOutput
 from nanochat_ray.text.chat import tool_delimiters
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -63,10 +63,10 @@ class IncrementalDetokenizer:
         self.is_stopped = False
         """A stop string was matched: the request can be aborted, and no more text comes."""
 
-    def add(self, output: Output) -> str:
+    def add(self, output: RequestOutput) -> str:
         """New text after one step, and the rest of the text if the request has finished."""
         tokens = output.tokens
-        if output.ended_by_last:
+        if output.last_token_is_stop:
             tokens = tokens[:-1]  # the token that ended the answer is no part of its text
         text = self.push(tokens)
         return text if output.finish is None else text + self.flush()

@@ -1,9 +1,9 @@
-"""Guesses at the next tokens, from what the text holds already. No torch, no second model.
+"""Speculative decoding without a second model: draft tokens from n-gram lookup. No torch.
 
-Prompt lookup (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding): where the last few
-tokens stood before, what followed them then may follow now. A guess costs a row of the next
-forward; the sampler then chooses at each place as it would have anyway, and what is chosen differs
-from the guess ends it. So guesses change no token, only how many forwards they take.
+Prompt lookup (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding): where the last n tokens
+occurred before, what followed them then may follow now. A draft token costs a row of the next
+forward. The sampler samples at each position as it would have anyway; the first draft token that
+differs is rejected, with those behind it. So drafts change no token, only the number of forwards.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from dataclasses import dataclass, field
 
 @dataclass
 class PromptLookup:
-    """One growing list of tokens, always the same one, and where its n-grams stood last."""
+    """The n-grams of one growing list of tokens, and where they occurred last."""
 
     ngram: int
-    _behind: dict[tuple[int, ...], int] = field(default_factory=dict)
-    _known: int = 0
+    _next_position: dict[tuple[int, ...], int] = field(default_factory=dict)
+    """Position behind the latest occurrence of an n-gram."""
+    _num_indexed: int = 0
 
     def propose(self, tokens: Sequence[int], count: int) -> list[int]:
-        """``count`` tokens that may follow, or none if the last n-gram never stood before."""
+        """``count`` tokens that may follow, or none if the last n-gram did not occur before."""
         n, total = self.ngram, len(tokens)
-        for end in range(max(self._known, n), total):
-            self._behind[tuple(tokens[end - n : end])] = end
-        self._known = max(total, n)
-        at = self._behind.get(tuple(tokens[-n:])) if total >= n else None
-        if at is None:
+        for end in range(max(self._num_indexed, n), total):
+            self._next_position[tuple(tokens[end - n : end])] = end
+        self._num_indexed = max(total, n)
+        start = self._next_position.get(tuple(tokens[-n:])) if total >= n else None
+        if start is None:
             return []
-        # What goes past the end goes round: a text that repeats itself goes on to.
-        return [tokens[at + i % (total - at)] for i in range(count)]
+        # Past the end it wraps around: a text that repeats itself continues to.
+        return [tokens[start + i % (total - start)] for i in range(count)]

@@ -21,7 +21,7 @@ from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.in_flight import ForwardOutput, InFlightStep, sample
 from nanochat_ray.engine.prefill_cost import PrefillCostModel
-from nanochat_ray.engine.request import Output, Request, TokenLogprob
+from nanochat_ray.engine.request import Request, RequestOutput, TokenLogprob
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
 from nanochat_ray.engine.scheduler import ScheduledChunk, Scheduler
@@ -73,7 +73,7 @@ class Engine:
         self._in_flight: InFlightStep | None = None
         """The last step, if its tokens are not committed yet."""
         self._sequences: dict[str, Sequence] = {}
-        self._ready: list[Output] = []
+        self._ready: list[RequestOutput] = []
         """Outputs that the next ``step`` returns."""
         self._stats = Stats(slots=config.max_num_seqs, kernels=self.runner.kernels)
 
@@ -94,16 +94,16 @@ class Engine:
         self.validate(request)
         if request.id in self._sequences:
             raise ValueError(f"id={request.id!r} is in use by another request")
-        admission = self._admitter.admit(request.seeded())
+        admission = self._admitter.admit(request.with_seed())
         if admission.finish is None:
             self.scheduler.add(admission.sequence)
             self._sequences[request.id] = admission.sequence
         if admission.finish or admission.tool_tokens:
             self._ready.append(
-                Output(
+                RequestOutput(
                     request_id=request.id,
                     tokens=admission.tool_tokens,
-                    forced=list(range(len(admission.tool_tokens))),
+                    tool_token_indices=list(range(len(admission.tool_tokens))),
                     finish=admission.finish,
                     complete=admission.completes_grammar,
                 )
@@ -116,7 +116,7 @@ class Engine:
             return False
         self.scheduler.remove(sequence)
         self._ready = [o for o in self._ready if o.request_id != request_id]
-        self._ready.append(Output(request_id=request_id, finish="abort"))
+        self._ready.append(RequestOutput(request_id=request_id, finish="abort"))
         return True
 
     def preempt(self, request_id: str) -> None:
@@ -152,7 +152,7 @@ class Engine:
         return request_ids
 
     @torch.inference_mode()
-    def step(self) -> list[Output]:
+    def step(self) -> list[RequestOutput]:
         """One forward of the batch. At most two outputs for each request that got tokens or
         finished, the earlier one first.
 
@@ -164,7 +164,7 @@ class Engine:
         if previous is None:
             outputs += self._expire(time.time())
         plan = self.scheduler.plan()
-        for sequence in plan.admitted:
+        for sequence in plan.admissions:
             self._sampling.admit(sequence)
         previous_ids = previous.input_ids() if previous is not None else None
         forward = self._run(plan.chunks, previous_ids) if plan.chunks else None
@@ -187,14 +187,14 @@ class Engine:
             self._stats.step_seconds += time.perf_counter() - start
         return outputs
 
-    def _expire(self, now: float) -> list[Output]:
+    def _expire(self, now: float) -> list[RequestOutput]:
         outputs = []
         for s in self.scheduler.expire(now):
             del self._sequences[s.request.id]
             count = len(s.tokens) - len(s.request.prompt)
             delay = now - (s.request.deadline or now)
-            why = f"deadline: it passed {delay:.3f} s ago, with {count} tokens of the answer made"
-            outputs.append(Output(request_id=s.request.id, finish="error", error=why))
+            why = f"deadline: it passed {delay:.3f} s ago, with {count} tokens generated"
+            outputs.append(RequestOutput(request_id=s.request.id, finish="error", error=why))
         return outputs
 
     def _run(self, chunks: list[ScheduledChunk], previous_ids: Tensor | None) -> ForwardOutput:
@@ -226,10 +226,10 @@ class Engine:
             if chunk.sequence.needs_token_at(chunk.end):
                 chunk.sequence.num_placeholders, chunk.sequence.placeholder_row = 1, row
 
-    def _commit(self, step: InFlightStep) -> list[Output]:
+    def _commit(self, step: InFlightStep) -> list[RequestOutput]:
         """Appends the tokens of a step to the sequences that still need them."""
         token_ids, logprobs = step.wait()
-        outputs: list[Output] = []
+        outputs: list[RequestOutput] = []
         new_tokens: list[tuple[int, int]] = []  # slot and token
         first = 0
         for chunk in step.chunks:
@@ -252,29 +252,29 @@ class Engine:
 
     def _extend(
         self, chunk: ScheduledChunk, sampled_ids: list[int], logprobs: list[TokenLogprob | None]
-    ) -> Output:
+    ) -> RequestOutput:
         """Appends the tokens sampled behind a chunk, and finishes the sequence if it is done."""
         s = chunk.sequence
         is_first = len(s.tokens) == len(s.request.prompt)
         result = accept_tokens(s, chunk.draft, sampled_ids, self.vocab_size)
-        self._stats.drafted += len(chunk.draft)
-        self._stats.draft_accepted += max(0, len(result.tokens) - 1)
+        self._stats.num_draft_tokens += len(chunk.draft)
+        self._stats.num_accepted_tokens += max(0, len(result.tokens) - 1)
         if result.finish is not None:
             self.scheduler.remove(s)
             del self._sequences[s.request.id]
-            self._stats.finished += 1
+            self._stats.num_finished += 1
         return self._make_output(s, result, is_first, logprobs)
 
     @staticmethod
     def _make_output(
         s: Sequence, result: Acceptance, is_first: bool, logprobs: list[TokenLogprob | None]
-    ) -> Output:
+    ) -> RequestOutput:
         count, num_tool_tokens = len(result.tokens), len(result.tool_tokens)
         needs_logprobs = s.request.params.logprobs is not None
-        return Output(
+        return RequestOutput(
             request_id=s.request.id,
             tokens=result.tokens + result.tool_tokens,
-            forced=list(range(count, count + num_tool_tokens)),
+            tool_token_indices=list(range(count, count + num_tool_tokens)),
             finish=result.finish,
             error=result.error,
             complete=result.completes_grammar,
@@ -283,21 +283,21 @@ class Engine:
             prompt_logprobs=s.prompt_logprobs if is_first and result.error is None else None,
         )
 
-    def _fail(self, sequence: Sequence, reason: str) -> Output:
+    def _fail(self, sequence: Sequence, reason: str) -> RequestOutput:
         """Finishes one request with an error."""
         if not sequence.is_finished:
             self.scheduler.remove(sequence)
         self._sequences.pop(sequence.request.id, None)
-        self._stats.finished += 1
-        return Output(request_id=sequence.request.id, finish="error", error=reason)
+        self._stats.num_finished += 1
+        return RequestOutput(request_id=sequence.request.id, finish="error", error=reason)
 
     def stats(self) -> Stats:
         stats, scheduler, kv_manager = self._stats, self.scheduler, self.runner.kv_manager
         stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
-        stats.kv_used = kv_manager.usage(scheduler.running)
+        stats.kv_cache_usage = kv_manager.usage(scheduler.running)
         stats.preemptions = scheduler.num_preemptions
-        stats.prefix_queried = kv_manager.num_lookup_tokens
-        stats.prefix_hit = kv_manager.num_hit_tokens
+        stats.num_lookup_tokens = kv_manager.num_lookup_tokens
+        stats.num_hit_tokens = kv_manager.num_hit_tokens
         return stats
 
     def check_integrity(self) -> None:

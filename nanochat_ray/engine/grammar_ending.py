@@ -1,9 +1,9 @@
-"""Structured answers that end in time: near the token limit the shortest way to a valid end.
+"""Structured outputs that end in time: near the token limit the shortest path to a valid end.
 
-A weak model may write a string or a list until it is cut, and then its JSON is none. From time to
-time the shortest end from here is looked for, greedily; where it would soon not fit any more, the
-answer is held to it. When to look hangs on the answer's tokens and limit alone, so that an answer
-that is preempted or moved is steered the same way.
+A weak model may continue a string or a list up to its token limit, and then its JSON is invalid.
+From time to time a greedy search finds the shortest path to an end; when it would soon not fit any
+more, the output is steered along it. The times of the searches depend only on the tokens and the
+limit, so that a request that is preempted or moved is steered the same way.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ import llguidance
 import numpy as np
 
 HORIZON = 512
-"""Tokens before the limit from which on ends are looked for."""
+"""Remaining tokens at which the searches start."""
 MIN_SLACK, MAX_SLACK = 6, 32
-"""Tokens that must be left beside the shortest end, else the answer is held to it: the lower bound,
-and the upper one of a quarter of what is left. One token may make the end longer by as much as a
-whole item of a list, so where that was seen, as much is kept."""
+"""Remaining tokens beside the shortest path, below which the output is steered: the lower bound,
+and the upper bound of a quarter of the remaining tokens. One token may lengthen the path by as much
+as a whole item of a list; where that has happened, the slack is at least as large."""
 _OUTSIDE = ("}]", ",", '"', "0123456789", ":tfn", "[", "{", "-.eE")
 _INSIDE = ('"', "0123456789abcdefghijklmnopqrstuvwxyz_", " ", "\\")
-"""First bytes of tokens outside and inside of a string, those that close soonest first."""
+"""First bytes of tokens outside and inside of a string, in the order of how soon they close."""
 
 
 class Preferences:
-    """For each token, how soon it closes JSON: float64 ``[V]``, lower is sooner. Among equals a
-    longer token is better, since it writes more of what must be written anyway."""
+    """For each token how soon it closes JSON: float64 ``[V]``, lower is sooner. Among equals a
+    longer token is better, since it contains more of what is needed anyway."""
 
     def __init__(self, tokens: Sequence[bytes]):
         self.tokens = tokens
-        self.outside, self.inside = _ranked(tokens, _OUTSIDE), _ranked(tokens, _INSIDE)
+        self.outside, self.inside = _ranks(tokens, _OUTSIDE), _ranks(tokens, _INSIDE)
         self.comma = next((i for i, token in enumerate(tokens) if token == b","), None)
 
 
-def _ranked(tokens: Sequence[bytes], order: Sequence[str]) -> np.ndarray:
+def _ranks(tokens: Sequence[bytes], order: Sequence[str]) -> np.ndarray:
     first = {ord(c): float(i) for i, chars in enumerate(order) for c in chars}
     other, none = len(order) - 1.5, len(order) + 1.0
     return np.array([first.get(t[0], other) - min(len(t), 40) / 100 if t else none for t in tokens])
@@ -43,103 +43,103 @@ def _ranked(tokens: Sequence[bytes], order: Sequence[str]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Quotes:
-    """Where JSON text stands: inside of a string or not, behind a backslash or not."""
+    """The end of a JSON text: inside of a string or not, behind a backslash or not."""
 
     inside: bool = False
-    escaped: bool = False
+    is_escape: bool = False
 
     def after(self, text: bytes) -> Quotes:
-        inside, escaped = self.inside, self.escaped
+        inside, is_escape = self.inside, self.is_escape
         for byte in text:
-            if escaped:
-                escaped = False
+            if is_escape:
+                is_escape = False
             elif byte == 0x22:  # "
                 inside = not inside
             else:
-                escaped = inside and byte == 0x5C  # a backslash
-        return Quotes(inside, escaped)
+                is_escape = inside and byte == 0x5C  # a backslash
+        return Quotes(inside, is_escape)
 
 
 @dataclass
 class Ending:
-    """The end of one answer of at most ``limit`` tokens."""
+    """Steers one output of at most ``limit`` tokens to its end."""
 
     limit: int
     preferences: Preferences
-    allowed: Callable[[llguidance.LLMatcher], np.ndarray]
+    next_mask: Callable[[llguidance.LLMatcher], np.ndarray]
     """bool ``[V]`` of the tokens that a matcher allows next."""
     path: list[int] | None = None
-    """The tokens that the answer is held to, then it may end; None while it is free."""
+    """The tokens that the output must follow, and then end; None while it is not steered."""
     quotes: Quotes = Quotes()
     _growth: int = 0
-    """By how much the end has come closer from one look to the next, at most."""
+    """By how much the slack has shrunk from one search to the next, at most."""
     _end: int = 0
     _num_tokens: int = 0
     _next_look: int = field(init=False)
-    """The tokens left at which the shortest end is looked for again."""
+    """Remaining tokens at which the next search happens."""
 
     def __post_init__(self) -> None:
         self._next_look = min(self.limit, HORIZON)
 
     @property
     def free(self) -> int:
-        """Draft tokens that may be taken before the next look; one more is chosen behind them."""
-        return 0 if self.path is not None else max(0, self._left - self._next_look - 1)
+        """Draft tokens that fit before the next search; one more token is sampled behind them."""
+        return 0 if self.path is not None else max(0, self._remaining - self._next_look - 1)
 
     @property
-    def _left(self) -> int:
+    def _remaining(self) -> int:
         return self.limit - self._num_tokens
 
     def feed(self, token: int, matcher: llguidance.LLMatcher) -> None:
-        """The answer has one more token, behind which ``matcher`` stands."""
+        """Appends a token of the output, which ``matcher`` has consumed."""
         self._num_tokens += 1
         self.quotes = self.quotes.after(self.preferences.tokens[token])
         if self.path is not None:
             if self.path and self.path[0] == token:
                 del self.path[0]
                 return
-            # Chosen behind draft tokens, before the path was known: look again from here.
-            self.path, self._next_look = None, self._left
+            # It was sampled behind draft tokens, before the path was known: search again.
+            self.path, self._next_look = None, self._remaining
         self.look(matcher)
 
     def look(self, matcher: llguidance.LLMatcher) -> None:
-        """Decides, if it is time to, whether the answer is held to its end from here."""
-        left = self._left
-        if left > self._next_look or left <= 0:
+        """Searches, if it is time to, and decides whether the output is steered from here."""
+        remaining = self._remaining
+        if remaining > self._next_look or remaining <= 0:
             return
-        path = self._shortest(matcher, left)
+        path = self._shortest(matcher, remaining)
         if path is None:
-            self._next_look = left // 2
+            self._next_look = remaining // 2
             return
-        # Tokens left after the shortest end: each that does not lead there takes 1 and more.
-        end = left - len(path)
+        # Remaining tokens behind the shortest path: each token that is not on it takes 1 or more.
+        end = remaining - len(path)
         self._growth = max(self._growth, self._end - end, self._next_item(matcher, len(path)))
         self._end = end
-        least = max(MIN_SLACK, self._growth + 2, min(MAX_SLACK, left // 4))
-        slack = end - 1  # 1: the token that ends the answer
+        least = max(MIN_SLACK, self._growth + 2, min(MAX_SLACK, remaining // 4))
+        slack = end - 1  # 1: the stop token
         if 0 <= slack <= least:
             self.path = path
-        self._next_look = left - max(1, (slack - least - MAX_SLACK) // 4)
+        self._next_look = remaining - max(1, (slack - least - MAX_SLACK) // 4)
 
     def _next_item(self, matcher: llguidance.LLMatcher, length: int) -> int:
-        """By how much the shortest end, of ``length`` tokens here, grows with one more item."""
+        """By how much the shortest path, of ``length`` tokens, grows with one more list item."""
         comma = self.preferences.comma
-        if comma is None or self.quotes.inside or not self.allowed(matcher)[comma]:
+        if comma is None or self.quotes.inside or not self.next_mask(matcher)[comma]:
             return 0
         matcher = matcher.deep_copy()
         matcher.consume_token(comma)
-        path = self._shortest(matcher, self._left)
-        return self._left if path is None else len(path) + 1 - length
+        path = self._shortest(matcher, self._remaining)
+        return self._remaining if path is None else len(path) + 1 - length
 
     def _shortest(self, matcher: llguidance.LLMatcher, most: int) -> list[int] | None:
         matcher, quotes = matcher.deep_copy(), self.quotes
         path: list[int] = []
         while not matcher.is_accepting() and not matcher.is_stopped():
-            allowed = self.allowed(matcher)
-            if len(path) >= most or matcher.is_error() or not allowed.any():
+            mask = self.next_mask(matcher)
+            if len(path) >= most or matcher.is_error() or not mask.any():
                 return None
             ranks = self.preferences.inside if quotes.inside else self.preferences.outside
-            token = int(np.where(allowed, ranks, np.inf).argmin())
+            token = int(np.where(mask, ranks, np.inf).argmin())
             matcher.consume_token(token)
             quotes = quotes.after(self.preferences.tokens[token])
             path.append(token)

@@ -105,8 +105,12 @@ def sample(
     slots: list[int] = []
     positions: list[int] = []
     top_logprobs: list[int | None] = []
-    uncounted: list[tuple[int, int]] = []  # row, and a token before it that penalties must count
-    in_flight: list[tuple[int, int]] = []  # index in ``uncounted``, and row of the previous step
+    uncounted_tokens: list[
+        tuple[int, int]
+    ] = []  # row, and a token before it that penalties must count
+    in_flight: list[
+        tuple[int, int]
+    ] = []  # index in ``uncounted_tokens``, and row of the previous step
     grammar_states: list[tuple[GrammarState, tuple[int, ...]]] = []
     grammar_rows: list[int] = []
     for row, chunk in forward.sampling_chunks:
@@ -119,17 +123,21 @@ def sample(
         positions += range(chunk.end, chunk.end + count)
         top_logprobs += [s.request.params.logprobs] * count
         if chunk.input_from_previous_step is not None and previous_ids is not None:
-            in_flight.append((len(uncounted), chunk.input_from_previous_step))
-            uncounted.append((first, PLACEHOLDER))
-        uncounted += [(first + i, t) for i in range(1, count) for t in chunk.draft[:i]]
+            in_flight.append((len(uncounted_tokens), chunk.input_from_previous_step))
+            uncounted_tokens.append((first, PLACEHOLDER))
+        uncounted_tokens += [(first + i, t) for i in range(1, count) for t in chunk.draft[:i]]
         if s.grammar is not None:
             grammar_rows += range(first, first + count)
             grammar_states.append((s.grammar, chunk.draft))
     logits = forward.logits
     if len(rows) < len(logits):
         logits = logits[send(torch.tensor(rows, dtype=torch.int64), logits.device)]
-    masks = (grammar_rows, grammars.allowed(grammar_states)) if grammars and grammar_rows else None
+    masks = (
+        (grammar_rows, grammars.next_token_mask(grammar_states))
+        if grammars and grammar_rows
+        else None
+    )
     device_tokens = None if previous_ids is None or not in_flight else (in_flight, previous_ids)
-    token_ids = sampling.choose(logits, slots, positions, masks, uncounted, device_tokens)
+    token_ids = sampling.choose(logits, slots, positions, masks, uncounted_tokens, device_tokens)
     logprobs = ScoreTable(logits, token_ids, top_logprobs)
     return InFlightStep.launch(chunks, token_ids, logprobs, forward.prompt_scores)

@@ -1,9 +1,9 @@
-"""JSON schemas as answers follow them: closed, and bounded where the schema has no bound.
+"""JSON schemas as outputs follow them: closed, and bounded where the schema has no bound.
 
-A weak model writes digits, characters or items until it is cut, and what is cut is no JSON. So
-whatever a schema leaves open gets a bound that real answers keep within; what it bounds itself
-stays. Objects that list properties are closed unless they say otherwise, as in vLLM: pydantic,
-instructor and others send them that way. Every answer that fits the result fits the schema.
+A weak model may generate digits, characters or items up to its token limit, and then its JSON is
+invalid. So everything that a schema leaves unbounded gets a bound that real outputs keep within.
+Objects that list properties are closed unless the schema opens them, as in vLLM: pydantic,
+instructor and others send them that way. Every output that fits the result fits the schema.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ MAX_ITEMS = 64
 MAX_KEY = 64
 """Characters of a name that the schema does not list."""
 MAX_LEVELS = 8
-"""Of a value about which a schema says nothing."""
+"""Of a value that a schema does not describe."""
 MAX_DEPTH = 128
 """Schemas within schemas."""
 MAX_ROUNDS = 8
-"""References to definitions that refer to others, one behind the other, that are followed."""
+"""Length of a chain of references between definitions that is followed."""
 
 _ANY = "nanochat-ray-any-"
 _ANNOTATIONS = frozenset(
@@ -41,7 +41,7 @@ _NAMED = ("properties", "patternProperties", "dependentSchemas")
 _DEFINITIONS = ("$defs", "definitions")
 
 
-def bounded(schema: Mapping[str, Any] | bool) -> Any:
+def bound_schema(schema: Mapping[str, Any] | bool) -> Any:
     """A schema that allows part of what ``schema`` does. ValueError if it is nested too deep."""
     closing = _Closing(schema)
     bounds = _Bounds(closing)
@@ -54,20 +54,20 @@ def bounded(schema: Mapping[str, Any] | bool) -> Any:
 
 def json_object() -> dict[str, Any]:
     """The schema of any JSON object."""
-    return bounded({"type": "object"})
+    return bound_schema({"type": "object"})
 
 
 def _any_values() -> dict[str, Any]:
-    """Definitions of any value, by the levels that are left."""
+    """Definitions of any value, by the number of remaining levels."""
     scalars = ["null", "boolean", "integer", "number", "string"]
     simple: list[Any] = [{"type": "null"}, {"type": "boolean"}]
     simple += [_bound_scalar({"type": kind}, {kind}) for kind in scalars[2:]]
-    found: dict[str, Any] = {f"{_ANY}0": {"anyOf": simple}}
+    definitions: dict[str, Any] = {f"{_ANY}0": {"anyOf": simple}}
     for level in range(1, MAX_LEVELS + 1):
         inner = {"$ref": f"#/$defs/{_ANY}{level - 1}"}
-        nested = [{"type": "array", "items": inner, "maxItems": MAX_ITEMS}, _open_object(inner)]
-        found[f"{_ANY}{level}"] = {"anyOf": [*simple, *nested]}
-    return found
+        containers = [{"type": "array", "items": inner, "maxItems": MAX_ITEMS}, _open_object(inner)]
+        definitions[f"{_ANY}{level}"] = {"anyOf": [*simple, *containers]}
+    return definitions
 
 
 def _open_object(value: Any) -> dict[str, Any]:
@@ -196,9 +196,8 @@ class _Bounds:
         if not isinstance(schema, Mapping):
             return schema
         if value and not schema.keys() - _ANNOTATIONS:
-            named = {k: schema[k] for k in ("title", "description") if k in schema}
-            kept = {k: schema[k] for k in _DEFINITIONS if k in schema}
-            return {**named, **kept, **self.any_value()}
+            names = ("title", "description", *_DEFINITIONS)
+            return {**{k: schema[k] for k in names if k in schema}, **self.any_value()}
         result = self._children(schema, depth, may_close)
         kinds = _types(schema)
         if schema.keys() & {"enum", "const"}:
@@ -232,23 +231,23 @@ class _Bounds:
     def _children(self, schema: Mapping[str, Any], depth: int, may_close: bool) -> dict[str, Any]:
         inside = self._closing.inside(schema, may_close)
         result: dict[str, Any] = {}
-        for key, given in schema.items():
-            if key in _BRANCHES and isinstance(given, list):
+        for key, value in schema.items():
+            if key in _BRANCHES and isinstance(value, list):
                 whole = key != "allOf" and not _types(schema) and "properties" not in schema
-                result[key] = [self.of(child, depth + 1, inside, whole) for child in given]
+                result[key] = [self.of(child, depth + 1, inside, whole) for child in value]
             elif key in _ALTERNATIVES:
-                result[key] = given if key == "if" else self.of(given, depth + 1, inside, False)
-            elif key in ("items", "prefixItems") and isinstance(given, list):
-                result[key] = [self.of(child, depth + 1) for child in given]
+                result[key] = value if key == "if" else self.of(value, depth + 1, inside, False)
+            elif key in ("items", "prefixItems") and isinstance(value, list):
+                result[key] = [self.of(child, depth + 1) for child in value]
             elif key in ("items", "additionalProperties"):
-                result[key] = self.of(given, depth + 1)
-            elif key in ("properties", "patternProperties") and isinstance(given, Mapping):
-                result[key] = {name: self.of(child, depth + 1) for name, child in given.items()}
-            elif key in _DEFINITIONS and isinstance(given, Mapping):
+                result[key] = self.of(value, depth + 1)
+            elif key in ("properties", "patternProperties") and isinstance(value, Mapping):
+                result[key] = {name: self.of(child, depth + 1) for name, child in value.items()}
+            elif key in _DEFINITIONS and isinstance(value, Mapping):
                 result[key] = {
                     name: self.of(child, depth + 1, self._closing.definition(key, name))
-                    for name, child in given.items()
+                    for name, child in value.items()
                 }
             else:
-                result[key] = given
+                result[key] = value
         return result

@@ -1,6 +1,6 @@
-"""What goes into the engine and what comes out: plain data, token ids only, no torch.
+"""Requests and outputs of the engine: plain data, token ids only, no torch.
 
-``to_wire`` and ``from_wire`` turn each into values that JSON and MessagePack can carry.
+``to_wire`` and ``from_wire`` convert each to and from values that JSON and MessagePack can carry.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from typing import Any, Literal, Self
 
 Finish = Literal["stop", "length", "abort", "error"]
 GRAMMARS = ("json_schema", "json_object", "regex", "choice", "lark", "structures")
-"""Kinds of grammar that an answer may follow."""
+"""Kinds of grammar that an output may follow."""
 MAX_LOGPROBS = 20
-"""Alternatives that may be asked for at each position (OpenAI's limit)."""
+"""Alternatives that a request may ask for at each position (OpenAI's limit)."""
 
 
 class EngineFull(RuntimeError):  # noqa: N818 - a state of the engine, not a fault
-    """The queue has reached its bound: try again later, or elsewhere."""
+    """The queue is full: try again later, or another engine."""
 
 
-def _require(ok: bool, field: str, value: object, allowed: str) -> None:
+def _require(ok: bool, field: str, value: object, rule: str) -> None:
     if not ok:
-        raise ValueError(f"{field}={value!r} is not allowed: {allowed}")
+        raise ValueError(f"{field}={value!r} is not allowed: {rule}")
 
 
-def _whole(value: object) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _finite(value: float) -> bool:
+def _is_finite(value: float) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen and when to end. ValueError names a field that is out of range.
+    """How tokens are sampled and when the output ends. ValueError names a field out of range.
 
     Order, as in vLLM: bias and penalties, temperature, min-p, then top-k, then top-p.
     """
@@ -47,47 +47,47 @@ class SamplingParams:
     temperature: float = 1.0
     """0 is greedy: the most likely token."""
     top_k: int = 0
-    """Only the k most likely tokens; 0 is off."""
+    """Only the k most likely tokens; 0: off."""
     top_p: float = 1.0
     """Only the most likely tokens that together reach this probability."""
     min_p: float = 0.0
-    """Only tokens at least this likely, as a share of the likeliest one's probability."""
+    """Only tokens with at least this share of the likeliest token's probability."""
     repetition_penalty: float = 1.0
-    """Divides (multiplies, if negative) logits of tokens in prompt or answer (Keskar et al.,
+    """Divides (multiplies, if negative) the logits of tokens in prompt or output (Keskar et al.,
     arXiv 1909.05858)."""
     presence_penalty: float = 0.0
-    """Taken from the logit of each token that the answer holds."""
+    """Subtracted from the logit of each token in the output."""
     frequency_penalty: float = 0.0
-    """Taken from a token's logit once for each time that the answer holds it."""
+    """Subtracted from a token's logit once for each time that it is in the output."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these tokens."""
     seed: int | None = None
-    """Equal seeds give equal tokens; None draws one when the request is admitted."""
+    """Equal seeds give equal tokens; None: a random seed."""
     max_tokens: int = 256
-    """Tokens of the answer, forced ones (a tool's output) included; 0, with ``prompt_logprobs``,
-    only scores the prompt."""
+    """Tokens of the output, injected ones (of a tool) included; 0 is allowed with
+    ``prompt_logprobs``, to score the prompt alone."""
     min_tokens: int = 0
-    """Until the answer has as many, nothing in ``stop_ids`` or ``eos_ids`` is chosen."""
+    """Until the output has this many, no token of ``stop_ids`` or ``eos_ids`` is sampled."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer. The engine has no text: ``IncrementalDetokenizer``
-    looks for them."""
+    """Strings that end the output. The engine has no text: ``IncrementalDetokenizer`` searches
+    for them."""
     stop_ids: tuple[int, ...] = ()
-    """Tokens that end the answer."""
+    """Tokens that end the output."""
     eos_ids: tuple[int, ...] = ()
-    """Tokens that end a turn; with ``ignore_eos`` they do not end the answer."""
+    """Tokens that end a chat turn, and the output unless ``ignore_eos``."""
     ignore_eos: bool = False
     grammar: Mapping[str, Any] | None = None
-    """What the answer must follow, as one of ``{"json_schema": {...}}``, ``{"json_object": True}``,
+    """What the output must follow, as one of ``{"json_schema": {...}}``, ``{"json_object": True}``,
     ``{"regex": "..."}``, ``{"choice": ["a", "b"]}``, ``{"lark": "..."}`` (or llama.cpp's GBNF) and
     ``{"structures": [{"begin": "...", "schema": {...}, "end": "..."}]}``, which is one of these
     texts with a value of its schema inside, as in vLLM's structural tags. Schemas are closed and
-    bounded (``json_schema.bounded``). The answer ends where nothing can be added; where it may
-    end, ``stop_ids`` and ``eos_ids`` may end it."""
+    bounded (``json_schema``). The output ends where nothing can be added; where it may end,
+    ``stop_ids`` and ``eos_ids`` may end it."""
     logprobs: int | None = None
-    """Report the log-probability of each chosen token and of this many likeliest ones."""
+    """Report the log-probability of each sampled token and of this many likeliest ones."""
     prompt_logprobs: int | None = None
-    """The same of each token of the prompt but the first, with the first output that has tokens
-    or ends the answer."""
+    """The same for each token of the prompt but the first, with the first output that has tokens
+    or ``finish``."""
 
     def __post_init__(self) -> None:
         req = _require
@@ -96,24 +96,24 @@ class SamplingParams:
         bias = {int(k): float(v) for k, v in self.logit_bias.items()}
         object.__setattr__(self, "logit_bias", bias)
         for name in ("top_k", "max_tokens", "min_tokens"):
-            req(_whole(getattr(self, name)), name, getattr(self, name), "a whole number")
+            req(_is_int(getattr(self, name)), name, getattr(self, name), "a whole number")
         for name in ("stop_ids", "eos_ids"):
-            req(all(map(_whole, getattr(self, name))), name, getattr(self, name), "token ids")
+            req(all(map(_is_int, getattr(self, name))), name, getattr(self, name), "token ids")
         t = self.temperature
-        req(_finite(t) and t >= 0, "temperature", t, "0 or more")
+        req(_is_finite(t) and t >= 0, "temperature", t, "0 or more")
         req(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
-        req(_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
-        req(_finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
+        req(_is_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
+        req(_is_finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
         rep = self.repetition_penalty
-        req(_finite(rep) and rep > 0, "repetition_penalty", rep, "above 0")
+        req(_is_finite(rep) and rep > 0, "repetition_penalty", rep, "above 0")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            req(_finite(value) and -2 <= value <= 2, name, value, "from -2 to 2")
+            req(_is_finite(value) and -2 <= value <= 2, name, value, "from -2 to 2")
         for token, value in bias.items():
             req(token >= 0, "logit_bias", token, "token ids from 0")
-            req(_finite(value) and -100 <= value <= 100, "logit_bias", value, "from -100 to 100")
+            req(_is_finite(value) and -100 <= value <= 100, "logit_bias", value, "from -100 to 100")
         seed = self.seed
-        ok = seed is None or (_whole(seed) and -(2**63) <= seed < 2**64)
+        ok = seed is None or (_is_int(seed) and -(2**63) <= seed < 2**64)
         req(ok, "seed", seed, "a 64-bit whole number or None")
         least = 1 if self.prompt_logprobs is None else 0
         req(self.max_tokens >= least, "max_tokens", self.max_tokens, f"from {least}")
@@ -128,17 +128,17 @@ class SamplingParams:
         check_grammar(self.grammar)
         for name in ("logprobs", "prompt_logprobs"):
             n = getattr(self, name)
-            ok = n is None or (_whole(n) and 0 <= n <= MAX_LOGPROBS)
+            ok = n is None or (_is_int(n) and 0 <= n <= MAX_LOGPROBS)
             req(ok, name, n, f"0 to {MAX_LOGPROBS} or None")
 
     @property
-    def ending(self) -> frozenset[int]:
-        """Tokens that end the answer."""
+    def all_stop_ids(self) -> frozenset[int]:
+        """Tokens that end the output."""
         return frozenset(self.stop_ids) | (frozenset() if self.ignore_eos else set(self.eos_ids))
 
 
 def check_grammar(grammar: object) -> None:
-    """Its shape alone: whether it compiles is seen by the engine, which has the vocabulary."""
+    """ValueError if its shape is wrong. Only the engine, which has the vocabulary, compiles it."""
     if grammar is None:
         return
     one = isinstance(grammar, Mapping) and len(grammar) == 1 and next(iter(grammar)) in GRAMMARS
@@ -146,13 +146,13 @@ def check_grammar(grammar: object) -> None:
     assert isinstance(grammar, Mapping)
     ((kind, value),) = grammar.items()
     words = isinstance(value, list | tuple) and all(isinstance(s, str) and s for s in value)
-    allowed, what = {
+    is_valid, what = {
         "json_schema": (isinstance(value, Mapping | bool), "an object"),
         "json_object": (value is True, "True"),
         "structures": (_structures(value), "a list of objects with begin, schema and end"),
         "choice": (words and len(value) > 0, "texts, at least one, none of them empty"),
     }.get(kind, (isinstance(value, str) and value != "", "a text that is not empty"))
-    _require(allowed, f"grammar.{kind}", value, what)
+    _require(is_valid, f"grammar.{kind}", value, what)
 
 
 def _structures(value: object) -> bool:
@@ -172,35 +172,36 @@ def _structures(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt and how to answer it.
+    """A prompt and how to continue it.
 
-    ``generated`` are tokens that another engine has made already: the answer continues after
-    them as if it had never stopped, provided that ``params.seed`` is set (or the temperature 0).
+    ``output_token_ids`` are tokens that another engine has generated already: generation continues
+    behind them as if it had never stopped, provided that ``params.seed`` is set (or the temperature
+    is 0).
     """
 
     id: str
     prompt: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
-    generated: Sequence[int] = ()
+    output_token_ids: Sequence[int] = ()
     priority: int = 0
-    """Lower goes first, and may push out a running request of a higher number."""
+    """Lower goes first, and may preempt a running request with a higher number."""
     client: str = ""
-    """Within a priority, clients take turns, however many requests each of them has."""
+    """Within a priority, clients get equal shares, however many requests each of them has."""
     cache_scope: str = ""
-    """Prompts share computed prefixes with those of the same scope alone: how long an answer
-    takes would else tell one client what another has sent."""
+    """Prompts share cached prefixes only within a scope. Otherwise response times would reveal to
+    one client what another has sent."""
     deadline: float | None = None
-    """Seconds since the epoch at which it fails if it has not ended, waiting or running."""
+    """Seconds since the epoch at which the request fails if it still waits or runs."""
 
     def __post_init__(self) -> None:
-        ok = self.deadline is None or _finite(self.deadline)
+        ok = self.deadline is None or _is_finite(self.deadline)
         _require(ok, "deadline", self.deadline, "seconds since the epoch, or None")
-        _require(_whole(self.priority), "priority", self.priority, "a whole number")
+        _require(_is_int(self.priority), "priority", self.priority, "a whole number")
         _require(isinstance(self.cache_scope, str), "cache_scope", self.cache_scope, "a string")
 
-    def seeded(self) -> Self:
-        """The same with a seed drawn for it, if it has none: what may have to continue elsewhere
-        must be seeded before it is sent anywhere."""
+    def with_seed(self) -> Self:
+        """The request with a random seed if it has none. A request that another engine may have to
+        continue needs a seed before it is sent anywhere."""
         if self.params.seed is not None:
             return self
         seed = int.from_bytes(os.urandom(8), "little")
@@ -208,10 +209,10 @@ class Request:
 
     def to_wire(self) -> dict[str, Any]:
         wire = dataclasses.asdict(self)
-        wire["prompt"], wire["generated"] = list(self.prompt), list(self.generated)
+        wire["prompt"], wire["output_token_ids"] = list(self.prompt), list(self.output_token_ids)
         # Pairs, since JSON would turn the ids into strings.
         wire["params"]["logit_bias"] = [[k, v] for k, v in self.params.logit_bias.items()]
-        # As text, since MessagePack's numbers have 64 bits, and a schema's as many as it likes.
+        # As text, since MessagePack's integers have 64 bits, and a schema's may have more.
         wire["params"]["grammar"] = self.params.grammar and json.dumps(self.params.grammar)
         return wire
 
@@ -226,48 +227,47 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
-    """Natural log-probability of a chosen token and of the likeliest ones, before any penalty."""
+    """Natural log-probability of a token and of the likeliest ones, before penalties."""
 
     logprob: float
     top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output:
-    """What one step did for one request."""
+class RequestOutput:
+    """What one step adds to one request."""
 
     request_id: str
     tokens: list[int] = field(default_factory=list)
-    """New tokens. With finish "stop" the last one is the token that ended the answer (but see
-    ``complete``)."""
-    forced: list[int] = field(default_factory=list)
-    """Which of ``tokens`` (indices) a tool wrote, rather than the model."""
+    """New tokens. With finish "stop" the last one is the stop token (but see ``complete``)."""
+    tool_token_indices: list[int] = field(default_factory=list)
+    """Indices in ``tokens`` of injected tool-output tokens, which the model did not sample."""
     finish: Finish | None = None
     error: str | None = None
     """Why, if ``finish`` is "error"."""
     logprobs: list[TokenLogprob | None] | None = None
-    """One for each of ``tokens`` where the request asked; None for forced ones."""
+    """One for each of ``tokens`` if requested; None for tool-output tokens."""
     prompt_logprobs: list[TokenLogprob] | None = None
-    """One for each token of the prompt but the first, where the request asked; told once."""
+    """One for each token of the prompt but the first, if requested; reported once."""
     complete: bool = False
-    """The grammar ended the answer: with finish "stop", the last token is part of it."""
+    """The grammar ended the output: with finish "stop", the last token is part of the text."""
     cached_tokens: int = 0
-    """Prompt tokens that needed no computation, told with the first token."""
+    """Prompt tokens from the prefix cache, reported with the first token."""
 
     @property
-    def ended_by_last(self) -> bool:
-        """Whether the last token only ended the answer, and is no part of it."""
+    def last_token_is_stop(self) -> bool:
+        """Whether the last token is a stop token, which is no part of the text."""
         return self.finish == "stop" and not self.complete
 
     def to_wire(self) -> dict[str, Any]:
-        """Only what differs from an empty output, since thousands travel each second."""
+        """Only what differs from an empty output, since thousands are sent each second."""
         wire: dict[str, Any] = {"id": self.request_id, "tokens": self.tokens}
-        for name in ("forced", "finish", "error", "complete", "cached_tokens"):
+        for name in ("tool_token_indices", "finish", "error", "complete", "cached_tokens"):
             if value := getattr(self, name):
                 wire[name] = value
         for name in ("logprobs", "prompt_logprobs"):
-            if (found := getattr(self, name)) is not None:
-                wire[name] = [p and [p.logprob, p.top] for p in found]
+            if (logprobs := getattr(self, name)) is not None:
+                wire[name] = [p and [p.logprob, p.top] for p in logprobs]
         return wire
 
     @classmethod

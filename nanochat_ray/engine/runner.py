@@ -120,13 +120,13 @@ class Runner:
             logits = graphs.run(tokens_2N, step.spans)
             return logits[:count] if len(indices) == count else logits[self._index(indices)]
         ids_N, previous_N = tokens_2N
-        hidden = self.model.hidden(ids_N, previous_N, self.cache)
+        states_NC = self.model.hidden(ids_N, previous_N, self.cache)
         if not indices:
-            return hidden.new_empty((0, self.model.config.vocab_size), dtype=torch.float32)
+            return states_NC.new_empty((0, self.model.config.vocab_size), dtype=torch.float32)
         if indices != list(range(num_tokens)):
             padding = [indices[0]] * (self.min_num_tokens - len(indices))
-            hidden = hidden[self._index(indices + padding)]
-        return self.model.logits(hidden)[: len(indices)]
+            states_NC = states_NC[self._index(indices + padding)]
+        return self.model.logits(states_NC)[: len(indices)]
 
     def _index(self, rows: list[int]) -> Tensor:
         return send(torch.tensor(rows, dtype=torch.int64), self.device)

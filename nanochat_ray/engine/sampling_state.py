@@ -1,7 +1,8 @@
 """Sampling parameters and token counts by slot, so that a step gathers them with one index.
 
-What a feature needs per token of the vocabulary (counts, bias, bans) is allocated when the first
-request uses it.
+Tables over the vocabulary (counts, bias, bans) are allocated when the first request needs them.
+
+S rows that are sampled from, G of them with a grammar, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ class SamplingState:
         self._penalties = torch.zeros((slots, 3), device=device)
         self._ban_before = column(torch.int64)
         self._features = [0] * slots
-        self._seen: Tensor | None = None
+        self._in_text: Tensor | None = None
         self._counts: Tensor | None = None
         self._bias: Tensor | None = None
         self._bans: Tensor | None = None
 
     def admit(self, sequence: Sequence) -> None:
-        """Fills the row of the sequence's slot."""
+        """Sets the row of the sequence's slot."""
         p, slot, features = sequence.request.params, sequence.slot, 0
         if p.temperature > 0:
             features |= sampler.SAMPLED
@@ -59,14 +60,14 @@ class SamplingState:
             features |= sampler.MIN_P if p.min_p > 0 else 0
         rows = self._rows
         self._top_k[slot] = p.top_k if features & sampler.TOP_K else 0
-        # To assign a number to a place of a GPU's tensor would be to wait for the GPU.
+        # ``fill_``, since ``tensor[slot] = number`` waits for the GPU.
         hot = min(max(p.temperature, sampler.MIN_TEMPERATURE), sampler.MAX_TEMPERATURE)
         hot = hot if p.temperature > 0 else 0.0
         rows.temperature[slot].fill_(hot)
         rows.top_k[slot].fill_(p.top_k)
         rows.top_p[slot].fill_(p.top_p)
         rows.min_p[slot].fill_(p.min_p)
-        rows.seed[slot].fill_(sampler.signed(sequence.seed))
+        rows.seed[slot].fill_(sampler.to_int64(sequence.seed))
         if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
             features |= PENALTY
             self._admit_penalties(sequence)
@@ -86,14 +87,14 @@ class SamplingState:
 
     def _admit_penalties(self, sequence: Sequence) -> None:
         p, slot = sequence.request.params, sequence.slot
-        if self._seen is None or self._counts is None:
-            self._seen, self._counts = self._table(torch.bool), self._table(torch.float32)
-        self._seen[slot].zero_().index_fill_(0, self._ids(sequence.tokens), True)
-        answer = self._ids(sequence.tokens[len(sequence.request.prompt) :])
-        ones = torch.ones(len(answer), device=self.device)
-        self._counts[slot].zero_().index_add_(0, answer, ones)
-        three = torch.tensor((p.repetition_penalty, p.presence_penalty, p.frequency_penalty))
-        self._penalties[slot].copy_(send(three, self.device))
+        if self._in_text is None or self._counts is None:
+            self._in_text, self._counts = self._table(torch.bool), self._table(torch.float32)
+        self._in_text[slot].zero_().index_fill_(0, self._ids(sequence.tokens), True)
+        output_ids = self._ids(sequence.tokens[len(sequence.request.prompt) :])
+        ones = torch.ones(len(output_ids), device=self.device)
+        self._counts[slot].zero_().index_add_(0, output_ids, ones)
+        penalties = torch.tensor((p.repetition_penalty, p.presence_penalty, p.frequency_penalty))
+        self._penalties[slot].copy_(send(penalties, self.device))
 
     def _table(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros((self.slots, self.vocab_size), dtype=dtype, device=self.device)
@@ -106,70 +107,86 @@ class SamplingState:
         logits: Tensor,
         slots: SequenceOf[int],
         positions: SequenceOf[int],
-        allowed: tuple[SequenceOf[int], np.ndarray] | None = None,
-        ahead: SequenceOf[tuple[int, int]] = (),
-        late: tuple[SequenceOf[tuple[int, int]], Tensor] | None = None,
+        grammar_masks: tuple[SequenceOf[int], np.ndarray] | None = None,
+        uncounted_tokens: SequenceOf[tuple[int, int]] = (),
+        device_tokens: tuple[SequenceOf[tuple[int, int]], Tensor] | None = None,
     ) -> Tensor:
-        """Tokens int64 ``[S]`` for ``logits [S, V]`` of the sequences in ``slots``, which will
-        stand at ``positions``. ``allowed`` holds the rows that follow a grammar and what they
-        allow, bool ``[G, V]``; ``ahead`` pairs of a row and a token that it takes to be in the
-        answer beside those that were counted; ``late`` what ``sampler.insert`` puts there of tokens
-        that are on the device alone."""
-        if allowed is not None:
-            marked = send(torch.from_numpy(allowed[1]), self.device)
-            logits = sampler.allow(logits, self._ids(list(allowed[0])), marked)
+        """Tokens int64 ``[S]`` at ``positions``, from ``logits [S, V]`` of the ``slots``.
+
+        ``grammar_masks``: the rows with a grammar, and the tokens that it allows, bool ``[G, V]``.
+        ``uncounted_tokens``: pairs of a row and a token that penalties must count beside those that
+        ``count`` was called with. ``device_tokens``: what ``sampler.insert`` copies over the tokens
+        of those pairs.
+        """
+        if grammar_masks is not None:
+            rows, mask = grammar_masks
+            mask_GV = send(torch.from_numpy(mask), self.device)
+            logits = sampler.mask_rows(logits, self._ids(list(rows)), mask_GV)
         features = 0
         for slot in slots:
             features |= self._features[slot]
         if not features:
             return sampler.greedy(logits)
-        at, where = self._ids(list(slots)), self._ids(list(positions))
+        slots_S, positions_S = self._ids(list(slots)), self._ids(list(positions))
         if features & BIAS and self._bias is not None:
-            logits = logits + self._used(BIAS, slots) * self._bias[at]
-        if features & PENALTY and self._seen is not None and self._counts is not None:
-            use = self._used(PENALTY, slots)
-            repetition, presence, frequency = self._penalties[at].unbind(1)
-            seen, counts = self._seen[at], self._counts[at]
-            if ahead:
-                pairs = self._ids(list(ahead))  # type: ignore[arg-type]
-                if late is not None:
-                    sampler.insert(pairs[:, 1], *late)
-                self._note(seen, counts, pairs)
-            changed = sampler.penalise(logits, seen, counts, repetition, presence, frequency)
-            logits = torch.where(use > 0, changed, logits)
+            logits = logits + self._uses(BIAS, slots) * self._bias[slots_S]
+        if features & PENALTY and self._in_text is not None and self._counts is not None:
+            logits = self._penalise(logits, slots, slots_S, uncounted_tokens, device_tokens)
         if features & BAN and self._bans is not None:
-            early = (where < self._ban_before[at])[:, None] & (self._used(BAN, slots) > 0)
-            banned = logits.masked_fill(self._bans[at] & early, -torch.inf)
-            # Where a grammar allows only what is banned, the grammar has its way.
-            stuck = banned.amax(dim=-1, keepdim=True) == -torch.inf
-            logits = torch.where(stuck, logits, banned)
+            is_early = (positions_S < self._ban_before[slots_S])[:, None]
+            is_early &= self._uses(BAN, slots) > 0
+            ban_logits = logits.masked_fill(self._bans[slots_S] & is_early, -torch.inf)
+            # Where a grammar allows only banned tokens, the grammar wins.
+            is_empty = ban_logits.amax(dim=-1, keepdim=True) == -torch.inf
+            logits = torch.where(is_empty, logits, ban_logits)
         columns = ("temperature", "top_k", "top_p", "min_p", "seed")
-        rows = Rows(
-            **{name: getattr(self._rows, name)[at] for name in columns},
+        step = Rows(
+            **{name: getattr(self._rows, name)[slots_S] for name in columns},
             widest=max(self._top_k[slot] for slot in slots),
         )
         if use_triton(self.device) and features & sampler.SAMPLED:
             from nanochat_ray.engine import triton_sampler
 
             if logits.size(1) <= triton_sampler.MAX_VOCAB:
-                return triton_sampler.choose(logits, rows, where)
-        return sampler.choose(logits, rows, where, features)
+                return triton_sampler.choose(logits, step, positions_S)
+        return sampler.choose(logits, step, positions_S, features)
 
-    def _used(self, feature: int, slots: SequenceOf[int]) -> Tensor:
+    def _penalise(
+        self,
+        logits: Tensor,
+        slots: SequenceOf[int],
+        slots_S: Tensor,
+        uncounted_tokens: SequenceOf[tuple[int, int]],
+        device_tokens: tuple[SequenceOf[tuple[int, int]], Tensor] | None,
+    ) -> Tensor:
+        assert self._in_text is not None
+        assert self._counts is not None
+        uses = self._uses(PENALTY, slots)
+        repetition, presence, frequency = self._penalties[slots_S].unbind(1)
+        in_text, counts = self._in_text[slots_S], self._counts[slots_S]
+        if uncounted_tokens:
+            pairs = self._ids(list(uncounted_tokens))  # type: ignore[arg-type]
+            if device_tokens is not None:
+                sampler.insert(pairs[:, 1], *device_tokens)
+            self._count(in_text, counts, pairs)
+        penalties = (repetition, presence, frequency)
+        return torch.where(uses > 0, sampler.penalise(logits, in_text, counts, *penalties), logits)
+
+    def _uses(self, feature: int, slots: SequenceOf[int]) -> Tensor:
         """float32 ``[S, 1]``: 1 where the row uses the feature."""
-        used = [float(bool(self._features[slot] & feature)) for slot in slots]
-        return send(torch.tensor(used), self.device)[:, None]
+        flags = [float(bool(self._features[slot] & feature)) for slot in slots]
+        return send(torch.tensor(flags), self.device)[:, None]
 
     def count(self, slots: SequenceOf[int], tokens: SequenceOf[int]) -> None:
-        """Notes new tokens of the answers in ``slots``, forced ones too."""
+        """Counts new output tokens of the sequences in ``slots``, injected ones too."""
         pairs = [(s, t) for s, t in zip(slots, tokens, strict=True) if self._features[s] & PENALTY]
-        if not pairs or self._seen is None or self._counts is None:
+        if not pairs or self._in_text is None or self._counts is None:
             return
-        self._note(self._seen, self._counts, self._ids(pairs))  # type: ignore[arg-type]
+        self._count(self._in_text, self._counts, self._ids(pairs))  # type: ignore[arg-type]
 
-    def _note(self, seen: Tensor, counts: Tensor, pairs: Tensor) -> None:
-        """Notes ``pairs`` int64 ``[A, 2]`` of a row and a token in ``seen`` and ``counts [R, V]``.
-        By their places in memory: ``index_put_`` may wait for a GPU."""
-        places = pairs[:, 0] * self.vocab_size + pairs[:, 1]
-        seen.view(-1).index_fill_(0, places, True)
-        counts.view(-1).index_add_(0, places, torch.ones(len(places), device=self.device))
+    def _count(self, in_text: Tensor, counts: Tensor, pairs: Tensor) -> None:
+        """Adds ``pairs`` int64 ``[A, 2]`` (row, token) to ``in_text`` and ``counts [R, V]``.
+        By flat indices, since ``index_put_`` may wait for a GPU."""
+        indices = pairs[:, 0] * self.vocab_size + pairs[:, 1]
+        in_text.view(-1).index_fill_(0, indices, True)
+        counts.view(-1).index_add_(0, indices, torch.ones(len(indices), device=self.device))

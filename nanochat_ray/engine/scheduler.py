@@ -75,7 +75,7 @@ class StepPlan:
 
     chunks: list[ScheduledChunk]
     """Decodes by slot, then prompts in the order of admission."""
-    admitted: list[Sequence]
+    admissions: list[Sequence]
     """Sequences that run for the first time, or again after preemption."""
 
 
@@ -144,7 +144,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Admits waiting sequences and plans the next step."""
-        admitted = self._admit()
+        admissions = self._admit()
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         for s in self.running:
@@ -160,7 +160,7 @@ class Scheduler:
             chunks = [chunk for chunk in chunks if chunk.sequence.slot >= 0]
         # Stable: prompts stay in the order of admission.
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.slot if c.is_decode else 0))
-        return StepPlan(chunks, [s for s in admitted if s.slot >= 0])
+        return StepPlan(chunks, [s for s in admissions if s.slot >= 0])
 
     def _plan_prefills(
         self, prefills: SequenceOf[Sequence], num_decodes: int, max_tokens: int

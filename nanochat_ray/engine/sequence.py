@@ -65,8 +65,8 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Whether only the last token is left to compute, as a decode."""
-        computed = self.num_computed_tokens
-        return computed + 1 == self.num_tokens and computed >= self.prefill_spans[-1][1]
+        start = self.num_computed_tokens
+        return start + 1 == self.num_tokens and start >= self.prefill_spans[-1][1]
 
     def next_span(self) -> tuple[int, bool]:
         """End of the next tokens that are all computed as decodes or all as a prompt, and whether
@@ -92,5 +92,5 @@ class Sequence:
             return ()
         draft = self.prompt_lookup.propose(self.tokens, max_tokens)
         if draft and self.grammar is not None:
-            draft = draft[: self.grammar.agreed(draft)]
+            draft = draft[: self.grammar.count_valid(draft)]
         return tuple(draft)

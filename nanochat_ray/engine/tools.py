@@ -1,7 +1,7 @@
-"""Tools that the engine runs in the middle of an answer; the one there is does sums.
+"""Tools that the engine runs while it generates; the only one is a calculator.
 
-Between the tool's start and end token the model writes its input. The engine runs it and writes
-``out_start, result, out_end`` into the answer, as nanochat does for its calculator.
+The model generates the input between the tool's start and end token. The engine runs the tool and
+injects ``out_start, result, out_end`` into the output, as nanochat does.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ MAX_INPUT_TOKENS = 256
 MAX_CHARACTERS = 200
 MAX_DEPTH = 30
 MAX_BITS = 512
-"""Whole numbers stay below 2**512 (154 digits), so every operation is quick."""
+"""Integers stay below 2**512 (154 digits), so every operation is fast."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """Token ids that frame its use; ``run`` takes the input's ids and gives the result's, or None
-    if there is no result: then the model writes on by itself. ``run`` must be pure and quick."""
+    """Delimiter token ids. ``run`` maps the input's token ids to the result's, or to None if there
+    is no result; the model then continues by itself. ``run`` must be pure and fast."""
 
     start: int
     end: int
@@ -37,19 +37,19 @@ class Tool:
 
 @dataclass
 class ToolState:
-    """Where one answer stands: a function of its tokens alone, so that it can be replayed."""
+    """The tool call of one output, a function of its tokens alone, so that it can be replayed."""
 
     tool: Tool
     _input: list[int] | None = field(default=None)
 
     def feed(self, token: int) -> list[int]:
-        """Takes one token of the model's; returns those that are to be forced after it."""
+        """Processes a sampled token; returns the tokens to inject behind it."""
         tool = self.tool
         if token == tool.start:
             self._input = []
         elif self._input is not None and token == tool.end:
-            written, self._input = self._input, None
-            result = tool.run(written) if len(written) <= MAX_INPUT_TOKENS else None
+            call_ids, self._input = self._input, None
+            result = tool.run(call_ids) if len(call_ids) <= MAX_INPUT_TOKENS else None
             if result is not None:
                 return [tool.out_start, *result, tool.out_end]
         elif self._input is not None:
@@ -57,18 +57,21 @@ class ToolState:
         return []
 
     def replay(self, tokens: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Takes an answer so far, forced tokens included. Returns the tokens still to be forced,
-        and where tools wrote: from the model's token that called one to behind the output."""
-        due: list[int] = []
-        written = []
-        for at, token in enumerate(tokens):
-            if due and token == due[0]:
-                del due[0]
+        """Processes an output so far, injected tokens included.
+
+        Returns the tokens still to inject, and the span ``[start, end)`` of each tool call: from
+        the token that ends the call to the end of the injected tokens.
+        """
+        pending: list[int] = []
+        spans = []
+        for i, token in enumerate(tokens):
+            if pending and token == pending[0]:
+                del pending[0]
             else:
-                due = self.feed(token)
-                if due:
-                    written.append((at, at + 1 + len(due)))
-        return due, written
+                pending = self.feed(token)
+                if pending:
+                    spans.append((i, i + 1 + len(pending)))
+        return pending, spans
 
 
 def calculator_tool(tokenizer: Tokenizer) -> Tool:
@@ -94,7 +97,7 @@ Number = int | float
 
 
 def calculate(expression: str) -> str | None:
-    """The value of a sum such as ``12*(3+4)`` or ``"strawberry".count("r")``; None if it has none.
+    """The value of ``12*(3+4)`` or ``"strawberry".count("r")``, for example; None if there is none.
 
     Numbers, + - * / // % ** and parentheses. Nothing is ever evaluated as Python: the expression
     is parsed and walked, and its length, depth and numbers are bounded, so that no input takes
@@ -103,13 +106,13 @@ def calculate(expression: str) -> str | None:
     expression = expression.strip()
     if len(expression) > MAX_CHARACTERS:
         return None
-    if found := _COUNT.fullmatch(expression):
-        return str(found[2].count(found[4]))
+    if match := _COUNT.fullmatch(expression):
+        return str(match[2].count(match[4]))
     expression = _THOUSANDS.sub("", expression)
     if not _ARITHMETIC.fullmatch(expression):
         return None
     try:
-        return _written(_value(ast.parse(expression, mode="eval").body, 0))
+        return _format(_value(ast.parse(expression, mode="eval").body, 0))
     except (
         _NotAllowedError,
         SyntaxError,
@@ -121,7 +124,7 @@ def calculate(expression: str) -> str | None:
         return None
 
 
-def _written(value: Number) -> str:
+def _format(value: Number) -> str:
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.10g}"
     return str(value)
@@ -131,16 +134,16 @@ def _value(node: ast.AST, depth: int) -> Number:
     if depth > MAX_DEPTH:
         raise _NotAllowedError
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        return _bounded(node.value)
+        return _check_size(node.value)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
         value = _value(node.operand, depth + 1)
         return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.BinOp):
-        left, right = _value(node.left, depth + 1), _value(node.right, depth + 1)
+        a, b = _value(node.left, depth + 1), _value(node.right, depth + 1)
         if isinstance(node.op, ast.Pow):
-            return _bounded(_power(left, right))
+            return _check_size(_power(a, b))
         if operation := _OPERATIONS.get(type(node.op)):
-            return _bounded(operation(left, right))
+            return _check_size(operation(a, b))
     raise _NotAllowedError
 
 
@@ -169,7 +172,7 @@ def _power(base: Number, exponent: Number) -> Number:
     return result
 
 
-def _bounded(value: Number) -> Number:
+def _check_size(value: Number) -> Number:
     if isinstance(value, int):
         if value.bit_length() > MAX_BITS:
             raise _NotAllowedError

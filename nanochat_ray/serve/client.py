@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.engine.request import Request, RequestOutput
 
 
 class UnavailableError(Exception):
@@ -24,7 +24,7 @@ class OutputStream:
 
     def __init__(self) -> None:
         self._aborts: dict[str, Callable[[], None]] = {}
-        self._waiting: list[Output] = []
+        self._waiting: list[RequestOutput] = []
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
 
@@ -36,7 +36,7 @@ class OutputStream:
         """The request was refused: nothing of it will come."""
         self._aborts.pop(request_id, None)
 
-    def push(self, output: Output) -> None:
+    def push(self, output: RequestOutput) -> None:
         self._waiting.append(output)
         if output.finish is not None:
             self._aborts.pop(output.request_id, None)
@@ -55,7 +55,7 @@ class OutputStream:
     def __aiter__(self) -> OutputStream:
         return self
 
-    async def __anext__(self) -> list[Output]:
+    async def __anext__(self) -> list[RequestOutput]:
         while not self._waiting:
             if self._error is not None:
                 raise self._error

@@ -13,7 +13,7 @@ from nanochat_ray.engine.detokenizer import (
     ToolCallEvent,
     ToolResultEvent,
 )
-from nanochat_ray.engine.request import EngineFull, Output, Request, TokenLogprob
+from nanochat_ray.engine.request import EngineFull, Request, RequestOutput, TokenLogprob
 from nanochat_ray.serve.client import EngineClient, OutputStream
 from nanochat_ray.serve.metrics import RequestMetrics, Timer
 from nanochat_ray.text.chat import tool_delimiters
@@ -128,12 +128,12 @@ class Choice:
             streams_call=has_grammar,
         )
 
-    def push(self, output: Output) -> Delta:
+    def push(self, output: RequestOutput) -> Delta:
         delta = Delta(self.index, num_tokens=len(output.tokens), cached_tokens=output.cached_tokens)
         if output.prompt_logprobs is not None:
             delta.prompt_logprobs = [None, *output.prompt_logprobs]  # the first token has none
         tokens = output.tokens
-        if output.ended_by_last and tokens[-1] != self._call_end:
+        if output.last_token_is_stop and tokens[-1] != self._call_end:
             tokens = tokens[:-1]  # the token that ended the answer is no part of its text
         for i, token in enumerate(tokens):
             for event in self._processor.push(token):
@@ -230,7 +230,7 @@ async def generate(
         stream.close()
 
 
-def _error(output: Output, timeout_s: float) -> Exception:
+def _error(output: RequestOutput, timeout_s: float) -> Exception:
     """The error that an engine's reason stands for: a reason begins with the field that failed."""
     reason = output.error or f"the engine ended the answer ({output.finish})"
     if reason.startswith("grammar:"):

@@ -14,7 +14,7 @@ from typing import Any
 
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.loop import EngineLoop
-from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.engine.request import Request, RequestOutput
 from nanochat_ray.serve.client import OutputStream, UnavailableError
 
 
@@ -57,12 +57,12 @@ class LocalClient:
     def close(self) -> None:
         self._engine_loop.stop()
 
-    def _on_step(self, outputs: list[Output]) -> None:  # in the engine's thread
+    def _on_step(self, outputs: list[RequestOutput]) -> None:  # in the engine's thread
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the server has ended, and its event loop with it
             self._loop.call_soon_threadsafe(self._deliver, outputs)
 
-    def _deliver(self, outputs: list[Output]) -> None:
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
             ended = output.finish is not None
             stream = (self._streams.pop if ended else self._streams.get)(output.request_id, None)

@@ -199,11 +199,11 @@ class Timer:
 _GAUGES = {
     "num_requests_running": ("running", "Requests that have a slot."),
     "num_requests_waiting": ("waiting", "Requests that wait for a slot."),
-    "kv_cache_usage_perc": ("kv_used", "Share of the cache that is in use; 1 is all of it."),
+    "kv_cache_usage_perc": ("kv_cache_usage", "Share of the cache that is in use; 1 is all of it."),
 }
 _COUNTERS = {
-    "prefix_cache_queries": ("prefix_queried", "Prompt tokens looked up in the prefix cache."),
-    "prefix_cache_hits": ("prefix_hit", "Prompt tokens found there."),
+    "prefix_cache_queries": ("num_lookup_tokens", "Prompt tokens looked up in the prefix cache."),
+    "prefix_cache_hits": ("num_hit_tokens", "Prompt tokens found there."),
     "num_preemptions": ("preemptions", "Requests that had to give their slot back."),
     "engine_steps": ("steps", "Forward passes of the engine."),
     "engine_step_seconds": ("step_seconds", "Seconds spent in them."),

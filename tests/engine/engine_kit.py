@@ -14,7 +14,7 @@ import torch
 
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.request import Output, Request, SamplingParams
+from nanochat_ray.engine.request import Request, RequestOutput, SamplingParams
 from nanochat_ray.engine.tools import Tool
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
@@ -80,20 +80,22 @@ def make_engine(
     return Engine(model, EngineConfig(**settings), tool, token_bytes)
 
 
-def ask(id: str, prompt: list[int], generated: Iterable[int] = (), **params: Any) -> Request:
+def ask(id: str, prompt: list[int], output_token_ids: Iterable[int] = (), **params: Any) -> Request:
     known = {
         name: params.pop(name) for name in ("priority", "client", "deadline") if name in params
     }
     return Request(
         id=id,
         prompt=prompt,
-        generated=list(generated),
+        output_token_ids=list(output_token_ids),
         params=SamplingParams(**{"temperature": 0.0, "max_tokens": 16} | params),
         **known,
     )
 
 
-def finish(engine: Engine, into: dict[str, list[Output]] | None = None) -> dict[str, list[Output]]:
+def finish(
+    engine: Engine, into: dict[str, list[RequestOutput]] | None = None
+) -> dict[str, list[RequestOutput]]:
     """Steps until idle; outputs by request."""
     found = {} if into is None else into
     while engine.has_work:
@@ -103,7 +105,7 @@ def finish(engine: Engine, into: dict[str, list[Output]] | None = None) -> dict[
     return found
 
 
-def tokens(outputs: list[Output]) -> list[int]:
+def tokens(outputs: list[RequestOutput]) -> list[int]:
     return [token for output in outputs for token in output.tokens]
 
 

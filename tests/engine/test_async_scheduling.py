@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.in_flight import ForwardOutput, InFlightStep, sample
-from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.engine.request import Request, RequestOutput
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
 from nanochat_ray.engine.scheduler import ScheduledChunk
@@ -80,7 +80,7 @@ def test_discarded_rows_leave_others_unchanged() -> None:
         for i, p in enumerate(prompts(24))
     ]
     whole = answers(make("off"), plain)
-    rng, engine, found = random.Random(1), make(), dict[str, list[Output]]()
+    rng, engine, found = random.Random(1), make(), dict[str, list[RequestOutput]]()
     stops = {name: made[rng.randrange(len(made))] for name, made in whole.items()}
     coming = [
         ask(
@@ -164,14 +164,14 @@ def test_a_step_with_guesses_is_read_at_once() -> None:
             prompt_lookup_max=1,
         )
         engine.add(ask("a", [1, 2], max_tokens=40, repetition_penalty=0.3))
-        outputs: dict[str, list[Output]] = {}
+        outputs: dict[str, list[RequestOutput]] = {}
         for i in range(60):
             if i in (15, 20, 25):
                 for k in range(3):
                     engine.add(ask(f"{i}{k}", [i, k], max_tokens=2))
             for output in engine.step():
                 outputs.setdefault(output.request_id, []).append(output)
-        assert engine.stats().draft_accepted > 5
+        assert engine.stats().num_accepted_tokens > 5
         found.append({name: tokens(made) for name, made in outputs.items()})
     assert found[0] == found[1]
 
@@ -223,7 +223,7 @@ def test_choosing_on_a_gpu_waits_for_nothing() -> None:
     ):
         request = ask(str(slot), [1, 2], **params)
         s = Sequence(request, [1, 2], 7, 99, prefill_spans=[(0, 2)], slot=slot)
-        s.stop_token_ids, s.num_computed_tokens = request.params.ending, 2
+        s.stop_token_ids, s.num_computed_tokens = request.params.all_stop_ids, 2
         with NoWaiting():
             state.admit(s)
         s.num_placeholders, s.placeholder_row = 1, slot

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from nanochat_ray.engine.detokenizer import IncrementalDetokenizer
-from nanochat_ray.engine.request import Output, TokenLogprob
+from nanochat_ray.engine.request import RequestOutput, TokenLogprob
 from nanochat_ray.serve.openai.logprobs import TextOffsets, for_chat, for_completion
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -83,8 +83,8 @@ def test_special_tokens_and_tool_turns(show: bool, want: str) -> None:
 
 def test_the_token_that_ended_the_answer_is_no_text() -> None:
     stream = IncrementalDetokenizer(TOKENIZER, ["zzz"])
-    assert stream.add(Output(request_id="r", tokens=TOKENIZER.encode("abz"))) == "ab"
-    ended = Output(request_id="r", tokens=TOKENIZER.encode("c;"), finish="stop")
+    assert stream.add(RequestOutput(request_id="r", tokens=TOKENIZER.encode("abz"))) == "ab"
+    ended = RequestOutput(request_id="r", tokens=TOKENIZER.encode("c;"), finish="stop")
     assert stream.add(ended) == "zc"
 
 

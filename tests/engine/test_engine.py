@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat_ray.engine.request import EngineFull, Output, Request, SamplingParams
+from nanochat_ray.engine.request import EngineFull, Request, RequestOutput, SamplingParams
 from nanochat_ray.engine.tools import Tool
 from nanochat_ray.model.gpt import GPT
 from tests.engine.engine_kit import (
@@ -58,7 +58,7 @@ def test_equals_uncached_greedy_under_random_admission_abort_and_preemption(pres
     engine = make_engine(model)
     asked = [ask(f"r{i}", p, max_tokens=rng.randint(1, 20)) for i, p in enumerate(prompts(rng, 24))]
     want = {r.id: uncached_greedy(model, list(r.prompt), r.params.max_tokens) for r in asked}
-    got: dict[str, list[Output]] = {r.id: [] for r in asked}
+    got: dict[str, list[RequestOutput]] = {r.id: [] for r in asked}
     coming, aborted = list(asked), set()
     while coming or engine.has_work:
         for _ in range(rng.randint(0, 3)):
@@ -98,7 +98,7 @@ def test_seeded_tokens_do_not_depend_on_company_order_chunks_or_preemption(prese
     assert {k: tokens(v) for k, v in finish(together).items()} == alone
 
     shuffled = make_engine(model, max_num_seqs=3, max_num_batched_tokens=5, prefill_chunk=2)
-    got: dict[str, list[Output]] = {}
+    got: dict[str, list[RequestOutput]] = {}
     for request in rng.sample(asked, len(asked)):
         shuffled.add(request)
         for output in shuffled.step():
@@ -174,10 +174,10 @@ def test_continuation_on_another_engine_gives_the_same_tokens(temperature: float
     request = ask("r", [5, 6, 7], max_tokens=20, temperature=temperature, seed=11, top_p=0.9)
     whole = answer(make_engine(model), request)
     for cut in range(1, 20):
-        later = dataclasses.replace(request, generated=whole[:cut])
+        later = dataclasses.replace(request, output_token_ids=whole[:cut])
         assert whole[:cut] + answer(make_engine(model), later) == whole
     ended = make_engine(model)
-    ended.add(dataclasses.replace(request, generated=whole))
+    ended.add(dataclasses.replace(request, output_token_ids=whole))
     assert [(o.tokens, o.finish) for o in ended.step()] == [([], "length")]
 
 
@@ -194,12 +194,12 @@ def test_tool_output_is_forced_and_survives_a_continuation_at_any_place() -> Non
     outputs = finish(engine)["r"]
     whole, output = tokens(outputs), [290, *reversed(free[3:5]), 50, 291]
     assert whole[:11] == [*free, *output]
-    assert [o.tokens[i] for o in outputs for i in o.forced][:5] == output
+    assert [o.tokens[i] for o in outputs for i in o.tool_token_indices][:5] == output
     # After the output the model goes on as if it had been in the prompt.
-    after = dataclasses.replace(request, prompt=prompt + whole[:11], generated=[])
+    after = dataclasses.replace(request, prompt=prompt + whole[:11], output_token_ids=[])
     assert whole[11:] == answer(make_engine(model), after)[: len(whole) - 11]
     for cut in range(1, 16):
-        later = dataclasses.replace(request, generated=whole[:cut])
+        later = dataclasses.replace(request, output_token_ids=whole[:cut])
         assert whole[:cut] + answer(make_engine(model, tool), later) == whole
     short = dataclasses.replace(request, params=dataclasses.replace(request.params, max_tokens=8))
     assert answer(make_engine(model, tool), short) == whole[:8]
@@ -220,7 +220,7 @@ def test_who_comes_together_shares_a_beginning() -> None:
         for request in asked:
             engine.add(request)
         found.append({k: tokens(v) for k, v in finish(engine).items()})
-        assert engine.stats().prefix_hit == (3 * len(start) if kept else 0)
+        assert engine.stats().num_hit_tokens == (3 * len(start) if kept else 0)
     assert found[0] == found[1]
 
 
@@ -234,15 +234,15 @@ def test_prefix_hits_change_nothing_but_the_work() -> None:
     results = []
     for kept in (0, 64, 4096):
         engine = make_engine(model, prefix_cache_tokens=kept)
-        found: dict[str, list[Output]] = {}
+        found: dict[str, list[RequestOutput]] = {}
         for request in asked:
             engine.add(request)
             found |= {k: found.get(k, []) + v for k, v in finish(engine).items()}
         results.append({k: tokens(v) for k, v in found.items()})
         stats = engine.stats()
-        assert stats.prefix_hit == sum(o.cached_tokens for v in found.values() for o in v)
-        assert (stats.prefix_hit > 300) == (kept > 0)
-        assert stats.prompt_tokens == sum(len(r.prompt) for r in asked) - stats.prefix_hit
+        assert stats.num_hit_tokens == sum(o.cached_tokens for v in found.values() for o in v)
+        assert (stats.num_hit_tokens > 300) == (kept > 0)
+        assert stats.prompt_tokens == sum(len(r.prompt) for r in asked) - stats.num_hit_tokens
     assert results[0] == results[1] == results[2]
 
 
@@ -280,7 +280,7 @@ def test_logprobs_are_those_of_the_model() -> None:
         assert reported.logprob == pytest.approx(float(want[made[i]]), abs=1e-4)
         assert [t for t, _ in reported.top] == want.topk(2).indices.tolist()
     assert found["other"][0].logprobs is None
-    assert Output.from_wire(found["r"][0].to_wire()) == found["r"][0]
+    assert RequestOutput.from_wire(found["r"][0].to_wire()) == found["r"][0]
 
 
 @pytest.mark.parametrize(
@@ -364,5 +364,7 @@ def test_a_deadline_fails_who_waits_and_who_runs_and_frees_the_slot() -> None:
 def test_requests_survive_the_wire() -> None:
     import json
 
-    request = ask("r", [1, 2], generated=[3], logit_bias={4: 1.5}, stop=("a",), stop_ids=(7,))
+    request = ask(
+        "r", [1, 2], output_token_ids=[3], logit_bias={4: 1.5}, stop=("a",), stop_ids=(7,)
+    )
     assert Request.from_wire(json.loads(json.dumps(request.to_wire()))) == request

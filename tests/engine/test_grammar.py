@@ -17,8 +17,8 @@ import torch
 
 from nanochat_ray.engine import sampler
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.grammar import KEPT, Grammars
-from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.engine.grammar import MAX_CACHED, Grammars
+from nanochat_ray.engine.request import Request, RequestOutput
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.engine.engine_kit import VOCAB, answer, ask, finish, make_engine, make_model, tokens
 
@@ -51,10 +51,10 @@ def request(name: str, grammar: Mapping[str, Any], **params: Any) -> Request:
     return ask(name, [ord("a"), ord("b")], grammar=grammar, **settings)
 
 
-def text(outputs: list[Output]) -> str:
+def text(outputs: list[RequestOutput]) -> str:
     assert outputs[-1].finish == "stop"
     made = tokens(outputs)
-    return TOK.decode(made[:-1] if outputs[-1].ended_by_last else made)
+    return TOK.decode(made[:-1] if outputs[-1].last_token_is_stop else made)
 
 
 def follows(grammar: Mapping[str, Any], written: str) -> bool:
@@ -112,7 +112,7 @@ def test_tokens_are_the_same_in_company_after_preemption_and_continued() -> None
     )
     for each in asked:
         shaken.add(each)
-    found: dict[str, list[Output]] = {}
+    found: dict[str, list[RequestOutput]] = {}
     while shaken.has_work:
         for output in shaken.step():
             found.setdefault(output.request_id, []).append(output)
@@ -124,9 +124,9 @@ def test_tokens_are_the_same_in_company_after_preemption_and_continued() -> None
     for each in asked:
         whole = alone[each.id]
         for cut in range(1, len(whole), 3):
-            later = dataclasses.replace(each, id=f"{each.id}-{cut}", generated=whole[:cut])
+            later = dataclasses.replace(each, id=f"{each.id}-{cut}", output_token_ids=whole[:cut])
             assert whole[:cut] + answer(other, later) == whole
-    ended = dataclasses.replace(asked[0], generated=alone["r0"])
+    ended = dataclasses.replace(asked[0], output_token_ids=alone["r0"])
     other.add(ended)
     (last,) = other.step()
     assert (last.tokens, last.finish, last.complete) == ([], "stop", True)
@@ -182,8 +182,8 @@ def test_an_engine_without_text_and_a_broken_continuation_are_refused() -> None:
     asked = request("r", {"choice": ["yes"]})
     with pytest.raises(ValueError, match=r"^grammar"):
         make_engine(make_model("modern")).add(asked)
-    with pytest.raises(ValueError, match=r"^generated"):
-        engine().add(dataclasses.replace(asked, generated=[ord("n")]))
+    with pytest.raises(ValueError, match=r"^output_token_ids"):
+        engine().add(dataclasses.replace(asked, output_token_ids=[ord("n")]))
     with pytest.raises(ValueError, match=r"^token_bytes has 301"):
         Grammars([b"a"] * 301, 300)
 
@@ -192,14 +192,14 @@ def test_grammars_survive_the_wire() -> None:
     for grammar in GRAMMARS:
         asked = request("r", grammar)
         assert Request.from_wire(json.loads(json.dumps(asked.to_wire()))) == asked
-    last = Output(request_id="r", tokens=[1], finish="stop", complete=True)
-    assert Output.from_wire(last.to_wire()) == last
+    last = RequestOutput(request_id="r", tokens=[1], finish="stop", complete=True)
+    assert RequestOutput.from_wire(last.to_wire()) == last
 
 
 def test_a_mask_keeps_what_it_allows() -> None:
     logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(0))
     allowed = torch.rand(2, VOCAB, generator=torch.Generator().manual_seed(1)) < 0.5
-    got = sampler.allow(logits, torch.tensor([3, 1]), allowed)
+    got = sampler.mask_rows(logits, torch.tensor([3, 1]), allowed)
     for row in (0, 2, 4):
         assert torch.equal(got[row], logits[row])
     for row, kept in ((3, allowed[0]), (1, allowed[1])):
@@ -211,10 +211,10 @@ def test_masks_behind_a_draft_are_those_of_the_draft_taken() -> None:
     grammars = Grammars(TOK.byte_table(), VOCAB)
     draft = list(b"ab-0")
     state = grammars.start({"regex": "[ab]{1,3}-[0-9]{2}|ab"}, [END])
-    assert state.agreed([*draft, ord("x")]) == 4
-    whole = grammars.allowed([(state, draft)])
+    assert state.count_valid([*draft, ord("x")]) == 4
+    whole = grammars.next_token_mask([(state, draft)])
     for i, token in enumerate(draft):
-        assert np.array_equal(whole[i], grammars.allowed([(state, ())])[0])
+        assert np.array_equal(whole[i], grammars.next_token_mask([(state, ())])[0])
         assert whole[i][END] == (i == 2)
         assert state.feed([token])
 
@@ -223,7 +223,7 @@ def test_a_guess_that_ends_a_grammar_leaves_nothing_to_choose_and_harms_nobody()
     engine = make_engine(make_model("modern"), None, TOK.byte_table(), prompt_lookup_max=2)
     params = {"grammar": {"regex": "(ab){3}"}, "temperature": 1.0, "logprobs": 0}
     assert answer(engine, ask("a", [1], max_tokens=9, seed=3, **params)) == list(b"ababab")
-    assert engine.stats().draft_accepted > 0
+    assert engine.stats().num_accepted_tokens > 0
 
 
 def test_it_is_compiled_once_for_all_who_ask_and_so_is_why_not() -> None:
@@ -236,10 +236,10 @@ def test_it_is_compiled_once_for_all_who_ask_and_so_is_why_not() -> None:
         with pytest.raises(ValueError, match="this regex does not compile"):
             grammars.check(bad)
     assert grammars.compile(bad) is refusal
-    for i in range(KEPT):
+    for i in range(MAX_CACHED):
         grammars.check({"choice": [f"word {i}"]})
     assert grammars.compile(bad) is refusal  # somebody holds it
-    for i in range(KEPT):
+    for i in range(MAX_CACHED):
         grammars.check({"choice": [f"word {i}"]})
     forgotten = weakref.ref(refusal)
     del refusal

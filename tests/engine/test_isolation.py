@@ -11,7 +11,7 @@ import torch
 from nanochat_ray.engine import sampler
 from nanochat_ray.engine.grammar import MAX_CHARACTERS, Grammars, GrammarState
 from nanochat_ray.engine.loop import EngineLoop
-from nanochat_ray.engine.request import EngineFull, Output, Request
+from nanochat_ray.engine.request import EngineFull, Request, RequestOutput
 from nanochat_ray.engine.tools import Tool
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.engine.engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
@@ -144,7 +144,7 @@ def test_grammar_panic_ends_only_its_answer(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _feed(state: GrammarState, matcher: object, ids: list[int]) -> bool:
-    with state.guarded():
+    with state.catch_errors():
         return bool(matcher.consume_tokens(ids))  # type: ignore[attr-defined]
     return False
 
@@ -177,11 +177,11 @@ def test_large_grammars_are_followed(grammars: Grammars, grammar: dict[str, obje
         for text in grammar["choice"][-11:]:  # type: ignore[index]
             state = grammars.start(grammar, [TOK.bos], TOK.encode(text))
             assert state.error is None
-            assert grammars.allowed([(state, [])])[0, TOK.bos]
+            assert grammars.next_token_mask([(state, [])])[0, TOK.bos]
     for text in ('{"p499', "499"):
         state.feed(TOK.encode(text) if "json_schema" in grammar else [])
     for _ in range(3):
-        assert grammars.allowed([(state, [])]).any()
+        assert grammars.next_token_mask([(state, [])]).any()
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_tool_that_raises_ends_only_its_answer() -> None:
     engine = make_engine(make_model("modern"), tool)
     engine.add(ask("steady", [1, 2], logit_bias={20: 100.0}))
     # It has begun its call already, and now ends it.
-    engine.add(ask("bad", [1, 2], generated=[11], logit_bias={10: 100.0}))
+    engine.add(ask("bad", [1, 2], output_token_ids=[11], logit_bias={10: 100.0}))
     outputs = finish(engine)
     assert tokens(outputs["steady"]) == [20] * 16
     last = outputs["bad"][-1]
@@ -243,7 +243,7 @@ class Panic(BaseException):
 def test_loop_outlives_what_one_request_raises(
     kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended: dict[str, Output] = {}
+    ended: dict[str, RequestOutput] = {}
     engine = make_engine(make_model("modern"))
     loop = EngineLoop(engine, lambda outputs: ended.update({o.request_id: o for o in outputs}))
     add = engine.add

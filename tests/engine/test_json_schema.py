@@ -11,7 +11,7 @@ import pytest
 from nanochat_ray.engine import json_schema
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.grammar import Grammars
-from nanochat_ray.engine.json_schema import MAX_ITEMS, MAX_NUMBER, MAX_STRING, bounded
+from nanochat_ray.engine.json_schema import MAX_ITEMS, MAX_NUMBER, MAX_STRING, bound_schema
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.engine.engine_kit import ask, finish, make_engine, make_model, tokens
 
@@ -104,10 +104,10 @@ def test_a_schema_that_no_bound_suits_is_followed_as_it_is(grammars: Grammars) -
 
 def test_bounds_change_nothing_of_what_was_sent() -> None:
     before = json.dumps(USER)
-    bounded(USER)
+    bound_schema(USER)
     assert json.dumps(USER) == before
     for odd in (True, {"type": 5}, {"properties": []}, {"allOf": {}}, {"$defs": 3}, {"items": 1}):
-        bounded(odd)  # type: ignore[arg-type]
+        bound_schema(odd)  # type: ignore[arg-type]
 
 
 def test_hostile_schemas_cost_little_to_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,14 +127,14 @@ def test_hostile_schemas_cost_little_to_bound(monkeypatch: pytest.MonkeyPatch) -
         deep = {"anyOf": [deep, {"type": "null"}]}
     for schema, nodes in ((chain, 3002), (deep, 201)):
         visits = 0
-        bounded(schema)
+        bound_schema(schema)
         assert visits <= nodes * 4 * (json_schema.MAX_ROUNDS + 1)
-    assert "additionalProperties" not in bounded(chain)["$defs"]["d1000"]
+    assert "additionalProperties" not in bound_schema(chain)["$defs"]["d1000"]
     loop: Any = {"type": "null"}
     for _ in range(json_schema.MAX_DEPTH + 2):
         loop = {"anyOf": [loop]}
     with pytest.raises(ValueError, match="nested deeper than 128"):
-        bounded(loop)
+        bound_schema(loop)
 
 
 def babbling(**fields: Any) -> Engine:
@@ -169,5 +169,5 @@ def test_answers_of_a_weak_model_end_as_json() -> None:
     for outputs in finish(engine).values():
         assert outputs[-1].finish == "stop"
         ids = tokens(outputs)
-        written = json.loads(TOK.decode(ids[:-1] if outputs[-1].ended_by_last else ids))
+        written = json.loads(TOK.decode(ids[:-1] if outputs[-1].last_token_is_stop else ids))
         jsonschema.validate(written, {**schema, "additionalProperties": False})

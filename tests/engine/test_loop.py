@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from nanochat_ray.engine.loop import EngineLoop
-from nanochat_ray.engine.request import EngineFull, Output
+from nanochat_ray.engine.request import EngineFull, RequestOutput
 from tests.engine.engine_kit import answer, ask, make_engine, make_model
 from tests.tiny import wait_for
 
@@ -17,11 +17,11 @@ class Collector:
     """Outputs by request, and a way to wait for them."""
 
     def __init__(self) -> None:
-        self.found: dict[str, list[Output]] = {}
+        self.found: dict[str, list[RequestOutput]] = {}
         self.steps = 0
         self._changed = threading.Condition()
 
-    def __call__(self, outputs: list[Output]) -> None:
+    def __call__(self, outputs: list[RequestOutput]) -> None:
         with self._changed:
             self.steps += 1
             for output in outputs:
@@ -74,7 +74,7 @@ def test_many_threads_submit_and_abort(loop: tuple[EngineLoop, Collector]) -> No
     engine.stop()
     engine._engine.check_integrity()
     stats = engine.stats()
-    assert (stats.running, stats.waiting, stats.kv_used) == (0, 0, 0.0)
+    assert (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0.0)
     assert stats.generated_tokens >= 12 * 18
     assert stats.steps > 0
     assert stats.step_seconds > 0

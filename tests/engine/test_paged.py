@@ -20,7 +20,7 @@ from nanochat_ray.engine.kvcache.paged_cache import PagedCache, gathered_attenti
 from nanochat_ray.engine.kvcache.paged_manager import PagedManager
 from nanochat_ray.engine.kvcache.slot_cache import SlotCache
 from nanochat_ray.engine.model import InferenceModel
-from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.engine.request import Request, RequestOutput
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.model.gpt import GPT
 from tests.engine.engine_kit import (
@@ -72,7 +72,7 @@ def requests(rng: random.Random, count: int, longest: int) -> list[Request]:
 def run(
     engine: Engine, asked: list[Request], rng: random.Random, preempt: float = 0.0
 ) -> dict[str, list[int]]:
-    found: dict[str, list[Output]] = {}
+    found: dict[str, list[RequestOutput]] = {}
     coming = list(asked)
     while coming or engine.has_work:
         while coming and rng.random() < 0.6:
@@ -126,7 +126,7 @@ def test_layers_with_windows_give_their_old_blocks_back(preset: str) -> None:
     assert num_freed > 5
     again = run(engine, asked, random.Random(8))
     assert again == slots
-    assert engine.stats().prefix_hit > 100
+    assert engine.stats().num_hit_tokens > 100
 
 
 def test_when_blocks_run_out_the_last_are_put_off_and_tokens_stay_the_same() -> None:
@@ -147,7 +147,7 @@ def test_when_blocks_run_out_the_last_are_put_off_and_tokens_stay_the_same() -> 
             got.setdefault(output.request_id, []).extend(output.tokens)
             ends += [output.request_id] if output.finish else []
         small.check_integrity()
-        assert small.stats().kv_used <= 1
+        assert small.stats().kv_cache_usage <= 1
     assert got == slots
     assert small.stats().preemptions > 2
     # In the order of priority, and of arrival within it.
@@ -182,13 +182,13 @@ def test_a_beginning_is_held_by_all_who_have_it_and_not_copied() -> None:
     pool = allocator_of(engine).pools[0]
     assert pool.capacity - pool.num_free_blocks == 4 + 4
     finish(engine)
-    assert engine.stats().prefix_hit == 3 * 64
+    assert engine.stats().num_hit_tokens == 3 * 64
     off = paged(model, prefix_cache_tokens=0)
     assert answer(off, ask("r0", [*start, 100], max_tokens=8)) == answer(
         engine, ask("again", [*start, 100], max_tokens=8)
     )
-    assert engine.stats().prefix_hit == 4 * 64
-    assert off.stats().prefix_hit == 0
+    assert engine.stats().num_hit_tokens == 4 * 64
+    assert off.stats().num_hit_tokens == 0
 
 
 def test_a_prompt_in_chunks_and_in_company_scores_alike() -> None:

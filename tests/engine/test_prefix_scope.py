@@ -83,6 +83,6 @@ def test_a_scope_names_all_blocks() -> None:
 def test_a_scope_travels() -> None:
     request = scoped("a", "alice")
     assert Request.from_wire(request.to_wire()).cache_scope == "alice"
-    assert request.seeded().cache_scope == "alice"
+    assert request.with_seed().cache_scope == "alice"
     with pytest.raises(ValueError, match="cache_scope=1 is not allowed"):
         Request(id="r", prompt=[1], cache_scope=1)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from nanochat_ray.engine.request import Output
+from nanochat_ray.engine.request import RequestOutput
 from tests.engine.engine_kit import PRESETS, VOCAB, ask, finish, make_engine, make_model, tokens
 
 
@@ -22,7 +22,7 @@ def test_they_are_those_of_the_model_whole_or_in_chunks(preset: str, budget: int
     for i, prompt in enumerate(prompts):
         engine.add(ask(f"r{i}", prompt, max_tokens=3, prompt_logprobs=2, logprobs=i % 2 or None))
     engine.add(ask("free", prompts[3], max_tokens=3))
-    found: dict[str, list[Output]] = {}
+    found: dict[str, list[RequestOutput]] = {}
     for _ in range(6):
         for output in engine.step():
             found.setdefault(output.request_id, []).append(output)
@@ -44,7 +44,7 @@ def test_they_are_those_of_the_model_whole_or_in_chunks(preset: str, budget: int
             values = want.topk(2).values.tolist()
             assert [x for _, x in got.top] == pytest.approx(values, abs=1e-4)
         first = found[f"r{i}"][0]
-        assert Output.from_wire(first.to_wire()) == first
+        assert RequestOutput.from_wire(first.to_wire()) == first
 
 
 def test_a_prompt_alone_can_be_scored_up_to_the_whole_context() -> None:

@@ -14,7 +14,7 @@ import torch
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.request import Output, Request
+from nanochat_ray.engine.request import Request, RequestOutput
 from nanochat_ray.engine.scheduler import ScheduledChunk, StepPlan
 from nanochat_ray.engine.tools import Tool
 from nanochat_ray.model.gpt import GPT
@@ -66,7 +66,7 @@ def engine(model: GPT | None = None, **settings: Any) -> Engine:
     return make_engine(model or make_model("modern"), TOOL, TEXT, **SETTINGS | settings)
 
 
-def answers(found: dict[str, list[Output]]) -> dict[str, tuple[list[int], str | None]]:
+def answers(found: dict[str, list[RequestOutput]]) -> dict[str, tuple[list[int], str | None]]:
     return {k: (tokens(v), v[-1].finish) for k, v in found.items()}
 
 
@@ -84,7 +84,7 @@ def together(
     engine: Engine, requests: Sequence[Request] = REQUESTS, preempt: float = 0.0
 ) -> dict[str, tuple[list[int], str | None]]:
     """All that fit at once; with a probability for each step, someone is preempted after it."""
-    rng, found = random.Random(0), dict[str, list[Output]]()
+    rng, found = random.Random(0), dict[str, list[RequestOutput]]()
     coming = list(requests)
     while coming or engine.has_work:
         while coming and engine.scheduler.queue_capacity:
@@ -149,17 +149,17 @@ def test_after_prefix_hits() -> None:
     warm = engine()
     assert_same(together(warm, REQUESTS[::-1]), alone(), warm)
     assert_same(together(warm, REQUESTS), alone(), warm)
-    assert warm.stats().prefix_hit > 5000
+    assert warm.stats().num_hit_tokens > 5000
 
 
 def test_continued_elsewhere_after_some_tokens() -> None:
     rng, cuts = random.Random(1), []
     for request in REQUESTS:
         made, _ = alone()[request.id]
-        cuts.append(dataclasses.replace(request, generated=made[: rng.randrange(len(made))]))
+        cuts.append(dataclasses.replace(request, output_token_ids=made[: rng.randrange(len(made))]))
     elsewhere = engine(num_speculative_tokens=2, prompt_lookup_max=1)
     found = together(elsewhere, cuts)
-    whole = {r.id: ([*r.generated, *found[r.id][0]], found[r.id][1]) for r in cuts}
+    whole = {r.id: ([*r.output_token_ids, *found[r.id][0]], found[r.id][1]) for r in cuts}
     assert_same(whole, alone(), elsewhere)
 
 
@@ -168,7 +168,7 @@ def test_with_speculation(guesses: int, ngram: int, preempt: float) -> None:
     ahead = engine(num_speculative_tokens=guesses, prompt_lookup_max=ngram)
     assert_same(together(ahead, preempt=preempt), alone(), ahead)
     stats = ahead.stats()
-    assert 50 < stats.draft_accepted < stats.drafted
+    assert 50 < stats.num_accepted_tokens < stats.num_draft_tokens
 
 
 @pytest.mark.parametrize(

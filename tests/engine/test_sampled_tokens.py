@@ -61,9 +61,9 @@ def reference(model: GPT, prompt: list[int], params: SamplingParams, count: int)
             logits[token] -= params.frequency_penalty * answer.count(token)
             logits[token] -= params.presence_penalty
         if len(answer) < params.min_tokens:
-            logits[list(params.ending)] = -torch.inf
+            logits[list(params.all_stop_ids)] = -torch.inf
         answer.append(slow_choice(logits, params, len(prompt) + len(answer)))
-        if answer[-1] in params.ending:
+        if answer[-1] in params.all_stop_ids:
             break
     return answer
 
@@ -112,7 +112,7 @@ def test_recorded_noise() -> None:
         (2**64 - 1, 7, 0.4716411416208315),
         (5, 100_000, 0.04764568352264309),
     ):
-        noise = uniform(torch.tensor(sampler.signed(seed)), torch.tensor(position))
+        noise = uniform(torch.tensor(sampler.to_int64(seed)), torch.tensor(position))
         assert float(noise) == value
 
 
@@ -166,5 +166,5 @@ def test_log_probabilities_by_hand() -> None:
 def test_only_marked_tokens_are_allowed() -> None:
     logits = torch.arange(8.0).view(2, 4)
     marks = torch.tensor([[True, False, True, False]])
-    limited = sampler.allow(logits, torch.tensor([1]), marks)
+    limited = sampler.mask_rows(logits, torch.tensor([1]), marks)
     assert limited.tolist() == [[0, 1, 2, 3], [4, -torch.inf, 6, -torch.inf]]

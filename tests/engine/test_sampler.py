@@ -31,7 +31,7 @@ def rows(params: list[SamplingParams]) -> Rows:
         top_k=torch.tensor([p.top_k for p in params]),
         top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64),
         min_p=torch.tensor([p.min_p for p in params]),
-        seed=torch.tensor([sampler.signed(p.seed or 0) for p in params]),
+        seed=torch.tensor([sampler.to_int64(p.seed or 0) for p in params]),
         widest=max(p.top_k for p in params),
     )
 

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 from typing import Any
 
-from nanochat_ray.engine.request import EngineFull, Output, Request, TokenLogprob
+from nanochat_ray.engine.request import EngineFull, Request, RequestOutput, TokenLogprob
 from nanochat_ray.serve.client import OutputStream, UnavailableError
 
 
@@ -45,7 +45,7 @@ class ScriptedClient:
     async def _play(self, request: Request, stream: OutputStream) -> None:
         tokens = self.tokens[: request.params.max_tokens]
         if self.per_step > 1:
-            stream.push(Output(request_id=request.id, tokens=tokens))
+            stream.push(RequestOutput(request_id=request.id, tokens=tokens))
             tokens = []
         for i, token in enumerate(tokens):
             await asyncio.sleep(self.delay)
@@ -57,7 +57,7 @@ class ScriptedClient:
             stops = token in request.params.stop_ids
             finish = "stop" if stops else None
             self.running -= {request.id} if stops else set()
-            output = Output(request_id=request.id, tokens=[token], finish=finish)
+            output = RequestOutput(request_id=request.id, tokens=[token], finish=finish)
             if request.params.logprobs is not None:
                 output = dataclasses.replace(output, logprobs=[score(token)])
             if i == 0 and request.params.prompt_logprobs is not None:
@@ -73,7 +73,9 @@ class ScriptedClient:
         # A real engine's "stop" comes with the token that stopped it.
         last = [] if short or self.finish != "stop" else [max(request.params.eos_ids)]
         finish = "length" if short else self.finish
-        stream.push(Output(request_id=request.id, tokens=last, finish=finish, error=self.error))
+        stream.push(
+            RequestOutput(request_id=request.id, tokens=last, finish=finish, error=self.error)
+        )
 
     async def health(self) -> dict[str, Any]:
         if isinstance(self.refuse, UnavailableError):

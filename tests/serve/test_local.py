@@ -17,7 +17,7 @@ import torch
 
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.grammar import KEPT, Grammars
+from nanochat_ray.engine.grammar import MAX_CACHED, Grammars
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Request, SamplingParams
 from nanochat_ray.engine.scheduler import ScheduledChunk
@@ -150,8 +150,8 @@ def test_a_grammar_that_compiles_for_long_holds_up_nobody(
 def test_each_of_many_grammars_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where more are asked for at a time than are kept."""
     count, client = (
-        3 * KEPT // 2,
-        make_client(max_num_seqs=4, max_num_batched_tokens=64, max_queue_size=2 * KEPT),
+        3 * MAX_CACHED // 2,
+        make_client(max_num_seqs=4, max_num_batched_tokens=64, max_queue_size=2 * MAX_CACHED),
     )
     compiled: list[str] = []
     compile_it = Grammars._compile

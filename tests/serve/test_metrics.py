@@ -105,7 +105,13 @@ def test_only_complete_requests_have_a_latency(
 
 def test_engine_figures_by_name() -> None:
     sink, _, engines = page()
-    stats = {"running": 3, "waiting": 4, "kv_used": 0.5, "prefix_queried": 50, "prefix_hit": 20}
+    stats = {
+        "running": 3,
+        "waiting": 4,
+        "kv_cache_usage": 0.5,
+        "num_lookup_tokens": 50,
+        "num_hit_tokens": 20,
+    }
     engines.put("0", stats | {"preemptions": 6, "steps": 70, "step_seconds": 8.5})
     assert values(sink) == {
         "num_requests_running": 3,

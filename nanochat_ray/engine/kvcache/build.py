@@ -42,10 +42,10 @@ def build_kv_cache(
     caches_prefixes = config.prefix_cache_tokens >= BLOCK_SIZE
     if choose_layout(config, device) == "paged":
         allocator = make_allocator(model, config, max_model_len, dtype, free, BLOCK_SIZE)
-        paged = PagedCache(
+        cache = PagedCache(
             model, allocator, num_slots, max_model_len, dtype, device, min_num_tokens
         )
-        return paged, PagedManager(allocator, paged, caches_prefixes)
+        return cache, PagedManager(allocator, cache, caches_prefixes)
     check_slots(model, config, max_model_len, dtype, free, native is not None)
     slots = SlotCache(model, num_slots, max_model_len, dtype, device, min_num_tokens, native)
     if not caches_prefixes:

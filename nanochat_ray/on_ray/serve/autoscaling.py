@@ -31,14 +31,14 @@ class Load:
     running: float
     waiting: float
     slots: float
-    kv_used: float
+    kv_cache_usage: float
     """Share of its KV cache."""
 
     @property
     def fullness(self) -> float:
         """1 is as much load as the replica should have."""
         requests = (self.running + self.waiting) / (self.slots * MAX_SLOT_USAGE)
-        return max(requests, self.kv_used / MAX_KV_USAGE)
+        return max(requests, self.kv_cache_usage / MAX_KV_USAGE)
 
 
 def target_num_replicas(loads: Sequence[Load], num_replicas: int) -> int:
@@ -52,7 +52,7 @@ def policy(context: AutoscalingContext) -> tuple[int, dict]:
     """Serve's interface; the metrics are those of ``EngineReplica.record_autoscaling_stats``. A
     replica without metrics has no work yet."""
     metrics = context.aggregated_metrics or {}
-    names = ("running", "waiting", "slots", "kv_used")
+    names = ("running", "waiting", "slots", "kv_cache_usage")
     loads = [
         Load(**{name: metrics[name][replica] for name in names})
         for replica in metrics.get("slots", {})

@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from nanochat_ray.engine.request import EngineFull, Output, Request
+from nanochat_ray.engine.request import EngineFull, Request, RequestOutput
 from nanochat_ray.on_ray.serve.connection import (
     ACCEPTED,
     NOT_HERE,
@@ -123,7 +123,7 @@ class RayEngineClient:
     # ---- the EngineClient
 
     async def submit(self, request: Request, stream: OutputStream) -> None:
-        entry = InFlightRequest(request, stream, tokens=list(request.generated))
+        entry = InFlightRequest(request, stream, tokens=list(request.output_token_ids))
         stream.take(request.id, lambda: self._abort(entry))
         try:
             await self._dispatch(entry)
@@ -249,7 +249,7 @@ class RayEngineClient:
         if entry is None:
             return  # aborted or migrated
         # The stream knows the request by its own id.
-        output = Output.from_wire({**wire, "id": entry.request.id})
+        output = RequestOutput.from_wire({**wire, "id": entry.request.id})
         entry.tokens += output.tokens
         if output.finish is not None:
             del replica.in_flight[wire["id"]]
@@ -306,7 +306,9 @@ class RayEngineClient:
         entry.replica, entry.is_dispatching = replica, True
         wire_id = entry.wire_id
         replica.in_flight[wire_id] = entry
-        request = dataclasses.replace(entry.request, id=wire_id, generated=tuple(entry.tokens))
+        request = dataclasses.replace(
+            entry.request, id=wire_id, output_token_ids=tuple(entry.tokens)
+        )
         future = replica.replies[wire_id] = asyncio.get_running_loop().create_future()
         try:
             replica.connection.send("submit", request.to_wire())

@@ -23,7 +23,7 @@ from nanochat_ray.config import from_json
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.loop import EngineLoop
-from nanochat_ray.engine.request import EngineFull, Output, Request
+from nanochat_ray.engine.request import EngineFull, Request, RequestOutput
 from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.machine import engine_threads, run_in_temporary_thread
 from nanochat_ray.on_ray.serve.connection import (
@@ -130,7 +130,7 @@ class EngineReplica:
         self.tokenizer = tokenizer.fingerprint
         engine = Engine(model, self.config, calculator_tool(tokenizer), tokenizer.byte_table())
 
-        def on_step(outputs: list[Output]) -> None:  # in the engine's thread
+        def on_step(outputs: list[RequestOutput]) -> None:  # in the engine's thread
             loop.call_soon_threadsafe(self._deliver, outputs)
 
         engine_loop = EngineLoop(engine, on_step)
@@ -142,7 +142,7 @@ class EngineReplica:
             await asyncio.sleep(0.2)
         await asyncio.to_thread(engine.stop)
 
-    def _deliver(self, outputs: Sequence[Output]) -> None:
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         batches: dict[Connection, list[dict[str, Any]]] = {}
         for output in outputs:
             owner = self.owners.get(output.request_id)
@@ -232,7 +232,9 @@ class EngineReplica:
         if self.engine is None:
             return {}
         stats = self.engine.stats()
-        return {name: getattr(stats, name) for name in ("running", "waiting", "slots", "kv_used")}
+        return {
+            name: getattr(stats, name) for name in ("running", "waiting", "slots", "kv_cache_usage")
+        }
 
     async def _send_heartbeats(self) -> None:
         while True:

@@ -9,8 +9,8 @@ import pytest
 from nanochat_ray.on_ray.serve.autoscaling import Load, policy, target_num_replicas
 
 
-def load(running: float, waiting: float = 0, kv_used: float = 0.0) -> Load:
-    return Load(running=running, waiting=waiting, slots=10, kv_used=kv_used)
+def load(running: float, waiting: float = 0, kv_cache_usage: float = 0.0) -> Load:
+    return Load(running=running, waiting=waiting, slots=10, kv_cache_usage=kv_cache_usage)
 
 
 @pytest.mark.parametrize(
@@ -23,11 +23,11 @@ def load(running: float, waiting: float = 0, kv_used: float = 0.0) -> Load:
         ([load(10, waiting=30)], 1, 5),
         ([load(10, waiting=30)], 3, 5),  # two of them are starting
         ([load(10, waiting=30), load(0), load(0)], 5, 5),
-        ([load(3, kv_used=0.9)], 1, 2),  # few, but long
+        ([load(3, kv_cache_usage=0.9)], 1, 2),  # few, but long
         ([load(9), load(9)], 2, 2),
         ([load(3), load(3)], 2, 2),  # one would suffice, but be nearly full
         ([load(3), load(2)], 2, 1),
-        ([load(0, kv_used=0.0), load(1, kv_used=0.6)], 2, 2),
+        ([load(0, kv_cache_usage=0.0), load(1, kv_cache_usage=0.6)], 2, 2),
         ([load(0)] * 4, 4, 1),
     ],
 )
@@ -45,7 +45,7 @@ def test_policy_reads_what_serve_gives() -> None:
         "running": {"a": 10},
         "waiting": {"a": 12},
         "slots": {"a": 10},
-        "kv_used": {"a": 0.1},
+        "kv_cache_usage": {"a": 0.1},
     }
     assert policy(context) == (3, {})
 

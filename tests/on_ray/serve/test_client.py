@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nanochat_ray.engine.request import Output, Request, SamplingParams
+from nanochat_ray.engine.request import Request, RequestOutput, SamplingParams
 from nanochat_ray.on_ray.serve import client as client_module
 from nanochat_ray.on_ray.serve.client import RayEngineClient
 from nanochat_ray.on_ray.serve.connection import ACCEPTED, Connection
@@ -40,9 +40,9 @@ class Replica:
             request = Request.from_wire(message[1])
             self.requests.append(request)
             connection.send("reply", request.id, ACCEPTED)
-            token = 7 + len(request.generated)
+            token = 7 + len(request.output_token_ids)
             finish = None if self.vanishes else "stop"
-            output = Output(request_id=request.id, tokens=[token], finish=finish)
+            output = RequestOutput(request_id=request.id, tokens=[token], finish=finish)
             connection.send("outputs", [output.to_wire()])
             self.silent = self.vanishes
 
@@ -88,7 +88,7 @@ def test_requests_leave_a_host_that_vanished(monkeypatch: pytest.MonkeyPatch) ->
             outputs = [output async for batch in stream for output in batch]
         assert [list(o.tokens) for o in outputs] == [[7], [8]]
         assert len(vanishing.requests) == 1
-        assert list(healthy.requests[0].generated) == [7]
+        assert list(healthy.requests[0].output_token_ids) == [7]
         await client.close()
         for replica in (vanishing, healthy):
             replica.heartbeats.cancel()
