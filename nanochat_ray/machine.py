@@ -54,7 +54,7 @@ def zeros(
     ``now``: all pages are taken now, and not one by one while others wait.
 
     Looking up pages of 4 KiB takes as long as reading them: a sum over 64 MiB was made in half the
-    time, an engine's products in 0.8 to 0.9 of it (engine/NOTES.md).
+    time, an engine's products in 0.8 to 0.9 of it (engine/BENCHMARKS.md).
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < LARGE_PAGE:

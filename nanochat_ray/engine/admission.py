@@ -40,11 +40,11 @@ class Admitter:
         """ValueError if the engine can never process the request."""
         tokens = (*request.prompt, *request.output_token_ids)
         if not request.prompt:
-            raise ValueError("prompt: it must hold at least one token")
+            raise ValueError("prompt: it must have at least one token")
         if len(tokens) + min(1, request.params.max_tokens) > self.max_model_len:
             raise ValueError(
                 f"prompt has {len(tokens)} tokens, but the context holds {self.max_model_len} "
-                "together with at least one token of the answer"
+                "together with at least one output token"
             )
         for name, ids in (
             ("prompt", tokens),

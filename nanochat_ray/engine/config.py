@@ -27,15 +27,15 @@ class EngineConfig:
     max_num_seqs: int = 32
     """Sequences that are decoded together."""
     max_model_len: int = 0
-    """Longest prompt plus answer, in tokens; 0 is the model's sequence_len."""
+    """Longest prompt and output together, in tokens; 0: the model's sequence_len."""
     max_num_batched_tokens: int = 256
-    """Tokens of one step: decodes first, what is left goes to prompts."""
+    """Tokens of one step: decodes first, the rest for prompts."""
     prefill_chunk: int = 64
-    """Prompt tokens, for each prompt, of a step in which others decode, or 3 for each of these if
-    that is more; fewer late in long prompts. It bounds the others' delay."""
+    """Prompt tokens of a step beside decodes: this many for each prompt, or 3 for each decode if
+    that is more; fewer late in long prompts. It bounds the delay of the decodes."""
     prefix_cache_tokens: int = 4096
-    """Tokens of prompt beginnings that are kept for later prompts that begin the same; 0 is off.
-    Where the layout is paged, what nobody holds is kept too."""
+    """Tokens of prompt prefixes that are cached beside the running sequences; 0: no prefix cache.
+    With the paged layout all free blocks serve as cache too."""
     kv_layout: KvLayout = "auto"
     """How keys and values are stored: in slots of ``max_model_len`` tokens, or in blocks that are
     allocated as sequences grow. "auto" is "paged" on a GPU and "slots" on a CPU."""
@@ -46,23 +46,23 @@ class EngineConfig:
     kv_cache_memory_fraction: float = 0.8
     """Share of the free memory that keys and values may take, at most."""
     kv_tokens: int = 0
-    """Tokens that all sequences together may hold where the layout is paged; 0 is what they need
-    at most, if ``kv_cache_memory_fraction`` has room for it."""
+    """Tokens of all sequences together, with the paged layout; 0: as many as they need at most, if
+    ``kv_cache_memory_fraction`` allows it."""
     max_queue_size: int = 256
-    """Requests that may wait for a slot; one more is refused."""
+    """Requests that may wait for a slot; further ones are rejected."""
     async_scheduling: AsyncScheduling = "auto"
-    """Whether a step is planned and launched while the one before it runs. "auto" is on a GPU: on a
-    CPU, which is done with a step when it is launched, tokens would only come a step later. Not
-    while a step has rows left for guesses, which need known tokens."""
+    """Whether a step is planned and launched while the previous one runs. "auto": on a GPU. On a
+    CPU, where a step is done when it is launched, tokens would only come a step later. Not while a
+    step has room for draft tokens, which depend on the latest tokens."""
     precision: Precision = "fp32"
     num_speculative_tokens: int = 3
-    """Guessed tokens that a sequence runs beside its last one, at most; 0 is off. Tokens are the
-    same."""
+    """Draft tokens of a sequence in one step, at most; 0: no speculative decoding. It changes no
+    token."""
     speculative_disable_by_batch_size: int = 4
-    """Guesses fill a step up to so many rows; 0 is no bound. Products of 4 rows take as long as
-    those of 1, since they wait for the weights."""
+    """Draft tokens are added only while the batch has fewer tokens than this; 0: no limit. Matmuls
+    of 4 rows take as long as those of 1, since they wait for the weights."""
     prompt_lookup_max: int = 2
-    """Tokens that must have stood before in this order for a guess at what follows them."""
+    """Length of the n-grams of the lookup: the last tokens must have occurred before."""
 
     def __post_init__(self) -> None:
         require_finite(self)

@@ -1,7 +1,7 @@
 """The C kernels of the CPU hot path, called from torch: ``native.c`` and ``linear.c``.
 
 Decoding is bound by memory bandwidth: each token reads all its keys and values for one query. One
-pass that prefetches is 1.2 to 1.5 times as fast as torch's attention (NOTES.md), attends over each
+pass that prefetches is 1.2 to 1.5 times as fast as torch's (BENCHMARKS.md), attends over each
 sequence at its own length, and works with any slots in the batch. A row's result depends on that
 row alone, which torch's matmuls do not guarantee. The matmuls use Intel's AMX when available, with
 float32 precision. Elementwise operations read memory once instead of up to six times.
