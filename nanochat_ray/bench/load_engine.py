@@ -12,7 +12,6 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Request, SamplingParams
-from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
@@ -49,8 +48,8 @@ def make_run(run: Store) -> None:
 
 def make_engine(run: Store, threads: int, config: EngineConfig) -> Engine:
     torch.set_num_threads(threads)
-    model, tokenizer = checkpoint.load_model(run)
-    return Engine(model.eval(), config, calculator_tool(tokenizer), tokenizer.byte_table())
+    engine, _ = Engine.from_run(run, config)
+    return engine
 
 
 def drive(engine: Engine, prompts: Sequence[Prompt], concurrency: int) -> list[Result]:

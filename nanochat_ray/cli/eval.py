@@ -22,7 +22,6 @@ from nanochat_ray.checks import check_int, check_name, require
 from nanochat_ray.data import corpus, sources
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.evals.bpb import evaluate_text
 from nanochat_ray.evals.tasks import evaluate
 from nanochat_ray.machine import engine_threads
@@ -160,6 +159,6 @@ def main(args: Args) -> None:
         result |= text_figures(args, model, tokenizer)
     if tasks:
         config = EngineConfig(max_num_seqs=args.slots, precision=args.precision)
-        engine = Engine(model, config, calculator_tool(tokenizer))
+        engine = Engine.from_model(model, tokenizer, config)
         result |= task_figures(args, engine, tokenizer, tasks)
     print(json.dumps(result))

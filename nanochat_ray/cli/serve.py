@@ -24,13 +24,11 @@ from dataclasses import dataclass, field
 import ray
 from ray import serve
 
-from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_float, check_int, check_name, check_port, require
 from nanochat_ray.config import with_options
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.machine import engine_threads, run_in_temporary_thread
 from nanochat_ray.model.config import Precision
-from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.on_ray import session
 from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.on_ray.serve.deployment import build_application, prefer_haproxy
@@ -204,7 +202,6 @@ def serve_here(config: ServeConfig, args: Args) -> None:
     import torch
 
     from nanochat_ray.engine.engine import Engine
-    from nanochat_ray.engine.tools import calculator_tool
     from nanochat_ray.serve import access, http_server
     from nanochat_ray.serve.app import build_app
     from nanochat_ray.serve.collector import freeze_gc
@@ -214,14 +211,8 @@ def serve_here(config: ServeConfig, args: Args) -> None:
     def load() -> tuple[Engine, Tokenizer]:
         torch.set_num_threads(config.threads or engine_threads(sharing=1))
         run = Store.at(config.storage).child("runs", config.run)
-        model, tokenizer = checkpoint.load_model(
-            run,
-            checkpoint.chosen(run, config.checkpoint),
-            device="cuda" if config.gpus else "cpu",
-            dtype=DTYPES[config.engine.precision],
-        )
-        tool, table = calculator_tool(tokenizer), tokenizer.byte_table()
-        return Engine(model.eval(), config.engine, tool, table), tokenizer
+        device = "cuda" if config.gpus else "cpu"
+        return Engine.from_run(run, config.engine, config.checkpoint, device)
 
     http_server.bind(args.host, args.port).close()  # before the model is loaded
     engine, tokenizer = run_in_temporary_thread(load)

@@ -10,11 +10,12 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.acceptance import Acceptance, accept_tokens
 from nanochat_ray.engine.admission import Admitter
 from nanochat_ray.engine.config import EngineConfig
@@ -28,8 +29,11 @@ from nanochat_ray.engine.scheduler import ScheduledChunk, Scheduler
 from nanochat_ray.engine.scores import PromptScores
 from nanochat_ray.engine.sequence import Sequence
 from nanochat_ray.engine.stats import Stats
-from nanochat_ray.engine.tools import Tool
+from nanochat_ray.engine.tools import Tool, calculator_tool
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.precision import DTYPES
+from nanochat_ray.storage import Store
+from nanochat_ray.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +80,33 @@ class Engine:
         self._ready: list[RequestOutput] = []
         """Outputs that the next ``step`` returns."""
         self._stats = Stats(slots=config.max_num_seqs, kernels=self.runner.kernels)
+
+    @classmethod
+    def from_model(cls, model: GPT, tokenizer: Tokenizer, config: EngineConfig) -> Self:
+        """An engine with the calculator and with grammars."""
+        return cls(model, config, calculator_tool(tokenizer), tokenizer.byte_table())
+
+    @classmethod
+    def from_run(
+        cls,
+        run: Store,
+        config: EngineConfig,
+        checkpoint_name: str = "",
+        device: str | torch.device = "cpu",
+        tokenizer_fingerprint: str = "",
+    ) -> tuple[Self, Tokenizer]:
+        """An engine for a checkpoint of a run, the latest by default, and its tokenizer.
+
+        ValueError if there is no such checkpoint, or if ``tokenizer_fingerprint`` is set and is not
+        that of its tokenizer. Threads that torch starts here end with the calling thread: see
+        ``machine.run_in_temporary_thread``.
+        """
+        name = checkpoint.chosen(run, checkpoint_name)
+        dtype = DTYPES[config.precision]
+        model, tokenizer = checkpoint.load_model(run, name, device=device, dtype=dtype)
+        if tokenizer_fingerprint not in ("", tokenizer.fingerprint):
+            raise ValueError(f"checkpoint={name!r} has another tokenizer than the one in use")
+        return cls.from_model(model, tokenizer, config), tokenizer
 
     @property
     def has_work(self) -> bool:

@@ -20,7 +20,6 @@ from nanochat_ray.bench import replay
 from nanochat_ray.bench.mutations import Mutation, mutations
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.serve.app import build_app
@@ -41,7 +40,7 @@ def server() -> LocalClient:
     config = EngineConfig(
         max_num_seqs=8, max_num_batched_tokens=64, max_queue_size=8, prefix_cache_tokens=512
     )
-    return LocalClient(Engine(model.eval(), config, calculator_tool(TOK), TOK.byte_table()))
+    return LocalClient(Engine.from_model(model.eval(), TOK, config))
 
 
 async def fuzz(url: str, count: int, seed: int) -> dict[int, int]:

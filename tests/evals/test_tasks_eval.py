@@ -6,7 +6,6 @@ import torch
 
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.evals.tasks import evaluate
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.chat import Message
@@ -41,7 +40,7 @@ def engine() -> Engine:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    return Engine(model, EngineConfig(max_num_seqs=4), calculator_tool(TOKENIZER))
+    return Engine.from_model(model, TOKENIZER, EngineConfig(max_num_seqs=4))
 
 
 def test_accuracy_is_counted_over_all_questions() -> None:

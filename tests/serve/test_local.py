@@ -21,7 +21,6 @@ from nanochat_ray.engine.grammar import MAX_CACHED, Grammars
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Request, SamplingParams
 from nanochat_ray.engine.scheduler import ScheduledChunk
-from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.serve.app import build_app
@@ -44,7 +43,7 @@ def make_model() -> GPT:
 
 
 def make_client(**settings: int) -> LocalClient:
-    engine = Engine(make_model(), EngineConfig(**settings), calculator_tool(TOK), TOK.byte_table())
+    engine = Engine.from_model(make_model(), TOK, EngineConfig(**settings))
     return LocalClient(engine)
 
 

@@ -18,13 +18,11 @@ from typing import Any
 import ray.util
 from ray import serve
 
-from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import from_json
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Request, RequestOutput
-from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.machine import engine_threads, run_in_temporary_thread
 from nanochat_ray.on_ray.serve.connection import (
     ACCEPTED,
@@ -120,15 +118,11 @@ class EngineReplica:
     def _start_engine(self, name: str, loop: asyncio.AbstractEventLoop) -> EngineLoop:
         import torch
 
-        from nanochat_ray.model.precision import DTYPES
-
         torch.set_num_threads(self.threads or engine_threads(self.sharing))
-        dtype = DTYPES[self.config.precision]
-        model, tokenizer = checkpoint.load_model(self.run, name, device=self.device, dtype=dtype)
-        if self.tokenizer not in ("", tokenizer.fingerprint):
-            raise ValueError(f"checkpoint={name!r} has another tokenizer than {self.checkpoint!r}")
+        engine, tokenizer = Engine.from_run(
+            self.run, self.config, name, self.device, self.tokenizer
+        )
         self.tokenizer = tokenizer.fingerprint
-        engine = Engine(model, self.config, calculator_tool(tokenizer), tokenizer.byte_table())
 
         def on_step(outputs: list[RequestOutput]) -> None:  # in the engine's thread
             loop.call_soon_threadsafe(self._deliver, outputs)
