@@ -81,7 +81,7 @@ def make_engine(
 
 
 def ask(id: str, prompt: list[int], output_token_ids: Iterable[int] = (), **params: Any) -> Request:
-    known = {
+    fields = {
         name: params.pop(name) for name in ("priority", "client", "deadline") if name in params
     }
     return Request(
@@ -89,7 +89,7 @@ def ask(id: str, prompt: list[int], output_token_ids: Iterable[int] = (), **para
         prompt=prompt,
         output_token_ids=list(output_token_ids),
         params=SamplingParams(**{"temperature": 0.0, "max_tokens": 16} | params),
-        **known,
+        **fields,
     )
 
 
@@ -97,12 +97,12 @@ def finish(
     engine: Engine, into: dict[str, list[RequestOutput]] | None = None
 ) -> dict[str, list[RequestOutput]]:
     """Steps until idle; outputs by request."""
-    found = {} if into is None else into
+    results = {} if into is None else into
     while engine.has_work:
         for output in engine.step():
-            found.setdefault(output.request_id, []).append(output)
+            results.setdefault(output.request_id, []).append(output)
     engine.check_integrity()
-    return found
+    return results
 
 
 def tokens(outputs: list[RequestOutput]) -> list[int]:

@@ -66,11 +66,11 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return log
 
 
-def test_a_step_runs_before_the_last_one_is_read(events: list[str]) -> None:
+def test_step_runs_before_previous_is_read(events: list[str]) -> None:
     requests = [ask(str(i), [i + 1, i + 2], max_tokens=4) for i in range(3)]
-    got = answers(make(), requests)
+    actual = answers(make(), requests)
     assert events == ["run 0", "run 3", "read", "run 3", "read", "run 3", "read", "read"]
-    assert got == answers(make("off"), requests)
+    assert actual == answers(make("off"), requests)
 
 
 def test_discarded_rows_leave_others_unchanged() -> None:
@@ -80,8 +80,8 @@ def test_discarded_rows_leave_others_unchanged() -> None:
         for i, p in enumerate(prompts(24))
     ]
     whole = answers(make("off"), plain)
-    rng, engine, found = random.Random(1), make(), dict[str, list[RequestOutput]]()
-    stops = {name: made[rng.randrange(len(made))] for name, made in whole.items()}
+    rng, engine, results = random.Random(1), make(), dict[str, list[RequestOutput]]()
+    stops = {name: output_ids[rng.randrange(len(output_ids))] for name, output_ids in whole.items()}
     coming = [
         ask(
             r.id,
@@ -100,62 +100,62 @@ def test_discarded_rows_leave_others_unchanged() -> None:
         if coming and rng.random() < 0.5:
             engine.add(coming.pop(0))
         for output in engine.step():
-            found.setdefault(output.request_id, []).append(output)
+            results.setdefault(output.request_id, []).append(output)
         if (step := engine._in_flight) is not None:
             num_discarded += sum(not c.sequence.num_placeholders for c in step.chunks)
         running = [s for s in engine.scheduler.running if s.request.id not in cut]
         if running and rng.random() < 0.3:
             engine.preempt(rng.choice(running).request.id)
         elif running and rng.random() < 0.2 and len(cut) < 6:
-            gone = rng.choice(running)
-            cut.add(gone.request.id)
+            victim = rng.choice(running)
+            cut.add(victim.request.id)
             if len(cut) % 2:
-                engine.abort(gone.request.id)
+                engine.abort(victim.request.id)
             else:
-                object.__setattr__(gone.request, "deadline", 1.0)
+                object.__setattr__(victim.request, "deadline", 1.0)
         engine.check_integrity()
     assert num_discarded > 5
     assert len(cut) == 6
-    for name, made in whole.items():
-        got = tokens(found[name])
+    for name, output_ids in whole.items():
+        actual = tokens(results[name])
         if name in cut:
-            assert got == made[: len(got)]
-            assert found[name][-1].finish in ("abort", "error")
+            assert actual == output_ids[: len(actual)]
+            assert results[name][-1].finish in ("abort", "error")
         else:
-            end = made.index(stops[name]) + 1 if int(name) % 2 else len(made)
-            assert got == made[:end]
+            end = output_ids.index(stops[name]) + 1 if int(name) % 2 else len(output_ids)
+            assert actual == output_ids[:end]
 
 
-def test_a_tool_writes_although_the_model_was_already_going_on() -> None:
+def test_tool_output_replaces_in_flight_token() -> None:
     tool = Tool(10, 20, 30, 31, lambda ids: ids[::-1])
-    found: list[tuple[dict[str, list[int]], set[tuple[str, int]]]] = []
+    results: list[tuple[dict[str, list[int]], set[tuple[str, int]]]] = []
     for overlap in ("off", "on"):
         engine = make_engine(
             make_model("modern"), tool, async_scheduling=overlap, num_speculative_tokens=0
         )
-        run, prompted = engine.runner.run, set[tuple[str, int]]()
+        run, prefill_positions = engine.runner.run, set[tuple[str, int]]()
 
         def spy(chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None) -> torch.Tensor:
             for c in chunks:
                 if not c.is_decode:
                     positions = range(c.start, c.end)
-                    prompted.update((c.sequence.request.id, i) for i in positions)  # noqa: B023
+                    prefill_positions.update((c.sequence.request.id, i) for i in positions)  # noqa: B023
             return run(chunks, previous_ids)  # noqa: B023
 
         engine.runner.run = spy  # type: ignore[method-assign]
         bias = {10: 7.0, 20: 7.0}
         params: dict[str, Any] = {"max_tokens": 40, "temperature": 1.0, "logit_bias": bias}
         texts = enumerate(prompts(12, seed=2))
-        made = answers(engine, [ask(str(i), p, seed=i, **params) for i, p in texts])
-        found.append((made, prompted))
-    assert sum(30 in made for made in found[0][0].values()) > 5
+        output_ids = answers(engine, [ask(str(i), p, seed=i, **params) for i, p in texts])
+        results.append((output_ids, prefill_positions))
+    assert sum(30 in output_ids for output_ids in results[0][0].values()) > 5
     # What it wrote, and the token before it, were run as prompts, also where that had been run.
-    assert found[0] == found[1]
+    assert results[0] == results[1]
 
 
-def test_a_step_with_guesses_is_read_at_once() -> None:
+def test_step_with_draft_is_committed_at_once() -> None:
     """Also where prompts beside it leave no rows for more."""
-    found = []
+    results = []
     for overlap in ("off", "on"):
         engine = make_engine(
             make_model("modern"),
@@ -172,11 +172,11 @@ def test_a_step_with_guesses_is_read_at_once() -> None:
             for output in engine.step():
                 outputs.setdefault(output.request_id, []).append(output)
         assert engine.stats().num_accepted_tokens > 5
-        found.append({name: tokens(made) for name, made in outputs.items()})
-    assert found[0] == found[1]
+        results.append({name: tokens(output_ids) for name, output_ids in outputs.items()})
+    assert results[0] == results[1]
 
 
-def test_after_a_reset_nothing_is_left_in_flight() -> None:
+def test_reset_drops_the_step_in_flight() -> None:
     engine, request = make(), ask("a", [1, 2, 3], max_tokens=9)
     want = answers(make("off"), [request])
     engine.add(request)
@@ -187,7 +187,7 @@ def test_after_a_reset_nothing_is_left_in_flight() -> None:
     assert answers(engine, [request]) == want
 
 
-def test_guesses_come_first() -> None:
+def test_speculation_disables_async_steps() -> None:
     """What follows a guess must be known; where there are rows for guesses, steps wait."""
     for count, waits in ((1, True), (2, True), (4, False)):
         engine = make_engine(make_model("modern"), async_scheduling="on")
@@ -209,7 +209,7 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_choosing_on_a_gpu_waits_for_nothing() -> None:
+def test_sampling_on_a_gpu_never_waits() -> None:
     """On tensors without values."""
     device = torch.device("meta")
     state, chunks = SamplingState(4, VOCAB, device), []
@@ -237,19 +237,19 @@ def test_choosing_on_a_gpu_waits_for_nothing() -> None:
     assert step.token_ids.device == device
 
 
-def test_a_step_that_samples_nothing_is_waited_for_too(events: list[str]) -> None:
+def test_step_without_samples_is_waited_for(events: list[str]) -> None:
     """Or a long prompt's chunks would all be queued before anybody else's."""
-    prompt, found = list(range(40)), []
+    prompt, results = list(range(40)), []
     for overlap in ("on", "off"):
         engine = make(overlap, prefill_chunk=8, max_num_batched_tokens=8)
         engine.add(ask("a", prompt, max_tokens=2, prompt_logprobs=1))
-        found.append(finish(engine)["a"][0].prompt_logprobs)
+        results.append(finish(engine)["a"][0].prompt_logprobs)
     assert events[:12] == ["run 0", *["run 0", "read"] * 4, "run 1", "read", "read"]
-    assert len(found[0] or ()) == len(prompt) - 1
-    assert found[0] == found[1]
+    assert len(results[0] or ()) == len(prompt) - 1
+    assert results[0] == results[1]
 
 
-def test_an_answer_that_is_ready_is_not_late() -> None:
+def test_finished_in_flight_request_does_not_expire() -> None:
     engine = make()
     engine.add(ask("a", [1, 2], max_tokens=2, deadline=time.time() + 3600))
     engine.step()
@@ -258,7 +258,7 @@ def test_an_answer_that_is_ready_is_not_late() -> None:
     assert [(len(o.tokens), o.finish) for o in engine.step()] == [(1, "length")]
 
 
-def test_after_a_step_that_fails_the_tokens_ahead_of_it_are_not_lost() -> None:
+def test_failed_step_keeps_previous_tokens() -> None:
     engine, request = make(), ask("a", [1, 2], max_tokens=6)
     want = answers(make("off"), [request])
     run, fail = engine.runner.run, [3]
@@ -278,7 +278,7 @@ def test_after_a_step_that_fails_the_tokens_ahead_of_it_are_not_lost() -> None:
     assert {"a": tokens(outputs)} == want
 
 
-def test_unknown_async_scheduling_is_refused() -> None:
+def test_unknown_async_scheduling_is_rejected() -> None:
     assert not make("auto")._async_scheduling  # a CPU
     with pytest.raises(
         ValueError, match=r"^async_scheduling='yes' is not allowed: auto or on or off"

@@ -18,9 +18,9 @@ ALPHABET = ["a", "b", "ab", "aab", "é", "€", "😀", "👩‍👩‍👧‍�
 def cut_at_first_end(text: str, stops: list[str]) -> tuple[str, bool]:
     """The definition: read character by character, and end when a stop string is complete."""
     for end in range(1, len(text) + 1):
-        found = [stop for stop in stops if text[:end].endswith(stop)]
-        if found:
-            return text[: end - max(map(len, found))], True
+        matches = [stop for stop in stops if text[:end].endswith(stop)]
+        if matches:
+            return text[: end - max(map(len, matches))], True
     return text, False
 
 
@@ -45,12 +45,12 @@ def test_any_split_gives_the_same_text() -> None:
             raw.insert(rng.randint(0, len(raw)), rng.choice([0xFF, 0xC3, 0xF0, 0x80]))
         tokens = TOKENIZER.encode("")
         tokens = [TOKENIZER.ranks.index(bytes([b])) for b in raw]
-        stream, made = IncrementalDetokenizer(TOKENIZER, stops), []
+        stream, texts = IncrementalDetokenizer(TOKENIZER, stops), []
         for piece in split(rng, tokens):
-            made.append(stream.push(piece))
-        made.append(stream.flush())
-        want, stopped = cut_at_first_end(bytes(raw).decode(errors="replace"), stops)
-        assert ("".join(made), stream.is_stopped) == (want, stopped)
+            texts.append(stream.push(piece))
+        texts.append(stream.flush())
+        want, is_stopped = cut_at_first_end(bytes(raw).decode(errors="replace"), stops)
+        assert ("".join(texts), stream.is_stopped) == (want, is_stopped)
 
 
 def test_nothing_is_held_back_without_need() -> None:
@@ -84,8 +84,8 @@ def test_special_tokens_and_tool_turns(show: bool, want: str) -> None:
 def test_the_token_that_ended_the_answer_is_no_text() -> None:
     stream = IncrementalDetokenizer(TOKENIZER, ["zzz"])
     assert stream.add(RequestOutput(request_id="r", tokens=TOKENIZER.encode("abz"))) == "ab"
-    ended = RequestOutput(request_id="r", tokens=TOKENIZER.encode("c;"), finish="stop")
-    assert stream.add(ended) == "zc"
+    last_output = RequestOutput(request_id="r", tokens=TOKENIZER.encode("c;"), finish="stop")
+    assert stream.add(last_output) == "zc"
 
 
 def test_stop_strings_wait_for_min_tokens() -> None:

@@ -36,77 +36,91 @@ def random_requests(rng: random.Random, count: int, **params: object) -> list[Re
     requests = []
     for i, prompt in enumerate(prompts(rng, count)):
         kind = rng.choice(["greedy", "plain", "k", "p", "min_p", "all", "penalties"])
-        made: dict[str, object] = {"max_tokens": rng.randint(1, 24), "seed": rng.randrange(2**63)}
+        sampling: dict[str, object] = {
+            "max_tokens": rng.randint(1, 24),
+            "seed": rng.randrange(2**63),
+        }
         if kind != "greedy":
-            made["temperature"] = rng.choice([0.5, 1.0, 1.7])
+            sampling["temperature"] = rng.choice([0.5, 1.0, 1.7])
         if kind in ("k", "all"):
-            made["top_k"] = rng.randint(1, 50)
+            sampling["top_k"] = rng.randint(1, 50)
         if kind in ("p", "all"):
-            made["top_p"] = rng.choice([0.3, 0.9])
+            sampling["top_p"] = rng.choice([0.3, 0.9])
         if kind in ("min_p", "all"):
-            made["min_p"] = 0.05
+            sampling["min_p"] = 0.05
         if kind == "penalties":
-            made |= {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2}
-            made |= {"logit_bias": {7: 3.0, 9: -100.0}, "stop_ids": (3, 5), "min_tokens": 1}
-        requests.append(ask(f"r{i}", prompt, **made | params))
+            sampling |= {
+                "repetition_penalty": 1.3,
+                "presence_penalty": 0.5,
+                "frequency_penalty": 0.2,
+            }
+            sampling |= {"logit_bias": {7: 3.0, 9: -100.0}, "stop_ids": (3, 5), "min_tokens": 1}
+        requests.append(ask(f"r{i}", prompt, **sampling | params))
     return requests
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_equals_uncached_greedy_under_random_admission_abort_and_preemption(preset: str) -> None:
+def test_equals_uncached_greedy_under_stress(preset: str) -> None:
     rng, model = random.Random(3), make_model(preset)
     engine = make_engine(model)
-    asked = [ask(f"r{i}", p, max_tokens=rng.randint(1, 20)) for i, p in enumerate(prompts(rng, 24))]
-    want = {r.id: uncached_greedy(model, list(r.prompt), r.params.max_tokens) for r in asked}
-    got: dict[str, list[RequestOutput]] = {r.id: [] for r in asked}
-    coming, aborted = list(asked), set()
+    workload = [
+        ask(f"r{i}", p, max_tokens=rng.randint(1, 20)) for i, p in enumerate(prompts(rng, 24))
+    ]
+    want = {r.id: uncached_greedy(model, list(r.prompt), r.params.max_tokens) for r in workload}
+    actual: dict[str, list[RequestOutput]] = {r.id: [] for r in workload}
+    coming, aborted_ids = list(workload), set()
     while coming or engine.has_work:
         for _ in range(rng.randint(0, 3)):
             if coming:
                 engine.add(coming.pop())
-        live = [r.id for r in asked if r not in coming and not any(o.finish for o in got[r.id])]
+        live = [
+            r.id for r in workload if r not in coming and not any(o.finish for o in actual[r.id])
+        ]
         if live and rng.random() < 0.1:
             victim = rng.choice(live)
             if engine.abort(victim):
-                aborted.add(victim)
+                aborted_ids.add(victim)
         elif live and rng.random() < 0.2:
             engine.preempt(rng.choice(live))
         for output in engine.step():
-            got[output.request_id].append(output)
+            actual[output.request_id].append(output)
         engine.check_integrity()
-    assert aborted
+    assert aborted_ids
     assert engine.stats().preemptions > 3
-    for request in asked:
-        made, ends = tokens(got[request.id]), [o.finish for o in got[request.id] if o.finish]
-        if request.id in aborted:
+    for request in workload:
+        output_ids, ends = (
+            tokens(actual[request.id]),
+            [o.finish for o in actual[request.id] if o.finish],
+        )
+        if request.id in aborted_ids:
             assert ends == ["abort"]
-            assert made == want[request.id][: len(made)]
+            assert output_ids == want[request.id][: len(output_ids)]
         else:
             assert ends == ["length"]
-            assert made == want[request.id]
+            assert output_ids == want[request.id]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_seeded_tokens_do_not_depend_on_company_order_chunks_or_preemption(preset: str) -> None:
+def test_seeded_tokens_do_not_depend_on_batch(preset: str) -> None:
     rng, model = random.Random(5), make_model(preset)
-    asked = random_requests(rng, 16)
-    alone = {r.id: answer(make_engine(model, max_num_seqs=1), r) for r in asked}
+    workload = random_requests(rng, 16)
+    alone = {r.id: answer(make_engine(model, max_num_seqs=1), r) for r in workload}
 
     together = make_engine(model, max_num_seqs=16, max_num_batched_tokens=256)
-    for request in asked:
+    for request in workload:
         together.add(request)
     assert {k: tokens(v) for k, v in finish(together).items()} == alone
 
-    shuffled = make_engine(model, max_num_seqs=3, max_num_batched_tokens=5, prefill_chunk=2)
-    got: dict[str, list[RequestOutput]] = {}
-    for request in rng.sample(asked, len(asked)):
-        shuffled.add(request)
-        for output in shuffled.step():
-            got.setdefault(output.request_id, []).append(output)
-        running = [s.request.id for s in shuffled.scheduler.running]
+    other_engine = make_engine(model, max_num_seqs=3, max_num_batched_tokens=5, prefill_chunk=2)
+    actual: dict[str, list[RequestOutput]] = {}
+    for request in rng.sample(workload, len(workload)):
+        other_engine.add(request)
+        for output in other_engine.step():
+            actual.setdefault(output.request_id, []).append(output)
+        running = [s.request.id for s in other_engine.scheduler.running]
         if running and rng.random() < 0.5:
-            shuffled.preempt(rng.choice(running))
-    assert {k: tokens(v) for k, v in finish(shuffled, got).items()} == alone
+            other_engine.preempt(rng.choice(running))
+    assert {k: tokens(v) for k, v in finish(other_engine, actual).items()} == alone
 
 
 @torch.inference_mode()
@@ -121,27 +135,27 @@ def logits_of(
         engine.add(ask(f"other{i}", other, max_tokens=40))
     for _ in range(3):
         engine.step()
-    seen: list[torch.Tensor] = []
+    all_logits: list[torch.Tensor] = []
     run = engine.runner.run
 
     def spy(chunks, previous_ids):  # type: ignore[no-untyped-def]
         logits = run(chunks, previous_ids)
-        sampled = [c.sequence.request.id for c in chunks if c.samples]
-        if "me" in sampled:
-            seen.append(logits[sampled.index("me")].clone())
+        request_ids = [c.sequence.request.id for c in chunks if c.samples]
+        if "me" in request_ids:
+            all_logits.append(logits[request_ids.index("me")].clone())
         return logits
 
     engine.runner.run = spy  # type: ignore[method-assign]
     engine.add(ask("me", prompt, max_tokens=4))
     finish(engine)
-    return torch.stack(seen)
+    return torch.stack(all_logits)
 
 
 @pytest.mark.parametrize("settings", [{}, {"kernels": "torch"}, {"kv_layout": "paged"}])
 @pytest.mark.parametrize(
     "shape", [{}, {"n_kv_head": 4}, {"n_embd": 384, "n_head": 3, "n_kv_head": 3}]
 )
-def test_logits_do_not_depend_on_company(shape: dict[str, int], settings: dict[str, str]) -> None:
+def test_logits_do_not_depend_on_batch(shape: dict[str, int], settings: dict[str, str]) -> None:
     """Bitwise by slot with the kernels in C, which are made for it; near with torch's, whose order
     of sums is the CPU's."""
     model = make_model.__wrapped__("modern", sequence_len=640, **shape)
@@ -164,24 +178,24 @@ def test_chunked_prefill_equals_the_plain_forward(subtests: pytest.Subtests) -> 
             want = model(torch.tensor([prompt]))[0, -1]
         for budget in (1, 5, 16, 200):
             with subtests.test(preset=preset, budget=budget):
-                got = logits_of(model, prompt, budget, 0)[0]
-                torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+                actual = logits_of(model, prompt, budget, 0)[0]
+                torch.testing.assert_close(actual, want, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_continuation_on_another_engine_gives_the_same_tokens(temperature: float) -> None:
+def test_continuation_on_another_engine(temperature: float) -> None:
     model = make_model("modern")
     request = ask("r", [5, 6, 7], max_tokens=20, temperature=temperature, seed=11, top_p=0.9)
     whole = answer(make_engine(model), request)
     for cut in range(1, 20):
         later = dataclasses.replace(request, output_token_ids=whole[:cut])
         assert whole[:cut] + answer(make_engine(model), later) == whole
-    ended = make_engine(model)
-    ended.add(dataclasses.replace(request, output_token_ids=whole))
-    assert [(o.tokens, o.finish) for o in ended.step()] == [([], "length")]
+    other_engine = make_engine(model)
+    other_engine.add(dataclasses.replace(request, output_token_ids=whole))
+    assert [(o.tokens, o.finish) for o in other_engine.step()] == [([], "length")]
 
 
-def test_tool_output_is_forced_and_survives_a_continuation_at_any_place() -> None:
+def test_tool_output_survives_continuation() -> None:
     model, prompt = make_model("modern"), [1, 2, 3]
     params: dict[str, float] = {"temperature": 1.5, "seed": 4}
     free = answer(make_engine(model), ask("free", prompt, max_tokens=6, **params))
@@ -205,44 +219,44 @@ def test_tool_output_is_forced_and_survives_a_continuation_at_any_place() -> Non
     assert answer(make_engine(model, tool), short) == whole[:8]
 
 
-def test_who_comes_together_shares_a_beginning() -> None:
+def test_concurrent_requests_share_a_prefix() -> None:
     """Nobody computes what another computes just now, and chunks are kept as they are done."""
     model, start = make_model("classic"), list(range(7, 71))
-    asked = [
+    workload = [
         Request(id=str(i), prompt=[*start, i, 200 - i], params=SamplingParams(max_tokens=4, seed=i))
         for i in range(4)
     ]
-    found = []
-    for kept in (0, 512):
+    results = []
+    for capacity in (0, 512):
         engine = make_engine(
-            model, prefix_cache_tokens=kept, max_num_batched_tokens=64, prefill_chunk=64
+            model, prefix_cache_tokens=capacity, max_num_batched_tokens=64, prefill_chunk=64
         )
-        for request in asked:
+        for request in workload:
             engine.add(request)
-        found.append({k: tokens(v) for k, v in finish(engine).items()})
-        assert engine.stats().num_hit_tokens == (3 * len(start) if kept else 0)
-    assert found[0] == found[1]
+        results.append({k: tokens(v) for k, v in finish(engine).items()})
+        assert engine.stats().num_hit_tokens == (3 * len(start) if capacity else 0)
+    assert results[0] == results[1]
 
 
-def test_prefix_hits_change_nothing_but_the_work() -> None:
+def test_prefix_hits_change_no_token() -> None:
     rng, model = random.Random(6), make_model("modern")
-    shared = [rng.randrange(VOCAB) for _ in range(70)]
-    asked = [
-        ask(f"r{i}", shared[: rng.randint(1, 70)] + tail, temperature=1.0, seed=i)
+    prefix = [rng.randrange(VOCAB) for _ in range(70)]
+    workload = [
+        ask(f"r{i}", prefix[: rng.randint(1, 70)] + tail, temperature=1.0, seed=i)
         for i, tail in enumerate(prompts(rng, 20, 30))
     ]
     results = []
-    for kept in (0, 64, 4096):
-        engine = make_engine(model, prefix_cache_tokens=kept)
-        found: dict[str, list[RequestOutput]] = {}
-        for request in asked:
+    for capacity in (0, 64, 4096):
+        engine = make_engine(model, prefix_cache_tokens=capacity)
+        results: dict[str, list[RequestOutput]] = {}
+        for request in workload:
             engine.add(request)
-            found |= {k: found.get(k, []) + v for k, v in finish(engine).items()}
-        results.append({k: tokens(v) for k, v in found.items()})
+            results |= {k: results.get(k, []) + v for k, v in finish(engine).items()}
+        results.append({k: tokens(v) for k, v in results.items()})
         stats = engine.stats()
-        assert stats.num_hit_tokens == sum(o.cached_tokens for v in found.values() for o in v)
-        assert (stats.num_hit_tokens > 300) == (kept > 0)
-        assert stats.prompt_tokens == sum(len(r.prompt) for r in asked) - stats.num_hit_tokens
+        assert stats.num_hit_tokens == sum(o.cached_tokens for v in results.values() for o in v)
+        assert (stats.num_hit_tokens > 300) == (capacity > 0)
+        assert stats.prompt_tokens == sum(len(r.prompt) for r in workload) - stats.num_hit_tokens
     assert results[0] == results[1] == results[2]
 
 
@@ -268,19 +282,19 @@ def test_logprobs_are_those_of_the_model() -> None:
     engine = make_engine(model)
     engine.add(ask("r", prompt, max_tokens=3, logprobs=2, temperature=1.0, seed=1))
     engine.add(ask("other", prompt, max_tokens=3))
-    found = finish(engine)
-    made = tokens(found["r"])
+    results = finish(engine)
+    output_ids = tokens(results["r"])
     with torch.inference_mode():
-        logs = model(torch.tensor([prompt + made]))[0].log_softmax(-1)
-    for i, output in enumerate(found["r"]):
+        logs = model(torch.tensor([prompt + output_ids]))[0].log_softmax(-1)
+    for i, output in enumerate(results["r"]):
         assert output.logprobs is not None
-        reported = output.logprobs[0]
-        assert reported is not None
+        logprob = output.logprobs[0]
+        assert logprob is not None
         want = logs[len(prompt) + i - 1]
-        assert reported.logprob == pytest.approx(float(want[made[i]]), abs=1e-4)
-        assert [t for t, _ in reported.top] == want.topk(2).indices.tolist()
-    assert found["other"][0].logprobs is None
-    assert RequestOutput.from_wire(found["r"][0].to_wire()) == found["r"][0]
+        assert logprob.logprob == pytest.approx(float(want[output_ids[i]]), abs=1e-4)
+        assert [t for t, _ in logprob.top] == want.topk(2).indices.tolist()
+    assert results["other"][0].logprobs is None
+    assert RequestOutput.from_wire(results["r"][0].to_wire()) == results["r"][0]
 
 
 @pytest.mark.parametrize(
@@ -292,7 +306,7 @@ def test_logprobs_are_those_of_the_model() -> None:
         (ask("r", [1], stop_ids=(-1,)), ["stop_ids=-1"]),
     ],
 )
-def test_what_can_never_be_answered_is_refused_by_name(request_: Request, words: list[str]) -> None:
+def test_impossible_requests_are_rejected(request_: Request, words: list[str]) -> None:
     engine = make_engine(make_model("classic"))
     with pytest.raises(ValueError, match=r"prompt|stop_ids") as caught:
         engine.add(request_)
@@ -300,7 +314,7 @@ def test_what_can_never_be_answered_is_refused_by_name(request_: Request, words:
     assert not engine.has_work
 
 
-def test_a_full_queue_and_a_used_id_are_refused() -> None:
+def test_full_queue_and_duplicate_id_are_rejected() -> None:
     engine = make_engine(make_model("classic"), max_num_seqs=1, max_queue_size=2)
     for i in range(3):
         engine.add(ask(f"r{i}", [1]))
@@ -344,7 +358,7 @@ def test_parameters_out_of_range_are_named(field: str, value: object) -> None:
         ask("r", [1], **{field: value})
 
 
-def test_a_deadline_fails_who_waits_and_who_runs_and_frees_the_slot() -> None:
+def test_deadline_ends_waiting_and_running() -> None:
     engine = make_engine(make_model("classic"), max_num_seqs=1)
     deadline = time.time() + 0.3
     engine.add(ask("runs", [1], max_tokens=100, deadline=deadline))
@@ -355,10 +369,10 @@ def test_a_deadline_fails_who_waits_and_who_runs_and_frees_the_slot() -> None:
     assert first[0].error is not None
     assert first[0].error.startswith("deadline: it passed 1.0")
     wait_for(lambda: time.time() > deadline)
-    found = finish(engine)
-    assert found["runs"][-1].error is not None
-    assert "with 1 tokens" in found["runs"][-1].error
-    assert len(tokens(found["free"])) == 2
+    results = finish(engine)
+    assert results["runs"][-1].error is not None
+    assert "with 1 tokens" in results["runs"][-1].error
+    assert len(tokens(results["free"])) == 2
 
 
 def test_requests_survive_the_wire() -> None:

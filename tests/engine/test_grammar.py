@@ -53,25 +53,25 @@ def request(name: str, grammar: Mapping[str, Any], **params: Any) -> Request:
 
 def text(outputs: list[RequestOutput]) -> str:
     assert outputs[-1].finish == "stop"
-    made = tokens(outputs)
-    return TOK.decode(made[:-1] if outputs[-1].last_token_is_stop else made)
+    output_ids = tokens(outputs)
+    return TOK.decode(output_ids[:-1] if outputs[-1].last_token_is_stop else output_ids)
 
 
-def follows(grammar: Mapping[str, Any], written: str) -> bool:
+def follows(grammar: Mapping[str, Any], output_text: str) -> bool:
     ((kind, value),) = grammar.items()
     if kind == "json_schema":
-        jsonschema.validate(json.loads(written), value)
+        jsonschema.validate(json.loads(output_text), value)
         return True
     if kind == "regex":
-        return re.fullmatch(value, written) is not None
+        return re.fullmatch(value, output_text) is not None
     if kind == "choice":
-        return written in value
-    depth = (len(written) - 1) // 2
-    return written in ("(" * depth + x + ")" * depth for x in "xy")
+        return output_text in value
+    depth = (len(output_text) - 1) // 2
+    return output_text in ("(" * depth + x + ")" * depth for x in "xy")
 
 
-def test_answers_follow_their_grammars_beside_others_that_have_none() -> None:
-    asked = [
+def test_outputs_follow_their_grammars() -> None:
+    workload = [
         request(f"{i}-{seed}", grammar, seed=seed, temperature=[0.0, 1.0, 2.0][seed % 3])
         for i, grammar in enumerate(GRAMMARS)
         for seed in range(6)
@@ -79,20 +79,20 @@ def test_answers_follow_their_grammars_beside_others_that_have_none() -> None:
     free = ask("free", [1, 2, 3], max_tokens=30)
     want = answer(make_engine(make_model("modern")), free)
     busy = engine(max_num_seqs=7, max_num_batched_tokens=40)
-    for each in [*asked[:9], free, *asked[9:]]:
+    for each in [*workload[:9], free, *workload[9:]]:
         busy.add(each)
-    found = finish(busy)
-    assert tokens(found.pop("free")) == want
-    for each in asked:
+    results = finish(busy)
+    assert tokens(results.pop("free")) == want
+    for each in workload:
         assert each.params.grammar is not None
-        outputs = found[each.id]
+        outputs = results[each.id]
         if outputs[-1].finish == "length":  # nested without end
             assert "lark" in each.params.grammar
         else:
-            written = text(outputs)
-            assert follows(each.params.grammar, written), written
-    ended = {o.complete for outputs in found.values() for o in outputs if o.finish == "stop"}
-    assert ended == {True, False}
+            output_text = text(outputs)
+            assert follows(each.params.grammar, output_text), output_text
+    flags = {o.complete for outputs in results.values() for o in outputs if o.finish == "stop"}
+    assert flags == {True, False}
 
 
 def test_json_object_is_json() -> None:
@@ -103,36 +103,36 @@ def test_json_object_is_json() -> None:
     assert isinstance(json.loads(text(finish(outputs)["r"])), dict)
 
 
-def test_tokens_are_the_same_in_company_after_preemption_and_continued() -> None:
-    asked = [request(f"r{i}", grammar) for i, grammar in enumerate(GRAMMARS)]
-    alone = {r.id: answer(engine(max_num_seqs=1), r) for r in asked}
+def test_grammar_tokens_do_not_depend_on_batch() -> None:
+    workload = [request(f"r{i}", grammar) for i, grammar in enumerate(GRAMMARS)]
+    alone = {r.id: answer(engine(max_num_seqs=1), r) for r in workload}
     rng, shaken = (
         random.Random(0),
         engine(max_num_seqs=3, max_num_batched_tokens=5, prefill_chunk=2),
     )
-    for each in asked:
+    for each in workload:
         shaken.add(each)
-    found: dict[str, list[RequestOutput]] = {}
+    results: dict[str, list[RequestOutput]] = {}
     while shaken.has_work:
         for output in shaken.step():
-            found.setdefault(output.request_id, []).append(output)
+            results.setdefault(output.request_id, []).append(output)
         running = [s.request.id for s in shaken.scheduler.running]
         if running and rng.random() < 0.2:
             shaken.preempt(rng.choice(running))
-    assert {k: tokens(v) for k, v in found.items()} == alone
+    assert {k: tokens(v) for k, v in results.items()} == alone
     other = engine()
-    for each in asked:
+    for each in workload:
         whole = alone[each.id]
         for cut in range(1, len(whole), 3):
             later = dataclasses.replace(each, id=f"{each.id}-{cut}", output_token_ids=whole[:cut])
             assert whole[:cut] + answer(other, later) == whole
-    ended = dataclasses.replace(asked[0], output_token_ids=alone["r0"])
-    other.add(ended)
+    flags = dataclasses.replace(workload[0], output_token_ids=alone["r0"])
+    other.add(flags)
     (last,) = other.step()
     assert (last.tokens, last.finish, last.complete) == ([], "stop", True)
 
 
-def test_the_grammar_goes_before_min_tokens_and_a_tool_is_left_out() -> None:
+def test_grammar_overrides_min_tokens_and_tool() -> None:
     short = engine()
     short.add(request("r", {"choice": ["a"]}, min_tokens=20))
     assert text(finish(short)["r"]) == "a"
@@ -152,7 +152,7 @@ def test_the_grammar_goes_before_min_tokens_and_a_tool_is_left_out() -> None:
         ({"json_schema": {"$ref": "http://example.com/x"}}, "json_schema"),
     ],
 )
-def test_what_does_not_compile_is_refused_by_name(grammar: dict[str, Any], words: str) -> None:
+def test_grammar_that_does_not_compile_is_rejected(grammar: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=rf"(?s)^grammar: this {words}"):
         engine().validate(request("r", grammar))
 
@@ -173,41 +173,41 @@ def test_what_does_not_compile_is_refused_by_name(grammar: dict[str, Any], words
         "regex",
     ],
 )
-def test_what_is_no_grammar_is_refused_by_name(grammar: Any) -> None:
+def test_malformed_grammar_is_rejected(grammar: Any) -> None:
     with pytest.raises(ValueError, match=r"^grammar"):
         request("r", grammar)
 
 
-def test_an_engine_without_text_and_a_broken_continuation_are_refused() -> None:
-    asked = request("r", {"choice": ["yes"]})
+def test_unusable_grammar_requests_are_rejected() -> None:
+    workload = request("r", {"choice": ["yes"]})
     with pytest.raises(ValueError, match=r"^grammar"):
-        make_engine(make_model("modern")).add(asked)
+        make_engine(make_model("modern")).add(workload)
     with pytest.raises(ValueError, match=r"^output_token_ids"):
-        engine().add(dataclasses.replace(asked, output_token_ids=[ord("n")]))
+        engine().add(dataclasses.replace(workload, output_token_ids=[ord("n")]))
     with pytest.raises(ValueError, match=r"^token_bytes has 301"):
         Grammars([b"a"] * 301, 300)
 
 
 def test_grammars_survive_the_wire() -> None:
     for grammar in GRAMMARS:
-        asked = request("r", grammar)
-        assert Request.from_wire(json.loads(json.dumps(asked.to_wire()))) == asked
+        workload = request("r", grammar)
+        assert Request.from_wire(json.loads(json.dumps(workload.to_wire()))) == workload
     last = RequestOutput(request_id="r", tokens=[1], finish="stop", complete=True)
     assert RequestOutput.from_wire(last.to_wire()) == last
 
 
-def test_a_mask_keeps_what_it_allows() -> None:
+def test_mask_keeps_allowed_tokens() -> None:
     logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(0))
-    allowed = torch.rand(2, VOCAB, generator=torch.Generator().manual_seed(1)) < 0.5
-    got = sampler.mask_rows(logits, torch.tensor([3, 1]), allowed)
+    mask = torch.rand(2, VOCAB, generator=torch.Generator().manual_seed(1)) < 0.5
+    actual = sampler.mask_rows(logits, torch.tensor([3, 1]), mask)
     for row in (0, 2, 4):
-        assert torch.equal(got[row], logits[row])
-    for row, kept in ((3, allowed[0]), (1, allowed[1])):
-        assert torch.equal(got[row][kept], logits[row][kept])
-        assert bool((got[row][~kept] == -torch.inf).all())
+        assert torch.equal(actual[row], logits[row])
+    for row, row_mask in ((3, mask[0]), (1, mask[1])):
+        assert torch.equal(actual[row][row_mask], logits[row][row_mask])
+        assert bool((actual[row][~row_mask] == -torch.inf).all())
 
 
-def test_masks_behind_a_draft_are_those_of_the_draft_taken() -> None:
+def test_draft_masks_equal_those_of_accepted_draft() -> None:
     grammars = Grammars(TOK.byte_table(), VOCAB)
     draft = list(b"ab-0")
     state = grammars.start({"regex": "[ab]{1,3}-[0-9]{2}|ab"}, [END])
@@ -219,14 +219,14 @@ def test_masks_behind_a_draft_are_those_of_the_draft_taken() -> None:
         assert state.feed([token])
 
 
-def test_a_guess_that_ends_a_grammar_leaves_nothing_to_choose_and_harms_nobody() -> None:
+def test_draft_token_may_complete_a_grammar() -> None:
     engine = make_engine(make_model("modern"), None, TOK.byte_table(), prompt_lookup_max=2)
     params = {"grammar": {"regex": "(ab){3}"}, "temperature": 1.0, "logprobs": 0}
     assert answer(engine, ask("a", [1], max_tokens=9, seed=3, **params)) == list(b"ababab")
     assert engine.stats().num_accepted_tokens > 0
 
 
-def test_it_is_compiled_once_for_all_who_ask_and_so_is_why_not() -> None:
+def test_grammars_and_failures_are_cached() -> None:
     grammars = Grammars(TOK.byte_table(), VOCAB)
     good, bad = {"choice": ["yes", "no"]}, {"regex": "(("}
     assert grammars.compile(good) is grammars.compile(dict(good))
@@ -241,12 +241,12 @@ def test_it_is_compiled_once_for_all_who_ask_and_so_is_why_not() -> None:
     assert grammars.compile(bad) is refusal  # somebody holds it
     for i in range(MAX_CACHED):
         grammars.check({"choice": [f"word {i}"]})
-    forgotten = weakref.ref(refusal)
+    reference = weakref.ref(refusal)
     del refusal
-    assert forgotten() is None
+    assert reference() is None
 
 
-def test_gbnf_is_followed_as_lark_is() -> None:
+def test_gbnf_equals_lark() -> None:
     grammars = Grammars(TOK.byte_table(), TOK.vocab_size)
     gbnf = {"lark": 'root ::= item+\nitem ::= "a" [0-9]'}
     state = grammars.start(gbnf, ())

@@ -71,7 +71,7 @@ def test_forced_calls_end_before_their_limit() -> None:
         assert json.loads(text(ids))["name"] == "f"
 
 
-def test_closing_is_the_same_when_an_answer_moves() -> None:
+def test_closing_is_the_same_after_a_move() -> None:
     grammar = {"json_schema": SCHEMAS[2]}
     whole = answers(grammar, 70)[0]
     assert answers(grammar, 70, num_speculative_tokens=0)[0] == whole

@@ -40,18 +40,18 @@ def test_row_that_is_not_finite_is_invalid(features: int, bad: float) -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     params = rows([1.0, 1.0, 1.0], 0.9)
     positions = torch.arange(3)
-    expected = sampler.choose(logits, params, positions, features).tolist()
+    want = sampler.choose(logits, params, positions, features).tolist()
     logits[1] = bad if bad < 0 else logits[1].index_fill(0, torch.tensor([4]), bad)
     actual = sampler.choose(logits, params, positions, features).tolist()
-    assert actual == [expected[0], sampler.INVALID, expected[2]]
+    assert actual == [want[0], sampler.INVALID, want[2]]
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-38, 1e-35, 1e-10, 1e-3, 0.01])
 def test_low_temperatures_give_likeliest_token(temperature: float) -> None:
     logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(1)) * 30
     params = rows([max(temperature, sampler.MIN_TEMPERATURE)] * 4)
-    chosen = sampler.choose(logits, params, torch.arange(4), sampler.SAMPLED)
-    assert chosen.tolist() == logits.argmax(dim=-1).tolist()
+    token_ids = sampler.choose(logits, params, torch.arange(4), sampler.SAMPLED)
+    assert token_ids.tolist() == logits.argmax(dim=-1).tolist()
 
 
 @pytest.mark.parametrize("async_scheduling", ["on", "off"])
@@ -67,13 +67,13 @@ def test_nan_ends_only_its_own_request(async_scheduling: str, layout: str) -> No
     }
     alone = make_engine(copy.deepcopy(model), **fields)
     alone.add(ask("steady", [1, 2, 3], **STEADY))
-    expected = tokens(finish(alone)["steady"])
+    want = tokens(finish(alone)["steady"])
     engine = make_engine(model, **fields)
     engine.add(ask("steady", [1, 2, 3], **STEADY))
     for i, more in enumerate([{}, {"logprobs": 3}, {"temperature": 1.0, "prompt_logprobs": 2}]):
         engine.add(ask(f"bad{i}", [4, BROKEN, 5], **more))
     outputs = finish(engine)
-    assert tokens(outputs["steady"]) == expected
+    assert tokens(outputs["steady"]) == want
     for i in range(3):
         last = outputs[f"bad{i}"][-1]
         assert (last.finish, last.tokens) == ("error", [])
@@ -107,18 +107,18 @@ def test_extreme_requests_leave_a_stream_unchanged() -> None:
     rng = random.Random(0)
     engine = make_engine(make_model("modern"), max_num_seqs=6)
     engine.add(ask("steady", [1, 2, 3], **STEADY))
-    expected = tokens(finish(engine)["steady"])
+    want = tokens(finish(engine)["steady"])
     for round_ in range(12):
         engine.add(ask("steady", [1, 2, 3], **STEADY))
         for i in range(12):
             engine.add(extreme(rng, f"{round_}.{i}"))
         outputs = finish(engine)
-        assert tokens(outputs.pop("steady")) == expected
+        assert tokens(outputs.pop("steady")) == want
         assert all(o[-1].finish is not None for o in outputs.values())
     engine.check_integrity()
 
 
-def test_grammar_panic_ends_only_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grammar_panic_fails_only_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
     class PanicException(BaseException):
         pass
 
@@ -154,7 +154,7 @@ def grammars() -> Grammars:
     return Grammars(TOK.byte_table(), TOK.vocab_size)
 
 
-def nested(depth: int) -> dict[str, object]:
+def nest(depth: int) -> dict[str, object]:
     schema: dict[str, object] = {"type": "string"}
     for _ in range(depth):
         schema = {"type": "object", "properties": {"a": schema}}
@@ -188,7 +188,7 @@ def test_large_grammars_are_followed(grammars: Grammars, grammar: dict[str, obje
     ("grammar", "words"),
     [
         ({"choice": ["x" * 80] * 2000}, f"{MAX_CHARACTERS:,} are allowed"),
-        ({"json_schema": nested(130)}, "nested deeper"),
+        ({"json_schema": nest(130)}, "nested deeper"),
         ({"json_schema": {"$ref": "#"}}, "does not compile"),
         ({"json_schema": {"type": "integer", "minimum": 10**400}}, "does not compile"),
         ({"regex": "(" * 1000}, "does not compile"),
@@ -203,7 +203,7 @@ def test_grammar_refusals_are_short(
     assert len(str(error.value)) < 400
 
 
-def test_large_grammars_hold_up_no_small_one() -> None:
+def test_large_grammars_do_not_delay_small_ones() -> None:
     grammars = Grammars(TOK.byte_table(), TOK.vocab_size)
     fields = {f"name of property {i}": {"type": "string"} for i in range(1200)}
     slow = [
@@ -220,7 +220,7 @@ def _compile_many(grammars: Grammars, fields: dict[str, object]) -> None:
         grammars.compile({"json_schema": {"properties": fields, "title": f"more {i}"}})
 
 
-def test_tool_that_raises_ends_only_its_answer() -> None:
+def test_tool_that_raises_fails_only_its_request() -> None:
     def run(ids: list[int]) -> list[int]:
         raise OSError("no tool today")
 
@@ -243,9 +243,11 @@ class Panic(BaseException):
 def test_loop_outlives_what_one_request_raises(
     kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended: dict[str, RequestOutput] = {}
+    last_outputs: dict[str, RequestOutput] = {}
     engine = make_engine(make_model("modern"))
-    loop = EngineLoop(engine, lambda outputs: ended.update({o.request_id: o for o in outputs}))
+    loop = EngineLoop(
+        engine, lambda outputs: last_outputs.update({o.request_id: o for o in outputs})
+    )
     add = engine.add
 
     def adds(request: Request) -> None:
@@ -257,11 +259,11 @@ def test_loop_outlives_what_one_request_raises(
     loop.start()
     loop.submit(ask("steady", [1, 2, 3], max_tokens=100))
     loop.submit(ask("bad", [1]))
-    wait_for(lambda: "bad" in ended and ended["bad"].finish)
-    assert "odd" in str(ended["bad"].error)
+    wait_for(lambda: "bad" in last_outputs and last_outputs["bad"].finish)
+    assert "odd" in str(last_outputs["bad"].error)
     if kind is KeyError:
-        wait_for(lambda: ended["steady"].finish == "length")
+        wait_for(lambda: last_outputs["steady"].finish == "length")
     loop.submit(ask("next", [1]))
-    wait_for(lambda: "next" in ended and ended["next"].finish == "length")
+    wait_for(lambda: "next" in last_outputs and last_outputs["next"].finish == "length")
     assert loop.failure is None
     loop.stop()

@@ -94,7 +94,7 @@ def test_schemas_are_closed_and_bounded(
     assert not accepts(grammars, schema, does_not)
 
 
-def test_a_schema_that_no_bound_suits_is_followed_as_it_is(grammars: Grammars) -> None:
+def test_contradicted_bounds_are_dropped(grammars: Grammars) -> None:
     # No multiple of a billionth lies between.
     tiny = {"type": "number", "exclusiveMinimum": 0, "maximum": 5e-10}
     assert accepts(grammars, {"enum": [10**17]}, str(10**17))
@@ -102,7 +102,7 @@ def test_a_schema_that_no_bound_suits_is_followed_as_it_is(grammars: Grammars) -
     grammars.check({"json_schema": tiny})
 
 
-def test_bounds_change_nothing_of_what_was_sent() -> None:
+def test_bound_schema_leaves_its_input_unchanged() -> None:
     before = json.dumps(USER)
     bound_schema(USER)
     assert json.dumps(USER) == before
@@ -110,16 +110,16 @@ def test_bounds_change_nothing_of_what_was_sent() -> None:
         bound_schema(odd)  # type: ignore[arg-type]
 
 
-def test_hostile_schemas_cost_little_to_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_schemas_are_bounded_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     visits = 0
     visit = json_schema._Closing.inside
 
-    def counted(*given: Any) -> bool:
+    def accepts_count(*values: Any) -> bool:
         nonlocal visits
         visits += 1
-        return visit(*given)
+        return visit(*values)
 
-    monkeypatch.setattr(json_schema._Closing, "inside", counted)
+    monkeypatch.setattr(json_schema._Closing, "inside", accepts_count)
     links = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}, BASE]} for i in range(1000)}
     chain = {"allOf": [{"$ref": "#/$defs/d0"}, BASE], "$defs": {**links, "d1000": MORE}}
     deep: dict[str, Any] = {"type": "null"}
@@ -143,7 +143,7 @@ def babbling(**fields: Any) -> Engine:
     )
 
 
-def test_answers_of_a_weak_model_end_as_json() -> None:
+def test_weak_model_outputs_are_valid_json() -> None:
     schema: dict[str, Any] = {
         "type": "object",
         "properties": {
@@ -169,5 +169,5 @@ def test_answers_of_a_weak_model_end_as_json() -> None:
     for outputs in finish(engine).values():
         assert outputs[-1].finish == "stop"
         ids = tokens(outputs)
-        written = json.loads(TOK.decode(ids[:-1] if outputs[-1].last_token_is_stop else ids))
-        jsonschema.validate(written, {**schema, "additionalProperties": False})
+        value = json.loads(TOK.decode(ids[:-1] if outputs[-1].last_token_is_stop else ids))
+        jsonschema.validate(value, {**schema, "additionalProperties": False})

@@ -17,35 +17,35 @@ class Collector:
     """Outputs by request, and a way to wait for them."""
 
     def __init__(self) -> None:
-        self.found: dict[str, list[RequestOutput]] = {}
+        self.results: dict[str, list[RequestOutput]] = {}
         self.steps = 0
-        self._changed = threading.Condition()
+        self._condition = threading.Condition()
 
     def __call__(self, outputs: list[RequestOutput]) -> None:
-        with self._changed:
+        with self._condition:
             self.steps += 1
             for output in outputs:
-                self.found.setdefault(output.request_id, []).append(output)
-            self._changed.notify_all()
+                self.results.setdefault(output.request_id, []).append(output)
+            self._condition.notify_all()
 
     def wait(self, condition: Callable[[], bool], seconds: float = 20) -> None:
-        with self._changed:
-            assert self._changed.wait_for(condition, timeout=seconds), self.found
+        with self._condition:
+            assert self._condition.wait_for(condition, timeout=seconds), self.results
 
     def ends(self, name: str) -> list[str]:
-        return [o.finish for o in self.found.get(name, []) if o.finish]
+        return [o.finish for o in self.results.get(name, []) if o.finish]
 
     def tokens(self, name: str) -> list[int]:
-        return [t for o in self.found[name] for t in o.tokens]
+        return [t for o in self.results[name] for t in o.tokens]
 
 
 @pytest.fixture
 def loop() -> Iterator[tuple[EngineLoop, Collector]]:
     collector = Collector()
-    made = EngineLoop(make_engine(make_model("modern")), collector)
-    made.start()
-    yield made, collector
-    made.stop()
+    engine_loop = EngineLoop(make_engine(make_model("modern")), collector)
+    engine_loop.start()
+    yield engine_loop, collector
+    engine_loop.stop()
 
 
 def test_many_threads_submit_and_abort(loop: tuple[EngineLoop, Collector]) -> None:
@@ -80,7 +80,7 @@ def test_many_threads_submit_and_abort(loop: tuple[EngineLoop, Collector]) -> No
     assert stats.step_seconds > 0
 
 
-def test_refusals_come_at_once(loop: tuple[EngineLoop, Collector]) -> None:
+def test_rejections_come_at_once(loop: tuple[EngineLoop, Collector]) -> None:
     engine, _ = loop
     with pytest.raises(ValueError, match="128 tokens"):
         engine.submit(ask("long", [1] * 128))
@@ -90,7 +90,7 @@ def test_refusals_come_at_once(loop: tuple[EngineLoop, Collector]) -> None:
     engine.abort("nobody")
 
 
-def test_a_full_queue_is_refused() -> None:
+def test_full_queue_is_rejected() -> None:
     engine = make_engine(make_model("modern"), max_num_seqs=1, max_queue_size=1)
     loop = EngineLoop(engine, lambda outputs: None)  # not started: nothing leaves the queue
     loop.submit(ask("a", [1]))
@@ -112,7 +112,7 @@ def test_stop_lets_requests_finish_or_aborts_them() -> None:
             loop.submit(ask("late", [1]))
 
 
-def test_a_step_that_raises_ends_its_requests_and_the_loop_goes_on(
+def test_loop_survives_a_failed_step(
     loop: tuple[EngineLoop, Collector],
 ) -> None:
     engine, out = loop
@@ -128,14 +128,14 @@ def test_a_step_that_raises_ends_its_requests_and_the_loop_goes_on(
     engine.submit(ask("a", [1, 2]))
     out.wait(lambda: bool(out.ends("a")))
     assert out.ends("a") == ["error"]
-    assert "no memory" in str(out.found["a"][-1].error)
+    assert "no memory" in str(out.results["a"][-1].error)
     engine.submit(ask("b", [1, 2]))
     out.wait(lambda: bool(out.ends("b")))
     assert out.ends("b") == ["length"]
     assert engine.failure is None
 
 
-def test_a_loop_that_keeps_failing_says_that_it_is_dead() -> None:
+def test_loop_that_keeps_failing_reports_it() -> None:
     out = Collector()
     loop = EngineLoop(make_engine(make_model("modern")), out)
 

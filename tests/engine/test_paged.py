@@ -39,7 +39,7 @@ WINDOWED: dict[str, Any] = {"sequence_len": 320, "n_layer": 3, "window_pattern":
 """Two layers that see 128 tokens, and one that sees all."""
 
 
-def paged(model: GPT, **settings: Any) -> Engine:
+def paged_engine(model: GPT, **settings: Any) -> Engine:
     return make_engine(model, kv_layout="paged", **settings)
 
 
@@ -58,57 +58,57 @@ def block_tables_of(engine: Engine) -> list[BlockTables]:
 def requests(rng: random.Random, count: int, longest: int) -> list[Request]:
     """Greedy and seeded ones, of which some begin alike."""
     start = [rng.randrange(VOCAB) for _ in range(longest)]
-    made = []
+    batch = []
     for i in range(count):
         prompt = start[: rng.randint(0, longest - 1)] if i % 2 else []
         prompt += [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest - len(prompt)))]
         params: dict[str, Any] = {"max_tokens": rng.randint(1, 24), "seed": i}
         if i % 3:
             params |= {"temperature": 1.0, "top_p": 0.9, "frequency_penalty": 0.3}
-        made.append(ask(f"r{i}", prompt, **params))
-    return made
+        batch.append(ask(f"r{i}", prompt, **params))
+    return batch
 
 
 def run(
-    engine: Engine, asked: list[Request], rng: random.Random, preempt: float = 0.0
+    engine: Engine, workload: list[Request], rng: random.Random, preempt: float = 0.0
 ) -> dict[str, list[int]]:
-    found: dict[str, list[RequestOutput]] = {}
-    coming = list(asked)
+    results: dict[str, list[RequestOutput]] = {}
+    coming = list(workload)
     while coming or engine.has_work:
         while coming and rng.random() < 0.6:
             engine.add(coming.pop(0))
         for output in engine.step():
-            found.setdefault(output.request_id, []).append(output)
+            results.setdefault(output.request_id, []).append(output)
         engine.check_integrity()
         running = [s.request.id for s in engine.scheduler.running]
         if running and rng.random() < preempt:
             engine.preempt(rng.choice(running))
-    return {name: tokens(outputs) for name, outputs in found.items()}
+    return {name: tokens(outputs) for name, outputs in results.items()}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("heads", [2, 4])
-def test_equals_the_definition_and_the_slots(preset: str, heads: int) -> None:
+def test_paged_equals_slots_and_uncached_greedy(preset: str, heads: int) -> None:
     model = make_model(preset, n_kv_head=heads)
-    asked = requests(random.Random(1), 20, 90)
-    slots = run(make_engine(model), asked, random.Random(2))
-    assert run(paged(model), asked, random.Random(3)) == slots
+    workload = requests(random.Random(1), 20, 90)
+    slots = run(make_engine(model), workload, random.Random(2))
+    assert run(paged_engine(model), workload, random.Random(3)) == slots
     ahead = {"num_speculative_tokens": 3, "speculative_disable_by_batch_size": 0}
-    hard = paged(model, max_num_seqs=6, max_num_batched_tokens=13, prefill_chunk=5, **ahead)
-    assert run(hard, asked, random.Random(4), preempt=0.3) == slots
+    hard = paged_engine(model, max_num_seqs=6, max_num_batched_tokens=13, prefill_chunk=5, **ahead)
+    assert run(hard, workload, random.Random(4), preempt=0.3) == slots
     assert hard.stats().preemptions > 10
-    for request in asked:
+    for request in workload:
         if request.params.temperature == 0:
             want = uncached_greedy(model, list(request.prompt), request.params.max_tokens)
             assert slots[request.id] == want
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_layers_with_windows_give_their_old_blocks_back(preset: str) -> None:
+def test_windowed_layers_free_old_blocks(preset: str) -> None:
     model = make_model(preset, **WINDOWED)
-    asked = requests(random.Random(5), 8, 280)
-    slots = run(make_engine(model), asked, random.Random(6))
-    engine = paged(model, max_num_batched_tokens=24, prefill_chunk=24)
+    workload = requests(random.Random(5), 8, 280)
+    slots = run(make_engine(model), workload, random.Random(6))
+    engine = paged_engine(model, max_num_batched_tokens=24, prefill_chunk=24)
     short, full = sorted(allocator_of(engine).pools, key=lambda pool: pool.capacity)
     assert (short.window, full.window) == (128, -1)
     # 128 tokens and a step, and not 320.
@@ -122,55 +122,55 @@ def test_layers_with_windows_give_their_old_blocks_back(preset: str) -> None:
         return real(chunks, previous_ids)
 
     real, engine.runner.run = engine.runner.run, spy  # type: ignore[method-assign]
-    assert run(engine, asked, random.Random(7), preempt=0.05) == slots
+    assert run(engine, workload, random.Random(7), preempt=0.05) == slots
     assert num_freed > 5
-    again = run(engine, asked, random.Random(8))
+    again = run(engine, workload, random.Random(8))
     assert again == slots
     assert engine.stats().num_hit_tokens > 100
 
 
-def test_when_blocks_run_out_the_last_are_put_off_and_tokens_stay_the_same() -> None:
+def test_exhausted_blocks_preempt_the_last() -> None:
     model = make_model("modern")
-    asked = [
+    workload = [
         ask(f"r{i}", [i + 1] * (5 + i), max_tokens=100, priority=i % 3, temperature=0.7, seed=i)
         for i in range(8)
     ]
-    slots = run(make_engine(model, max_num_seqs=8), asked, random.Random(1))
-    small = paged(model, max_num_seqs=8, kv_tokens=200, prefix_cache_tokens=0)
+    slots = run(make_engine(model, max_num_seqs=8), workload, random.Random(1))
+    small = paged_engine(model, max_num_seqs=8, kv_tokens=200, prefix_cache_tokens=0)
     assert [pool.capacity for pool in allocator_of(small).pools] == [200 // 16]
-    for request in asked:
+    for request in workload:
         small.add(request)
     ends: list[str] = []
-    got: dict[str, list[int]] = {}
+    actual: dict[str, list[int]] = {}
     while small.has_work:
         for output in small.step():
-            got.setdefault(output.request_id, []).extend(output.tokens)
+            actual.setdefault(output.request_id, []).extend(output.tokens)
             ends += [output.request_id] if output.finish else []
         small.check_integrity()
         assert small.stats().kv_cache_usage <= 1
-    assert got == slots
+    assert actual == slots
     assert small.stats().preemptions > 2
     # In the order of priority, and of arrival within it.
     assert ends == [f"r{i}" for i in (0, 3, 6, 1, 4, 7, 2, 5)]
     assert all(pool.num_free_blocks == pool.capacity for pool in allocator_of(small).pools)
 
 
-def test_an_urgent_request_gets_blocks_before_those_that_run() -> None:
+def test_urgent_request_preempts_for_blocks() -> None:
     model = make_model("classic")
-    engine = paged(model, kv_tokens=128, prefix_cache_tokens=0)
+    engine = paged_engine(model, kv_tokens=128, prefix_cache_tokens=0)
     engine.add(ask("later", [1] * 60, max_tokens=60, priority=5))
     for _ in range(6):
         engine.step()
     engine.add(ask("urgent", [2] * 100, max_tokens=5, priority=0))
-    found = finish(engine)
+    results = finish(engine)
     assert engine.stats().preemptions == 1
-    assert list(found) == ["urgent", "later"]
-    assert tokens(found["urgent"]) == uncached_greedy(model, [2] * 100, 5)
+    assert list(results) == ["urgent", "later"]
+    assert tokens(results["urgent"]) == uncached_greedy(model, [2] * 100, 5)
 
 
-def test_a_beginning_is_held_by_all_who_have_it_and_not_copied() -> None:
+def test_shared_prefix_is_not_copied() -> None:
     model, start = make_model("modern"), [7 + i for i in range(64)]
-    engine = paged(model, max_num_seqs=4)
+    engine = paged_engine(model, max_num_seqs=4)
     for i in range(4):
         engine.add(ask(f"r{i}", [*start, 100 + i], max_tokens=8))
     for _ in range(8):
@@ -183,7 +183,7 @@ def test_a_beginning_is_held_by_all_who_have_it_and_not_copied() -> None:
     assert pool.capacity - pool.num_free_blocks == 4 + 4
     finish(engine)
     assert engine.stats().num_hit_tokens == 3 * 64
-    off = paged(model, prefix_cache_tokens=0)
+    off = paged_engine(model, prefix_cache_tokens=0)
     assert answer(off, ask("r0", [*start, 100], max_tokens=8)) == answer(
         engine, ask("again", [*start, 100], max_tokens=8)
     )
@@ -191,14 +191,16 @@ def test_a_beginning_is_held_by_all_who_have_it_and_not_copied() -> None:
     assert off.stats().num_hit_tokens == 0
 
 
-def test_a_prompt_in_chunks_and_in_company_scores_alike() -> None:
+def test_logprobs_do_not_depend_on_chunks() -> None:
     """Tokens are equal and log-probabilities near: how torch sums depends on the CPU, and on how
     many rows there are at a time."""
     model = make_model("modern", **WINDOWED)
     prompt = [random.Random(1).randrange(VOCAB) for _ in range(300)]
     answers = []
     for budget, company in ((310, 0), (40, 3), (7, 5)):
-        engine = paged(model, max_num_seqs=6, max_num_batched_tokens=budget, prefill_chunk=budget)
+        engine = paged_engine(
+            model, max_num_seqs=6, max_num_batched_tokens=budget, prefill_chunk=budget
+        )
         for i in range(company):
             engine.add(ask(f"other{i}", prompt[i : 40 + 9 * i], max_tokens=60, logprobs=0))
         engine.add(ask("me", prompt, max_tokens=6, logprobs=3))
@@ -212,7 +214,7 @@ def test_a_prompt_in_chunks_and_in_company_scores_alike() -> None:
         torch.testing.assert_close(near, logprobs, atol=1e-4, rtol=0)
 
 
-def test_larger_blocks_and_padded_rows_change_nothing() -> None:
+def test_block_size_and_padding_change_nothing() -> None:
     model = make_model("modern", sequence_len=640)
     engine_config = EngineConfig(
         max_num_seqs=2, max_model_len=600, kv_layout="paged", prefix_cache_tokens=0
@@ -234,8 +236,8 @@ def test_larger_blocks_and_padded_rows_change_nothing() -> None:
             ids[:count] = torch.tensor(prompt[start : start + count])
             before[:count] = torch.tensor([-1, *prompt][start : start + count])
             with torch.inference_mode():
-                got = inference.logits(inference.hidden(ids, before, cache))[:count]
-            torch.testing.assert_close(got, want[start : start + count], atol=3e-5, rtol=0)
+                actual = inference.logits(inference.hidden(ids, before, cache))[:count]
+            torch.testing.assert_close(actual, want[start : start + count], atol=3e-5, rtol=0)
 
 
 def test_attention_gets_valid_metadata() -> None:
@@ -261,24 +263,24 @@ def test_attention_gets_valid_metadata() -> None:
         return gathered_attention(q, keys, values, cu_seqlens_q, seqused_k, block_table, **rest)
 
     model = make_model("modern", **WINDOWED)
-    engine = paged(model)
+    engine = paged_engine(model)
     assert isinstance(engine.runner.cache, PagedCache)
     engine.runner.cache._attention = spy
     run(engine, requests(random.Random(5), 6, 280), random.Random(7))
     assert calls > 100
 
 
-def test_a_step_on_a_gpu_waits_for_nothing() -> None:
+def test_step_on_a_gpu_never_waits() -> None:
     """On tensors without values: reading one back, which a CUDA graph does not allow, fails."""
     dtype, device = torch.bfloat16, torch.device("meta")
     for preset in PRESETS:
-        trained = make_model(preset, **WINDOWED)
-        weights = trained.state_dict()
-        model = InferenceModel(trained.config, weights, dtype=dtype, device=device)
+        training_model = make_model(preset, **WINDOWED)
+        weights = training_model.state_dict()
+        model = InferenceModel(training_model.config, weights, dtype=dtype, device=device)
         config = EngineConfig(max_num_seqs=4)
         blocks = make_allocator(model.config, config, 320, dtype, 1 << 30, 16)
         cache = PagedCache(model.config, blocks, 4, 320, dtype, device)
-        cache._attention = lambda q, *rest, **named: torch.empty_like(q)
+        cache._attention = lambda q, *rest, **keywords: torch.empty_like(q)
         for spans in ([Span(0, 7, 1, True), Span(2, 9, 60, False)], [Span(3, 0, 1, True)]):
             with torch.inference_mode():
                 ids = torch.zeros(cache.prepare(spans), dtype=torch.int64, device=device)
@@ -286,7 +288,7 @@ def test_a_step_on_a_gpu_waits_for_nothing() -> None:
             assert logits.shape == (sum(span.num_tokens for span in spans), VOCAB)
 
 
-def test_what_does_not_fit_is_refused_by_name() -> None:
+def test_cache_that_does_not_fit_is_rejected() -> None:
     model, dtype = make_model("modern").config, torch.float32
     config = EngineConfig(max_num_seqs=4, prefix_cache_tokens=0, kv_cache_memory_fraction=0.5)
     each = bytes_per_token(model, dtype, model.n_layer) * 128
@@ -318,7 +320,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
             EngineConfig(**{field: value})  # type: ignore[arg-type]
 
 
-def test_slots_are_the_layout_on_a_cpu() -> None:
+def test_layout_depends_on_device() -> None:
     model = make_model("classic")
     cpu = torch.device("cpu")
     assert choose_layout(EngineConfig(), cpu) == "slots"

@@ -14,11 +14,11 @@ from tests.engine.engine_kit import ask, finish, make_engine, make_model, tokens
 PROMPT = [i * 7 % 300 for i in range(4 * BLOCK_SIZE + 5)]
 
 
-def scoped(name: str, scope: str, prompt: list[int] = PROMPT) -> Request:
+def scoped_request(name: str, scope: str, prompt: list[int] = PROMPT) -> Request:
     return dataclasses.replace(ask(name, prompt, max_tokens=4), cache_scope=scope)
 
 
-def cached(engine: Engine, *requests: Request) -> tuple[list[int], list[list[int]]]:
+def cached_counts(engine: Engine, *requests: Request) -> tuple[list[int], list[list[int]]]:
     """Prompt tokens that each of the requests, run together, found computed; and their answers."""
     for request in requests:
         engine.add(request)
@@ -30,16 +30,16 @@ def cached(engine: Engine, *requests: Request) -> tuple[list[int], list[list[int
 @pytest.mark.parametrize("layout", ["slots", "paged"])
 def test_scopes_share_no_prefix(layout: str) -> None:
     engine = make_engine(make_model("modern"), kv_layout=layout, prefix_cache_tokens=512)
-    (first,), (answer,) = cached(engine, scoped("a", "alice"))
+    (first,), (answer,) = cached_counts(engine, scoped_request("a", "alice"))
     assert first == 0
-    for scope, expected in (
+    for scope, want in (
         ("bob", 0),
         ("", 0),
         ("alice", 4 * BLOCK_SIZE),
         ("bob", 4 * BLOCK_SIZE),
     ):
-        counts, answers = cached(engine, scoped("b", scope))
-        assert counts == [expected], scope
+        counts, answers = cached_counts(engine, scoped_request("b", scope))
+        assert counts == [want], scope
         assert answers == [answer]  # what is cached changes no token
     engine.check_integrity()
 
@@ -58,21 +58,21 @@ def steps_to_first_token(engine: Engine, *requests: Request) -> list[int]:
 
 
 @pytest.mark.parametrize("layout", ["slots", "paged"])
-def test_nobody_waits_for_another_scopes_prefix(layout: str) -> None:
+def test_no_wait_for_another_scopes_prefix(layout: str) -> None:
     other = [299 - token for token in PROMPT]
     fields = {"kv_layout": layout, "prefix_cache_tokens": 512, "max_num_batched_tokens": 256}
     same, different = (
         steps_to_first_token(
             make_engine(make_model("modern"), **fields),
-            scoped("a", "alice"),
-            scoped("b", "bob", prompt),
+            scoped_request("a", "alice"),
+            scoped_request("b", "bob", prompt),
         )
         for prompt in (PROMPT, other)
     )
     assert same == different
 
 
-def test_a_scope_names_all_blocks() -> None:
+def test_scope_changes_all_block_hashes() -> None:
     scopes = ["", "a", "b", "\ud800"]
     names = [
         name for scope in scopes for name in hash_blocks(PROMPT, len(PROMPT), BLOCK_SIZE, scope)
@@ -80,8 +80,8 @@ def test_a_scope_names_all_blocks() -> None:
     assert len(set(names)) == len(names) == 4 * len(scopes)
 
 
-def test_a_scope_travels() -> None:
-    request = scoped("a", "alice")
+def test_scope_survives_the_wire() -> None:
+    request = scoped_request("a", "alice")
     assert Request.from_wire(request.to_wire()).cache_scope == "alice"
     assert request.with_seed().cache_scope == "alice"
     with pytest.raises(ValueError, match="cache_scope=1 is not allowed"):

@@ -13,7 +13,7 @@ from tests.engine.engine_kit import PRESETS, VOCAB, ask, finish, make_engine, ma
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("budget", [5, 200])
-def test_they_are_those_of_the_model_whole_or_in_chunks(preset: str, budget: int) -> None:
+def test_prompt_logprobs_equal_the_model(preset: str, budget: int) -> None:
     model, rng = make_model(preset), random.Random(1)
     prompts = [[rng.randrange(VOCAB) for _ in range(length)] for length in (40, 2, 1, 90)]
     engine = make_engine(model, max_num_batched_tokens=budget, prefill_chunk=3)
@@ -22,32 +22,32 @@ def test_they_are_those_of_the_model_whole_or_in_chunks(preset: str, budget: int
     for i, prompt in enumerate(prompts):
         engine.add(ask(f"r{i}", prompt, max_tokens=3, prompt_logprobs=2, logprobs=i % 2 or None))
     engine.add(ask("free", prompts[3], max_tokens=3))
-    found: dict[str, list[RequestOutput]] = {}
+    results: dict[str, list[RequestOutput]] = {}
     for _ in range(6):
         for output in engine.step():
-            found.setdefault(output.request_id, []).append(output)
+            results.setdefault(output.request_id, []).append(output)
     for running in list(engine.scheduler.running):
         engine.preempt(running.request.id)  # some in the middle of their prompts
-    finish(engine, found)
-    assert all(o.prompt_logprobs is None for o in found["free"])
-    assert tokens(found["free"]) == tokens(found["r3"])
+    finish(engine, results)
+    assert all(o.prompt_logprobs is None for o in results["free"])
+    assert tokens(results["free"]) == tokens(results["r3"])
     for i, prompt in enumerate(prompts):
-        told = [o.prompt_logprobs for o in found[f"r{i}"] if o.prompt_logprobs is not None]
+        reports = [o.prompt_logprobs for o in results[f"r{i}"] if o.prompt_logprobs is not None]
         with torch.inference_mode():
             logs = model(torch.tensor([prompt]))[0].log_softmax(-1)
-        assert len(told) == 1
-        assert len(told[0]) == len(prompt) - 1
-        for place, got in enumerate(told[0]):
-            want = logs[place]
-            assert got.logprob == pytest.approx(float(want[prompt[place + 1]]), abs=1e-4)
-            assert [t for t, _ in got.top] == want.topk(2).indices.tolist()
+        assert len(reports) == 1
+        assert len(reports[0]) == len(prompt) - 1
+        for position, entry in enumerate(reports[0]):
+            want = logs[position]
+            assert entry.logprob == pytest.approx(float(want[prompt[position + 1]]), abs=1e-4)
+            assert [t for t, _ in entry.top] == want.topk(2).indices.tolist()
             values = want.topk(2).values.tolist()
-            assert [x for _, x in got.top] == pytest.approx(values, abs=1e-4)
-        first = found[f"r{i}"][0]
+            assert [x for _, x in entry.top] == pytest.approx(values, abs=1e-4)
+        first = results[f"r{i}"][0]
         assert RequestOutput.from_wire(first.to_wire()) == first
 
 
-def test_a_prompt_alone_can_be_scored_up_to_the_whole_context() -> None:
+def test_scoring_uses_the_whole_context() -> None:
     engine = make_engine(make_model("modern"))
     engine.add(ask("r", [7] * 128, max_tokens=0, prompt_logprobs=0))
     (last,) = finish(engine)["r"]

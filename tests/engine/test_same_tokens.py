@@ -66,63 +66,63 @@ def engine(model: GPT | None = None, **settings: Any) -> Engine:
     return make_engine(model or make_model("modern"), TOOL, TEXT, **SETTINGS | settings)
 
 
-def answers(found: dict[str, list[RequestOutput]]) -> dict[str, tuple[list[int], str | None]]:
-    return {k: (tokens(v), v[-1].finish) for k, v in found.items()}
+def answers(results: dict[str, list[RequestOutput]]) -> dict[str, tuple[list[int], str | None]]:
+    return {k: (tokens(v), v[-1].finish) for k, v in results.items()}
 
 
 @functools.cache
 def alone() -> dict[str, tuple[list[int], str | None]]:
     """One request after another in an engine that keeps no prefixes."""
-    single, found = engine(max_num_seqs=1, prefix_cache_tokens=0), {}
+    single, results = engine(max_num_seqs=1, prefix_cache_tokens=0), {}
     for request in REQUESTS:
         single.add(request)
-        found |= finish(single)
-    return answers(found)
+        results |= finish(single)
+    return answers(results)
 
 
 def together(
     engine: Engine, requests: Sequence[Request] = REQUESTS, preempt: float = 0.0
 ) -> dict[str, tuple[list[int], str | None]]:
     """All that fit at once; with a probability for each step, someone is preempted after it."""
-    rng, found = random.Random(0), dict[str, list[RequestOutput]]()
+    rng, results = random.Random(0), dict[str, list[RequestOutput]]()
     coming = list(requests)
     while coming or engine.has_work:
         while coming and engine.scheduler.queue_capacity:
             engine.add(coming.pop(0))
         for output in engine.step():
-            found.setdefault(output.request_id, []).append(output)
+            results.setdefault(output.request_id, []).append(output)
         running = [s.request.id for s in engine.scheduler.running]
         if running and rng.random() < preempt:
             engine.preempt(rng.choice(running))
     engine.check_integrity()
-    return answers(found)
+    return answers(results)
 
 
 def assert_same(
-    found: dict[str, tuple[list[int], str | None]],
+    results: dict[str, tuple[list[int], str | None]],
     want: dict[str, tuple[list[int], str | None]],
     by: Engine,
 ) -> None:
     """Equal answers: all of them by slot with the kernels in C, whose bits do not depend on the
     batch. With torch's, logits differ by some 1e-5 on some CPUs, and so may the token of one draw
     in some 1e5."""
-    assert found.keys() == want.keys()
-    differ = sum(found[name] != want[name] for name in want)
+    assert results.keys() == want.keys()
+    differ = sum(results[name] != want[name] for name in want)
     exact = by.stats().kernels != "torch" and by.config.kv_layout != "paged"
     assert differ <= (0 if exact else max(1, len(want) // 100))
 
 
 def test_the_requests_are_a_mixture() -> None:
-    found = alone()
-    assert len(found) == COUNT
-    assert {end for _, end in found.values()} == {"stop", "length"}
-    assert sum(290 in made for made, _ in found.values()) > 5  # the tool was used
-    assert len({tuple(made) for made, _ in found.values()}) > 400
+    results = alone()
+    assert len(results) == COUNT
+    assert {end for _, end in results.values()} == {"stop", "length"}
+    assert sum(290 in output_ids for output_ids, _ in results.values()) > 5  # the tool was used
+    assert len({tuple(output_ids) for output_ids, _ in results.values()}) > 400
 
 
 def test_in_a_batch_of_64() -> None:
-    batched = engine(prefix_cache_tokens=0)
-    assert_same(together(batched), alone(), batched)
+    batch_engine = engine(prefix_cache_tokens=0)
+    assert_same(together(batch_engine), alone(), batch_engine)
 
 
 def test_without_c() -> None:
@@ -155,17 +155,21 @@ def test_after_prefix_hits() -> None:
 def test_continued_elsewhere_after_some_tokens() -> None:
     rng, cuts = random.Random(1), []
     for request in REQUESTS:
-        made, _ = alone()[request.id]
-        cuts.append(dataclasses.replace(request, output_token_ids=made[: rng.randrange(len(made))]))
+        output_ids, _ = alone()[request.id]
+        cuts.append(
+            dataclasses.replace(
+                request, output_token_ids=output_ids[: rng.randrange(len(output_ids))]
+            )
+        )
     elsewhere = engine(num_speculative_tokens=2, prompt_lookup_max=1)
-    found = together(elsewhere, cuts)
-    whole = {r.id: ([*r.output_token_ids, *found[r.id][0]], found[r.id][1]) for r in cuts}
+    results = together(elsewhere, cuts)
+    whole = {r.id: ([*r.output_token_ids, *results[r.id][0]], results[r.id][1]) for r in cuts}
     assert_same(whole, alone(), elsewhere)
 
 
 @pytest.mark.parametrize(("guesses", "ngram", "preempt"), [(4, 1, 0.0), (3, 2, 0.5)])
-def test_with_speculation(guesses: int, ngram: int, preempt: float) -> None:
-    ahead = engine(num_speculative_tokens=guesses, prompt_lookup_max=ngram)
+def test_with_speculation(num_draft_tokens: int, ngram: int, preempt: float) -> None:
+    ahead = engine(num_speculative_tokens=num_draft_tokens, prompt_lookup_max=ngram)
     assert_same(together(ahead, preempt=preempt), alone(), ahead)
     stats = ahead.stats()
     assert 50 < stats.num_accepted_tokens < stats.num_draft_tokens
@@ -189,7 +193,7 @@ def test_with_speculation(guesses: int, ngram: int, preempt: float) -> None:
         },
     ],
 )
-def test_with_steps_launched_before_the_last_tokens_are_known(settings: dict[str, Any]) -> None:
+def test_with_async_scheduling(settings: dict[str, Any]) -> None:
     some = REQUESTS[::3] if settings else REQUESTS
     overlapping = engine(async_scheduling="on", **settings)
     run, num_placeholders, num_decodes = overlapping.runner.run, 0, 0
@@ -208,7 +212,7 @@ def test_with_steps_launched_before_the_last_tokens_are_known(settings: dict[str
     assert num_placeholders > 0.6 * num_decodes
 
 
-def test_guesses_fill_no_more_than_the_rows_that_cost_nothing() -> None:
+def test_draft_respects_batch_size_limit() -> None:
     some = engine(
         num_speculative_tokens=3, prompt_lookup_max=1, speculative_disable_by_batch_size=5
     )
@@ -231,10 +235,12 @@ def test_guesses_fill_no_more_than_the_rows_that_cost_nothing() -> None:
     assert 5 in rows
 
 
-def test_guesses_save_steps_where_a_text_repeats_itself() -> None:
+def test_draft_saves_steps_in_repetitive_text() -> None:
     want, logprobs, steps = [], [], []
-    for guesses in (0, 4):
-        single = engine(max_num_seqs=1, num_speculative_tokens=guesses, prompt_lookup_max=1)
+    for num_draft_tokens in (0, 4):
+        single = engine(
+            max_num_seqs=1, num_speculative_tokens=num_draft_tokens, prompt_lookup_max=1
+        )
         single.add(ask("r", [1, 2], max_tokens=60, repetition_penalty=0.3, logprobs=0))
         outputs = finish(single)["r"]
         scores = [p.logprob for o in outputs for p in o.logprobs or () if p]
@@ -248,7 +254,7 @@ def test_guesses_save_steps_where_a_text_repeats_itself() -> None:
     assert steps[1] < steps[0] / 2
 
 
-def test_lookup_goes_on_from_where_the_last_tokens_stood() -> None:
+def test_lookup_continues_latest_occurrence() -> None:
     lookup, text = PromptLookup(2), [1, 2, 3, 4, 1, 2]
     assert lookup.propose([1], 3) == []
     assert lookup.propose(text, 3) == [3, 4, 1]

@@ -131,14 +131,14 @@ def test_recorded_noise() -> None:
         ({"temperature": 0.0}, [3, 3, 3, 3]),
     ],
 )
-def test_tokens_drawn_by_hand(fields: dict[str, Any], drawn: list[int]) -> None:
+def test_tokens_drawn_by_hand(fields: dict[str, Any], want_ids: list[int]) -> None:
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(4, -1)
     params = [
         SamplingParams(**{"temperature": 1.0, "seed": s} | fields) for s in (0, 1, 2**64 - 1, 5)
     ]
     positions = torch.tensor([1, 0, 7, 100_000])
     features = ALL if len(fields) else SAMPLED
-    assert sampler.choose(logits, rows(params), positions, features).tolist() == drawn
+    assert sampler.choose(logits, rows(params), positions, features).tolist() == want_ids
 
 
 def test_rows_without_finite_logits_are_invalid() -> None:
@@ -146,11 +146,11 @@ def test_rows_without_finite_logits_are_invalid() -> None:
     logits[0, 1] = torch.nan
     logits[1] = -torch.inf
     logits[2, 2] = torch.inf
-    for sampled in (0.0, 1.0):
-        params = [SamplingParams(temperature=sampled, seed=0)] * 4
-        found = sampler.choose(logits, rows(params), torch.arange(4), SAMPLED).tolist()
-        assert found[:3] == [sampler.INVALID] * 3
-        assert found[3] >= 0
+    for temperature in (0.0, 1.0):
+        params = [SamplingParams(temperature=temperature, seed=0)] * 4
+        actual = sampler.choose(logits, rows(params), torch.arange(4), SAMPLED).tolist()
+        assert actual[:3] == [sampler.INVALID] * 3
+        assert actual[3] >= 0
     assert sampler.greedy(logits).tolist() == [-1, -1, -1, 0]
 
 
@@ -166,5 +166,5 @@ def test_log_probabilities_by_hand() -> None:
 def test_only_marked_tokens_are_allowed() -> None:
     logits = torch.arange(8.0).view(2, 4)
     marks = torch.tensor([[True, False, True, False]])
-    limited = sampler.mask_rows(logits, torch.tensor([1]), marks)
-    assert limited.tolist() == [[0, 1, 2, 3], [4, -torch.inf, 6, -torch.inf]]
+    masked_logits = sampler.mask_rows(logits, torch.tensor([1]), marks)
+    assert masked_logits.tolist() == [[0, 1, 2, 3], [4, -torch.inf, 6, -torch.inf]]

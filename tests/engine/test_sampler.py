@@ -56,22 +56,22 @@ def slow_choice(logits: Tensor, p: SamplingParams, position: int) -> int:
     top = max(values)
     weights = {i: math.exp((v - top) / p.temperature) for i, v in enumerate(values)}
     weights = {i: w for i, w in weights.items() if w >= p.min_p}
-    ranked = sorted(weights, key=lambda i: -weights[i])
+    ranking = sorted(weights, key=lambda i: -weights[i])
     if p.top_k:
-        ranked = ranked[: p.top_k]
+        ranking = ranking[: p.top_k]
     if p.top_p < 1:
-        total, reached, nucleus = sum(weights[i] for i in ranked), 0.0, []
-        for i in ranked:
-            if reached >= p.top_p * total:
+        total, cumulative, nucleus = sum(weights[i] for i in ranking), 0.0, []
+        for i in ranking:
+            if cumulative >= p.top_p * total:
                 break
             nucleus.append(i)
-            reached += weights[i]
-        ranked = nucleus
-    target = slow_uniform((p.seed or 0) & (2**64 - 1), position) * sum(weights[i] for i in ranked)
-    reached = 0.0
-    for i in sorted(ranked):
-        reached += weights[i]
-        if reached > target:
+            cumulative += weights[i]
+        ranking = nucleus
+    target = slow_uniform((p.seed or 0) & (2**64 - 1), position) * sum(weights[i] for i in ranking)
+    cumulative = 0.0
+    for i in sorted(ranking):
+        cumulative += weights[i]
+        if cumulative > target:
             return i
     raise AssertionError("no token")
 
@@ -94,62 +94,64 @@ def test_equals_the_slow_sampler_row_by_row(vocab: int) -> None:
         params = [random_params(rng) for _ in range(40)]
         positions = torch.tensor([rng.randrange(100_000) for _ in params])
         logits = torch.randn(len(params), vocab, generator=generator) * scale
-        got = choose(logits, rows(params), positions, ALL).tolist()
+        actual = choose(logits, rows(params), positions, ALL).tolist()
         want = [
             slow_choice(row, p, int(at))
             for row, p, at in zip(logits, params, positions, strict=True)
         ]
-        assert got == want
+        assert actual == want
         # A row by itself, with only the features that it uses.
         for i, p in enumerate(params):
-            used = SAMPLED * (p.temperature > 0) | TOP_K * (0 < p.top_k < vocab)
-            used |= (TOP_P | NUCLEUS) * (p.top_p < 1) | MIN_P * (p.min_p > 0)
-            alone = choose(logits[i : i + 1], rows([p]), positions[i : i + 1], used)
-            assert alone.tolist() == [got[i]]
+            row_features = SAMPLED * (p.temperature > 0) | TOP_K * (0 < p.top_k < vocab)
+            row_features |= (TOP_P | NUCLEUS) * (p.top_p < 1) | MIN_P * (p.min_p > 0)
+            alone = choose(logits[i : i + 1], rows([p]), positions[i : i + 1], row_features)
+            assert alone.tolist() == [actual[i]]
 
 
-def test_tokens_that_tie_with_the_last_kept_one_are_kept() -> None:
+def test_ties_at_the_threshold_are_kept() -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0, -5.0]])
-    for params, kept in (
+    for params, want_ids in (
         (SamplingParams(top_k=1), {1, 3}),
         (SamplingParams(top_k=3), {0, 1, 2, 3, 4}),
         (SamplingParams(top_p=0.2), {1, 3}),
     ):
-        seen = {int(choose(logits, rows([params]), torch.tensor([at]), ALL)) for at in range(200)}
-        assert seen == kept
+        token_ids = {
+            int(choose(logits, rows([params]), torch.tensor([at]), ALL)) for at in range(200)
+        }
+        assert token_ids == want_ids
 
 
-def test_noise_is_uniform_over_positions_and_over_seeds() -> None:
+def test_noise_is_uniform() -> None:
     n, bins = 100_000, 100
     count = torch.arange(n)
-    fixed = torch.full((n,), 7)
-    for u in (uniform(fixed, count), uniform(count, fixed), uniform(count, count)):
+    sevens = torch.full((n,), 7)
+    for u in (uniform(sevens, count), uniform(count, sevens), uniform(count, count)):
         assert u.dtype == torch.float64
         assert float(u.min()) >= 0
         assert float(u.max()) < 1
-        found = torch.bincount((u * bins).long(), minlength=bins).double()
-        chi2 = float(((found - n / bins) ** 2 / (n / bins)).sum())
+        histogram = torch.bincount((u * bins).long(), minlength=bins).double()
+        chi2 = float(((histogram - n / bins) ** 2 / (n / bins)).sum())
         assert chi2 < 148  # 99 degrees of freedom, p = 0.001
         assert abs(float(torch.corrcoef(torch.stack((u[1:], u[:-1])))[0, 1])) < 0.01
     assert float(uniform(torch.tensor(5), torch.tensor(9))) == slow_uniform(5, 9)
 
 
-def test_drawn_tokens_follow_the_softmax() -> None:
+def test_samples_follow_the_softmax() -> None:
     n = 20_000
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -torch.inf])
     p = SamplingParams(temperature=0.8, seed=3)
-    drawn = choose(logits.expand(n, -1), rows([p] * n), torch.arange(n), SAMPLED)
+    samples = choose(logits.expand(n, -1), rows([p] * n), torch.arange(n), SAMPLED)
     want = (logits / 0.8).softmax(-1) * n
-    found = torch.bincount(drawn, minlength=6)
-    assert found[5] == 0
-    chi2 = float(((found - want) ** 2 / want)[:5].sum())
+    histogram = torch.bincount(samples, minlength=6)
+    assert histogram[5] == 0
+    chi2 = float(((histogram - want) ** 2 / want)[:5].sum())
     assert chi2 < 18.5  # 4 degrees of freedom, p = 0.001
 
 
 def test_penalties_follow_their_definitions() -> None:
     logits = torch.tensor([[2.0, -2.0, 1.0, 0.5]])
-    seen = torch.tensor([[True, True, False, False]])
+    token_ids = torch.tensor([[True, True, False, False]])
     counts = torch.tensor([[3.0, 0.0, 0.0, 0.0]])
     one = torch.ones(1)
-    got = sampler.penalise(logits, seen, counts, 2 * one, 0.5 * one, 0.25 * one)
-    torch.testing.assert_close(got, torch.tensor([[1.0 - 0.75 - 0.5, -4.0, 1.0, 0.5]]))
+    actual = sampler.penalise(logits, token_ids, counts, 2 * one, 0.5 * one, 0.25 * one)
+    torch.testing.assert_close(actual, torch.tensor([[1.0 - 0.75 - 0.5, -4.0, 1.0, 0.5]]))

@@ -49,7 +49,7 @@ def run(s: Scheduler) -> dict[str, int]:
     return {chunk.sequence.request.id: chunk.num_tokens for chunk in chunks}
 
 
-def test_decodes_come_first_and_long_prompts_do_not_hold_them_up() -> None:
+def test_decodes_come_before_long_prompts() -> None:
     s = scheduler()
     s.add(sequence("short"))
     assert run(s) == {"short": 4}
@@ -59,7 +59,7 @@ def test_decodes_come_first_and_long_prompts_do_not_hold_them_up() -> None:
     assert run(s) == {"long": 10}  # nobody waits for it: the whole budget
 
 
-def test_late_in_a_long_prompt_chunks_get_shorter_while_others_decode() -> None:
+def test_chunks_shrink_late_in_a_long_prompt() -> None:
     s = scheduler(
         max_num_batched_tokens=20,
         prefill_chunk=8,
@@ -68,30 +68,30 @@ def test_late_in_a_long_prompt_chunks_get_shorter_while_others_decode() -> None:
     s.add(sequence("short"))
     run(s)
     s.add(sequence("long", 60))
-    found = [run(s)["long"] for _ in range(12)]
-    assert found == [8, 5, 4, 3, 3, 3, 3, 2, 2, 2, 2, 2]
+    counts = [run(s)["long"] for _ in range(12)]
+    assert counts == [8, 5, 4, 3, 3, 3, 3, 2, 2, 2, 2, 2]
     s.remove(s.running[0])
     assert run(s) == {"long": 20}
 
 
-def test_beside_many_decodes_a_prompt_gets_more() -> None:
+def test_prompt_budget_grows_with_decodes() -> None:
     s = scheduler(
         num_slots=5,
         max_num_batched_tokens=20,
         prefill_chunk=6,
         prefill_cost=PrefillCostModel(tokens_per_decode=3),
     )
-    got = []
+    counts = []
     for name in "abcd":
         s.add(sequence(name))
         run(s)
         s.add(sequence("long", 40))
-        got.append(run(s)["long"])
+        counts.append(run(s)["long"])
         s.remove(s.running[-1])
-    assert got == [6, 6, 9, 12]
+    assert counts == [6, 6, 9, 12]
 
 
-def test_a_step_has_more_tokens_for_more_prompts() -> None:
+def test_prompt_budget_grows_with_prompts() -> None:
     s = scheduler(num_slots=9, max_num_batched_tokens=40)
     s.add(sequence("first"))
     run(s)
@@ -110,7 +110,7 @@ def test_several_prompts_share_a_step() -> None:
     assert run(s) == {"a": 4, "b": 4, "c": 2}
 
 
-def test_the_lowest_priority_number_goes_first_and_pushes_out() -> None:
+def test_lower_priority_number_preempts() -> None:
     s = scheduler(num_slots=1)
     s.add(sequence("later", priority=5))
     assert run(s) == {"later": 4}
@@ -135,7 +135,7 @@ def test_clients_take_turns() -> None:
     assert set(run(s)) == {"many0", "one"}
 
 
-def test_clients_take_turns_though_one_of_them_came_first_with_many() -> None:
+def test_clients_take_turns_in_admission_order() -> None:
     s = scheduler(num_slots=1)
     for name, client in [*((f"many{i}", "many") for i in range(3)), ("a", "a"), ("b", "b")]:
         s.add(sequence(name, client=client))
@@ -151,7 +151,7 @@ def test_clients_take_turns_though_one_of_them_came_first_with_many() -> None:
     assert list(run(s)) == ["many3"]  # nobody waited: all begin anew
 
 
-def test_the_youngest_of_the_lowest_priority_is_pushed_out() -> None:
+def test_youngest_of_lowest_priority_is_preempted() -> None:
     s = scheduler(num_slots=3, max_num_batched_tokens=20)
     for name, priority in (("old", 5), ("young", 5), ("kept", 2)):
         s.add(sequence(name, priority=priority))
@@ -161,7 +161,7 @@ def test_the_youngest_of_the_lowest_priority_is_pushed_out() -> None:
     assert {q.request.id for q in s.running} == {"old", "kept", "urgent"}
 
 
-def test_deadlines_end_who_waits_and_who_runs() -> None:
+def test_expire_removes_waiting_and_running() -> None:
     s = scheduler(num_slots=1)
     for name, deadline in (("runs", 5.0), ("waits", 4.0), ("later", 9.0), ("never", None)):
         s.add(sequence(name, deadline=deadline))
@@ -172,7 +172,7 @@ def test_deadlines_end_who_waits_and_who_runs() -> None:
     assert list(run(s)) == ["later"]
 
 
-def test_guesses_get_what_is_left_of_the_budget_and_fit_the_limit() -> None:
+def test_draft_fits_budget_and_max_length() -> None:
     s = scheduler(num_slots=4, max_num_batched_tokens=12, num_speculative_tokens=5)
     for name in "abc":
         s.add(sequence(name, 4))
@@ -191,7 +191,7 @@ def test_guesses_get_what_is_left_of_the_budget_and_fit_the_limit() -> None:
     assert [(len(c.draft), c.num_logits) for c in s.plan().chunks] == [(2, 3), (4, 5), (0, 0)]
 
 
-def test_a_long_prompt_amid_decodes_takes_no_step_from_them() -> None:
+def test_long_prompt_delays_no_decode() -> None:
     s = scheduler(num_slots=17, max_num_batched_tokens=256, prefill_chunk=64)
     for i in range(16):
         s.add(sequence(f"decode{i}"))
@@ -207,7 +207,7 @@ def test_a_long_prompt_amid_decodes_takes_no_step_from_them() -> None:
     assert steps == 30  # 1900 / 64: and the prompt is not starved
 
 
-def test_everybody_ends_though_blocks_hold_little_more_than_one() -> None:
+def test_all_finish_with_blocks_for_one_sequence() -> None:
     rng, preemptions = random.Random(0), 0
     for trial in range(40):
         window = rng.choice([-1, 20])

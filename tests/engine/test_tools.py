@@ -80,28 +80,28 @@ def test_sums(expression: str, value: str) -> None:
         "1;2",
     ],
 )
-def test_refused_at_once(expression: str) -> None:
+def test_hostile_expressions_are_rejected_at_once(expression: str) -> None:
     began = time.perf_counter()
     assert calculate(expression) is None
     assert time.perf_counter() - began < 10  # what they would come to takes hours
 
 
-def test_largest_numbers_are_quick() -> None:
+def test_largest_numbers_are_fast() -> None:
     began = time.perf_counter()
     for expression in ("2**511*1", "*".join(["9" * 150] * 1), "7**181" + "%3**99" * 20):
         calculate(expression)
     assert time.perf_counter() - began < 10  # what they would come to takes hours
 
 
-def test_the_tool_reads_and_writes_tokens() -> None:
+def test_calculator_tool_on_tokens() -> None:
     tokenizer = Tokenizer.bytes_only()
     tool = calculator_tool(tokenizer)
     assert tool.run(tokenizer.encode("6*7")) == tokenizer.encode("42")
     assert tool.run(tokenizer.encode("6*")) is None
-    state, forced = ToolState(tool), []
+    state, injected_ids = ToolState(tool), []
     for token in [tool.end, tool.start, *tokenizer.encode("1+1"), tool.end]:
-        forced = state.feed(token)
-    assert forced == [tool.out_start, *tokenizer.encode("2"), tool.out_end]
+        injected_ids = state.feed(token)
+    assert injected_ids == [tool.out_start, *tokenizer.encode("2"), tool.out_end]
 
 
 def test_input_without_end_is_dropped() -> None:

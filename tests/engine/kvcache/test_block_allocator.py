@@ -21,22 +21,22 @@ def match(allocator: BlockAllocator, tokens: list[int], limit: int) -> list[int]
     return tables[0]
 
 
-def test_a_beginning_is_found_as_far_as_it_is_the_same() -> None:
+def test_match_prefix_stops_at_first_difference() -> None:
     allocator = one_pool(10)
     tokens = list(range(60))
     assert match(allocator, tokens, 60) == []
-    wanted = allocator.insert_prefix(tokens, 60)
-    assert [index for index, _ in wanted] == [0, 1, 2]
-    places = [place for _, place in wanted]
-    assert match(allocator, tokens, 60) == places
-    assert match(allocator, tokens, 47) == places[:2]
-    assert match(allocator, [*tokens[:40], 99, *tokens[41:]], 60) == places[:2]
+    new_blocks = allocator.insert_prefix(tokens, 60)
+    assert [index for index, _ in new_blocks] == [0, 1, 2]
+    block_ids = [block_id for _, block_id in new_blocks]
+    assert match(allocator, tokens, 60) == block_ids
+    assert match(allocator, tokens, 47) == block_ids[:2]
+    assert match(allocator, [*tokens[:40], 99, *tokens[41:]], 60) == block_ids[:2]
     assert match(allocator, tokens[16:], 44) == []  # the same tokens behind another beginning
     assert allocator.insert_prefix(tokens, 60) == []
     assert (allocator.num_lookup_tokens, allocator.num_hit_tokens) == (271, 112)
 
 
-def test_the_end_of_what_was_used_longest_ago_goes_first() -> None:
+def test_least_recently_used_end_is_evicted_first() -> None:
     allocator = one_pool(4)
     old, new = [1] * 48, [2] * 32
     allocator.insert_prefix(old, 48)
@@ -47,29 +47,29 @@ def test_the_end_of_what_was_used_longest_ago_goes_first() -> None:
     allocator.check_integrity([])
 
 
-def test_places_never_clash_under_random_use() -> None:
+def test_block_contents_match_under_random_use() -> None:
     rng = random.Random(0)
     allocator, content = one_pool(12), {}
     for _ in range(2000):
         tokens = [rng.randint(0, 1) for _ in range(rng.randint(0, 5))]
         tokens = [t for t in tokens for _ in range(BLOCK_SIZE)] + [7] * rng.randint(0, 15)
-        places = match(allocator, tokens, len(tokens))
-        for i, place in enumerate(places):
-            assert content[place] == tokens[: (i + 1) * BLOCK_SIZE]
-        for i, place in allocator.insert_prefix(tokens, len(tokens)):
-            assert i >= len(places)
-            content[place] = tokens[: (i + 1) * BLOCK_SIZE]
+        block_ids = match(allocator, tokens, len(tokens))
+        for i, block_id in enumerate(block_ids):
+            assert content[block_id] == tokens[: (i + 1) * BLOCK_SIZE]
+        for i, block_id in allocator.insert_prefix(tokens, len(tokens)):
+            assert i >= len(block_ids)
+            content[block_id] = tokens[: (i + 1) * BLOCK_SIZE]
         allocator.check_integrity([])
         assert allocator.usage == 0
 
 
-def test_no_capacity_keeps_nothing() -> None:
+def test_no_capacity_caches_nothing() -> None:
     allocator = one_pool(0)
     assert allocator.insert_prefix([1] * 99, 99) == []
     assert match(allocator, [1] * 99, 99) == []
 
 
-def test_who_begins_the_same_holds_the_same_blocks() -> None:
+def test_common_prefix_shares_blocks() -> None:
     allocator, tokens = one_pool(6), list(range(40))
     first = allocator.empty_tables()
     assert allocator.extend(first, 0, 40)
@@ -92,7 +92,7 @@ def test_who_begins_the_same_holds_the_same_blocks() -> None:
         allocator.check_integrity([second])
 
 
-def test_blocks_behind_the_window_are_given_back_and_need_not_be_known() -> None:
+def test_blocks_behind_the_window_are_freed() -> None:
     allocator = BlockAllocator([BlockPool(8), BlockPool(4, window=20)], max_step_tokens=BLOCK_SIZE)
     tokens = list(range(100))
     tables = allocator.empty_tables()
@@ -114,7 +114,7 @@ def test_blocks_behind_the_window_are_given_back_and_need_not_be_known() -> None
     allocator.check_integrity([tables, again, short])
 
 
-def test_room_counts_what_others_are_still_to_get() -> None:
+def test_can_admit_reserves_for_running_sequences() -> None:
     allocator = one_pool(8)
     tables = allocator.empty_tables()
     allocator.extend(tables, 0, 16)
@@ -123,7 +123,7 @@ def test_room_counts_what_others_are_still_to_get() -> None:
     assert not allocator.can_admit(64, [(tables, 65)])
 
 
-def test_nothing_is_lost_and_nothing_clashes_under_random_operations() -> None:
+def test_no_leak_under_random_operations() -> None:
     rng = random.Random(1)
     allocator = BlockAllocator([BlockPool(24), BlockPool(14, window=40)], max_step_tokens=32)
     content: list[dict[int, list[int]]] = [{}, {}]
@@ -135,19 +135,21 @@ def test_nothing_is_lost_and_nothing_clashes_under_random_operations() -> None:
             kinds = [rng.randint(0, 1) for _ in range(9)]
             tokens = [kind for kind in kinds for _ in range(BLOCK_SIZE)]
             tables = allocator.match_prefix(tokens, rng.randint(0, len(tokens)))
-            known = len(tables[0]) * BLOCK_SIZE
-            hits += known > 0
-            live.append((tables, tokens, known))
+            num_cached = len(tables[0]) * BLOCK_SIZE
+            hits += num_cached > 0
+            live.append((tables, tokens, num_cached))
         elif live and act < 0.85:
             i = rng.randrange(len(live))
-            tables, tokens, done = live[i]
-            end = min(len(tokens), done + rng.randint(1, 32))
-            if allocator.extend(tables, done, end):
-                for place in range(done, end):
-                    for pool, places in enumerate(tables):
-                        at = places[place // BLOCK_SIZE]
-                        assert at != NULL_BLOCK
-                        content[pool][at] = tokens[: place // BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE]
+            tables, tokens, start = live[i]
+            end = min(len(tokens), start + rng.randint(1, 32))
+            if allocator.extend(tables, start, end):
+                for position in range(start, end):
+                    for pool, block_ids in enumerate(tables):
+                        block_id = block_ids[position // BLOCK_SIZE]
+                        assert block_id != NULL_BLOCK
+                        content[pool][block_id] = tokens[
+                            : position // BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE
+                        ]
                 allocator.commit(tables, tokens, end)
                 live[i] = (tables, tokens, end)
             else:
@@ -156,14 +158,15 @@ def test_nothing_is_lost_and_nothing_clashes_under_random_operations() -> None:
             tables, _, _ = live.pop(rng.randrange(len(live)))
             allocator.free(tables)
         allocator.check_integrity([tables for tables, _, _ in live])
-        for tables, tokens, done in live:
-            for pool, places in enumerate(tables):
+        for tables, tokens, start in live:
+            for pool, block_ids in enumerate(tables):
                 window = allocator.pools[pool].window
-                first = 0 if window < 0 else max(0, done - window)
-                for place in range(first, done):
-                    at = places[place // BLOCK_SIZE]
+                first = 0 if window < 0 else max(0, start - window)
+                for position in range(first, start):
+                    block_id = block_ids[position // BLOCK_SIZE]
                     assert (
-                        content[pool][at] == tokens[: place // BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE]
+                        content[pool][block_id]
+                        == tokens[: position // BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE]
                     )
     assert hits > 100
     assert failures > 100
