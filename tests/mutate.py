@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,7 +63,13 @@ def replacement(node: ast.AST) -> Iterator[tuple[str, Callable[[ast.AST], ast.AS
         yield "constant", lambda n: setattr(n, "value", n.value + 1)
     elif isinstance(node, ast.Constant) and isinstance(node.value, float):
         yield "constant", lambda n: setattr(n, "value", n.value * 1.5 or 0.5)
-    symmetric = isinstance(node, ast.Call) and ast.unparse(node.func) in ("min", "max")
+    # Equal by themselves.
+    symmetric = isinstance(node, ast.Call) and ast.unparse(node.func) in (
+        "min",
+        "max",
+        "torch.equal",
+    )
+    symmetric |= getattr(getattr(node, "func", None), "attr", "") == "transpose"
     if isinstance(node, ast.Call) and len(node.args) > 1 and not symmetric:
         yield "arguments", lambda n: n.args.insert(0, n.args.pop(1))
     if isinstance(node, ast.Call):
@@ -172,10 +179,17 @@ def run(tree: Path, tests: list[str], limit: float) -> tuple[bool, str]:
         import pytest
 
         code = 1
-        with contextlib.suppress(SystemExit):
+        try:
             options = ["-x", "-q", "-p", "no:xdist", "-m", "not ray and not browser and not gpu"]
+            # Of what was imported before.
+            options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
             code = int(pytest.main([*options, f"--basetemp={tree}/pytest", *tests]))
-        os._exit(code)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # not through the blocks that the parent is in
     deadline = time.monotonic() + limit
     ended_pid = status = 0
     while not ended_pid and time.monotonic() < deadline + 5:
