@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 
 from nanochat_ray.engine.grammar import Grammars
+from nanochat_ray.engine.grammar_ending import Preferences, Quotes
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.engine.engine_kit import ask, finish, make_engine, make_model, tokens
 
@@ -98,3 +99,92 @@ def test_token_beside_the_path_is_followed_too() -> None:
 def test_limit_too_small_for_any_end_is_no_error() -> None:
     for ids in answers({"json_schema": SCHEMAS[2]}, 5):
         assert len(ids) == 5
+
+
+ROW = {
+    "type": "object",
+    "properties": {"id": {"type": "integer"}, "tags": {"type": "array"}},
+    "required": ["id", "tags"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "prefix", "repeat", "limit", "looks", "left", "path"),
+    [
+        # 8 tokens left: the quote, the token that ends the answer, and 6 to spare.
+        ({"type": "string"}, '"', "x", 20, [], 8, '"'),
+        # The first look, at 100 tokens left, spares a quarter: the next comes (97 - 25 - 32) // 4
+        # tokens later. The end comes 9 closer between two looks, so 9 + 2 tokens are spared.
+        ({"type": "string"}, '"', "x", 100, [90, 82, 75, 70, 66, 62, 59, 57, 55, 53], 13, '"'),
+        (
+            *({"type": "string"}, '"', "x", 300),
+            *([242, 205, 177, 156, 141, 129, 120, 114, 109, 105, 102, 100], 61, '"'),
+        ),
+        (
+            *({"type": "array", "items": {"type": "integer"}}, "[", "1,", 100),
+            *([90, 82, 75, 70, 66, 62, 59, 57, 55], 13, "0]"),
+        ),
+        (
+            *({"type": "array", "items": ROW}, "[", '{"id":1,"tags":[]},', 300),
+            [242, 214, 191, 173, 159, 150, 141, 137, 133, 129, 125],
+            *(90, '{"id":0,"tags":[]}]'),
+        ),
+    ],
+)
+def test_recorded_looks_and_end(
+    schema: Any, prefix: str, repeat: str, limit: int, looks: list[int], left: int, path: str
+) -> None:
+    """Tokens left at the looks that are more than one apart, and where the answer is bound."""
+    grammars = Grammars(TOK.byte_table(), TOK.vocab_size)
+    state = grammars.start({"json_schema": schema}, [TOK.bos], TOK.encode(prefix), limit)
+    ending, count = state.closing, len(prefix)
+    assert ending is not None
+    recorded: list[int] = []
+    while ending.path is None:
+        look = limit - count - 1 - ending.free
+        if ending.free and look not in recorded:
+            recorded.append(look)
+        state.feed(TOK.encode(repeat[(count - len(prefix)) % len(repeat)]))
+        count += 1
+    assert (limit - count, TOK.decode(ending.path)) == (left, path)
+    assert recorded == looks
+    assert ending.free == 0
+
+
+def test_far_from_the_limit_no_end_is_sought() -> None:
+    grammars = Grammars(TOK.byte_table(), TOK.vocab_size)
+    state = grammars.start({"json_schema": {"type": "string"}}, [TOK.bos], [], 1000)
+    assert state.closing is not None
+    assert state.closing.free == 1000 - 512 - 1
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "escaped"),
+    [
+        ("", False, False),
+        ('{"a', True, False),
+        ('{"a"', False, False),
+        ('"\\', True, True),
+        ('"\\"', True, False),
+        ('"\\\\"', False, False),
+        ("\\", False, False),
+        ('\\"', True, False),
+    ],
+)
+def test_quotes_and_escapes(text: str, inside: bool, escaped: bool) -> None:
+    assert Quotes().after(text.encode()) == Quotes(inside, escaped)
+
+
+def test_tokens_that_close_soonest_come_first() -> None:
+    tokens_ = [b"}", b"]", b",", b'"', b"7", b":", b"[", b"{", b"-", b"#", b"", b'"}', b"a", b"\\"]
+    ranks = Preferences(tokens_)
+    by_rank = [tokens_[i] for i in ranks.outside.argsort(kind="stable")]
+    assert by_rank == [
+        *(b"}", b"]", b",", b'"}', b'"', b"7", b":", b"[", b"{"),
+        *(b"#", b"a", b"\\", b"-", b""),
+    ]
+    assert ranks.inside.argsort(kind="stable")[:2].tolist() == [11, 3]
+    assert ranks.inside[12] == 0.99  # a letter, after the quote
+    assert ranks.comma == 2
+    assert Preferences([b"x"]).comma is None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.rotary import rotary_tables
 
 EPS = torch.finfo(torch.float32).eps
 BOUND = 60 * EPS
@@ -147,3 +148,21 @@ def test_loss_is_the_references() -> None:
     assert model.loss(ids[None], targets[None], "none").sum().item() == pytest.approx(
         expected, rel=1e-4
     )
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5, 4.0])
+def test_rotary_tables_by_the_formula(factor: float) -> None:
+    """YaRN, section 3.2: a channel that turns less than once over the trained context is slowed
+    by the factor, one that turns 32 times or more is not, between them linearly."""
+    cos, sin = rotary_tables(50, 8, 100.0, trained=400, factor=factor)
+    for i in range(4):
+        frequency = 100.0 ** (-2 * i / 8)
+        turns = 400 * frequency / (2 * math.pi)
+        keep = min(max((turns - 1) / 31, 0.0), 1.0)
+        if factor > 1:
+            frequency *= keep + (1 - keep) / factor
+        for position in (0, 1, 49):
+            angle = position * frequency
+            assert cos[position, i].item() == pytest.approx(math.cos(angle), abs=1e-5)
+            assert sin[position, i].item() == pytest.approx(math.sin(angle), abs=1e-5)
+    assert cos.shape == sin.shape == (50, 4)

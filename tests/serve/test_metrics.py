@@ -139,7 +139,7 @@ def test_two_sinks_get_the_same() -> None:
 
 def test_a_replaced_engine_goes_on_counting() -> None:
     sink, _, engines = page()
-    for count in (5, 9, 2):
+    for count in (5, 9, 9, 2):
         engines.put("0", {"preemptions": count})
     name = 'nanochat_num_preemptions_total{engine="0",model_name="tiny"}'
     assert f"{name} 11.0" in sink.text().decode()

@@ -198,3 +198,18 @@ def test_votes_come_back() -> None:
         votes=RankVotes(stop=True, writer_idle=True),
     )
     assert result.votes == (True, False, True, False)
+
+
+def test_dropout_depends_on_seed_step_and_place() -> None:
+    """Not on the generator's state, so that resumed and spread runs drop the same."""
+    losses = {}
+    for name, seed, step, noise in (
+        ("one", 0, 3, 1), ("again", 0, 3, 2), ("step", 0, 4, 1), ("seed", 1, 3, 1)
+    ):  # fmt: skip
+        torch.manual_seed(noise)
+        model = random_model(dropout=0.5)
+        config = dataclasses.replace(CONFIG, seed=seed, micro_batch_size=2)
+        optimizer = ShardedOptimizer(model, config.optim)
+        losses[name] = train_step(model.train(), optimizer, random_batch(0, False), step, config)
+    assert losses["one"] == losses["again"]
+    assert len({result.loss for result in losses.values()}) == 3
