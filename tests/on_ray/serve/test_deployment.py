@@ -21,7 +21,7 @@ from tests.tiny import TOKENIZER, tiny_config
 
 def write_run(root: Store) -> None:
     model = GPT(tiny_config())
-    for step, score in ((1, 2.0), (2, 3.0)):
+    for step, val_metric in ((1, 2.0), (2, 3.0)):
         checkpoint.save(
             root.child("runs", "chat"),
             step,
@@ -30,7 +30,7 @@ def write_run(root: Store) -> None:
             optimizer=None,
             trainer={"step": step, "metrics": {}, "about": {"parent": ""}},
             tokenizer=TOKENIZER,
-            score=score,
+            val_metric=val_metric,
         )
 
 
