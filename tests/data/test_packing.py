@@ -99,3 +99,43 @@ def test_order_of_conversations_above_a_quarter() -> None:
     talks = [([1] * 2, [1] * 2), ([2] * 3, [1] * 3), ([3] * 4, [1] * 4)]
     result = pack_conversations(talks, length=8, bos=0, dtype=U16)
     assert result.ids.tolist() == [[3, 3, 3, 3, 2, 2, 2, 0], [1, 1, 0, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("length", [8, 33, 257])
+def test_packing_fills_sequences_and_drops_the_rest(length: int) -> None:
+    rng = np.random.default_rng(length)
+    sizes = [*rng.integers(0, 60, 300), *rng.integers(500, 3000, 5)]
+    # Each token names its document, so that what is packed can be counted.
+    documents = [np.full(size, 1000 + number, dtype=np.uint16) for number, size in enumerate(sizes)]
+    result = pack_documents(documents, length=length, bos=B, dtype=np.dtype(np.uint16))
+    assert result.ids.shape[1] == length
+    assert (result.ids[:, 0] == B).all()
+    tokens = result.ids[result.ids != B]
+    assert result.num_input_tokens == sum(sizes)
+    assert result.num_packed_tokens == len(tokens)
+    assert result.num_input_tokens - len(tokens) < length
+    counts = np.bincount(tokens - 1000, minlength=len(sizes))
+    assert (counts <= np.asarray(sizes)).all()
+    # Chunks of different documents have a BOS between them.
+    inside = result.ids[:, 1:], result.ids[:, :-1]
+    changes = (inside[0] != inside[1]) & (inside[0] != B) & (inside[1] != B)
+    assert not changes.any()
+    again = pack_documents(documents, length=length, bos=B, dtype=np.dtype(np.uint16))
+    assert np.array_equal(again.ids, result.ids)
+
+
+def test_conversations_stay_whole() -> None:
+    rng = np.random.default_rng(0)
+    conversations = [
+        ([B, *[1000 + number] * size], [0, *[1] * size])
+        for number, size in enumerate(rng.integers(1, 50, 200))
+    ]
+    result = pack_conversations(conversations, length=41, bos=B, dtype=np.dtype(np.uint16))
+    too_long = [c for c in conversations if len(c[0]) > 41]
+    assert result.num_too_long == len(too_long) > 0
+    assert result.mask.sum() == sum(len(c[0]) - 1 for c in conversations if len(c[0]) <= 41)
+    rows = [",".join(map(str, row)) for row in result.ids]
+    for ids, _ in conversations:
+        if len(ids) <= 41:
+            assert any(",".join(map(str, ids)) in row for row in rows)
+    assert (result.ids[result.mask == 1] != B).all()

@@ -1,4 +1,4 @@
-"""Packing, order and shards."""
+"""Shards: written, read by index, verified, cached."""
 
 from __future__ import annotations
 
@@ -9,72 +9,9 @@ import numpy as np
 import pytest
 
 from nanochat_ray.data.cache import cache_folder
-from nanochat_ray.data.order import global_batch_indices, permute
-from nanochat_ray.data.packing import pack_conversations, pack_documents
 from nanochat_ray.data.shards import Manifest, SequenceReader, write_shard
 from nanochat_ray.storage import Store
 from tests.tiny import write_dataset
-
-BOS = 999
-
-
-@pytest.mark.parametrize("length", [8, 33, 257])
-def test_packing_fills_sequences_and_drops_the_rest(length: int) -> None:
-    rng = np.random.default_rng(length)
-    sizes = [*rng.integers(0, 60, 300), *rng.integers(500, 3000, 5)]
-    # Each token names its document, so that what is kept can be counted.
-    documents = [np.full(size, number, dtype=np.uint16) for number, size in enumerate(sizes)]
-    result = pack_documents(documents, length=length, bos=BOS, dtype=np.dtype(np.uint16))
-    assert result.ids.shape[1] == length
-    assert (result.ids[:, 0] == BOS).all()
-    tokens = result.ids[result.ids != BOS]
-    assert result.num_input_tokens == sum(sizes)
-    assert result.num_packed_tokens == len(tokens)
-    assert result.num_input_tokens - len(tokens) < length
-    counts = np.bincount(tokens, minlength=len(sizes))
-    assert (counts <= np.asarray(sizes)).all()
-    # One document's piece ends where BOS begins the next: no two touch without it.
-    inside = result.ids[:, 1:], result.ids[:, :-1]
-    changes = (inside[0] != inside[1]) & (inside[0] != BOS) & (inside[1] != BOS)
-    assert not changes.any()
-    again = pack_documents(documents, length=length, bos=BOS, dtype=np.dtype(np.uint16))
-    assert np.array_equal(again.ids, result.ids)
-
-
-def test_conversations_stay_whole() -> None:
-    rng = np.random.default_rng(0)
-    conversations = [
-        ([BOS, *[number] * size], [0, *[1] * size])
-        for number, size in enumerate(rng.integers(1, 50, 200))
-    ]
-    result = pack_conversations(conversations, length=41, bos=BOS, dtype=np.dtype(np.uint16))
-    too_long = [c for c in conversations if len(c[0]) > 41]
-    assert result.num_too_long == len(too_long) > 0
-    assert result.mask.sum() == sum(len(c[0]) - 1 for c in conversations if len(c[0]) <= 41)
-    rows = [",".join(map(str, row)) for row in result.ids]
-    for ids, _ in conversations:
-        if len(ids) <= 41:
-            assert any(",".join(map(str, ids)) in row for row in rows)
-    assert (result.ids[result.mask == 1] != BOS).all()
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 64, 1000, 4097])
-def test_permutations(size: int) -> None:
-    index = np.arange(size, dtype=np.int64)
-    orders = [tuple(permute(index, size, key)) for key in range(3)]
-    for order in orders:
-        assert sorted(order) == list(range(size))
-    assert size < 64 or len(set(orders)) == 3
-
-
-def test_an_epoch_reads_each_sequence_once() -> None:
-    flat = np.concatenate([global_batch_indices(50, 3, 8, step) for step in range(25)])
-    assert np.array_equal(flat[:50], np.arange(50))
-    for epoch in range(4):
-        assert sorted(flat[epoch * 50 : epoch * 50 + 50]) == list(range(50))
-    assert not np.array_equal(flat[50:100], flat[100:150])
-    assert np.array_equal(global_batch_indices(50, 3, 8, 17), flat[17 * 8 : 18 * 8])
-    assert not np.array_equal(global_batch_indices(50, 4, 8, 17), flat[17 * 8 : 18 * 8])
 
 
 def reader(root: Store, kind: str = "base") -> SequenceReader:
