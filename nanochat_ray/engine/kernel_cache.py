@@ -1,10 +1,10 @@
 """Compiled kernels on disk, shared by all engines of one user: across starts and across replicas.
 
-What is loaded runs with the rights of the process, so only files that nobody else can have written
-are loaded: the folder belongs to the user alone (mode 0700), nobody else may replace one of its
-parents, and each file is the user's own. A file's name ends in the SHA-256 of its content, so a
-damaged file is noticed before the dynamic loader maps it. Files appear by renaming: whole or not
-at all, however many processes compile at the same time.
+A library runs with the rights of the process, so only files that no other user can have written
+are loaded: the folder is the user's own (mode 0700), no other user may replace one of its parents,
+and each file is the user's own. A file's name ends in the SHA-256 of its content, so that a damaged
+file is detected before the dynamic loader maps it. Files are renamed into place, atomically,
+however many processes compile at the same time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import stat
 import tempfile
 from pathlib import Path
 
-KEPT_FILES = 32
-"""Libraries that stay when one is added: each is some 50 KB, and old ones are of other versions."""
+MAX_FILES = 32
+"""The newest libraries, of about 50 KB each, are kept; old ones are of other versions."""
 MAX_BYTES = 64 << 20
 """A larger file is not a kernel library."""
 
@@ -30,9 +30,9 @@ def default_folder() -> Path:
 
 
 def private_folder(path: Path) -> Path:
-    """``path`` without symbolic links, made with mode 0700 if it is missing.
+    """``path`` without symbolic links, created with mode 0700 if it is missing.
 
-    OSError if it cannot be made, is not the user's, or if others could put another in its place.
+    OSError if it cannot be created, is not the user's, or could be replaced by another user.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = path.resolve()
@@ -45,17 +45,17 @@ def private_folder(path: Path) -> Path:
         status = parent.stat()
         if status.st_uid not in (0, user):
             raise PermissionError(f"{parent} belongs to another user ({status.st_uid})")
-        shared = status.st_mode & stat.S_IWOTH
+        writable_by_others = status.st_mode & stat.S_IWOTH
         if status.st_gid != os.getegid():
-            shared |= status.st_mode & stat.S_IWGRP
-        # In a folder with the sticky bit, such as /tmp, only owners rename.
-        if shared and not status.st_mode & stat.S_ISVTX:
+            writable_by_others |= status.st_mode & stat.S_IWGRP
+        # In a folder with the sticky bit, such as /tmp, only owners can rename.
+        if writable_by_others and not status.st_mode & stat.S_ISVTX:
             raise PermissionError(f"{parent} may be written by other users")
     return path
 
 
 def find(folder: Path, key: str) -> Path | None:
-    """An intact library for ``key`` in a private folder. What is damaged is removed."""
+    """An intact library for ``key`` in a private folder. Damaged files are removed."""
     for path in sorted(folder.glob(f"{key}-*.so")):
         if _is_intact(path):
             return path
@@ -80,9 +80,9 @@ def publish(folder: Path, key: str, library: bytes) -> Path:
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether a file is the user's own and its content is what its name says."""
+    """Whether a file is the user's own and its content matches its name."""
     try:
-        # A link is not followed, and a FIFO does not block.
+        # Does not follow a link or block on a FIFO.
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
@@ -96,13 +96,13 @@ def _is_intact(path: Path) -> bool:
 
 
 def _prune(folder: Path) -> None:
-    """Keeps the newest ``KEPT_FILES``. Another process may do the same at the same time."""
+    """Keeps the newest ``MAX_FILES``. Another process may do the same at the same time."""
     ages: list[tuple[float, Path]] = []
     for path in folder.iterdir():
         try:
             ages.append((path.lstat().st_mtime, path))
         except FileNotFoundError:
             continue
-    for _, path in sorted(ages)[:-KEPT_FILES]:
+    for _, path in sorted(ages)[:-MAX_FILES]:
         with contextlib.suppress(OSError):
             path.unlink()

@@ -1,7 +1,7 @@
-"""Which kernels an engine computes with on a CPU: chosen, compiled for this processor, and cached.
+"""The C kernels of an engine on a CPU: compiled for this processor at start-up, and cached.
 
-An engine starts in any case. Where the kernels cannot be compiled or loaded (no compiler, one that
-fails, no folder from which the system executes code), torch's operations do the same, 2 to 3 times
+An engine starts in any case. If the kernels cannot be compiled or loaded (no compiler, one that
+fails, no folder from which the system executes code), the engine computes with torch, 2 to 3 times
 slower, and a warning says why.
 """
 
@@ -27,15 +27,17 @@ from nanochat_ray.engine.native import Native
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "linear.c"))
-HEADERS = (Path(__file__).with_name("registers.h"),)
+FOLDER = Path(__file__).with_name("csrc")
+SOURCES = tuple(sorted(FOLDER.glob("*.c")))
+HEADERS = tuple(sorted(FOLDER.glob("*.h")))
 HEAD_MULTIPLE = 16
 TILE_QUERIES = 8
-"""To a key/value head, that read its keys together: the rows of a prompt, or of draft tokens."""
+"""Queries of a key/value head that read its keys together, of consecutive tokens of a prompt or of
+draft tokens."""
 COMPILE_SECONDS = 60
 CPUINFO = Path("/proc/cpuinfo")
 OPTIONS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-_WIDE = "-mprefer-vector-width=512"  # clang would take 256 bits where there are 512
+_WIDE = "-mprefer-vector-width=512"  # else clang uses 256 bits
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", _WIDE)
 LEVELS: dict[str, tuple[str, ...]] = {
@@ -44,9 +46,9 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "avx2": _AVX2,
     "generic": (),
 }
-"""Instructions that can be asked for, best first, with the compiler's options. "generic" is what
-all processors of the architecture have: SSE2 on x86-64, NEON on 64-bit ARM."""
-_NEEDED = {
+"""Instruction sets that a configuration can name, best first, with the compiler's options.
+"generic" is the baseline of the architecture: SSE2 on x86-64, NEON on 64-bit ARM."""
+_CPU_FEATURES = {
     "amx": {"amx_tile", "amx_bf16", "avx512f", "avx512dq", "avx512bw", "avx512vl"},
     "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx2", "fma", "bmi2"},
     "avx2": {"avx2", "fma", "f16c", "bmi2"},
@@ -55,67 +57,68 @@ _NEEDED = {
 
 
 def processor() -> dict[str, str]:
-    """What identifies this machine's processor for a compiler: its model and its features."""
+    """What identifies this machine's processor to a compiler: its model and its features."""
     names = {"vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features"}
     names |= {"CPU implementer", "CPU part", "CPU variant", "isa", "uarch"}
-    found = {"machine": platform.machine(), "system": platform.system()}
+    identity = {"machine": platform.machine(), "system": platform.system()}
     try:
         first = CPUINFO.read_text().split("\n\n", 1)[0]
     except OSError:
-        return {**found, "processor": platform.processor()}
+        return {**identity, "processor": platform.processor()}
     lines = (line.partition(":") for line in first.splitlines())
-    return found | {k.strip(): v.strip() for k, _, v in lines if k.strip() in names}
+    return identity | {k.strip(): v.strip() for k, _, v in lines if k.strip() in names}
 
 
 def available() -> tuple[str, ...]:
-    """The levels that this processor has, best first."""
+    """The levels that this processor supports, best first."""
     features = set(processor().get("flags", "").split())
-    if "amx_tile" in features and not _tiles_granted():
+    if "amx_tile" in features and not _amx_permission():
         features.discard("amx_tile")
-    return tuple(level for level, needed in _NEEDED.items() if needed <= features)
+    return tuple(level for level, needs in _CPU_FEATURES.items() if needs <= features)
 
 
-def _tiles_granted() -> bool:
-    """Whether Linux grants this process the registers of AMX, which it has to ask for."""
+def _amx_permission() -> bool:
+    """Whether Linux grants this process the registers of AMX, which it must request."""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 @functools.cache
-def native(head_dim: int, group: int, kernels: str = "auto") -> Native | None:
-    """The kernels for heads of ``head_dim`` floats of which ``group`` share keys and values.
+def load_kernels(head_dim: int, group_size: int, kernels: str = "auto") -> Native | None:
+    """The kernels for heads of ``head_dim`` floats, ``group_size`` of which share keys and values.
 
-    ``kernels`` is "auto", all that this processor has, or one of ``LEVELS``. None where they cannot
-    be had: a warning then says why. ValueError for a level that the processor has not.
+    ``kernels`` is "auto", everything that this processor supports, or one of ``LEVELS``. None, with
+    a warning, if they are not available. ValueError for a level that the processor lacks.
     """
     if kernels != "auto" and kernels not in available():
         has = ", ".join(("auto", *available(), "torch"))
         raise ValueError(f"kernels={kernels!r} is not allowed: this machine has {has}")
     reasons: list[str] = []
-    made = None
+    native = None
     if head_dim % HEAD_MULTIPLE:
         reasons.append(f"heads of {head_dim}, which is no multiple of {HEAD_MULTIPLE}")
     else:
-        tile = max(1, TILE_QUERIES // group)
-        sizes = (f"-DHEAD={head_dim}", f"-DGROUP={group}", f"-DTILE={tile}")
-        library = _library(sizes, _choices(kernels), reasons)
-        made = Native(head_dim, tile, library) if library is not None else None
-    if made is None:
+        tile_tokens = max(1, TILE_QUERIES // group_size)
+        constants = {"HEAD_DIM": head_dim, "GROUP_SIZE": group_size, "TILE_TOKENS": tile_tokens}
+        sizes = [f"-D{name}={value}" for name, value in constants.items()]
+        library = _library(sizes, _target_options(kernels), reasons)
+        native = Native(head_dim, tile_tokens, library) if library is not None else None
+    if native is None:
         logger.warning(
             "the engine computes with torch, 2 to 3 times slower than with its own kernels, "
             "since they are missing: %s",
             "; ".join(reasons),
         )
     else:
-        logger.info("the engine's kernels: %s", made.level)
-    return made
+        logger.info("the engine's kernels: %s", native.level)
+    return native
 
 
-def _choices(kernels: str) -> list[tuple[str, ...]]:
-    """The compiler's options to try, one after the other, until one compiles.
+def _target_options(kernels: str) -> list[tuple[str, ...]]:
+    """Compiler options to try in this order, until one compiles.
 
-    With gcc, OpenMP is what torch has loaded already: one pool of threads. Without it one thread
-    computes, and a compiler that does not know this processor does with what all of its kind have.
+    With gcc, OpenMP is the one that torch has loaded: one pool of threads. Without OpenMP one
+    thread computes. A compiler that does not know this processor compiles for the baseline.
     """
     if kernels != "auto":
         return [(*LEVELS[kernels], "-fopenmp"), LEVELS[kernels]]
@@ -126,10 +129,10 @@ def _choices(kernels: str) -> list[tuple[str, ...]]:
 
 
 def _library(
-    sizes: Sequence[str], choices: Sequence[tuple[str, ...]], reasons: list[str]
+    sizes: Sequence[str], targets: Sequence[tuple[str, ...]], reasons: list[str]
 ) -> ctypes.CDLL | None:
-    """The compiled library, from the cache if it is there; None, with reasons added, if it cannot
-    be compiled or loaded."""
+    """The compiled library, from the cache if possible; None, with the reasons appended, if it
+    cannot be compiled or loaded."""
     try:
         compiler = shlex.split(os.environ.get("CC") or shutil.which("cc") or "")
     except ValueError as error:
@@ -146,22 +149,22 @@ def _library(
     try:
         with tempfile.TemporaryDirectory(dir=_writable(cache)) as folder:
             version = _run([*compiler, "--version"], folder)
-            for choice in choices:
-                options = (*OPTIONS, *choice, *sizes)
+            for target in targets:
+                options = (*OPTIONS, *target, *sizes)
                 key = _key((*compiler, *options), version)
-                library = _cached(cache, key)
+                library = _find(cache, key)
                 if library is None:
-                    built = Path(folder) / "native.so"
-                    command = [*compiler, *options, *map(str, SOURCES), "-o", str(built), "-lm"]
+                    output = Path(folder) / "native.so"
+                    command = [*compiler, *options, *map(str, SOURCES), "-o", str(output), "-lm"]
                     try:
                         _run(command, folder)
                     except RuntimeError as error:
                         reasons.append(str(error))
                         continue
-                    library = _load(built.read_bytes(), cache, key)
+                    library = _load(output.read_bytes(), cache, key)
                 if reasons:
-                    with_ = " ".join(choice) or "no option for this processor"
-                    logger.warning("kernels compiled with %s, since: %s", with_, "; ".join(reasons))
+                    used = " ".join(target) or "no option for this processor"
+                    logger.warning("kernels compiled with %s, since: %s", used, "; ".join(reasons))
                 return library
     except (OSError, TimeoutError, RuntimeError) as error:
         reasons.append(str(error))
@@ -169,7 +172,7 @@ def _library(
 
 
 def _writable(cache: Path | None) -> Path | None:
-    """Where to compile: the system's temporary folder (None), or the cache if there is none."""
+    """Where to compile: in the system's temporary folder (None), or in the cache without one."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
@@ -180,13 +183,13 @@ def _writable(cache: Path | None) -> Path | None:
 
 
 def _key(command: Sequence[str], version: str) -> str:
-    """Names all that the content of a library follows from."""
+    """A digest of everything that determines the content of a library."""
     sources = {p.name: p.read_text() for p in (*SOURCES, *HEADERS)}
-    whole = json.dumps([sources, command, version, processor()], sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+    text = json.dumps([sources, command, version, processor()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _cached(cache: Path | None, key: str) -> ctypes.CDLL | None:
+def _find(cache: Path | None, key: str) -> ctypes.CDLL | None:
     if cache is None:
         return None
     try:
@@ -198,8 +201,8 @@ def _cached(cache: Path | None, key: str) -> ctypes.CDLL | None:
 
 
 def _load(library: bytes, cache: Path | None, key: str) -> ctypes.CDLL:
-    """Loads a library from the cache or, where that is impossible, from a temporary folder.
-    OSError if neither may hold code."""
+    """Loads a library through the cache or, if that is impossible, from a temporary folder. OSError
+    if the system executes code from neither."""
     if cache is not None:
         try:
             return ctypes.CDLL(str(kernel_cache.publish(cache, key, library)))
@@ -212,8 +215,8 @@ def _load(library: bytes, cache: Path | None, key: str) -> ctypes.CDLL:
 
 
 def _run(command: list[str], folder: str) -> str:
-    """What the command prints. RuntimeError if it fails; TimeoutError, with all that it has
-    started ended, if it hangs."""
+    """The command's output. RuntimeError if it fails; TimeoutError if it hangs, after it and the
+    processes that it started are killed."""
     try:
         process = subprocess.Popen(
             command,
@@ -223,12 +226,12 @@ def _run(command: list[str], folder: str) -> str:
             text=True,
             errors="replace",
             env={**os.environ, "TMPDIR": folder},
-            start_new_session=True,  # a compiler's parts are processes too
+            start_new_session=True,  # a compiler starts other processes
         )
     except OSError as error:
         raise RuntimeError(f"the C compiler does not start: {error}") from None
     try:
-        printed, complaint = process.communicate(timeout=COMPILE_SECONDS)
+        output, errors = process.communicate(timeout=COMPILE_SECONDS)
     except BaseException as error:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -236,9 +239,9 @@ def _run(command: list[str], folder: str) -> str:
             raise TimeoutError(f"{command[0]} took more than {COMPILE_SECONDS} s") from None
         raise
     if process.returncode:
-        shown = complaint.strip()[:500] or f"status {process.returncode}"
-        raise RuntimeError(f"{command[0]} failed: {shown}")
-    return printed
+        reason = errors.strip()[:500] or f"status {process.returncode}"
+        raise RuntimeError(f"{command[0]} failed: {reason}")
+    return output
 
 
 if __name__ == "__main__":  # for cluster/check.sh

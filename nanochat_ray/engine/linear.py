@@ -1,8 +1,8 @@
 """Linear layers of an inference model: one interface, several layouts of the weight.
 
 A row of the result should not depend on the rows beside it. ``PackedLinear`` guarantees that: its
-C kernel adds up each sum in one order, whatever the batch (``linear.c``). With torch's matmuls on a
-CPU it depends on the library: Intel's MKL has that property from two rows on if the weight is
+C kernel adds up each sum in one order, whatever the batch (``csrc/gemm.c``). With torch's matmuls
+on a CPU it depends on the library: Intel's MKL has that property from two rows on if the weight is
 column-major (row-major, results change at 16 rows), as far as a trial at start-up shows
 (``min_invariant_rows``). On other CPUs the rounding may depend on the batch.
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_ray.engine.native import CHUNK, COLUMNS, Native
+from nanochat_ray.engine.native import K_BLOCK, PANEL_WIDTH, Native
 from nanochat_ray.machine import zeros
 
 MIN_PADDED_OUTPUTS = 32
@@ -88,28 +88,28 @@ class PaddedLinear:
 
 
 class PackedLinear:
-    """The C kernel, float32: the weight in panels of ``COLUMNS`` outputs (``linear.c``)."""
+    """The C kernel, float32: the weight in panels of ``PANEL_WIDTH`` outputs (``csrc/gemm.c``)."""
 
     def __init__(self, native: Native, shape: tuple[int, int], memory: Tensor | None = None):
         """``memory`` is float32 ``[packed_size(shape)]``, by default memory of its own."""
         self.out_features, self.in_features = shape
         self._native = native
         memory = torch.zeros(self.packed_size(shape)) if memory is None else memory
-        self.weight = memory.view(-(-shape[0] // COLUMNS), -1, COLUMNS)
-        """float32 ``[panels, K rounded up to CHUNK, COLUMNS]``; padding is 0."""
+        self.weight = memory.view(-(-shape[0] // PANEL_WIDTH), -1, PANEL_WIDTH)
+        """float32 ``[panels, K rounded up to K_BLOCK, PANEL_WIDTH]``; padding is 0."""
 
     @staticmethod
     def packed_size(shape: tuple[int, int]) -> int:
         """Elements of the packed weight, padding included."""
         N, K = shape
-        return -(-N // COLUMNS) * COLUMNS * -(-K // CHUNK) * CHUNK
+        return -(-N // PANEL_WIDTH) * PANEL_WIDTH * -(-K // K_BLOCK) * K_BLOCK
 
     def load(self, weight: Tensor) -> None:
         N, K = weight.shape
-        full = N // COLUMNS
-        panels = weight[: full * COLUMNS].unflatten(0, (full, COLUMNS))
+        full = N // PANEL_WIDTH
+        panels = weight[: full * PANEL_WIDTH].unflatten(0, (full, PANEL_WIDTH))
         self.weight[:full, :K].copy_(panels.transpose(1, 2))
-        if rest := N % COLUMNS:
+        if rest := N % PANEL_WIDTH:
             self.weight[full, :K, :rest].copy_(weight[-rest:].t())
 
     def __call__(self, x: Tensor) -> Tensor:

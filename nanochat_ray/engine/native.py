@@ -1,4 +1,4 @@
-"""The C kernels of the CPU hot path, called from torch: ``native.c`` and ``linear.c``.
+"""The C kernels of the CPU hot path, called from torch: the sources in ``csrc/``.
 
 Decoding is bound by memory bandwidth: each token reads all its keys and values for one query. One
 pass that prefetches is 1.2 to 1.5 times as fast as torch's (BENCHMARKS.md), attends over each
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-COLUMNS, CHUNK, MAX_TILE_ROWS = 32, 64, 128
+PANEL_WIDTH, K_BLOCK, MAX_AMX_ROWS = 32, 64, 128
 """Outputs of a weight panel, the multiple that its inputs are padded to, and the rows that the AMX
-kernel multiplies with one panel, as in ``linear.c``."""
+kernel multiplies with one panel: as in ``csrc/gemm.c``."""
 FLOAT_EPS = torch.finfo(torch.float32).eps
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
@@ -32,10 +32,10 @@ class Native:
     Beside ``attention`` and ``linear`` it implements ``operators.Operators``.
     """
 
-    def __init__(self, head_dim: int, tile: int, library: ctypes.CDLL):
-        """``tile`` is the number of tokens of one sequence that read their keys together."""
-        self._scale, self._tile = head_dim**-0.5, tile
-        self._attention = library.step_attention
+    def __init__(self, head_dim: int, tile_tokens: int, library: ctypes.CDLL):
+        """``tile_tokens``: how many tokens of a sequence read their keys together, at most."""
+        self._scale, self._tile_tokens = head_dim**-0.5, tile_tokens
+        self._attention = library.slot_attention
         self._attention.argtypes = [
             *(_POINTER, _INT) * 3,
             *(_POINTER,) * 6,
@@ -44,12 +44,12 @@ class Native:
         ]
         self._linear = library.linear
         self._linear.argtypes = [*(_POINTER,) * 4, *(_INT,) * 3, ctypes.c_int]
-        self.amx = bool(library.has_tiles())
+        self.amx = bool(library.amx_available())
         """Matmuls use Intel's AMX."""
-        library.kernel_level.restype = ctypes.c_char_p
-        self.level: str = "amx" if self.amx else library.kernel_level().decode()
+        library.isa_name.restype = ctypes.c_char_p
+        self.level: str = "amx" if self.amx else library.isa_name().decode()
         """The instructions in use: amx, avx512, avx2, avx, sse2, neon or generic."""
-        self._rotary_qk_norm = library.turn_and_norm
+        self._rotary_qk_norm = library.rotary_qk_norm
         self._rotary_qk_norm.argtypes = [
             *(_POINTER, _INT, _POINTER, _POINTER, _INT, _INT),
             *(ctypes.c_float, ctypes.c_int),
@@ -72,14 +72,14 @@ class Native:
         keys: Tensor,
         values: Tensor,
         slot_mapping: Tensor,
-        tiles: Tensor,
+        tile_starts: Tensor,
         window: int,
     ) -> Tensor:
         """Writes ``k`` and ``v [N, Hkv, D]`` to ``keys`` and ``values [slots, Hkv, length, D]``.
 
         Returns the attention ``[N, H, D]`` of ``q [N, H, D]`` over what the slots then contain.
-        ``slot_mapping`` int64 ``[2, N]`` holds slots and positions, ``tiles`` is what ``tiles``
-        returns for them, ``length`` is a multiple of 16; all else is float32.
+        ``slot_mapping`` int64 ``[2, N]`` holds slots and positions, ``tile_starts`` is what
+        ``tile_starts`` returns for them, ``length`` is a multiple of 16; all else is float32.
         """
         q, k, v = (x if x.stride()[1:] == (x.size(2), 1) else x.contiguous() for x in (q, k, v))
         y = torch.empty(q.shape)
@@ -87,31 +87,31 @@ class Native:
             *(q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)),
             *(keys.data_ptr(), values.data_ptr()),
             *(slot_mapping[0].data_ptr(), slot_mapping[1].data_ptr()),
-            *(tiles.data_ptr(), y.data_ptr(), tiles.size(0) - 1, q.size(0)),
+            *(tile_starts.data_ptr(), y.data_ptr(), tile_starts.size(0) - 1, q.size(0)),
             *(keys.size(1), keys.size(2), window, self._scale, torch.get_num_threads()),
         )
         return y
 
-    def tiles(self, slots: np.ndarray, positions: np.ndarray) -> Tensor:
+    def tile_starts(self, slots: np.ndarray, positions: np.ndarray) -> Tensor:
         """int64 ``[tiles + 1]``: the first token of each tile, and N. A tile is a few neighbours of
         one sequence, which read their keys together."""
         tokens = np.arange(len(slots))
         starts = np.ones(len(slots), dtype=bool)
         starts[1:] = (np.diff(slots) != 0) | (np.diff(positions) != 1)
-        starts |= (tokens - np.maximum.accumulate(tokens * starts)) % self._tile == 0
+        starts |= (tokens - np.maximum.accumulate(tokens * starts)) % self._tile_tokens == 0
         return torch.from_numpy(np.append(np.flatnonzero(starts), len(slots)))
 
     def linear(self, x: Tensor, panels: Tensor) -> Tensor:
-        """``x [N, K]`` times the weight in ``panels [count, depth, COLUMNS]`` (``PackedLinear``).
+        """``x [N, K]`` times the packed weight ``panels [count, depth, PANEL_WIDTH]``.
 
-        Returns ``[N, count * COLUMNS]``, all float32. A row depends bitwise on that row alone.
+        Returns ``[N, count * PANEL_WIDTH]``, all float32. A row depends bitwise on that row alone.
         """
         x = x.contiguous()
         (N, K), (count, depth, columns) = x.shape, panels.shape
         y = torch.empty((N, count * columns))
         threads = torch.get_num_threads()
         # For each thread, three bfloat16 of each element of x.
-        scratch_size = 3 * depth * min(-(-N // 16) * 16, MAX_TILE_ROWS) if self.amx else 0
+        scratch_size = 3 * depth * min(-(-N // 16) * 16, MAX_AMX_ROWS) if self.amx else 0
         scratch = torch.empty(threads * scratch_size, dtype=torch.int16)  # if empty, a null pointer
         pointers = (x.data_ptr(), panels.data_ptr(), y.data_ptr(), scratch.data_ptr())
         self._linear(*pointers, N, K, count, threads)

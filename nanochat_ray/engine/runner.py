@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.engine.kernels import native
+from nanochat_ray.engine.kernels import load_kernels
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.build import build_kv_cache
 from nanochat_ray.engine.model import InferenceModel
@@ -69,7 +69,7 @@ class Runner:
         self.native: Native | None = None
         if on_cpu and dtype == torch.float32 and config.kernels != "torch":
             group = sizes.n_head // sizes.n_kv_head
-            self.native = native(sizes.head_dim, group, config.kernels)
+            self.native = load_kernels(sizes.head_dim, group, config.kernels)
         self.kernels = "triton" if use_triton(self.device) else "torch"
         """What computes: the instructions that the C kernels were compiled for, triton or torch."""
         if self.native is not None:

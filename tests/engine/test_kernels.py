@@ -14,12 +14,12 @@ import pytest
 
 from nanochat_ray.engine import kernel_cache, kernels
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.engine.kernels import available, native
+from nanochat_ray.engine.kernels import available, load_kernels
 from tests.engine.engine_kit import answer, ask, make_engine, make_model, needs_compiler
 from tests.tiny import wait_for
 
 MakeCompiler = Callable[[str], Path]
-ANEW = native.__wrapped__
+ANEW = load_kernels.__wrapped__
 """Not what this process has compiled or loaded before."""
 PASS_ON = f'exec {os.environ.get("CC") or "cc"} "$@"'
 pytestmark = needs_compiler
@@ -101,12 +101,12 @@ def test_a_level_that_the_cpu_lacks_is_refused(
 def test_amx_counts_only_where_the_system_grants_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = " ".join(set.union(*kernels._NEEDED.values()))
+    flags = " ".join(set.union(*kernels._CPU_FEATURES.values()))
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"flags : {flags}\n")
     monkeypatch.setattr(kernels, "CPUINFO", cpuinfo)
     for granted, best in ((True, "amx"), (False, "avx512")):
-        monkeypatch.setattr(kernels, "_tiles_granted", lambda granted=granted: granted)
+        monkeypatch.setattr(kernels, "_amx_permission", lambda granted=granted: granted)
         assert available()[0] == best
 
 
@@ -156,11 +156,11 @@ def test_without_a_compiler_an_engine_starts_and_warns(
     cc: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CC", cc)
-    native.cache_clear()
+    load_kernels.cache_clear()
     try:
         engines = [make_engine(make_model.__wrapped__("classic"), kernels="auto") for _ in range(2)]
     finally:
-        native.cache_clear()
+        load_kernels.cache_clear()
     assert engines[0].stats().kernels == "torch"
     assert len(answer(engines[0], ask("r", [1, 2, 3], max_tokens=4))) == 4
     warnings = [r for r in caplog.records if r.levelno >= logging.WARNING]
@@ -239,7 +239,7 @@ def test_another_cpu_compiler_or_source_is_another_library(
         assert ANEW(64, 1) is not None
     compiler(f'case "$*" in --version) echo 99.1; exit;; esac\n{PASS_ON}')
     assert ANEW(64, 1) is not None
-    header = tmp_path / "registers.h"
+    header = tmp_path / "simd.h"
     header.write_text(kernels.HEADERS[0].read_text() + "\n")
     monkeypatch.setattr(kernels, "HEADERS", (header,))
     assert ANEW(64, 1) is not None
@@ -375,7 +375,7 @@ def test_no_temporary_folder_at_all(
 
 
 def test_old_libraries_make_room(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_cache, "KEPT_FILES", 3)
+    monkeypatch.setattr(kernel_cache, "MAX_FILES", 3)
     folder = kernel_cache.private_folder(home)
     for i in range(5):
         path = kernel_cache.publish(folder, f"key{i}", bytes([i]))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_ray.engine.kernels import available, native
+from nanochat_ray.engine.kernels import available, load_kernels
 from nanochat_ray.engine.linear import PackedLinear
 from nanochat_ray.engine.native import FLOAT_EPS, Native
 from nanochat_ray.engine.operators import TorchOperators
@@ -36,7 +36,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def compiled(head_dim: int, group: int, level: str = "auto") -> Native:
-    kernels = native(head_dim, group, level)
+    kernels = load_kernels(head_dim, group, level)
     if kernels is None and level != "auto":
         pytest.skip(f"this compiler does not know {level}")
     assert kernels is not None
@@ -46,7 +46,7 @@ def compiled(head_dim: int, group: int, level: str = "auto") -> Native:
 def attended(of: Step, window: int, level: str = "auto") -> Tensor:
     q, _, _, keys, _, places = of
     native = compiled(q.size(2), q.size(1) // keys.size(1), level)
-    return native.attention(*of, native.tiles(*places.numpy()), window)
+    return native.attention(*of, native.tile_starts(*places.numpy()), window)
 
 
 def step(head_dim: int, group: int, slots: list[int], positions: list[int], heads: int = 2) -> Step:
@@ -145,7 +145,7 @@ def test_only_the_places_of_the_rows_are_written() -> None:
 def test_who_reads_together() -> None:
     slots = [4, 4, 4, 1, 0, 0] + [7] * 19
     positions = [9, 10, 11, 12, 3, 5, *range(40, 59)]
-    tiles = compiled(64, 1).tiles(np.array(slots), np.array(positions))
+    tiles = compiled(64, 1).tile_starts(np.array(slots), np.array(positions))
     assert tiles.tolist() == [0, 3, 4, 5, 6, 14, 22, 25]
 
 

@@ -70,7 +70,7 @@ class SlotCache(KVCache):
         self._runs: list[_Run] = []
         self._prefills: list[Span] = []
         self._masks: dict[tuple[int, int], Tensor] = {}
-        self._slot_mapping = self._slots_and_positions = self._tiles = self.positions
+        self._slot_mapping = self._slots_and_positions = self._tile_starts = self.positions
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +90,7 @@ class SlotCache(KVCache):
         self.positions = send(torch.from_numpy(positions_N), device)
         if self._native is not None:
             self._slots_and_positions = torch.from_numpy(np.stack([slots, positions]))
-            self._tiles = self._native.tiles(slots, positions)
+            self._tile_starts = self._native.tile_starts(slots, positions)
             return num_tokens
         self._num_decodes = sum(span.is_decode for span in spans)
         self._prefills = list(spans[self._num_decodes :])
@@ -140,7 +140,7 @@ class SlotCache(KVCache):
         N, H, D = q.shape
         keys, values = self.keys[layer], self.values[layer]  # [slots, Hkv, max_model_len, D]
         if self._native is not None:
-            step = (self._slots_and_positions, self._tiles)
+            step = (self._slots_and_positions, self._tile_starts)
             return self._native.attention(q, k, v, keys, values, *step, window)
         Hkv, first = keys.size(1), self._num_decodes
         q_NhgD = q.view(N, Hkv, H // Hkv, D)

@@ -1,0 +1,216 @@
+/* Attention over keys and values by slot, for a CPU engine; `kernels.py` compiles it at engine
+   start-up. A token's result depends on that token alone: not on the batch, the number of threads or
+   the thread that computes it.
+
+   Compile-time constants: HEAD_DIM (a multiple of 16), GROUP_SIZE, the queries of a key/value head,
+   and TILE_TOKENS, the tokens of a sequence that read their keys together, at most. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "simd.h"
+#include "vector_math.h"
+
+#define HEAD_VECTORS (HEAD_DIM / SIMD_WIDTH)
+/* Keys of a block: 16 KiB with heads of 64, so that keys and then values stay in the L1 cache. */
+#define KEY_BLOCK 64
+/* Registers for weighted sums of values: half of 32, or of 16. */
+#define ACCUMULATORS (SIMD_WIDTH == 16 ? 16 : 8)
+/* Queries whose weighted sums are accumulated in one pass over the values. */
+#define QUERIES_PER_PASS \
+    (ACCUMULATORS < 2 * HEAD_VECTORS   ? 1 \
+     : ACCUMULATORS < 4 * HEAD_VECTORS ? ACCUMULATORS / HEAD_VECTORS \
+                                       : 4)
+
+#ifdef __clang__
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (ivec){__VA_ARGS__})
+#endif
+#if SIMD_WIDTH == 16
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif SIMD_WIDTH == 8
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define EVEN_LANES 0, 2, 4, 6
+#define ODD_LANES 1, 3, 5, 7
+#endif
+
+static inline void prefetch_head(const float *row) {
+    for (int i = 0; i < HEAD_DIM; i += 16) __builtin_prefetch(row + i);
+}
+
+/* Sums of neighbouring lanes: those of x, then those of y. */
+static inline vec add_neighbours(vec x, vec y) {
+    return SHUFFLE(x, y, EVEN_LANES) + SHUFFLE(x, y, ODD_LANES);
+}
+
+/* dot_N: the dot products of a query with N consecutive keys, N a power of two up to SIMD_WIDTH. Lane
+   by lane: SIMD_WIDTH / N partial sums of the first key, then of the second key, and so on, so that
+   dot_<SIMD_WIDTH> is one dot product in each lane. Also prefetches the rows from `next` on. */
+#define DOT(N) \
+    ALWAYS_INLINE vec dot_##N(const vec *query, const float *keys, const float *next)
+#define FROM_TWO(N) \
+    { \
+        vec x = dot_##N(query, keys, next); \
+        return add_neighbours( \
+            x, dot_##N(query, keys + N * HEAD_DIM, next ? next + N * HEAD_DIM : 0) \
+        ); \
+    }
+DOT(1) {
+    const vec *key = (const vec *)keys;
+    if (next) prefetch_head(next);
+    vec products = {0}; /* without it, heads of 16 would fuse the product with a later addition */
+    for (int i = 0; i < HEAD_VECTORS; i++) products += query[i] * key[i];
+    return products;
+}
+DOT(2) FROM_TWO(1)
+DOT(4) FROM_TWO(2)
+DOT(8) FROM_TWO(4)
+DOT(16) FROM_TWO(8)
+#define DOT_FUNCTION(N) CONCATENATE(dot_, N)
+#define CONCATENATE(a, b) a##b
+
+/* Adds the values [KEY_BLOCK, HEAD_DIM] from `from` to `to`, weighted, to the outputs of `queries`
+   queries. Also prefetches the rows of `next` before `next_rows`. */
+ALWAYS_INLINE void add_values(
+    const int queries, vec (*outputs)[HEAD_VECTORS], float (*weights)[KEY_BLOCK],
+    const float *values, int from, int to, const float *next, int next_rows
+) {
+    vec sums[QUERIES_PER_PASS][HEAD_VECTORS];
+    memcpy(sums, outputs, queries * sizeof *outputs);
+    for (int j = from; j < to; j++) {
+        const vec *value = (const vec *)(values + j * HEAD_DIM);
+        if (j < next_rows) prefetch_head(next + j * HEAD_DIM);
+        for (int n = 0; n < queries; n++)
+            for (int i = 0; i < HEAD_VECTORS; i++) sums[n][i] += weights[n][j] * value[i];
+    }
+    memcpy(outputs, sums, queries * sizeof *outputs);
+}
+
+/* Attention of the queries q [used, GROUP_SIZE, HEAD_DIM] of consecutive tokens, the first one at
+   `position`, over the keys and values [.., HEAD_DIM] of their head, into y. `tokens` >= `used` are
+   computed, a constant.
+
+   Online softmax (arXiv 1805.02867): keys come in blocks that start at multiples of KEY_BLOCK and are
+   added up in their order, with a running maximum and a running sum for each query; so the result does
+   not depend on which tokens are computed together. Up to SIMD_WIDTH - 1 keys around the visible ones
+   are read and masked. While keys are read their values are prefetched, and while values are read the
+   next keys: more prefetches at a time would wait for each other. */
+ALWAYS_INLINE void attend(
+    const int tokens, int64_t used, const float *q, int64_t q_stride, const float *keys,
+    const float *values, int64_t position, int64_t window, float scale, float *y, int64_t y_stride
+) {
+    vec query[TILE_TOKENS * GROUP_SIZE][HEAD_VECTORS], output[TILE_TOKENS * GROUP_SIZE][HEAD_VECTORS];
+    vec running_sum[TILE_TOKENS * GROUP_SIZE]; /* partial sums in each lane */
+    float running_max[TILE_TOKENS * GROUP_SIZE], weights[TILE_TOKENS * GROUP_SIZE][KEY_BLOCK];
+    vec lane_index;
+    for (int i = 0; i < SIMD_WIDTH; i++) lane_index[i] = i;
+    for (int n = 0; n < tokens * GROUP_SIZE; n++) {
+        int64_t token = n / GROUP_SIZE < used ? n / GROUP_SIZE : used - 1;
+        memcpy(query[n], q + token * q_stride + n % GROUP_SIZE * HEAD_DIM, sizeof *query);
+        for (int i = 0; i < HEAD_VECTORS; i++) query[n][i] *= scale, output[n][i] = (vec){0};
+        running_max[n] = -INFINITY, running_sum[n] = (vec){0};
+    }
+    memset(weights, 0, tokens * GROUP_SIZE * sizeof *weights);
+
+    int64_t end = position + used, begin = window >= 0 && position > window ? position - window : 0;
+    for (int64_t block = begin / KEY_BLOCK * KEY_BLOCK; block < end; block += KEY_BLOCK) {
+        int from = begin > block ? begin - block : 0;
+        int to = end - block < KEY_BLOCK ? end - block : KEY_BLOCK;
+        /* Attention scores. */
+        for (int j = from / SIMD_WIDTH * SIMD_WIDTH; j < to; j += SIMD_WIDTH) {
+            int64_t at = (block + j) * HEAD_DIM;
+            *(vec *)(*weights + j) = DOT_FUNCTION(SIMD_WIDTH)(*query, keys + at, values + at);
+            for (int n = 1; n < tokens * GROUP_SIZE; n++)
+                *(vec *)(weights[n] + j) = DOT_FUNCTION(SIMD_WIDTH)(query[n], keys + at, 0);
+        }
+        /* Scores to weights, with a rescaling of what has been added up before. */
+        for (int n = 0; n < tokens * GROUP_SIZE; n++) {
+            int64_t at = position + (n / GROUP_SIZE < used ? n / GROUP_SIZE : used - 1) - block;
+            float first = window >= 0 && at > window ? at - window : 0;
+            float last = at < KEY_BLOCK ? at : KEY_BLOCK - 1;
+            vec *w = (vec *)weights[n], sums = {0};
+            if (first > last) {
+                memset(w, 0, sizeof *weights);
+                continue;
+            }
+/* Vector i of the block: `visible` in the lanes of keys from `first` to `last`, else `hidden`. */
+#define MASK(i, visible, hidden) \
+    select_less(lane_index + 1.0f * i * SIMD_WIDTH, BROADCAST(first), hidden, \
+                select_less(BROADCAST(last), lane_index + 1.0f * i * SIMD_WIDTH, hidden, visible))
+            vec highest = BROADCAST(running_max[n]);
+            for (int i = 0; i < KEY_BLOCK / SIMD_WIDTH; i++) {
+                w[i] = MASK(i, w[i], BROADCAST(-INFINITY));
+                highest = select_less(highest, w[i], w[i], highest);
+            }
+            float previous_max = running_max[n];
+            running_max[n] = max_lanes(highest);
+            for (int i = 0; i < KEY_BLOCK / SIMD_WIDTH; i++) {
+                w[i] = MASK(i, exp_negative(w[i] - running_max[n]), (vec){0});
+                sums += w[i];
+            }
+            float rescale = exp_negative(BROADCAST(previous_max - running_max[n]))[0];
+            running_sum[n] = running_sum[n] * rescale + sums;
+            for (int i = 0; i < HEAD_VECTORS; i++) output[n][i] *= rescale;
+        }
+        /* Weighted sums of values. */
+        const float *next_keys = keys + (block + KEY_BLOCK) * HEAD_DIM;
+        const float *block_values = values + block * HEAD_DIM;
+        int n = 0, next_rows = end - block - KEY_BLOCK;
+        for (; n + QUERIES_PER_PASS <= tokens * GROUP_SIZE; n += QUERIES_PER_PASS, next_rows = 0)
+            add_values(QUERIES_PER_PASS, output + n, weights + n, block_values, from, to, next_keys,
+                       next_rows);
+        for (; n < tokens * GROUP_SIZE; n++, next_rows = 0)
+            add_values(1, output + n, weights + n, block_values, from, to, next_keys, next_rows);
+    }
+    for (int n = 0; n < used * GROUP_SIZE; n++) {
+        float sum = sum_lanes(running_sum[n]);
+        for (int i = 0; i < HEAD_VECTORS; i++) output[n][i] /= sum;
+        memcpy(y + n / GROUP_SIZE * y_stride + n % GROUP_SIZE * HEAD_DIM, output[n], sizeof *output);
+    }
+}
+
+/* Copies k and v [tokens, heads, HEAD_DIM] to their slots and positions in keys and values [slots,
+   heads, length, HEAD_DIM], where length is a multiple of SIMD_WIDTH. Then computes the attention of q
+   [tokens, heads * GROUP_SIZE, HEAD_DIM] into y: each token attends to itself and at most `window`
+   tokens before it, to all if `window` < 0.
+
+   The tokens from tile_starts[t] on, up to before tile_starts[t + 1], at most TILE_TOKENS, are
+   consecutive tokens of one slot. All tiles of a head follow each other, so that the tiles of a prompt
+   find its keys in the cache. q, k and v have their own distance in floats between two tokens. */
+void slot_attention(
+    const float *q, int64_t q_stride, const float *k, int64_t k_stride, const float *v,
+    int64_t v_stride, float *keys, float *values, const int64_t *slots, const int64_t *positions,
+    const int64_t *tile_starts, float *y, int64_t tiles, int64_t tokens, int64_t heads,
+    int64_t length, int64_t window, float scale, int threads
+) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for
+        for (int64_t r = 0; r < tokens; r++)
+            for (int64_t h = 0; h < heads; h++) {
+                int64_t at = ((slots[r] * heads + h) * length + positions[r]) * HEAD_DIM;
+                memcpy(keys + at, k + r * k_stride + h * HEAD_DIM, HEAD_DIM * sizeof(float));
+                memcpy(values + at, v + r * v_stride + h * HEAD_DIM, HEAD_DIM * sizeof(float));
+            }
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < tiles * heads; item++) {
+            int64_t t = item % tiles, h = item / tiles;
+            int64_t r = tile_starts[t], used = tile_starts[t + 1] - r;
+            int64_t at = (slots[r] * heads + h) * length * HEAD_DIM;
+            int64_t y_stride = heads * GROUP_SIZE * HEAD_DIM;
+            const float *tile_q = q + r * q_stride + h * GROUP_SIZE * HEAD_DIM;
+            float *tile_y = y + r * y_stride + h * GROUP_SIZE * HEAD_DIM;
+            if (used == 1)
+                attend(1, 1, tile_q, q_stride, keys + at, values + at, positions[r], window, scale,
+                       tile_y, y_stride);
+            else
+                attend(TILE_TOKENS, used, tile_q, q_stride, keys + at, values + at, positions[r],
+                       window, scale, tile_y, y_stride);
+        }
+    }
+}
