@@ -52,15 +52,15 @@ def write_tensors(stream: Any, tensors: Mapping[str, Tensor]) -> None:
             stream.write(pack(data[at : at + CHUNK]))
 
 
-def _head(found: Any, size: int) -> tuple[str, torch.dtype, tuple[int, ...], int]:
+def _parse_head(head: Any, size: int) -> tuple[str, torch.dtype, tuple[int, ...], int]:
     """The checked header of one tensor; ``size`` is the most bytes that it can have."""
-    if not isinstance(found, dict) or set(found) != {"name", "dtype", "shape", "chunks"}:
+    if not isinstance(head, dict) or set(head) != {"name", "dtype", "shape", "chunks"}:
         raise ValueError("a tensor's header is damaged")
-    name, dtype, shape, chunks = (found[k] for k in ("name", "dtype", "shape", "chunks"))
+    name, dtype, shape, chunks = (head[k] for k in ("name", "dtype", "shape", "chunks"))
     if not isinstance(name, str) or dtype not in DTYPES:
         raise ValueError(f"tensor {name!r} has a dtype that is not known: {dtype!r}")
-    sound = isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)
-    if not sound or not isinstance(chunks, int):
+    is_shape = isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)
+    if not is_shape or not isinstance(chunks, int):
         raise ValueError(f"tensor {name!r} has the shape {shape!r}")
     total = math.prod(shape) * DTYPES[dtype].itemsize
     if total > size or chunks != -(-total // CHUNK):
@@ -82,17 +82,17 @@ def read_tensors(stream: Any, size: int) -> dict[str, Tensor]:
         if not isinstance(head, dict) or head.get("format") != MAGIC:
             raise ValueError(f"this is no file of tensors ({MAGIC})")
         for _ in range(int(head["tensors"])):
-            name, dtype, shape, chunks = _head(unpacker.unpack(), size)
+            name, dtype, shape, chunks = _parse_head(unpacker.unpack(), size)
             if name in tensors:
                 raise ValueError(f"tensor {name!r} comes twice")
             flat = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
             at = 0
             for _ in range(chunks):
-                piece = unpacker.unpack()
-                if not isinstance(piece, bytes) or at + len(piece) > len(flat) or not piece:
+                chunk = unpacker.unpack()
+                if not isinstance(chunk, bytes) or at + len(chunk) > len(flat) or not chunk:
                     raise ValueError(f"tensor {name!r} has a chunk of the wrong size")
-                flat[at : at + len(piece)] = torch.frombuffer(bytearray(piece), dtype=torch.uint8)
-                at += len(piece)
+                flat[at : at + len(chunk)] = torch.frombuffer(bytearray(chunk), dtype=torch.uint8)
+                at += len(chunk)
             if at != len(flat):
                 raise ValueError(f"tensor {name!r} has {at} of {len(flat)} bytes")
             size -= at

@@ -1,4 +1,4 @@
-"""Folders of files in other projects' formats: written whole or not at all, and read with care.
+"""Folders of files in other projects' formats: written atomically, read with every value checked.
 
 A folder that is written has ``export.json``, which names its files. Only a folder in which nothing
 else is, so one that an earlier export wrote, is ever replaced.
@@ -34,7 +34,7 @@ def check_target(out: Store) -> None:
     """ValueError unless ``out`` can be written: new, empty, or an earlier export and no more."""
     if _entries(out) is None:
         return
-    others = sorted(set(_entries(out) or ()) - set(_exported(out)))
+    others = sorted(set(_entries(out) or ()) - set(_export_files(out)))
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise ValueError(
@@ -52,7 +52,7 @@ def _entries(out: Store) -> list[str] | None:
     return out.list() or None
 
 
-def _exported(out: Store) -> list[str]:
+def _export_files(out: Store) -> list[str]:
     """Files of an earlier export."""
     if out.is_local and not os.path.isfile(f"{out.root}/{MARKER}"):
         return []
@@ -109,7 +109,7 @@ def _mark(folder: Path) -> None:
 
 
 def _upload(folder: Path, out: Store) -> None:
-    earlier = _exported(out)
+    earlier = _export_files(out)
     out.delete(MARKER)
     names = sorted(path.name for path in folder.iterdir() if path.name != MARKER)
     for name in [*names, MARKER]:
@@ -187,11 +187,11 @@ class Fields:
     def __init__(self, path: Path, values: dict[str, Any]):
         self._path, self._values = path, values
 
-    def _refuse(self, name: str, allowed: str) -> ValueError:
+    def _refuse(self, name: str, rule: str) -> ValueError:
         if name not in self._values:
-            return ValueError(f"{self._path}: {name} is missing: {allowed}")
+            return ValueError(f"{self._path}: {name} is missing: {rule}")
         value = shown(self._values[name])
-        return ValueError(f"{self._path}: {name}={value} is not allowed: {allowed}")
+        return ValueError(f"{self._path}: {name}={value} is not allowed: {rule}")
 
     def int(self, name: str, most: int, default: int | None = None) -> int:
         """From 1 to ``most``; ``default`` for a field that is missing or null."""
@@ -211,13 +211,13 @@ class Fields:
             raise self._refuse(name, f"a number from 0 to {most:g}")
         return float(value)  # type: ignore[arg-type]
 
-    def equal(self, name: str, *allowed: Any) -> None:
+    def equal(self, name: str, *options: Any) -> None:
         """One of ``allowed``, where the field is there at all."""
         if name in self._values and not any(
             self._values[name] == value and type(self._values[name]) is type(value)
-            for value in allowed
+            for value in options
         ):
-            raise self._refuse(name, " or ".join(json.dumps(value) for value in allowed))
+            raise self._refuse(name, " or ".join(json.dumps(value) for value in options))
 
     def object(self, name: str) -> Fields:
         """A nested object; empty if it is missing or null."""

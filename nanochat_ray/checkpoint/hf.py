@@ -19,17 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanochat_ray.checkpoint.folder import Fields, read_json, regular, writing
+from nanochat_ray.checkpoint.hf_tokenizer import WHAT, read_tokenizer, tokenizer_json
 from nanochat_ray.checks import shown
 from nanochat_ray.model.config import ModelConfig, windows
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
-from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat_ray.text.tokenizer import Tokenizer
 
-_FREE = ("pad_vocab_to", "dropout")
+_NOT_EXPORTED = ("pad_vocab_to", "dropout")
 _REMOTE_CODE = Path(__file__).parent / "remote_code"
-WHAT = "Hugging Face folder"
 MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 10_000, 1 << 20, 1 << 24, 1 << 24
-# Their names, with ours; {} is the layer.
+# The name in transformers to the name here; {} is the layer.
 _NAMES = {
     "model.embed_tokens.weight": "transformer.wte.weight",
     "lm_head.weight": "lm_head.weight",
@@ -40,8 +40,8 @@ _NAMES = {
     "model.layers.{}.mlp.fc1.weight": "transformer.h.{}.mlp.c_fc.weight",
     "model.layers.{}.mlp.fc2.weight": "transformer.h.{}.mlp.c_proj.weight",
 }
-# As text.chat renders: a system message is part of the user's turn, and neighbours of one role are
-# one turn.
+# As text.chat renders: a system message is part of the user's turn, and consecutive messages of one
+# role are one turn.
 _CHAT_TEMPLATE = (
     "{{ '<|bos|>' }}{% set ns = namespace(role='', text='') %}"
     "{% for m in messages %}"
@@ -62,153 +62,10 @@ _CHAT_TEMPLATE = (
 
 def _names(layers: int) -> dict[str, str]:
     return {
-        theirs.format(i): ours.format(i)
-        for theirs, ours in _NAMES.items()
-        for i in (range(layers) if "{}" in ours else range(1))
+        hf_name.format(i): name.format(i)
+        for hf_name, name in _NAMES.items()
+        for i in (range(layers) if "{}" in name else range(1))
     }
-
-
-# --- tokenizer.json -----------------------------------------------------------------------------
-
-
-def _byte_letters() -> list[str]:
-    """GPT-2's letter for each byte: itself where it can be printed, else one from 256 on."""
-    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    spare = iter(range(256, 512))
-    return [chr(b) if b in shown else chr(next(spare)) for b in range(256)]
-
-
-def _merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The last merge that builds ``token``: BPE on its bytes with the earlier merges alone."""
-    parts = [bytes([b]) for b in token]
-    below = ranks[token]
-    while len(parts) > 2:
-        best = min(
-            range(len(parts) - 1),
-            key=lambda i: ranks.get(parts[i] + parts[i + 1], below),
-        )
-        if ranks.get(parts[best] + parts[best + 1], below) >= below:
-            raise ValueError(f"token {token!r} cannot be built by merging two earlier tokens")
-        parts[best : best + 2] = [parts[best] + parts[best + 1]]
-    return parts[0], parts[1]
-
-
-def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    letters = _byte_letters()
-    ranks = {token: rank for rank, token in enumerate(tokenizer.ranks)}
-
-    def spelled(token: bytes) -> str:
-        return "".join(letters[b] for b in token)
-
-    merges = [
-        [spelled(part) for part in _merge_of(token, ranks)]
-        for token in tokenizer.ranks
-        if len(token) > 1
-    ]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": number, "content": name, "special": True, **flags}
-        for name, number in tokenizer.specials.items()
-    ]
-    bytes_as_is = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": tokenizer.pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [split, {**bytes_as_is, "use_regex": False}],
-        },
-        "post_processor": None,
-        "decoder": {**bytes_as_is, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {spelled(token): rank for rank, token in enumerate(tokenizer.ranks)},
-            "merges": merges,
-        },
-    }
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a ``tokenizer.json``.
-
-    ValueError, naming the file, if it is damaged or splits, merges or spells otherwise than the
-    tokenizers here can.
-    """
-    document = read_json(path, WHAT)
-    try:
-        return _tokenizer_from_json(document)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path}: a field is missing or of the wrong type: {error!r}") from None
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _tokenizer_from_json(document: dict[str, Any]) -> Tokenizer:
-    byte_of = {letter: b for b, letter in enumerate(_byte_letters())}
-    specials = {t["content"]: t["id"] for t in document.get("added_tokens", [])}
-    model = document["model"]
-    vocab = {word: rank for word, rank in model["vocab"].items() if word not in specials}
-    if any(type(rank) is not int for rank in vocab.values()):
-        raise ValueError("model.vocab: its ids are not all whole numbers")
-    ranked = sorted(vocab.items(), key=lambda item: item[1])
-    if [rank for _, rank in ranked] != list(range(len(ranked))):
-        raise ValueError("model.vocab: its ids have gaps")
-    for word, _ in ranked:
-        if not all(letter in byte_of for letter in word):
-            raise ValueError(f"model.vocab: {shown(word)} is not spelled in bytes")
-    ranks = [bytes(byte_of[letter] for letter in word) for word, _ in ranked]
-    steps = document["pre_tokenizer"].get("pretokenizers", [])
-    splits = [step for step in steps if step["type"] == "Split"]
-    if len(splits) != 1 or not isinstance(splits[0]["pattern"]["Regex"], str):
-        raise ValueError("pre_tokenizer: one split by a regular expression is expected")
-    tokenizer = Tokenizer(ranks, splits[0]["pattern"]["Regex"])
-    if specials != tokenizer.specials:
-        raise ValueError(
-            f"added_tokens: its special tokens are {shown(specials)}; they must be "
-            f"{', '.join(SPECIAL_TOKENS)}, in this order, after all others"
-        )
-    _check_like(document, _tokenizer_json(tokenizer))
-    return tokenizer
-
-
-def _check_like(document: dict[str, Any], ours: dict[str, Any]) -> None:
-    """ValueError where ``document`` works otherwise than ``ours``, what we write for it."""
-    for name in ("normalizer", "post_processor", "truncation", "padding"):
-        if document.get(name) is not None:
-            raise ValueError(f"{name}={shown(document[name])} is not allowed: null")
-    for step, expected in zip(
-        document["pre_tokenizer"]["pretokenizers"],
-        ours["pre_tokenizer"]["pretokenizers"],
-        strict=False,
-    ):
-        for name in ("type", "behavior", "invert", "add_prefix_space", "use_regex"):
-            if step.get(name, expected.get(name)) != expected.get(name):
-                raise ValueError(f"pre_tokenizer.{name}={shown(step[name])} is not allowed")
-    model = document["model"]
-    for name, value in ours["model"].items():
-        if name in ("vocab", "merges"):
-            continue
-        if (model.get(name) or None) != (value or None):
-            raise ValueError(f"model.{name}={shown(model[name])} is not allowed: {value!r}")
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    if merges != ours["model"]["merges"]:
-        raise ValueError("model.merges: they are not those that build its ids in their order")
 
 
 # --- the folder ---------------------------------------------------------------------------------
@@ -223,14 +80,16 @@ def _is_classic(config: ModelConfig) -> bool:
         softcap=config.softcap,
         norm_eps=config.norm_eps,
     )
-    same = (value == getattr(config, f) for f, value in vars(classic).items() if f not in _FREE)
+    same = (
+        value == getattr(config, f) for f, value in vars(classic).items() if f not in _NOT_EXPORTED
+    )
     return all(same) and config.norm_eps is not None
 
 
 def _check_exportable(config: ModelConfig) -> None:
     """ValueError for features that neither transformers nor our own modelling file has."""
-    off = {"document_start": -1, "skips": False, "attention_gate": False, "rope_factor": 1.0}
-    wrong = [f for f, value in off.items() if getattr(config, f) != value]
+    defaults = {"document_start": -1, "skips": False, "attention_gate": False, "rope_factor": 1.0}
+    wrong = [f for f, value in defaults.items() if getattr(config, f) != value]
     if wrong:
         fields = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
         raise ValueError(f"a Hugging Face folder cannot express {fields}")
@@ -255,7 +114,7 @@ def _own_architecture(config: ModelConfig) -> dict[str, Any]:
 def export(
     model: GPT, tokenizer: Tokenizer, out: Store | Path | str, *, dtype: torch.dtype
 ) -> None:
-    """Writes the folder ``out``, whole or not at all.
+    """Writes the folder ``out``, atomically.
 
     ValueError if the model has features that the architecture lacks, or if the folder has files
     that no export wrote.
@@ -267,45 +126,24 @@ def export(
 
 def _write(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -> None:
     config = model.config
-    ours, classic = model.state_dict(), _is_classic(config)
-    tensors: dict[str, Tensor] = {}
+    classic = _is_classic(config)
     if not classic:
-        tensors = {n: w.detach().to("cpu", dtype).contiguous() for n, w in ours.items()}
         for path in _REMOTE_CODE.glob("*.py"):
             (folder / path.name).write_bytes(path.read_bytes())
-    for theirs, name in _names(config.n_layer).items() if classic else ():
-        weight = ours[name]
-        if name in ("transformer.wte.weight", "lm_head.weight"):
-            weight = weight[: config.vocab_size]
-        tensors[theirs] = weight.detach().to("cpu", dtype).contiguous()
+    tensors = _export_tensors(model, dtype, classic=classic)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     end = tokenizer.special("<|assistant_end|>")
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": end, "pad_token_id": tokenizer.bos}
     files: dict[str, Any] = {
         "config.json": {
-            "model_type": "nanochat",
-            "architectures": ["NanoChatForCausalLM"],
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.n_embd,
-            "intermediate_size": 4 * config.n_embd,
-            "num_hidden_layers": config.n_layer,
-            "num_attention_heads": config.n_head,
-            "num_key_value_heads": config.n_kv_head,
-            "max_position_embeddings": config.sequence_len,
-            "hidden_act": "relu2",
-            "rms_norm_eps": config.norm_eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-            "final_logit_softcapping": config.softcap or None,
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "tie_word_embeddings": False,
+            **_config_json(config),
             "dtype": str(dtype).removeprefix("torch."),
             "tokenizer_fingerprint": tokenizer.fingerprint,
             **ids,
             **({} if classic else _own_architecture(config)),
         },
         "generation_config.json": {**ids, "eos_token_id": [end, tokenizer.bos]},
-        "tokenizer.json": _tokenizer_json(tokenizer),
+        "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<|bos|>",
@@ -318,6 +156,42 @@ def _write(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
+
+
+def _export_tensors(model: GPT, dtype: torch.dtype, *, classic: bool) -> dict[str, Tensor]:
+    """The weights under the names, and in the shapes, that the folder's architecture expects."""
+    weights, config = model.state_dict(), model.config
+    if not classic:
+        return {n: w.detach().to("cpu", dtype).contiguous() for n, w in weights.items()}
+    tensors = {}
+    for hf_name, name in _names(config.n_layer).items():
+        weight = weights[name]
+        if name in ("transformer.wte.weight", "lm_head.weight"):
+            weight = weight[: config.vocab_size]
+        tensors[hf_name] = weight.detach().to("cpu", dtype).contiguous()
+    return tensors
+
+
+def _config_json(config: ModelConfig) -> dict[str, Any]:
+    """The fields of ``NanoChatForCausalLM``'s configuration."""
+    return {
+        "model_type": "nanochat",
+        "architectures": ["NanoChatForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": 4 * config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "max_position_embeddings": config.sequence_len,
+        "hidden_act": "relu2",
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        "final_logit_softcapping": config.softcap or None,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+    }
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -348,7 +222,7 @@ def _open(path: Path) -> Any:
 
 
 def read_weights(folder: Path, config: ModelConfig, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """float32 weights by our names; ``names`` gives ours for theirs.
+    """float32 weights by the names of ``GPT``; ``names`` maps those in the file to them.
 
     Names, shapes and dtypes are checked against ``config`` before a tensor is read. ValueError
     names the file and the tensor.
@@ -358,29 +232,29 @@ def read_weights(folder: Path, config: ModelConfig, names: Mapping[str, str]) ->
     weights: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         with _open(path) as file:
-            for theirs in file.keys():  # noqa: SIM118 (not a mapping)
-                if theirs not in names:
-                    raise ValueError(f"{path}: tensor {shown(theirs)} is not of this architecture")
-                ours = names[theirs]
-                part = file.get_slice(theirs)
+            for hf_name in file.keys():  # noqa: SIM118 (not a mapping)
+                if hf_name not in names:
+                    raise ValueError(f"{path}: tensor {shown(hf_name)} is not of this architecture")
+                name = names[hf_name]
+                part = file.get_slice(hf_name)
                 shape, dtype = list(part.get_shape()), part.get_dtype()
-                if shape != shapes[ours]:
+                if shape != shapes[name]:
                     raise ValueError(
-                        f"{path}: tensor {theirs} has the shape {shape}, which does not fit "
-                        f"config.json: {shapes[ours]}"
+                        f"{path}: tensor {hf_name} has the shape {shape}, which does not fit "
+                        f"config.json: {shapes[name]}"
                     )
                 if dtype not in ("F32", "BF16", "F16"):
                     raise ValueError(
-                        f"{path}: tensor {theirs} is {dtype}, which is not allowed: F32, BF16, F16"
+                        f"{path}: tensor {hf_name} is {dtype}, which is not allowed: F32, BF16, F16"
                     )
-                if ours in weights:
-                    raise ValueError(f"{path}: tensor {theirs} comes twice")
-                weights[ours] = file.get_tensor(theirs).float()
-                if not torch.isfinite(weights[ours]).all():
-                    raise ValueError(f"{path}: tensor {theirs} has values that are not finite")
-    for theirs, ours in names.items():
-        if ours not in weights:
-            raise ValueError(f"{folder}: tensor {theirs} is missing")
+                if name in weights:
+                    raise ValueError(f"{path}: tensor {hf_name} comes twice")
+                weights[name] = file.get_tensor(hf_name).float()
+                if not torch.isfinite(weights[name]).all():
+                    raise ValueError(f"{path}: tensor {hf_name} has values that are not finite")
+    for hf_name, name in names.items():
+        if name not in weights:
+            raise ValueError(f"{folder}: tensor {hf_name} is missing")
     return weights
 
 
@@ -429,12 +303,12 @@ def read_config(folder: Path) -> ModelConfig:
 def import_folder(folder: Path) -> tuple[GPT, Tokenizer]:
     """A float32 model and its tokenizer from a folder. ValueError names what does not fit."""
     config = read_config(folder)
-    needed, have = len(_NAMES) - 2, _count_tensors(folder)
-    if config.n_layer * needed > have:
+    per_layer, have = len(_NAMES) - 2, _count_tensors(folder)
+    if config.n_layer * per_layer > have:
         raise ValueError(
             f"{folder / 'config.json'}: num_hidden_layers={config.n_layer} does not fit the "
             f"{have} tensors of the weights: the tensor model.layers."
-            f"{(have - 2) // needed}.self_attn.q_proj.weight is missing"
+            f"{(have - 2) // per_layer}.self_attn.q_proj.weight is missing"
         )
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     check_tokenizer(folder, config, tokenizer)

@@ -28,7 +28,7 @@ WHAT = "nanochat checkpoint"
 TOKENIZER_BYTES = 64 << 20
 MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 10_000, 1 << 20, 1 << 24, 1 << 24
 _MODEL_FILE = re.compile(r"model_(\d+)\.pt")
-_TOKENIZER_PLACES = (".", "tokenizer", "../tokenizer", "../../tokenizer")
+_TOKENIZER_FOLDERS = (".", "tokenizer", "../tokenizer", "../../tokenizer")
 """Where the tokenizer is beside a checkpoint: nanochat has ``base_checkpoints/d20`` and
 ``tokenizer`` in one folder."""
 _SHAPE = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
@@ -71,19 +71,19 @@ def import_folder(folder: Path) -> tuple[GPT, Tokenizer]:
 def _tensors(path: Path) -> dict[str, Tensor]:
     regular(path, WHAT)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch has no one class for a file that is damaged
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise ValueError(f"{path} cannot be read: {reason}") from None
-    if not isinstance(loaded, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} cannot be read: it has no tensors by name")
     tensors = {}
-    for name, tensor in loaded.items():
+    for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{path}: {shown(name)} is no tensor")
         # torch.compile puts this before every name.
         tensors[name.removeprefix("_orig_mod.")] = tensor
-    if len(tensors) != len(loaded):
+    if len(tensors) != len(content):
         raise ValueError(f"{path}: a tensor comes twice")
     return tensors
 
@@ -94,8 +94,8 @@ def _config(meta: Path, path: Path, tensors: Mapping[str, Tensor]) -> ModelConfi
         raise ValueError(f"{meta}: model_config={shown(values)} is not allowed: an object")
     values = {f"model_config.{name}": value for name, value in values.items()}
     fields = Fields(meta, values)
-    known = {f"model_config.{name}" for name in (*_SHAPE, "window_pattern")}
-    if unknown := sorted(set(values) - known):
+    allowed_names = {f"model_config.{name}" for name in (*_SHAPE, "window_pattern")}
+    if unknown := sorted(set(values) - allowed_names):
         raise ValueError(f"{meta}: {shown(unknown[0])} is no field of nanochat's that is known")
     bounds = (MAX_POSITIONS, MAX_VOCABULARY, MAX_LAYERS, MAX_WIDTH, MAX_WIDTH, MAX_WIDTH)
     shape: dict[str, Any] = {
@@ -177,8 +177,8 @@ class _RestrictedUnpickler(pickle._Unpickler):
 
 
 def _find_tokenizer(folder: Path) -> Tokenizer:
-    for place in _TOKENIZER_PLACES:
-        path = folder / place / "tokenizer.pkl"
+    for path_to in _TOKENIZER_FOLDERS:
+        path = folder / path_to / "tokenizer.pkl"
         if path.exists():
             return read_tokenizer(Path(os.path.normpath(path)))
     raise ValueError(
@@ -190,20 +190,20 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in nanochat's ``tokenizer.pkl``; ValueError, naming it, for anything else."""
     regular(path, WHAT, TOKENIZER_BYTES)
     try:
-        loaded = _RestrictedUnpickler(io.BytesIO(path.read_bytes())).load()
+        content = _RestrictedUnpickler(io.BytesIO(path.read_bytes())).load()
     except Exception as error:  # a damaged pickle can raise nearly anything
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise ValueError(
             f"{path} cannot be read as a pickled tiktoken.Encoding: {reason}"
         ) from None
     try:
-        return _tokenizer(loaded)
+        return _tokenizer(content)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _tokenizer(loaded: Any) -> Tokenizer:
-    state = loaded.state if type(loaded) is _PlainData else None
+def _tokenizer(content: Any) -> Tokenizer:
+    state = content.state if type(content) is _PlainData else None
     if not isinstance(state, dict):
         raise ValueError("it is no tiktoken.Encoding with its own ranks")
     pattern, ranks, specials = (
@@ -215,10 +215,10 @@ def _tokenizer(loaded: Any) -> Tokenizer:
         type(token) is bytes and type(rank) is int for token, rank in ranks.items()
     ):
         raise ValueError("mergeable_ranks must give a rank for each token's bytes")
-    ordered = sorted(ranks.items(), key=lambda item: item[1])
-    if [rank for _, rank in ordered] != list(range(len(ordered))):
+    by_rank = sorted(ranks.items(), key=lambda item: item[1])
+    if [rank for _, rank in by_rank] != list(range(len(by_rank))):
         raise ValueError("mergeable_ranks: its ranks have gaps")
-    tokenizer = Tokenizer([token for token, _ in ordered], pattern)
+    tokenizer = Tokenizer([token for token, _ in by_rank], pattern)
     if specials != tokenizer.specials:
         raise ValueError(
             f"special_tokens={shown(specials)} is not allowed: {', '.join(SPECIAL_TOKENS)}, in "

@@ -143,7 +143,7 @@ def main(args: Args) -> None:
     store = Store.at(args.storage).child("runs", args.run)
     names = args.tasks or ()
     tasks = [make_task(name, "test", size=args.count, seed=args.seed) for name in names]
-    name = checkpoint.chosen(store, args.checkpoint)
+    name = checkpoint.resolve(store, args.checkpoint)
     trainer = checkpoint.load_trainer(store, name)
     is_base = trainer.get("train_config", {}).get("stage") == "base"
     if args.tasks is None and not args.text and not is_base:

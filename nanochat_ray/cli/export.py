@@ -51,7 +51,7 @@ def main(args: Args) -> None:
     if args.out is not None:
         out = Store.at(args.out)
         folder.check_target(out)
-        model, tokenizer = checkpoint.load_model(run, checkpoint.chosen(run, args.checkpoint))
+        model, tokenizer = checkpoint.load_model(run, checkpoint.resolve(run, args.checkpoint))
         hf.export(model, tokenizer, out, dtype=DTYPES[args.precision])
         print(f"{args.out} holds run {args.run} for transformers")
     elif args.import_from is not None:

@@ -101,7 +101,7 @@ class Engine:
         that of its tokenizer. Threads that torch starts here end with the calling thread: see
         ``machine.run_in_temporary_thread``.
         """
-        name = checkpoint.chosen(run, checkpoint_name)
+        name = checkpoint.resolve(run, checkpoint_name)
         dtype = DTYPES[config.precision]
         model, tokenizer = checkpoint.load_model(run, name, device=device, dtype=dtype)
         if tokenizer_fingerprint not in ("", tokenizer.fingerprint):

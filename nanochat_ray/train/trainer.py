@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.checkpoint.reader import load_weights
 from nanochat_ray.data.shards import SequenceReader
 from nanochat_ray.model.config import flops_per_token
 from nanochat_ray.model.gpt import GPT
@@ -186,7 +187,7 @@ class Trainer:
             )
             latest = checkpoint.load(self.store, name, optimizer=True)
             where = f"checkpoint {self.store.child(name).uri}: weights.msgpack"
-            checkpoint.load_weights(self.model, latest.weights, where)
+            load_weights(self.model, latest.weights, where)
             self.completed_steps = latest.step
             log = _read_log(self.store)
             warnings += self.metrics.resume(log, latest.trainer, before=latest.step)

@@ -14,6 +14,7 @@ import torch
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checkpoint.codec import read_tensors, write_tensors
+from nanochat_ray.checkpoint.reader import read_manifest
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -129,8 +130,8 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(root: Store) -> None:
         )
     folder, source = root.child("one", "step-000001"), root.child("two", "step-000001")
     manifest = folder.read_text("manifest.json")
-    theirs = checkpoint._manifest(root.child("two"), "step-000001")["tokenizer.json"]
-    ours = checkpoint._manifest(root.child("one"), "step-000001")["tokenizer.json"]
+    theirs = read_manifest(source, 1)["tokenizer.json"]
+    ours = read_manifest(folder, 1)["tokenizer.json"]
     folder.write_text("tokenizer.json", source.read_text("tokenizer.json"))
     manifest = manifest.replace(ours["sha256"], theirs["sha256"])
     manifest = manifest.replace(f'"size": {ours["size"]}', f'"size": {theirs["size"]}')

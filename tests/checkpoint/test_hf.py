@@ -331,7 +331,7 @@ def test_a_failed_export_leaves_the_old_one(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf, "_tokenizer_json", full)
+    monkeypatch.setattr(hf, "tokenizer_json", full)
     with pytest.raises(OSError, match="No space left"):
         hf.export(model, tokenizer, folder, dtype=torch.bfloat16)
     with pytest.raises(OSError, match="No space left"):

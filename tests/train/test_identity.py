@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.checkpoint.reader import FORMAT, CheckpointReader
 from nanochat_ray.claim import ClaimLostError
 from nanochat_ray.config import RENAMED_FIELDS
 from nanochat_ray.optim.config import OptimConfig
@@ -192,8 +193,8 @@ def test_resumed_run_equals_one_that_was_not_stopped(begun: Store) -> None:
 
 
 def test_checkpoints_with_old_names_resume(begun: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checkpoint.FORMAT == "nanochat_ray snapshot 1"  # what is on disk
-    read = checkpoint._Reader.object
+    assert FORMAT == "nanochat_ray snapshot 1"  # what is on disk
+    read = CheckpointReader.object
     names = {new: old for table in RENAMED_FIELDS.values() for old, new in table.items()}
 
     def with_old_names(reader: Any, file: str) -> Any:
@@ -205,7 +206,7 @@ def test_checkpoints_with_old_names_resume(begun: Store, monkeypatch: pytest.Mon
             assert "batch_rows" in values["train_config"]
         return values
 
-    monkeypatch.setattr(checkpoint._Reader, "object", with_old_names)
+    monkeypatch.setattr(CheckpointReader, "object", with_old_names)
     with pytest.raises(ValueError, match=r"^global_batch_size=2 is not what this run was started"):
         check(job(begun, train__global_batch_size=2))
     assert run_trainer(check(job(begun)))["done"]

@@ -42,7 +42,7 @@ def build_application(config: ServeConfig) -> Application:
     run = root.child("runs", config.run)
     if checkpoint.latest(run) is None:
         raise ValueError(f"run={config.run!r} has no checkpoint in {config.storage}")
-    name = checkpoint.chosen(run, config.checkpoint)
+    name = checkpoint.resolve(run, config.checkpoint)
     run_config = checkpoint.load_config(run, name)
     # Serve restarts an ingress whose arguments change. With a path that does not depend on the
     # checkpoint, new weights need no restart.
