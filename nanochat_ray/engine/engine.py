@@ -21,12 +21,12 @@ from nanochat_ray.engine.admission import Admitter
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.in_flight import ForwardOutput, InFlightStep, sample
+from nanochat_ray.engine.logprobs import PromptLogprobs
 from nanochat_ray.engine.prefill_cost import PrefillCostModel
 from nanochat_ray.engine.request import Request, RequestOutput, TokenLogprob
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
 from nanochat_ray.engine.scheduler import ScheduledChunk, Scheduler
-from nanochat_ray.engine.scores import PromptScores
 from nanochat_ray.engine.sequence import Sequence
 from nanochat_ray.engine.stats import Stats
 from nanochat_ray.engine.tools import Tool, calculator_tool
@@ -230,7 +230,8 @@ class Engine:
 
     def _run(self, chunks: list[ScheduledChunk], previous_ids: Tensor | None) -> ForwardOutput:
         logits = self.runner.run(chunks, previous_ids)
-        scores = PromptScores(chunks, logits) if any(c.scores_prompt for c in chunks) else None
+        scores_prompt = any(chunk.prompt_logprobs for chunk in chunks)
+        prompt_logprobs = PromptLogprobs(chunks, logits) if scores_prompt else None
         sampling_chunks: list[tuple[int, ScheduledChunk]] = []
         num_logits = 0
         for chunk in chunks:
@@ -243,7 +244,7 @@ class Engine:
                     self.runner.kv_manager.commit(s)
             if chunk.samples:
                 sampling_chunks.append((num_logits - 1 - len(chunk.draft), chunk))
-        return ForwardOutput(logits, sampling_chunks, scores)
+        return ForwardOutput(logits, sampling_chunks, prompt_logprobs)
 
     def _may_stay_in_flight(self, step: InFlightStep) -> bool:
         """Whether the next step can be planned before the tokens of this one are known: every

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from nanochat_ray.engine.grammar import Grammars, GrammarState
+from nanochat_ray.engine.logprobs import LogprobTable, PromptLogprobs
 from nanochat_ray.engine.request import TokenLogprob
 from nanochat_ray.engine.sampling_state import SamplingState
 from nanochat_ray.engine.scheduler import ScheduledChunk
-from nanochat_ray.engine.scores import PromptScores, ScoreTable
 from nanochat_ray.engine.sequence import PLACEHOLDER
 from nanochat_ray.machine import send
 
@@ -28,7 +28,7 @@ class ForwardOutput:
     sampling_chunks: list[tuple[int, ScheduledChunk]]
     """The chunks that sample, each with the row of its last token; those of its draft tokens
     follow."""
-    prompt_scores: PromptScores | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def needs_previous_tokens(self) -> bool:
@@ -47,8 +47,8 @@ class InFlightStep:
     """int64 ``[S]`` on the device; negative where no token could be sampled."""
     host_token_ids: Tensor
     """The same on the CPU, once ``event`` has happened."""
-    logprobs: ScoreTable
-    prompt_scores: PromptScores | None
+    logprobs: LogprobTable
+    prompt_logprobs: PromptLogprobs | None
     event: torch.cuda.Event | None
 
     @classmethod
@@ -56,19 +56,19 @@ class InFlightStep:
         cls,
         chunks: list[ScheduledChunk],
         token_ids: Tensor,
-        logprobs: ScoreTable,
-        prompt_scores: PromptScores | None,
+        logprobs: LogprobTable,
+        prompt_logprobs: PromptLogprobs | None,
     ) -> InFlightStep:
         """Starts the copies to the CPU."""
         host_token_ids, event = token_ids, None
         if token_ids.is_cuda:
             host_token_ids = token_ids.to("cpu", non_blocking=True)  # to pinned memory
             logprobs.fetch()
-            if prompt_scores is not None:
-                prompt_scores.table.fetch()
+            if prompt_logprobs is not None:
+                prompt_logprobs.table.fetch()
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(token_ids.device))
-        return cls(chunks, token_ids, host_token_ids, logprobs, prompt_scores, event)
+        return cls(chunks, token_ids, host_token_ids, logprobs, prompt_logprobs, event)
 
     @property
     def has_draft(self) -> bool:
@@ -81,14 +81,14 @@ class InFlightStep:
         return self.token_ids.clamp_min(0)
 
     def wait(self) -> tuple[list[int], list[TokenLogprob | None]]:
-        """Token ids and their log-probabilities as ``ScoreTable.read``, once the step is done.
+        """Token ids and their log-probabilities as ``LogprobTable.read``, once the step is done.
 
         Also called for steps that sample nothing: the device never has more than one step queued.
         """
         if self.event is not None:
             self.event.synchronize()
-        if self.prompt_scores is not None:
-            self.prompt_scores.store()
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs.store()
         return self.host_token_ids.tolist(), self.logprobs.read()
 
 
@@ -139,5 +139,5 @@ def sample(
     )
     device_tokens = None if previous_ids is None or not in_flight else (in_flight, previous_ids)
     token_ids = sampling.choose(logits, slots, positions, masks, uncounted_tokens, device_tokens)
-    logprobs = ScoreTable(logits, token_ids, top_logprobs)
-    return InFlightStep.launch(chunks, token_ids, logprobs, forward.prompt_scores)
+    logprobs = LogprobTable(logits, token_ids, top_logprobs)
+    return InFlightStep.launch(chunks, token_ids, logprobs, forward.prompt_logprobs)

@@ -38,7 +38,7 @@ class ScheduledChunk(NamedTuple):
     """Whether the chunk reaches the end of the sequence, so that the next token is sampled."""
     num_logits: int = 0
     """Logits are needed of this many of the last tokens, draft tokens included."""
-    scores_prompt: bool = False
+    prompt_logprobs: bool = False
     """Whether the log-probabilities of the prompt are computed from its logits."""
     input_from_previous_step: int | None = None
     """Row of the previous step that samples the chunk's only token, which the host does not know
@@ -59,11 +59,11 @@ class ScheduledChunk(NamedTuple):
         """The next ``num_tokens`` tokens of a sequence."""
         start = sequence.num_computed_tokens
         samples = start + num_tokens == sequence.num_tokens
-        scores_prompt = not is_decode and sequence.needs_prompt_logprobs
-        num_logits = num_tokens if scores_prompt else (1 + len(draft)) * samples
+        prompt_logprobs = not is_decode and sequence.needs_prompt_logprobs
+        num_logits = num_tokens if prompt_logprobs else (1 + len(draft)) * samples
         row = sequence.placeholder_row if sequence.num_placeholders else None
         return cls(
-            sequence, start, num_tokens, is_decode, draft, samples, num_logits, scores_prompt, row
+            sequence, start, num_tokens, is_decode, draft, samples, num_logits, prompt_logprobs, row
         )
 
 

@@ -14,7 +14,7 @@ from nanochat_ray.engine.sequence import Sequence
 from nanochat_ray.machine import send
 
 
-class ScoreTable:
+class LogprobTable:
     """Log-probabilities of some rows, on the device until they are fetched or read."""
 
     def __init__(self, logits: Tensor, tokens: Tensor, tops: SequenceOf[int | None]):
@@ -46,7 +46,7 @@ class ScoreTable:
         return logprobs
 
 
-class PromptScores:
+class PromptLogprobs:
     """Log-probabilities of prompt tokens that a step computes."""
 
     def __init__(self, chunks: SequenceOf[ScheduledChunk], logits: Tensor):
@@ -57,7 +57,7 @@ class PromptScores:
         first = 0
         for chunk in chunks:
             s, prompt = chunk.sequence, chunk.sequence.request.prompt
-            if chunk.scores_prompt:
+            if chunk.prompt_logprobs:
                 # The logits of a token are those of the token behind it.
                 for position in range(chunk.start + 1, min(chunk.end + 1, len(prompt))):
                     row = first + position - 1 - chunk.start
@@ -65,7 +65,7 @@ class PromptScores:
                     tops[row] = s.request.params.prompt_logprobs or 0
                     self._positions.append((s, position))
             first += chunk.num_logits
-        self.table = ScoreTable(logits, send(torch.tensor(tokens), logits.device), tops)
+        self.table = LogprobTable(logits, send(torch.tensor(tokens), logits.device), tops)
 
     def store(self) -> None:
         """Adds them to the ``prompt_logprobs`` of the sequences, unless they were there before a
