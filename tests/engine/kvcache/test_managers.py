@@ -1,0 +1,150 @@
+"""The contract of ``KVCacheManager``, which both layouts keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from nanochat_ray.engine.kvcache.base import KVCacheManager
+from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
+from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE, BlockPool
+from nanochat_ray.engine.kvcache.paged_manager import PagedManager
+from nanochat_ray.engine.kvcache.slot_manager import SlotManager
+from nanochat_ray.engine.request import Request
+from nanochat_ray.engine.sequence import Sequence as EngineSequence
+
+
+class Memory:
+    """Records what a manager does with it: copies of prefixes, and block tables."""
+
+    def __init__(self) -> None:
+        self.loads: list[tuple[list[int], int]] = []
+        self.saves: list[tuple[int, list[tuple[int, int]]]] = []
+        self.tables: dict[int, list[int]] = {}
+
+    def load(self, block_ids: Sequence[int], slot: int) -> None:
+        self.loads.append((list(block_ids), slot))
+
+    def save(self, slot: int, new_blocks: Sequence[tuple[int, int]]) -> None:
+        self.saves.append((slot, list(new_blocks)))
+
+    def set_block_tables(self, slot: int, tables: BlockTables) -> None:
+        (self.tables[slot],) = (list(block_ids) for block_ids in tables)
+
+
+def slot_manager(memory: Memory) -> KVCacheManager:
+    return SlotManager(num_slots=4, max_model_len=128, num_prefix_blocks=8, copies=memory)
+
+
+def paged_manager(memory: Memory) -> KVCacheManager:
+    return PagedManager(BlockAllocator([BlockPool(8)], max_step_tokens=128), memory)
+
+
+Make = Callable[[Memory], KVCacheManager]
+managers = pytest.mark.parametrize("make", [slot_manager, paged_manager])
+
+
+def sequence(slot: int, length: int, scope: str = "", first: int = 0) -> EngineSequence:
+    tokens = [first, *range(1, length)]
+    request = Request(id=str(slot), prompt=tokens, cache_scope=scope)
+    return EngineSequence(
+        request, list(tokens), seed=0, max_length=128, prefill_spans=[(0, length)], slot=slot
+    )
+
+
+def compute(manager: KVCacheManager, s: EngineSequence) -> None:
+    """The whole prompt in one step."""
+    assert manager.allocate(s, s.num_tokens)
+    s.num_computed_tokens = s.num_tokens
+    manager.commit(s)
+
+
+@managers
+def test_committed_prefix_is_matched(make: Make) -> None:
+    manager = make(Memory())
+    a, b = sequence(0, 40), sequence(1, 40)
+    assert manager.match_prefix(a) == 0
+    compute(manager, a)
+    assert manager.match_prefix(b) == 2 * BLOCK_SIZE  # 40 tokens have two full blocks
+    assert (manager.num_lookup_tokens, manager.num_hit_tokens) == (39 + 39, 32)
+    manager.check_integrity([a, b])
+
+
+@managers
+def test_last_token_is_never_matched(make: Make) -> None:
+    manager = make(Memory())
+    compute(manager, sequence(0, 32))
+    assert manager.match_prefix(sequence(1, 32)) == BLOCK_SIZE  # its logits are needed
+
+
+@managers
+def test_only_computed_prompt_tokens_are_committed(make: Make) -> None:
+    manager = make(Memory())
+    a = sequence(0, 20)
+    a.tokens += range(20, 60)  # output
+    assert manager.allocate(a, 60)
+    a.num_computed_tokens = 60
+    manager.commit(a)
+    longer = sequence(1, 60)
+    assert manager.match_prefix(longer) == BLOCK_SIZE
+    other = sequence(2, 60, first=9)
+    assert manager.allocate(other, 40)
+    other.num_computed_tokens = 40
+    manager.commit(other)
+    assert manager.match_prefix(sequence(3, 60, first=9)) == 2 * BLOCK_SIZE
+
+
+@managers
+def test_scopes_and_missing_logprobs_match_nothing(make: Make) -> None:
+    manager = make(Memory())
+    compute(manager, sequence(0, 40, scope="alice"))
+    assert manager.match_prefix(sequence(1, 40, scope="bob")) == 0
+    needs_logprobs = sequence(1, 40, scope="alice")
+    needs_logprobs.prompt_logprobs = []
+    assert manager.match_prefix(needs_logprobs) == 0
+
+
+@managers
+def test_free_twice_and_reset_leave_no_references(make: Make) -> None:
+    manager = make(Memory())
+    a = sequence(0, 40)
+    compute(manager, a)
+    manager.free(a)
+    manager.free(a)
+    manager.check_integrity([])
+    assert manager.match_prefix(sequence(1, 40)) == 2 * BLOCK_SIZE  # still cached
+    manager.free(sequence(1, 40))
+    manager.reset_prefix_cache()
+    assert manager.match_prefix(sequence(2, 40)) == 0
+
+
+def test_slots_copy_prefixes() -> None:
+    memory = Memory()
+    manager = slot_manager(memory)
+    compute(manager, sequence(0, 40))
+    assert [(slot, [i for i, _ in blocks]) for slot, blocks in memory.saves] == [(0, [0, 1])]
+    manager.match_prefix(sequence(3, 40))
+    assert memory.loads == [([block_id for _, block_id in memory.saves[0][1]], 3)]
+
+
+def test_paged_sequences_share_blocks_until_exhausted() -> None:
+    memory = Memory()
+    manager = paged_manager(memory)
+    a, b = sequence(0, 64), sequence(1, 64)
+    compute(manager, a)
+    assert manager.usage([a]) == 0.5
+    b.num_computed_tokens = manager.match_prefix(b)
+    assert manager.allocate(b, 64)
+    assert memory.tables[1][:3] == memory.tables[0][:3]
+    assert memory.tables[1][3] != memory.tables[0][3]
+    assert manager.usage([a, b]) == 5 / 8
+    assert not manager.can_admit(sequence(2, 64, first=9), [a, b])  # 4 blocks + 1, 3 are free
+    assert manager.can_admit(sequence(2, 47, first=9), [a, b])
+    assert not manager.allocate(b, 128)  # needs 4 more
+    assert len(memory.tables[1]) == 4
+    manager.free(a)
+    assert manager.allocate(b, 80)
+    manager.check_integrity([b])
+    with pytest.raises(AssertionError):
+        manager.check_integrity([])
