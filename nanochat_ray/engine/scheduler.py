@@ -98,8 +98,9 @@ class Scheduler:
     """Slots and queues.
 
     Invariants: a sequence is either waiting (no slot) or running (a slot of its own); every plan
-    contains all decodes, except those whose last token is in flight; a plan never exceeds
-    ``max_num_batched_tokens`` nor, while anything decodes, the budget of ``prefill_cost``.
+    contains all decodes, except those whose last token is in flight or that wait for memory; a plan
+    never exceeds ``max_num_batched_tokens`` nor, while anything decodes, the budget of
+    ``prefill_cost``.
 
     A sequence that gets no memory preempts those of a larger rank (lower priority, or later
     arrival); the one with the largest rank waits instead. The cache holds at least one sequence of

@@ -149,7 +149,7 @@ def test_tool_output_replaces_in_flight_token() -> None:
         output_ids = answers(engine, [ask(str(i), p, seed=i, **params) for i, p in texts])
         results.append((output_ids, prefill_positions))
     assert sum(30 in output_ids for output_ids in results[0][0].values()) > 5
-    # What it wrote, and the token before it, were run as prompts, also where that had been run.
+    # Its output and the token before it are computed as prompts, also if that had run as a decode.
     assert results[0] == results[1]
 
 
@@ -188,7 +188,7 @@ def test_reset_drops_the_step_in_flight() -> None:
 
 
 def test_speculation_disables_async_steps() -> None:
-    """What follows a guess must be known; where there are rows for guesses, steps wait."""
+    """Draft tokens depend on the latest tokens: while a step has room for them, it is not async."""
     for count, waits in ((1, True), (2, True), (4, False)):
         engine = make_engine(make_model("modern"), async_scheduling="on")
         for i in range(count):

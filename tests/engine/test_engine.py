@@ -209,7 +209,7 @@ def test_tool_output_survives_continuation() -> None:
     whole, output = tokens(outputs), [290, *reversed(free[3:5]), 50, 291]
     assert whole[:11] == [*free, *output]
     assert [o.tokens[i] for o in outputs for i in o.tool_token_indices][:5] == output
-    # After the output the model goes on as if it had been in the prompt.
+    # Behind the output the model continues as if it had been in the prompt.
     after = dataclasses.replace(request, prompt=prompt + whole[:11], output_token_ids=[])
     assert whole[11:] == answer(make_engine(model), after)[: len(whole) - 11]
     for cut in range(1, 16):

@@ -35,7 +35,7 @@ PHRASES = [[random.Random(i).randrange(VOCAB) for _ in range(24)] for i in range
 
 
 def one_request(i: int) -> Request:
-    """Prompts that share beginnings or repeat themselves, and every way to sample."""
+    """Prompts that share prefixes or repeat themselves, and every way to sample."""
     rng = random.Random(i)
     prompt = PHRASES[i % 5][: rng.randint(0, 24)] * rng.choice([1, 1, 2])
     prompt += [rng.randrange(VOCAB) for _ in range(rng.randint(1, 12))]
@@ -167,7 +167,7 @@ def test_continued_elsewhere_after_some_tokens() -> None:
     assert_same(whole, alone(), elsewhere)
 
 
-@pytest.mark.parametrize(("guesses", "ngram", "preempt"), [(4, 1, 0.0), (3, 2, 0.5)])
+@pytest.mark.parametrize(("num_draft_tokens", "ngram", "preempt"), [(4, 1, 0.0), (3, 2, 0.5)])
 def test_with_speculation(num_draft_tokens: int, ngram: int, preempt: float) -> None:
     ahead = engine(num_speculative_tokens=num_draft_tokens, prompt_lookup_max=ngram)
     assert_same(together(ahead, preempt=preempt), alone(), ahead)

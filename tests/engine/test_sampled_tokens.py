@@ -117,7 +117,7 @@ def test_recorded_noise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "drawn"),
+    ("fields", "want_ids"),
     # Of 0.1, 0.2, 0.3 and 0.4, with the noise 0.883, 0.479, 0.472 and 0.048 above.
     [
         ({}, [3, 2, 2, 0]),
@@ -131,7 +131,7 @@ def test_recorded_noise() -> None:
         ({"temperature": 0.0}, [3, 3, 3, 3]),
     ],
 )
-def test_tokens_drawn_by_hand(fields: dict[str, Any], want_ids: list[int]) -> None:
+def test_samples_by_hand(fields: dict[str, Any], want_ids: list[int]) -> None:
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(4, -1)
     params = [
         SamplingParams(**{"temperature": 1.0, "seed": s} | fields) for s in (0, 1, 2**64 - 1, 5)

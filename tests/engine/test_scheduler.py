@@ -56,7 +56,7 @@ def test_decodes_come_before_long_prompts() -> None:
     s.add(sequence("long", 30))
     assert run(s) == {"short": 1, "long": 4}
     s.remove(s.running[0])
-    assert run(s) == {"long": 10}  # nobody waits for it: the whole budget
+    assert run(s) == {"long": 10}  # no decode waits: the whole budget
 
 
 def test_chunks_shrink_late_in_a_long_prompt() -> None:
@@ -148,7 +148,7 @@ def test_clients_take_turns_in_admission_order() -> None:
     assert s.plan().chunks == []
     for name in ("many3", "many4", "c"):
         s.add(sequence(name, client=name.rstrip("0123456789")))
-    assert list(run(s)) == ["many3"]  # nobody waited: all begin anew
+    assert list(run(s)) == ["many3"]  # the queue was empty: the order is reset
 
 
 def test_youngest_of_lowest_priority_is_preempted() -> None:
