@@ -99,7 +99,7 @@ TAG="d$DEPTH"
 BASE="base-$TAG" CHAT="chat-$TAG"
 if [ "$GPUS" -gt 0 ]; then
   PREPARE=(--vocab-size 32768 --sequence-len 2048) TRAIN=(--workers "$GPUS" --gpus) BOUND=()
-  SERVE=(--gpus 1) EVAL=(--device cuda --precision bf16)
+  SERVE=(--gpus 1) EVAL=(--device cuda --engine.precision bf16)
 else
   # A few minutes instead of the compute-optimal hours: this is a first look.
   # How many tokens that is on this machine is measured when training begins.

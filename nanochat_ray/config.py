@@ -1,4 +1,4 @@
-"""Configurations to and from JSON and ``name=value`` options.
+"""Configurations to and from JSON.
 
 Each room holds its own configuration, a frozen dataclass that is checked when it is constructed
 (``model/config.py``, ``optim/config.py``, ``train/config.py``, ``engine/config.py``).
@@ -9,9 +9,8 @@ Configurations are composed, never inherited, and never mutated: to vary one, ca
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -58,10 +57,12 @@ RENAMED_FIELDS: dict[str, dict[str, str]] = {
         "ingresses": "num_ingress_replicas",
         "snapshot": "checkpoint",
     },
+    "train": {"ratio": "tokens_per_param"},
+    "eval": {"slots": "max_num_seqs"},
     "export": {"take": "import_from"},
 }
 """Old name of a field → its name, by configuration. Checkpoints that were written with old names
-still load; a flag or option with an old name fails and says the new one."""
+still load; a flag with an old name fails and names the new one."""
 
 
 def with_new_names(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,36 +75,6 @@ def renamed(name: str) -> str | None:
     """The new name of a flag or field, given with ``-`` or ``_``; None if it has not changed."""
     key = name.strip("-").replace("-", "_")
     return next((table[key] for table in RENAMED_FIELDS.values() if key in table), None)
-
-
-def with_options(config: T, options: Sequence[str]) -> tuple[T, list[str]]:
-    """``config`` with the ``name=value`` options that it has fields for, and the other options.
-
-    Values are JSON, or text if they are not. ValueError names an option without "=" or a value
-    of another type than the field's.
-    """
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
-    changes: dict[str, Any] = {}
-    others: list[str] = []
-    for option in options:
-        name, equals, text = option.partition("=")
-        require(bool(equals), "option", option, "name=value")
-        if name not in fields:
-            new = renamed(name)
-            require(new is None, "option", option, f"{name} is now {new}")
-            others.append(option)
-            continue
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        old = fields[name]
-        if isinstance(old, float) and type(value) is int:
-            value = float(value)
-        kinds = (float, int, type(None)) if old is None else (type(old),)
-        require(type(value) in kinds, name, value, f"a value like {old!r}")
-        changes[name] = value
-    return dataclasses.replace(config, **changes), others  # type: ignore[type-var]
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat_ray.cli.flags import all_flags
 from nanochat_ray.storage import Store
 from tests.tiny import TOKENIZER, tiny_config, write_dataset
 
@@ -199,6 +200,15 @@ def command_args(command: list[str]) -> type:
     return importlib.import_module(module).Args
 
 
+def flag_names(args: type) -> set[str]:
+    names = {flag.name for flag in all_flags(args)}
+    switches = {flag.name.rpartition(".") for flag in all_flags(args) if flag.kind is bool}
+    return names | {
+        f"{prefix}.no-{name}" if dot else name.replace("--", "--no-")
+        for prefix, dot, name in switches
+    }
+
+
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_readme_commands_exist(command: list[str]) -> None:
     """Scripts are there and take the flags that README gives them."""
@@ -208,10 +218,7 @@ def test_readme_commands_exist(command: list[str]) -> None:
         subprocess.run(["bash", "-n", str(script)], check=True)
         known = set(re.findall(r"--[a-z-]+", script.read_text()))
     else:
-        fields = command_args(command).__dataclass_fields__
-        known = {"--" + name.replace("_", "-") for name in fields}
-        switches = [name for name, field in fields.items() if field.type in (bool, "bool")]
-        known |= {"--no-" + name.replace("_", "-") for name in switches}
+        known = flag_names(command_args(command))
     assert used <= known
 
 

@@ -134,7 +134,7 @@ def child(args: Args, side: str) -> Iterator[subprocess.Popen[str]]:
         for goal in args.goal:
             command += ["--goal", goal]
     else:
-        command = ["serve", "--max-num-seqs", str(STREAMS)]
+        command = ["serve", "--engine.max-num-seqs", str(STREAMS)]
         command += ["--port", str(args.port + (side == "ray"))]
         command += ["--no-ray"] if side == "local" else []
     command += ["--storage", args.storage, "--run", args.run, "--threads", str(args.threads)]

@@ -23,17 +23,21 @@ from nanochat_ray.checks import check_float, check_int, require
 @dataclass(frozen=True, kw_only=True)
 class Args:
     url: str = "http://127.0.0.1:8000"
+    """Address of the endpoint."""
     once: str = ""
-    """Ask this, print the answer and end."""
+    """Send this message, print the answer and end."""
     model: str = ""
-    """By default the server's first."""
+    """Name of the model; by default the server's first."""
     system: str = ""
     """System prompt."""
     temperature: float = 0.6
+    """Sampling temperature; 0 is greedy."""
     top_k: int = 50
+    """Sample from this many most likely tokens; 0 is all."""
     max_tokens: int = 0
-    """Longest answer; 0 is what fits."""
+    """Longest answer, in tokens; 0 is what fits."""
     seed: int | None = None
+    """Seed of the sampling; by default another one for each answer."""
 
     def __post_init__(self) -> None:
         ok = self.url.startswith(("http://", "https://"))

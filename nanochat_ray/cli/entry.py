@@ -10,25 +10,17 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-import tyro
-from tyro import _errors as parse_errors  # its documented hook; pyproject names the exact version
-
-from nanochat_ray.config import renamed
+from nanochat_ray.cli.parse import parse
 
 A = TypeVar("A")
 
 USAGE, FAILED, INTERRUPTED, NO_READER = 2, 1, 130, 141
 MAX_MESSAGE = 2000
 """Characters of the line on stderr."""
-_NUMBERS = {
-    r"invalid literal for int\(\) with base 10: (?P<value>.*)": "a whole number",
-    r"could not convert string to float: (?P<value>.*)": "a number",
-}
 
 
 def dispatch(prog: str, package: str, commands: Mapping[str, str], argv: Sequence[str]) -> NoReturn:
@@ -41,7 +33,7 @@ def dispatch(prog: str, package: str, commands: Mapping[str, str], argv: Sequenc
         sys.exit(0)
     name = argv[0]
     if name not in commands:
-        _say(f"error: {prog} has no command {name!r:.80}: one of {', '.join(commands)}")
+        _log(f"error: {prog} has no command {name!r:.80}: one of {', '.join(commands)}")
         sys.exit(USAGE)
     module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
     prog = f"{prog} {name}"
@@ -69,7 +61,7 @@ def run(
         status = main(parse(args, description, argv, prog)) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
-        _say("interrupted")
+        _log("interrupted")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # Python would flush stdout once more, and complain.
@@ -79,64 +71,12 @@ def run(
         message = explain(error)
         if message is None:
             raise
-        _say(f"error: {message}")
+        _log(f"error: {message}")
         sys.exit(FAILED if isinstance(_cause(error), FloatingPointError) else USAGE)
     sys.exit(status)
 
 
-def parse(
-    args: type[A],
-    description: str | None,
-    argv: Sequence[str] | None = None,
-    prog: str | None = None,
-) -> A:
-    """The flags as ``args``. Raises ValueError that names the flag, the value and what is allowed.
-
-    SystemExit(0) after ``--help``.
-    """
-
-    def refuse(event: parse_errors.ParseErrorEvent) -> None:
-        if message := _flag_message(event):
-            raise _FlagError(message)
-
-    try:
-        with parse_errors.on_parse_error(refuse):
-            return tyro.cli(args, prog=prog, description=description, args=argv)
-    except _FlagError as error:
-        raise ValueError(str(error)) from None
-
-
-class _FlagError(Exception):
-    """Not a ValueError, which tyro would catch itself."""
-
-
-def _flag_message(event: parse_errors.ParseErrorEvent) -> str:
-    """What is wrong with a flag; "" for an event that this does not know."""
-    if isinstance(event, parse_errors.InvalidChoice):
-        name = event.argument.display_name()
-        return f"{name}={event.value!r} is not allowed: one of {', '.join(event.choices)}"
-    if isinstance(event, parse_errors.BadValue):
-        name = event.argument.display_name()
-        return f"{name} needs a value"
-    if isinstance(event, parse_errors.UnrecognizedArgs):
-        tokens = " ".join(event.tokens)
-        flag = tokens.split()[0].partition("=")[0]
-        if new := renamed(flag):
-            return f"unknown argument {flag!r}: it is now --{new.replace('_', '-')}"
-        return f"unknown argument {tokens!r}: see --help"
-    if isinstance(event, parse_errors.InstantiationFailure):
-        text = "".join(str(part) for part in event.message)
-        if event.argument is None:
-            return text
-        name = event.argument.display_name()
-        for pattern, allowed in _NUMBERS.items():
-            if match := re.search(pattern, text, re.DOTALL):
-                return f"{name}={match['value']} is not allowed: {allowed}"
-        return f"{name} is not allowed: {text}"
-    return ""
-
-
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

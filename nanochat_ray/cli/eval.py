@@ -13,25 +13,24 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_int, check_name, require
+from nanochat_ray.cli.flags import EVERYDAY, overrides
 from nanochat_ray.data import corpus, sources
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.engine.engine import Engine
-from nanochat_ray.evals.bpb import evaluate_text
-from nanochat_ray.evals.tasks import evaluate
-from nanochat_ray.machine import engine_threads
-from nanochat_ray.model.config import Precision
-from nanochat_ray.model.gpt import GPT
-from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.tasks.task import Task
 from nanochat_ray.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from nanochat_ray.engine.engine import Engine
+    from nanochat_ray.model.gpt import GPT
+
+    EngineFlags = dict[str, Any]
+else:
+    EngineFlags = overrides(EngineConfig)
 
 CHAT_TASKS = ("chain_sum", "leg_counting", "products")
 
@@ -39,23 +38,28 @@ CHAT_TASKS = ("chain_sum", "leg_counting", "products")
 @dataclass(frozen=True, kw_only=True)
 class Args:
     storage: str = field(default_factory=default_root)
+    """Folder, s3:// or gs:// that holds the runs."""
     run: str = "chat"
+    """Run to measure."""
     checkpoint: str = ""
-    """Checkpoint to measure: step-000200, or best by validation; by default the latest."""
+    """step-000200, or best by validation; by default the latest."""
     tasks: tuple[str, ...] | None = None
-    """By default chain_sum, leg_counting and products for a chat model, without --text."""
+    """Tasks; without --text, a chat model's are chain_sum leg_counting products."""
     count: int = 200
-    """Questions of each task, none of which was trained on; fewer where a task has fewer."""
+    """Questions of each task, none of them trained on. Fewer where a task has fewer."""
     text: tuple[str, ...] = ()
-    """Files, folders, globs, s3:// or hf:// whose bits per byte are measured."""
+    """Files, folders, globs, s3:// or hf:// to measure bits per byte on."""
     text_tokens: int = 1_000_000
     """Tokens of that text, at most; 0 is all."""
     seed: int = 1
-    precision: Precision = "fp32"
+    """Seed of the questions."""
     device: str = "cpu"
+    """cpu, cuda or cuda:1."""
     threads: int = 0
     """Torch threads on a CPU; 0 is all cores but one."""
-    slots: int = 32
+    engine: EngineFlags = field(
+        default_factory=dict, metadata={EVERYDAY: ("precision", "max_num_seqs")}
+    )
     show_wrong: int = 2
     """Wrong answers that are shown for each task."""
 
@@ -64,7 +68,7 @@ class Args:
         check_name("run", self.run)
         if self.checkpoint:
             check_name("checkpoint", self.checkpoint)
-        for name, least in (("count", 1), ("seed", 0), ("threads", 0), ("slots", 1)):
+        for name, least in (("count", 1), ("seed", 0), ("threads", 0)):
             check_int(name, getattr(self, name), least, 1 << 30)
         check_int("show_wrong", self.show_wrong, 0)
         check_int("text_tokens", self.text_tokens, 0)
@@ -77,12 +81,16 @@ def check_device(field: str, name: str) -> None:
     allowed = "cpu, or cuda where this machine has a CUDA device"
     ok = re.fullmatch(r"cpu|cuda(:\d+)?", name) is not None
     if ok and name != "cpu":
+        import torch
+
         ok = int(name.partition(":")[2] or 0) < torch.cuda.device_count()
     require(ok, field, name, allowed)
 
 
 def training_figures(args: Args, trainer: dict[str, Any]) -> dict[str, float]:
     """Bits per byte, before training and after, of the base model that the run came from."""
+    from nanochat_ray.checkpoint import checkpoint
+
     parent, metrics = trainer.get("about", {}).get("parent"), trainer.get("metrics", {})
     if parent:
         run = Store.at(args.storage).child("runs", parent)
@@ -104,11 +112,13 @@ def documents(text: Sequence[str]) -> Iterator[str]:
 
 def text_figures(args: Args, model: GPT, tokenizer: Tokenizer) -> dict[str, float]:
     """Bits per byte of --text."""
-    began = time.perf_counter()
+    from nanochat_ray.evals.bpb import evaluate_text
+
+    start = time.perf_counter()
     score = evaluate_text(model, tokenizer, documents(args.text), max_tokens=args.text_tokens)
     print(
         f"text: {score.bits_per_byte:.4f} bits per byte of {score.bytes:,} bytes ({score.tokens:,} "
-        f"tokens of {score.documents:,} documents) in {time.perf_counter() - began:.1f} s",
+        f"tokens of {score.documents:,} documents) in {time.perf_counter() - start:.1f} s",
         flush=True,
     )
     return {"text_bits_per_byte": score.bits_per_byte, "text_bytes": score.bytes}
@@ -117,9 +127,11 @@ def text_figures(args: Args, model: GPT, tokenizer: Tokenizer) -> dict[str, floa
 def task_figures(
     args: Args, engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task]
 ) -> dict[str, Any]:
+    from nanochat_ray.evals.tasks import evaluate
+
     accuracy, questions = {}, {}
     for task in tasks:
-        began = time.perf_counter()
+        start = time.perf_counter()
         score = evaluate(engine, tokenizer, task, count=args.count)
         accuracy[score.name], questions[score.name] = score.accuracy, score.total
         notes = ""
@@ -129,7 +141,7 @@ def task_figures(
             notes += f"; {score.too_long} do not fit into the context and count as wrong"
         print(
             f"{score.name:<18} {score.correct}/{score.total} right ({score.accuracy:.1%}) in "
-            f"{time.perf_counter() - began:.1f} s{notes}",
+            f"{time.perf_counter() - start:.1f} s{notes}",
             flush=True,
         )
         for question, answer in score.wrong[: args.show_wrong]:
@@ -139,6 +151,14 @@ def task_figures(
 
 
 def main(args: Args) -> None:
+    import torch
+
+    from nanochat_ray.checkpoint import checkpoint
+    from nanochat_ray.engine.engine import Engine
+    from nanochat_ray.machine import engine_threads
+    from nanochat_ray.model.precision import DTYPES
+
+    config = EngineConfig(**args.engine)
     torch.set_num_threads(args.threads or engine_threads(sharing=1))
     store = Store.at(args.storage).child("runs", args.run)
     names = args.tasks or ()
@@ -148,7 +168,7 @@ def main(args: Args) -> None:
     is_base = trainer.get("train_config", {}).get("stage") == "base"
     if args.tasks is None and not args.text and not is_base:
         tasks = [make_task(n, "test", size=args.count, seed=args.seed) for n in CHAT_TASKS]
-    dtype = DTYPES[args.precision]
+    dtype = DTYPES[config.precision]
     model, tokenizer = checkpoint.load_model(store, name, device=args.device, dtype=dtype)
     result: dict[str, Any] = {
         "run": args.run,
@@ -158,7 +178,6 @@ def main(args: Args) -> None:
     if args.text:
         result |= text_figures(args, model, tokenizer)
     if tasks:
-        config = EngineConfig(max_num_seqs=args.slots, precision=args.precision)
         engine = Engine.from_model(model, tokenizer, config)
         result |= task_figures(args, engine, tokenizer, tasks)
     print(json.dumps(result))

@@ -12,26 +12,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nanochat_ray.checkpoint import checkpoint, folder, hf, nanochat
 from nanochat_ray.checks import check_name, require
 from nanochat_ray.model.config import Precision
-from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.storage import Store, absolute, default_root
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
     storage: str = field(default_factory=default_root)
+    """Folder, s3:// or gs:// that holds the runs."""
     run: str = "chat"
+    """Run to write, or to make with --import-from."""
     checkpoint: str = ""
-    """Checkpoint to write: step-000200, or best by validation; by default the latest."""
+    """step-000200, or best by validation; by default the latest."""
     out: str | None = None
-    """Folder to write, s3:// or gs:// too: new, empty, or written by an earlier export."""
+    """Folder to write, s3:// or gs:// too. New, empty, or written by an earlier export."""
     import_from: str | None = None
-    """Folder to read into the run, which must not exist yet: Hugging Face's, or a checkpoint folder
-    of nanochat's, such as base_checkpoints/d20, with its tokenizer."""
+    """Folder of Hugging Face's or nanochat's to read into a new run. Of nanochat's a checkpoint
+    folder, such as base_checkpoints/d20, with its tokenizer."""
     precision: Precision = "fp32"
-    """Of the weights that are written."""
+    """Precision of the weights that are written."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "storage", absolute(self.storage))
@@ -45,6 +45,9 @@ class Args:
 
 
 def main(args: Args) -> None:
+    from nanochat_ray.checkpoint import checkpoint, folder, hf, nanochat
+    from nanochat_ray.model.precision import DTYPES
+
     run = Store.at(args.storage).child("runs", args.run)
     if (args.out is None) == (args.import_from is None):
         raise ValueError("give either --out, to write a folder, or --import-from, to read one")

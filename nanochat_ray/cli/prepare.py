@@ -1,9 +1,9 @@
 """Prepare a dataset: text or conversations into shuffled shards of packed token sequences.
 
-nanochat-ray prepare --storage DIR --dataset base --text folder/ books/*.txt
-nanochat-ray prepare --storage DIR --stage sft --dataset sft --tokenizer base
-nanochat-ray prepare --storage DIR --stage sft --dataset sft --chats my.jsonl --tasks identity:500
-nanochat-ray prepare --no-ray ...                 # with processes of this machine
+nanochat-ray prepare --dataset base --text folder/ books/*.txt
+nanochat-ray prepare --stage sft --dataset sft --tokenizer base
+nanochat-ray prepare --stage sft --dataset sft --chats my.jsonl --tasks identity:500
+nanochat-ray prepare --no-ray ...                 # in processes of this machine
 ray job submit -- nanochat-ray prepare ...
 """
 
@@ -34,33 +34,34 @@ class Args:
     storage: str = field(default_factory=default_root)
     """Folder, s3:// or gs:// that holds datasets, tokenizers and runs."""
     stage: Literal["base", "sft"] = "base"
+    """Text for pre-training, or conversations."""
     dataset: str = ""
     """Name of the dataset; by default that of the stage."""
     ray: bool = True
     """Run the tasks on Ray; --no-ray runs them in processes of this machine."""
     text: tuple[str, ...] = ()
-    """Files, folders, globs, s3:// or hf:// (.txt .md .html .json .jsonl .csv .tsv .parquet
-    .arrow, source code; plain or .gz .bz2 .xz .zst .lz4); none is the documentation on this
-    machine (base)."""
+    """Base: files, folders, globs, s3:// or hf://. Of the formats .txt .md .html .json .jsonl .csv
+    .tsv .parquet .arrow and source code, plain or .gz .bz2 .xz .zst .lz4; by default the
+    documentation on this machine."""
     text_column: str | None = None
-    """Column or JSON field that has the text, by default "text" (base)."""
+    """Base: column or JSON field that has the text, by default "text"."""
     skip_bad: bool = False
-    """Leave out files, lines and rows that cannot be read, count and name them; without it the
-    first is an error (base)."""
+    """Base: leave out, count and name files and lines that cannot be read. By default the first is
+    an error."""
     vocab_size: int | None = None
-    """Tokens of the tokenizer that is trained, by default 4096 (base)."""
+    """Base: tokens of the tokenizer that is trained, by default 4096."""
     sequence_len: int | None = None
-    """Tokens of a sequence; by default 512, or as in the dataset whose tokenizer is used."""
+    """Tokens of a sequence; by default 512, or as the tokenizer's dataset."""
     seed: int = 0
+    """Seed of the validation split and of the shuffle."""
     tokenizer: str | None = None
-    """Dataset or run whose tokenizer is used, or a tokenizer's fingerprint; by default a new one
-    is trained (base), or that of the dataset "base" is used (sft)."""
+    """Dataset or run whose tokenizer is used, or its fingerprint. By default a base dataset trains
+    a new one, and conversations use that of the dataset "base"."""
     tasks: tuple[TaskCount, ...] | None = None
-    """Conversations, as task:count; by default a mixture, or none beside --chats (sft)."""
+    """SFT: conversations, as task:count; by default a mixture, none with --chats."""
     chats: tuple[str, ...] = ()
-    """Your own conversations: files, folders, globs or URIs of JSON lines in OpenAI's fine-tuning
-    format or ShareGPT's. PATH:2000 samples or repeats to 2000 conversations, PATH:2.5x makes 2.5
-    passes (sft)."""
+    """SFT: JSON lines in OpenAI's fine-tuning format or ShareGPT's. Files, folders, globs or URIs;
+    PATH:2000 samples or repeats that many conversations, PATH:2.5x is that many passes."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "storage", absolute(self.storage))

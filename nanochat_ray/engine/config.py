@@ -55,6 +55,7 @@ class EngineConfig:
     CPU, where a step is done when it is launched, tokens would only come a step later. Not while a
     step has room for draft tokens, which depend on the latest tokens."""
     precision: Precision = "fp32"
+    """Precision of weights, activations, keys and values."""
     num_speculative_tokens: int = 3
     """Draft tokens of a sequence in one step, at most; 0: no speculative decoding. It changes no
     token."""

@@ -20,15 +20,14 @@ class ServeConfig:
     run: str = "chat"
     """Name of the run."""
     checkpoint: str = ""
-    """Name of a checkpoint, or best by validation; by default the run's latest when it is deployed.
-    All replicas serve this one, and a restarted replica loads it again, so keep it."""
+    """Name of a checkpoint, or best by validation; by default the latest. All replicas serve this
+    one, and a restarted replica loads it again, so keep it."""
     name: str = ""
     """The model's name for clients; by default that of the run."""
     num_replicas: int = 1
     """Engine replicas, each with the whole model."""
     max_replicas: int = 0
-    """Above num_replicas: replicas are added up to this, by queue length and KV-cache usage; 0
-    turns autoscaling off."""
+    """Autoscale up to this, by queue length and KV-cache usage; 0 is off."""
     upscale_delay_s: float = 10.0
     """Seconds that more replicas are needed before they start."""
     downscale_delay_s: float = 300.0
@@ -53,10 +52,10 @@ class ServeConfig:
     """Hashes of the API keys (``python -m nanochat_ray.serve.keys``); without these and key_file
     clients need no key."""
     key_file: str = ""
-    """File on every node that runs ingresses, such as a mounted Kubernetes secret, with API keys;
-    read when an ingress starts, which fails without it."""
+    """File with API keys on every node that runs HTTP replicas. Such as a mounted Kubernetes
+    secret; it is read when a replica starts, which fails without it."""
     allowed_origins: tuple[str, ...] = ()
-    """Origins whose web pages may send requests (CORS), such as https://chat.example.org, or *."""
+    """Origins whose pages may send requests (CORS): https://a.example or *."""
     access_log: bool = True
     """Log a line for each request."""
 

@@ -18,11 +18,13 @@ class TrainConfig:
 
     stage: Literal["base", "sft"] = "base"
     steps: int
+    """Optimizer steps of the whole run."""
     global_batch_size: int
     """Sequences of the global batch, whatever the number of workers."""
     micro_batch_size: int
     """Sequences of one forward and backward pass of one worker."""
     seed: int = 0
+    """Seed of fresh weights, the data order and dropout."""
     precision: Precision = "fp32"
     optim: OptimConfig = field(default_factory=OptimConfig)
     fp8: bool = False

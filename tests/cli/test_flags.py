@@ -17,9 +17,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from nanochat_ray import cli
 from nanochat_ray.checks import check_float, check_int, check_name, shown
-from nanochat_ray.cli import entry
-from nanochat_ray.config import with_options
+from nanochat_ray.cli import entry, flags
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.optim.config import OptimConfig
@@ -64,6 +64,16 @@ BAD_FLAGS = {
         ("--tokens 1e6", "--tokens='1e6'"),
         ("--batch-tokens -1", "batch_tokens=-1"),
         ("--micro-batch-size -1", "micro_batch_size=-1"),
+        ("--global-batch-size 0", "global_batch_size=0"),
+        ("--model.softcap x", "--model.softcap='x' is not allowed: a number"),
+        ("--model.colour red", "unknown argument '--model.colour red'"),
+        ("--options window_pattern=SSSL", "it is now --model.window-pattern SSSL"),
+        ("--options fp8=true", "it is now --fp8"),
+        ("--options normuon=false", "it is now --optim.no-normuon"),
+        ("--options warmup=0.1", "it is now --optim.warmup-ratio 0.1"),
+        ("--options", "unknown argument '--options'"),
+        ("--momentum 0.9", "unknown argument '--momentum': it is now --optim.momentum"),
+        ("--ratio 3", "unknown argument '--ratio': it is now --tokens-per-param"),
         ("--cpu-minutes inf", "cpu_minutes=inf"),
         ("--cpu-minutes nan", "cpu_minutes=nan"),
         ("--cpu-minutes -1", "cpu_minutes=-1.0"),
@@ -74,7 +84,7 @@ BAD_FLAGS = {
         ("--seed -1", "seed=-1"),
         ("--lr-scale nan", "lr_scale=nan"),
         ("--lr-scale 0", "lr_scale=0.0"),
-        ("--ratio -1", "ratio=-1.0"),
+        ("--tokens-per-param -1", "tokens_per_param=-1.0"),
         ("--spike-clip nan", "spike_clip=nan"),
         ("--depth 0", "depth=0"),
         ("--depth 99999999999999999999", "depth=99999999999999999999"),
@@ -101,7 +111,7 @@ BAD_FLAGS = {
         ("--stage sft --depth 4", "--depth=4 is not allowed: only with --stage base"),
         ("--stage sft --preset modern", "--preset='modern'"),
         ("--stage sft --tokens 0", "--tokens=0"),
-        ("--stage sft --ratio 3", "--ratio=3.0"),
+        ("--stage sft --tokens-per-param 3", "--tokens-per-param=3.0"),
         ("--stage sft --epochs 0", "epochs=0.0"),
         ("--epochs 2", "--epochs=2.0 is not allowed: only with --stage sft"),
     ],
@@ -132,13 +142,14 @@ BAD_FLAGS = {
         ("--checkpoint a/b", "checkpoint='a/b'"),
         ("--count 0", "count=0"),
         ("--count -1", "count=-1"),
-        ("--slots 0", "slots=0"),
+        ("--engine.max-num-seqs 0", "max_num_seqs=0"),
+        ("--slots 0", "unknown argument '--slots': it is now --engine.max-num-seqs"),
         ("--threads -1", "threads=-1"),
         ("--seed -1", "seed=-1"),
         ("--show-wrong -1", "show_wrong=-1"),
         ("--device tpu", "device='tpu'"),
         ("--device cuda:99", "device='cuda:99'"),
-        ("--precision int8", "--precision='int8'"),
+        ("--engine.precision int8", "--engine.precision='int8'"),
         ("--tasks nothing", "task='nothing'"),
     ],
     "export": [
@@ -163,15 +174,19 @@ BAD_FLAGS = {
         ("--gpus nan", "gpus=nan"),
         ("--gpus -1", "gpus=-1.0"),
         ("--threads -1", "threads=-1"),
-        ("--max-num-seqs 0", "max_num_seqs=0"),
-        ("--max-model-len -1", "max_model_len=-1"),
-        ("--max-num-batched-tokens -1", "max_num_batched_tokens=-1"),
-        ("--max-num-batched-tokens 3", "max_num_batched_tokens=3"),
-        ("--max-queue-size 0", "max_queue_size=0"),
+        ("--engine.max-num-seqs 0", "max_num_seqs=0"),
+        ("--engine.max-model-len -1", "max_model_len=-1"),
+        ("--engine.max-num-batched-tokens -1", "max_num_batched_tokens=-1"),
+        ("--engine.max-num-batched-tokens 3", "max_num_batched_tokens=3"),
+        ("--engine.max-queue-size 0", "max_queue_size=0"),
         ("--request-timeout-s inf", "request_timeout_s=inf"),
-        ("--engine colour=red", "engine='colour=red'"),
-        ("--engine kv_cache_memory_fraction=2", "kv_cache_memory_fraction=2"),
-        ("--engine kv_layout=heap", "kv_layout='heap'"),
+        ("--max-num-seqs 8", "unknown argument '--max-num-seqs': it is now --engine.max-num-seqs"),
+        ("--engines 2", "unknown argument '--engines': it is now --num-replicas"),
+        ("--engine colour=red", "unknown argument '--engine colour=red'"),
+        ("--engine kv_layout=paged", "it is now --engine.kv-layout paged"),
+        ("--engine kv_memory=0.5", "it is now --engine.kv-cache-memory-fraction 0.5"),
+        ("--engine.kv-cache-memory-fraction 2", "kv_cache_memory_fraction=2"),
+        ("--engine.kv-layout heap", "--engine.kv-layout='heap' is not allowed: one of auto"),
     ],
     "chat": [
         ("--url localhost:8000", "url='localhost:8000'"),
@@ -196,8 +211,8 @@ WITHOUT_STORAGE = ("chat", "bench train", "bench learn", "bench serve", "bench o
 @pytest.mark.parametrize("job", BAD_FLAGS)
 def test_a_wrong_flag_is_one_line(job: str, root: Store) -> None:
     storage = () if job in WITHOUT_STORAGE else ("--storage", root.uri)
-    for flags, named in BAD_FLAGS[job]:
-        assert named in refused(job, *storage, *shlex.split(flags)), flags
+    for line, named in BAD_FLAGS[job]:
+        assert named in refused(job, *storage, *shlex.split(line)), line
     assert not Path(root.root).exists()
 
 
@@ -209,21 +224,25 @@ def test_gpus_need_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "option",
-    ["softcap=NaN", "rope_base=0", "norm_eps=-1", "qk_scale=Infinity", "n_layer=true", "n_head=0"],
+    ("name", "value"),
+    [
+        *(("softcap", float("nan")), ("rope_base", 0.0), ("norm_eps", -1.0)),
+        *(("qk_scale", float("inf")), ("n_head", 0)),
+    ],
 )
-def test_options_of_the_model_are_bounded(option: str) -> None:
-    config = ModelConfig(
-        vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, sequence_len=64
-    )
-    with pytest.raises(ValueError, match=option.partition("=")[0]):
-        with_options(config, [option])
+def test_fields_of_the_model_are_bounded(name: str, value: float) -> None:
+    fields = {"vocab_size": 300, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
+    with pytest.raises(ValueError, match=name):
+        ModelConfig(**{**fields, "sequence_len": 64, name: value})
 
 
-def test_options_of_the_optimizer_are_bounded() -> None:
-    for option in ("grad_clip=-1", "weight_decay=-1", "matrix_lr=Infinity", "momentum=NaN"):
-        with pytest.raises(ValueError, match=option.partition("=")[0]):
-            with_options(OptimConfig(), [option])
+def test_fields_of_the_optimizer_are_bounded() -> None:
+    for name, value in (
+        *(("grad_clip", -1.0), ("weight_decay", -1.0)),
+        *(("matrix_lr", float("inf")), ("momentum", float("nan"))),
+    ):
+        with pytest.raises(ValueError, match=name):
+            OptimConfig(**{name: value})
     with pytest.raises(ValueError, match="kv_cache_memory_fraction"):
         EngineConfig(kv_cache_memory_fraction=float("nan"))
 
@@ -352,13 +371,78 @@ def test_a_reader_that_leaves_ends_the_job_quietly(root: Store) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
-    from nanochat_ray.cli.serve import Args
+COMMANDS_WITH_FLAGS = [c for c in cli.COMMANDS if c != "bench"]
 
-    with pytest.raises(SystemExit) as exit_:
-        entry.run(_raise(KeyError()), Args, "Serve a run.", ["--help"])
-    assert exit_.value.code == 0
-    assert "--port" in capsys.readouterr().out
+
+@pytest.mark.parametrize("command", COMMANDS_WITH_FLAGS)
+def test_help_fits_one_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = importlib.import_module(f"nanochat_ray.cli.{command}")
+    for word in ("--help", "-h"):
+        with pytest.raises(SystemExit) as exit_:
+            entry.run(_raise(KeyError()), module.Args, module.__doc__, [word])
+        assert exit_.value.code == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) <= 45
+        assert max(map(len, lines)) <= 100
+        assert not [line for line in lines if "…" in line]
+        texts = [line[31:] for line in lines if line.startswith("  --")]
+        assert all(texts), "a flag without a description"
+
+
+def test_help_all_has_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS_WITH_FLAGS:
+        module = importlib.import_module(f"nanochat_ray.cli.{command}")
+        with pytest.raises(SystemExit) as exit_:
+            entry.run(_raise(KeyError()), module.Args, module.__doc__, ["--help-all"])
+        assert exit_.value.code == 0
+        text = capsys.readouterr().out
+        for flag in flags.all_flags(module.Args):
+            assert f"{flag.name} " in text or f"{flag.name}," in text, flag.name
+
+
+def test_help_needs_neither_torch_nor_ray() -> None:
+    code = (
+        "import importlib, sys\n"
+        "from nanochat_ray import cli\n"
+        "for command in cli.COMMANDS:\n"
+        "    importlib.import_module(f'nanochat_ray.cli.{command}')\n"
+        "    assert not {'torch', 'ray'} & set(sys.modules), command\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=REPO)
+
+
+def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, line in (
+        (["fly"], "error: nanochat-ray has no command 'fly': one of prepare, "),
+        (["bench", "fly"], "error: nanochat-ray bench has no command 'fly': one of offline, "),
+        (["chat", "--colour"], "error: unknown argument '--colour': see --help"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            entry.dispatch("nanochat-ray", "nanochat_ray.cli", cli.COMMANDS, argv)
+        assert exit_.value.code == 2
+        assert capsys.readouterr().err.startswith(line)
+
+
+def test_flags_override_what_is_derived() -> None:
+    from nanochat_ray.cli import serve, train
+
+    argv = ["--model.window-pattern", "SSL", "--model.skips", "--model.norm-eps", "1e-6"]
+    argv += ["--optim.momentum", "0.9", "--optim.no-normuon", "--fp8", "--seed", "3"]
+    args = entry.parse(train.Args, None, argv)
+    assert args.model == {"window_pattern": "SSL", "skips": True, "norm_eps": 1e-6}
+    assert args.optim == {"momentum": 0.9, "normuon": False}
+    assert args.train == {"fp8": True, "seed": 3}
+    assert entry.parse(train.Args, None, []).model == {}
+    config = serve.config_of(entry.parse(serve.Args, None, ["--engine.max-num-seqs", "200"]))
+    assert config.engine.max_num_seqs == 200
+    assert config.engine.max_num_batched_tokens == 400
+    argv = ["--gpus", "1", "--engine.precision", "fp32", "--engine.max-num-batched-tokens", "300"]
+    engine = serve.config_of(entry.parse(serve.Args, None, argv)).engine
+    assert (engine.precision, engine.max_num_batched_tokens) == ("fp32", 300)
+    argv = ["--gpus", "1", "--num-replicas", "2", "--allowed-origins", "https://a.example"]
+    config = serve.config_of(entry.parse(serve.Args, None, argv))
+    assert (config.engine.precision, config.num_replicas) == ("bf16", 2)
+    assert config.allowed_origins == ("https://a.example",)
 
 
 def test_no_stage_replaces_a_dataset_of_another(root: Store) -> None:

@@ -16,6 +16,8 @@ import jsonschema
 import pytest
 import yaml
 
+from nanochat_ray.cli.flags import all_flags
+
 REPO = Path(__file__).parents[2]
 K8S = REPO / "k8s"
 # The v1 schemas of KubeRay's CRDs (controller-gen 0.16.5), descriptions and defaults left out.
@@ -91,7 +93,7 @@ def test_clusters_scale_and_have_gpus_and_storage(path: Path) -> None:
 
 def flags_of(job: str) -> set[str]:
     args = importlib.import_module(f"nanochat_ray.cli.{job}").Args
-    return {"--" + name.replace("_", "-") for name in args.__dataclass_fields__}
+    return {flag.name for flag in all_flags(args)}
 
 
 def commands() -> list[list[str]]:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.cli import train as script
+from nanochat_ray.cli import train_job
+from nanochat_ray.cli.train import Args
 from nanochat_ray.storage import Store
 from nanochat_ray.train import speed
 from nanochat_ray.train.config import TrainerConfig
@@ -99,8 +100,8 @@ def test_a_plan_is_measured_once(run: Store) -> None:
 
 def train(root: Store, **flags: Any) -> TrainerConfig:
     settings = {"storage": root.uri, "ray": False, "depth": 1, "batch_tokens": 128}
-    settings |= {"sample_tokens": 0}
-    return script.build(script.Args(**{**settings, **flags}))
+    settings["train"] = {"sample_tokens": 0}
+    return train_job.build(Args(**{**settings, **flags}))
 
 
 def test_a_begun_run_keeps_its_plan(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,10 +156,8 @@ def test_the_plan_says_what_was_measured(
     monkeypatch.setattr(
         speed, "measure", lambda probe, **_: Speed(precision="fp32", tokens_per_s=16.0)
     )
-    args = script.Args(
-        storage=root.uri, ray=False, depth=1, batch_tokens=128, cpu_minutes=1.0, workers=1
-    )
-    described = script.print_plan(script.build(args), args)
+    args = Args(storage=root.uri, ray=False, depth=1, batch_tokens=128, cpu_minutes=1.0, workers=1)
+    described = train_job.print_plan(train_job.build(args), args)
     assert described["measured_tokens_per_s"] == 16.0
     assert described["hours"] * 60 == pytest.approx(speed.SHARE_OF_STEPS, rel=0.15)
     assert "at 16 tokens/s of all workers (measured)" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import serve as job
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.config import ServeConfig
+from nanochat_ray.on_ray.serve import deploy
 from nanochat_ray.on_ray.serve.deployment import build, build_application, settings
 from nanochat_ray.serve import keys
 from nanochat_ray.storage import Store
@@ -41,7 +42,7 @@ def ingress_arguments(application: Any) -> dict[str, Any]:
 def test_keys_come_from_the_command(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(root)
     monkeypatch.setenv(keys.VARIABLE, "first-key")
-    config = job.config_of(job.Args(storage=root.uri))
+    config = job.config_of(job.Args(config={"storage": root.uri}))
     assert "first-key" not in json.dumps(settings(config))
     monkeypatch.setenv(keys.VARIABLE, "of-some-worker")  # what builds and serves it has another
     ring = keys.KeyRing(ingress_arguments(build_application(config))["key_hashes"])
@@ -128,16 +129,16 @@ def test_a_replicas_refusal_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         return run
 
     status = SimpleNamespace(applications={})
-    monkeypatch.setattr(job.serve, "status", lambda: status)
-    monkeypatch.setattr(job.serve, "run", fail(trace))
+    monkeypatch.setattr(deploy.serve, "status", lambda: status)
+    monkeypatch.setattr(deploy.serve, "run", fail(trace))
     with pytest.raises(ValueError, match=r"^checkpoint .* is damaged$"):
-        job.deploy(None)  # type: ignore[arg-type]
+        deploy.deploy(None)  # type: ignore[arg-type]
     engine = SimpleNamespace(message=trace)
     status.applications["nanochat"] = SimpleNamespace(deployments={"engine": engine})
-    monkeypatch.setattr(job.serve, "run", fail("Failed to update the deployments ['engine']."))
+    monkeypatch.setattr(deploy.serve, "run", fail("Failed to update the deployments ['engine']."))
     with pytest.raises(ValueError, match=r"^checkpoint .* is damaged$"):
-        job.deploy(None)  # type: ignore[arg-type]
+        deploy.deploy(None)  # type: ignore[arg-type]
     engine.message = ""
-    monkeypatch.setattr(job.serve, "run", fail("KeyError: 'a defect'"))
+    monkeypatch.setattr(deploy.serve, "run", fail("KeyError: 'a defect'"))
     with pytest.raises(RuntimeError, match="a defect"):
-        job.deploy(None)  # type: ignore[arg-type]
+        deploy.deploy(None)  # type: ignore[arg-type]

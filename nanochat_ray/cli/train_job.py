@@ -1,0 +1,230 @@
+"""From the flags of ``nanochat-ray train`` to the job that they describe."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+from nanochat_ray import machine
+from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.checks import require
+from nanochat_ray.cli.train import Args
+from nanochat_ray.data.shards import Manifest
+from nanochat_ray.model.config import ModelConfig
+from nanochat_ray.storage import Store
+from nanochat_ray.train import hardware, memory, plan, recipe, speed
+from nanochat_ray.train.config import TrainConfig, TrainerConfig
+from nanochat_ray.train.data_loader import open_dataset
+
+PLANNED_VOCABULARY = 32_768
+"""What a plan counts with where no dataset is prepared (nanochat's)."""
+
+
+def run_name(args: Args) -> str:
+    return args.run or {"base": "base", "sft": "chat"}[args.stage]
+
+
+def under_torchrun() -> bool:
+    return "LOCAL_WORLD_SIZE" in os.environ
+
+
+def planned_hardware(args: Args) -> hardware.Hardware:
+    """What --hardware names, or what this machine has. Raises ValueError."""
+    if args.hardware:
+        return hardware.named(args.hardware)
+    if not args.gpus:
+        return hardware.HARDWARE["cpu"]
+    gpu = hardware.detect(torch.device("cuda")) if torch.cuda.is_available() else None
+    # The machine that submits a job to a cluster may have no GPU itself.
+    return gpu or hardware.HARDWARE["h100"]
+
+
+def base_model(args: Args, dataset: str) -> ModelConfig:
+    """The transformer of --depth for a dataset; a plan does without one."""
+    depth, preset = args.depth or 4, args.preset or "modern"
+    prepared = Store.at(args.storage).child("datasets", dataset).exists("manifest.json")
+    if args.plan_only and not prepared:
+        return recipe.model_config(depth, PLANNED_VOCABULARY, preset=preset)
+    _, manifest, tokenizer = open_dataset(args.storage, dataset)
+    return recipe.model_config(
+        depth,
+        tokenizer.vocab_size,
+        preset=preset,
+        sequence_len=manifest.sequence_len,
+    )
+
+
+def measure(args: Args, probe: speed.Probe) -> speed.Speed:
+    """The speed of all workers together, where they will train."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("measuring how fast this machine trains", flush=True)
+    if args.ray and not args.plan_only and not under_torchrun():
+        from nanochat_ray.on_ray import session
+        from nanochat_ray.on_ray import speed as on_ray
+
+        session.connect()
+        return on_ray.measure(probe, workers=args.min_workers or args.workers)
+    torch.set_num_threads(args.threads)
+    speed_here = speed.measure(probe, sharing=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if args.plan_only:  # measured in this process alone: each worker that has cores does as much
+        workers = max(1, min(args.workers, machine.cores() // args.threads))
+        return dataclasses.replace(speed_here, tokens_per_s=workers * speed_here.tokens_per_s)
+    return speed_here
+
+
+def plan_length(args: Args, model: ModelConfig, tokens: int, batch: int) -> speed.RunPlan:
+    """The length and precision of a run on a CPU. Raises ValueError."""
+    probe = speed.Probe(
+        model=dataclasses.replace(model, **args.model),
+        precision=args.precision,
+        minutes=args.cpu_minutes or 0.0,
+        batch_tokens=batch,
+        micro_batch_size=args.train.get("micro_batch_size", 0),
+        threads=args.threads,
+    )
+    run = Store.at(args.storage).child("runs", run_name(args))
+    store = not args.plan_only and int(os.environ.get("RANK", 0)) == 0
+    length = speed.plan_length(
+        run, probe, tokens, args.workers, lambda probe: measure(args, probe), store
+    )
+    if args.precision != "auto":
+        return dataclasses.replace(length, precision=args.precision)
+    return length
+
+
+def parent_model(args: Args, parent: str) -> tuple[Store, ModelConfig]:
+    """The run that this one starts from, and its model. Raises ValueError."""
+    run = Store.at(args.storage).child("runs", parent)
+    if checkpoint.latest(run) is None:
+        raise ValueError(f"parent={parent!r} has no checkpoint in {args.storage}")
+    return run, checkpoint.load_config(run).model
+
+
+BATCH_FIELDS = ("global_batch_size", "micro_batch_size")
+"""Fields of TrainConfig that the recipe takes into account, for all else that depends on them."""
+
+
+def batch_tokens(args: Args, model: ModelConfig) -> int:
+    """Tokens of a global batch that the flags name; 0 leaves it to the recipe."""
+    return args.train.get("global_batch_size", 0) * model.sequence_len or args.batch_tokens
+
+
+def base_train(args: Args, model: ModelConfig) -> tuple[TrainConfig, float]:
+    """Also gives the tokens per second that were measured, or 0."""
+    tokens = args.tokens or 0
+    tokens_per_param = args.tokens_per_param or recipe.TOKENS_PER_PARAMETER
+    precision, batch, tokens_per_s = args.precision, batch_tokens(args, model), 0.0
+    if not args.gpus and args.cpu_minutes and not tokens:
+        length = plan_length(args, model, recipe.training_tokens(model, tokens_per_param), batch)
+        tokens, batch, precision = length.tokens, batch or length.batch_tokens, length.precision
+        tokens_per_s = length.tokens_per_s
+    elif not args.gpus and precision == "auto" and not args.plan_only:
+        unbounded = dataclasses.replace(args, cpu_minutes=0.0)
+        precision = plan_length(unbounded, model, tokens or 1, batch).precision
+    train = recipe.base_plan(
+        model,
+        tokens=tokens,
+        tokens_per_param=tokens_per_param,
+        batch=batch,
+        micro_batch_size=args.train.get("micro_batch_size", 0),
+        workers=args.workers,
+        precision="bf16" if precision == "auto" else precision,
+    ).train
+    if "micro_batch_size" not in args.train:
+        gpu = planned_hardware(args)
+        train = plan.fit_micro_batch(model, train, workers=args.workers, hardware=gpu)
+    return train, tokens_per_s
+
+
+def sft_train(args: Args, parent: Store, dataset: str) -> tuple[TrainConfig, float]:
+    """Also gives the tokens per second that were measured, or 0."""
+    model = checkpoint.load_config(parent).model
+    _, manifest, _ = open_dataset(args.storage, dataset)
+    rows, precision = manifest.num_sequences("train"), args.precision
+    if precision == "auto":
+        before = checkpoint.load_trainer(parent).get("train_config", {})
+        precision = "bf16" if args.gpus else before.get("precision", "fp32")
+    sizes = {
+        "batch": batch_tokens(args, model),
+        "micro_batch_size": args.train.get("micro_batch_size", 0),
+        "workers": args.workers,
+    }
+    epochs = args.epochs or 1.0
+    train = recipe.sft_config(model, rows, epochs=epochs, precision=precision, **sizes)
+    if args.gpus or not args.cpu_minutes:
+        return train, 0.0
+    size = train.global_batch_size * model.sequence_len
+    bounded = dataclasses.replace(args, precision=precision)
+    length = plan_length(bounded, model, train.steps * size, size)
+    sizes["batch"] = length.batch_tokens
+    epochs = length.tokens // model.sequence_len / rows
+    train = recipe.sft_config(model, rows, epochs=epochs, precision=precision, **sizes)
+    return train, length.tokens_per_s
+
+
+PARENT_FLAGS = ("dropout", "document_start", "rope_factor")
+"""Fields of a parent's model that a run may change: no weight depends on them."""
+
+
+def check_parent_flags(args: Args, model: ModelConfig) -> None:
+    """ValueError if ``--model.*`` changes a parent's model where its weights depend on it."""
+    for name, value in args.model.items():
+        allowed = name in PARENT_FLAGS or value == getattr(model, name)
+        flag = f"--model.{name.replace('_', '-')}"
+        require(allowed, flag, value, f"a parent's model has {name}={getattr(model, name)}")
+
+
+def build(args: Args) -> TrainerConfig:
+    """The job that the flags describe. Raises ValueError."""
+    dataset = args.dataset or args.stage
+    parent = args.parent or ("base" if args.stage == "sft" else "")
+    if args.stage == "sft":
+        store, model = parent_model(args, parent)
+        train, tokens_per_s = sft_train(args, store, dataset)
+    else:
+        if parent == run_name(args):
+            raise ValueError(f"parent={parent!r} is not allowed: another run than --run")
+        model = parent_model(args, parent)[1] if parent else base_model(args, dataset)
+        train, tokens_per_s = base_train(args, model)
+    if parent:
+        check_parent_flags(args, model)
+    rest = {name: value for name, value in args.train.items() if name not in BATCH_FIELDS}
+    optim = dataclasses.replace(train.optim.with_scaled_lr(args.lr_scale), **args.optim)
+    return TrainerConfig(
+        storage=args.storage,
+        dataset=dataset,
+        run=run_name(args),
+        model=dataclasses.replace(model, **args.model),
+        train=dataclasses.replace(train, optim=optim, **rest),
+        parent=parent,
+        tensorboard=args.tensorboard,
+        wandb=args.wandb,
+        about={"tokens_per_s": tokens_per_s} if tokens_per_s else {},
+    )
+
+
+def print_plan(job: TrainerConfig, args: Args) -> dict[str, Any]:
+    """Prints the plan; returns it with what memory says of it."""
+    machines = planned_hardware(args)
+    dataset = Store.at(job.storage).child("datasets", job.dataset)
+    rows = Manifest.load(dataset).num_sequences("train") if dataset.exists("manifest.json") else 0
+    described = plan.describe(
+        job.model,
+        job.train,
+        workers=args.workers,
+        hardware=machines,
+        tokens_per_s=job.about.get("tokens_per_s", 0.0),
+        rows=rows,
+    )
+    print(f"{plan.render(described)}\nstorage   {job.storage}, run {job.run}", flush=True)
+    # Workers on CPUs share this machine.
+    free = machines.memory or machine.free_memory(torch.device("cpu"), args.workers)
+    on_gpu = bool(machines.memory)
+    try:
+        memory.check_memory(job.model, job.train, world=args.workers, on_gpu=on_gpu, free=free)
+    except memory.DoesNotFitError as error:
+        return {**described, "fits": False, "advice": str(error)}
+    return {**described, "fits": True, "advice": ""}

@@ -1,0 +1,127 @@
+"""Runs the job of ``nanochat-ray train``: on Ray, in this process, or as a rank of torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from nanochat_ray.claim import Claim, hold_claim
+from nanochat_ray.cli.train import Args
+from nanochat_ray.cli.train_job import build, print_plan, under_torchrun
+from nanochat_ray.storage import Store
+from nanochat_ray.train.config import TrainerConfig
+from nanochat_ray.train.hooks import Hooks
+from nanochat_ray.train.loggers import ProgressPrinter
+from nanochat_ray.train.metrics import duration
+from nanochat_ray.train.preflight import check, check_resume
+from nanochat_ray.train.stop import STOPPED, StopOnSignal
+from nanochat_ray.train.trainer import Trainer
+
+
+def run_here(job: TrainerConfig, args: Args) -> dict[str, Any]:
+    """Trains in this process, or as one rank of ``torchrun``."""
+    torch.set_num_threads(args.threads)
+    rank = int(os.environ.get("RANK", 0))
+    device = torch.device("cpu")
+    if args.gpus:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+    root = Store.at(job.storage)
+    # Of torchrun's ranks the first claims the run for all.
+    claim = hold_claim(root, "runs", job.run) if rank == 0 else contextlib.nullcontext()
+    with claim as mine, StopOnSignal() as on_signal:
+        hooks: list[Hooks] = [_ProcessHooks(on_signal, mine)]
+        if rank == 0:
+            hooks.append(ProgressPrinter(args.print_every))
+        trainer = Trainer(
+            job,
+            device=device,
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            hooks=hooks,
+        )
+        return trainer.run()
+
+
+class _ProcessHooks(Hooks):
+    """Stops at a signal; publishes only while the claim on the run is this process's."""
+
+    def __init__(self, on_signal: StopOnSignal, claim: Claim | None):
+        self._on_signal, self._claim = on_signal, claim
+
+    def should_stop(self) -> bool:
+        return self._on_signal.stop.is_set()
+
+    def check_publish(self) -> None:
+        if self._claim is not None:
+            self._claim.check()
+
+
+@contextlib.contextmanager
+def process_group(args: Args) -> Iterator[None]:
+    """torchrun's, if this is one of several ranks."""
+    import torch.distributed as dist
+
+    if not under_torchrun() or args.plan_only or int(os.environ["WORLD_SIZE"]) == 1:
+        yield
+        return
+    if args.gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if args.gpus else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def run_on_ray(job: TrainerConfig, args: Args) -> dict[str, Any]:
+    from nanochat_ray.on_ray import session
+    from nanochat_ray.on_ray.train import fit
+
+    session.connect()
+    session.check_gpus(args.workers if args.gpus else 0)
+    return fit(
+        job,
+        workers=args.workers,
+        min_workers=args.min_workers,
+        gpus=args.gpus,
+        threads=args.threads,
+        print_every=args.print_every,
+    )
+
+
+def run(args: Args) -> int:
+    with process_group(args):
+        return train(args)
+
+
+def train(args: Args) -> int:
+    if under_torchrun():
+        args = dataclasses.replace(args, workers=int(os.environ["WORLD_SIZE"]))
+    elif not args.ray and not args.plan_only:
+        args = dataclasses.replace(args, workers=1)
+    job = build(args)
+    first = int(os.environ.get("RANK", 0)) == 0
+    if args.plan_only:
+        described = print_plan(job, args)
+        if described["advice"]:
+            print(f"memory    does not fit: {described['advice']}")
+        print(json.dumps(described))
+        return 0
+    job = check(job)
+    # A group that torchrun starts again goes on with the run that it began itself.
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        check_resume(job.storage, job.run, args.resume)
+    if first:
+        print_plan(job, args)
+    here = under_torchrun() or not args.ray
+    result = run_here(job, args) if here else run_on_ray(job, args)
+    if first:
+        print(f"trained in {duration(result.get('train_seconds', 0.0))}")
+        print(json.dumps({"run": job.run, **result}))
+    return 0 if result["done"] else STOPPED
