@@ -1,8 +1,8 @@
-"""What Ray Serve takes on a host, so that no two clusters of a host share any of it.
+"""Ports and files of Ray Serve, so that no two clusters of a host share any.
 
 Serve's defaults are the same for every cluster: HAProxy's backup server on port 8500, ingress
 replicas from port 30000 on, statistics on 8404 and 9101, sockets and files in /tmp/haproxy-serve.
-A cluster whose ingress has died then sends its requests to another cluster's on the same port.
+A cluster whose ingress has died then sends its requests to another cluster on the same port.
 
     eval "$(python -m nanochat_ray.on_ray.ports)"    # before ray start, as cluster/local.sh does
 """
@@ -20,11 +20,10 @@ import tempfile
 from collections.abc import Iterator
 
 BLOCK, GRPC_PORTS = 256, 28
-"""Consecutive ports of one cluster, the last ones for gRPC. Serve holds the port of an ingress that
-has ended back for minutes."""
+"""Consecutive ports of one cluster, the last ones for gRPC. Serve does not reuse the port of an
+ingress that has stopped for minutes."""
 FIRST, LAST = 23_040, 32_000
-"""Above the ports that Ray gives to its workers and those that cluster/local.sh takes, below those
-of outgoing connections."""
+"""Above the ports of Ray's workers and of cluster/local.sh, below those of outgoing connections."""
 SINGLE = (
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
@@ -47,12 +46,12 @@ MAX_FOLDER = 28
 
 
 def serve_environment() -> dict[str, str]:
-    """Variables that give a Ray that is about to start ports and files of its own.
+    """Environment variables that give a Ray that is started with them ports and files of its own.
 
-    The ports are a block of free ones, chosen at random, so that a cluster that starts at the same
-    moment is unlikely to choose the same; one that runs already holds some of its block. The folder
-    is new, and the user's alone: who reaches HAProxy's admin socket, which Serve opens to all, can
-    redirect requests. Raises OSError if no block is free.
+    The ports are a random block of free ones, so that clusters that start at the same moment rarely
+    choose the same; a running cluster uses some ports of its block. Only the user can enter the new
+    folder, since HAProxy's admin socket, which Serve opens to all users, can redirect requests.
+    Raises OSError if no block is free.
     """
     first = _free_block()
     variables = {name: str(first + number) for number, name in enumerate(SINGLE)}
@@ -64,9 +63,9 @@ def serve_environment() -> dict[str, str]:
 
 
 def set_serve_environment() -> None:
-    """Sets those variables for what this process starts, but for those that are set already.
+    """Sets those variables for processes that this one starts; variables that are set are kept.
 
-    The folder is removed when this process ends, and the cluster with it.
+    The folder is removed when this process ends, and its cluster with it.
     """
     variables = serve_environment()
     folder = variables[STATE_BASE].rstrip("/")
@@ -98,7 +97,7 @@ def _free_block() -> int:
 
 
 def exports() -> Iterator[str]:
-    """Lines for a shell."""
+    """The variables as lines for a shell."""
     for name, value in serve_environment().items():
         yield f"export {name}={shlex.quote(value)}"
 

@@ -1,4 +1,4 @@
-"""One way to reach Ray for every job."""
+"""Joins a Ray cluster or starts one: the same way for every command."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ray._private import services
 from nanochat_ray.checks import require
 
 REACHABLE_S = 5.0
-"""How long a cluster that is named may take to answer."""
+"""How long the cluster of RAY_ADDRESS may take to answer."""
 _started_here = False
 
 
 def connect() -> None:
     """Joins the cluster that this process was submitted to or RAY_ADDRESS names, else starts one.
 
-    A cluster of one's own lasts as long as the process and has at least 8 logical CPUs, since tasks
-    of Ray Data must find a place beside training workers. Its ports bind every interface, so they
-    want a token (``RAY_AUTH_MODE``), which this process has and those that it starts. Raises
-    ValueError or ConnectionError if the cluster that is named cannot be joined.
+    A cluster that is started here lasts as long as the process. It has at least 8 logical CPUs, so
+    that tasks of Ray Data run beside training workers. Its ports bind every interface and require a
+    token (``RAY_AUTH_MODE``), which this process and its children have. Raises ValueError or
+    ConnectionError if the cluster of RAY_ADDRESS cannot be joined.
     """
     global _started_here
     if not ray.is_initialized():
@@ -39,7 +39,7 @@ def connect() -> None:
             _check_reachable(address)
             ray.init(address=address, logging_level=logging.WARNING)
         else:
-            # Ray turns tokens on by itself; one that it makes would lie in a file for all to read.
+            # Ray requires tokens by default, and writes one of its own to a file that all can read.
             if os.environ.get("RAY_AUTH_MODE", "token") == "token":
                 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init(
@@ -65,12 +65,12 @@ def cluster_address() -> str:
 
 
 def joins_cluster() -> bool:
-    """Whether ``connect`` joins a cluster that runs; else it starts one."""
+    """Whether ``connect`` joins a running cluster; else it starts one."""
     return cluster_address() not in ("", "local") or ray.is_initialized() or _is_job()
 
 
 def _head_address(address: str) -> str:
-    """The address of the head node; where it is not named, that of this machine's cluster."""
+    """The address of the head node; for "" or auto, that of this machine's cluster."""
     if address not in ("", "auto"):
         return address
     head = services.canonicalize_bootstrap_address("auto")
@@ -80,8 +80,8 @@ def _head_address(address: str) -> str:
 
 
 def _check_reachable(address: str) -> None:
-    """ConnectionError, within seconds, if nothing at ``address`` speaks gRPC: ray.init would try
-    for minutes."""
+    """Raises ConnectionError within seconds if nothing at ``address`` speaks gRPC; ray.init would
+    try for minutes."""
     target = address.removeprefix("ray://")
     host, _, port = target.rpartition(":")
     requirement = "host:port or ray://host:port of a head node, auto or local"
@@ -100,18 +100,18 @@ def _check_reachable(address: str) -> None:
 
 
 def check_gpus(number: float) -> None:
-    """ValueError if that many GPUs are wanted of a cluster that has none and cannot get any.
+    """Raises ValueError if GPUs are required of a cluster that was started here and has none.
 
-    Clusters that are joined may be scaling up; Ray waits for those.
+    Other clusters may scale up; Ray waits for those.
     """
     if number and _started_here and not ray.cluster_resources().get("GPU"):
         raise ValueError(f"gpus={number:g} is not allowed: this machine has no CUDA device")
 
 
 def quiet_data() -> None:
-    """Ray Data's bars and plan dumps do not belong into the log of a job."""
+    """Keeps the progress bars and plans of Ray Data out of the log of a job."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Only errors: that its bars are off is a warning to it.
+    # Errors only: Ray Data warns that its bars are off.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
