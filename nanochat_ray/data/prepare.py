@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from nanochat_ray.data import corpus, documentation, sources, tokenizers
@@ -94,28 +94,35 @@ def prepare_base(
         log(
             f"text: {len(files):,} files, about {size / 1e6:.1f} MB, in {len(plan):,} units of work"
         )
-        recipe = _TextRecipe(dataset, plan, size, options, sequence_len, seed)
+        recipe = _TextRecipe(
+            dataset=dataset,
+            plan=plan,
+            size=size,
+            options=options,
+            sequence_len=sequence_len,
+            seed=seed,
+        )
         if tokenizer is not None:
             tokenizers.save(dataset.root, tokenizer)
         return recipe.prepare(key, identity, vocab_size, tokenizer, unreadable)
 
 
+@dataclass(frozen=True, kw_only=True)
 class _TextRecipe:
     """The steps of ``prepare_base`` once the input is known."""
 
-    def __init__(
-        self,
-        dataset: DatasetWriter,
-        plan: Sequence[Unit],
-        size: int,
-        options: ReadOptions,
-        sequence_len: int,
-        seed: int,
-    ):
-        self.dataset, self.plan, self.size, self.options = dataset, plan, size, options
-        self.sequence_len, self.seed = sequence_len, seed
-        self.min_val_chars = 16 * sequence_len
+    dataset: DatasetWriter
+    plan: Sequence[Unit]
+    size: int
+    """Approximate bytes of text."""
+    options: ReadOptions
+    sequence_len: int
+    seed: int
+
+    @property
+    def min_val_chars(self) -> int:
         """Four sequences, at about four characters a token."""
+        return 16 * self.sequence_len
 
     def prepare(
         self,
