@@ -71,7 +71,7 @@ def with_new_names(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {table.get(name, name): value for name, value in values.items()}
 
 
-def renamed(name: str) -> str | None:
+def new_name(name: str) -> str | None:
     """The new name of a flag or field, given with ``-`` or ``_``; None if it has not changed."""
     key = name.strip("-").replace("-", "_")
     return next((table[key] for table in RENAMED_FIELDS.values() if key in table), None)
@@ -82,27 +82,27 @@ def to_json(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _typed(kind: Any, name: str, value: Any) -> Any:
+def _check_type(kind: Any, name: str, value: Any) -> Any:
     """``value`` as a field of type ``kind`` may hold it; whole floats' ints become floats.
 
     ValueError names the field. Types that are none of JSON's are left to the dataclass.
     """
     choices = get_args(kind)
     if get_origin(kind) is Literal:
-        require(value in choices, name, shortened(value), f"one of {choices}")
+        require(value in choices, name, abbreviate(value), f"one of {choices}")
     elif get_origin(kind) is UnionType or kind in (bool, int, float, str):
         kinds = choices or (kind,)
         if float in kinds and type(value) is int and abs(value) < 1 << 53:
             return float(value)
         names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-        require(type(value) in kinds, name, shortened(value), names)
+        require(type(value) in kinds, name, abbreviate(value), names)
         sound = math.isfinite(value) if type(value) is float else True
         sound = abs(value) < 1 << 63 if type(value) is int else sound
-        require(sound, name, shortened(value), "a finite number of at most 64 bits")
+        require(sound, name, abbreviate(value), "a finite number of at most 64 bits")
     return value
 
 
-def shortened(value: object, limit: int = 60) -> object:
+def abbreviate(value: object, limit: int = 60) -> object:
     """``value``, or something with a short repr if its own is longer than ``limit``."""
     if isinstance(value, int) and value.bit_length() > 200:
         return f"an int of {value.bit_length()} bits"
@@ -116,19 +116,19 @@ def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
     ValueError names a missing or unknown field, or one of the wrong type.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{kind.__name__} is {shortened(values)!r}, not an object")
+        raise ValueError(f"{kind.__name__} is {abbreviate(values)!r}, not an object")
     fields = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values = with_new_names(kind.__name__, values)
     unknown = sorted(set(values) - fields)
     if unknown:
         raise ValueError(
-            f"{kind.__name__} has no field {shortened(unknown[0])!r}; it has {sorted(fields)}"
+            f"{kind.__name__} has no field {abbreviate(unknown[0])!r}; it has {sorted(fields)}"
         )
     types = get_type_hints(kind)
     arguments = {
         name: from_json(types[name], value)
         if dataclasses.is_dataclass(types[name])
-        else _typed(types[name], name, value)
+        else _check_type(types[name], name, value)
         for name, value in values.items()
     }
     try:

@@ -62,7 +62,7 @@ def step_of(name: str) -> int:
     if not (digits.isascii() and digits.isdigit() and len(digits) <= 12):
         digits = ""
     if not digits or name_of(int(digits)) != name:
-        text = configs.shortened(name)
+        text = configs.abbreviate(name)
         raise ValueError(f"checkpoint={text!r} is not allowed: a name such as {name_of(100)}")
     return int(digits)
 
@@ -176,7 +176,7 @@ def resume_warnings(run: Store) -> list[str]:
     with contextlib.suppress(OSError):
         pointer = run.read_bytes("latest").decode(errors="replace").strip()
     if newest is not None and pointer != newest:
-        state = f"names {configs.shortened(pointer)!r}" if pointer else "is missing or empty"
+        state = f"names {configs.abbreviate(pointer)!r}" if pointer else "is missing or empty"
         lines.append(f"the file latest {state}; the newest complete checkpoint is {newest}")
     return lines
 

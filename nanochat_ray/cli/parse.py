@@ -12,7 +12,7 @@ import tyro
 from tyro import _errors as parse_errors  # its documented hook; pyproject names the exact version
 
 from nanochat_ray.cli import flags
-from nanochat_ray.config import renamed
+from nanochat_ray.config import new_name
 
 A = TypeVar("A")
 
@@ -83,12 +83,12 @@ def _unknown_argument(tokens: Sequence[str], names: Sequence[str]) -> str:
     field = flag
     if flag in OPTION_LISTS:
         field, _, value = next((t for t in tokens[1:] if "=" in t), "").partition("=")
-    key = (renamed(field) or field).strip("-").replace("_", "-")
+    key = (new_name(field) or field).strip("-").replace("_", "-")
     for name in names:
         prefix, _, last = name.removeprefix("--").rpartition(".")
         if last == key and name != flag:
             return f"unknown argument {flag!r}: it is now {_usage(prefix, last, value)}"
-    if new := renamed(flag):
+    if new := new_name(flag):
         return f"unknown argument {flag!r}: it is now --{new.replace('_', '-')}"
     return f"unknown argument {' '.join(tokens)!r}: see --help"
 

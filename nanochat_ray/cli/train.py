@@ -133,7 +133,7 @@ class Args:
         if self.hardware:
             from nanochat_ray.train import hardware
 
-            hardware.named(self.hardware)
+            hardware.by_name(self.hardware)
         if self.gpus and not self.ray and not self.plan_only:
             import torch
 

@@ -15,7 +15,7 @@ from nanochat_ray.cli.train import Args
 from nanochat_ray.data.shards import Manifest
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.storage import Store
-from nanochat_ray.train import hardware, memory, plan, recipe, speed
+from nanochat_ray.train import hardware, memory, plan, recipe, throughput
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from nanochat_ray.train.data_loader import open_dataset
 
@@ -34,7 +34,7 @@ def under_torchrun() -> bool:
 def planned_hardware(args: Args) -> hardware.Hardware:
     """What --hardware names, or what this machine has. Raises ValueError."""
     if args.hardware:
-        return hardware.named(args.hardware)
+        return hardware.by_name(args.hardware)
     if not args.gpus:
         return hardware.HARDWARE["cpu"]
     gpu = hardware.detect(torch.device("cuda")) if torch.cuda.is_available() else None
@@ -57,27 +57,27 @@ def base_model(args: Args, dataset: str) -> ModelConfig:
     )
 
 
-def measure(args: Args, probe: speed.Probe) -> speed.Speed:
+def measure(args: Args, probe: throughput.Probe) -> throughput.Throughput:
     """The speed of all workers together, where they will train."""
     if int(os.environ.get("RANK", 0)) == 0:
         print("measuring how fast this machine trains", flush=True)
     if args.ray and not args.plan_only and not under_torchrun():
         from nanochat_ray.on_ray import session
-        from nanochat_ray.on_ray import speed as on_ray
+        from nanochat_ray.on_ray import throughput as on_ray
 
         session.connect()
         return on_ray.measure(probe, workers=args.min_workers or args.workers)
     torch.set_num_threads(args.threads)
-    speed_here = speed.measure(probe, sharing=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    speed_here = throughput.measure(probe, sharing=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if args.plan_only:  # measured in this process alone: each worker that has cores does as much
         workers = max(1, min(args.workers, machine.cores() // args.threads))
         return dataclasses.replace(speed_here, tokens_per_s=workers * speed_here.tokens_per_s)
     return speed_here
 
 
-def plan_length(args: Args, model: ModelConfig, tokens: int, batch: int) -> speed.RunPlan:
+def plan_length(args: Args, model: ModelConfig, tokens: int, batch: int) -> throughput.RunPlan:
     """The length and precision of a run on a CPU. Raises ValueError."""
-    probe = speed.Probe(
+    probe = throughput.Probe(
         model=dataclasses.replace(model, **args.model),
         precision=args.precision,
         minutes=args.cpu_minutes or 0.0,
@@ -87,7 +87,7 @@ def plan_length(args: Args, model: ModelConfig, tokens: int, batch: int) -> spee
     )
     run = Store.at(args.storage).child("runs", run_name(args))
     store = not args.plan_only and int(os.environ.get("RANK", 0)) == 0
-    length = speed.plan_length(
+    length = throughput.plan_length(
         run, probe, tokens, args.workers, lambda probe: measure(args, probe), store
     )
     if args.precision != "auto":

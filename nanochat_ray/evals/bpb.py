@@ -48,12 +48,12 @@ def evaluate_text(
                 if 0 < max_tokens <= tokens:
                     return
 
-    def add(rows: list[np.ndarray]) -> None:
+    def add(spans_of_batch: list[np.ndarray]) -> None:
         nonlocal bits, size
-        ids = np.stack(rows)
-        found = int(lengths[ids[:, 1:]].sum())
-        bits += bits_per_byte(model, ids, lengths, micro_batch_size=BATCH) * found
-        size += found
+        ids = np.stack(spans_of_batch)
+        num_bytes = int(lengths[ids[:, 1:]].sum())
+        bits += bits_per_byte(model, ids, lengths, micro_batch_size=BATCH) * num_bytes
+        size += num_bytes
 
     batch: list[np.ndarray] = []
     for span in spans():

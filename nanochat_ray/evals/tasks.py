@@ -35,7 +35,7 @@ def evaluate(
     *,
     count: int,
     max_tokens: int = 128,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda num_answered, total: None,
 ) -> TaskScore:
     """Asks the first ``count`` questions of ``task``, greedily, and grades what is answered.
 
@@ -45,35 +45,35 @@ def evaluate(
     total = min(count, len(task))
     ends = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, eos_ids=ends)
-    streams: dict[str, IncrementalDetokenizer] = {}
-    said: dict[str, str] = {}
+    detokenizers: dict[str, IncrementalDetokenizer] = {}
+    answers: dict[str, str] = {}
     waiting = list(range(total))
-    done = too_long = 0
+    num_answered = too_long = 0
     while waiting or engine.has_work:
         # A full batch and as much again in the queue keeps every slot busy.
-        while waiting and len(streams) < 2 * engine.config.max_num_seqs:
+        while waiting and len(detokenizers) < 2 * engine.config.max_num_seqs:
             index = waiting.pop(0)
             prompt = render_prompt(tokenizer, task.question(index))
             request = Request(id=str(index), prompt=prompt, params=params)
-            said[request.id] = ""
+            answers[request.id] = ""
             try:
                 engine.add(request)
             except ValueError:
-                done += 1
+                num_answered += 1
                 too_long += 1
                 continue
-            streams[request.id] = IncrementalDetokenizer(tokenizer)
+            detokenizers[request.id] = IncrementalDetokenizer(tokenizer)
         for output in engine.step():
-            stream = streams[output.request_id]
-            said[output.request_id] += stream.add(output)
+            detokenizer = detokenizers[output.request_id]
+            answers[output.request_id] += detokenizer.add(output)
             if output.finish is not None:
-                said[output.request_id] += stream.flush()
-                del streams[output.request_id]
-                done += 1
-                progress(done, total)
-    right = [task.grade(index, said[str(index)]) for index in range(total)]
+                answers[output.request_id] += detokenizer.flush()
+                del detokenizers[output.request_id]
+                num_answered += 1
+                progress(num_answered, total)
+    right = [task.grade(index, answers[str(index)]) for index in range(total)]
     wrong = [
-        (str(task.question(index)[-1]["content"]), said[str(index)])
+        (str(task.question(index)[-1]["content"]), answers[str(index)])
         for index, ok in enumerate(right)
         if not ok
     ]

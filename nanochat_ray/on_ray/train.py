@@ -241,10 +241,10 @@ def fit(
             )
             trainer = _torch_trainer(config, run, values, scaling, max_failures)
             with _stop_on_sigterm(flag):
-                _fit(trainer)
+                _run_ray_trainer(trainer)
     state = checkpoint.load_trainer(run)
-    done = _completed_steps(run) >= config.train.steps
-    return {**state["metrics"], "step": state["step"], "done": done}
+    is_complete = _completed_steps(run) >= config.train.steps
+    return {**state["metrics"], "step": state["step"], "done": is_complete}
 
 
 def _completed_steps(run: Store) -> int:
@@ -289,7 +289,7 @@ def _torch_trainer(
     )
 
 
-def _fit(trainer: TorchTrainer) -> None:
+def _run_ray_trainer(trainer: TorchTrainer) -> None:
     """Runs Ray's trainer. Raises what ``NoRetry`` raised, without Ray's wrapping."""
     try:
         trainer.fit()

@@ -56,8 +56,8 @@ class OptimConfig:
         for name in (*self.learning_rates(), "weight_decay", "grad_clip"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         iterations = ("polar_express", "newton_schulz")
-        allowed = f"one of {iterations}"
-        require(self.orthogonalizer in iterations, "orthogonalizer", self.orthogonalizer, allowed)
+        rule = f"one of {iterations}"
+        require(self.orthogonalizer in iterations, "orthogonalizer", self.orthogonalizer, rule)
         for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
         for name in ("momentum", "embedding_beta2"):

@@ -1,4 +1,4 @@
-"""Which optimizer and which rates each parameter of the model gets."""
+"""Which optimizer and which learning rates each parameter of the model gets."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _ADAMW: tuple[tuple[str, str, float, float, float, float], ...] = (
 
 
 def build_groups(
-    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
+    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
 ) -> tuple[Group, ...]:
     """Groups in an order that depends on the names alone. ValueError for an unknown parameter."""
     matrices: dict[tuple[int, ...], list[str]] = {}
     others: dict[tuple[float, float, float, float], list[str]] = {}
-    for name, parameter in sorted(named, key=lambda item: item[0]):
+    for name, parameter in sorted(parameters, key=lambda item: item[0]):
         if name.startswith("transformer.h.") and "head_gate" not in name:
             matrices.setdefault(tuple(parameter.shape), []).append(name)
             continue

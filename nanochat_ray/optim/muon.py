@@ -5,7 +5,7 @@ of equal norm before the iteration (MuonEq, arXiv 2603.28254), Polar Express in 
 Newton-Schulz (Amsel, Persson, Musco, Gower, arXiv 2505.16932), the update of each neuron rescaled
 by a running second moment (NorMuon, Li et al., arXiv 2510.05491), and weight decay only where it
 agrees with the update (cautious decay, Chen et al., arXiv 2510.12402). What each gives is in
-NOTES.md.
+BENCHMARKS.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 @dataclass(frozen=True, kw_only=True)
 class MuonRule:
-    """What is around the momentum; the fields of ``OptimConfig``."""
+    """What surrounds the momentum; the fields of ``OptimConfig``."""
 
     orthogonalizer: Orthogonalizer = "polar_express"
     normuon: bool = True
@@ -95,6 +95,6 @@ def muon_update_(
 
     lr = lr * max(1.0, weights.size(-2) / weights.size(-1)) ** 0.5
     if weight_decay:
-        decayed = weights * ((update * weights) > 0) if rule.cautious else weights
-        weights.sub_(decayed, alpha=lr * weight_decay)
+        decay = weights * ((update * weights) > 0) if rule.cautious else weights
+        weights.sub_(decay, alpha=lr * weight_decay)
     weights.sub_(update, alpha=lr)

@@ -1,4 +1,4 @@
-"""How the learning rate and what hangs on it move over a run: pure functions of the step."""
+"""Schedules of learning rate, momentum and window size: pure functions of the step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     warmdown = round(config.warmdown_ratio * steps)
-    left = steps - step
-    if left >= warmdown:
+    remaining = steps - step
+    if remaining >= warmdown:
         return 1.0
-    return config.final_lr_frac + (1 - config.final_lr_frac) * left / warmdown
+    return config.final_lr_frac + (1 - config.final_lr_frac) * remaining / warmdown
 
 
 def momentum(step: int, steps: int, config: OptimConfig) -> float:

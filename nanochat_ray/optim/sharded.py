@@ -6,9 +6,9 @@ model are views into them. A step is then, for each group,
     reduce the gradients → update the slice that this rank owns → gather the weights,
 
 which is ZeRO stage 2 (Rajbhandari et al., arXiv 1910.02054) with no copies: the state exists once
-over all ranks. A Muon group is a stack ``[K, m, n]`` cut between matrices; an AdamW group is cut
-anywhere, since AdamW works on single elements. A reduction starts as soon as the backward pass has
-made all gradients of its bucket, and each gather runs while the next group is updated.
+over all ranks. A Muon group is a stack ``[K, m, n]`` split between matrices; an AdamW group is
+split anywhere, since AdamW works on single elements. A reduction starts as soon as the backward
+pass has produced all gradients of its bucket, and each gather overlaps with the next update.
 
 State is saved and loaded by parameter name with full tensors, so it does not depend on the number
 of ranks.
@@ -33,7 +33,7 @@ BUCKET = 1 << 18
 
 @dataclass(frozen=True)
 class Span:
-    """Where one parameter lies in its group's buffer, in elements."""
+    """The range of one parameter in its group's buffer, in elements."""
 
     name: str
     shape: torch.Size
@@ -49,12 +49,12 @@ class Bucket:
     start: int
     stop: int
     owner: int
-    """The rank that updates it; -1 if it is cut over all of them."""
+    """The rank that updates it; -1 if it is split over all of them."""
     parameters: int
     missing: int = 0
     """Parameters whose gradient is still to come in this backward pass."""
     work: dist.Work | None = None
-    launched: bool = False
+    in_flight: bool = False
 
 
 class FlatGroup:
@@ -63,55 +63,55 @@ class FlatGroup:
     def __init__(
         self,
         group: Group,
-        named: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, nn.Parameter],
         rank: int,
         world: int,
         rule: MuonRule = MuonRule(),  # noqa: B008 (frozen)
     ):
         self.group, self.rule = group, rule
-        parameters = [named[name] for name in group.names]
+        members = [parameters[name] for name in group.names]
         self.spans: list[Span] = []
         at = 0
-        for name, parameter in zip(group.names, parameters, strict=True):
+        for name, parameter in zip(group.names, members, strict=True):
             self.spans.append(Span(name, parameter.shape, at, at + parameter.numel()))
             at += parameter.numel()
-        unit = parameters[0].numel() if group.kind == "muon" else 1
+        unit = members[0].numel() if group.kind == "muon" else 1
         share = -(-(at // unit) // world) * unit
-        self.owned = slice(rank * share, (rank + 1) * share)
-        device = parameters[0].device
+        self.own_share = slice(rank * share, (rank + 1) * share)
+        device = members[0].device
         self.weights = torch.zeros(share * world, device=device)
         self.grads = torch.zeros(share * world, device=device)
-        for span, parameter in zip(self.spans, parameters, strict=True):
-            piece = self.weights[span.start : span.stop].view(span.shape)
-            piece.copy_(parameter.data)
-            parameter.data = piece
+        for span, parameter in zip(self.spans, members, strict=True):
+            view = self.weights[span.start : span.stop].view(span.shape)
+            view.copy_(parameter.data)
+            parameter.data = view
             parameter.grad = self.grads[span.start : span.stop].view(span.shape)
         self.state = {"momentum": torch.zeros(share, device=device)}
         if group.kind == "adamw":
             self.state["second_moment"] = torch.zeros(share, device=device)
         else:
-            m, n = parameters[0].shape
+            m, n = members[0].shape
             self.matrix_shape = (m, n)
             self.second_shape = (m, 1) if m >= n else (1, n)
             self.state["second_moment"] = torch.zeros(share // unit * max(m, n), device=device)
 
     def buckets(self) -> list[Bucket]:
-        """The group's gradients cut into reductions, none of which crosses the share of a rank."""
+        """The group's gradients in reductions, none of which crosses the share of a rank."""
         if self.group.kind == "adamw":
             return [Bucket(self, 0, self.grads.numel(), -1, len(self.spans))]
-        share = self.owned.stop - self.owned.start
-        made: list[Bucket] = []
+        share = self.own_share.stop - self.own_share.start
+        buckets: list[Bucket] = []
         for span in self.spans:
-            last = made[-1] if made else None
+            last = buckets[-1] if buckets else None
             owner = span.start // share
             if last and last.owner == owner and last.stop - last.start < BUCKET:
                 last.stop, last.parameters = span.stop, last.parameters + 1
             else:
-                made.append(Bucket(self, span.start, span.stop, owner, 1))
-        return made
+                buckets.append(Bucket(self, span.start, span.stop, owner, 1))
+        return buckets
 
     def state_sizes(self, span: Span) -> dict[str, tuple[int, int, tuple[int, ...]]]:
-        """For each kind of state: where the parameter's part lies in the whole, and its shape."""
+        """For each kind of state: the parameter's range in the whole, and its shape."""
         if self.group.kind == "adamw":
             return dict.fromkeys(self.state, (span.start, span.stop, tuple(span.shape)))
         index = span.start // (self.matrix_shape[0] * self.matrix_shape[1])
@@ -125,9 +125,9 @@ class FlatGroup:
     def update(
         self, step: int, lr_factor: float, momentum: float, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Moves the owned weights by the owned, reduced gradients."""
+        """Updates this rank's weights from its reduced gradients."""
         group, lr = self.group, self.group.lr * lr_factor
-        weights, grads = self.weights[self.owned], self.grads[self.owned]
+        weights, grads = self.weights[self.own_share], self.grads[self.own_share]
         first, second = self.state["momentum"], self.state["second_moment"]
         if group.kind == "muon":
             muon_update_(
@@ -165,20 +165,20 @@ class ShardedOptimizer:
     def __init__(
         self, model: nn.Module, config: OptimConfig, compute_dtype: torch.dtype = torch.float32
     ):
-        grouped = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if grouped else 0
-        self.world = dist.get_world_size() if grouped else 1
+        in_group = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if in_group else 0
+        self.world = dist.get_world_size() if in_group else 1
         self.compute_dtype = compute_dtype
-        self._scatters = grouped and dist.get_backend() == "nccl"
-        named = dict(model.named_parameters())
-        groups = build_groups(named.items(), config)
+        self._scatters = in_group and dist.get_backend() == "nccl"
+        parameters = dict(model.named_parameters())
+        groups = build_groups(parameters.items(), config)
         rule = MuonRule(
             orthogonalizer=config.orthogonalizer,
             normuon=config.normuon,
             row_normalize=config.row_normalize,
             cautious=config.cautious,
         )
-        self.flats = [FlatGroup(group, named, self.rank, self.world, rule) for group in groups]
+        self.flats = [FlatGroup(group, parameters, self.rank, self.world, rule) for group in groups]
         self._buckets: list[Bucket] = []
         self._last_backward = False
         if self.world > 1:
@@ -188,7 +188,9 @@ class ShardedOptimizer:
                     self._buckets.append(bucket)
                     for span in flat.spans:
                         if bucket.start <= span.start < bucket.stop:
-                            named[span.name].register_post_accumulate_grad_hook(self._hook(bucket))
+                            parameters[span.name].register_post_accumulate_grad_hook(
+                                self._hook(bucket)
+                            )
 
     def zero_grad(self) -> None:
         self._last_backward = False
@@ -196,24 +198,24 @@ class ShardedOptimizer:
             flat.grads.zero_()
 
     def last_backward(self) -> None:
-        """Says that the next backward pass is the step's last: reductions start within it.
+        """Marks the next backward pass as the step's last: reductions start within it.
 
         Every rank's backward pass makes its gradients in the same order, hence so do these.
         """
         self._last_backward = True
         for bucket in self._buckets:
-            bucket.missing, bucket.launched, bucket.work = bucket.parameters, False, None
+            bucket.missing, bucket.in_flight, bucket.work = bucket.parameters, False, None
 
     def _hook(self, bucket: Bucket) -> Callable[[Tensor], None]:
-        def made(_: Tensor) -> None:
+        def on_gradient(_: Tensor) -> None:
             bucket.missing -= 1
             if self._last_backward and bucket.missing == 0:
                 self._launch(bucket)
 
-        return made
+        return on_gradient
 
     def _launch(self, bucket: Bucket) -> None:
-        flat, bucket.launched = bucket.flat, True
+        flat, bucket.in_flight = bucket.flat, True
         grads = flat.grads[bucket.start : bucket.stop]
         if not self._scatters:
             # gloo's reduce-scatter took 3 to 8 times as long as its all-reduce (1 to 4 M
@@ -222,15 +224,15 @@ class ShardedOptimizer:
         elif bucket.owner >= 0:
             bucket.work = dist.reduce(grads, dst=bucket.owner, async_op=True)
         else:
-            owned = flat.grads[flat.owned]
-            bucket.work = dist.reduce_scatter_single(owned, grads, async_op=True)
+            share = flat.grads[flat.own_share]
+            bucket.work = dist.reduce_scatter_single(share, grads, async_op=True)
 
     def _finish_reductions(self) -> None:
         """Waits for all reductions; starts those that no backward pass has started."""
         if not self._last_backward:
             self.last_backward()
         for bucket in self._buckets:
-            if not bucket.launched:
+            if not bucket.in_flight:
                 self._launch(bucket)
         for bucket in self._buckets:
             if bucket.work is not None:
@@ -255,8 +257,8 @@ class ShardedOptimizer:
         self._finish_reductions()
         squares = torch.zeros((), device=self.flats[0].weights.device)
         for flat in self.flats:
-            owned = flat.grads[flat.owned]
-            squares += owned.mul_(scale).square().sum()
+            share = flat.grads[flat.own_share]
+            squares += share.mul_(scale).square().sum()
         if self.world > 1:
             dist.all_reduce(squares)
         norm = squares.sqrt()
@@ -264,13 +266,13 @@ class ShardedOptimizer:
             return norm
         if clip > 0 and norm > clip:
             for flat in self.flats:
-                flat.grads[flat.owned].mul_(clip / norm)
+                flat.grads[flat.own_share].mul_(clip / norm)
         gathers = []
         for flat in self.flats:
             flat.update(step, lr_factor, momentum, self.compute_dtype)
             if self.world > 1:
-                owned = flat.weights[flat.owned]
-                source = owned if self._scatters else owned.clone()
+                share = flat.weights[flat.own_share]
+                source = share if self._scatters else share.clone()
                 gathers.append(dist.all_gather_single(flat.weights, source, async_op=True))
         for work in gathers:
             if work is not None:
@@ -289,27 +291,27 @@ class ShardedOptimizer:
                     dist.all_gather_single(whole, share)
                 for span in flat.spans:
                     start, stop, shape = flat.state_sizes(span)[kind]
-                    piece = whole[start:stop].view(shape)
-                    tensors[f"{span.name}/{kind}"] = piece.to("cpu", copy=True)
+                    view = whole[start:stop].view(shape)
+                    tensors[f"{span.name}/{kind}"] = view.to("cpu", copy=True)
         return tensors
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes what ``state_dict`` gave on any number of ranks. ValueError names what is off."""
-        expected: set[str] = set()
+        """Loads what ``state_dict`` returned on any number of ranks; ValueError names a misfit."""
+        keys: set[str] = set()
         for flat in self.flats:
             for kind, share in flat.state.items():
                 whole = share.new_zeros(share.numel() * self.world)
                 for span in flat.spans:
                     start, stop, shape = flat.state_sizes(span)[kind]
                     key = f"{span.name}/{kind}"
-                    expected.add(key)
+                    keys.add(key)
                     if key not in tensors or tuple(tensors[key].shape) != tuple(shape):
-                        found = tuple(tensors[key].shape) if key in tensors else "nothing"
-                        raise ValueError(f"optimizer state {key}: expected {shape}, found {found}")
+                        actual = tuple(tensors[key].shape) if key in tensors else "nothing"
+                        raise ValueError(f"optimizer state {key}: expected {shape}, found {actual}")
                     whole[start:stop].copy_(tensors[key].reshape(-1))
                 at = self.rank * share.numel()
                 share.copy_(whole[at : at + share.numel()])
-        unknown = sorted(set(tensors) - expected)
+        unknown = sorted(set(tensors) - keys)
         if unknown:
             raise ValueError(f"optimizer state {unknown[0]!r} belongs to no parameter of the model")

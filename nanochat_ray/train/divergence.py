@@ -41,7 +41,7 @@ class DivergenceGuard:
 
     def check_step(self, step: int, result: StepResult) -> None:
         """FloatingPointError after too many consecutive steps that did not move the weights."""
-        self.skipped_steps = 0 if result.applied else self.skipped_steps + 1
+        self.skipped_steps = 0 if result.weights_updated else self.skipped_steps + 1
         if self.skipped_steps >= MAX_SKIPPED_STEPS:
             raise FloatingPointError(
                 f"the gradient was not finite in {self.skipped_steps} steps up to step {step} "

@@ -1,4 +1,4 @@
-"""What a worker computes on: peak rates to hold a run against.
+"""What a worker computes on, and the peak FLOP/s that MFU is relative to.
 
 Peaks are dense figures without sparsity, from the makers' data sheets; the CPU's was measured.
 """
@@ -51,8 +51,8 @@ def _gpu(name: str, bf16: float, fp32: float, memory: int, source: str) -> Hardw
 
 # fp32 is the rate without TF32, which torch leaves off unless it is asked for.
 HARDWARE = {
-    found.name: found
-    for found in (
+    entry.name: entry
+    for entry in (
         _gpu("b200", 2250, 75, 180, "NVIDIA HGX B200 data sheet"),
         _gpu("h200", 989, 67, 141, "NVIDIA H200 SXM data sheet"),
         _gpu("h100", 989, 67, 80, "NVIDIA H100 SXM data sheet"),
@@ -73,10 +73,10 @@ HARDWARE = {
 }
 
 
-def named(name: str) -> Hardware:
-    """Hardware by its name in the table. ValueError names what is known."""
+def by_name(name: str) -> Hardware:
+    """Hardware by its name in the table. ValueError lists the names."""
     if name not in HARDWARE:
-        raise ValueError(f"hardware={name!r} is not known: one of {', '.join(HARDWARE)}")
+        raise ValueError(f"hardware={name!r} is not allowed: one of {', '.join(HARDWARE)}")
     return HARDWARE[name]
 
 
@@ -84,25 +84,25 @@ def detect(device: torch.device) -> Hardware | None:
     """The table's entry for a device; None for a GPU that is not in it, whose peak is unknown."""
     if device.type != "cuda":
         return HARDWARE["cpu"]
-    shown = torch.cuda.get_device_name(device).lower().replace(" ", "")
-    # Longer names first, or an L40S would be taken for an L4.
+    name_of_device = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    # Longer names first, or an L40S would match an L4.
     for name in sorted(HARDWARE, key=len, reverse=True):
-        if name in shown:
+        if name in name_of_device:
             return HARDWARE[name]
     return None
 
 
 def describe(device: torch.device, precision: Precision) -> dict[str, Any]:
-    """What a run's report says of the machine."""
-    found = detect(device)
-    shown = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    """The machine, as a run's report shows it."""
+    entry = detect(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {
-        "device": shown,
+        "device": name,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "memory": f"{psutil.virtual_memory().total / GIB:.0f} GiB",
-        "peak of a worker": f"{found.peak(precision) / 1e12:,.4g} TFLOP/s in {precision} "
-        f"({found.source})"
-        if found
+        "peak of a worker": f"{entry.peak(precision) / 1e12:,.4g} TFLOP/s in {precision} "
+        f"({entry.source})"
+        if entry
         else "not known",
     }

@@ -69,7 +69,7 @@ def check_resumable(
     the first field that differs and both values. Returns one line for each thing that could not
     be compared, since an older program did not write it down.
     """
-    saved, trainer = checkpoint.load_config(run, name), checkpoint.load_trainer(run, name)
+    config, trainer = checkpoint.load_config(run, name), checkpoint.load_trainer(run, name)
     where = f"run {run.root.rpartition('/')[2]!r}"
     if "train_config" not in trainer:
         raise ValueError(
@@ -79,22 +79,23 @@ def check_resumable(
     before = trainer["train_config"]
     if not isinstance(before, dict):
         raise ValueError(f"checkpoint {run.child(name).uri}: trainer.json has no train_config")
-    pairs = [*_fields(configs.to_json(saved.model), configs.to_json(model), {})]
+    pairs = [*_fields(configs.to_json(config.model), configs.to_json(model), {})]
     pairs += _fields(before, configs.to_json(train), _defaults())
     for field, old, new in pairs:
         if field not in RESUMABLE_FIELDS and old != new:
             raise ValueError(_refusal(where, field, old, new))
-    if saved.tokenizer != tokenizer:
-        old, new = saved.tokenizer[:_DIGEST], tokenizer[:_DIGEST]
+    if config.tokenizer != tokenizer:
+        old, new = config.tokenizer[:_DIGEST], tokenizer[:_DIGEST]
         raise ValueError(_refusal(where, "tokenizer", old, new))
-    known = trainer.get("about")
-    return list(_compare_about(where, known if isinstance(known, dict) else {}, about))
+    old_about = trainer.get("about")
+    old_about = old_about if isinstance(old_about, dict) else {}
+    return list(_compare_about(where, old_about, about))
 
 
 def _refusal(where: str, field: str, old: object, new: object) -> str:
     return (
-        f"{field}={configs.shortened(new)!r} is not what this run was started with "
-        f"({configs.shortened(old)!r}): give {where} the same value, or train another run"
+        f"{field}={configs.abbreviate(new)!r} is not what this run was started with "
+        f"({configs.abbreviate(old)!r}): give {where} the same value, or train another run"
     )
 
 
@@ -112,8 +113,8 @@ def _fields(
     for name, value in new.items():
         before = old.get(name, defaults.get(name))
         if isinstance(value, Mapping):
-            known = before if isinstance(before, Mapping) else {}
-            yield from _fields(known, value, configs.to_json(OptimConfig()))
+            inner = before if isinstance(before, Mapping) else {}
+            yield from _fields(inner, value, configs.to_json(OptimConfig()))
         else:
             yield name, before, value
 
@@ -127,8 +128,8 @@ def _compare_about(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -
             yield f"{where}: its checkpoint does not name its {kind}: {kind}={now!r} not compared"
         elif digest and digest_now:
             if digest != digest_now:
-                before = _named(then, old.get(f"{kind}_checkpoint"), digest)
-                after = _named(now, new.get(f"{kind}_checkpoint"), digest_now)
+                before = _describe_content(then, old.get(f"{kind}_checkpoint"), digest)
+                after = _describe_content(now, new.get(f"{kind}_checkpoint"), digest_now)
                 raise ValueError(
                     f"{kind}={now!r} ({after}) is not what this run was started with ({before}): "
                     f"give {where} the same content, or train another run"
@@ -140,6 +141,6 @@ def _compare_about(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -
             yield f"{where}: {side} {kind} {now!r}: content not compared"
 
 
-def _named(name: str, checkpoint: str | None, digest: str) -> str:
+def _describe_content(name: str, checkpoint: str | None, digest: str) -> str:
     at = f"{name!r} at {checkpoint}" if checkpoint else f"{name!r}"
     return f"{at}, content {digest[:_DIGEST]}"

@@ -1,7 +1,7 @@
-"""The memory of a worker, counted before the run: what does not fit is refused, not killed.
+"""The memory of a worker, estimated before the run: what does not fit is refused, not killed.
 
 The count follows what the code holds at its two peaks, the end of a forward pass and the update
-of the largest group; tests/train/test_memory.py holds it against measured runs.
+of the largest group; tests/train/test_memory.py compares it with measured runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from nanochat_ray.train.config import TrainConfig
 
 GIB = 1 << 30
 CPU_RUNTIME, CUDA_RUNTIME = int(0.45 * GIB), int(1.0 * GIB)
-"""Python with torch (0.32 GiB after a step of a tiny model) and the scratch of its products
+"""Python with torch (0.32 GiB after a step of a tiny model) and the scratch of its matmuls
 (measured); a CUDA context with cuBLAS's workspaces."""
 FRAGMENTED = 1.12
 """Activations come and go in many sizes, and an allocator leaves gaps (measured on a CPU)."""
@@ -71,20 +71,20 @@ def estimate(
 
 
 def _activations(model: ModelConfig, train: TrainConfig, size: int) -> int:
-    """What a forward pass keeps for its backward, and the work of the layer that is at it."""
+    """What a forward pass keeps for its backward, and the temporaries of one layer."""
     tokens = train.micro_batch_size * model.sequence_len
     c, kv = model.n_embd, model.n_kv_head * model.head_dim
     # A block keeps its input, the normed input, q, k, v, the attention's output and its head
     # layout, the second normed input, and the hidden layer before and after its square.
     block = 5 * c + 2 * kv + 8 * c + c * model.residual_scalars
-    gated = 2 * kv * model.value_embeds // 2  # value embeddings: in every other layer
-    # While a block is worked at: its hidden layer's gradients beside their inputs.
+    gate = 2 * kv * model.value_embeds // 2  # value embeddings: in every other layer
+    # Temporaries of the current block: its hidden layer's gradients beside their inputs.
     working = 12 * c
     if train.checkpoint_activations:
-        kept = model.n_layer * c + block + 2 * gated + working
+        channels = model.n_layer * c + block + 2 * gate + working
     else:
-        kept = model.n_layer * (block + gated) + working
-    kept += 6 * c  # embedding, smear, backout, the last norm and its gradient
+        channels = model.n_layer * (block + gate) + working
+    channels += 6 * c  # embedding, smear, backout, the last norm and its gradient
     # Matrices are cast to the compute dtype where they are used, and kept for the backward.
     counts = count_parameters(model)
     cast = counts.matrices if size < 4 else 0
@@ -92,7 +92,7 @@ def _activations(model: ModelConfig, train: TrainConfig, size: int) -> int:
         cast //= model.n_layer
     # Gradients of one embedding table, dense, before they are added up.
     table = 4 * model.padded_vocab_size * c
-    return int(FRAGMENTED * size * tokens * kept) + size * cast + table
+    return int(FRAGMENTED * size * tokens * channels) + size * cast + table
 
 
 def _logits(model: ModelConfig, train: TrainConfig, size: int, on_gpu: bool) -> int:
@@ -124,25 +124,25 @@ def check_memory(
     model: ModelConfig, train: TrainConfig, *, world: int, on_gpu: bool, free: int
 ) -> Memory:
     """The estimate, if it fits into ``free`` bytes. DoesNotFitError says what would instead."""
-    needed = estimate(model, train, world=world, on_gpu=on_gpu)
-    if needed.total <= MARGIN * free:
-        return needed
+    peak = estimate(model, train, world=world, on_gpu=on_gpu)
+    if peak.total <= MARGIN * free:
+        return peak
 
     def fits(world: int, **changes: object) -> bool:
-        tried = replace(train, **changes)  # type: ignore[arg-type]
-        return estimate(model, tried, world=world, on_gpu=on_gpu).total <= MARGIN * free
+        variant = replace(train, **changes)  # type: ignore[arg-type]
+        return estimate(model, variant, world=world, on_gpu=on_gpu).total <= MARGIN * free
 
     ways = []
     smaller = (
         n for n in range(train.micro_batch_size - 1, 0, -1) if train.global_batch_size % n == 0
     )
-    found = next((n for n in smaller if fits(world, micro_batch_size=n)), 0)
-    if found:
-        ways.append(f"micro_batch_size={found}")
+    smaller_micro = next((n for n in smaller if fits(world, micro_batch_size=n)), 0)
+    if smaller_micro:
+        ways.append(f"micro_batch_size={smaller_micro}")
     if not train.checkpoint_activations:
         if fits(world, checkpoint_activations=True):
             ways.append("checkpoint_activations")
-        elif not found and fits(world, micro_batch_size=1, checkpoint_activations=True):
+        elif not smaller_micro and fits(world, micro_batch_size=1, checkpoint_activations=True):
             ways.append("checkpoint_activations with micro_batch_size=1")
     if on_gpu:  # on one machine more workers would only divide the same memory
         more = next((n for n in (2, 4, 8, 16, 32, 64) if n > world and fits(n)), 0)
@@ -150,7 +150,7 @@ def check_memory(
             ways.append(f"workers={more}")
     advice = f"what would fit: {' or '.join(ways)}" if ways else "a smaller depth would fit"
     raise DoesNotFitError(
-        f"micro_batch_size={train.micro_batch_size} needs about {needed.total / GIB:.1f} GiB "
+        f"micro_batch_size={train.micro_batch_size} needs about {peak.total / GIB:.1f} GiB "
         f"on each of {world} worker{'s' * (world > 1)}, where {free / GIB:.1f} GiB are free: "
         f"{advice}"
     )

@@ -1,4 +1,4 @@
-"""What a run measures of itself: a list of records, a progress line, a file of JSON lines."""
+"""What a run measures of itself: a list of records, a summary, a file of JSON lines."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from nanochat_ray.train.step import StepResult
 
-KEPT_NORMS = 100
-"""Gradient norms that a checkpoint keeps: what the rule of spikes looks at."""
+NORM_WINDOW = 100
+"""Gradient norms that a checkpoint stores, for gradient-spike clipping."""
 _NUMBERS = {
     "train": (
         *("loss", "grad_norm", "lr_factor", "tokens", "seconds", "data_wait", "tokens_per_s"),
@@ -29,20 +29,20 @@ def _is_number(value: Any) -> bool:
 
 
 def _record(line: str) -> dict[str, Any] | None:
-    """A line of metrics.jsonl, or None for what is none of ours."""
+    """A line of metrics.jsonl, or None if it is not a record."""
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or found.get("kind") not in _NUMBERS:
+    if not isinstance(value, dict) or value.get("kind") not in _NUMBERS:
         return None
-    fields = ("step", *_NUMBERS[found["kind"]])
-    if type(found.get("step")) is not int or not all(_is_number(found.get(f)) for f in fields):
+    fields = ("step", *_NUMBERS[value["kind"]])
+    if type(value.get("step")) is not int or not all(_is_number(value.get(f)) for f in fields):
         return None
-    figures = [found[k] for k in ("bits_per_byte", "val_loss", "mfu") if k in found]
-    texts = [found.get(k) for k in ("prompt", "text")] if found["kind"] == "sample" else []
-    sound = all(map(_is_number, figures)) and all(isinstance(text, str) for text in texts)
-    return found if sound else None
+    figures = [value[k] for k in ("bits_per_byte", "val_loss", "mfu") if k in value]
+    texts = [value.get(k) for k in ("prompt", "text")] if value["kind"] == "sample" else []
+    valid = all(map(_is_number, figures)) and all(isinstance(text, str) for text in texts)
+    return value if valid else None
 
 
 def duration(seconds: float) -> str:
@@ -71,44 +71,44 @@ class Metrics:
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.bytes_per_token = bytes_per_token
         self._first = self._steps = 0
-        self._spent = 0.0
-        self._counted = 0
+        self._timed_seconds = 0.0
+        self._timed_steps = 0
         self._norms: list[float] = []
         self._best: tuple[int, float] | None = None
 
     def resume(self, text: str, trainer: dict[str, Any], *, before: int) -> list[str]:
-        """Takes the log's records up to step ``before``; later ones are of repeated steps.
+        """Loads the log's records up to step ``before``; later ones are of repeated steps.
 
         What steps depend on comes from the checkpoint's ``trainer``. Returns one line if the log
         is damaged: then curves and totals lack what cannot be read.
         """
         lines = text.splitlines()
-        known = [record for line in lines if (record := _record(line)) is not None]
-        self.records = [r for r in known if r["step"] <= before]
+        valid = [record for line in lines if (record := _record(line)) is not None]
+        self.records = [r for r in valid if r["step"] <= before]
         norms, best = trainer.get("grad_norms"), trainer.get("best")
         if isinstance(norms, list):
             self._norms = [float(norm) for norm in norms if _is_number(norm)]
         else:
-            found = (r["grad_norm"] for r in self.records if r["kind"] == "train")
-            self._norms = [norm for norm in found if math.isfinite(norm)][-KEPT_NORMS:]
+            log_norms = (r["grad_norm"] for r in self.records if r["kind"] == "train")
+            self._norms = [norm for norm in log_norms if math.isfinite(norm)][-NORM_WINDOW:]
         if isinstance(best, list) and len(best) == 2 and all(map(_is_number, best)):
             self._best = (int(best[0]), float(best[1]))
-        trained = sum(r["kind"] == "train" for r in self.records)
-        if len(known) == len(lines) and trained >= before:
+        num_steps = sum(r["kind"] == "train" for r in self.records)
+        if len(valid) == len(lines) and num_steps >= before:
             return []
         return [
-            f"metrics.jsonl has {len(lines) - len(known)} damaged lines and {trained} of {before} "
-            "steps: curves and totals lack the rest"
+            f"metrics.jsonl has {len(lines) - len(valid)} damaged lines and {num_steps} of "
+            f"{before} steps: curves and totals lack the rest"
         ]
 
     def state(self) -> dict[str, Any]:
-        """What ``resume`` needs of a checkpoint for equal steps, whatever became of the log."""
+        """What ``resume`` needs of a checkpoint for bitwise identical steps, without the log."""
         best = self.best()
-        return {"grad_norms": self.grad_norms(KEPT_NORMS)[::-1], "best": list(best or ()) or None}
+        return {"grad_norms": self.grad_norms(NORM_WINDOW)[::-1], "best": list(best or ()) or None}
 
     def start_clock(self, first: int, steps: int) -> None:
         self._first, self._steps = first, steps
-        self._spent, self._counted = 0.0, 0
+        self._timed_seconds, self._timed_steps = 0.0, 0
 
     def add(self, **record: Any) -> dict[str, Any]:
         record["time"] = round(time.time(), 3)
@@ -120,16 +120,16 @@ class Metrics:
     ) -> dict[str, Any]:
         # The first step after a start warms caches up and would spoil the rate.
         if step > self._first + 1:
-            self._spent += seconds
-            self._counted += 1
-        mean = self._spent / self._counted if self._counted else seconds
+            self._timed_seconds += seconds
+            self._timed_steps += 1
+        mean = self._timed_seconds / self._timed_steps if self._timed_steps else seconds
         if math.isfinite(result.grad_norm):
-            self._norms = [*self._norms[1 - KEPT_NORMS :], result.grad_norm]
-        known = {}
+            self._norms = [*self._norms[1 - NORM_WINDOW :], result.grad_norm]
+        optional = {}
         if self.bytes_per_token:
-            known["bits_per_byte"] = result.loss / (math.log(2) * self.bytes_per_token)
+            optional["bits_per_byte"] = result.loss / (math.log(2) * self.bytes_per_token)
         if self.peak_flops:
-            known["mfu"] = tokens / seconds * self.flops_per_token / self.peak_flops
+            optional["mfu"] = tokens / seconds * self.flops_per_token / self.peak_flops
         return self.add(
             kind="train",
             step=step,
@@ -137,14 +137,14 @@ class Metrics:
             loss=result.loss,
             grad_norm=result.grad_norm,
             lr_factor=result.lr_factor,
-            skipped=not result.applied,
+            skipped=not result.weights_updated,
             tokens=tokens,
             trained_tokens=result.trained_tokens,
             seconds=seconds,
             data_wait=data_wait,
             tokens_per_s=tokens / seconds,
             eta_s=mean * (self._steps - step),
-            **known,
+            **optional,
         )
 
     def grad_norms(self, last: int) -> list[float]:
@@ -152,10 +152,10 @@ class Metrics:
         return self._norms[::-1][:last]
 
     def best(self) -> tuple[int, float] | None:
-        """Step and figure of the best validation: bits per byte, or loss where that is measured."""
-        found = [(r["step"], s) for r in self.records if (s := val_metric(r)) is not None]
-        found += [self._best] if self._best else []
-        return min(found, key=lambda pair: pair[1]) if found else None
+        """Step and metric of the best validation: bits per byte, or the loss of fine-tuning."""
+        metrics = [(r["step"], m) for r in self.records if (m := val_metric(r)) is not None]
+        metrics += [self._best] if self._best else []
+        return min(metrics, key=lambda pair: pair[1]) if metrics else None
 
     def summary(self) -> dict[str, Any]:
         """Last loss (smoothed over 20 steps), validations first, last and best, mean rate."""

@@ -1,4 +1,4 @@
-"""What a run will take, told before it starts: for people as text, for programs as one object."""
+"""What a run will take, before it starts: as text for people, as one object for programs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def describe(
     tokens = train.steps * size
     flops = flops_per_token(model) * tokens
     on_gpu = hardware.name != "cpu"
-    needed = memory.estimate(model, train, world=workers, on_gpu=on_gpu)
+    peak = memory.estimate(model, train, world=workers, on_gpu=on_gpu)
     rate = workers * hardware.peak(train.precision) * hardware.mfu
     return {
         "depth": model.n_layer,
@@ -66,7 +66,7 @@ def describe(
             "assumed_mfu": hardware.mfu,
             "memory": hardware.memory,
         },
-        "memory": {"total": needed.total, **vars(needed)},
+        "memory": {"total": peak.total, **vars(peak)},
         "measured_tokens_per_s": tokens_per_s,
         "hours": (tokens / tokens_per_s if tokens_per_s else flops / rate) / 3600,
     }
@@ -85,8 +85,8 @@ def fit_micro_batch(
     while most > train.micro_batch_size:
         micro = recipe.largest_micro(train.global_batch_size, workers, most)
         larger = dataclasses.replace(train, micro_batch_size=micro)
-        needed = memory.estimate(model, larger, world=workers, on_gpu=True)
-        if needed.total <= 0.8 * hardware.memory:
+        peak = memory.estimate(model, larger, world=workers, on_gpu=True)
+        if peak.total <= 0.8 * hardware.memory:
             return larger
         most = micro - 1
     return train
@@ -109,7 +109,7 @@ def render(plan: dict[str, Any]) -> str:
     )
     if plan["measured_tokens_per_s"]:
         speed = f"{plan['measured_tokens_per_s']:,.0f} tokens/s of all workers (measured)"
-    shown = ", ".join(f"{millions(counts[key])} {name}" for name, key in kinds.items())
+    groups = ", ".join(f"{millions(counts[key])} {name}" for name, key in kinds.items())
     data, many_passes = plan["data"], ""
     if data["passes"] > recipe.MANY_PASSES:
         many_passes = (
@@ -121,7 +121,7 @@ def render(plan: dict[str, Any]) -> str:
         (
             f"model     {plan['depth']} layers, {plan['width']} wide, {plan['heads']} heads, "
             f"vocabulary {plan['vocabulary']:,}, context {plan['sequence_len']:,}: "
-            f"{millions(counts['total'])} parameters ({shown}, {millions(counts['head'])} head)",
+            f"{millions(counts['total'])} parameters ({groups}, {millions(counts['head'])} head)",
             f"training  {plan['steps']:,} steps of {batch['tokens']:,} tokens, together "
             f"{millions(plan['tokens'])} ({plan['tokens_per_parameter']:.1f} a parameter of "
             f"blocks and head), {plan['flops']:.2e} FLOPs in {plan['precision']}",

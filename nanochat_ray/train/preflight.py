@@ -99,11 +99,11 @@ def check_resume(storage: str, run: str, resume: Resume) -> None:
 
 def check_workers(config: TrainerConfig, workers: int, min_workers: int = 0) -> None:
     """ValueError if the run cannot be shared by that many workers."""
-    allowed = f"from 0 to workers={workers}"
-    require(0 <= min_workers <= workers, "min_workers", min_workers, allowed)
+    rule = f"from 0 to workers={workers}"
+    require(0 <= min_workers <= workers, "min_workers", min_workers, rule)
     size = config.train.global_batch_size
-    allowed = f"at most global_batch_size={size}, or a worker would have no sequences"
-    require(workers <= size, "workers", workers, allowed)
+    rule = f"at most global_batch_size={size}, or a worker would have no sequences"
+    require(workers <= size, "workers", workers, rule)
 
 
 def check_memory(config: TrainerConfig, *, local_world_size: int, device: torch.device) -> None:

@@ -27,9 +27,9 @@ class Ranks:
     """This process among those of the default process group; alone if there is none."""
 
     def __init__(self, device: torch.device | None = None):
-        grouped = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if grouped else 0
-        self.world = dist.get_world_size() if grouped else 1
+        in_group = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if in_group else 0
+        self.world = dist.get_world_size() if in_group else 1
         self.device = device or torch.device("cpu")
         self._group = dist.new_group(timeout=PATIENCE) if self.world > 1 else None
 

@@ -1,7 +1,7 @@
-"""The one dial: from depth to width, heads, context, batch, horizon and learning rates.
+"""The recipe: from depth to width, heads, context, batch, training tokens and learning rates.
 
 Each number has its source beside it. "nanochat" is karpathy/nanochat of July 2026; "measured" is
-``optim/NOTES.md``.
+``optim/BENCHMARKS.md``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ASPECT = 64
 TOKENS_PER_PARAMETER = 12.0
 """Compute-optimal tokens per parameter of blocks and head (nanochat's own scaling runs)."""
 REFERENCE_BATCH = 2**19
-"""Tokens of a batch at which nanochat tuned its rates, at depth 12."""
+"""Tokens of a batch at which nanochat tuned its learning rates, at depth 12."""
 REFERENCE_STEPS = 2_500
 """Steps of that run."""
 REFERENCE_TOKENS = 1.32e9
@@ -50,7 +50,7 @@ def model_config(
         "sequence_len": length,
         # Windows save work only where the context is long (measured: none at 512).
         "window_pattern": "SSSL" if length >= 2048 else "L",
-        # nanochat's tuning at depth 12 kept it; at depth 4 it gives nothing (optim/NOTES.md).
+        # nanochat's tuning at depth 12 kept it; at depth 4 it gives nothing (optim/BENCHMARKS.md).
         "backout": preset == "modern" and depth >= 12,
     }
     return ModelConfig.preset(preset, **{**shape, **fields})
@@ -62,7 +62,7 @@ text, and the gain is gone at about 16 (Muennighoff et al., arXiv 2305.16264).""
 
 
 def training_tokens(config: ModelConfig, tokens_per_param: float = TOKENS_PER_PARAMETER) -> int:
-    """Tokens to train on."""
+    """Training tokens."""
     counts = count_parameters(config)
     return int(tokens_per_param * (counts.matrices + counts.head))
 
@@ -74,12 +74,12 @@ def batch_tokens(tokens: int) -> int:
     of some ten million tokens want fewer, so below the reference the exponent is steeper.
     """
     ratio = tokens / REFERENCE_TOKENS
-    wanted = REFERENCE_BATCH * ratio ** (0.383 if ratio >= 1 else 0.65)
-    return int(min(max(2 ** round(math.log2(wanted)), 2**11), 2**21))
+    exact = REFERENCE_BATCH * ratio ** (0.383 if ratio >= 1 else 0.65)
+    return int(min(max(2 ** round(math.log2(exact)), 2**11), 2**21))
 
 
 def lr_scale(steps: int) -> float:
-    """Factor on all rates for a run of that many steps; see optim/NOTES.md.
+    """Factor on all rates for a run of that many steps; see optim/BENCHMARKS.md.
 
     nanochat scales by the square root of the batch, which starves small batches. What the best
     rate follows, measured, is how many steps it has to get there: 1 at the 2,500 steps for which
@@ -89,11 +89,11 @@ def lr_scale(steps: int) -> float:
 
 
 def optim_config(config: ModelConfig, batch: int, tokens: int) -> OptimConfig:
-    """Rates for a model, a batch and a horizon in tokens.
+    """Learning rates for a model, a batch and training tokens.
 
-    At nanochat's reference they are nanochat's. In shorter runs, measured (optim/NOTES.md): the
-    rates of matrices and embeddings rise, that of the head does not, those of the scalars fall,
-    and momentum and the embeddings' second moment look back over a share of the run.
+    At nanochat's reference they are nanochat's. In shorter runs (measured: optim/BENCHMARKS.md)
+    those of matrices and embeddings rise, that of the head does not, those of the scalars fall,
+    and momentum and the embeddings' second moment average over a share of the run.
     """
     steps = max(1, tokens // batch)
     scale = lr_scale(steps)
@@ -130,19 +130,21 @@ def base_plan(
     precision: Precision = "bf16",
     seed: int = 0,
 ) -> Plan:
-    """A whole run from a model; ``tokens`` and ``batch`` (in tokens) overrule the rules."""
-    wanted = tokens or training_tokens(model, tokens_per_param)
-    # Not rounded to the workers: the same run goes on with another number of them.
-    rows = max(workers, (batch or batch_tokens(wanted)) // model.sequence_len)
-    micro = largest_micro(rows, workers, micro_batch_size or 2**14 // model.sequence_len)
-    size = rows * model.sequence_len
-    steps = max(1, round(wanted / size))
+    """A whole run from a model; ``tokens`` and ``batch`` (in tokens) override the recipe."""
+    budget = tokens or training_tokens(model, tokens_per_param)
+    # Not rounded to the workers: the same run may resume with another number of them.
+    global_batch_size = max(workers, (batch or batch_tokens(budget)) // model.sequence_len)
+    micro = largest_micro(
+        global_batch_size, workers, micro_batch_size or 2**14 // model.sequence_len
+    )
+    size = global_batch_size * model.sequence_len
+    steps = max(1, round(budget / size))
     return Plan(
         model=model,
         train=TrainConfig(
             stage="base",
             steps=steps,
-            global_batch_size=rows,
+            global_batch_size=global_batch_size,
             micro_batch_size=micro,
             seed=seed,
             precision=precision,
@@ -156,7 +158,7 @@ def base_plan(
 
 def sft_config(
     model: ModelConfig,
-    rows: int,
+    num_sequences: int,
     *,
     epochs: float = 1.0,
     batch: int = 0,
@@ -165,15 +167,15 @@ def sft_config(
     precision: Precision = "bf16",
     seed: int = 0,
 ) -> TrainConfig:
-    """Fine-tuning on ``rows``: rates of a base run, halved, and straight down to zero.
+    """Fine-tuning: learning rates of a base run, halved, that fall linearly to zero.
 
     ``batch`` is in tokens; 0 follows the rule.
     """
     length = model.sequence_len
-    size = batch or min(2**14, batch_tokens(rows * length))
+    size = batch or min(2**14, batch_tokens(num_sequences * length))
     global_batch_size = max(workers, size // length)
-    steps = max(1, round(epochs * rows / global_batch_size))
-    optim = optim_config(model, global_batch_size * length, rows * length)
+    steps = max(1, round(epochs * num_sequences / global_batch_size))
+    optim = optim_config(model, global_batch_size * length, num_sequences * length)
     return TrainConfig(
         stage="sft",
         steps=steps,
@@ -195,7 +197,10 @@ def sft_config(
     )
 
 
-def largest_micro(rows: int, workers: int, most: int) -> int:
-    """The largest divisor of a batch of ``rows`` that is at most ``most`` and a worker's share."""
-    most = max(1, min(most, -(-rows // workers)))
-    return next(n for n in range(most, 0, -1) if rows % n == 0)
+def largest_micro(batch_size: int, workers: int, most: int) -> int:
+    """The largest divisor of ``batch_size`` that is at most ``most`` and a worker's share.
+
+    All are numbers of sequences.
+    """
+    most = max(1, min(most, -(-batch_size // workers)))
+    return next(n for n in range(most, 0, -1) if batch_size % n == 0)

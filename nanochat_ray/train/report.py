@@ -57,9 +57,11 @@ def curve(title: str, points: Sequence[tuple[float, float]], *, dots: bool = Fal
         f'<text x="{at(t, low)[0]:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{t:g}</text>'
         for t in _ticks(float(xs.min()), float(xs.max()))
     )
-    places = [at(x, y) for x, y in zip(xs, ys, strict=True)]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="#2f6f62"/>' for x, y in places)
+    points_xy = [at(x, y) for x, y in zip(xs, ys, strict=True)]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points_xy)
+    marks = "".join(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="#2f6f62"/>' for x, y in points_xy
+    )
     return (
         f'<h2>{html.escape(title)}</h2><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{html.escape(title)}">{grid}{labels}<polyline points="{line}" fill="none" '
@@ -81,28 +83,28 @@ def _curves(records: Sequence[dict[str, Any]]) -> list[str]:
     """Validations first, then the training steps; only finite values can be drawn."""
 
     def points(kind: str, key: str) -> list[tuple[float, float]]:
-        chosen = (r for r in records if r["kind"] == kind and key in r)
-        return [(r["step"], r[key]) for r in chosen if math.isfinite(r[key])]
+        matches = (r for r in records if r["kind"] == kind and key in r)
+        return [(r["step"], r[key]) for r in matches if math.isfinite(r[key])]
 
-    drawn = [
+    curves = [
         (f"validation, {key.replace('_', ' ')}", points("eval", key), True)
         for key in ("bits_per_byte", "val_loss")
     ]
-    drawn += [(title, points("train", key), False) for key, title in CURVES]
-    return [curve(title, found, dots=dots) for title, found, dots in drawn if found]
+    curves += [(title, points("train", key), False) for key, title in CURVES]
+    return [curve(title, pairs, dots=dots) for title, pairs, dots in curves if pairs]
 
 
 def _samples(records: Sequence[dict[str, Any]]) -> str:
     """What the model wrote at its last validation."""
     texts = [r for r in records if r["kind"] == "sample"]
-    shown = "".join(
+    cells = "".join(
         f"<tr><td>{html.escape(r['prompt'])}</td><td>{html.escape(r['text'])}</td></tr>"
         for r in texts
         if r["step"] == texts[-1]["step"]
     )
     return (
-        f"<h2>Greedy texts after step {texts[-1]['step']}</h2><table>{shown}</table>"
-        if shown
+        f"<h2>Greedy texts after step {texts[-1]['step']}</h2><table>{cells}</table>"
+        if cells
         else ""
     )
 
@@ -124,7 +126,7 @@ def render(
     hardware: dict[str, Any],
 ) -> str:
     """HTML of a run from its metrics' records; ``about`` and ``hardware`` are shown as they are."""
-    shown = {
+    summary_table = {
         "tokens": f"{summary.get('tokens', 0):,}",
         "time in steps": duration(summary.get("train_seconds", 0.0)),
         "tokens per second": f"{summary.get('tokens_per_s', 0.0):,.0f}",
@@ -139,7 +141,7 @@ def render(
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width"><title>{html.escape(name)}</title><style>{_STYLE}</style>'
-        f"<h1>Run {html.escape(name)}</h1>{_table(shown)}{''.join(_curves(records))}"
+        f"<h1>Run {html.escape(name)}</h1>{_table(summary_table)}{''.join(_curves(records))}"
         f"{_samples(records)}<h2>Hardware</h2>{_table(hardware)}"
         f"<h2>Configuration</h2><pre>{html.escape(json.dumps(about, indent=1))}</pre></html>\n"
     )

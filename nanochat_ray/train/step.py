@@ -45,13 +45,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """``loss``: mean nats per trained token of the global batch. ``applied``: weights moved."""
+    """``loss``: mean nats per trained token of the global batch.
+
+    ``weights_updated`` is false if the gradient was not finite.
+    """
 
     loss: float
     grad_norm: float
     trained_tokens: int
     lr_factor: float
-    applied: bool
+    weights_updated: bool
     votes: RankVotes
 
 
@@ -85,7 +88,7 @@ def train_step(
 
     The loss is the mean over all trained tokens of the global batch, so it does not depend on how
     the sequences are split into micro-batches or over workers. If the gradient is not finite, the
-    weights stay as they are and ``applied`` is false. ``clip`` bounds the gradient norm in
+    weights stay as they are and ``weights_updated`` is false. ``clip`` bounds the gradient norm in
     addition to ``config.optim.grad_clip`` (0: it does not).
     """
     device = optimizer.flats[0].weights.device
@@ -129,6 +132,6 @@ def train_step(
         grad_norm=float(norm),
         trained_tokens=int(trained_tokens),
         lr_factor=factor,
-        applied=bool(torch.isfinite(norm)),
+        weights_updated=bool(torch.isfinite(norm)),
         votes=RankVotes(*(count > 0 for count in vote_counts)),
     )

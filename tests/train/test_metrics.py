@@ -17,7 +17,7 @@ def result(loss: float = 2.0, grad_norm: float = 1.0, **fields: Any) -> StepResu
     values = {
         "trained_tokens": 30,
         "lr_factor": 0.5,
-        "applied": True,
+        "weights_updated": True,
         "votes": RankVotes(),
     } | fields
     return StepResult(loss=loss, grad_norm=grad_norm, **values)
@@ -46,7 +46,7 @@ def test_figures_of_a_step() -> None:
 
 
 def test_figures_that_are_unknown_are_left_out() -> None:
-    record = metrics().step(1, result(applied=False), seconds=1, data_wait=0, tokens=9)
+    record = metrics().step(1, result(weights_updated=False), seconds=1, data_wait=0, tokens=9)
     assert not {"mfu", "bits_per_byte"} & set(record)
     assert record["skipped"]
 

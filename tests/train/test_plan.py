@@ -9,7 +9,7 @@ import pytest
 
 from nanochat_ray.model.config import count_parameters
 from nanochat_ray.train import memory, plan, recipe
-from nanochat_ray.train.hardware import HARDWARE, named
+from nanochat_ray.train.hardware import HARDWARE, by_name
 
 VOCABULARY = 32_768
 # Width 64 a layer; blocks 12·n·w², head and embedding 32,768·w, a table as large again for every
@@ -34,7 +34,7 @@ def test_the_plan_of_a_depth_is_the_tables(depth: int) -> None:
     width, heads, blocks, total, tokens, batches, steps = TABLE[depth]
     model = recipe.model_config(depth, VOCABULARY)
     train = recipe.base_plan(model, workers=8).train
-    found = plan.describe(model, train, workers=8, hardware=named("h100"))
+    found = plan.describe(model, train, workers=8, hardware=by_name("h100"))
     assert (found["width"], found["heads"]) == (width, heads)
     assert found["parameters"]["matrices"] / 1e6 == pytest.approx(blocks, rel=0.01)
     assert found["parameters"]["total"] / 1e6 == pytest.approx(total, rel=0.01)
@@ -68,7 +68,7 @@ def test_published_speedruns_take_the_hours_that_a_plan_says() -> None:
     # nanochat, October 2025: depth 20, 11.2 G tokens, about 3 hours on 8 H100; 4e19 FLOPs.
     model = recipe.model_config(20, 2**16, preset="classic", window_pattern="L")
     train = recipe.base_plan(model, tokens=11_200_000_000, batch=2**19, workers=8).train
-    found = plan.describe(model, train, workers=8, hardware=named("h100"))
+    found = plan.describe(model, train, workers=8, hardware=by_name("h100"))
     assert found["flops"] == pytest.approx(4e19, rel=0.1)
     assert 2.5 < found["hours"] < 4.5
 
@@ -78,7 +78,7 @@ def test_rates_fall_with_the_depth_and_time_with_the_workers() -> None:
     for depth in TABLE:
         model = recipe.model_config(depth, VOCABULARY)
         train = recipe.base_plan(model, workers=8).train
-        found.append(plan.describe(model, train, workers=8, hardware=named("h200")))
+        found.append(plan.describe(model, train, workers=8, hardware=by_name("h200")))
     hours = [f["hours"] for f in found]
     assert hours == sorted(hours)
     sizes = [f["memory"]["total"] for f in found]
@@ -108,15 +108,15 @@ def test_a_gpu_gets_as_many_rows_at_a_time_as_it_has_memory_for() -> None:
 
 
 def test_hardware_that_is_not_known_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"hardware='h999' is not known: one of .*h100"):
-        named("h999")
+    with pytest.raises(ValueError, match=r"hardware='h999' is not allowed: one of .*h100"):
+        by_name("h999")
 
 
 @pytest.mark.parametrize(("rows", "many"), [(0, False), (10**7, False), (2, True)])
 def test_the_plan_tells_passes_over_the_data(rows: int, many: bool) -> None:
     model = recipe.model_config(4, VOCABULARY)
     train = recipe.base_plan(model, workers=1).train
-    described = plan.describe(model, train, workers=1, hardware=named("cpu"), rows=rows)
+    described = plan.describe(model, train, workers=1, hardware=by_name("cpu"), rows=rows)
     trained = train.steps * train.global_batch_size
     assert described["data"]["passes"] == (trained / rows if rows else 0)
     text = plan.render(described)

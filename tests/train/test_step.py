@@ -73,7 +73,7 @@ def test_step_is_that_of_the_mean_loss(seed: int, masked: bool, micro_batch_size
     count = 4 * 16 if batch.mask is None else int(batch.mask[:, 1:].sum())
     assert result.loss == pytest.approx(loss.item(), rel=1e-5)
     assert result.grad_norm == pytest.approx(norm, rel=1e-4)
-    assert (result.trained_tokens, result.applied) == (count, True)
+    assert (result.trained_tokens, result.weights_updated) == (count, True)
     moments = optimizer.state_dict()
     torch.testing.assert_close(moments[f"{HEAD}/momentum"], 0.2 * grads[HEAD], rtol=1e-4, atol=1e-8)
     # Muon's momentum is 0.85 at the first step.

@@ -12,9 +12,9 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import train_job
 from nanochat_ray.cli.train import Args
 from nanochat_ray.storage import Store
-from nanochat_ray.train import speed
+from nanochat_ray.train import throughput
 from nanochat_ray.train.config import TrainerConfig
-from nanochat_ray.train.speed import Probe, RunPlan, Speed, plan_length
+from nanochat_ray.train.throughput import Probe, RunPlan, Throughput, plan_length
 from tests.tiny import tiny_config, write_dataset
 from tests.train.run_trainer import run_trainer
 
@@ -27,9 +27,9 @@ class Machine:
     def __init__(self, tokens_per_s: float):
         self.tokens_per_s, self.measured = tokens_per_s, 0
 
-    def __call__(self, probe: Probe) -> Speed:
+    def __call__(self, probe: Probe) -> Throughput:
         self.measured += 1
-        return Speed(precision="fp32", tokens_per_s=self.tokens_per_s)
+        return Throughput(precision="fp32", tokens_per_s=self.tokens_per_s)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def run(root: Store) -> Store:
 
 
 def test_real_steps_are_measured() -> None:
-    found = speed.measure(Probe(model=MODEL, minutes=0.01), seconds=0.05)
+    found = throughput.measure(Probe(model=MODEL, minutes=0.01), seconds=0.05)
     assert found.precision in ("bf16", "fp32")
     assert found.tokens_per_s > 0
     assert found.tokens_in(2.0) == pytest.approx(2 * found.tokens_in(1.0), abs=1)
@@ -48,10 +48,14 @@ def test_real_steps_are_measured() -> None:
 def test_the_faster_precision_is_taken(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Other work comes between all steps but one.
     monkeypatch.setattr(
-        speed, "_step_seconds", lambda model, train, *_: [9.0, 2 - (train.precision != slow), 9.0]
+        throughput,
+        "_step_seconds",
+        lambda model, train, *_: [9.0, 2 - (train.precision != slow), 9.0],
     )
-    assert speed.measure(Probe(model=MODEL)).precision == {"bf16": "fp32", "fp32": "bf16"}[slow]
-    assert speed.measure(Probe(model=MODEL, precision="bf16")).precision == "bf16"
+    assert (
+        throughput.measure(Probe(model=MODEL)).precision == {"bf16": "fp32", "fp32": "bf16"}[slow]
+    )
+    assert throughput.measure(Probe(model=MODEL, precision="bf16")).precision == "bf16"
 
 
 def test_the_batch_follows_from_its_own_speed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,13 +66,13 @@ def test_the_batch_follows_from_its_own_speed(monkeypatch: pytest.MonkeyPatch) -
         # Every step has a second's work for the optimizer, and little for each row.
         return [1 + train.global_batch_size / 1000] * 2
 
-    monkeypatch.setattr(speed, "_step_seconds", steps)
+    monkeypatch.setattr(throughput, "_step_seconds", steps)
     model = tiny_config(n_layer=4, n_embd=256, sequence_len=512)
-    found = speed.measure(Probe(model=model, precision="fp32", minutes=60.0))
+    found = throughput.measure(Probe(model=model, precision="fp32", minutes=60.0))
     assert batches[0] == 1
     assert batches == sorted(batches)
     assert len(set(batches)) > 2
-    assert len(batches) <= 1 + speed.ROUNDS
+    assert len(batches) <= 1 + throughput.ROUNDS
     assert found.tokens_per_s == pytest.approx(512 * batches[-1] / (1 + batches[-1] / 1000))
 
 
@@ -78,7 +82,7 @@ def test_half_the_speed_is_half_the_tokens(root: Store) -> None:
         plan_length(root.child("runs", str(rate)), probe, 10**9, 2, Machine(rate))
         for rate in (1000.0, 2000.0)
     )
-    assert two.tokens == 2 * one.tokens == int(5 * 60 * 2000 * speed.SHARE_OF_STEPS)
+    assert two.tokens == 2 * one.tokens == int(5 * 60 * 2000 * throughput.SHARE_OF_STEPS)
     assert plan_length(root.child("runs", "few"), probe, 99, 2, Machine(1e9)).tokens == 99
 
 
@@ -108,10 +112,10 @@ def test_a_begun_run_keeps_its_plan(root: Store, monkeypatch: pytest.MonkeyPatch
     write_dataset(root, "base")
     rate = 16.0
     monkeypatch.setattr(
-        speed, "measure", lambda probe, **_: Speed(precision="fp32", tokens_per_s=rate)
+        throughput, "measure", lambda probe, **_: Throughput(precision="fp32", tokens_per_s=rate)
     )
     began = train(root, cpu_minutes=1.0, workers=2)
-    assert began.train.steps == round(60 * 16 * speed.SHARE_OF_STEPS / 128)
+    assert began.train.steps == round(60 * 16 * throughput.SHARE_OF_STEPS / 128)
     assert began.train.precision == "fp32"
     run_trainer(began, should_stop=iter([False, True]).__next__)
     run = root.child("runs", "base")
@@ -136,7 +140,9 @@ def test_fine_tuning_is_bounded_and_takes_its_parents_precision(
     for stage in ("base", "sft"):
         write_dataset(root, stage, stage, length=32)
     monkeypatch.setattr(
-        speed, "measure", lambda probe, **_: Speed(precision=probe.precision, tokens_per_s=16.0)
+        throughput,
+        "measure",
+        lambda probe, **_: Throughput(precision=probe.precision, tokens_per_s=16.0),
     )
     run_trainer(train(root, tokens=256, precision="fp32"))
     flags = {"stage": "sft", "depth": None}
@@ -144,7 +150,7 @@ def test_fine_tuning_is_bounded_and_takes_its_parents_precision(
     assert whole.train.precision == "fp32"
     assert whole.train.steps == round(50 / 4)
     short = train(root, cpu_minutes=0.5, **flags)
-    assert short.train.steps == int(30 * 16 * speed.SHARE_OF_STEPS) // 128
+    assert short.train.steps == int(30 * 16 * throughput.SHARE_OF_STEPS) // 128
     assert short.train.precision == "fp32"
     assert train(root, cpu_minutes=50.0, **flags).train == whole.train
 
@@ -154,17 +160,17 @@ def test_the_plan_says_what_was_measured(
 ) -> None:
     write_dataset(root, "base")
     monkeypatch.setattr(
-        speed, "measure", lambda probe, **_: Speed(precision="fp32", tokens_per_s=16.0)
+        throughput, "measure", lambda probe, **_: Throughput(precision="fp32", tokens_per_s=16.0)
     )
     args = Args(storage=root.uri, ray=False, depth=1, batch_tokens=128, cpu_minutes=1.0, workers=1)
     described = train_job.print_plan(train_job.build(args), args)
     assert described["measured_tokens_per_s"] == 16.0
-    assert described["hours"] * 60 == pytest.approx(speed.SHARE_OF_STEPS, rel=0.15)
+    assert described["hours"] * 60 == pytest.approx(throughput.SHARE_OF_STEPS, rel=0.15)
     assert "at 16 tokens/s of all workers (measured)" in capsys.readouterr().out
 
 
 def test_notes_are_plain_json(run: Store) -> None:
     plan = RunPlan(precision="bf16", tokens=5, batch_tokens=1, cpu_minutes=2.5)
-    speed.store_plan(run, MODEL, plan)
+    throughput.store_plan(run, MODEL, plan)
     assert json.loads(run.read_text("plan.json"))["plan"]["cpu_minutes"] == 2.5
-    assert speed.stored_plan(run, MODEL) == plan
+    assert throughput.stored_plan(run, MODEL) == plan

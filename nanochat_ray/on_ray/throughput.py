@@ -1,4 +1,4 @@
-"""The speed of training, measured where Ray will train: as many workers, at the same time."""
+"""Training throughput, measured where Ray will train: as many workers, at the same time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import ray
 import torch
 
 from nanochat_ray.config import to_json
-from nanochat_ray.train import speed
-from nanochat_ray.train.speed import Probe, Speed
+from nanochat_ray.train import throughput
+from nanochat_ray.train.throughput import Probe, Throughput
 
 
 class _Worker:
@@ -36,13 +36,13 @@ class _Worker:
             timeout=timedelta(seconds=120),
         )
         try:
-            return dataclasses.asdict(speed.measure(probe, sharing=hosts.count(hosts[rank])))
+            return dataclasses.asdict(throughput.measure(probe, sharing=hosts.count(hosts[rank])))
         except ValueError as error:  # Ray would wrap it in its trace
-            return {"refused": str(error)}
+            return {"error": str(error)}
 
 
-def measure(probe: Probe, *, workers: int, cpus_per_worker: float = 1.0) -> Speed:
-    """``train.speed.measure`` in a group of ``workers`` on the cluster. Raises ValueError."""
+def measure(probe: Probe, *, workers: int, cpus_per_worker: float = 1.0) -> Throughput:
+    """``train.throughput.measure`` in a group of ``workers`` on the cluster. Raises ValueError."""
     actor = ray.remote(num_cpus=cpus_per_worker)(_Worker)
     group: list[Any] = [actor.remote() for _ in range(workers)]
     try:
@@ -57,4 +57,4 @@ def measure(probe: Probe, *, workers: int, cpus_per_worker: float = 1.0) -> Spee
     for each in speeds:
         if "refused" in each:
             raise ValueError(each["refused"])
-    return Speed(**speeds[0])
+    return Throughput(**speeds[0])
