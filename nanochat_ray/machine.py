@@ -1,4 +1,4 @@
-"""What a process may take of a GPU, or of this machine or container: memory and cores."""
+"""Memory and cores that a process may use: of a GPU, or of this machine or container."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import psutil
 import torch
 
 CGROUP = Path("/sys/fs/cgroup")
-LARGE_PAGE = 2 << 20
+HUGE_PAGE = 2 << 20
 MOST_THREADS = 8
-"""A guess: nothing was measured beyond 2. Small operations do not divide without end."""
+"""An estimate, measured on 2 cores only: small operations do not scale to many threads."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def free_memory(device: torch.device, sharing: int = 1) -> int:
-    """Bytes that a process may take of its GPU, or its part of this machine or container.
+    """Bytes that a process may use of its GPU, or its share of this machine or container.
 
-    ``sharing`` is how many processes share this machine's memory.
+    ``sharing``: the number of processes that share this machine's memory.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -34,43 +34,44 @@ def free_memory(device: torch.device, sharing: int = 1) -> int:
     return min(free, _container_memory(CGROUP, free)) // max(1, sharing)
 
 
-def _container_memory(folder: Path, unlimited: int) -> int:
-    """What the limit of a container (cgroup v2) leaves; ``unlimited`` where there is none."""
+def _container_memory(folder: Path, default: int) -> int:
+    """Bytes left below a container's limit (cgroup v2); ``default`` if there is no limit."""
     try:
         limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
+        usage = int((folder / "memory.current").read_text())
         stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
-        return unlimited
-    # Cached files count as used, but make room for whoever asks.
-    return unlimited if limit == "max" else int(limit) - used + int(stats.get("inactive_file", 0))
+        return default
+    # Cached files count as used, but are evicted on demand.
+    return default if limit == "max" else int(limit) - usage + int(stats.get("inactive_file", 0))
 
 
 def zeros(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, now: bool = True
 ) -> torch.Tensor:
-    """``torch.zeros``, on a CPU in pages of 2 MiB where the system has them.
+    """``torch.zeros``, on a CPU in huge pages of 2 MiB if the system has them.
 
-    ``now``: all pages are taken now, and not one by one while others wait.
+    ``now``: all pages are allocated now, not one by one at their first use.
 
-    Looking up pages of 4 KiB takes as long as reading them: a sum over 64 MiB was made in half the
-    time, an engine's products in 0.8 to 0.9 of it (engine/BENCHMARKS.md).
+    Address translation of 4 KiB pages takes as long as reading them. With huge pages a sum over
+    64 MiB took half the time, an engine's matmuls 0.8 to 0.9 of it (engine/BENCHMARKS.md).
     """
     size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < LARGE_PAGE:
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < HUGE_PAGE:
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system may have none
+    with contextlib.suppress(OSError):  # a system may have no huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    made = torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
-    return made.zero_() if now else made
+    tensor = torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
+    return tensor.zero_() if now else tensor
 
 
 def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The same values on ``device``, without waiting for what a GPU is at: its order is kept."""
+    """The same values on ``device``, without waiting for earlier work on a GPU; later work on the
+    current stream sees them."""
     if device.type != "cuda":
         return values.to(device)
-    # From ordinary memory CUDA would wait. Torch keeps pinned memory until it has been read.
+    # From pageable memory CUDA would wait. Torch keeps pinned memory until it has been read.
     return values.pin_memory().to(device, non_blocking=True)
 
 

@@ -55,7 +55,7 @@ def test_loading_leaves_no_threads() -> None:
         machine.run_in_temporary_thread(lambda: 1 // 0)
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (7, 1024, 513)])  # less than a large page, and more
+@pytest.mark.parametrize("shape", [(3, 5), (7, 1024, 513)])  # smaller than a huge page, and larger
 def test_zeros_are_those_of_torch(shape: tuple[int, ...]) -> None:
     made = machine.zeros(shape, torch.bfloat16, torch.device("cpu"))
     assert made.is_contiguous()

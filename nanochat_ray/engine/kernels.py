@@ -163,8 +163,10 @@ def _library(
                         continue
                     library = _load(output.read_bytes(), cache, key)
                 if reasons:
-                    used = " ".join(target) or "no option for this processor"
-                    logger.warning("kernels compiled with %s, since: %s", used, "; ".join(reasons))
+                    options_text = " ".join(target) or "no option for this processor"
+                    logger.warning(
+                        "kernels compiled with %s, since: %s", options_text, "; ".join(reasons)
+                    )
                 return library
     except (OSError, TimeoutError, RuntimeError) as error:
         reasons.append(str(error))

@@ -113,11 +113,11 @@ class InferenceModel:
             length,
             config.head_dim,
             config.rope_base,
-            trained=config.sequence_len,
+            train_length=config.sequence_len,
             factor=config.rope_factor,
         )
         self._cos, self._sin = (table.to(self.device, dtype) for table in tables)
-        # The scale on q and on k acts through their product alone.
+        # The scales on q and on k only act through the product q·k.
         self._q_scale = config.qk_scale**2 * yarn_sharpening(config.rope_factor)
         self._layers = [self._layer(i) for i in range(config.n_layer)]
         self._copy(weights)
@@ -126,15 +126,15 @@ class InferenceModel:
 
     def _layer(self, i: int) -> _Layer:
         config, at = self.config, f"transformer.h.{i}."
-        gated = config.value_embeds and has_value_embedding(i, config.n_layer)
+        has_values = config.value_embeds and has_value_embedding(i, config.n_layer)
         return _Layer(
             qkv=self._linears[at + "attn.c_qkv"],
             attention_output=self._linears[at + "attn.c_proj"],
             mlp_input=self._linears[at + "mlp.c_fc"],
             mlp_output=self._linears[at + "mlp.c_proj"],
-            value_gate=self._linears[at + "attn.ve_gate"] if gated else None,
+            value_gate=self._linears[at + "attn.ve_gate"] if has_values else None,
             head_gate=self._linears[at + "attn.head_gate"] if config.attention_gate else None,
-            value_embedding=self._tensors[f"value_embeds.{i}.weight"] if gated else None,
+            value_embedding=self._tensors[f"value_embeds.{i}.weight"] if has_values else None,
             window=windows(config)[i],
         )
 
@@ -183,18 +183,18 @@ class InferenceModel:
         if config.smear:
             x = self._smear(x, ids_N, previous_N)
         x0, middle = x, None
-        mirrored: list[Tensor] = []
+        skip_outputs: list[Tensor] = []
         pairs = config.n_layer // 2 if config.skips else 0
         for i, layer in enumerate(self._layers):
             if config.residual_scalars:
                 scale, scale_0 = self._tensors["resid_lambdas"][i], self._tensors["x0_lambdas"][i]
                 x = scale * x + scale_0 * x0
             if pairs and i >= config.n_layer - pairs:
-                x = x + self._skip(config.n_layer - 1 - i, x0) * mirrored.pop()
+                x = x + self._skip(config.n_layer - 1 - i, x0) * skip_outputs.pop()
             x = x + self._attention(i, layer, self._norm(x), ids_N, (cos, sin), cache)
             x = x + self._mlp(layer, self._norm(x))
             if i < pairs:
-                mirrored.append(x)
+                skip_outputs.append(x)
             if config.backout and i == config.n_layer // 2:
                 middle = x
         if middle is not None:

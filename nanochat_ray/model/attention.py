@@ -54,12 +54,12 @@ class SelfAttention:
         multiplies the attention scores.
         """
         B, T, H, _ = q.shape
-        grouped = k.size(2) != H
+        is_grouped = k.size(2) != H
         q_BHTD, k_BHTD, v_BHTD = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         window = T if window < 0 else min(window, T)
         if self.documents is None and window >= T - 1:
             y = F.scaled_dot_product_attention(
-                q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=scale, enable_gqa=grouped
+                q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=scale, enable_gqa=is_grouped
             )
             return y.transpose(1, 2)
         on_gpu = q.device.type == "cuda"
@@ -72,11 +72,11 @@ class SelfAttention:
         mask = self._masks[window]
         if on_gpu:
             y = _compiled_flex()(
-                q_BHTD, k_BHTD, v_BHTD, block_mask=mask, scale=scale, enable_gqa=grouped
+                q_BHTD, k_BHTD, v_BHTD, block_mask=mask, scale=scale, enable_gqa=is_grouped
             )
         else:
             y = F.scaled_dot_product_attention(
-                q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, scale=scale, enable_gqa=grouped
+                q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, scale=scale, enable_gqa=is_grouped
             )
         return y.transpose(1, 2)
 

@@ -66,9 +66,9 @@ class ModelConfig:
 
     @classmethod
     def classic(cls, **fields: Any) -> Self:
-        off = dict.fromkeys(("value_embeds", "residual_scalars", "smear", "backout"), False)
+        without = dict.fromkeys(("value_embeds", "residual_scalars", "smear", "backout"), False)
         rest = {"qk_scale": 1.0, "rope_base": 10_000.0, "norm_eps": 1e-6, "pad_vocab_to": 1}
-        return cls(**{**off, **rest, **fields})
+        return cls(**{**without, **rest, **fields})
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> Self:

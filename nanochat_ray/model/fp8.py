@@ -2,8 +2,8 @@
 
 Activations and weights are rounded to e4m3 (4 exponent bits), gradients to e5m2, whose range is
 wider (Micikevicius et al., arXiv 2209.05433). Each tensor has one scale, from its largest element
-at the moment of use, so there is no history to keep or to save. Sums are bfloat16 at the end and
-float32 within. On a CPU the same function runs, slowly: numerics can be tested without a GPU.
+at the time of use, so there is no history to checkpoint. Sums are accumulated in float32 and
+rounded to bfloat16. On a CPU the same function runs slowly, so the numerics are tested there.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ MULTIPLE = 16
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``x`` rounded to ``dtype`` and the float32 0-d factor that gives its size back."""
+    """``x`` rounded to ``dtype``, and its scale (float32, 0-d): ``x`` ≈ the first × the second."""
     largest = torch.finfo(dtype).max
     scale = x.detach().abs().amax().float().clamp_min(1e-12) / largest
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 
-def _product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a [m, k] @ b [n, k]ᵀ``: both with the summed axis last, as the tensor cores read them."""
+def _matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a [m, k] @ b [n, k]ᵀ``: the summed axis is last in both, as tensor cores need it."""
     return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype)
 
 
@@ -37,21 +37,19 @@ class _Fp8Linear(torch.autograd.Function):
         w8, w_scale = quantize(weight, FORWARD)
         ctx.save_for_backward(x8, x_scale, w8, w_scale)
         ctx.weight_dtype = weight.dtype
-        return _product(x8, w8, x_scale, w_scale, x.dtype)
+        return _matmul(x8, w8, x_scale, w_scale, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x8, x_scale, w8, w_scale = ctx.saved_tensors
         g8, g_scale = quantize(grads[0], BACKWARD)
-        # The summed axis must be the last of both: each needs the other's transpose in memory.
-        grad_x = _product(g8, w8.t().contiguous(), g_scale, w_scale, grads[0].dtype)
-        grad_w = _product(
-            g8.t().contiguous(), x8.t().contiguous(), g_scale, x_scale, torch.bfloat16
-        )
+        # The summed axis must be the last in memory, so operands are transposed and copied.
+        grad_x = _matmul(g8, w8.t().contiguous(), g_scale, w_scale, grads[0].dtype)
+        grad_w = _matmul(g8.t().contiguous(), x8.t().contiguous(), g_scale, x_scale, torch.bfloat16)
         return grad_x, grad_w.to(ctx.weight_dtype)
 
 
 def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x [..., k] @ weight [n, k]ᵀ`` by fp8 products, in the dtype of ``x`` (bfloat16)."""
+    """``x [..., k] @ weight [n, k]ᵀ`` by fp8 matmuls, in the dtype of ``x`` (bfloat16)."""
     flat: Tensor = _Fp8Linear.apply(x.reshape(-1, x.size(-1)), weight)
     return flat.view(*x.shape[:-1], -1)

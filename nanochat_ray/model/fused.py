@@ -1,8 +1,8 @@
 """RMSNorm and ReLU² with hand-written gradients.
 
 Eager torch makes about ten passes over memory for an RMSNorm and its gradient and six for a ReLU²;
-these make five and four. On a CPU, where a small model waits for memory more than for its
-matrix products, that is worth a tenth of the training step (optim/NOTES.md).
+these make five and four. On a CPU, where a small model is bound by memory more than by its matmuls,
+that saves a tenth of the training step (optim/NOTES.md).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _RMSNorm(torch.autograd.Function):
         return torch.addcmul(grads[0], y, share).mul_(scale), None
 
 
-class _ReluSquared(torch.autograd.Function):
+class _SquaredReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         positive = x.relu()
@@ -50,7 +50,7 @@ def rms_norm(x: Tensor, eps: float | None) -> Tensor:
     ``eps`` None is the machine epsilon of the dtype of ``x``.
     """
     if not torch.is_grad_enabled():
-        # Less to call for the few rows of a decode step.
+        # Fewer kernel launches for the few rows of a decode step.
         return F.rms_norm(x, (x.size(-1),), eps=eps)
     return _RMSNorm.apply(x, torch.finfo(x.dtype).eps if eps is None else eps)
 
@@ -59,4 +59,4 @@ def relu_squared(x: Tensor) -> Tensor:
     """max(x, 0)² (So et al., arXiv 2109.08668)."""
     if not torch.is_grad_enabled():
         return x.relu().square_()
-    return _ReluSquared.apply(x)
+    return _SquaredReLU.apply(x)

@@ -37,12 +37,12 @@ class Attention(nn.Module):
         self.c_v = Linear(C, config.n_kv_head * D)
         self.c_proj = Linear(C, C)
         self.gate_channels = min(GATE_CHANNELS, C)
-        gated = config.value_embeds and has_value_embedding(layer, config.n_layer)
-        self.ve_gate = Linear(self.gate_channels, config.n_kv_head) if gated else None
+        has_values = config.value_embeds and has_value_embedding(layer, config.n_layer)
+        self.ve_gate = Linear(self.gate_channels, config.n_kv_head) if has_values else None
         self.head_gate = (
             Linear(self.gate_channels, config.n_head) if config.attention_gate else None
         )
-        # The scale on q and on k acts through their product alone.
+        # The scales on q and on k only act through the product q·k.
         self.scale = config.qk_scale**2 * yarn_sharpening(config.rope_factor) / D**0.5
 
     def forward(
@@ -206,7 +206,11 @@ class GPT(nn.Module):
             length = max(T, c.context_len)
             with torch.inference_mode(False):  # or they could not be used in training
                 cos, sin = rotary_tables(
-                    length, c.head_dim, c.rope_base, trained=c.sequence_len, factor=c.rope_factor
+                    length,
+                    c.head_dim,
+                    c.rope_base,
+                    train_length=c.sequence_len,
+                    factor=c.rope_factor,
                 )
             angles = self._angles = (cos.to(device), sin.to(device))
         cos, sin = (table.to(self.compute_dtype) for table in angles)
@@ -264,18 +268,18 @@ class GPT(nn.Module):
             x = self._smear(x, ids)
         x = self._drop(x)
         x0, middle = x, None
-        mirrored: list[Tensor] = []
+        skip_outputs: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             skip = None
             if config.skips and i >= config.n_layer - len(self.skip_gates):
-                skip = mirrored.pop()
+                skip = skip_outputs.pop()
             args = (i, block, x, x0, skip, ids, angles, attend)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(self._block, *args, use_reentrant=False)
             else:
                 x = self._block(*args)
             if config.skips and i < len(self.skip_gates):
-                mirrored.append(x)
+                skip_outputs.append(x)
             if config.backout and i == config.n_layer // 2:
                 middle = x
         if middle is not None:

@@ -57,12 +57,12 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        fused = use_triton(hidden.device)
+        uses_triton = use_triton(hidden.device)
         rows = max(16, CHUNK // vocab) if hidden.device.type == "cpu" else 1 << 13
         for at in range(0, hidden.size(0), rows):
             h, t = hidden[at : at + rows], targets[at : at + rows]
             logits = F.linear(h, w)
-            if fused:
+            if uses_triton:
                 from nanochat_ray.model.triton_loss import softcap_loss_
 
                 loss, grad = softcap_loss_(logits, t, cap=cap, grad=needs_grad), logits

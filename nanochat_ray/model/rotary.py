@@ -8,38 +8,39 @@ import torch
 from torch import Tensor
 
 YARN_SLOW, YARN_FAST = 1.0, 32.0
-"""Turns over the trained context: channels below the first are interpolated, above the second
-left alone (the paper's alpha and beta)."""
+"""Rotations over the training context: channels below the first are interpolated, above the second
+unchanged (the paper's alpha and beta)."""
 
 
-def yarn_frequencies(frequencies: Tensor, trained: int, factor: float) -> Tensor:
-    """``frequencies [D / 2]`` in radians a position, for ``factor`` times the trained context.
+def yarn_frequencies(frequencies: Tensor, train_length: int, factor: float) -> Tensor:
+    """``frequencies [D / 2]`` in radians per position, for ``factor`` times the training context of
+    ``train_length`` positions.
 
-    NTK-by-parts of YaRN (Peng et al., arXiv 2309.00071, section 3.2): a channel that turns less
-    than once in training would meet unseen angles and is slowed by ``factor``; one that turns
-    often tells near tokens apart and stays; between them a linear ramp.
+    NTK-by-parts of YaRN (Peng et al., arXiv 2309.00071, section 3.2): a channel that rotates less
+    than once in training would meet new angles and is slowed down by ``factor``; one that rotates
+    often tells near tokens apart and is unchanged; in between the share is a linear ramp.
     """
-    turns = trained * frequencies / (2 * math.pi)
-    keep = ((turns - YARN_SLOW) / (YARN_FAST - YARN_SLOW)).clamp(0.0, 1.0)
-    return frequencies * (keep + (1 - keep) / factor)
+    rotations = train_length * frequencies / (2 * math.pi)
+    unchanged_share = ((rotations - YARN_SLOW) / (YARN_FAST - YARN_SLOW)).clamp(0.0, 1.0)
+    return frequencies * (unchanged_share + (1 - unchanged_share) / factor)
 
 
 def yarn_sharpening(factor: float) -> float:
-    """What the scores are multiplied by, since more tokens share the attention (section 3.3)."""
+    """The factor on attention scores, since more tokens share the attention (section 3.3)."""
     return (0.1 * math.log(factor) + 1.0) ** 2
 
 
 def rotary_tables(
-    length: int, head_dim: int, base: float, *, trained: int = 0, factor: float = 1.0
+    length: int, head_dim: int, base: float, *, train_length: int = 0, factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 ``[length, head_dim / 2]``; row p is position p.
 
-    ``factor`` above 1 stretches the ``trained`` positions by YaRN.
+    ``factor`` above 1 extends the ``train_length`` positions of training by YaRN.
     """
     channel = torch.arange(0, head_dim, 2, dtype=torch.float32)
     frequencies = base ** (-channel / head_dim)
     if factor > 1:
-        frequencies = yarn_frequencies(frequencies, trained, factor)
+        frequencies = yarn_frequencies(frequencies, train_length, factor)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
 

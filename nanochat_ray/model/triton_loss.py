@@ -66,9 +66,9 @@ def _softcap_loss_kernel(
             z = tl.load(logits_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
             slope = 1.0
             if HAS_CAP:
-                squashed = _tanh(z / cap)
-                z = cap * squashed
-                slope = 1.0 - squashed * squashed
+                tanh_z = _tanh(z / cap)
+                z = cap * tanh_z
+                slope = 1.0 - tanh_z * tanh_z
             grad = tl.exp(z - log_sum) - tl.where(start + offsets == target, 1.0, 0.0)
             grad = tl.where(counts, grad * slope, 0.0)
             tl.store(logits_ptr + start + offsets, grad.to(logits_ptr.dtype.element_ty), inside)

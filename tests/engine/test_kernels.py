@@ -48,7 +48,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeCompiler:
 
 
 @pytest.fixture
-def counted(compiler: MakeCompiler, tmp_path: Path) -> Callable[[], int]:
+def compilations(compiler: MakeCompiler, tmp_path: Path) -> Callable[[], int]:
     """A compiler that says how often it has compiled."""
     log = tmp_path / "compiled"
     log.touch()
@@ -64,25 +64,23 @@ def libraries(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("level", available())
-def test_each_level_is_what_was_asked_for(level: str) -> None:
-    found = ANEW(64, 1, level)
-    if found is None:
+def test_each_level_is_used(level: str) -> None:
+    loaded_kernels = ANEW(64, 1, level)
+    if loaded_kernels is None:
         pytest.skip(f"this compiler does not know {level}")
-    wanted = {"sse2", "neon", "generic"} if level == "generic" else {level}
-    assert found.level in wanted
-    assert found.amx == (level == "amx")
+    target = {"sse2", "neon", "generic"} if level == "generic" else {level}
+    assert loaded_kernels.level in target
+    assert loaded_kernels.amx == (level == "amx")
 
 
 def test_auto_is_the_best_level() -> None:
-    found = ANEW(64, 1)
-    assert found is not None
-    best = {"generic": found.level}.get(available()[0], available()[0])
-    assert found.level == best or best == "amx"  # an old compiler does not know AMX
+    loaded_kernels = ANEW(64, 1)
+    assert loaded_kernels is not None
+    best = {"generic": loaded_kernels.level}.get(available()[0], available()[0])
+    assert loaded_kernels.level == best or best == "amx"  # an old compiler does not know AMX
 
 
-def test_a_level_that_the_cpu_lacks_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unsupported_level_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(
         "vendor_id : AuthenticAMD\nflags\t: sse2 avx2 fma f16c bmi2\n\nflags : amx\n"
@@ -98,19 +96,17 @@ def test_a_level_that_the_cpu_lacks_is_refused(
     assert available() == ("generic",)
 
 
-def test_amx_counts_only_where_the_system_grants_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_amx_needs_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = " ".join(set.union(*kernels._CPU_FEATURES.values()))
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"flags : {flags}\n")
     monkeypatch.setattr(kernels, "CPUINFO", cpuinfo)
-    for granted, best in ((True, "amx"), (False, "avx512")):
-        monkeypatch.setattr(kernels, "_amx_permission", lambda granted=granted: granted)
+    for permission, best in ((True, "amx"), (False, "avx512")):
+        monkeypatch.setattr(kernels, "_amx_permission", lambda permission=permission: permission)
         assert available()[0] == best
 
 
-def test_the_variable_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NANOCHAT_KERNELS", raising=False)
     assert EngineConfig().kernels == "auto"
     monkeypatch.setenv("NANOCHAT_KERNELS", "generic")
@@ -121,7 +117,7 @@ def test_the_variable_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
         EngineConfig()
 
 
-def test_an_engine_tells_what_it_computes_with() -> None:
+def test_stats_name_the_kernels() -> None:
     engine = make_engine(make_model.__wrapped__("classic"), kernels=available()[-1])
     assert engine.runner.native is not None
     assert engine.stats().kernels == engine.runner.native.level != "torch"
@@ -141,7 +137,7 @@ def test_an_engine_tells_what_it_computes_with() -> None:
         (f'case "$*" in *--version*) {PASS_ON};; esac', "native.so"),  # writes nothing
     ],
 )
-def test_a_compiler_that_fails_is_named_in_one_warning(
+def test_failing_compiler_warns_once(
     script: str, reason: str, compiler: MakeCompiler, caplog: pytest.LogCaptureFixture
 ) -> None:
     compiler(script)
@@ -152,7 +148,7 @@ def test_a_compiler_that_fails_is_named_in_one_warning(
 
 
 @pytest.mark.parametrize("cc", ["/none/cc", 'cc "'])
-def test_without_a_compiler_an_engine_starts_and_warns(
+def test_engine_starts_without_compiler(
     cc: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CC", cc)
@@ -177,24 +173,24 @@ def test_no_compiler_at_all_is_said(
     assert "no C compiler" in caplog.text
 
 
-def test_heads_of_another_size_do_without(caplog: pytest.LogCaptureFixture) -> None:
+def test_unsupported_head_size_uses_torch(caplog: pytest.LogCaptureFixture) -> None:
     assert ANEW(40, 1) is None
     assert "heads of 40" in caplog.text
 
 
-def test_a_compiler_without_this_cpu_compiles_with_less(
+def test_old_compiler_uses_the_baseline(
     compiler: MakeCompiler, caplog: pytest.LogCaptureFixture
 ) -> None:
     compiler(f'case "$*" in *=native*) echo who? >&2; exit 1;; esac\n{PASS_ON}')
     for _ in range(2):  # from the cache it is said as well
         caplog.clear()
-        found = ANEW(64, 1)
-        assert found is not None
-        assert found.level in ("sse2", "neon", "generic")
+        loaded_kernels = ANEW(64, 1)
+        assert loaded_kernels is not None
+        assert loaded_kernels.level in ("sse2", "neon", "generic")
         assert "who?" in caplog.text
 
 
-def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(
+def test_hanging_compiler_is_killed(
     compiler: MakeCompiler,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -214,20 +210,20 @@ def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(
 # --- the cache -------------------------------------------------------------------------------
 
 
-def test_kernels_are_compiled_once(counted: Callable[[], int], home: Path) -> None:
+def test_kernels_are_compiled_once(compilations: Callable[[], int], home: Path) -> None:
     one, again = ANEW(64, 1), ANEW(64, 1)
     assert one is not None
     assert again is not None
-    assert counted() == 1
+    assert compilations() == 1
     (library,) = libraries(home)
     assert home.stat().st_mode & 0o777 == 0o700
     assert library.stat().st_mode & 0o077 == 0
     assert ANEW(64, 2) is not None  # other sizes are another library
-    assert counted() == 2
+    assert compilations() == 2
 
 
-def test_another_cpu_compiler_or_source_is_another_library(
-    counted: Callable[[], int],
+def test_cache_key_covers_cpu_and_source(
+    compilations: Callable[[], int],
     compiler: MakeCompiler,
     home: Path,
     tmp_path: Path,
@@ -247,8 +243,8 @@ def test_another_cpu_compiler_or_source_is_another_library(
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "link", "fifo", "folder"])
-def test_a_damaged_file_is_compiled_again(
-    damage: str, counted: Callable[[], int], home: Path, tmp_path: Path
+def test_damaged_library_is_recompiled(
+    damage: str, compilations: Callable[[], int], home: Path, tmp_path: Path
 ) -> None:
     assert ANEW(64, 1) is not None
     (library,) = libraries(home)
@@ -269,13 +265,13 @@ def test_a_damaged_file_is_compiled_again(
     else:
         library.mkdir()
     assert ANEW(64, 1) is not None
-    assert counted() == 2
+    assert compilations() == 2
     assert ANEW(64, 1) is not None
-    assert counted() == (3 if damage == "folder" else 2)  # a folder in its place stays there
+    assert compilations() == (3 if damage == "folder" else 2)  # a folder in its place stays there
 
 
 def test_what_another_user_planted_is_not_loaded(
-    counted: Callable[[], int], home: Path, monkeypatch: pytest.MonkeyPatch
+    compilations: Callable[[], int], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ANEW(64, 1) is not None
     monkeypatch.setattr(kernel_cache.os, "geteuid", lambda: os.getuid() + 1)
@@ -284,42 +280,40 @@ def test_what_another_user_planted_is_not_loaded(
     (library,) = libraries(home)
     assert not kernel_cache._is_intact(library)
     assert ANEW(64, 1) is not None  # compiled, in a temporary folder
-    assert counted() == 2
+    assert compilations() == 2
 
 
-def test_a_file_that_others_may_write_is_not_loaded(counted: Callable[[], int], home: Path) -> None:
+def test_writable_library_is_not_loaded(compilations: Callable[[], int], home: Path) -> None:
     assert ANEW(64, 1) is not None
     (library,) = libraries(home)
     library.chmod(0o666)
     assert ANEW(64, 1) is not None
-    assert counted() == 2
+    assert compilations() == 2
 
 
-def test_a_folder_that_others_may_replace_is_not_used(
-    counted: Callable[[], int], home: Path
-) -> None:
+def test_replaceable_folder_is_not_used(compilations: Callable[[], int], home: Path) -> None:
     cache = home.parents[1]
     cache.mkdir()
     cache.chmod(0o777)
     for _ in range(2):
         assert ANEW(64, 1) is not None
-    assert counted() == 2
+    assert compilations() == 2
     assert not libraries(home)
     cache.chmod(0o1777)  # as /tmp has it: only owners rename
     for _ in range(2):
         assert ANEW(64, 1) is not None
-    assert counted() == 3
+    assert compilations() == 3
 
 
-def test_a_cache_open_to_others_is_closed(home: Path) -> None:
+def test_cache_folder_becomes_private(home: Path) -> None:
     home.mkdir(parents=True)
     home.chmod(0o755)
     assert ANEW(64, 1) is not None
     assert home.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_home_that_cannot_be_written_is_done_without(
-    counted: Callable[[], int], home: Path, monkeypatch: pytest.MonkeyPatch
+def test_unwritable_home_is_tolerated(
+    compilations: Callable[[], int], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.parents[1].write_text("a file where the folder should be")
     assert ANEW(64, 1) is not None
@@ -330,7 +324,7 @@ def test_a_home_that_cannot_be_written_is_done_without(
 
     monkeypatch.setattr(kernel_cache.Path, "home", no_home)
     assert ANEW(64, 1) is not None
-    assert counted() == 2
+    assert compilations() == 2
 
 
 @pytest.mark.parametrize("where", ["temporary", "cache", "both"])
@@ -344,25 +338,25 @@ def test_folders_mounted_noexec(
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(kernels.tempfile, "tempdir", str(temporary))
-    refused = {"temporary": [temporary], "cache": [home], "both": [temporary, home]}[where]
+    noexec = {"temporary": [temporary], "cache": [home], "both": [temporary, home]}[where]
 
     class Loader(ctypes.CDLL):
         def __init__(self, name: str | None):
-            if name and any(folder in Path(name).parents for folder in refused):
+            if name and any(folder in Path(name).parents for folder in noexec):
                 raise OSError(f"{name}: failed to map segment from shared object")
             super().__init__(name)
 
     monkeypatch.setattr(kernels.ctypes, "CDLL", Loader)
     for _ in range(2):
         caplog.clear()
-        found = ANEW(64, 1, "generic")
-        assert (found is None) == (where == "both")
+        loaded_kernels = ANEW(64, 1, "generic")
+        assert (loaded_kernels is None) == (where == "both")
     assert ("failed to map segment" in caplog.text) == (where == "both")
     assert not list(temporary.iterdir())
 
 
 def test_no_temporary_folder_at_all(
-    counted: Callable[[], int], home: Path, monkeypatch: pytest.MonkeyPatch
+    compilations: Callable[[], int], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none() -> str:
         raise FileNotFoundError("No usable temporary directory found")
@@ -374,7 +368,7 @@ def test_no_temporary_folder_at_all(
     assert ANEW(64, 1) is None
 
 
-def test_old_libraries_make_room(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_libraries_are_removed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_cache, "MAX_FILES", 3)
     folder = kernel_cache.private_folder(home)
     for i in range(5):

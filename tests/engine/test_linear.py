@@ -27,9 +27,9 @@ def test_layouts_compute_the_same(outputs: int, dtype: torch.dtype) -> None:
     (layer,) = make_linears([(outputs, 96)], dtype, CPU)
     layer.load(weight(outputs, 96))
     x = torch.randn((5, 96)).to(dtype)
-    expected = F.linear(x.double(), weight(outputs, 96).to(dtype).double())
+    reference = F.linear(x.double(), weight(outputs, 96).to(dtype).double())
     assert layer(x).shape == (5, outputs)
-    torch.testing.assert_close(layer(x).double(), expected, atol=0.2, rtol=2e-2)
+    torch.testing.assert_close(layer(x).double(), reference, atol=0.2, rtol=2e-2)
 
 
 def test_layouts_follow_device_and_size() -> None:
@@ -52,12 +52,10 @@ def test_loading_keeps_the_address() -> None:
             assert torch.equal(layer.weight, factor * weight(64, 96))
 
 
-@pytest.mark.parametrize(("unstable_below", "expected"), [(2, 2), (3, 4), (4, 4), (17, None)])
-def test_rows_that_change_with_the_batch_are_found(
-    unstable_below: int, expected: int | None
-) -> None:
+@pytest.mark.parametrize(("unstable_below", "reference"), [(2, 2), (3, 4), (4, 4), (17, None)])
+def test_trial_finds_unstable_rows(unstable_below: int, reference: int | None) -> None:
     class Unstable(DenseLinear):
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
             return super().__call__(x) + (len(x) < unstable_below)
 
-    assert min_invariant_rows(Unstable((8, 8), torch.float32, CPU), torch.float32) == expected
+    assert min_invariant_rows(Unstable((8, 8), torch.float32, CPU), torch.float32) == reference

@@ -79,7 +79,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("cuts", [[0], [1, 2, 3], [150], [7, 100, 290]])
-def test_prefill_in_chunks_gives_the_same_logits(option: str, cuts: list[int]) -> None:
+def test_prefill_chunks_give_equal_logits(option: str, cuts: list[int]) -> None:
     fields = {"preset": "modern", "sequence_len": 400, "n_layer": 4, **OPTIONS[option]}
     training = random_model(**fields)
     model = InferenceModel(training.config, training.state_dict())
@@ -111,13 +111,13 @@ def test_a_served_model_trains_as_before(preset: str, kernels: str) -> None:
         model.loss(ids[:, :-1], ids[:, 1:]).backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    expected = gradients()
+    reference = gradients()
     engine = make_engine(model, kernels=kernels)
     tokens = answer(engine, ask("a", [1, 2, 3]))
     assert model.training
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
-    assert all(torch.equal(*pair) for pair in zip(gradients(), expected, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(gradients(), reference, strict=True))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1.0  # the engine has weights of its own
@@ -147,10 +147,10 @@ def logprobs(engine: Engine) -> list[tuple[list[int], list[float]]]:
     """Tokens and their log-probabilities, prompts' included: long prompts that share a prefix."""
     prompts = [[(3 * j) % VOCAB for j in range(40)] + [i] for i in range(3)]
     for i, prompt in enumerate(prompts):
-        scored = 0 if i == 2 else None
-        engine.add(ask(str(i), prompt, max_tokens=12, logprobs=0, prompt_logprobs=scored))
+        top = 0 if i == 2 else None
+        engine.add(ask(str(i), prompt, max_tokens=12, logprobs=0, prompt_logprobs=top))
     answers = []
-    for outputs in (found for _, found in sorted(finish(engine).items())):
+    for outputs in (outputs_by_id for _, outputs_by_id in sorted(finish(engine).items())):
         values = [p.logprob for o in outputs for p in o.logprobs or () if p]
         values += [p.logprob for p in outputs[0].prompt_logprobs or ()]
         answers.append((tokens(outputs), values))
@@ -177,19 +177,19 @@ def test_loaded_weights_answer_as_a_new_engine(preset: str, settings: dict[str, 
 
 
 @pytest.mark.parametrize("settings", [{}, {"kv_layout": "paged"}, {"async_scheduling": "on"}])
-def test_running_requests_continue_with_new_weights(settings: dict[str, Any]) -> None:
+def test_running_requests_use_new_weights(settings: dict[str, Any]) -> None:
     other = other_model("modern")
     engine = make_engine(make_model("modern"), num_speculative_tokens=0, **settings)
     engine.add(ask("a", [1, 2, 3], max_tokens=20))
     outputs = [output for _ in range(8) for output in engine.step()]
     engine.load_weights(other.state_dict())
     engine.check_integrity()
-    early = tokens(outputs) + tokens([o for o in engine._ready if o.request_id == "a"])
-    assert 4 < len(early) < 12
-    late = tokens(finish(engine)["a"])
+    first_tokens = tokens(outputs) + tokens([o for o in engine._ready if o.request_id == "a"])
+    assert 4 < len(first_tokens) < 12
+    rest = tokens(finish(engine)["a"])
     new = make_engine(other, num_speculative_tokens=0)
-    expected = answer(new, ask("a", [1, 2, 3], early, max_tokens=20))
-    assert [*tokens(outputs), *late] == [*early, *expected]
+    reference = answer(new, ask("a", [1, 2, 3], first_tokens, max_tokens=20))
+    assert [*tokens(outputs), *rest] == [*first_tokens, *reference]
 
 
 def test_loading_keeps_addresses() -> None:
@@ -223,7 +223,7 @@ WRONG: dict[str, Any] = {
 def test_wrong_weights_change_nothing(message: str) -> None:
     engine = make_engine(make_model("modern"))
     engine.add(ask("a", [1, 2, 3], max_tokens=9))
-    early = [token for _ in range(3) for o in engine.step() for token in o.tokens]
+    first_tokens = [token for _ in range(3) for o in engine.step() for token in o.tokens]
     weights = other_model("modern").state_dict()
     WRONG[message](weights)
     with pytest.raises(ValueError, match=f"weights: {message}"):
@@ -231,10 +231,12 @@ def test_wrong_weights_change_nothing(message: str) -> None:
     with pytest.raises(ValueError, match=f"weights: {message}"):
         InferenceModel(make_model("modern").config, weights)
     new = make_engine(make_model("modern"))
-    assert [*early, *tokens(finish(engine)["a"])] == answer(new, ask("a", [1, 2, 3], max_tokens=9))
+    assert [*first_tokens, *tokens(finish(engine)["a"])] == answer(
+        new, ask("a", [1, 2, 3], max_tokens=9)
+    )
 
 
-def test_an_engine_starts_without_torch_compile() -> None:
+def test_startup_does_not_import_compile() -> None:
     """Importing it takes seconds, which a start on a CPU need not wait for."""
     code = (
         "import sys; from tests.engine.engine_kit import make_engine, make_model;"

@@ -35,7 +35,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def compiled(head_dim: int, group: int, level: str = "auto") -> Native:
+def load_level(head_dim: int, group: int, level: str = "auto") -> Native:
     kernels = load_kernels(head_dim, group, level)
     if kernels is None and level != "auto":
         pytest.skip(f"this compiler does not know {level}")
@@ -43,9 +43,9 @@ def compiled(head_dim: int, group: int, level: str = "auto") -> Native:
     return kernels
 
 
-def attended(of: Step, window: int, level: str = "auto") -> Tensor:
+def run_attention(of: Step, window: int, level: str = "auto") -> Tensor:
     q, _, _, keys, _, places = of
-    native = compiled(q.size(2), q.size(1) // keys.size(1), level)
+    native = load_level(q.size(2), q.size(1) // keys.size(1), level)
     return native.attention(*of, native.tile_starts(*places.numpy()), window)
 
 
@@ -59,16 +59,16 @@ def step(head_dim: int, group: int, slots: list[int], positions: list[int], head
     return q, k, v, keys, values, torch.tensor([slots, positions])
 
 
-def defined(of: Step, window: int) -> Tensor:
+def reference_attention(of: Step, window: int) -> Tensor:
     """The definition: each row over the keys that it sees, once all are written."""
     q, k, v, keys, values, (slots, positions) = of
     keys, values = keys.clone(), values.clone()
     keys[slots, :, positions], values[slots, :, positions] = k, v
     rows = []
     for row, slot, last in zip(q, slots.tolist(), positions.tolist(), strict=True):
-        seen = slice(max(0, last - window) if window >= 0 else 0, last + 1)
+        visible = slice(max(0, last - window) if window >= 0 else 0, last + 1)
         y = F.scaled_dot_product_attention(
-            row[:, None], keys[slot, :, seen], values[slot, :, seen], enable_gqa=True
+            row[:, None], keys[slot, :, visible], values[slot, :, visible], enable_gqa=True
         )
         rows.append(y[:, 0])
     return torch.stack(rows)
@@ -81,11 +81,11 @@ SIZES = [(16, 1), (48, 3), (64, 1), (64, 4), (128, 2), (16, 12)]
 
 @pytest.mark.parametrize("window", [-1, 0, 70])
 @pytest.mark.parametrize(("head_dim", "group"), SIZES)
-def test_as_defined(head_dim: int, group: int, window: int) -> None:
+def test_attention_equals_its_definition(head_dim: int, group: int, window: int) -> None:
     # Slots in any order, a sequence with guesses, and lengths about the borders of blocks.
     of = step(head_dim, group, [3, 0, 0, 0, 4, 1], [0, 62, 63, 64, 127, 399])
-    want, got = defined(of, window), attended(of, window)
-    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+    want, result = reference_attention(of, window), run_attention(of, window)
+    torch.testing.assert_close(result, want, rtol=2e-5, atol=2e-6)
     _, k, v, keys, values, (slots, positions) = of
     assert torch.equal(keys[slots, :, positions], k)
     assert torch.equal(values[slots, :, positions], v)
@@ -97,55 +97,57 @@ def test_as_defined(head_dim: int, group: int, window: int) -> None:
     [(*size, LEVELS[0]) for size in SIZES]
     + [(*size, level) for size in SIZES[::2] for level in LEVELS[1:]],
 )
-def test_a_prompt_in_any_chunks_has_the_same_bits(
+def test_prompt_chunks_are_bitwise_equal(
     head_dim: int, group: int, level: str, window: int
 ) -> None:
     n = 150
     q, k, v, keys, values, places = step(head_dim, group, [2] * n, list(range(n)))
-    whole = attended((q, k, v, keys, values, places), window, level)
+    whole = run_attention((q, k, v, keys, values, places), window, level)
     torch.testing.assert_close(
-        whole, defined((q, k, v, keys, values, places), window), rtol=2e-5, atol=2e-6
+        whole, reference_attention((q, k, v, keys, values, places), window), rtol=2e-5, atol=2e-6
     )
     for size in (1, 2, 7, 64):
         keys[2], values[2] = torch.nan, torch.nan  # who is not yet written is not read
         for first in range(0, n, size):
             part = slice(first, first + size)
             of = (q[part], k[part], v[part], keys, values, places[:, part])
-            assert torch.equal(attended(of, window, level), whole[part]), (size, first)
+            assert torch.equal(run_attention(of, window, level), whole[part]), (size, first)
 
 
 def test_large_scores_do_not_overflow() -> None:
     q, k, v, keys, values, places = step(64, 1, [0, 1, 1], [350, 90, 91])
     of = (100 * q, 100 * k, v, keys, values, places)
-    torch.testing.assert_close(attended(of, -1), defined(of, -1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        run_attention(of, -1), reference_attention(of, -1), rtol=1e-4, atol=1e-4
+    )
 
 
-def test_a_row_alone_in_another_slot_and_with_more_threads_has_the_same_bits() -> None:
+def test_rows_are_bitwise_independent() -> None:
     of = step(64, 2, [0, 1, 2, 4, 4], [10, 399, 128, 200, 201])
     q, k, v, keys, values, places = of
-    together = attended(of, 150)
+    together = run_attention(of, 150)
     with threads(3):
-        assert torch.equal(attended(of, 150), together)
+        assert torch.equal(run_attention(of, 150), together)
     for row in range(5):
         slot, position = places[:, row].tolist()
         keys[3], values[3] = keys[slot], values[slot]
         one, place = slice(row, row + 1), torch.tensor([[3], [position]])
-        alone = attended((q[one], k[one], v[one], keys, values, place), 150)
+        alone = run_attention((q[one], k[one], v[one], keys, values, place), 150)
         assert torch.equal(alone[0], together[row])
 
 
-def test_only_the_places_of_the_rows_are_written() -> None:
+def test_only_new_positions_are_written() -> None:
     of = step(16, 1, [2, 3, 3], [5, 0, 1])
     before = of[3].clone()
-    attended(of, -1)
-    changed = (of[3] != before).any(dim=-1).any(dim=1).nonzero().tolist()
-    assert changed == [[2, 5], [3, 0], [3, 1]]
+    run_attention(of, -1)
+    positions_written = (of[3] != before).any(dim=-1).any(dim=1).nonzero().tolist()
+    assert positions_written == [[2, 5], [3, 0], [3, 1]]
 
 
-def test_who_reads_together() -> None:
+def test_tile_starts() -> None:
     slots = [4, 4, 4, 1, 0, 0] + [7] * 19
     positions = [9, 10, 11, 12, 3, 5, *range(40, 59)]
-    tiles = compiled(64, 1).tile_starts(np.array(slots), np.array(positions))
+    tiles = load_level(64, 1).tile_starts(np.array(slots), np.array(positions))
     assert tiles.tolist() == [0, 3, 4, 5, 6, 14, 22, 25]
 
 
@@ -157,8 +159,8 @@ def test_rotary_qk_norm(eps: float | None, level: str) -> None:
     cos, sin = (t[5:14] for t in rotary_tables(20, 64, 10_000.0))
     want = TorchOperators().rotary_qk_norm(whole[:, :5], cos, sin, eps)
     rest = whole[:, 5:].clone()
-    got = compiled(64, 1, level).rotary_qk_norm(whole[:, :5], cos, sin, eps)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    result = load_level(64, 1, level).rotary_qk_norm(whole[:, :5], cos, sin, eps)
+    torch.testing.assert_close(result, want, rtol=1e-5, atol=1e-6)
     assert torch.equal(whole[:, 5:], rest)
 
 
@@ -166,13 +168,13 @@ def test_rotary_qk_norm(eps: float | None, level: str) -> None:
 @pytest.mark.parametrize("shape", [(1, 384), (40, 100), (14, 9)])
 def test_rms_norm(shape: tuple[int, ...], level: str) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
-    native = compiled(64, 1, level)
-    got = native.rms_norm(x, 1e-6)
-    torch.testing.assert_close(got, rms_norm(x, 1e-6), rtol=1e-6, atol=1e-6)
-    assert torch.equal(native.rms_norm(x[:1], 1e-6), got[:1])
+    native = load_level(64, 1, level)
+    result = native.rms_norm(x, 1e-6)
+    torch.testing.assert_close(result, rms_norm(x, 1e-6), rtol=1e-6, atol=1e-6)
+    assert torch.equal(native.rms_norm(x[:1], 1e-6), result[:1])
 
 
-def packed(kernels: Native, weight: Tensor) -> PackedLinear:
+def packed_linear(kernels: Native, weight: Tensor) -> PackedLinear:
     layer = PackedLinear(kernels, (weight.size(0), weight.size(1)))
     layer.load(weight)
     return layer
@@ -180,7 +182,7 @@ def packed(kernels: Native, weight: Tensor) -> PackedLinear:
 
 @pytest.fixture(params=LEVELS)
 def kernels(request: pytest.FixtureRequest) -> Native:
-    return compiled(64, 1, request.param)
+    return load_level(64, 1, request.param)
 
 
 @pytest.mark.parametrize(
@@ -190,15 +192,15 @@ def test_packed_linear(kernels: Native, inputs: int, outputs: int) -> None:
     noise = torch.Generator().manual_seed(7)
     weight = torch.randn((outputs, inputs), generator=noise)
     x = torch.randn((150, inputs), generator=noise)
-    linear = packed(kernels, weight)
-    got = linear(x)
-    torch.testing.assert_close(got, x @ weight.T, rtol=1e-5, atol=1e-4)
+    linear = packed_linear(kernels, weight)
+    result = linear(x)
+    torch.testing.assert_close(result, x @ weight.T, rtol=1e-5, atol=1e-4)
     for rows in (*range(1, 50), 127, 128, 129, 149):  # tiles of every height, and behind others
-        assert torch.equal(linear(x[-rows:]), got[-rows:]), rows
+        assert torch.equal(linear(x[-rows:]), result[-rows:]), rows
     for count in (2, 3, 9):  # also more than there are blocks of outputs
         with threads(count):
-            assert torch.equal(linear(x), got)
-            assert torch.equal(linear(x[:5]), got[:5])
+            assert torch.equal(linear(x), result)
+            assert torch.equal(linear(x[:5]), result[:5])
 
 
 def test_matmuls_are_as_exact_as_float32(kernels: Native) -> None:
@@ -211,36 +213,36 @@ def test_matmuls_are_as_exact_as_float32(kernels: Native) -> None:
     x = torch.randn((40, n), generator=noise) * scale
     exact = x.double() @ weight.double().T
     size = x.double().abs() @ weight.double().abs().T
-    error = (packed(kernels, weight)(x) - exact).abs() / size
+    error = (packed_linear(kernels, weight)(x) - exact).abs() / size
     assert error.max() < n**0.5 * FLOAT_EPS
     assert error.mean() < 2 * FLOAT_EPS
     large, small = torch.tensor([[3e38, 0.0]]), torch.tensor([[0.0, 1e-30]])
     for row in (large, small):
-        one = packed(kernels, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))(row)
+        one = packed_linear(kernels, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))(row)
         torch.testing.assert_close(one, row, rtol=1e-6, atol=0)
-    assert packed(kernels, weight)(torch.full((1, 500), torch.nan)).isnan().all()
+    assert packed_linear(kernels, weight)(torch.full((1, 500), torch.nan)).isnan().all()
 
 
 def test_relu_squared() -> None:
     x = torch.randn((33, 7), generator=torch.Generator().manual_seed(4))
     want = relu_squared(x)
-    assert torch.equal(compiled(64, 1).relu_squared(x.clone()), want)
-    assert compiled(64, 1).relu_squared(torch.tensor([-1.0, torch.nan])).tolist()[0] == 0.0
+    assert torch.equal(load_level(64, 1).relu_squared(x.clone()), want)
+    assert load_level(64, 1).relu_squared(torch.tensor([-1.0, torch.nan])).tolist()[0] == 0.0
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_softcap(level: str) -> None:
-    native = compiled(64, 1, level)
+    native = load_level(64, 1, level)
     x = torch.tensor([0.0, -0.0, 1e-4, -3.0, 14.9, 40.0, -1e4, 1e30, torch.inf, -torch.inf])
     want = 15 * torch.tanh(x / 15)
-    got = native.softcap(x.clone(), 15.0)
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=2e-6)
+    result = native.softcap(x.clone(), 15.0)
+    torch.testing.assert_close(result, want, rtol=1e-6, atol=2e-6)
     part = torch.randn((3, 10), generator=torch.Generator().manual_seed(6))[:, :7]
     torch.testing.assert_close(native.softcap(part, 2.0), 2 * torch.tanh(part / 2))
 
 
 @pytest.mark.parametrize("preset", ["classic", "modern"])
-def test_an_engine_without_it_says_the_same(preset: str) -> None:
+def test_torch_gives_the_same_tokens(preset: str) -> None:
     prompts = [[(7 * i + j) % VOCAB for j in range(5 + 9 * i)] for i in range(4)]
     answers = []
     for kernels in ("auto", "torch"):
@@ -252,8 +254,8 @@ def test_an_engine_without_it_says_the_same(preset: str) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("preset", ["classic", "modern"])
-def test_a_prompt_and_its_tokens_one_by_one_give_the_same_bits(preset: str, level: str) -> None:
-    compiled(16, 2, level)
+def test_decodes_equal_prompt_bitwise(preset: str, level: str) -> None:
+    load_level(16, 2, level)
     runner = make_engine(make_model.__wrapped__(preset), kernels=level).runner
     tokens = [(11 * i * i + i) % VOCAB for i in range(100)]
 

@@ -74,7 +74,7 @@ def test_later_tokens_change_nothing() -> None:
 
 @pytest.mark.parametrize("cap", [0.0, 15.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_chunked_loss_is_the_plain_one(cap: float, dtype: torch.dtype) -> None:
+def test_chunked_loss_equals_plain_loss(cap: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     monkey_rows, vocab = 70, 19000  # more than one chunk
     hidden = torch.randn(monkey_rows, 16).to(dtype).requires_grad_()
@@ -93,8 +93,8 @@ def test_the_chunked_loss_is_the_plain_one(cap: float, dtype: torch.dtype) -> No
     if dtype == torch.bfloat16:
         near = {"rtol": 0.05, "atol": 0.05}
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=0)
-    for got, expected in zip(grads, (hidden.grad, weight.grad), strict=True):
-        torch.testing.assert_close(got, expected, **near)
+    for result, reference in zip(grads, (hidden.grad, weight.grad), strict=True):
+        torch.testing.assert_close(result, reference, **near)
     with torch.no_grad():
         assert softcap_cross_entropy(hidden, weight, targets, cap=cap, vocab=vocab) == ours
 
@@ -104,14 +104,14 @@ def test_hand_written_gradients() -> None:
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(relu_squared, (x,))
     y = torch.randn(50, 24, requires_grad=True)
-    got, expected = rms_norm(y, 1e-6), F.rms_norm(y, (24,), eps=1e-6)
-    torch.testing.assert_close(got, expected)
+    result, reference = rms_norm(y, 1e-6), F.rms_norm(y, (24,), eps=1e-6)
+    torch.testing.assert_close(result, reference)
     g = torch.randn_like(y)
-    ours, theirs = (torch.autograd.grad(out, y, g)[0] for out in (got, expected))
+    ours, theirs = (torch.autograd.grad(out, y, g)[0] for out in (result, reference))
     torch.testing.assert_close(ours, theirs)
 
 
-def test_losses_agree_and_masked_targets_do_not_count() -> None:
+def test_masked_targets_do_not_count() -> None:
     model = random_model(tiny_config())
     ids = torch.randint(0, 256, (3, 20), generator=torch.manual_seed(3))
     targets = ids.roll(-1, dims=1)

@@ -60,10 +60,10 @@ def test_spread_of_tables(prefix: str, std: float) -> None:
 
 def test_blocks_begin_as_the_identity() -> None:
     zero = [name for name, w in WEIGHTS.items() if not w.any()]
-    expected = [f"transformer.h.{i}.{part}.weight" for i in range(LAYERS)
+    golden = [f"transformer.h.{i}.{part}.weight" for i in range(LAYERS)
                 for part in ("attn.c_proj", "mlp.c_proj", "attn.head_gate")]  # fmt: skip
-    expected += ["smear_lambda", "skip_lambdas", "skip_gates.0.weight", "skip_gates.1.weight"]
-    assert sorted(zero) == sorted(expected)
+    golden += ["smear_lambda", "skip_lambdas", "skip_gates.0.weight", "skip_gates.1.weight"]
+    assert sorted(zero) == sorted(golden)
 
 
 def test_scalars_are_ramps() -> None:

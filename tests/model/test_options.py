@@ -16,7 +16,7 @@ from nanochat_ray.model.rotary import yarn_frequencies, yarn_sharpening
 from tests.tiny import tiny_config
 
 
-def made(**fields: object) -> GPT:
+def build_model(**fields: object) -> GPT:
     model = GPT(tiny_config(n_layer=4, **fields))
     generator = torch.Generator().manual_seed(0)
     model.init_weights(generator)
@@ -26,8 +26,8 @@ def made(**fields: object) -> GPT:
     return model.eval()
 
 
-def test_documents_in_one_row_are_as_if_alone() -> None:
-    model = made(document_start=256, vocab_size=257, window_pattern="SL", sequence_len=300)
+def test_documents_do_not_see_each_other() -> None:
+    model = build_model(document_start=256, vocab_size=257, window_pattern="SL", sequence_len=300)
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randint(0, 256, (1, n), generator=generator) for n in (40, 100, 7)]
     start = torch.full((1, 1), 256)
@@ -39,13 +39,13 @@ def test_documents_in_one_row_are_as_if_alone() -> None:
 
 
 @pytest.mark.parametrize("window", [-1, 5])
-@pytest.mark.parametrize("cut", [True, False])
-def test_the_block_mask_of_the_gpu_hides_what_the_dense_mask_hides(window: int, cut: bool) -> None:
+@pytest.mark.parametrize("has_documents", [True, False])
+def test_block_mask_equals_dense_mask(window: int, has_documents: bool) -> None:
     torch.manual_seed(0)
     B, T, H, D = 2, 48, 4, 16
     q = torch.randn(B, T, H, D)
     k, v = torch.randn(B, T, 2, D), torch.randn(B, T, 2, D)
-    documents = (torch.rand(B, T) < 0.1).cumsum(dim=1) if cut else None
+    documents = (torch.rand(B, T) < 0.1).cumsum(dim=1) if has_documents else None
     dense = SelfAttention(documents)(q, k, v, window, 0.3)
     mask = _block_mask(B, T, T if window < 0 else window, documents, torch.device("cpu"))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -79,7 +79,7 @@ def test_yarn_is_that_of_transformers(factor: float) -> None:
     assert yarn_sharpening(factor) == pytest.approx(attention**2)
 
 
-def test_new_options_start_as_the_model_without_them() -> None:
+def test_options_start_without_effect() -> None:
     plain = GPT(tiny_config(n_layer=4))
     plain.init_weights(torch.Generator().manual_seed(0))
     other = GPT(tiny_config(n_layer=4, skips=True))
@@ -89,8 +89,8 @@ def test_new_options_start_as_the_model_without_them() -> None:
         assert torch.equal(plain(ids), other(ids))
 
 
-def test_a_window_schedule_acts_in_training_only() -> None:
-    model = made(sequence_len=256)
+def test_window_schedule_is_for_training() -> None:
+    model = build_model(sequence_len=256)
     ids = torch.randint(0, 256, (1, 256), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole = model(ids)
@@ -104,7 +104,7 @@ def test_a_window_schedule_acts_in_training_only() -> None:
 
 
 def test_dropout_is_for_training() -> None:
-    model = made(dropout=0.5)
+    model = build_model(dropout=0.5)
     ids = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(model(ids), model(ids))
@@ -134,21 +134,25 @@ def fp8_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, "_scaled_mm", product)
 
 
-def test_fp8_products_are_near_the_exact_ones(fp8_on_any_cpu: None) -> None:
+def test_fp8_matmuls_are_near_exact(fp8_on_any_cpu: None) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 32, 64, generator=generator).bfloat16().requires_grad_()
     # One matrix much smaller than fp8's range: the scales must bring it in.
     weight = (1e-4 * torch.randn(48, 64, generator=generator)).requires_grad_()
     g = torch.randn(4, 32, 48, generator=generator).bfloat16()
-    got = fp8_linear(x, weight)
+    result = fp8_linear(x, weight)
     exact_x, exact_w = x.detach().float().requires_grad_(), weight.detach().requires_grad_()
     exact = exact_x @ exact_w.T
-    ours = torch.autograd.grad(got, (x, weight), g)
+    ours = torch.autograd.grad(result, (x, weight), g)
     theirs = torch.autograd.grad(exact, (exact_x, exact_w), g.float())
-    assert got.dtype == torch.bfloat16
+    assert result.dtype == torch.bfloat16
     assert ours[1].dtype == torch.float32
     # e4m3 keeps 3 bits of mantissa, e5m2 two: errors of single elements average out in the sums.
-    for a, b, bound in ((got, exact, 0.05), (ours[0], theirs[0], 0.08), (ours[1], theirs[1], 0.08)):
+    for a, b, bound in (
+        (result, exact, 0.05),
+        (ours[0], theirs[0], 0.08),
+        (ours[1], theirs[1], 0.08),
+    ):
         assert (a.float() - b).norm() < bound * b.norm()
 
 

@@ -118,8 +118,8 @@ def test_logits_are_the_references(option: str) -> None:
     with torch.no_grad():
         logits = model.eval()(ids)
         for row in range(2):
-            expected = reference(c, weights, ids[row], windows, c.document_start)
-            assert (logits[row] - expected).abs().max() < BOUND * expected.abs().max()
+            golden = reference(c, weights, ids[row], windows, c.document_start)
+            assert (logits[row] - golden).abs().max() < BOUND * golden.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,8 @@ def test_growing_windows_are_the_references(share: float, short: int, full: int)
     model.train().window_share = share
     ids = torch.randint(0, 70, (150,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = reference(model.config, weights, ids, [short, full])
-        assert (model(ids[None])[0] - expected).abs().max() < BOUND * expected.abs().max()
+        golden = reference(model.config, weights, ids, [short, full])
+        assert (model(ids[None])[0] - golden).abs().max() < BOUND * golden.abs().max()
 
 
 def test_loss_is_the_references() -> None:
@@ -141,12 +141,12 @@ def test_loss_is_the_references() -> None:
     targets = ids.roll(-1)
     targets[::5] = -1
     logits = reference(model.config, weights, ids, [-1] * 4)
-    expected = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum").item()
-    for reduction, value in (("sum", expected), ("mean", expected / 32)):
+    golden = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum").item()
+    for reduction, value in (("sum", golden), ("mean", golden / 32)):
         loss = model.loss(ids[None], targets[None], reduction).item()  # type: ignore[arg-type]
         assert loss == pytest.approx(value, rel=1e-4)
     assert model.loss(ids[None], targets[None], "none").sum().item() == pytest.approx(
-        expected, rel=1e-4
+        golden, rel=1e-4
     )
 
 
@@ -154,7 +154,7 @@ def test_loss_is_the_references() -> None:
 def test_rotary_tables_by_the_formula(factor: float) -> None:
     """YaRN, section 3.2: a channel that turns less than once over the trained context is slowed
     by the factor, one that turns 32 times or more is not, between them linearly."""
-    cos, sin = rotary_tables(50, 8, 100.0, trained=400, factor=factor)
+    cos, sin = rotary_tables(50, 8, 100.0, train_length=400, factor=factor)
     for i in range(4):
         frequency = 100.0 ** (-2 * i / 8)
         turns = 400 * frequency / (2 * math.pi)
