@@ -15,7 +15,7 @@ def lines_svg(title: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -
     most_x = max((x for x, _ in points), default=1) or 1
     most_y = max((y for _, y in points), default=1) or 1
 
-    def place(x: float, y: float) -> tuple[float, float]:
+    def to_pixels(x: float, y: float) -> tuple[float, float]:
         across = LEFT + (WIDTH - LEFT - RIGHT) * x / most_x
         return across, HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * y / most_y
 
@@ -26,22 +26,22 @@ def lines_svg(title: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -
         f'<text x="{LEFT}" y="20" font-size="14">{html.escape(title)}</text>',
     ]
     for k in range(5):
-        x, y = place(most_x, most_y * k / 4)
+        x, y = to_pixels(most_x, most_y * k / 4)
         parts.append(
             f'<path d="M{LEFT} {y:.1f}H{x:.1f}" stroke="#dddddd"/>'
             f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{most_y * k / 4:,.0f}</text>'
         )
     for value in sorted({x for x, _ in points}):
-        x, _ = place(value, 0)
+        x, _ = to_pixels(value, 0)
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 20}" text-anchor="middle">{value:g}</text>')
     for i, (name, curve) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
-        places = [place(x, y) for x, y in sorted(curve)]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        points = [to_pixels(x, y) for x, y in sorted(curve)]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
-        if places:
-            x, y = places[-1]
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
+        if points:
+            x, y = points[-1]
             label = f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" fill="{colour}">'
             parts.append(f"{label}{html.escape(name)}</text>")
     return "".join(parts) + "</svg>\n"

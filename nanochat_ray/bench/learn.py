@@ -121,7 +121,7 @@ class Bench:
 
 def apart(trial: Trial) -> dict[str, float]:
     """The trial in a process of its own; prints a line."""
-    done = subprocess.run(
+    process = subprocess.run(
         [
             sys.executable,
             "-m",
@@ -136,20 +136,20 @@ def apart(trial: Trial) -> dict[str, float]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
-    if done.returncode:
-        raise RuntimeError(f"{trial} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    changed = {**trial.model, **trial.optim}
+    if process.returncode:
+        raise RuntimeError(f"{trial} failed:\n{process.stderr[-2000:]}")
+    metrics: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    overrides = {**trial.model, **trial.optim}
     print(
         f"  {trial.dataset} {trial.side:<8} rate {trial.rate:<6g} seed {trial.seed} "
-        f"{trial.steps:>5} steps  {found['bits_per_byte']:.4f} bits per byte  "
-        f"{found['seconds']:.0f} s  {changed or ''}",
+        f"{trial.steps:>5} steps  {metrics['bits_per_byte']:.4f} bits per byte  "
+        f"{metrics['seconds']:.0f} s  {overrides or ''}",
         flush=True,
     )
-    return found
+    return metrics
 
 
-def reached(target: float, points: list[tuple[float, float]]) -> float | None:
+def horizon_at(target: float, points: list[tuple[float, float]]) -> float | None:
     """The horizon at which the curve through ``(horizon, bits per byte)`` meets the target.
 
     Linear in the logarithm of the horizon, which these curves nearly are. None if it never does.
@@ -170,17 +170,17 @@ def compare(bench: Bench, dataset: str) -> dict[str, Any]:
     seeds = range(args.seeds)
 
     def best(side: str, share: float) -> float:
-        tried = [bench.trial(dataset, side, rate, 0, share) for rate in FACTORS[side]]
-        found = bench.run(tried)
-        return min(zip(found, tried, strict=True), key=lambda x: x[0]["bits_per_byte"])[1].rate
+        trials = [bench.trial(dataset, side, rate, 0, share) for rate in FACTORS[side]]
+        results = bench.run(trials)
+        return min(zip(results, trials, strict=True), key=lambda x: x[0]["bits_per_byte"])[1].rate
 
     targets: dict[str, dict[str, float]] = {}
     for side in TARGETS:
         rate = best(side, 1.0)
         runs = bench.run([bench.trial(dataset, side, rate, seed, 1.0) for seed in seeds])
         bits = statistics.mean(r["bits_per_byte"] for r in runs)
-        spent = statistics.median(r["seconds"] for r in runs)
-        targets[side] = {"rate": rate, "bits_per_byte": bits, "seconds": spent}
+        seconds_per_run = statistics.median(r["seconds"] for r in runs)
+        targets[side] = {"rate": rate, "bits_per_byte": bits, "seconds": seconds_per_run}
         print(f"{dataset}: {side} at {rate:g} reaches {bits:.4f} bits per byte", flush=True)
     lowest = min(target["bits_per_byte"] for target in targets.values())
     result: dict[str, Any] = {"targets": targets}
@@ -196,14 +196,14 @@ def compare(bench: Bench, dataset: str) -> dict[str, Any]:
         mine: dict[str, Any] = {"rate": rate, "points": points}
         result[side] = mine
         for name, target in targets.items():
-            tokens = reached(target["bits_per_byte"], points)
+            tokens = horizon_at(target["bits_per_byte"], points)
             seconds = tokens * statistics.median(cost) / target["seconds"] if tokens else None
             mine[name] = {"tokens": tokens, "seconds": seconds}
-            shown = f"{tokens:.3f}" if tokens else f"more than {args.horizons[-1]}"
-            timed = f"{seconds:.3f}" if seconds else "?"
+            token_text = f"{tokens:.3f}" if tokens else f"more than {args.horizons[-1]}"
+            time_text = f"{seconds:.3f}" if seconds else "?"
             print(
-                f"{dataset}: {side} at {rate:g} needs {shown} of the tokens and {timed} of the "
-                f"seconds of {name}",
+                f"{dataset}: {side} at {rate:g} needs {token_text} of the tokens and {time_text} "
+                f"of the seconds of {name}",
                 flush=True,
             )
     return result
@@ -215,14 +215,16 @@ def learn(args: Args) -> dict[str, float | None]:
     AdamW is the one with one rate; nanochat's tokens are counted to the harder target.
     """
     bench = Bench(args)
-    found = {dataset: compare(bench, dataset) for dataset in args.datasets}
-    print(json.dumps(found))
+    results = {dataset: compare(bench, dataset) for dataset in args.datasets}
+    print(json.dumps(results))
     plain, harder = TARGETS
-    own = [found[d]["ours"][plain]["tokens"] for d in args.datasets]
+    own = [results[d]["ours"][plain]["tokens"] for d in args.datasets]
     result = {"tokens_vs_adamw": max(own) if all(own) else None, "tokens_vs_nanochat": None}
     if args.nanochat:
-        mine = [found[d]["ours"][harder]["tokens"] for d in args.datasets]
-        peers = [found[d]["nanochat"][harder]["tokens"] or args.horizons[-1] for d in args.datasets]
+        mine = [results[d]["ours"][harder]["tokens"] for d in args.datasets]
+        peers = [
+            results[d]["nanochat"][harder]["tokens"] or args.horizons[-1] for d in args.datasets
+        ]
         if all(mine):
             result["tokens_vs_nanochat"] = max(m / p for m, p in zip(mine, peers, strict=True))
     return result
@@ -267,11 +269,11 @@ def step_times(trials: list[Trial], repeats: int = 12) -> list[float]:
         )
     seconds: list[list[float]] = [[] for _ in trials]
     for i in range(repeats):
-        for trial, (step, rows), spent in zip(trials, running, seconds, strict=True):
+        for trial, (step, rows), step_seconds in zip(trials, running, seconds, strict=True):
             began = time.perf_counter()
             step(i * trial.steps // repeats, Batch(rows.ids))  # the whole of any schedule
-            spent.append(time.perf_counter() - began)
-    return [statistics.median(spent[1:]) for spent in seconds]
+            step_seconds.append(time.perf_counter() - began)
+    return [statistics.median(step_seconds[1:]) for step_seconds in seconds]
 
 
 def ablation(args: Args) -> dict[str, Any]:
@@ -318,15 +320,15 @@ def extension(args: Args) -> dict[str, Any]:
     _, manifest, _ = open_dataset(args.storage, dataset)
     plain = bench.trial(dataset, "ours", 1.0, 0, 1.0)
     quarter = manifest.sequence_len // 4
-    found = apart(
+    results = apart(
         dataclasses.replace(plain, row_tokens=quarter, global_batch_size=4 * args.global_batch_size)
     )
     print(
-        f"trained at {quarter}: {found['bits_per_byte']:.4f} bits per byte within; tokens "
-        f"{quarter} to {manifest.sequence_len}: {found['beyond_plain']:.4f} as it is, "
-        f"{found['beyond_yarn']:.4f} with YaRN"
+        f"trained at {quarter}: {results['bits_per_byte']:.4f} bits per byte within; tokens "
+        f"{quarter} to {manifest.sequence_len}: {results['beyond_plain']:.4f} as it is, "
+        f"{results['beyond_yarn']:.4f} with YaRN"
     )
-    return found
+    return results
 
 
 def main(args: Args) -> None:

@@ -103,11 +103,11 @@ def run_trial(trial: Trial) -> dict[str, float]:
     ids, _ = held_out.read(np.arange(min(trial.eval_sequences, len(held_out))))
     model.eval()
     lengths = tokenizer.byte_lengths()
-    found = bits_per_byte(model, ids[:, : length + 1], lengths, micro_batch_size=8)
-    result = {"bits_per_byte": found, "seconds": seconds}
+    metrics = bits_per_byte(model, ids[:, : length + 1], lengths, micro_batch_size=8)
+    result = {"bits_per_byte": metrics, "seconds": seconds}
     if trial.row_tokens:
-        stretched = dataclasses.replace(config, rope_factor=manifest.sequence_len / length)
-        longer = GPT(stretched, model.compute_dtype)
+        yarn = dataclasses.replace(config, rope_factor=manifest.sequence_len / length)
+        longer = GPT(yarn, model.compute_dtype)
         longer.load_state_dict(model.state_dict())
         result["beyond_plain"] = beyond(model, ids, lengths, length)
         result["beyond_yarn"] = beyond(longer.eval(), ids, lengths, length)
@@ -115,11 +115,11 @@ def run_trial(trial: Trial) -> dict[str, float]:
 
 
 @torch.no_grad()
-def beyond(model: GPT, ids: np.ndarray, byte_lengths: np.ndarray, trained: int) -> float:
-    """Bits per byte of the targets from position ``trained`` on, given all before them."""
+def beyond(model: GPT, ids: np.ndarray, byte_lengths: np.ndarray, trained_length: int) -> float:
+    """Bits per byte of the targets from position ``trained_length`` on, given all before them."""
     rows = torch.from_numpy(ids.astype(np.int64))
     sizes = torch.from_numpy(byte_lengths.astype(np.int64))[rows[:, 1:]]
-    sizes[:, :trained] = 0
+    sizes[:, :trained_length] = 0
     targets = rows[:, 1:].masked_fill(sizes == 0, -1)
     nats = sum(
         float(model.loss(rows[at : at + 8, :-1], targets[at : at + 8], "sum"))
@@ -157,7 +157,7 @@ def adamw(model: GPT, train: TrainConfig, trial: Trial) -> Step:
         share = max(0.0, k - warmup) / max(1, train.steps - warmup)
         return min(1.0, (k + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * share))
 
-    return scheduled(model, optimizer, factor)
+    return with_schedule(model, optimizer, factor)
 
 
 def by_kind(model: GPT, train: TrainConfig, trial: Trial) -> Step:
@@ -168,13 +168,13 @@ def by_kind(model: GPT, train: TrainConfig, trial: Trial) -> Step:
         train.global_batch_size * model.config.sequence_len,
         train.steps * train.global_batch_size * model.config.sequence_len,
     )
-    named = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     groups = []
-    for group in build_groups(named.items(), optim):
+    for group in build_groups(parameters.items(), optim):
         muon = group.kind == "muon"
         groups.append(
             {
-                "params": [named[name] for name in group.names],
+                "params": [parameters[name] for name in group.names],
                 "lr": trial.rate if muon else group.lr,
                 "betas": (0.9, 0.95) if muon else (group.beta1, group.beta2),
                 "eps": group.eps,
@@ -182,10 +182,12 @@ def by_kind(model: GPT, train: TrainConfig, trial: Trial) -> Step:
             }
         )
     optimizer = torch.optim.AdamW(groups)
-    return scheduled(model, optimizer, lambda k: lr_factor(k, train.steps, optim))
+    return with_schedule(model, optimizer, lambda k: lr_factor(k, train.steps, optim))
 
 
-def scheduled(model: GPT, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> Step:
+def with_schedule(
+    model: GPT, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]
+) -> Step:
     """Steps with gradients clipped to a norm of 1 and all rates times ``factor(step)``."""
     full = [group["lr"] for group in optimizer.param_groups]
 
@@ -224,11 +226,11 @@ def nanochat(model: GPT, train: TrainConfig, trial: Trial) -> Step:
     warmdown, warmup = round(0.65 * train.steps), max(1, min(40, train.steps // 10))
 
     def step(k: int, rows: Any) -> None:
-        left = (train.steps - k) / warmdown
-        factor = min((k + 1) / warmup, 1.0, left + (1 - left) * 0.05)
+        remaining = (train.steps - k) / warmdown
+        factor = min((k + 1) / warmup, 1.0, remaining + (1 - remaining) * 0.05)
         momentum = 0.85 + 0.12 * min(1.0, k / 400)
-        if k >= 400 and left <= 1:
-            momentum = 0.97 * left + 0.90 * (1 - left)
+        if k >= 400 and remaining <= 1:
+            momentum = 0.97 * remaining + 0.90 * (1 - remaining)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
             if group["kind"] == "muon":

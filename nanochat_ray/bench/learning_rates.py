@@ -96,8 +96,8 @@ def main(args: Args) -> None:
     for batch in args.batches:
         row = {}
         for scale in args.scales:
-            found = [one_run(args, batch, scale, seed)[0] for seed in range(args.seeds)]
-            row[f"{scale:g}"] = float(np.mean(found))
+            losses = [one_run(args, batch, scale, seed)[0] for seed in range(args.seeds)]
+            row[f"{scale:g}"] = float(np.mean(losses))
         table[str(batch)] = row
         print(f"{batch:<10d} " + "".join(f"  {v:<8.4f}" for v in row.values()), flush=True)
     print(json.dumps({"bits_per_byte": table, "args": dataclasses.asdict(args)}))

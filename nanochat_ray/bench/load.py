@@ -58,11 +58,11 @@ def random_prompts(
 
 
 def shared_prefix_prompts(
-    count: int, *, vocab: int, shared: int, own: int, output: int, seed: int = 0
+    count: int, *, vocab: int, shared_prefix: int, own: int, output: int, seed: int = 0
 ) -> list[Prompt]:
     """Prompts that all begin with the same ``shared`` ids."""
     rng = random.Random(seed)
-    prefix = [rng.randrange(vocab) for _ in range(shared)]
+    prefix = [rng.randrange(vocab) for _ in range(shared_prefix)]
     return [
         Prompt(prefix + [rng.randrange(vocab) for _ in range(own)], output) for _ in range(count)
     ]
@@ -71,13 +71,13 @@ def shared_prefix_prompts(
 class _Stream(asyncio.Protocol):
     """One HTTP/1.1 exchange; every ``data:`` event is taken as it arrives."""
 
-    def __init__(self, request: bytes, result: Result, done: asyncio.Future[None]):
-        self.request, self.result, self.done = request, result, done
+    def __init__(self, request: bytes, result: Result, end: asyncio.Future[None]):
+        self.request, self.result, self.end = request, result, end
         self._status = 0
         self._head = b""
-        self._chunked = False
+        self._is_chunked = False
         self._frame = b""
-        self._left = 0
+        self._chunk_remaining = 0
         self._line = b""
         self._body = b""
         self._last = 0.0
@@ -94,8 +94,8 @@ class _Stream(asyncio.Protocol):
             if not mark:
                 return
             self._status = int(head.split(b" ", 2)[1])
-            self._chunked = b"transfer-encoding: chunked" in head.lower()
-        body = self._dechunked(data) if self._chunked else data
+            self._is_chunked = b"transfer-encoding: chunked" in head.lower()
+        body = self._decode_chunks(data) if self._is_chunked else data
         if self._status != 200:
             self._body += body
             return
@@ -104,23 +104,23 @@ class _Stream(asyncio.Protocol):
             if line.startswith(b"data: "):
                 self._event(line[6:].strip(), now)
 
-    def _dechunked(self, data: bytes) -> bytes:
+    def _decode_chunks(self, data: bytes) -> bytes:
         """Proxies cut chunks anew, so an event may lie in two."""
-        found = b""
+        body_bytes = b""
         data = self._frame + data
         while data:
-            if not self._left:
+            if not self._chunk_remaining:
                 size, mark, rest = data.lstrip(b"\r\n").partition(b"\r\n")
                 if not mark:
                     break
-                self._left, data = int(size.split(b";")[0], 16), rest
-                if not self._left:
-                    return found
-            piece, data = data[: self._left], data[self._left :]
-            self._left -= len(piece)
-            found += piece
+                self._chunk_remaining, data = int(size.split(b";")[0], 16), rest
+                if not self._chunk_remaining:
+                    return body_bytes
+            piece, data = data[: self._chunk_remaining], data[self._chunk_remaining :]
+            self._chunk_remaining -= len(piece)
+            body_bytes += piece
         self._frame = data
-        return found
+        return body_bytes
 
     def _event(self, data: bytes, now: float) -> None:
         result = self.result
@@ -146,15 +146,15 @@ class _Stream(asyncio.Protocol):
         result.total_s = now - result.began
 
     def _finish(self, now: float) -> None:
-        if not self.done.done():
-            self.done.set_result(None)
+        if not self.end.done():
+            self.end.set_result(None)
         self.transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
-        if not self.done.done():
+        if not self.end.done():
             what = self._body.decode(errors="replace")[:300] if self._body else str(error or "")
             self.result.error = f"status {self._status}, the connection ended: {what}"
-            self.done.set_result(None)
+            self.end.set_result(None)
 
 
 async def complete(url: str, model: str, prompt: Prompt, key: str = "") -> Result:
@@ -179,11 +179,11 @@ async def complete(url: str, model: str, prompt: Prompt, key: str = "") -> Resul
     )
     loop = asyncio.get_running_loop()
     result = Result(time.perf_counter())
-    done: asyncio.Future[None] = loop.create_future()
+    end: asyncio.Future[None] = loop.create_future()
     secure = parts.scheme == "https"
     try:
         transport, _ = await loop.create_connection(
-            lambda: _Stream(head.encode() + body, result, done),
+            lambda: _Stream(head.encode() + body, result, end),
             parts.hostname or "127.0.0.1",
             parts.port or (443 if secure else 80),
             ssl=secure or None,
@@ -192,7 +192,7 @@ async def complete(url: str, model: str, prompt: Prompt, key: str = "") -> Resul
         result.error = str(error)
         return result
     try:
-        await done
+        await end
     finally:
         transport.close()
     return result
@@ -245,22 +245,24 @@ async def long_prompt_delay(
     """By how much the latest token of ``streams`` answers is late while a prompt of ``length``
     tokens comes among them, in median times between tokens. ValueError if a request fails."""
     rng = random.Random(seed)
-    settled = 40
+    warmup_tokens = 40
     """Tokens after which all answers run; each has more to come when the prompt is done."""
     running = [
-        Prompt([rng.randrange(vocab) for _ in range(64)], settled + 10 + length // 16)
+        Prompt([rng.randrange(vocab) for _ in range(64)], warmup_tokens + 10 + length // 16)
         for _ in range(streams)
     ]
     long = Prompt([rng.randrange(vocab) for _ in range(length)], 4)
     answers = asyncio.ensure_future(drive(url, model, running, concurrency=streams, key=key))
     # One more answer is waited for first: until all have begun, the gaps are those of their own
     # prompts.
-    (probe,), _ = await drive(url, model, [Prompt([1, 2, 3], 2 * settled)], concurrency=1, key=key)
+    (probe,), _ = await drive(
+        url, model, [Prompt([1, 2, 3], 2 * warmup_tokens)], concurrency=1, key=key
+    )
     late = await complete(url, model, long, key)
     results, _ = await answers
     if error := next((r.error for r in (*results, probe, late) if r.error), ""):
         raise ValueError(f"{url}: {error}")
-    gaps = [gap for r in results for gap in r.gaps_s[settled:]]
+    gaps = [gap for r in results for gap in r.gaps_s[warmup_tokens:]]
     return max(gaps) / percentile(gaps, 0.5) - 1
 
 
@@ -268,11 +270,11 @@ def percentile(values: Sequence[float], share: float) -> float:
     """Linear between neighbours, as numpy's; 0 without values."""
     if not values:
         return 0.0
-    ordered = sorted(values)
-    at = share * (len(ordered) - 1)
+    ranks = sorted(values)
+    at = share * (len(ranks) - 1)
     low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+    high = min(low + 1, len(ranks) - 1)
+    return ranks[low] + (ranks[high] - ranks[low]) * (at - low)
 
 
 def summary(
@@ -301,12 +303,12 @@ def summary(
         for share in (50, 90, 99):
             figures[f"{name}_p{share}_ms"] = 1000 * percentile(values, share / 100)
     if goals:
-        kept = sum(
+        num_good = sum(
             all(
                 1000 * {"ttft": r.first_s, "tpot": r.per_token_s, "e2e": r.total_s}[name] <= bound
                 for name, bound in goals.items()
             )
             for r in good
         )
-        figures["goodput_per_s"] = kept / seconds
+        figures["goodput_per_s"] = num_good / seconds
     return figures

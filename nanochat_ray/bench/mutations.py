@@ -173,7 +173,7 @@ def mutations(count: int, seed: int, *, huge_bytes: int = 0) -> Iterator[Mutatio
         yield Mutation(
             method=rng.choice(["POST"] * 80 + ["GET", "PUT", "DELETE", "OPTIONS", "HEAD"]),
             path=path,
-            body=_mutated(rng, body, size),
+            body=_mutate(rng, body, size),
             headers=headers,
             leaves_after_s=rng.uniform(0, 0.05) if rng.random() < 0.1 else None,
         )
@@ -188,7 +188,7 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return paths
 
 
-def _mutated(rng: random.Random, body: dict[str, Any], size: int) -> bytes:
+def _mutate(rng: random.Random, body: dict[str, Any], size: int) -> bytes:
     body = copy.deepcopy(body)
     for step in range(rng.choice((0, 1, 1, 1, 2, 3)) + bool(size)):
         paths = _paths(body)
@@ -210,10 +210,10 @@ def _mutated(rng: random.Random, body: dict[str, Any], size: int) -> bytes:
             holder[rng.choice(FIELDS)] = copy.deepcopy(rng.choice([holder[key], rng.choice(ODD)]))
         else:
             holder[key] = copy.deepcopy(rng.choice(ODD))
-    return _damaged(rng, json.dumps(body).encode())
+    return _damage(rng, json.dumps(body).encode())
 
 
-def _damaged(rng: random.Random, raw: bytes) -> bytes:
+def _damage(rng: random.Random, raw: bytes) -> bytes:
     if rng.random() >= 0.1:
         return raw
     data = bytearray(raw)

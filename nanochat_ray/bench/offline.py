@@ -164,8 +164,8 @@ def measure(
             took, answers[side.name] = side.run(prompts, max_tokens)
             if turn:
                 seconds[side.name].append(took)
-    made = len(prompts) * max_tokens
-    return {name: made / statistics.median(took) for name, took in seconds.items()}, answers
+    num_tokens = len(prompts) * max_tokens
+    return {name: num_tokens / statistics.median(took) for name, took in seconds.items()}, answers
 
 
 def compare(
@@ -183,17 +183,17 @@ def compare(
     equal: dict[str, list[float]] = {side.name: [] for side in sides[1:]}
     for batch in batches:
         prompts = random_prompts(random.Random(batch), batch, prompt_len, vocab)
-        found, answers = measure(sides, prompts, max_tokens, repeats)
+        rates_of_side, answers = measure(sides, prompts, max_tokens, repeats)
         for side in sides[1:]:
             same = agreement(answers[sides[0].name], answers[side.name])
             equal[side.name] += [same] * batch
-        print(f"B={batch}", {k: round(v) for k, v in found.items()}, flush=True)
+        print(f"B={batch}", {k: round(v) for k, v in rates_of_side.items()}, flush=True)
         best: dict[str, float] = {}
         for side in sides:
-            best[side.kind] = max(best.get(side.kind, 0.0), found[side.name])
+            best[side.kind] = max(best.get(side.kind, 0.0), rates_of_side[side.name])
         for kind, rate in best.items():
             ratios[f"decode_vs_{kind}"][str(batch)] = best[OURS] / rate
-        rates[str(batch)] = found
+        rates[str(batch)] = rates_of_side
     del ratios[f"decode_vs_{OURS}"]
     return {"rates": rates, "equal": {k: statistics.mean(v) for k, v in equal.items()}, **ratios}
 
@@ -203,7 +203,7 @@ def shared_prefix(
     off: Side,
     vocab: int,
     *,
-    shared: int,
+    shared_prefix: int,
     own: int,
     max_tokens: int,
     count: int,
@@ -214,7 +214,7 @@ def shared_prefix(
     rng = random.Random(7)
     ratios, equal = [], []
     for turn in range(repeats + 1):
-        (start,) = random_prompts(rng, 1, shared, vocab)
+        (start,) = random_prompts(rng, 1, shared_prefix, vocab)
         prompts = [start + tail for tail in random_prompts(rng, count, own, vocab)]
         fast, a = on.run(prompts, max_tokens)
         slow, b = off.run(prompts, max_tokens)
@@ -249,15 +249,15 @@ class Args:
 
 def pythons(pairs: Sequence[str]) -> dict[str, str]:
     """NAME=PATH by name; ValueError if a name is unknown or the path is no file."""
-    found = {}
+    paths = {}
     for pair in pairs:
         name, _, path = pair.partition("=")
         if name not in PEERS[1:]:
             raise ValueError(f"peer_python={pair!r} is not allowed: NAME=PATH, NAME one of {PEERS}")
         if not Path(path).is_file():
             raise ValueError(f"peer_python={pair!r} is not allowed: {path!r} is no file")
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
 def run(args: Args) -> dict[str, Any]:

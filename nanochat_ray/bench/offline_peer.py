@@ -29,7 +29,7 @@ def ours(folder: str, options: dict[str, Any]) -> Generate:
     from nanochat_ray.engine.request import Request, SamplingParams
 
     model, _ = hf.import_folder(Path(folder))
-    known = {field.name for field in dataclasses.fields(EngineConfig)}
+    fields = {field.name for field in dataclasses.fields(EngineConfig)}
     settings: dict[str, Any] = {
         "max_num_seqs": 64,
         "max_num_batched_tokens": 512,
@@ -37,19 +37,19 @@ def ours(folder: str, options: dict[str, Any]) -> Generate:
         "max_queue_size": 4096,
         "prefix_cache_tokens": 0,
     }
-    settings |= {key: value for key, value in options.items() if key in known}
+    settings |= {key: value for key, value in options.items() if key in fields}
     engine = Engine(model, EngineConfig(**settings))
 
     def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-        found: dict[str, list[int]] = {}
+        completions: dict[str, list[int]] = {}
         for i, prompt in enumerate(prompts):
-            found[str(i)] = []
+            completions[str(i)] = []
             engine.add(Request(id=str(i), prompt=prompt, params=params))
         while engine.has_work:
             for output in engine.step():
-                found[output.request_id] += output.tokens
-        return list(found.values())
+                completions[output.request_id] += output.tokens
+        return list(completions.values())
 
     return generate
 
@@ -67,8 +67,8 @@ def vllm(folder: str, options: dict[str, Any]) -> Generate:
 
     def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        answers = llm.generate(asked, params, use_tqdm=False)
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        answers = llm.generate(inputs, params, use_tqdm=False)
         return [list(answer.outputs[0].token_ids) for answer in answers]
 
     return generate

@@ -89,13 +89,13 @@ def send(args: Args, mutation: Mutation, report: Report) -> None:
     except (OSError, http.client.HTTPException) as error:
         # A refusal may come before the whole body was sent.
         if mutation.leaves_after_s is None and not isinstance(error, ConnectionError):
-            report.failures.append(f"{_shown(mutation)}: {type(error).__name__} {error}")
+            report.failures.append(f"{_describe(mutation)}: {type(error).__name__} {error}")
         return
     finally:
         connection.close()
     report.statuses[response.status] += 1
     if (wrong := _wrong(mutation, response, text)) is not None:
-        report.failures.append(f"{_shown(mutation)}: {response.status} {wrong[:BODY_SHOWN]!r}")
+        report.failures.append(f"{_describe(mutation)}: {response.status} {wrong[:BODY_SHOWN]!r}")
 
 
 def _wrong(mutation: Mutation, response: http.client.HTTPResponse, text: bytes) -> bytes | None:
@@ -108,20 +108,20 @@ def _wrong(mutation: Mutation, response: http.client.HTTPResponse, text: bytes) 
         except (ValueError, KeyError, TypeError):
             return text
     if "event-stream" in (response.getheader("content-type") or ""):
-        ended = (b"data: [DONE]\n\n", b"response.completed", b"response.incomplete")
-        return None if any(end in text for end in ended) else text[-BODY_SHOWN:]
+        endings = (b"data: [DONE]\n\n", b"response.completed", b"response.incomplete")
+        return None if any(end in text for end in endings) else text[-BODY_SHOWN:]
     return None
 
 
-def _shown(mutation: Mutation) -> str:
+def _describe(mutation: Mutation) -> str:
     return f"{mutation.method} {mutation.path} {mutation.body[:BODY_SHOWN]!r}"
 
 
-def stream(args: Args, report: Report, done: threading.Event) -> None:
+def stream(args: Args, report: Report, stop: threading.Event) -> None:
     """Steady streams, one after another."""
     body = {"prompt": "steady", "max_tokens": args.stream_tokens, "ignore_eos": True}
     raw = json.dumps({**body, "stream": True, "temperature": 0.5}).encode()
-    while not done.is_set():
+    while not stop.is_set():
         connection = _connection(args, 60.0)
         try:
             headers = {"content-type": "application/json", **_headers(args)}
@@ -145,9 +145,9 @@ def stream(args: Args, report: Report, done: threading.Event) -> None:
 
 
 def replay(args: Args) -> Report:
-    report, done = Report(), threading.Event()
+    report, stop = Report(), threading.Event()
     steady = [
-        threading.Thread(target=stream, args=(args, report, done)) for _ in range(args.streams)
+        threading.Thread(target=stream, args=(args, report, stop)) for _ in range(args.streams)
     ]
     for thread in steady:
         thread.start()
@@ -164,7 +164,7 @@ def replay(args: Args) -> Report:
         middle = send_all(every[:half])
         report.growth_mib = send_all(every[half:]) - middle
     finally:
-        done.set()
+        stop.set()
         for thread in steady:
             thread.join()
     gap = max(report.gaps_s, default=0.0)

@@ -75,7 +75,7 @@ class Args:
     """Lengths lie uniformly within this share around those two."""
     requests: int = 2
     """Requests for each stream, and at least 8."""
-    shared: int = 512
+    shared_prefix: int = 512
     own: int = 32
     shared_output: int = 16
     """The shared-prefix load: tokens that are shared, a prompt's own, and of the answer."""
@@ -98,7 +98,7 @@ class Args:
         check_port("port", self.port)
         for name in ("requests", "repeats", "threads", "prompt", "output", "own", "shared_output"):
             check_int(name, getattr(self, name), 1)
-        check_int("shared", self.shared, 0)
+        check_int("shared", self.shared_prefix, 0)
         for streams in self.concurrency:
             check_int("concurrency", streams, 1)
         check_float("rate", self.rate)
@@ -115,14 +115,14 @@ def be_engine(args: Args) -> None:
     engines: dict[bool, Any] = {}
     print("ready", flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        if asked["prefix"] not in engines:
-            kept = EngineConfig.prefix_cache_tokens if asked["prefix"] else 0
-            config = EngineConfig(max_num_seqs=STREAMS, prefix_cache_tokens=kept)
-            engines[asked["prefix"]] = load_engine.make_engine(run, args.threads, config)
-        prompts = [load.Prompt(*prompt) for prompt in asked["prompts"]]
+        task = json.loads(line)
+        if task["prefix"] not in engines:
+            cache_tokens = EngineConfig.prefix_cache_tokens if task["prefix"] else 0
+            config = EngineConfig(max_num_seqs=STREAMS, prefix_cache_tokens=cache_tokens)
+            engines[task["prefix"]] = load_engine.make_engine(run, args.threads, config)
+        prompts = [load.Prompt(*prompt) for prompt in task["prompts"]]
         began = time.perf_counter()
-        results = load_engine.drive(engines[asked["prefix"]], prompts, asked["concurrency"])
+        results = load_engine.drive(engines[task["prefix"]], prompts, task["concurrency"])
         figures = load.summary(results, time.perf_counter() - began, goals(args))
         print(json.dumps({**figures, "texts": [r.text for r in results]}), flush=True)
 
@@ -186,8 +186,8 @@ class Side:
             for error in {r.error for r in results if r.error}:
                 print(f"{self.name}: {error}", file=sys.stderr)
             return load.summary(results, seconds, goals(args))
-        asked = {"prompts": [[p.ids, p.output] for p in prompts], "concurrency": concurrency}
-        self.process.stdin.write(json.dumps({**asked, "prefix": prefix}) + "\n")
+        task = {"prompts": [[p.ids, p.output] for p in prompts], "concurrency": concurrency}
+        self.process.stdin.write(json.dumps({**task, "prefix": prefix}) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
@@ -196,13 +196,13 @@ class Side:
 
 
 def goals(args: Args) -> dict[str, float]:
-    found = {}
+    bounds = {}
     for goal in args.goal:
         name, _, bound = goal.partition(":")
         if name not in ("ttft", "tpot", "e2e") or not bound.replace(".", "", 1).isdigit():
             raise ValueError(f"goal={goal!r} is not allowed: ttft:MS, tpot:MS or e2e:MS")
-        found[name] = float(bound)
-    return found
+        bounds[name] = float(bound)
+    return bounds
 
 
 def pairs(values: list[str], flag: str) -> dict[str, str]:
@@ -230,7 +230,7 @@ def model_at(url: str, key: str, seconds: float = 90.0) -> str:
 def sides(args: Args) -> Iterator[list[Side]]:
     """Ours and the peers', all up at once, so that they can take turns."""
     with contextlib.ExitStack() as stack:
-        found = []
+        open_sides = []
         for name in args.sides.split(",") if args.sides else []:
             if name not in SIDES:
                 raise ValueError(f"sides={name!r} is not allowed: {', '.join(SIDES)}")
@@ -240,15 +240,15 @@ def sides(args: Args) -> Iterator[list[Side]]:
             if name == "engine":
                 assert process.stdout is not None
                 process.stdout.readline()
-                found.append(Side(name, process=process))
+                open_sides.append(Side(name, process=process))
             else:
                 url = f"http://127.0.0.1:{args.port + (name == 'ray')}"
-                found.append(Side(name, url=url, model=model_at(url, args.key)))
+                open_sides.append(Side(name, url=url, model=model_at(url, args.key)))
         urls = {**({"ray": args.ours} if args.ours else {}), **pairs(args.peer, "peer")}
         for name, url in urls.items():
             url = url.rstrip("/").removesuffix("/v1")
-            found.append(Side(name, url=url, model=model_at(url, args.key)))
-        yield found
+            open_sides.append(Side(name, url=url, model=model_at(url, args.key)))
+        yield open_sides
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: statistics.median(run[name] for run in runs) for name in numbers}
 
 
-def measure_http(args: Args, found: list[Side]) -> dict[str, dict[int, dict[str, Any]]]:
+def measure_http(args: Args, open_sides: list[Side]) -> dict[str, dict[int, dict[str, Any]]]:
     """Median figures by side and streams."""
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for repeat in range(-1, args.repeats):  # the first one warms up
@@ -270,13 +270,15 @@ def measure_http(args: Args, found: list[Side]) -> dict[str, dict[int, dict[str,
                 spread=args.spread,
                 seed=1000 * repeat + streams,
             )
-            for side in found[repeat % len(found) :] + found[: repeat % len(found)]:
+            for side in (
+                open_sides[repeat % len(open_sides) :] + open_sides[: repeat % len(open_sides)]
+            ):
                 figures = side.run(args, prompts, streams)
                 if repeat >= 0:
                     runs.setdefault((side.name, streams), []).append(figures)
     return {
         side.name: {streams: medians(runs[side.name, streams]) for streams in args.concurrency}
-        for side in found
+        for side in open_sides
     }
 
 
@@ -287,7 +289,7 @@ def measure_prefix(args: Args, engine: Side) -> tuple[float, bool]:
         prompts = load.shared_prefix_prompts(
             2 * STREAMS,
             vocab=VOCAB,
-            shared=args.shared,
+            shared_prefix=args.shared_prefix,
             own=args.own,
             output=args.shared_output,
             seed=repeat,
@@ -300,11 +302,11 @@ def measure_prefix(args: Args, engine: Side) -> tuple[float, bool]:
     return statistics.median(ratios), equal
 
 
-def measure_long(args: Args, found: list[Side]) -> dict[str, float]:
+def measure_long(args: Args, open_sides: list[Side]) -> dict[str, float]:
     """By server: what a prompt of 1,900 tokens makes 16 answers wait, in median steps."""
-    waits: dict[str, list[float]] = {side.name: [] for side in found if side.url}
+    waits: dict[str, list[float]] = {side.name: [] for side in open_sides if side.url}
     for repeat in range(args.repeats):
-        for side in found:
+        for side in open_sides:
             if side.url:
                 wait = load.long_prompt_delay(
                     side.url, side.model, vocab=VOCAB, key=args.key, seed=repeat
@@ -319,8 +321,8 @@ def table(figures: dict[str, dict[int, dict[str, Any]]]) -> str:
     extra = ("ttft_p90_ms", "itl_p90_ms", "goodput_per_s", "failed")
     lines = []
     for side, by_streams in figures.items():
-        for streams, found in by_streams.items():
-            cells = [f"{found[c]:9.1f}" for c in (*columns, *times, *extra) if c in found]
+        for streams, metrics in by_streams.items():
+            cells = [f"{metrics[c]:9.1f}" for c in (*columns, *times, *extra) if c in metrics]
             lines.append(f"{side:>10} {streams:>7} " + " ".join(cells))
     some = next(iter(next(iter(figures.values())).values()))
     names = [c for c in (*columns, *times, *extra) if c in some]
@@ -332,8 +334,8 @@ def table(figures: dict[str, dict[int, dict[str, Any]]]) -> str:
     return "\n".join([head, *lines])
 
 
-def http_part(args: Args, found: list[Side]) -> dict[str, Any]:
-    figures = measure_http(args, found)
+def http_part(args: Args, open_sides: list[Side]) -> dict[str, Any]:
+    figures = measure_http(args, open_sides)
     print(table(figures), flush=True)
     if args.chart is not None:
         curves = {
@@ -357,9 +359,9 @@ def http_part(args: Args, found: list[Side]) -> dict[str, Any]:
     return result
 
 
-def rounded(value: Any) -> Any:
+def round_values(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: rounded(one) for key, one in value.items()}
+        return {key: round_values(one) for key, one in value.items()}
     return round(value, 3) if isinstance(value, float) else value
 
 
@@ -379,12 +381,14 @@ def main(args: Args) -> None:
             args = dataclasses.replace(args, storage=folder)
         load_engine.make_run(Store.at(args.storage).child("runs", args.run))
         if {"http", "long"} & set(parts):
-            with sides(args) as found:
-                result.update(http_part(args, found) if "http" in parts else {})
-                result["long_prompt_delay"] = measure_long(args, found) if "long" in parts else None
+            with sides(args) as open_sides:
+                result.update(http_part(args, open_sides) if "http" in parts else {})
+                result["long_prompt_delay"] = (
+                    measure_long(args, open_sides) if "long" in parts else None
+                )
         if "prefix" in parts:
-            with sides(dataclasses.replace(args, sides="engine", peer=[])) as found:
-                speedup, equal = measure_prefix(args, found[0])
+            with sides(dataclasses.replace(args, sides="engine", peer=[])) as open_sides:
+                speedup, equal = measure_prefix(args, open_sides[0])
             print(f"shared prefix: {speedup:.2f} times the throughput, answers equal: {equal}")
             result.update(prefix_speedup=speedup, prefix_equal=equal)
         if "offline" in parts:
@@ -394,4 +398,4 @@ def main(args: Args) -> None:
             )
             result["offline"] = {k: figures[k] for k in ("rates", "equal") if k in figures}
             result.update({k: v for k, v in figures.items() if k in KEYS})
-    print(json.dumps(rounded(result)))
+    print(json.dumps(round_values(result)))

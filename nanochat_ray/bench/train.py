@@ -91,7 +91,7 @@ def apart(args: Args, **what: Any) -> dict[str, Any]:
             flags += [f"--{name}", *value]
         elif value is not None:
             flags += [f"--{name}", str(value)]
-    done = subprocess.run(
+    process = subprocess.run(
         [
             sys.executable,
             "-m",
@@ -107,23 +107,23 @@ def apart(args: Args, **what: Any) -> dict[str, Any]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
-    if done.returncode:
-        raise RuntimeError(f"{what} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    if process.returncode:
+        raise RuntimeError(f"{what} failed:\n{process.stderr[-2000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def part_step(args: Args) -> dict[str, float | None]:
     sides = ["ours"] + (["nanochat"] if args.nanochat else [])
-    found: dict[tuple[str, str], list[float]] = {}
+    rates_by: dict[tuple[str, str], list[float]] = {}
     probes: dict[str, list[float]] = {}
     for _ in range(args.repeats):
         for precision in ("fp32", "bf16"):
             for side in sides:
                 result = apart(args, side=side, precision=precision)
-                found.setdefault((side, precision), []).append(result["tokens_per_s"])
+                rates_by.setdefault((side, precision), []).append(result["tokens_per_s"])
                 if precision == "fp32":
                     probes[side] = result["probe"]
-    for (side, precision), rates in found.items():
+    for (side, precision), rates in rates_by.items():
         each = ", ".join(f"{rate:,.0f}" for rate in rates)
         print(f"step  {side:<9} {precision}  {statistics.median(rates):8,.0f} tokens/s  ({each})")
     if not args.nanochat:
@@ -132,7 +132,7 @@ def part_step(args: Args) -> dict[str, float | None]:
     print(f"step  largest difference of logits (fp32, same weights): {off:.1e}")
     if off > 1e-3:
         raise RuntimeError("the two models do not compute the same: no comparison")
-    best = {s: max(statistics.median(found[s, p]) for p in ("fp32", "bf16")) for s in sides}
+    best = {s: max(statistics.median(rates_by[s, p]) for p in ("fp32", "bf16")) for s in sides}
     return {"step_vs_nanochat": best["ours"] / best["nanochat"]}
 
 
@@ -254,13 +254,13 @@ def part_ray(args: Args) -> dict[str, float | None]:
                 job = dataclasses.replace(whole, train=half, run=run)
                 began = time.perf_counter()
                 train_by(job)
-                spent = time.perf_counter() - began
+                seconds = time.perf_counter() - began
                 rate, wait, training = steady(job.storage, job.run)
                 rates[way].append(rate)
                 if way == "Ray Train + Ray Data":
                     waits.append(wait)
-                    rest.append(spent - training)
-    median = {way: statistics.median(found) for way, found in rates.items()}
+                    rest.append(seconds - training)
+    median = {way: statistics.median(rates_by) for way, rates_by in rates.items()}
     for way, rate in median.items():
         ratio = median["torchrun"] / rate
         print(f"ray  {way:<20} {rate:8,.0f} tokens/s, step ×{ratio:.3f} of torchrun's")
@@ -304,8 +304,8 @@ def part_feed(args: Args) -> dict[str, float | None]:
                 for batch in batches:
                     tokens += batch.ids.size
                 rates[way].append(tokens / (time.perf_counter() - began))
-    for way, found in rates.items():
-        print(f"feed  {way:<9} {statistics.median(found) / 1e6:,.0f} million tokens/s")
+    for way, rates_by in rates.items():
+        print(f"feed  {way:<9} {statistics.median(rates_by) / 1e6:,.0f} million tokens/s")
     return {"feed_tokens_per_s": statistics.median(rates["Ray Data"])}
 
 
@@ -332,11 +332,11 @@ def run_child(args: Args) -> None:
         Trainer(job).run()
         dist.destroy_process_group()
         return
-    measured = (shape(args), args.batch, args.steps, what["precision"])
+    arguments = (shape(args), args.batch, args.steps, what["precision"])
     if what["side"] == "ours":
-        print(json.dumps(train_step.ours(*measured)))
+        print(json.dumps(train_step.ours(*arguments)))
     else:
-        print(json.dumps(train_step.theirs(*measured, str(args.nanochat))))
+        print(json.dumps(train_step.theirs(*arguments, str(args.nanochat))))
 
 
 def main(args: Args) -> None:
@@ -350,11 +350,11 @@ def main(args: Args) -> None:
         "ray": part_ray,
         "feed": part_feed,
     }
-    chosen = [part.strip() for part in args.only.split(",")]
-    unknown = [part for part in chosen if part not in parts]
+    names = [part.strip() for part in args.only.split(",")]
+    unknown = [part for part in names if part not in parts]
     if unknown:
         raise ValueError(f"only={args.only!r} is not allowed: some of {', '.join(parts)}")
-    found: dict[str, float | None] = dict.fromkeys(KEYS)
-    for part in chosen:
-        found.update(parts[part](args))
-    print(json.dumps(found))
+    rates_by: dict[str, float | None] = dict.fromkeys(KEYS)
+    for part in names:
+        rates_by.update(parts[part](args))
+    print(json.dumps(rates_by))

@@ -21,10 +21,10 @@ from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.step import Batch, train_step
 
 
-def by_formula(named: Any) -> None:
+def by_formula(parameters: Any) -> None:
     """Equal weights for equal names, whoever the model is from."""
     with torch.no_grad():
-        for number, (_, p) in enumerate(sorted(named)):
+        for number, (_, p) in enumerate(sorted(parameters)):
             n = torch.arange(p.numel(), dtype=torch.float64)
             p.copy_((0.05 * torch.sin(0.7 * n + number)).view(p.shape).to(p.dtype))
 
@@ -50,7 +50,7 @@ def ours(config: ModelConfig, tokens: int, steps: int, precision: Precision) -> 
     )
     optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
     batch = Batch(ids.numpy())
-    seconds = timed(lambda k: train_step(model, optimizer, batch, k, train), steps)
+    seconds = step_seconds(lambda k: train_step(model, optimizer, batch, k, train), steps)
     return {"tokens_per_s": tokens / seconds, "probe": probe}
 
 
@@ -84,17 +84,17 @@ def theirs(
         model.zero_grad(set_to_none=True)
         loss.item()
 
-    seconds = timed(step, steps)
+    seconds = step_seconds(step, steps)
     return {"tokens_per_s": tokens / seconds, "probe": probe}
 
 
-def timed(step: Any, steps: int) -> float:
+def step_seconds(step: Any, steps: int) -> float:
     """Median seconds of a step, after three that warm up."""
     for k in range(3):
         step(k)
-    spent = []
+    seconds = []
     for k in range(3, 3 + steps):
         began = time.perf_counter()
         step(k)
-        spent.append(time.perf_counter() - began)
-    return statistics.median(spent)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)

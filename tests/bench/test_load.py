@@ -70,7 +70,7 @@ def test_a_stream_in_pieces(size: int) -> None:
 
 
 def test_shared_prefix_and_percentiles() -> None:
-    one, two = shared_prefix_prompts(2, vocab=50, shared=20, own=5, output=1)
+    one, two = shared_prefix_prompts(2, vocab=50, shared_prefix=20, own=5, output=1)
     assert one.ids[:20] == two.ids[:20]
     assert one.ids[20:] != two.ids[20:]
     assert percentile([3, 1, 2], 0.5) == 2
