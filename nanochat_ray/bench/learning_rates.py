@@ -4,7 +4,7 @@
         --batches 2048 16384 --scales 0.5 1 2
 
 For each batch and factor a small model is trained on the same number of tokens; the table shows
-the validation bits per byte. ``recipe.lr_scale`` rests on this table (optim/NOTES.md).
+the validation bits per byte. ``recipe.lr_scale`` rests on this table (optim/BENCHMARKS.md).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Eager torch makes about ten passes over memory for an RMSNorm and its gradient and six for a ReLU²;
 these make five and four. On a CPU, where a small model is bound by memory more than by its matmuls,
-that saves a tenth of the training step (optim/NOTES.md).
+that saves a tenth of the training step (optim/BENCHMARKS.md).
 """
 
 from __future__ import annotations
