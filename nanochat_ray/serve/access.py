@@ -1,7 +1,7 @@
-"""Around every request: its id, one line in the access log, and an end to failures of any kind.
+"""Middleware for every request: its id, one line in the access log, and a response to defects.
 
-The line has the method, path, status, time, bytes and id: no query, key, prompt or answer. HEAD is
-answered as GET is, without a body.
+The line has method, path, status, time, bytes and id: no query, key, prompt or answer. HEAD is
+answered as GET, without a body.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", d
 
 
 def log_to(handlers: Sequence[logging.Handler]) -> None:
-    """Has the access log written by ``handlers``, and by nothing else."""
+    """Sends the access log to ``handlers`` alone."""
     logger.handlers = list(handlers)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -42,7 +42,7 @@ def log_to(handlers: Sequence[logging.Handler]) -> None:
 @dataclass
 class _Response:
     status: int = 0
-    """0 until it starts; 499 if the client left before."""
+    """0 until the response starts; logged as 499 if the client disconnects before."""
     size: int = 0
     """Bytes of the body."""
 
@@ -57,13 +57,13 @@ class AccessLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = next((v for name, v in scope["headers"] if name == REQUEST_ID), b"")
-        own = given if _ALLOWED_ID.fullmatch(given) else secrets.token_hex(16).encode()
+        header = next((v for name, v in scope["headers"] if name == REQUEST_ID), b"")
+        own = header if _ALLOWED_ID.fullmatch(header) else secrets.token_hex(16).encode()
         request_id.set(own.decode())
         head = scope["method"] == "HEAD"
         response, start = _Response(), time.perf_counter()
 
-        async def tagged(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 response.status = message["status"]
                 message = {**message, "headers": [*message.get("headers", ()), (REQUEST_ID, own)]}
@@ -74,7 +74,7 @@ class AccessLog:
             await send(message)
 
         try:
-            await self._answer({**scope, "method": "GET"} if head else scope, receive, tagged)
+            await self._answer({**scope, "method": "GET"} if head else scope, receive, send_with_id)
         finally:
             if logger.isEnabledFor(logging.INFO):
                 logger.info(
@@ -89,29 +89,29 @@ class AccessLog:
                 )
 
     async def _answer(self, scope: Scope, receive: Receive, send: Any) -> None:
-        started = False
+        has_started = False
 
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = True
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
             await send(message)
 
         try:
-            await self.app(scope, receive, watched)
+            await self.app(scope, receive, send_and_note)
         except ClientDisconnect:
-            return  # in the middle of its body
+            return  # the client disconnected within the body of its request
         except BaseException as error:
-            # A panic of a library in Rust is a BaseException; the others end the task or process.
+            # A panic in Rust is a BaseException; the other BaseExceptions end the task or process.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             failures.exception("%s failed, id=%s", _path(scope), request_id.get())
-            if started:  # an answer cut short must not look like a whole one
+            if has_started:  # a truncated response must not look complete
                 raise RuntimeError("the response was cut short") from error
             with contextlib.suppress(OSError):
                 await errors.internal().response()(scope, receive, send)
 
 
 def _path(scope: Scope) -> str:
-    """As it came, percent-encoded: no line's end, no control character."""
+    """The path, percent-encoded: without line breaks and control characters."""
     raw = scope.get("raw_path") or scope["path"].encode()
     return raw[:MAX_PATH].decode("ascii", errors="backslashreplace").split("?")[0]

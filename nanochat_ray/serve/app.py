@@ -189,7 +189,7 @@ def _add_metrics(app: FastAPI, serving: Serving, prometheus: PrometheusSink) -> 
         """Prometheus' text format."""
         with contextlib.suppress(UnavailableError):  # then the last values are repeated
             stats = (await serving.client.health())["engines"]
-            engines.put_all({e.get("replica", str(i)): e for i, e in enumerate(stats)})
+            engines.update_all({e.get("replica", str(i)): e for i, e in enumerate(stats)})
         return Response(prometheus.text(), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -1,4 +1,4 @@
-"""What the HTTP side needs of an engine, wherever that engine runs."""
+"""The interface of an engine to the HTTP side, wherever the engine runs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from nanochat_ray.engine.request import Request, RequestOutput
 
 
 class UnavailableError(Exception):
-    """No engine could take the request, or carry it on, before the deadline."""
+    """No engine could accept or continue the request before the deadline."""
 
 
 class OutputStream:
     """Outputs of the requests of one reader: ``async for outputs in stream``.
 
-    Each turn gives all that came since the last one, for whichever of its requests, so a step of
-    the engine wakes the reader once, and a slow reader gets fewer, larger turns. It ends when every
-    request has had an output with ``finish``. ``take``, ``push`` and ``fail`` belong to the event
-    loop that reads. ``close`` at any time, as often as one likes: what still runs is aborted.
+    Each iteration yields all outputs since the last one, of any of its requests: a step of the
+    engine wakes the reader once, and a slow reader gets fewer, larger lists. It ends when every
+    request has had an output with ``finish``. Call ``take``, ``push`` and ``fail`` in the event
+    loop that reads. ``close`` aborts the requests that still run; it may be called repeatedly.
     """
 
     def __init__(self) -> None:
@@ -29,11 +29,11 @@ class OutputStream:
         self._reader: asyncio.Future[None] | None = None
 
     def take(self, request_id: str, abort: Callable[[], None]) -> None:
-        """A request begins whose outputs will come here; ``abort`` ends it early."""
+        """Registers a request whose outputs will come here; ``abort`` ends it early."""
         self._aborts[request_id] = abort
 
     def drop(self, request_id: str) -> None:
-        """The request was refused: nothing of it will come."""
+        """Removes a request that the engine rejected."""
         self._aborts.pop(request_id, None)
 
     def push(self, output: RequestOutput) -> None:
@@ -43,7 +43,7 @@ class OutputStream:
         self._wake()
 
     def fail(self, request_id: str, error: Exception) -> None:
-        """The reader gets ``error`` after what came before it."""
+        """Raises ``error`` in the reader after the outputs before it."""
         self._error = self._error or error
         self._aborts.pop(request_id, None)
         self._wake()
@@ -67,7 +67,7 @@ class OutputStream:
         return outputs
 
     def abort(self, request_id: str) -> None:
-        """Ends one request: its answer is complete for the reader."""
+        """Aborts one request: its answer is complete for the reader."""
         abort = self._aborts.pop(request_id, None)
         if abort is not None:
             abort()
@@ -78,15 +78,15 @@ class OutputStream:
 
 
 class EngineClient(Protocol):
-    """The one thing that tests may replace by a double."""
+    """An engine, local or remote; tests replace it by a double."""
 
     async def submit(self, request: Request, stream: OutputStream) -> None:
-        """Hands a request over; its tokens come on the stream.
+        """Submits a request; its outputs come on the stream.
 
-        Raises EngineFull, UnavailableError, or ValueError for a request that the engine refuses.
+        Raises EngineFull, UnavailableError, or ValueError for a request that the engine rejects.
         """
         ...
 
     async def health(self) -> dict[str, Any]:
-        """Figures of the engines. Raises UnavailableError if none answers."""
+        """Statistics of the engines. Raises UnavailableError if none answers."""
         ...

@@ -200,7 +200,7 @@ async def generate(
         for i, request in enumerate(generation.requests):
             timer = metrics.timer()
             await client.submit(request, stream)
-            timer.taken(len(request.prompt))
+            timer.accept(len(request.prompt))
             min_tokens = request.params.min_tokens
             choice = Choice(tokenizer, i, generation.stop, generation.tool_choice, min_tokens)
             running[request.id] = choice, timer

@@ -1,4 +1,4 @@
-"""uvicorn as this project runs it: bound before it says so, ended in bounded time, open to h2c."""
+"""uvicorn with a socket that is bound in advance, bounded shutdown, and support for h2c offers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 SHUTDOWN_S = 5.0
-"""How long answers that run may go on after SIGTERM, and clients that do not read may wait."""
+"""How long answers may continue after SIGTERM."""
 MAX_HEAD_BYTES = 1 << 16
 
 
 class _H11(H11Protocol):
     def _unsupported_upgrade_warning(self) -> None:
-        """The client goes on with HTTP/1.1, as it must where nobody upgrades (RFC 9110, 7.8)."""
+        """The client continues with HTTP/1.1, as it must without an upgrade (RFC 9110, 7.8)."""
 
 
 class _Protocol(HttpToolsProtocol):
     """httptools; h11, which is slower, for a connection whose requests offer an upgrade.
 
-    httptools stops to parse at ``Upgrade``, and a body behind it is lost. Java's HttpClient offers
-    ``h2c`` with every request.
+    httptools stops parsing at ``Upgrade`` and loses the body. Java's HttpClient offers ``h2c`` with
+    every request.
     """
 
     def data_received(self, data: bytes) -> None:

@@ -1,8 +1,8 @@
-"""API keys as a deployment carries them: salted hashes, of which nobody who reads it can call.
+"""API keys as a deployment stores them: salted hashes, which do not reveal the keys.
 
     NANOCHAT_API_KEYS=key1,key2 python -m nanochat_ray.serve.keys    # lines for cluster/serve.yaml
 
-Keys are to be long and random (``openssl rand -hex 24``): a short one can be guessed from its hash.
+Use long random keys (``openssl rand -hex 24``): a short one can be recovered from its hash.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HASH = re.compile(r"sha256:([0-9a-f]{32}):([0-9a-f]{64})")
 
 
 def hash_key(key: str) -> str:
-    """``sha256:<salt>:<digest>``; a hash stays what it is."""
+    """``sha256:<salt>:<digest>``; a hash is returned unchanged."""
     if _HASH.fullmatch(key):
         return key
     salt = secrets.token_hex(16)
@@ -33,23 +33,23 @@ def _digest(salt: str, key: bytes) -> str:
 
 
 class KeyRing:
-    """The keys of an endpoint; empty is an endpoint that asks for none."""
+    """The keys of an endpoint; an empty ring is an endpoint without authentication."""
 
     def __init__(self, keys: Iterable[str]):
-        self._salted = [hash_key(key).split(":")[1:] for key in keys]
+        self._hashes = [hash_key(key).split(":")[1:] for key in keys]
 
     def __bool__(self) -> bool:
-        return bool(self._salted)
+        return bool(self._hashes)
 
     def name_of(self, key: bytes) -> str | None:
-        """A name for whoever has this key, the same on all replicas; None if it is not one."""
-        # Every key is compared, in constant time, so that timing tells nothing about them.
-        matches = [hmac.compare_digest(_digest(salt, key), known) for salt, known in self._salted]
-        return f"key {self._salted[matches.index(True)][1][:16]}" if any(matches) else None
+        """A name for the owner of the key, the same on all replicas; None for an unknown key."""
+        # Every key is compared, in constant time, so that timing reveals nothing.
+        matches = [hmac.compare_digest(_digest(salt, key), digest) for salt, digest in self._hashes]
+        return f"key {self._hashes[matches.index(True)][1][:16]}" if any(matches) else None
 
 
 def check_hashes(field: str, hashes: Iterable[str]) -> None:
-    """ValueError, which does not repeat the value: it may be a key."""
+    """Raises ValueError, without the value: it may be a key."""
     for number, each in enumerate(hashes):
         if not isinstance(each, str) or not _HASH.fullmatch(each):
             raise ValueError(
@@ -64,7 +64,7 @@ def from_environment() -> list[str]:
 
 
 def from_file(path: str) -> list[str]:
-    """Keys, or hashes, between commas and lines. ValueError if there is none, or no such file."""
+    """Keys or hashes, separated by commas or lines. ValueError if there are none, or no file."""
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:

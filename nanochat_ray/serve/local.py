@@ -19,7 +19,7 @@ from nanochat_ray.serve.client import OutputStream, UnavailableError
 
 
 class LocalClient:
-    """Owns the engine from now on. ``submit`` belongs to one event loop."""
+    """Owns the engine. ``submit`` must be called in one event loop."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -64,7 +64,9 @@ class LocalClient:
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
-            ended = output.finish is not None
-            stream = (self._streams.pop if ended else self._streams.get)(output.request_id, None)
+            has_ended = output.finish is not None
+            stream = (self._streams.pop if has_ended else self._streams.get)(
+                output.request_id, None
+            )
             if stream is not None:
                 stream.push(output)

@@ -1,8 +1,7 @@
-"""What a server tells of itself, under the names that users of vLLM know, with ``nanochat_``.
+"""Metrics of a server, under vLLM's names with the prefix ``nanochat_``.
 
-Two things are measured where they happen: requests, in the process that speaks HTTP
-(``RequestMetrics``), and engines, from their ``Stats`` (``EngineMetrics``). Where the figures go is
-a ``Sink``: here Prometheus' own client, on Ray Ray's metrics.
+``RequestMetrics`` measures requests in the process that serves HTTP, ``EngineMetrics`` publishes
+the ``Stats`` of engines. Both write to a ``Sink``: Prometheus' own client, or Ray's metrics on Ray.
 """
 
 from __future__ import annotations
@@ -24,25 +23,25 @@ END_TO_END_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 
 
 
 class Sink(Protocol):
-    """Where figures go. ``label`` names the one label that a metric has, "" for none."""
+    """Where metrics are written. ``label`` names the one label of a metric; "" for none."""
 
     def counter(self, name: str, about: str, label: str = "") -> Record: ...
     def gauge(self, name: str, about: str, label: str = "") -> Record: ...
     def histogram(self, name: str, about: str, buckets: Sequence[float]) -> Record: ...
 
     def forget(self, key: str) -> None:
-        """Drops all that was said of a label's value."""
+        """Removes all metrics with this value of their label."""
         ...
 
 
 class PrometheusSink:
-    """Prometheus' client with a registry of its own; ``text`` is what ``/metrics`` answers."""
+    """Prometheus' client with its own registry; ``text`` is the body of ``/metrics``."""
 
     def __init__(self, model: str):
         self._registry = CollectorRegistry()
         self._model = model
-        self._labelled: list[tuple[Any, dict[str, Any]]] = []
-        """Metrics with a label, and their children by its values."""
+        self._children_by_label: list[tuple[Any, dict[str, Any]]] = []
+        """Each metric that has a label, and its children by the value of the label."""
 
     def counter(self, name: str, about: str, label: str = "") -> Record:
         metric = Counter(name, about, self._labels(label), registry=self._registry)
@@ -62,8 +61,8 @@ class PrometheusSink:
         return lambda value, key: observe(value)
 
     def forget(self, key: str) -> None:
-        for metric, found in self._labelled:
-            if found.pop(key, None) is not None:
+        for metric, children in self._children_by_label:
+            if children.pop(key, None) is not None:
                 metric.remove(self._model, key)
 
     def text(self) -> bytes:
@@ -74,17 +73,17 @@ class PrometheusSink:
         return ["model_name", label] if label else ["model_name"]
 
     def _children(self, metric: Any, label: str) -> Callable[[str], Any]:
-        """The metric's child for a label's value. ``labels`` takes a lock and is slower."""
-        found: dict[str, Any] = {}
+        """The metric's child for a value of its label. ``labels`` takes a lock and is slower."""
+        children: dict[str, Any] = {}
         if label:
-            self._labelled.append((metric, found))
+            self._children_by_label.append((metric, children))
         else:
-            found[""] = metric.labels(self._model)  # so that it is there from the start, as 0
+            children[""] = metric.labels(self._model)  # it exists from the start, as 0
 
         def child(key: str) -> Any:
-            if key not in found:
-                found[key] = metric.labels(self._model, key)
-            return found[key]
+            if key not in children:
+                children[key] = metric.labels(self._model, key)
+            return children[key]
 
         return child
 
@@ -121,7 +120,7 @@ class Tee:
 
 
 class RequestMetrics:
-    """Latencies and counts of requests, as their reader sees them."""
+    """Latencies and counts of requests, as a client sees them."""
 
     def __init__(self, sink: Sink):
         self.first_token = sink.histogram(
@@ -131,7 +130,7 @@ class RequestMetrics:
         )
         self.between_tokens = sink.histogram(
             f"{PREFIX}inter_token_latency_seconds",
-            "Between a request's tokens; a step that gave several counts once.",
+            "Between a request's tokens; a step with several tokens counts once.",
             BETWEEN_TOKENS_S,
         )
         self.end_to_end = sink.histogram(
@@ -139,11 +138,11 @@ class RequestMetrics:
             "From a request's arrival to its last token.",
             END_TO_END_S,
         )
-        self.prompt = sink.counter(f"{PREFIX}prompt_tokens", "Tokens of prompts that were taken.")
+        self.prompt = sink.counter(f"{PREFIX}prompt_tokens", "Prompt tokens of accepted requests.")
         self.generation = sink.counter(f"{PREFIX}generation_tokens", "Tokens of answers.")
         self.success = sink.counter(
             f"{PREFIX}request_success",
-            "Requests that ended, by how: stop, length, abort or error.",
+            "Finished requests by reason: stop, length, abort or error.",
             "finished_reason",
         )
 
@@ -152,66 +151,66 @@ class RequestMetrics:
 
 
 COUNTED_TOGETHER = 32
-"""Tokens of an answer that are added to the counter at once: on Ray that takes 3 µs."""
+"""Tokens of an answer that are added to the counter at once: each addition takes 3 µs on Ray."""
 
 
 class Timer:
-    """One request's clock, from its creation on. Who is refused is not counted: ``taken`` and
-    ``end`` are never called."""
+    """Measures one request from its creation on. Rejected requests are not counted: ``accept`` and
+    ``end`` are not called for them."""
 
     def __init__(self, metrics: RequestMetrics):
         self._metrics = metrics
-        self._began = time.monotonic()
+        self._start = time.monotonic()
         self._last = 0.0
-        self._uncounted = 0
-        self._ended = False
+        self._num_pending = 0
+        self._has_ended = False
 
-    def taken(self, prompt_tokens: int) -> None:
+    def accept(self, prompt_tokens: int) -> None:
         self._metrics.prompt(prompt_tokens, "")
 
     def tokens(self, count: int) -> None:
-        """So many have come now."""
+        """``count`` tokens have arrived."""
         now = time.monotonic()
         if self._last:
             self._metrics.between_tokens(now - self._last, "")
         else:
-            self._metrics.first_token(now - self._began, "")
+            self._metrics.first_token(now - self._start, "")
         self._last = now
-        self._uncounted += count
-        if self._uncounted >= COUNTED_TOGETHER:
+        self._num_pending += count
+        if self._num_pending >= COUNTED_TOGETHER:
             self._count()
 
     def _count(self) -> None:
-        self._metrics.generation(self._uncounted, "")
-        self._uncounted = 0
+        self._metrics.generation(self._num_pending, "")
+        self._num_pending = 0
 
     def end(self, reason: str) -> None:
-        """The first call counts."""
-        if self._ended:
+        """Only the first call counts."""
+        if self._has_ended:
             return
-        self._ended = True
+        self._has_ended = True
         self._count()
         if reason in ("stop", "length"):
-            self._metrics.end_to_end(time.monotonic() - self._began, "")
+            self._metrics.end_to_end(time.monotonic() - self._start, "")
         self._metrics.success(1, reason)
 
 
 _GAUGES = {
-    "num_requests_running": ("running", "Requests that have a slot."),
-    "num_requests_waiting": ("waiting", "Requests that wait for a slot."),
-    "kv_cache_usage_perc": ("kv_cache_usage", "Share of the cache that is in use; 1 is all of it."),
+    "num_requests_running": ("running", "Requests that run."),
+    "num_requests_waiting": ("waiting", "Requests in the queue."),
+    "kv_cache_usage_perc": ("kv_cache_usage", "Used share of the KV cache, from 0 to 1."),
 }
 _COUNTERS = {
     "prefix_cache_queries": ("num_lookup_tokens", "Prompt tokens looked up in the prefix cache."),
-    "prefix_cache_hits": ("num_hit_tokens", "Prompt tokens found there."),
-    "num_preemptions": ("preemptions", "Requests that had to give their slot back."),
+    "prefix_cache_hits": ("num_hit_tokens", "Prompt tokens that came from the prefix cache."),
+    "num_preemptions": ("preemptions", "Preempted requests."),
     "engine_steps": ("steps", "Forward passes of the engine."),
-    "engine_step_seconds": ("step_seconds", "Seconds spent in them."),
+    "engine_step_seconds": ("step_seconds", "Seconds spent in forward passes."),
 }
 
 
 class EngineMetrics:
-    """Figures of engines, from their ``Stats`` as plain values, by a name for each engine."""
+    """Metrics of engines, from their ``Stats`` as plain values, by the name of each engine."""
 
     def __init__(self, sink: Sink):
         self._sink = sink
@@ -223,39 +222,39 @@ class EngineMetrics:
             field: sink.counter(PREFIX + name, about, "engine")
             for name, (field, about) in _COUNTERS.items()
         }
-        self._seen: dict[tuple[str, str], float] = {}
+        self._totals: dict[tuple[str, str], float] = {}
         self._by_kernels = sink.gauge(
             f"{PREFIX}num_engines",
-            "Engines by the kernels that they compute with: instructions of the CPU, or torch.",
+            "Engines by kernels: instructions of the CPU, or torch.",
             "kernels",
         )
         self._kernels: dict[str, str] = {}
         """Of each engine."""
 
-    def put_all(self, engines: Mapping[str, Mapping[str, Any]]) -> None:
-        """Those of all engines that there are: one that is gone is forgotten, and counts again from
-        0 to where it is if it comes back."""
-        for gone in {engine for engine, _ in self._seen} - engines.keys():
-            self._sink.forget(gone)
-            self._put_kernels(gone, None)
+    def update_all(self, engines: Mapping[str, Mapping[str, Any]]) -> None:
+        """Statistics of all engines. The metrics of an engine that is missing are removed; if it
+        returns, they start again with its totals."""
+        for engine in {engine for engine, _ in self._totals} - engines.keys():
+            self._sink.forget(engine)
+            self._update_kernels(engine, None)
             for field in self._counters:
-                del self._seen[gone, field]
+                del self._totals[engine, field]
         for engine, stats in engines.items():
-            self.put(engine, stats)
+            self.update(engine, stats)
 
-    def put(self, engine: str, stats: Mapping[str, Any]) -> None:
-        self._put_kernels(engine, stats.get("kernels"))
+    def update(self, engine: str, stats: Mapping[str, Any]) -> None:
+        self._update_kernels(engine, stats.get("kernels"))
         for field, record in self._gauges.items():
             record(stats.get(field, 0), engine)
         for field, record in self._counters.items():
             now = stats.get(field, 0)
-            before = self._seen.get((engine, field), 0)
-            # An engine that was replaced in place counts from zero again.
+            before = self._totals.get((engine, field), 0)
+            # A new engine under the same name starts from zero.
             record(now - before if now >= before else now, engine)
-            self._seen[engine, field] = now
+            self._totals[engine, field] = now
 
-    def _put_kernels(self, engine: str, kernels: str | None) -> None:
-        """Shows what an engine computes with; None: it is gone, or has not started yet."""
+    def _update_kernels(self, engine: str, kernels: str | None) -> None:
+        """``kernels``: None for an engine that is missing or has not started yet."""
         before = self._kernels.pop(engine, None)
         if kernels is not None:
             self._kernels[engine] = kernels

@@ -19,8 +19,8 @@ def add_stream_schemas(app: FastAPI, streams: Mapping[str, Any]) -> None:
         if app.openapi_schema is None:
             schema = document()
             adapters = [(path, "serialization", TypeAdapter(t)) for path, t in streams.items()]
-            by_path, shared = TypeAdapter.json_schemas(adapters, ref_template=REFERENCE)  # type: ignore[arg-type]
-            schema["components"]["schemas"] |= shared["$defs"]
+            by_path, definitions = TypeAdapter.json_schemas(adapters, ref_template=REFERENCE)  # type: ignore[arg-type]
+            schema["components"]["schemas"] |= definitions["$defs"]
             for (path, _), event in by_path.items():
                 content = schema["paths"][path]["post"]["responses"]["200"]["content"]
                 content["text/event-stream"] = {"schema": event}

@@ -1,7 +1,7 @@
-"""Server-sent events, and an end to the work behind them when the client has gone.
+"""Server-sent events, and cancellation when the client disconnects.
 
-Starlette notices a lost client only while it sends, or not at all, depending on the server's
-version; here both kinds of response watch for it.
+Starlette notices a disconnect only while it sends, or not at all, depending on the version of the
+server; here both kinds of response wait for it.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ def event(*data: str) -> str:
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection; nobody waits for a response."""
+    """The client closed its connection."""
 
 
-async def _gone(receive: Receive) -> None:
+async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result of ``work``, which is cancelled, raising ClientGoneError, if the client leaves."""
+    """The result of ``work``. If the client disconnects, cancels it and raises ClientGoneError."""
     task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_gone(request.receive))
+    watch = asyncio.ensure_future(_disconnect(request.receive))
     try:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -50,9 +50,9 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
 
 
 class EventStream(Response):
-    """``events`` as they come, each string one or more whole events, sent in one write.
+    """Sends ``events`` as they come; each string has one or more whole events.
 
-    The generator is always closed before the response ends, whoever ends it.
+    The generator is closed before the response ends, in every case.
     """
 
     media_type = "text/event-stream"
@@ -61,13 +61,13 @@ class EventStream(Response):
         self.events = events
         self.status_code = 200
         self.background = None
-        # "no" keeps nginx from collecting events into larger answers.
+        # "no" keeps nginx from buffering events.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         self.init_headers(headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send(send))
-        watch = asyncio.ensure_future(_gone(receive))
+        watch = asyncio.ensure_future(_disconnect(receive))
         try:
             await asyncio.wait((sending, watch), return_when=asyncio.FIRST_COMPLETED)
             if sending.done():

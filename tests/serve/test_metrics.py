@@ -21,9 +21,9 @@ def page() -> tuple[PrometheusSink, RequestMetrics, EngineMetrics]:
 
 def test_dashboard_names_are_served() -> None:
     sink, requests, engines = page()
-    engines.put("0", {})
+    engines.update("0", {})
     timer = requests.timer()
-    timer.taken(1)
+    timer.accept(1)
     timer.tokens(1)
     timer.end("stop")
     served = set(re.findall(r"^(\w+)[{ ]", sink.text().decode(), re.MULTILINE))
@@ -62,7 +62,7 @@ def test_latencies_by_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     sink, requests, _ = page()
     timer = requests.timer()
     clock.now = 100.75
-    timer.taken(7)
+    timer.accept(7)
     timer.tokens(1)
     for clock.now in (101.0, 101.5):
         timer.tokens(2)
@@ -112,7 +112,7 @@ def test_engine_figures_by_name() -> None:
         "num_lookup_tokens": 50,
         "num_hit_tokens": 20,
     }
-    engines.put("0", stats | {"preemptions": 6, "steps": 70, "step_seconds": 8.5})
+    engines.update("0", stats | {"preemptions": 6, "steps": 70, "step_seconds": 8.5})
     assert values(sink) == {
         "num_requests_running": 3,
         "num_requests_waiting": 4,
@@ -130,17 +130,17 @@ def test_two_sinks_get_the_same() -> None:
     both = metrics.Tee(*sinks)
     RequestMetrics(both).timer().end("stop")
     engines = EngineMetrics(both)
-    engines.put_all({"a": {"running": 2, "steps": 5}})
+    engines.update_all({"a": {"running": 2, "steps": 5}})
     assert values(sinks[0]) == values(sinks[1])
     assert values(sinks[1])["engine_steps_total"] == 5
-    engines.put_all({})
+    engines.update_all({})
     assert "engine_steps_total" not in values(sinks[0]) | values(sinks[1])
 
 
 def test_a_replaced_engine_goes_on_counting() -> None:
     sink, _, engines = page()
     for count in (5, 9, 9, 2):
-        engines.put("0", {"preemptions": count})
+        engines.update("0", {"preemptions": count})
     name = 'nanochat_num_preemptions_total{engine="0",model_name="tiny"}'
     assert f"{name} 11.0" in sink.text().decode()
 
@@ -148,12 +148,12 @@ def test_a_replaced_engine_goes_on_counting() -> None:
 def test_an_engine_that_is_gone_is_forgotten_until_it_comes_back() -> None:
     sink, _, engines = page()
     both = {"a": {"running": 32, "steps": 7}, "b": {"running": 1}}
-    engines.put_all(both)
-    engines.put_all({"b": {"running": 2}})
+    engines.update_all(both)
+    engines.update_all({"b": {"running": 2}})
     text = sink.text().decode()
     assert 'engine="a"' not in text
     assert 'nanochat_num_requests_running{engine="b",model_name="tiny"} 2.0' in text
-    engines.put_all({**both, "a": {"steps": 9}})
+    engines.update_all({**both, "a": {"steps": 9}})
     assert 'nanochat_engine_steps_total{engine="a",model_name="tiny"} 9.0' in sink.text().decode()
 
 
@@ -164,9 +164,11 @@ def test_engines_are_counted_by_their_kernels() -> None:
         (line,) = re.findall(rf'nanochat_num_engines{{kernels="{kernels}".*', sink.text().decode())
         return str(line).rpartition(" ")[2]
 
-    engines.put_all({"a": {"kernels": "amx"}, "b": {"kernels": "amx"}, "c": {"kernels": "torch"}})
+    engines.update_all(
+        {"a": {"kernels": "amx"}, "b": {"kernels": "amx"}, "c": {"kernels": "torch"}}
+    )
     assert (shown("amx"), shown("torch")) == ("2.0", "1.0")
-    engines.put_all({"a": {"kernels": "amx"}, "c": {"kernels": "amx"}})
+    engines.update_all({"a": {"kernels": "amx"}, "c": {"kernels": "amx"}})
     assert (shown("amx"), shown("torch")) == ("2.0", "0.0")
-    engines.put("d", {})  # it has not started yet
+    engines.update("d", {})  # it has not started yet
     assert shown("amx") == "2.0"

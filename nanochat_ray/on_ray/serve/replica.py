@@ -233,7 +233,7 @@ class EngineReplica:
     async def _send_heartbeats(self) -> None:
         while True:
             status = self.status()
-            self._metrics.put(self.name, status)
+            self._metrics.update(self.name, status)
             for connection in self.connections:
                 connection.send("heartbeat", status)
             await asyncio.sleep(HEARTBEAT_S)

@@ -48,11 +48,11 @@ class ResponseBuilder(ABC):
 
     def __init__(self, serving: Serving, generation: GenerationRequest, id: str):
         self.serving, self.generation, self.id = serving, generation, id
-        self.created = int(time.time())
+        self.timestamp = int(time.time())
         self.choices = [ChoiceState(prefix) for prefix in generation.prefixes]
         self.num_tokens = 0
         # The constant part of a chunk is most of it: it is serialized once.
-        head = {"id": id, "object": self.object_name, "created": self.created}
+        head = {"id": id, "object": self.object_name, "created": self.timestamp}
         self._head = json.dumps({**head, "model": serving.name})[:-1] + ', "choices": ['
         self._tail = '], "usage": null}' if generation.include_usage else "]}"
 

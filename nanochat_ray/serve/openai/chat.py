@@ -138,7 +138,7 @@ class ChatBuilder(ResponseBuilder):
         return {
             "id": self.id,
             "object": "chat.completion",
-            "created": self.created,
+            "created": self.timestamp,
             "model": self.serving.name,
             "choices": [self._choice(index, i) for index, i in enumerate(self.ranking())],
             "usage": self.usage(),

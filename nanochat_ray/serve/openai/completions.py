@@ -94,7 +94,7 @@ class CompletionBuilder(ResponseBuilder):
         return {
             "id": self.id,
             "object": "text_completion",
-            "created": self.created,
+            "created": self.timestamp,
             "model": self.serving.name,
             "choices": [self._choice(index, i) for index, i in enumerate(self.ranking())],
             "usage": self.usage(),

@@ -327,7 +327,7 @@ class ResponsesBuilder(ResponseBuilder):
         return {
             "id": self.id,
             "object": "response",
-            "created_at": self.created,
+            "created_at": self.timestamp,
             "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
             "background": False,

@@ -77,5 +77,5 @@ def _parameters(function: FunctionSpec) -> dict[str, Any]:
     schema = function.parameters or {}
     if schema.keys() & _COMBINED:
         return schema
-    closed = {} if schema.keys() & _OPEN else {"additionalProperties": False}
-    return {"type": "object", "properties": {}, **closed, **schema}
+    additional = {} if schema.keys() & _OPEN else {"additionalProperties": False}
+    return {"type": "object", "properties": {}, **additional, **schema}

@@ -20,7 +20,7 @@ def about(description: str) -> Any:
 
 
 Id = Annotated[str, about("Identifier of the answer.")]
-Created = Annotated[Count, about("Seconds since the epoch.")]
+Timestamp = Annotated[Count, about("Seconds since the epoch.")]
 ModelName = Annotated[str, about("Name of the model.")]
 Index = Annotated[Count, about("Position of the choice.")]
 Finish = Annotated[
@@ -84,7 +84,7 @@ class CompletionChoice(CompletionChunkChoice):
 class CompletionResponse(TypedDict):
     id: Id
     object: Annotated[Literal["text_completion"], about("Kind of this object.")]
-    created: Created
+    created: Timestamp
     model: ModelName
     choices: Annotated[list[CompletionChoice], about("n choices for each prompt, in order.")]
     usage: Annotated[Usage, about("Token counts.")]
@@ -94,7 +94,7 @@ class CompletionResponse(TypedDict):
 class CompletionChunk(TypedDict):
     id: Id
     object: Annotated[Literal["text_completion"], about("Kind of this object.")]
-    created: Created
+    created: Timestamp
     model: ModelName
     choices: Annotated[list[CompletionChunkChoice], about("One choice; none with the usage.")]
     usage: NotRequired[ChunkUsage]
@@ -154,7 +154,7 @@ class ChatChoice(TypedDict):
 class ChatCompletionResponse(TypedDict):
     id: Id
     object: Annotated[Literal["chat.completion"], about("Kind of this object.")]
-    created: Created
+    created: Timestamp
     model: ModelName
     choices: Annotated[list[ChatChoice], about("n choices.")]
     usage: Annotated[Usage, about("Token counts.")]
@@ -190,7 +190,7 @@ class ChatChunkChoice(TypedDict):
 class ChatCompletionChunk(TypedDict):
     id: Id
     object: Annotated[Literal["chat.completion.chunk"], about("Kind of this object.")]
-    created: Created
+    created: Timestamp
     model: ModelName
     choices: Annotated[list[ChatChunkChoice], about("One choice; none with the usage.")]
     usage: NotRequired[ChunkUsage]
@@ -202,7 +202,7 @@ class ChatCompletionChunk(TypedDict):
 class ModelCard(TypedDict):
     id: ModelName
     object: Annotated[Literal["model"], about("Kind of this object.")]
-    created: Created
+    created: Timestamp
     owned_by: Annotated[str, about("Owner of the model.")]
     max_model_len: Annotated[Count, about("vLLM's: longest prompt plus answer, in tokens.")]
 

@@ -11,7 +11,13 @@ from pydantic import Field, StrictBool, StrictStr, model_validator
 from typing_extensions import TypedDict
 
 from nanochat_ray.serve.body import Body, doc
-from nanochat_ray.serve.openai.schema.outputs import Count, Created, ModelName, TokenLogprob, about
+from nanochat_ray.serve.openai.schema.outputs import (
+    Count,
+    ModelName,
+    Timestamp,
+    TokenLogprob,
+    about,
+)
 from nanochat_ray.serve.openai.schema.requests import (
     MaxTokens,
     NumLogprobs,
@@ -134,7 +140,7 @@ class ResponsesError(TypedDict):
 class ResponsesResponse(TypedDict):
     id: Annotated[str, about("Identifier of the answer.")]
     object: Annotated[Literal["response"], about("Kind of this object.")]
-    created_at: Created
+    created_at: Timestamp
     completed_at: Annotated[Count | None, about("Seconds since the epoch.")]
     status: Status
     background: Annotated[Literal[False], about("Always false.")]
