@@ -51,13 +51,18 @@ class Engine:
         config: EngineConfig,
         tool: Tool | None = None,
         token_bytes: SequenceOf[bytes] | None = None,
+        device: torch.device | str | None = None,
     ):
         """``token_bytes[t]`` is the text of token t (empty: none). Without it, requests with a
-        grammar are rejected."""
+        grammar are rejected.
+
+        The engine copies the weights to ``device``, by default the model's, and does not change the
+        model.
+        """
         self.config = config
         self.max_model_len = config.max_model_len or model.config.sequence_len
         self.vocab_size = model.config.vocab_size
-        self.runner = Runner(model, config, self.max_model_len)
+        self.runner = Runner(model, config, self.max_model_len, device)
         self._sampling = SamplingState(config.max_num_seqs, self.vocab_size, self.runner.device)
         self.scheduler = Scheduler(
             kv_cache=self.runner.kv_manager,
@@ -82,9 +87,15 @@ class Engine:
         self._stats = Stats(slots=config.max_num_seqs, kernels=self.runner.kernels)
 
     @classmethod
-    def from_model(cls, model: GPT, tokenizer: Tokenizer, config: EngineConfig) -> Self:
+    def from_model(
+        cls,
+        model: GPT,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        device: torch.device | str | None = None,
+    ) -> Self:
         """An engine with the calculator and with grammars."""
-        return cls(model, config, calculator_tool(tokenizer), tokenizer.byte_table())
+        return cls(model, config, calculator_tool(tokenizer), tokenizer.byte_table(), device)
 
     @classmethod
     def from_run(
@@ -103,10 +114,11 @@ class Engine:
         """
         name = checkpoint.resolve(run, checkpoint_name)
         dtype = DTYPES[config.precision]
-        model, tokenizer = checkpoint.load_model(run, name, device=device, dtype=dtype)
+        # To the CPU: the memory of a GPU is for the engine's copy of the weights and its KV cache.
+        model, tokenizer = checkpoint.load_model(run, name, dtype=dtype)
         if tokenizer_fingerprint not in ("", tokenizer.fingerprint):
             raise ValueError(f"checkpoint={name!r} has another tokenizer than the one in use")
-        return cls.from_model(model, tokenizer, config), tokenizer
+        return cls.from_model(model, tokenizer, config, device), tokenizer
 
     @property
     def has_work(self) -> bool:

@@ -62,9 +62,17 @@ class StepInputs:
 class Runner:
     """Holds the inference model and its cache."""
 
-    def __init__(self, model: GPT, config: EngineConfig, max_model_len: int):
+    def __init__(
+        self,
+        model: GPT,
+        config: EngineConfig,
+        max_model_len: int,
+        device: torch.device | str | None = None,
+    ):
+        """``device`` is by default the model's, whose weights are copied."""
         dtype = DTYPES[config.precision]
-        self.device = model.wte.weight.device
+        # An empty tensor's device has an index, as those of weights and keys.
+        self.device = torch.empty(0, device=device or model.wte.weight.device).device
         on_cpu, sizes = self.device.type == "cpu", model.config
         self.native: Native | None = None
         if on_cpu and dtype == torch.float32 and config.kernels != "torch":

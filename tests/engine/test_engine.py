@@ -248,13 +248,13 @@ def test_prefix_hits_change_no_token() -> None:
     results = []
     for capacity in (0, 64, 4096):
         engine = make_engine(model, prefix_cache_tokens=capacity)
-        results: dict[str, list[RequestOutput]] = {}
+        outputs: dict[str, list[RequestOutput]] = {}
         for request in workload:
             engine.add(request)
-            results |= {k: results.get(k, []) + v for k, v in finish(engine).items()}
-        results.append({k: tokens(v) for k, v in results.items()})
+            outputs |= {k: outputs.get(k, []) + v for k, v in finish(engine).items()}
+        results.append({k: tokens(v) for k, v in outputs.items()})
         stats = engine.stats()
-        assert stats.num_hit_tokens == sum(o.cached_tokens for v in results.values() for o in v)
+        assert stats.num_hit_tokens == sum(o.cached_tokens for v in outputs.values() for o in v)
         assert (stats.num_hit_tokens > 300) == (capacity > 0)
         assert stats.prompt_tokens == sum(len(r.prompt) for r in workload) - stats.num_hit_tokens
     assert results[0] == results[1] == results[2]
