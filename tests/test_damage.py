@@ -21,10 +21,10 @@ def a_folder(tmp_path: Path) -> Path:
 def test_damage_depends_on_the_seed_alone(tmp_path: Path) -> None:
     folder = a_folder(tmp_path)
 
-    def described(seed: int) -> list[str]:
+    def descriptions(seed: int) -> list[str]:
         return [description for description, _ in damaged_copies(folder, 50, seed)]
 
-    assert described(0) == described(0) != described(1)
+    assert descriptions(0) == descriptions(0) != descriptions(1)
     paths = []
     for _, path in damaged_copies(folder, 2 * len(KINDS), 0):
         assert path.is_dir()

@@ -57,10 +57,10 @@ def test_loading_leaves_no_threads() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 5), (7, 1024, 513)])  # smaller than a huge page, and larger
 def test_zeros_are_those_of_torch(shape: tuple[int, ...]) -> None:
-    made = machine.zeros(shape, torch.bfloat16, torch.device("cpu"))
-    assert made.is_contiguous()
-    assert torch.equal(made, torch.zeros(shape, dtype=torch.bfloat16))
-    made += 1
+    zeros = machine.zeros(shape, torch.bfloat16, torch.device("cpu"))
+    assert zeros.is_contiguous()
+    assert torch.equal(zeros, torch.zeros(shape, dtype=torch.bfloat16))
+    zeros += 1
     assert not machine.zeros(shape, torch.bfloat16, torch.device("cpu")).any()
 
 

@@ -34,14 +34,14 @@ def script(name: str, home: Path, *flags: str, seconds: float) -> subprocess.Com
 
 
 def processes(port: int) -> list[int]:
-    found = []
+    pids = []
     for process in psutil.process_iter():
         try:
             if process.environ().get("NANOCHAT_CLUSTER") == f"nanochat_ray-{port}":
-                found.append(process.pid)
+                pids.append(process.pid)
         except psutil.Error:
             continue
-    return found
+    return pids
 
 
 @pytest.mark.ray
@@ -57,20 +57,20 @@ def test_from_a_folder_of_text_to_an_answer(tmp_path: Path) -> None:
     try:
         binary = tmp_path / "noise.txt"
         binary.write_bytes(os.urandom(5000))
-        refused = script("quickstart", tmp_path, *flags, "--text", str(binary), seconds=120)
-        assert refused.returncode != 0
-        assert "noise.txt is" in refused.stdout
+        result = script("quickstart", tmp_path, *flags, "--text", str(binary), seconds=120)
+        assert result.returncode != 0
+        assert "noise.txt is" in result.stdout
         assert not processes(port)
 
         first = script("quickstart", tmp_path, *flags, "--text", str(text), seconds=480)
         assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-2000:]
-        for said in (
+        for message in (
             "bits per byte of held-out text",
             "chain_sum",
             "the chat page:",
             "Who are you?",
         ):
-            assert said in first.stdout
+            assert message in first.stdout
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         (model,) = client.models.list().data
         assert model.id.startswith("chat-d1-")
@@ -84,6 +84,6 @@ def test_from_a_folder_of_text_to_an_answer(tmp_path: Path) -> None:
         assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-2000:]
         assert "is trained already" in again.stdout
     finally:
-        stopped = script("stop", tmp_path, "--port", str(port), seconds=60)
-    assert stopped.returncode == 0
+        result = script("stop", tmp_path, "--port", str(port), seconds=60)
+    assert result.returncode == 0
     assert not processes(port)

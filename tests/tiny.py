@@ -99,10 +99,10 @@ def free_ports(count: int) -> list[int]:
     """Free ports of loopback whose port + 10000 is free too (weed opens both).
 
     Those of tests that run at the same time are from ranges of their own."""
-    found: list[int] = []
+    ports: list[int] = []
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     port = 21000 + worker % 4 * 2000 + os.getpid() % 1500
-    while len(found) < count:
+    while len(ports) < count:
         port += 1
         with socket.socket() as one, socket.socket() as two:
             try:
@@ -110,5 +110,5 @@ def free_ports(count: int) -> list[int]:
                 two.bind(("127.0.0.1", port + 10000))
             except OSError:
                 continue
-        found.append(port)
-    return found
+        ports.append(port)
+    return ports

@@ -31,13 +31,15 @@ def strict(schema: Any) -> Any:
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {key: strict(value) for key, value in schema.items()}
-    closed = isinstance(made.get("properties"), dict) and made.get("type") == "object"
-    if closed and not made.get("x-kubernetes-preserve-unknown-fields"):
-        made.setdefault("additionalProperties", False)
-    if made.get("x-kubernetes-int-or-string"):
-        made.pop("type", None)
-    return made
+    strict_schema = {key: strict(value) for key, value in schema.items()}
+    is_closed = (
+        isinstance(strict_schema.get("properties"), dict) and strict_schema.get("type") == "object"
+    )
+    if is_closed and not strict_schema.get("x-kubernetes-preserve-unknown-fields"):
+        strict_schema.setdefault("additionalProperties", False)
+    if strict_schema.get("x-kubernetes-int-or-string"):
+        strict_schema.pop("type", None)
+    return strict_schema
 
 
 @functools.cache
@@ -99,20 +101,20 @@ def flags_of(job: str) -> set[str]:
 def commands() -> list[list[str]]:
     text = load(K8S / "ray-job.train.yaml")["spec"]["entrypoint"]
     text += (REPO / "cluster" / "gpu-cloud.yaml").read_text().replace("#", "").replace("\\\n", " ")
-    found = re.findall(
+    matches = re.findall(
         r"python (?:/app/)?jobs/.*?(?=\n\s*python|\n\s*'|\n *ray |\n\n)", text, re.DOTALL
     )
-    return [shlex.split(command) for command in found]
+    return [shlex.split(command) for command in matches]
 
 
 def test_the_flags_of_the_jobs_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(REPO))
-    found = commands()
-    assert len(found) == 5
-    for command in found:
+    matches = commands()
+    assert len(matches) == 5
+    for command in matches:
         job = Path(command[1]).stem
-        used = {word for word in command if word.startswith("--")}
-        assert used <= flags_of(job), f"{job}: {used - flags_of(job)}"
+        flags = {word for word in command if word.startswith("--")}
+        assert flags <= flags_of(job), f"{job}: {flags - flags_of(job)}"
 
 
 def test_the_serve_configurations_are_valid() -> None:
@@ -135,9 +137,9 @@ def test_the_serve_configurations_are_valid() -> None:
 def test_the_bases_list_what_is_there() -> None:
     later = {"kustomization.yaml", "ray-service.serve.yaml"}  # needs what the job makes
     for folder in (K8S, K8S / "base"):
-        listed = load(folder / "kustomization.yaml")["resources"]
+        resources = load(folder / "kustomization.yaml")["resources"]
         there = {p.name for p in folder.iterdir()} - later
-        assert set(listed) == there
+        assert set(resources) == there
     policy = load(K8S / "base" / "network-policy.yaml")
     open_ports = [rule["ports"] for rule in policy["spec"]["ingress"] if "from" not in rule]
     assert open_ports == [[{"port": 8000, "protocol": "TCP"}]]
@@ -156,6 +158,6 @@ def test_the_launcher_file_is_valid() -> None:
 
 
 def test_no_secret_is_in_a_file() -> None:
-    described = [path for path in (REPO / "cluster").rglob("*") if path.is_file()]
-    for path in [*K8S.rglob("*.yaml"), *described]:
+    files = [path for path in (REPO / "cluster").rglob("*") if path.is_file()]
+    for path in [*K8S.rglob("*.yaml"), *files]:
         assert not re.search(r"AKIA[0-9A-Z]{16}|kind: Secret", path.read_text()), path

@@ -26,15 +26,15 @@ def test_fused_loss_equals_float64(
     if rows > 1:
         targets[1] = -1
     exact = table[:, :vocab].double().requires_grad_()
-    capped = cap * torch.tanh(exact / cap) if cap else exact
-    loss = F.cross_entropy(capped, targets, ignore_index=-1, reduction="none")
+    capped_logits = cap * torch.tanh(exact / cap) if cap else exact
+    loss = F.cross_entropy(capped_logits, targets, ignore_index=-1, reduction="none")
     loss.sum().backward()
     on_device = table.to(DEVICE, copy=True)
     logits = on_device[:, :vocab]
     result = softcap_loss_(logits, targets.to(DEVICE), cap=cap, grad=True)
     # Sums of up to V terms of float32, each with a few roundings; |z| up to 100 before exp.
     eps = torch.finfo(torch.float32).eps
-    largest = float(capped.detach().abs().max())
+    largest = float(capped_logits.detach().abs().max())
     bound = 8 * eps * max(1.0, largest)
     assert (result.cpu().double() - loss.detach()).abs().max() <= bound * 4
     rounding = torch.finfo(dtype).eps if dtype is torch.bfloat16 else 0.0
@@ -58,18 +58,20 @@ def test_fused_loss_without_gradient_reads_only() -> None:
 @pytest.mark.parametrize("cap", [15.0, 0.0])
 def test_fused_head_equals_the_torch_one(cap: float, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(40, 16, generator=generator).to(DEVICE)
+    activations = torch.randn(40, 16, generator=generator).to(DEVICE)
     weight = torch.randn(64, 16, generator=generator).to(DEVICE)
     targets = torch.randint(-1, 50, (40,), generator=generator).to(DEVICE)
     results = []
-    for fused in (False, True):
-        monkeypatch.setattr(loss_module, "use_triton", lambda device, fused=fused: fused)
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    for use_kernel in (False, True):
+        monkeypatch.setattr(
+            loss_module, "use_triton", lambda device, use_kernel=use_kernel: use_kernel
+        )
+        h, w = activations.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = loss_module.softcap_cross_entropy(h, w, targets, cap=cap, vocab=50)
         (loss * 0.5).backward()
         results.append((loss.detach(), h.grad, w.grad))
-    for eager, fused in zip(*results, strict=True):
+    for eager, kernel in zip(*results, strict=True):
         assert eager is not None
-        assert fused is not None
+        assert kernel is not None
         # Sums of at most 50 terms in another order.
-        torch.testing.assert_close(fused, eager, rtol=50 * 1.2e-7, atol=50 * 1.2e-7 * 10)
+        torch.testing.assert_close(kernel, eager, rtol=50 * 1.2e-7, atol=50 * 1.2e-7 * 10)

@@ -97,12 +97,12 @@ def test_gradient_is_scaled_then_clipped(clip: float, share: float) -> None:
     set_gradients(model, 7)
     before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     norm = 0.5 * math.sqrt(sum(grad.double().square().sum().item() for grad in before.values()))
-    measured = optimizer.step(0, lr_factor=1.0, momentum=0.75, scale=0.5, clip=clip * norm)
-    assert measured.item() == pytest.approx(norm, rel=1e-6)
+    total_norm = optimizer.step(0, lr_factor=1.0, momentum=0.75, scale=0.5, clip=clip * norm)
+    assert total_norm.item() == pytest.approx(norm, rel=1e-6)
     state = optimizer.state_dict()
     for name, beta in (("lm_head.weight", 0.8), ("transformer.h.1.mlp.c_fc.weight", 0.75)):
-        expected = (1 - beta) * 0.5 * share * before[name]
-        torch.testing.assert_close(state[f"{name}/momentum"], expected, rtol=1e-5, atol=1e-7)
+        moment = (1 - beta) * 0.5 * share * before[name]
+        torch.testing.assert_close(state[f"{name}/momentum"], moment, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

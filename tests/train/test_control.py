@@ -155,16 +155,16 @@ def test_a_slow_store_does_not_hold_training_up(
     root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_dataset(root, "base")
-    real, reached = checkpoint.save, 0
+    real, last_step = checkpoint.save, 0
 
     def report(record: dict[str, Any]) -> None:
-        nonlocal reached
-        reached = max(reached, record["step"])
+        nonlocal last_step
+        last_step = max(last_step, record["step"])
 
     def slow(*args: Any, **kwargs: Any) -> str:
         # Not done before training has gone on: if it waited for this, it would never.
-        goal = min(60, reached + 5)
-        wait_for(lambda: reached >= goal, 30, "training beside its checkpoint", every=0.001)
+        goal = min(60, last_step + 5)
+        wait_for(lambda: last_step >= goal, 30, "training beside its checkpoint", every=0.001)
         return real(*args, **kwargs)
 
     monkeypatch.setattr(checkpointer.checkpoint, "save", slow)
@@ -199,11 +199,11 @@ def test_weights_that_are_not_finite_are_never_written(
 
     real = sharded.FlatGroup.update
 
-    def poisoned(self: Any, *args: Any, **kwargs: Any) -> None:
+    def with_nan(self: Any, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
         self.weights[-1] = float("inf")
 
-    monkeypatch.setattr(sharded.FlatGroup, "update", poisoned)
+    monkeypatch.setattr(sharded.FlatGroup, "update", with_nan)
     with pytest.raises(FloatingPointError, match=r"not finite|diverged"):
         run_trainer(job(root, "run", save_every=1))
     assert checkpoint.latest(root.child("runs", "run")) == "step-000003"
@@ -215,11 +215,11 @@ def test_a_spike_is_cut_and_a_resumed_run_cuts_the_same(
     write_dataset(root, "base")
     real, clips = trainer.train_step, []
 
-    def noted(*args: Any, clip: float, **kwargs: Any) -> Any:
+    def record_clip(*args: Any, clip: float, **kwargs: Any) -> Any:
         clips.append(clip)
         return real(*args, clip=clip, **kwargs)
 
-    monkeypatch.setattr(trainer, "train_step", noted)
+    monkeypatch.setattr(trainer, "train_step", record_clip)
     changes = {"steps": 70, "spike_clip": 1.05, "eval_every": 0, "sample_tokens": 0}
     run_trainer(job(root, "whole", **changes))
     assert clips[:50] == [0.0] * 50
@@ -235,22 +235,22 @@ def test_a_spike_is_cut_and_a_resumed_run_cuts_the_same(
 # --- the feed ------------------------------------------------------------------------------------
 
 
-def numbered(count: int, made: list[int]) -> Iterator[Batch]:
+def endless_batches(count: int, steps: list[int]) -> Iterator[Batch]:
     for n in range(count):
-        made.append(n)
+        steps.append(n)
         yield Batch(np.full((1, 3), n, dtype=np.uint16))
 
 
 def test_the_feed_reads_ahead_but_not_far_and_keeps_the_order() -> None:
-    made: list[int] = []
-    ready = prefetch(numbered(50, made), pin=False, depth=2)
+    steps: list[int] = []
+    ready = prefetch(endless_batches(50, steps), pin=False, depth=2)
     assert int(next(ready).ids[0, 0]) == 0
-    wait_for(lambda: len(made) >= 4, 5, "reading ahead")
+    wait_for(lambda: len(steps) >= 4, 5, "reading ahead")
     time.sleep(0.1)
-    assert len(made) == 4  # one given, two waiting, one in hand
+    assert len(steps) == 4  # one given, two waiting, one in hand
     assert [int(b.ids[0, 0]) for b in ready] == list(range(1, 50))
     threads = threading.active_count()
-    ready = prefetch(numbered(50, made), pin=False)
+    ready = prefetch(endless_batches(50, steps), pin=False)
     next(ready)
     ready.close()
     wait_for(lambda: threading.active_count() <= threads, 5, "the thread's end")
@@ -272,17 +272,17 @@ def test_what_the_feed_raises_comes_out_in_its_place() -> None:
 
 def test_the_report_and_the_lines_show_what_matters(root: Store, tmp_path: Path) -> None:
     write_dataset(root, "base")
-    shown: list[dict[str, Any]] = []
-    told = dataclasses.replace(job(root, "run"), tensorboard=str(tmp_path / "board"))
-    result = run_trainer(told, on_record=shown.append)
-    assert [r["step"] for r in shown if r["kind"] == "train"] == list(range(1, 13))
-    line = loggers.progress_line(next(r for r in shown if r["kind"] == "train"))
+    records: list[dict[str, Any]] = []
+    with_board = dataclasses.replace(job(root, "run"), tensorboard=str(tmp_path / "board"))
+    result = run_trainer(with_board, on_record=records.append)
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 13))
+    line = loggers.progress_line(next(r for r in records if r["kind"] == "train"))
     assert re.fullmatch(
         r"step 1/12  loss \d\.\d+  bpb \d\.\d+  norm [\d.]+  lr ×[\d.]+  [\d,]+ tokens/s  "
         r"MFU [\d.]+%  data wait [\d.]+%  left \d+:\d\d",
         line,
     )
-    kinds = {r["kind"]: loggers.progress_line(r) for r in shown}
+    kinds = {r["kind"]: loggers.progress_line(r) for r in records}
     assert kinds.keys() == {"train", "eval", "sample", "save"}
     assert "validation: bits_per_byte" in kinds["eval"]
     assert re.search(r"training stood still for \d+\.\d", kinds["save"])
@@ -302,11 +302,11 @@ def test_the_report_and_the_lines_show_what_matters(root: Store, tmp_path: Path)
 
 
 def test_a_report_survives_a_loss_that_is_not_a_number(root: Store) -> None:
-    found = {"step": 1, "kind": "train", "loss": float("nan"), "grad_norm": 1.0}
+    record = {"step": 1, "kind": "train", "loss": float("nan"), "grad_norm": 1.0}
     from nanochat_ray.train.report import render
 
-    assert "gradient norm" in render("run", [found], {}, about={}, hardware={})
-    assert loggers.finite_metrics(found) == {"train/grad_norm": 1.0}
+    assert "gradient norm" in render("run", [record], {}, about={}, hardware={})
+    assert loggers.finite_metrics(record) == {"train/grad_norm": 1.0}
 
 
 def test_weights_and_biases_that_is_not_there_is_named() -> None:
@@ -326,12 +326,12 @@ def test_samples_are_greedy_and_stop_at_the_end_of_the_context(stage: str) -> No
     model.init_weights(torch.Generator().manual_seed(0))
     model.eval()
     ids = [TOKENIZER.bos, 5, 9]
-    found = samples.greedy(model, ids, 100, ends=[])
-    assert len(found) == model.config.sequence_len - len(ids)
-    whole = torch.tensor([ids + found])
+    tokens = samples.greedy(model, ids, 100, ends=[])
+    assert len(tokens) == model.config.sequence_len - len(ids)
+    whole = torch.tensor([ids + tokens])
     with torch.no_grad():
-        assert model(whole)[0, 2:-1].argmax(dim=-1).tolist() == found
-    assert samples.greedy(model, ids, 100, ends=[found[0]]) == []
+        assert model(whole)[0, 2:-1].argmax(dim=-1).tolist() == tokens
+    assert samples.greedy(model, ids, 100, ends=[tokens[0]]) == []
     texts = samples.make_sampler(TOKENIZER, stage, 3)(model)
     assert len(texts) == 3
     assert all(prompt for prompt, _ in texts)

@@ -41,11 +41,13 @@ def job(root: Store, run: str, stage: str = "base", **changes: Any) -> TrainerCo
 
 
 def losses(job: TrainerConfig, **kwargs: Any) -> list[float]:
-    found: list[float] = []
+    values: list[float] = []
     run_trainer(
-        job, on_record=lambda r: found.append(r["loss"]) if r["kind"] == "train" else None, **kwargs
+        job,
+        on_record=lambda r: values.append(r["loss"]) if r["kind"] == "train" else None,
+        **kwargs,
     )
-    return found
+    return values
 
 
 @pytest.mark.parametrize("stage", ["base", "sft"])
@@ -59,8 +61,8 @@ def test_accumulation_equals_one_big_micro_batch(root: Store, stage: str) -> Non
 
 def stop_after(steps: int) -> Callable[[], bool]:
     """What a loop is to ask so that it stops after so many steps; 0 is never."""
-    asked = iter(range(1, 10**6))
-    return lambda: next(asked) == steps
+    calls = iter(range(1, 10**6))
+    return lambda: next(calls) == steps
 
 
 def _rank(rank: int, world: int, port: int, values: dict[str, Any], out: Path, stop: int) -> None:
@@ -69,8 +71,8 @@ def _rank(rank: int, world: int, port: int, values: dict[str, Any], out: Path, s
     dist.init_process_group("gloo", rank=rank, world_size=world)
     # One rank's wish is enough.
     should_stop = stop_after(stop if rank == 1 else 0)
-    found = losses(TrainerConfig.from_json(values), should_stop=should_stop)
-    out.with_suffix(f".{rank}").write_text(repr(found))
+    values = losses(TrainerConfig.from_json(values), should_stop=should_stop)
+    out.with_suffix(f".{rank}").write_text(repr(values))
     dist.destroy_process_group()
 
 
@@ -114,8 +116,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(root: Store, stop: int) -> Non
     half = run_trainer(job(root, "halves"), should_stop=stop_after(stop))
     assert half["step"] == stop
     assert not half["done"]
-    done = run_trainer(job(root, "halves"))
-    assert done["done"]
+    second = run_trainer(job(root, "halves"))
+    assert second["done"]
     whole, halves = (
         checkpoint.load(root.child("runs", run), optimizer=True) for run in ("whole", "halves")
     )
@@ -130,10 +132,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(root: Store, stop: int) -> Non
 def test_a_run_stopped_by_two_ranks_goes_on_with_one(root: Store, tmp_path: Path) -> None:
     write_dataset(root, "base")
     alone = losses(job(root, "alone"))
-    moved = job(root, "moved")
-    on_ranks(2, moved, tmp_path / "losses", stop=5)
+    continuation = job(root, "moved")
+    on_ranks(2, continuation, tmp_path / "losses", stop=5)
     assert checkpoint.latest(root.child("runs", "moved")) == "step-000005"
-    assert losses(moved) == pytest.approx(alone[5:], abs=1e-5)
+    assert losses(continuation) == pytest.approx(alone[5:], abs=1e-5)
 
 
 def test_another_configuration_is_refused(root: Store) -> None:
@@ -151,38 +153,38 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
     write_dataset(root, "base")
     real, calls = GPT.loss, 0
 
-    def poisoned(self: GPT, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def with_nan(self: GPT, *args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal calls
         calls += self.training
-        found = real(self, *args, **kwargs)
-        return found * float("nan") if self.training and calls > 7 else found
+        results = real(self, *args, **kwargs)
+        return results * float("nan") if self.training and calls > 7 else results
 
-    monkeypatch.setattr(GPT, "loss", poisoned)
+    monkeypatch.setattr(GPT, "loss", with_nan)
     with pytest.raises(FloatingPointError, match="not finite in 5 steps"):
         run_trainer(job(root, "run", steps=20, save_every=1))
-    saved = checkpoint.load(root.child("runs", "run"), optimizer=True)
-    assert saved.step <= 3
-    assert all(torch.isfinite(weight).all() for weight in saved.weights.values())
+    final = checkpoint.load(root.child("runs", "run"), optimizer=True)
+    assert final.step <= 3
+    assert all(torch.isfinite(weight).all() for weight in final.weights.values())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_checkpointed_activations_give_the_same_gradients(precision: str) -> None:
     ids = torch.randint(0, 256, (3, 33), generator=torch.Generator().manual_seed(0))
-    found = []
-    for checkpointed in (False, True):
+    results = []
+    for recompute in (False, True):
         model = GPT(tiny_config(n_layer=3), DTYPES[precision])
         model.init_weights(torch.Generator().manual_seed(1))
         for p in model.parameters():  # blocks begin as the identity, with gradients of zero
             p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2))
-        model.checkpoint_activations = checkpointed
+        model.checkpoint_activations = recompute
         model.train()
         model.loss(ids[:, :-1], ids[:, 1:].contiguous(), reduction="mean").backward()
-        found.append({name: p.grad for name, p in model.named_parameters()})
-    plain, checkpointed_ = found
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    plain, again = results
     for name, grad in plain.items():
         assert grad is not None
-        assert checkpointed_[name] is not None, name
-        assert torch.equal(grad, checkpointed_[name]), name
+        assert again[name] is not None, name
+        assert torch.equal(grad, again[name]), name
 
 
 def test_a_run_may_be_checkpointed_after_it_began_without(root: Store) -> None:

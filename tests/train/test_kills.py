@@ -71,16 +71,20 @@ def job(root: Store, run: str) -> TrainerConfig:
 def inside_a_checkpoint(run: Store) -> bool:
     """A checkpoint's folder with files, but not yet the manifest that makes it one."""
     for name in run.list():
-        if name.startswith("step-") and (found := run.list(name)) and "manifest.json" not in found:
+        if (
+            name.startswith("step-")
+            and (contents := run.list(name))
+            and "manifest.json" not in contents
+        ):
             return True
     return False
 
 
 def state(root: Store, run: str) -> dict[str, torch.Tensor]:
-    saved = checkpoint.load(root.child("runs", run), optimizer=True)
-    assert saved.step == CONFIG.steps
-    assert saved.optimizer is not None
-    return {**saved.weights, **saved.optimizer}
+    final = checkpoint.load(root.child("runs", run), optimizer=True)
+    assert final.step == CONFIG.steps
+    assert final.optimizer is not None
+    return {**final.weights, **final.optimizer}
 
 
 def kill(
@@ -104,14 +108,14 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
         began = time.monotonic()
         spawn(job(root, name)).join(60)
         seconds = time.monotonic() - began
-    expected = state(root, "whole")
-    rng, done = random.Random(time.time_ns()), 0
+    reference = state(root, "whole")
+    rng, kills = random.Random(time.time_ns()), 0
     hit = {"random": 0, "checkpoint": 0, "upload": 0}
-    while done < KILLS:
-        kind = tuple(hit)[done % 3]
+    while kills < KILLS:
+        kind = tuple(hit)[kills % 3]
         store = remote if kind == "upload" else root
         # A run that ends before its moment comes is tried again under another name.
-        name = f"killed-{done}-{time.time_ns()}"
+        name = f"killed-{kills}-{time.time_ns()}"
         run = store.child("runs", name)
         process = spawn(job(store, name))
         at = time.monotonic() + rng.uniform(0.1, 0.9) * seconds
@@ -120,8 +124,8 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
         def moment(kind=kind, run=run, at=at, nth=nth) -> bool:
             if kind == "random":
                 return time.monotonic() > at
-            reached = checkpoint.latest(run)
-            steps = checkpoint.step_of(reached) if reached else 0
+            last_checkpoint = checkpoint.latest(run)
+            steps = checkpoint.step_of(last_checkpoint) if last_checkpoint else 0
             return steps >= nth * CONFIG.save_every and inside_a_checkpoint(run)
 
         latest, torn = kill(process, moment, run)
@@ -130,13 +134,13 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
         again = spawn(job(store, name))
         again.join(60)
         assert again.exitcode == 0
-        found = state(store, name)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in expected), (kind, latest)
-        print(f"kill {done + 1}: {kind}, latest {latest}, half written: {torn} → same bits")
+        contents = state(store, name)
+        assert contents.keys() == reference.keys()
+        assert all(torch.equal(contents[key], reference[key]) for key in reference), (kind, latest)
+        print(f"kill {kills + 1}: {kind}, latest {latest}, half written: {torn} → same bits")
         hit[kind] += 1
-        done += 1
-    print(f"{done} of {done} runs ended with the bits of the uninterrupted one: {hit}")
+        kills += 1
+    print(f"{kills} of {kills} runs ended with the bits of the uninterrupted one: {hit}")
 
 
 def test_two_workers_killed_go_on_as_one_with_the_same_batches(root: Store) -> None:
@@ -165,7 +169,7 @@ def test_two_workers_killed_go_on_as_one_with_the_same_batches(root: Store) -> N
         run = root.child("runs", "killed")
         wait_for(lambda: checkpoint.latest(run) is not None, 60, "a first checkpoint")
         os.killpg(process.pid, signal.SIGKILL)
-    reached = checkpoint.step_of(checkpoint.latest(run) or "")
+    last_step = checkpoint.step_of(checkpoint.latest(run) or "")
     losses = {}
     for name in ("killed", "whole"):
         subprocess.run(
@@ -178,7 +182,7 @@ def test_two_workers_killed_go_on_as_one_with_the_same_batches(root: Store) -> N
         text = root.child("runs", name).read_text("metrics.jsonl")
         records = map(json.loads, text.splitlines())
         losses[name] = [r["loss"] for r in records if r["kind"] == "train"]
-    assert 0 < reached <= len(losses["whole"]) == 20
+    assert 0 < last_step <= len(losses["whole"]) == 20
     assert losses["killed"] == pytest.approx(losses["whole"], abs=1e-5)
 
 

@@ -73,24 +73,24 @@ def test_the_estimate_is_near_what_a_process_takes(
         "import sys, json; from tests.train import test_memory; "
         "print(test_memory.measure(*json.loads(sys.argv[1])))"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, json.dumps([to_json(shape), to_json(train)])],
         capture_output=True,
         text=True,
         check=True,
         timeout=800,
     )
-    measured = int(done.stdout)
-    wanted = memory.estimate(shape, train, world=1, on_gpu=False)
-    print(f"measured {measured / 2**30:.2f} GiB, estimated {wanted.total / 2**30:.2f}", wanted)
-    assert wanted.total == pytest.approx(measured, rel=0.25)
+    peak = int(process.stdout)
+    estimate = memory.estimate(shape, train, world=1, on_gpu=False)
+    print(f"measured {peak / 2**30:.2f} GiB, estimated {estimate.total / 2**30:.2f}", estimate)
+    assert estimate.total == pytest.approx(peak, rel=0.25)
 
 
 def test_what_cannot_fit_is_refused_with_what_would() -> None:
     model = recipe.model_config(12, 32_768)
     train = train_config(global_batch_size=256, micro_batch_size=32)
-    needed = memory.check_memory(model, train, world=1, on_gpu=True, free=80 << 30)
-    assert needed.total < 80 << 30
+    estimate = memory.check_memory(model, train, world=1, on_gpu=True, free=80 << 30)
+    assert estimate.total < 80 << 30
     with pytest.raises(memory.DoesNotFitError) as error:
         memory.check_memory(model, train, world=1, on_gpu=True, free=24 << 30)
     text = str(error.value)

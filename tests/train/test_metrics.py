@@ -96,9 +96,9 @@ def test_the_best_validation_is_the_lowest() -> None:
         m.add(kind="eval", step=step, seconds=1.0, bits_per_byte=bits)
     assert m.best() == (4, 2.0)
     assert m.state()["best"] == [4, 2.0]
-    resumed = metrics()
-    resumed.resume(to_jsonl(m.records), {"best": [2, 1.0]}, before=8)
-    assert resumed.best() == (2, 1.0)
+    again = metrics()
+    again.resume(to_jsonl(m.records), {"best": [2, 1.0]}, before=8)
+    assert again.best() == (2, 1.0)
     assert val_metric({"kind": "eval", "val_loss": 0.5}) == 0.5
     assert val_metric({"kind": "eval", "bits_per_byte": 0.7, "val_loss": 0.5}) == 0.7
     assert val_metric({"kind": "train", "loss": 0.5}) is None
@@ -109,10 +109,10 @@ def test_a_log_is_read_up_to_the_checkpoint() -> None:
     for step in range(1, 6):
         m.step(step, result(float(step)), seconds=1, data_wait=0, tokens=10)
     text = to_jsonl(m.records)
-    resumed = metrics()
-    assert resumed.resume(text, {}, before=3) == []
-    assert [r["step"] for r in resumed.records] == [1, 2, 3]
-    assert resumed.grad_norms(9) == [1.0] * 3
+    again = metrics()
+    assert again.resume(text, {}, before=3) == []
+    assert [r["step"] for r in again.records] == [1, 2, 3]
+    assert again.grad_norms(9) == [1.0] * 3
     (note,) = metrics().resume(text.replace('"kind": "train"', '"kind": 7', 1), {}, before=5)
     assert "1 damaged lines and 4 of 5 steps" in note
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3, 4, 5]

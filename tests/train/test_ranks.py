@@ -93,5 +93,5 @@ def test_ranks_wait_for_slow_storage_and_fail_alike(
     finally:
         for process in ranks:
             process.kill()
-    expected = "OSError: no space left" if fault is full_disk else "True"
-    assert [out.with_suffix(f".{rank}").read_text() for rank in range(2)] == [expected] * 2
+    message = "OSError: no space left" if fault is full_disk else "True"
+    assert [out.with_suffix(f".{rank}").read_text() for rank in range(2)] == [message] * 2

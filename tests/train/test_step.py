@@ -39,12 +39,12 @@ def random_model(seed: int = 0, **fields: object) -> GPT:
     return model
 
 
-def random_batch(seed: int, masked: bool) -> Batch:
+def random_batch(seed: int, with_mask: bool) -> Batch:
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 256, (4, 17), dtype=np.uint16)
     # Sequences of few and of many trained tokens: a mean of means is another number.
     share = np.array([[0.05], [0.3], [0.9], [0.5]])
-    return Batch(ids, (rng.random(ids.shape) < share).astype(np.uint8) if masked else None)
+    return Batch(ids, (rng.random(ids.shape) < share).astype(np.uint8) if with_mask else None)
 
 
 def mean_loss(model: GPT, batch: Batch) -> Tensor:
@@ -58,9 +58,9 @@ def mean_loss(model: GPT, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-@pytest.mark.parametrize(("seed", "masked"), [(0, False), (1, True), (2, True), (3, True)])
-def test_step_is_that_of_the_mean_loss(seed: int, masked: bool, micro_batch_size: int) -> None:
-    batch, model = random_batch(seed, masked), random_model(seed)
+@pytest.mark.parametrize(("seed", "with_mask"), [(0, False), (1, True), (2, True), (3, True)])
+def test_step_is_that_of_the_mean_loss(seed: int, with_mask: bool, micro_batch_size: int) -> None:
+    batch, model = random_batch(seed, with_mask), random_model(seed)
     loss = mean_loss(model, batch)
     grads = dict(
         zip(dict(model.named_parameters()),
@@ -114,9 +114,9 @@ def test_step_follows_the_schedule(step: int) -> None:
     first, second = (moments[f"{HEAD}/{kind}"] for kind in ("momentum", "second_moment"))
     update = (first / (1 - 0.8 ** (step + 1))) / (second / (1 - 0.96 ** (step + 1))).sqrt()
     lr = 0.008 * factor
-    expected = before * (1 - lr * 0.01) - lr * update
+    weight = before * (1 - lr * 0.01) - lr * update
     rows = first.abs() > 1e-6  # where epsilon does not count
-    torch.testing.assert_close(model.lm_head.weight[rows], expected[rows], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(model.lm_head.weight[rows], weight[rows], rtol=1e-4, atol=1e-7)
 
 
 def test_micro_batches_shift_the_mask() -> None:
@@ -145,8 +145,8 @@ def test_bits_per_byte_by_the_definition(micro_batch_size: int) -> None:
     size = torch.from_numpy(lengths[ids[:, 1:].astype(np.int64)])
     with torch.no_grad():
         bits = (nats(model, ids) * (size > 0)).sum() / math.log(2)
-    measured = bits_per_byte(model, ids, lengths, micro_batch_size=micro_batch_size)
-    assert measured == pytest.approx((bits / size.sum()).item(), rel=1e-6)
+    value = bits_per_byte(model, ids, lengths, micro_batch_size=micro_batch_size)
+    assert value == pytest.approx((bits / size.sum()).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -154,9 +154,9 @@ def test_masked_loss_by_the_definition(seed: int) -> None:
     model, batch = random_model(seed).eval(), random_batch(seed, True)
     assert batch.mask is not None
     with torch.no_grad():
-        trained = nats(model, batch.ids)[torch.from_numpy(batch.mask[:, 1:] == 1)]
-    measured = masked_loss(model, batch.ids, batch.mask, micro_batch_size=3)
-    assert measured == pytest.approx(trained.mean().item(), rel=1e-6)
+        trained_nats = nats(model, batch.ids)[torch.from_numpy(batch.mask[:, 1:] == 1)]
+    value = masked_loss(model, batch.ids, batch.mask, micro_batch_size=3)
+    assert value == pytest.approx(trained_nats.mean().item(), rel=1e-6)
 
 
 def test_uniform_model_by_hand() -> None:
