@@ -162,4 +162,4 @@ def main(args: Args) -> None:
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 time.sleep(3600)
-        serve.delete(deploy.APP)
+        deploy.remove()

@@ -16,6 +16,10 @@ def ray_session() -> Iterator[None]:
     os.environ["OMP_NUM_THREADS"] = "1"
     import ray
 
+    from nanochat_ray.on_ray.serve.deployment import prefer_haproxy
+
+    before = dict(os.environ)
+    prefer_haproxy()  # as the serve command does
     ray.init(
         address="local",
         num_cpus=8,
@@ -24,5 +28,7 @@ def ray_session() -> Iterator[None]:
         log_to_driver=False,
         logging_level="warning",
     )
+    for name in set(os.environ) - set(before):
+        del os.environ[name]  # another cluster chooses its own ports
     yield
     ray.shutdown()

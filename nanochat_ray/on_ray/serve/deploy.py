@@ -1,35 +1,43 @@
-"""Runs a Serve application and waits until it answers over HTTP."""
+"""Runs a Serve application, waits until it answers over HTTP, and removes it."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
+import logging
 import re
 import socket
+import threading
 import time
 import urllib.request
+from concurrent import futures
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
+
+logger = logging.getLogger(__name__)
 
 APP = "nanochat"
+POLL_S = 0.2
 
 
 def check_port_is_free(host: str, port: int) -> None:
-    """ValueError if something else has the port. A Serve that runs already keeps its own."""
+    """Raises ValueError if another process has the port. A running Serve keeps its own."""
     with contextlib.suppress(ValueError):
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
         return
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
-        raise ValueError(f"port={port} on {host} cannot be had: {error}") from None
+        raise ValueError(f"port={port} on {host} is not available: {error}") from None
 
 
 def deploy(app: serve.Application) -> None:
     """Runs ``app`` in place of what was deployed before.
 
-    Raises ValueError with what a replica says that refuses to start.
+    Raises ValueError with the error of a replica that cannot start.
     """
     try:
         serve.run(app, name=APP, route_prefix="/")
@@ -45,19 +53,57 @@ def deploy(app: serve.Application) -> None:
 
 
 def wait_until_up(url: str, name: str, seconds: float = 60.0) -> None:
-    """ValueError if ``url`` does not serve ``name`` in time."""
+    """Raises ValueError if ``url`` does not serve ``name`` in time."""
     until = time.monotonic() + seconds
-    found = "nothing answers"
+    state = "nothing answers"
     while time.monotonic() < until:
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
                 model = json.load(response).get("model")
             if model == name:
                 return
-            found = f"it serves {model!r}"
+            state = f"it serves {model!r}"
         except (OSError, ValueError) as error:
-            found = str(error)
+            state = str(error)
         time.sleep(0.2)
     raise ValueError(
-        f"{url} does not serve {name!r} ({found}); does Serve already run on another port?"
+        f"{url} does not serve {name!r} ({state}); does Serve already run on another port?"
     )
+
+
+def remove() -> None:
+    """Deletes the application; its replicas finish their requests first.
+
+    A signal to a process group also ends a Ray that this command has started. Nothing can be
+    drained then, and calls of Ray wait a minute for its control service (GCS): returns at once.
+    """
+    gcs_address = ray.get_runtime_context().gcs_address
+    deletion: futures.Future[None] = futures.Future()
+
+    def delete() -> None:
+        try:
+            deletion.set_result(serve.delete(APP))
+        except BaseException as error:
+            deletion.set_exception(error)
+
+    threading.Thread(target=delete, name="removal", daemon=True).start()
+    while not futures.wait([deletion], POLL_S).done:
+        if not _is_listening(gcs_address):
+            break
+    else:
+        try:
+            deletion.result()
+        except RayError:
+            # Serve's controller may end before the GCS does.
+            if _is_listening(gcs_address):
+                raise
+    if not _is_listening(gcs_address):
+        logger.warning("Ray has ended before the application was removed")
+        atexit.unregister(ray.shutdown)
+
+
+def _is_listening(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+        return True
+    return False

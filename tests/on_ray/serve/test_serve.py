@@ -10,7 +10,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,51 +18,17 @@ import openai
 import pytest
 from ray import serve
 
-from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.on_ray.config import ServeConfig
-from nanochat_ray.on_ray.serve.deployment import build, build_application, settings
+from nanochat_ray.on_ray.serve.deployment import build_application
 from nanochat_ray.serve import keys
 from nanochat_ray.serve.keys import hash_key
-from nanochat_ray.storage import Store
-from tests.on_ray.serve.tiny_run import TOK, write_checkpoint
+from tests.on_ray.serve.tiny_run import KEY, engines
 from tests.tiny import wait_for
 
 pytestmark = pytest.mark.ray
 
-KEY = "test-key-of-the-deployment"
 USER = [{"role": "user", "content": "hello"}]
 LONG = {"max_tokens": 900, "seed": 7, "extra_body": {"ignore_eos": True}}
-
-
-@pytest.fixture(scope="module")
-def config(s3: str) -> ServeConfig:
-    root = Store.at(s3).child("serve")
-    write_checkpoint(root, 0)
-    TOK.save(root.child("tokenizers", TOK.fingerprint[:16]))
-    return ServeConfig(
-        storage=root.uri,
-        run="tiny",
-        num_replicas=2,
-        max_replicas=3,
-        upscale_delay_s=0,
-        downscale_delay_s=1,
-        num_ingress_replicas=2,
-        cpus=0.5,
-        key_hashes=(hash_key(KEY),),
-        engine=EngineConfig(max_num_seqs=8, max_num_batched_tokens=64, max_queue_size=16),
-    )
-
-
-@pytest.fixture(scope="module")
-def url(ray_session: None, config: ServeConfig) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build(settings(config)), name="tiny", route_prefix="/")
-    url = f"http://127.0.0.1:{port}"
-    wait_for(lambda: len(engines(url)) == 2, 60)
-    yield url
-    serve.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +38,6 @@ def client(url: str) -> openai.OpenAI:
 
 def test_health_keeps_the_secret(url: str) -> None:
     assert "secret" not in httpx.get(f"{url}/health", timeout=10).text
-
-
-def engines(url: str) -> list[dict[str, Any]]:
-    response = httpx.get(f"{url}/health", timeout=10)
-    return response.json().get("engines", [])
 
 
 def running(url: str) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import httpx
 import torch
 
 from nanochat_ray.checkpoint import checkpoint
@@ -12,6 +15,7 @@ from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 
 TOK = Tokenizer.bytes_only()
+KEY = "test-key-of-the-deployment"
 
 
 def write_checkpoint(root: Store, seed: int) -> None:
@@ -31,6 +35,11 @@ def write_checkpoint(root: Store, seed: int) -> None:
         trainer={"step": 100 + seed},
         tokenizer=TOK,
     )
+
+
+def engines(url: str) -> list[dict[str, Any]]:
+    response = httpx.get(f"{url}/health", timeout=10)
+    return response.json().get("engines", [])
 
 
 class LocalReplica(EngineReplica):

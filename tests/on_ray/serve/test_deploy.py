@@ -1,0 +1,67 @@
+"""A served application is removed, with and without its cluster."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from nanochat_ray.on_ray.serve import deploy
+
+
+@pytest.fixture
+def gcs(monkeypatch: pytest.MonkeyPatch) -> socket.socket:
+    """A listener in place of Ray's control service."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    host, port = listener.getsockname()
+    context = SimpleNamespace(gcs_address=f"{host}:{port}")
+    monkeypatch.setattr(deploy.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(deploy.atexit, "unregister", lambda function: None)
+    return listener
+
+
+def replace_delete(monkeypatch: pytest.MonkeyPatch, delete: Any) -> None:
+    monkeypatch.setattr(deploy.serve, "delete", delete)
+
+
+def test_removal_waits_while_replicas_drain(
+    gcs: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deletions: list[str] = []
+
+    def delete(app: str) -> None:
+        time.sleep(0.7)
+        deletions.append(app)
+
+    replace_delete(monkeypatch, delete)
+    deploy.remove()
+    assert deletions == [deploy.APP]
+    gcs.close()
+
+
+def test_removal_ends_with_the_cluster(gcs: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    replace_delete(monkeypatch, lambda app: release.wait(60))
+    threading.Timer(0.3, gcs.close).start()
+    start = time.monotonic()
+    deploy.remove()
+    assert time.monotonic() - start < 5
+    release.set()
+
+
+def test_errors_count_only_while_the_cluster_lives(
+    gcs: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(app: str) -> None:
+        raise RayActorError
+
+    replace_delete(monkeypatch, fail)
+    with pytest.raises(RayActorError):
+        deploy.remove()
+    gcs.close()
+    deploy.remove()
