@@ -1,8 +1,7 @@
 # A local Ray cluster of this project's own, closed by a token; to be sourced after environment.sh.
 #
-# Other Rays may run on the machine, so nothing here calls `ray stop`, which would end them all:
-# every process that is started carries NANOCHAT_CLUSTER in its environment, and those alone are
-# ended.
+# Other Rays may run on the machine, so nothing here calls `ray stop`, which ends all of them. Every
+# process of this cluster has NANOCHAT_CLUSTER in its environment, and only those are ended.
 
 local_state() {  # PORT: where this cluster keeps its addresses, its token and its logs
   PORT="$1"
@@ -31,18 +30,17 @@ free_ports() {  # N: prints N free ports of the loopback interface
   "$VENV/bin/python" - "$1" <<'PY'
 import random, socket, sys
 
-# Below the range from which the system takes ports for outgoing connections and the blocks of Ray
-# Serve (nanochat_ray/on_ray/ports.py), and above the range that Ray gives to its workers: a port
-# that is free there stays free until Ray binds it.
-found = []
+# Below the ports of outgoing connections and the blocks of Ray Serve (nanochat_ray/on_ray/ports.py),
+# above the ports of Ray's workers: a port that is free here stays free until Ray binds it.
+sockets = []
 for port in random.sample(range(20100, 23000), 2000):
     try:
-        found.append(socket.create_server(("", port)))
+        sockets.append(socket.create_server(("", port)))
     except OSError:
         continue
-    if len(found) == int(sys.argv[1]):
+    if len(sockets) == int(sys.argv[1]):
         break
-print(*(s.getsockname()[1] for s in found))
+print(*(s.getsockname()[1] for s in sockets))
 PY
 }
 
@@ -74,7 +72,7 @@ local_start() {  # GPUS: a Ray head on loopback, unless it runs already
   fail "Ray did not start; its log is $LOGS/ray.log"
 }
 
-local_address() {  # chooses ports and a token, and notes them
+local_address() {  # chooses ports and a token, and writes them to a file
   local ports token serve
   read -r -a ports <<<"$(free_ports 5)"
   # Two clusters on one host must not answer each other's requests.
@@ -95,13 +93,13 @@ ADDRESS
 
 local_head() (  # GPUS
   unset RAY_ADDRESS
-  # Ray tells a job the address of whatever cluster was started last on the machine; ours knows its
-  # own (on_ray/session.py).
+  # Ray gives a job the address of the latest cluster of the machine, so this cluster passes its own
+  # (on_ray/session.py).
   export NANOCHAT_RAY_ADDRESS="127.0.0.1:${RAY_PORTS[0]#--port=}"
   # HAProxy before the ingresses: Serve's own proxy costs more than the model (on_ray/BENCHMARKS.md).
   export RAY_SERVE_ENABLE_HA_PROXY="${RAY_SERVE_ENABLE_HA_PROXY:-1}" RAY_SERVE_HAPROXY_NBTHREAD=1
   export RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=1
-  # More logical CPUs than cores: the tasks of Ray Data must find a place beside the workers.
+  # More logical CPUs than cores, so that tasks of Ray Data run beside the workers.
   cores="$("$VENV/bin/python" -c 'import os; print(max(8, os.cpu_count() or 1))')"
   ray start --head --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 "${RAY_PORTS[@]}" \
     --num-cpus="$cores" --num-gpus="$1" --disable-usage-stats \
