@@ -1,0 +1,74 @@
+"""Commands, links and figures of the READMEs hold."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nanochat_ray.cli import entry
+
+REPO = Path(__file__).parent.parent
+READMES = sorted(
+    [*REPO.glob("*.md"), *(p for p in REPO.glob("nanochat_ray/**/*.md") if p.name == "README.md")]
+)
+TEXT = {path: path.read_text() for path in READMES}
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of each line in the shell blocks, without comments."""
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield words
+
+
+COMMANDS = [
+    pytest.param(words, id=f"{path.parent.name}-{' '.join(words)[:60]}")
+    for path in READMES
+    for words in commands(TEXT[path])
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_command_of_a_readme_is_valid(words: list[str]) -> None:
+    """Its flags are parsed and checked; a script exists and knows its flags."""
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    program, *arguments = words
+    if program == "python" and arguments[0].startswith("jobs/"):
+        program, arguments = "nanochat-ray", [Path(arguments[0]).stem, *arguments[1:]]
+    if program == "nanochat-ray":
+        name, *flags = arguments
+        if name == "bench":
+            assert importlib.import_module(f"nanochat_ray.bench.{flags[0].replace('-', '_')}")
+            return
+        module = importlib.import_module(f"nanochat_ray.cli.{name}")
+        entry.parse(module.Args, None, flags)
+    elif program == "bash":
+        script = (REPO / arguments[0]).read_text()
+        for flag in (word for word in arguments if word.startswith("--")):
+            assert flag in script
+    else:
+        known = ("serve", "kubectl", "ray", "pip", "python", "pytest", "torchrun", "eval")
+        assert program in known
+
+
+@pytest.mark.parametrize("path", READMES, ids=[str(p.relative_to(REPO)) for p in READMES])
+def test_links_of_a_readme_exist(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT[path]):
+        assert (path.parent / target).exists(), target
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(TEXT[REPO / "README.md"].splitlines()) <= 150
+
+
+def test_scripts_are_valid_shell() -> None:
+    for script in (REPO / "cluster").glob("*.sh"):
+        subprocess.run(["bash", "-n", str(script)], check=True)
