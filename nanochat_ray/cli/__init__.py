@@ -17,6 +17,8 @@ COMMANDS = {
     "eval": "measure a run on tasks, and its bits per byte of text",
     "export": "write or read Hugging Face's and nanochat's folders",
     "bench": "measure training and serving",
+    "quickstart": "from raw text to a chat answer over HTTP, all of the above",
+    "stop": "end what quickstart started",
 }
 """Command → what it does."""
 

@@ -4,7 +4,7 @@ Serve's defaults are the same for every cluster: HAProxy's backup server on port
 replicas from port 30000 on, statistics on 8404 and 9101, sockets and files in /tmp/haproxy-serve.
 A cluster whose ingress has died then sends its requests to another cluster on the same port.
 
-    eval "$(python -m nanochat_ray.on_ray.ports)"    # before ray start, as cluster/local.sh does
+    eval "$(python -m nanochat_ray.on_ray.ports)"    # before ray start, as local_cluster does
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK, GRPC_PORTS = 256, 28
 """Consecutive ports of one cluster, the last ones for gRPC. Serve does not reuse the port of an
 ingress that has stopped for minutes."""
 FIRST, LAST = 23_040, 32_000
-"""Above the ports of Ray's workers and of cluster/local.sh, below those of outgoing connections."""
+"""Above the ports of Ray's workers and of ``local_cluster``, below outgoing connections."""
 SINGLE = (
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",

@@ -58,7 +58,7 @@ def _is_job() -> bool:
 
 
 def cluster_address() -> str:
-    """RAY_ADDRESS; in a job of ``cluster/local.sh``'s cluster the address of that one. Ray tells a
+    """RAY_ADDRESS; in a job of a ``local_cluster`` the address of that one. Ray tells a
     job the address in /tmp/ray/ray_current_cluster, which is the machine's latest cluster's."""
     own = os.environ.get("NANOCHAT_RAY_ADDRESS", "") if _is_job() else ""
     return own or os.environ.get("RAY_ADDRESS", "")

@@ -196,6 +196,22 @@ BAD_FLAGS = {
         ("--max-tokens -1", "max_tokens=-1"),
         ("--url http://127.0.0.1:1 --once hi", "url=http://127.0.0.1:1 cannot be reached"),
     ],
+    "quickstart": [
+        ("--depth x", "--depth='x' is not allowed: a whole number"),
+        ("--depth 0", "depth=0"),
+        ("--colour", "unknown argument '--colour'"),
+        ("--port", "--port needs a value"),
+        ("--port 99999", "port=99999"),
+        ("--text", "text=() is not allowed: one or more files"),
+        ("--text ''", "text=('',)"),
+        ("--minutes 0", "minutes=0.0"),
+        ("--minutes soon", "--minutes"),
+        ("--minutes 3 --gpus 1", "--minutes=3.0 is not allowed: only on a CPU"),
+        ("--gpus -1", "gpus=-1"),
+        ("--stay --leave", "--stay=True is not allowed: not with --leave"),
+        ("--storage ftp://x", "storage='ftp://x'"),
+    ],
+    "stop": [("--port 0", "port=0"), ("--port x", "--port='x'"), ("8000", "unknown argument")],
     "bench train": [("--only nothing", "only='nothing'"), ("--steps 0", "steps=0")],
     "bench learn": [("--depth 0", "depth=0"), ("--datasets ../x", "datasets='../x'")],
     "bench learning-rates": [
@@ -205,7 +221,15 @@ BAD_FLAGS = {
     "bench serve": [("--concurrency 0", "concurrency=0"), ("--rate nan", "rate=nan")],
     "bench offline": [("--batches 0", "batches=0"), ("--repeats 0", "repeats=0")],
 }
-WITHOUT_STORAGE = ("chat", "bench train", "bench learn", "bench serve", "bench offline")
+WITHOUT_STORAGE = (
+    "stop",
+    "quickstart",
+    "chat",
+    "bench train",
+    "bench learn",
+    "bench serve",
+    "bench offline",
+)
 
 
 @pytest.mark.parametrize("job", BAD_FLAGS)

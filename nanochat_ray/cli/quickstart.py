@@ -1,0 +1,211 @@
+"""From raw text to a chat answer over HTTP, on Ray, with one command.
+
+    nanochat-ray quickstart
+    nanochat-ray quickstart --text my/books/ more/*.jsonl.gz
+    nanochat-ray quickstart --gpus 8 --depth 20
+
+Run again, it continues: no stage that is complete runs twice. Ctrl-C, or nanochat-ray stop, ends
+what it started and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from nanochat_ray.checks import check_float, check_int, check_port, require
+from nanochat_ray.cli.quickstart_jobs import Jobs
+from nanochat_ray.on_ray.local_cluster import LocalCluster, print_step
+from nanochat_ray.storage import Store, absolute, default_root
+
+PROMISE_S = 690
+"""Seconds that all of it may take on a CPU, before the answers: the promise is 12 minutes."""
+MOST_MINUTES, SFT_MINUTES = 5.2, 2.0
+REST = 6
+"""What else there is to do takes this many times as long as preparing the text, on a fast and on a
+slow machine."""
+QUESTIONS = ("Who are you?", "What is 47 + 38 - 9?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    text: tuple[str, ...] | None = None
+    """Files, folders, globs, s3:// or hf://; by default this machine's documentation."""
+    storage: str = field(default_factory=default_root)
+    """Folder, s3:// or gs:// for data and checkpoints."""
+    depth: int = 4
+    """Layers of the model; all else is derived from it."""
+    gpus: int = 0
+    """GPUs to train on; 0 is two workers on the CPU."""
+    minutes: float | None = None
+    """CPU: minutes of base training; by default all ends within 12 minutes."""
+    port: int = 8000
+    """Port of the endpoint."""
+    stay: bool = False
+    """Wait for Ctrl-C at the end; the default at a terminal."""
+    leave: bool = False
+    """Leave the endpoint up and return."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "storage", absolute(self.storage))
+        if self.text is not None:
+            ok = bool(self.text) and all(self.text)
+            require(ok, "text", self.text, "one or more files, folders, globs or URIs")
+            object.__setattr__(self, "text", tuple(map(_absolute, self.text)))
+        check_int("depth", self.depth, 1, 1 << 30)
+        check_int("gpus", self.gpus, 0, 1 << 30)
+        check_port("port", self.port)
+        if self.minutes is not None:
+            check_float("minutes", self.minutes, above=True)
+            require(not self.gpus, "--minutes", self.minutes, "only on a CPU, not with --gpus")
+        require(not (self.stay and self.leave), "--stay", True, "not with --leave")
+
+
+def _absolute(name: str) -> str:
+    """A path that does not depend on a job's working directory; URIs stay as they are."""
+    return name if "://" in name else str(Path(name).expanduser().absolute())
+
+
+def main(args: Args) -> None:
+    signal.signal(signal.SIGTERM, _on_term)
+    start = time.monotonic()
+    cluster = LocalCluster(args.port)
+    cluster.logs.mkdir(parents=True, exist_ok=True)
+    with _cluster_for(cluster, args.gpus):
+        jobs = Jobs(cluster, args.storage, tag(args), gpus=args.gpus)
+        if run_is_complete(args.storage, jobs.chat_run):
+            print_step(f"1–4/5 run {jobs.chat_run} is trained already")
+        else:
+            train(args, jobs, start)
+        serve(args, jobs, start)
+        if args.stay or (not args.leave and sys.stdin.isatty() and sys.stdout.isatty()):
+            print_step("Ctrl-C stops it")
+            while cluster.is_alive():
+                time.sleep(5)
+            raise ValueError(f"Ray has ended by itself; see {cluster.logs}")
+
+
+def _on_term(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+@contextmanager
+def _cluster_for(cluster: LocalCluster, gpus: int) -> Iterator[None]:
+    """A cluster that is up. One that is started here ends with an error; one that was up stays."""
+    if cluster.is_alive():
+        print_step(f"Ray is up at {cluster.variables()['RAY_API_SERVER_ADDRESS']}")
+        yield
+        return
+    try:
+        cluster.start(gpus)
+        yield
+    except BaseException:
+        print_step(f"stopped {cluster.stop()} processes of port {cluster.port}")
+        raise
+
+
+def train(args: Args, jobs: Jobs, start: float) -> None:
+    """The first four stages: both datasets and both runs."""
+    sft_minutes = max(SFT_MINUTES, (args.minutes or 0) / 2)
+    if not run_is_complete(args.storage, jobs.base_run):
+        print_step(f"1/5 preparing the text (log: {jobs.log('prepare-base')})")
+        preparing = time.monotonic()
+        jobs.prepare_base(args.text or ())
+        now = time.monotonic()
+        minutes, text = None, ""
+        if not args.gpus:
+            minutes = base_minutes(args, jobs.base_run, now - preparing, now - start, sft_minutes)
+            text = f" for {minutes} minutes"
+        print_step(f"2/5 training the base model{text} (log: {jobs.log('train-base')})")
+        jobs.train_base(args.depth, minutes)
+    print_step(f"3/5 preparing conversations (log: {jobs.log('prepare-sft')})")
+    jobs.prepare_sft()
+    print_step(f"4/5 fine-tuning to chat (log: {jobs.log('train-sft')})")
+    jobs.train_sft(None if args.gpus else sft_minutes)
+    jobs.forget_eval()  # of other weights
+
+
+def serve(args: Args, jobs: Jobs, start: float) -> None:
+    """The last stage: the endpoint, two questions and the evaluation."""
+    from nanochat_ray.cli import chat
+
+    if args.gpus:
+        jobs.evaluate()  # before the endpoint takes the GPU's memory
+    print_step(f"5/5 serving (log: {jobs.log('serve')})")
+    jobs.serve(args.port)
+    url = f"http://127.0.0.1:{args.port}"
+    print_step("asking")
+    for question in QUESTIONS:
+        print(f"\n> {question}", flush=True)
+        chat.main(chat.Args(url=url, once=question))
+    print()
+    if not args.gpus:
+        jobs.evaluate()
+    minutes, seconds = divmod(int(time.monotonic() - start), 60)
+    print_step(f"done in {minutes}:{seconds:02d}; the chat page: {url}")
+    print(
+        f"OpenAI clients: base_url={url}/v1, model={jobs.chat_run}. "
+        f"Stop all of it: nanochat-ray stop --port {args.port}",
+        flush=True,
+    )
+
+
+def tag(args: Args) -> str:
+    """Part of the runs' names: other text, another depth or other minutes are another run."""
+    minutes = f"-{args.minutes:g}m" if args.minutes else ""
+    text = f"-{zlib.crc32(text_state(args.text).encode())}" if args.text else ""
+    return f"d{args.depth}{minutes}{text}"
+
+
+def text_state(names: tuple[str, ...]) -> str:
+    """What --text names now, with the files in folders, so that a new file is noticed."""
+    from nanochat_ray.data import sources
+
+    lines = []
+    for name in names:
+        lines.append(name)
+        if "://" in name:
+            continue
+        try:
+            files = sources.find([name])
+        except (ValueError, OSError):  # the first stage reports it
+            continue
+        lines += [f"{file.uri} {file.size} {file.mtime_ns}" for file in files]
+    return "\n".join(lines)
+
+
+def run_is_complete(storage: str, run: str) -> bool:
+    """Whether the run has reached its last step."""
+    from nanochat_ray.checkpoint import checkpoint
+
+    store = Store.at(storage).child("runs", run)
+    name = checkpoint.latest(store)
+    if name is None:
+        return False
+    trainer = checkpoint.load_trainer(store, name)
+    return bool(trainer["step"] >= trainer["train_config"]["steps"])
+
+
+def base_minutes(
+    args: Args, run: str, preparing_s: float, elapsed_s: float, sft_minutes: float
+) -> float:
+    """Minutes of base training on a CPU; a run that has begun keeps its plan."""
+    from nanochat_ray.train.throughput import PLAN
+
+    try:
+        text = Store.at(args.storage).child("runs", run).read_text(PLAN)
+        planned = float(json.loads(text)["plan"]["cpu_minutes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        planned = 0.0
+    left_s = PROMISE_S - elapsed_s - 60 * sft_minutes - REST * preparing_s
+    # A text of the user's may be of any size, so that preparing it says nothing of the rest.
+    default = MOST_MINUTES if args.text else round(min(MOST_MINUTES, max(1.0, left_s / 60)), 1)
+    return planned or args.minutes or default

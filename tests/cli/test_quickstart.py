@@ -1,0 +1,217 @@
+"""README's first command on a folder of text, at its smallest, from beginning to end."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from nanochat_ray.cli import entry
+from nanochat_ray.cli.quickstart import Args, base_minutes, tag, text_state
+from nanochat_ray.cli.quickstart_jobs import Jobs, user_line
+from nanochat_ray.on_ray import ports
+from nanochat_ray.on_ray.local_cluster import LocalCluster
+from tests.tiny import free_ports, wait_for
+
+REPO = Path(__file__).parents[2]
+
+
+def command(name: str, home: Path, *flags: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment.update(
+        PYTHONPATH=str(REPO), XDG_STATE_HOME=str(home), NANOCHAT_OBJECT_STORE="200000000"
+    )
+    return subprocess.run(
+        [sys.executable, "-m", "nanochat_ray", name, *flags],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=seconds,
+        env=environment,
+        check=False,
+    )
+
+
+def processes(port: int) -> list[int]:
+    pids = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("NANOCHAT_CLUSTER") == f"nanochat_ray-{port}":
+                pids.append(process.pid)
+        except psutil.Error:
+            continue
+    return pids
+
+
+def test_a_new_file_is_another_run(tmp_path: Path) -> None:
+    """What names the runs changes with the files of a folder, and with nothing else."""
+    (tmp_path / "a.txt").write_text("one")
+    names = (str(tmp_path), "hf://datasets/x/y.parquet")
+    state = text_state(names)
+    assert "hf://datasets/x/y.parquet" in state
+    assert text_state(names) == state
+    one = tag(Args(text=names))
+    (tmp_path / "b.txt").write_text("two")
+    assert text_state(names) != state
+    assert tag(Args(text=names)) != one
+    assert tag(Args()) == "d4"
+    assert tag(Args(depth=3, minutes=0.5)) == "d3-0.5m"
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_the_stages_have_valid_flags(
+    gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    stages: list[tuple[str, Any]] = []
+
+    def parse(self: Jobs, name: str, command: str, *flags: str) -> None:
+        module = importlib.import_module(f"nanochat_ray.cli.{command}")
+        monkeypatch.setattr(module, "check_device", lambda *_: None, raising=False)
+        stages.append((name, entry.parse(module.Args, None, ["--storage", self.storage, *flags])))
+
+    monkeypatch.setattr(Jobs, "_run", parse)
+    jobs = Jobs(LocalCluster(7), str(tmp_path), "d4", gpus=gpus)
+    minutes = None if gpus else 2.5
+    jobs.prepare_base(["my/books"])
+    jobs.train_base(4, minutes)
+    jobs.prepare_sft()
+    jobs.train_sft(minutes)
+    jobs.serve(8001)
+    jobs.evaluate()
+    names = ["prepare-base", "train-base", "prepare-sft", "train-sft", "serve", "eval-chat-d4"]
+    assert [name for name, _ in stages] == names
+    prepare, base, _, sft, serve, evaluation = (args for _, args in stages)
+    assert (prepare.dataset, prepare.text) == ("base-d4", ("my/books",))
+    assert (base.run, base.depth, base.cpu_minutes, base.workers) == (
+        *("base-d4", 4, minutes),
+        gpus or 2,
+    )
+    assert (sft.run, sft.parent, sft.gpus) == ("chat-d4", "base-d4", bool(gpus))
+    assert (serve.port, serve.block, serve.config["name"]) == (8001, False, "chat-d4")
+    assert evaluation.engine == ({"precision": "bf16"} if gpus else {})
+
+
+def test_ray_s_own_lines_stay_in_the_log() -> None:
+    for line, text in (
+        ("2026-11-26 03:00:00,123\tINFO cli.py:39 -- Job submission server address\n", None),
+        (
+            "\x1b[36m(RayTrainWorker pid=12, ip=127.0.0.1)\x1b[0m step 3 loss 2.1\n",
+            "step 3 loss 2.1",
+        ),
+        ("(map_tasks pid=12) ip=127.0.0.1 something\n", None),
+        ("Tailing logs until the job exits\n", None),
+        ("-----\n", None),
+        ("trained in 3 s\n", "trained in 3 s"),
+    ):
+        assert user_line(line) == text
+
+
+def test_base_training_fits_the_promise(tmp_path: Path) -> None:
+    args = Args(storage=str(tmp_path))
+    # 690 s, less 20 s so far, 2 minutes of fine-tuning and 6 times the 40 s of preparation.
+    assert base_minutes(args, "base", 40, 20, 2.0) == round(310 / 60, 1)
+    assert base_minutes(args, "base", 1, 1, 2.0) == 5.2
+    assert base_minutes(args, "base", 300, 300, 2.0) == 1.0
+    assert base_minutes(Args(storage=str(tmp_path), minutes=7.0), "base", 1, 1, 2.0) == 7.0
+    run = tmp_path / "runs" / "base"
+    run.mkdir(parents=True)
+    (run / "plan.json").write_text('{"plan": {"cpu_minutes": 3.5}}')
+    assert base_minutes(args, "base", 1, 1, 2.0) == 3.5
+
+
+def test_stop_ends_only_its_own_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    children = [
+        subprocess.Popen(sleep, env={**os.environ, "NANOCHAT_CLUSTER": f"nanochat_ray-{port}"})
+        for port in (1, 2)
+    ]
+    try:
+        wait_for(lambda: LocalCluster(1).process_ids() == [children[0].pid])
+        assert not LocalCluster(1).is_alive()
+        assert LocalCluster(1).stop() == 1
+        assert children[0].wait(10) == -signal.SIGTERM
+        assert children[1].poll() is None
+        assert LocalCluster(1).stop() == 0
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def test_the_address_is_the_user_s_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    cluster = LocalCluster(7)
+    cluster.folder.mkdir(parents=True)
+    flags = cluster._choose_address()
+    variables = cluster.variables()
+    shutil.rmtree(variables[ports.STATE_BASE])
+    assert (cluster.folder / "address").stat().st_mode & 0o777 == 0o600
+    assert variables["RAY_AUTH_MODE"] == "token"
+    assert len(variables["RAY_AUTH_TOKEN"]) == 64
+    assert flags[0] == f"--port={variables['RAY_ADDRESS'].rpartition(':')[2]}"
+    assert cluster.environment()["NANOCHAT_CLUSTER"] == "nanochat_ray-7"
+    # A shell can source it.
+    script = f". {cluster.folder / 'address'}; echo $RAY_AUTH_TOKEN"
+    shell = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+    assert shell.stdout.strip() == variables["RAY_AUTH_TOKEN"]
+
+
+def test_the_scripts_are_valid() -> None:
+    for name in ("quickstart", "stop", "environment", "check"):
+        subprocess.run(["bash", "-n", str(REPO / "cluster" / f"{name}.sh")], check=True)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(800)
+def test_from_a_folder_of_text_to_an_answer(tmp_path: Path) -> None:
+    text, storage = tmp_path / "text", tmp_path / "storage"
+    text.mkdir()
+    for path in REPO.glob("nanochat_ray/*/*.py"):
+        shutil.copy(path, text / f"{path.parent.name}-{path.stem}.txt")
+    (port,) = free_ports(1)
+    flags = ("--storage", str(storage), "--depth", "1", "--minutes", "0.1")
+    flags += ("--port", str(port), "--leave")
+    try:
+        binary = tmp_path / "noise.txt"
+        binary.write_bytes(os.urandom(5000))
+        result = command("quickstart", tmp_path, *flags, "--text", str(binary), seconds=120)
+        assert result.returncode != 0
+        assert "noise.txt is" in result.stdout
+        assert not processes(port)
+
+        first = command("quickstart", tmp_path, *flags, "--text", str(text), seconds=480)
+        assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-2000:]
+        for message in (
+            "bits per byte of held-out text",
+            "chain_sum",
+            "the chat page:",
+            "Who are you?",
+        ):
+            assert message in first.stdout
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        (model,) = client.models.list().data
+        assert model.id.startswith("chat-d1-")
+        ask = [{"role": "user", "content": "Who are you?"}]
+        stream = client.chat.completions.create(
+            model=model.id, messages=ask, stream=True, temperature=0, max_tokens=40
+        )
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+        again = command("quickstart", tmp_path, *flags, "--text", str(text), seconds=120)
+        assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-2000:]
+        assert "is trained already" in again.stdout
+    finally:
+        result = command("stop", tmp_path, "--port", str(port), seconds=60)
+    assert result.returncode == 0
+    assert not processes(port)
