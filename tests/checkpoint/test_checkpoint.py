@@ -37,10 +37,10 @@ def save(run: Store, step: int) -> GPT:
 
 
 def same(run: Store, model: GPT) -> None:
-    loaded, tokenizer = checkpoint.load_model(run)
+    model_back, tokenizer = checkpoint.load_model(run)
     assert tokenizer.fingerprint == TOKENIZER.fingerprint
     for name, weight in model.named_parameters():
-        assert torch.equal(loaded.get_parameter(name), weight)
+        assert torch.equal(model_back.get_parameter(name), weight)
 
 
 def test_what_is_saved_comes_back(root: Store) -> None:
@@ -48,10 +48,10 @@ def test_what_is_saved_comes_back(root: Store) -> None:
     save(root, 5)
     model = save(root, 10)
     same(root, model)
-    found = checkpoint.load(root, optimizer=True)
-    assert (found.step, found.trainer) == (10, {"step": 10})
-    assert found.optimizer is not None
-    assert found.optimizer["x/momentum"].tolist() == [10, 10, 10]
+    back = checkpoint.load(root, optimizer=True)
+    assert (back.step, back.trainer) == (10, {"step": 10})
+    assert back.optimizer is not None
+    assert back.optimizer["x/momentum"].tolist() == [10, 10, 10]
     assert checkpoint.load(root, "step-000005", optimizer=False).step == 5
 
 
@@ -65,22 +65,20 @@ def test_the_same_on_s3(s3: str) -> None:
     same(run, model)
 
 
-def test_a_crash_while_saving_leaves_the_last_one(
-    root: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_crash_while_saving_keeps_the_last(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save(root, 5)
-    real, left = Store.write_bytes, 0
+    real, writes_left = Store.write_bytes, 0
 
     def dying(self: Store, name: str, data: bytes) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
+        nonlocal writes_left
+        writes_left -= 1
+        if writes_left < 0:
             raise OSError("the machine is gone")
         real(self, name, data)
 
     monkeypatch.setattr(Store, "write_bytes", dying)
-    for allowed in range(4):  # the manifest is the fourth
-        left = allowed
+    for num_writes in range(4):  # the manifest is the fourth
+        writes_left = num_writes
         with pytest.raises(OSError, match="gone"):
             save(root, 6)
         same(root, model)
@@ -119,7 +117,7 @@ def test_a_missing_or_damaged_file_is_named(root: Store, file: str) -> None:
         checkpoint.load(root, optimizer=True)
 
 
-def test_a_checkpoint_of_another_tokenizer_is_refused(root: Store) -> None:
+def test_other_tokenizers_are_refused(root: Store) -> None:
     other = Tokenizer.train(["some other text " * 50], 300)
     model = GPT(tiny_config())
     model.init_weights(torch.Generator().manual_seed(0))
@@ -156,11 +154,11 @@ def test_tensors_of_every_dtype(tmp_path: Path) -> None:
     write_tensors(stream, tensors)
     size = stream.tell()
     stream.seek(0)
-    found = read_tensors(stream, size)
-    assert list(found) == list(tensors)
+    back = read_tensors(stream, size)
+    assert list(back) == list(tensors)
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
+        assert back[name].dtype == tensor.dtype
+        assert torch.equal(back[name], tensor)
     with pytest.raises(ValueError, match="complex64 cannot be stored"):
         write_tensors(io.BytesIO(), {"x": torch.zeros(1, dtype=torch.complex64)})
 
@@ -193,9 +191,7 @@ def test_rubbish_is_a_value_error() -> None:
         read_tensors(io.BytesIO(msgpack.packb(head) + msgpack.packb(huge)), 1000)
 
 
-def test_the_newest_complete_one_is_the_latest(
-    root: Store, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_newest_complete_one_is_the_latest(root: Store, caplog: pytest.LogCaptureFixture) -> None:
     for step in (1, 2, 3):
         save(root, step)
     for pointer in ("", "step-000001\n", "step-000099", "\udcff", "../other"):
@@ -233,7 +229,7 @@ def test_foreign_names_are_left_alone(root: Store) -> None:
             checkpoint.load_config(root, name)
 
 
-def test_values_that_are_not_finite_are_refused(root: Store) -> None:
+def test_nan_and_inf_are_refused(root: Store) -> None:
     model = save(root, 1)
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     state = {"x/momentum": torch.ones(3)}
@@ -251,7 +247,7 @@ def test_values_that_are_not_finite_are_refused(root: Store) -> None:
         tensors[name].view(-1)[-1] = 0.0
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(root: Store) -> None:
+def test_misfit_tokenizers_are_refused(root: Store) -> None:
     model = GPT(tiny_config(vocab_size=300))
     checkpoint.save(
         root,
@@ -281,7 +277,7 @@ def test_recorded_bytes_of_tensors() -> None:
     )
 
 
-def test_the_manifest_has_the_hash_of_each_file(root: Store) -> None:
+def test_manifest_has_each_files_hash(root: Store) -> None:
     save(root, 3)
     folder = Path(root.root) / "step-000003"
     files = json.loads((folder / "manifest.json").read_text())["files"]

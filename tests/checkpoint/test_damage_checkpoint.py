@@ -56,26 +56,26 @@ def test_no_damage_loads_or_hangs(run: Path) -> None:
     whole, model = load(run / STEP)
     weights = dict(model.named_parameters())
 
-    def same(found: tuple[checkpoint.Checkpoint, GPT]) -> bool:
-        loaded, served = found
+    def same(pair: tuple[checkpoint.Checkpoint, GPT]) -> bool:
+        state, model = pair
         return (
-            loaded.trainer == whole.trainer
-            and loaded.model_config == whole.model_config
-            and all(torch.equal(loaded.weights[k], v) for k, v in whole.weights.items())
-            and all(torch.equal(weights[k], v) for k, v in served.named_parameters())
-            and loaded.tokenizer.fingerprint == TOKENIZER.fingerprint
+            state.trainer == whole.trainer
+            and state.model_config == whole.model_config
+            and all(torch.equal(state.weights[k], v) for k, v in whole.weights.items())
+            and all(torch.equal(weights[k], v) for k, v in model.named_parameters())
+            and state.tokenizer.fingerprint == TOKENIZER.fingerprint
         )
 
     outcomes = check_damage(run / STEP, load, same=same, count=260, seed=0)
     assert outcomes["refused"] > 200
 
 
-def test_damage_behind_good_checksums_is_named(run: Path) -> None:
+def test_damage_behind_checksums_is_named(run: Path) -> None:
     """What a wrong tool wrote may load if it is valid, but never crashes and never hangs."""
     check_damage(run / STEP, load, same=lambda _: True, count=260, seed=1, reseal=reseal)
 
 
-def test_special_files_as_latest_are_passed_over(run: Path, tmp_path: Path) -> None:
+def test_special_files_as_latest_are_skipped(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     (folder / "latest").unlink()

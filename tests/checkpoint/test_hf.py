@@ -70,7 +70,7 @@ def test_transformers_gives_the_same_logits(tokenizer: Tokenizer, tmp_path: Path
         assert torch.equal(weights[name][:size], weight[:size]), name
 
 
-def test_a_folder_that_transformers_wrote_comes_in(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_folder_of_transformers_is_imported(tokenizer: Tokenizer, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     hf.export(model_for(tokenizer), tokenizer, tmp_path / "one", dtype=torch.float32)
@@ -111,12 +111,12 @@ def test_transformers_tokenizes_alike(tokenizer: Tokenizer, tmp_path: Path) -> N
             {"role": "system", "content": "Be brief."},
         ],
     ):
-        rendered = peer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        assert peer.encode(rendered, add_special_tokens=False) == render_prompt(tokenizer, messages)
+        prompt = peer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert peer.encode(prompt, add_special_tokens=False) == render_prompt(tokenizer, messages)
 
 
 @pytest.mark.parametrize("fields", [{}, {"window_pattern": "SL", "sequence_len": 1024}])
-def test_a_modern_model_gives_the_same_logits(
+def test_modern_models_give_equal_logits(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
 ) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -144,11 +144,13 @@ def test_a_modern_model_gives_the_same_logits(
             out = peer(ids[:, at:stop], past_key_values=cache, use_cache=True)
             assert (ours[:, at:stop] - out.logits).abs().max() <= 2e-4
             cache, at = out.past_key_values, stop
-        written = peer.generate(ids[:1, :8], max_new_tokens=6, do_sample=False, eos_token_id=None)
-        expected = ids[:1, :8]
+        generated_ids = peer.generate(
+            ids[:1, :8], max_new_tokens=6, do_sample=False, eos_token_id=None
+        )
+        reference = ids[:1, :8]
         for _ in range(6):
-            expected = torch.cat((expected, model(expected)[:, -1:].argmax(-1)), dim=1)
-    assert written.tolist() == expected.tolist()
+            reference = torch.cat((reference, model(reference)[:, -1:].argmax(-1)), dim=1)
+    assert generated_ids.tolist() == reference.tolist()
     auto = AutoTokenizer.from_pretrained(folder)
     assert auto.encode("Hello", add_special_tokens=False) == tokenizer.encode("Hello")
 
@@ -160,7 +162,7 @@ def test_a_model_with_skips_cannot_go_out(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_does_not_fit_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_misfit_folders_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         hf.import_folder(tmp_path)
     hf.export(model_for(tokenizer), tokenizer, tmp_path, dtype=torch.float32)
@@ -181,14 +183,14 @@ def test_a_folder_that_does_not_fit_is_refused(tokenizer: Tokenizer, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def exported(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exported") / "model"
+def export(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "model"
     hf.export(model_for(tokenizer), tokenizer, folder, dtype=torch.float32)
     return folder
 
 
-def changed(exported: Path, folder: Path, **fields: object) -> Path:
-    shutil.copytree(exported, folder)
+def with_changes(export: Path, folder: Path, **fields: object) -> Path:
+    shutil.copytree(export, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **fields}))
     return folder
@@ -218,29 +220,29 @@ def changed(exported: Path, folder: Path, **fields: object) -> Path:
     ],
 )
 def test_a_wrong_config_is_named(
-    exported: Path, tmp_path: Path, field: str, value: object, message: str
+    export: Path, tmp_path: Path, field: str, value: object, message: str
 ) -> None:
-    folder = changed(exported, tmp_path / "bad", **{field: value})
+    folder = with_changes(export, tmp_path / "bad", **{field: value})
     with pytest.raises(ValueError, match=message) as caught:
         hf.import_folder(folder)
     assert str(folder) in str(caught.value)
 
 
-def test_damaged_folders_are_refused_by_name(exported: Path) -> None:
-    expected, tokenizer = hf.import_folder(exported)
-    shapes = {name: p.shape for name, p in expected.named_parameters()}
+def test_damaged_folders_are_refused_by_name(export: Path) -> None:
+    reference, tokenizer = hf.import_folder(export)
+    shapes = {name: p.shape for name, p in reference.named_parameters()}
 
-    def same(loaded: Any) -> bool:
+    def same(imported_pair: Any) -> bool:
         # Weights have no checksum there: flipped bits in them are other weights.
-        model, other = loaded
+        model, other = imported_pair
         fits = {name: p.shape for name, p in model.named_parameters()} == shapes
         return fits and other.fingerprint == tokenizer.fingerprint
 
-    check_damage(exported, hf.import_folder, same=same, count=150, seed=0)
+    check_damage(export, hf.import_folder, same=same, count=150, seed=0)
 
 
-def test_weights_that_do_not_fit_are_named(exported: Path, tmp_path: Path) -> None:
-    weights = load_file(exported / "model.safetensors")
+def test_weights_that_do_not_fit_are_named(export: Path, tmp_path: Path) -> None:
+    weights = load_file(export / "model.safetensors")
     name = "model.layers.0.mlp.fc1.weight"
     for change, message in (
         ({name: weights[name].to(torch.int32)}, f"{name} is I32"),
@@ -250,18 +252,18 @@ def test_weights_that_do_not_fit_are_named(exported: Path, tmp_path: Path) -> No
         ({name: None}, f"tensor {name} is missing|does not fit the 13 tensors"),
     ):
         folder = tmp_path / str(len(message))
-        shutil.copytree(exported, folder)
-        merged = {k: v for k, v in {**weights, **change}.items() if v is not None}
-        save_file(merged, folder / "model.safetensors")
+        shutil.copytree(export, folder)
+        new_weights = {k: v for k, v in {**weights, **change}.items() if v is not None}
+        save_file(new_weights, folder / "model.safetensors")
         with pytest.raises(ValueError, match=message):
             hf.import_folder(folder)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder", "outside", "big"])
-def test_files_that_never_end_are_refused(exported: Path, tmp_path: Path, kind: str) -> None:
+def test_files_that_never_end_are_refused(export: Path, tmp_path: Path, kind: str) -> None:
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         folder = tmp_path / name
-        shutil.copytree(exported, folder)
+        shutil.copytree(export, folder)
         (folder / name).unlink()
         if kind == "fifo":
             os.mkfifo(folder / name)
@@ -279,9 +281,9 @@ def test_files_that_never_end_are_refused(exported: Path, tmp_path: Path, kind: 
             hf.import_folder(folder)
 
 
-def test_tokenizers_that_work_otherwise_are_refused(exported: Path, tmp_path: Path) -> None:
+def test_other_tokenizer_kinds_are_refused(export: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bad"
-    shutil.copytree(exported, folder)
+    shutil.copytree(export, folder)
     path = folder / "tokenizer.json"
     for at, value, message in (
         (("normalizer",), {"type": "NFKC"}, "normalizer="),
@@ -291,7 +293,7 @@ def test_tokenizers_that_work_otherwise_are_refused(exported: Path, tmp_path: Pa
         (("added_tokens",), [], "added_tokens: its special tokens are"),
         (("pre_tokenizer", "pretokenizers", 1, "add_prefix_space"), True, "add_prefix_space=True"),
     ):
-        document = json.loads((exported / "tokenizer.json").read_text())
+        document = json.loads((export / "tokenizer.json").read_text())
         target = document
         for key in at[:-1]:
             target = target[key]

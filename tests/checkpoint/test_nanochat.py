@@ -26,8 +26,8 @@ SHAPE = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd
 def encoding(**fields: Any) -> tiktoken.Encoding:
     ranks = {token: rank for rank, token in enumerate(TOKENIZER.ranks)}
     specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-    given = {"pat_str": TOKENIZER.pattern, "mergeable_ranks": ranks, "special_tokens": specials}
-    return tiktoken.Encoding("rustbpe", **{**given, **fields})
+    arguments = {"pat_str": TOKENIZER.pattern, "mergeable_ranks": ranks, "special_tokens": specials}
+    return tiktoken.Encoding("rustbpe", **{**arguments, **fields})
 
 
 def model_of(preset: str, **fields: Any) -> GPT:
@@ -134,19 +134,19 @@ def test_a_layout_between_the_two_is_refused(tmp_path: Path) -> None:
         nanochat.import_folder(folder)
 
 
-def test_damaged_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
     folder = write(tmp_path, model_of("modern"))
     shutil.copy(tmp_path / "tokenizer" / "tokenizer.pkl", folder / "tokenizer.pkl")
-    expected, _ = nanochat.import_folder(folder)
-    shapes = {name: p.shape for name, p in expected.named_parameters()}
+    reference, _ = nanochat.import_folder(folder)
+    shapes = {name: p.shape for name, p in reference.named_parameters()}
 
     def load(copy: Path) -> tuple[GPT, Tokenizer]:
         if not nanochat.is_checkpoint(copy):
             raise ValueError(f"{copy} has no model_*.pt")
         return nanochat.import_folder(copy)
 
-    def same(loaded: Any) -> bool:
+    def same(pair: Any) -> bool:
         # Neither weights nor ranks have a checksum there: some flipped bits are other values.
-        return {name: p.shape for name, p in loaded[0].named_parameters()} == shapes
+        return {name: p.shape for name, p in pair[0].named_parameters()} == shapes
 
     check_damage(folder, load, same=same, count=150, seed=0)

@@ -19,10 +19,10 @@ from tests.tiny import TOKENIZER, tiny_config
 
 
 def model() -> GPT:
-    made = GPT(tiny_config(sequence_len=16))
-    for parameter in made.parameters():
+    gpt = GPT(tiny_config(sequence_len=16))
+    for parameter in gpt.parameters():
         torch.nn.init.normal_(parameter, 0, 0.3, generator=torch.Generator().manual_seed(1))
-    return made.eval().requires_grad_(False)
+    return gpt.eval().requires_grad_(False)
 
 
 def test_every_byte_counts_once() -> None:
@@ -58,7 +58,7 @@ def save(root: Store, run: str, stage: str, **trainer: Any) -> None:
     )
 
 
-def measured(root: Store, capsys: pytest.CaptureFixture[str], **args: Any) -> dict[str, Any]:
+def evaluate_run(root: Store, capsys: pytest.CaptureFixture[str], **args: Any) -> dict[str, Any]:
     job.main(job.Args(storage=root.uri, threads=1, **args))
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -69,18 +69,18 @@ def test_a_base_model_is_measured_on_text(
     figures = {"first_bits_per_byte": 8.0, "bits_per_byte": 3.0}
     save(root, "base", "base", metrics=figures)
     (tmp_path / "x.txt").write_text("some text")
-    result = measured(root, capsys, run="base", text=(str(tmp_path / "x.txt"),))
-    expected = evaluate_text(model(), TOKENIZER, ["some text"])
-    assert result["text_bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-5)
+    result = evaluate_run(root, capsys, run="base", text=(str(tmp_path / "x.txt"),))
+    reference = evaluate_text(model(), TOKENIZER, ["some text"])
+    assert result["text_bits_per_byte"] == pytest.approx(reference.bits_per_byte, rel=1e-5)
     assert result["text_bytes"] == 9
     assert result["bits_per_byte"] == 3.0
     assert "accuracy" not in result  # it answers no chat
-    assert measured(root, capsys, run="base")["bits_per_byte_before"] == 8.0
+    assert evaluate_run(root, capsys, run="base")["bits_per_byte_before"] == 8.0
 
 
 def test_eval_without_the_parent_run(root: Store, capsys: pytest.CaptureFixture[str]) -> None:
     save(root, "chat", "sft", about={"parent": "gone"})
-    result = measured(root, capsys, tasks=("identity",), count=3, show_wrong=0)
+    result = evaluate_run(root, capsys, tasks=("identity",), count=3, show_wrong=0)
     assert result["accuracy"] == {"identity": 0.0}
     assert result["questions"] == {"identity": 3}
     assert "bits_per_byte" not in result
@@ -107,7 +107,7 @@ def test_eval_says_what_it_asked(
     save(root, "chat", "sft")
     monkeypatch.setattr(job, "make_task", lambda *_, **__: Short())
     job.main(job.Args(storage=root.uri, threads=1, tasks=("short",), show_wrong=0))
-    printed = capsys.readouterr().out
-    assert json.loads(printed.splitlines()[-1])["questions"] == {"short": 4}
-    assert "0/4 right" in printed
-    assert "no more than 4 questions; 1 do not fit" in printed
+    output = capsys.readouterr().out
+    assert json.loads(output.splitlines()[-1])["questions"] == {"short": 4}
+    assert "0/4 right" in output
+    assert "no more than 4 questions; 1 do not fit" in output

@@ -19,7 +19,7 @@ class FirstLetter:
 
     def __init__(self, accept: set[int], long: int = -1):
         self.accept, self.long = accept, long
-        self.seen: dict[int, str] = {}
+        self.answers: dict[int, str] = {}
 
     def __len__(self) -> int:
         return 30
@@ -31,7 +31,7 @@ class FirstLetter:
         return [*self.question(index), {"role": "assistant", "content": "y"}]
 
     def grade(self, index: int, answer: str) -> bool:
-        self.seen[index] = answer
+        self.answers[index] = answer
         return index in self.accept
 
 
@@ -43,18 +43,23 @@ def engine() -> Engine:
     return Engine.from_model(model, TOKENIZER, EngineConfig(max_num_seqs=4))
 
 
-def test_accuracy_is_counted_over_all_questions() -> None:
-    task, shared = FirstLetter({1, 3, 25}, long=7), engine()
-    done = []
+def test_accuracy_counts_all_questions() -> None:
+    task, one_engine = FirstLetter({1, 3, 25}, long=7), engine()
+    progress_calls = []
     score = evaluate(
-        shared, TOKENIZER, task, count=26, max_tokens=12, progress=lambda d, t: done.append((d, t))
+        one_engine,
+        TOKENIZER,
+        task,
+        count=26,
+        max_tokens=12,
+        progress=lambda d, t: progress_calls.append((d, t)),
     )
     assert (score.correct, score.total, score.too_long) == (3, 26, 1)
     assert len(score.wrong) == 10
-    assert done[-1] == (26, 26)
-    assert task.seen[7] == ""  # it does not fit into the context: asked, not answered, wrong
-    assert any(task.seen.values())
-    shared.check_integrity()
+    assert progress_calls[-1] == (26, 26)
+    assert task.answers[7] == ""  # it does not fit into the context: asked, not answered, wrong
+    assert any(task.answers.values())
+    one_engine.check_integrity()
     again = FirstLetter({1})
-    evaluate(shared, TOKENIZER, again, count=5, max_tokens=12)
-    assert all(again.seen[i] == task.seen[i] for i in range(5))
+    evaluate(one_engine, TOKENIZER, again, count=5, max_tokens=12)
+    assert all(again.answers[i] == task.answers[i] for i in range(5))

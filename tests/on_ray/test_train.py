@@ -49,7 +49,7 @@ def weights(root: Store, run: str) -> dict[str, torch.Tensor]:
     return checkpoint.load(root.child("runs", run), optimizer=False).weights
 
 
-def test_two_workers_on_s3_give_what_one_process_gives(s3: str, tmp_path: Path) -> None:
+def test_two_workers_on_s3_equal_one_process(s3: str, tmp_path: Path) -> None:
     from nanochat_ray.on_ray.train import fit
 
     root, local = Store.at(s3).child("train"), Store.at(str(tmp_path))
@@ -64,7 +64,7 @@ def test_two_workers_on_s3_give_what_one_process_gives(s3: str, tmp_path: Path) 
     assert (again["step"], again["loss"]) == (12, result["loss"])
 
 
-def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
+def test_killed_worker_changes_no_weights(tmp_path: Path) -> None:
     from nanochat_ray.on_ray.train import fit
 
     root = Store.at(str(tmp_path))
@@ -95,7 +95,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_stopped_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
+def test_stopped_run_resumes_on_fewer_workers(tmp_path: Path) -> None:
     from nanochat_ray.on_ray import train as on_ray
 
     root = Store.at(str(tmp_path))
@@ -120,7 +120,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_workers(tmp_path: Path) ->
     assert losses(root, "stopped") == pytest.approx(losses(root, "whole"), abs=1e-4)
 
 
-def test_what_no_restart_would_mend_ends_the_run_at_once(tmp_path: Path) -> None:
+def test_permanent_errors_end_the_run(tmp_path: Path) -> None:
     from nanochat_ray.on_ray.train import fit
 
     root = Store.at(str(tmp_path))
@@ -136,7 +136,7 @@ def test_what_no_restart_would_mend_ends_the_run_at_once(tmp_path: Path) -> None
         fit(job(root.uri, "run"), workers=9)
 
 
-def test_an_error_of_one_worker_is_not_repeated(tmp_path: Path) -> None:
+def test_permanent_error_of_one_rank_ends_it(tmp_path: Path) -> None:
     """Rank 0 alone writes for TensorBoard; /proc takes no folder from anybody."""
     from nanochat_ray.on_ray.train import fit
 
@@ -147,7 +147,7 @@ def test_an_error_of_one_worker_is_not_repeated(tmp_path: Path) -> None:
         fit(shown, workers=2, cpus_per_worker=0.5)
 
 
-def test_what_cannot_run_is_refused_before_a_worker_starts(tmp_path: Path) -> None:
+def test_bad_runs_are_refused_at_the_start(tmp_path: Path) -> None:
     from nanochat_ray.on_ray.train import fit
 
     root = Store.at(str(tmp_path))

@@ -72,7 +72,7 @@ def same_weights(root: Store, one: str, two: str) -> bool:
 # --- the process -----------------------------------------------------------------------------
 
 
-def test_sigterm_leaves_a_checkpoint_and_status_75_and_the_run_goes_on(root: Store) -> None:
+def test_sigterm_saves_exits_75_and_resumes(root: Store) -> None:
     write_dataset(root, "base")
     command = [sys.executable, str(REPO / "jobs" / "train.py"), "--no-ray", "--storage", root.uri]
     command += ["--depth", "1", "--batch-tokens", "128", "--precision", "fp32"]
@@ -111,9 +111,7 @@ def test_resume_auto_never_must(root: Store) -> None:
         preflight.check_resume(root.uri, "run", "never")
 
 
-def test_what_does_not_fit_is_refused_before_it_starts(
-    root: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_memory_is_refused(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(root, "base")
     monkeypatch.setattr(
         preflight.machine, "free_memory", lambda device, local_world_size: 100 << 20
@@ -128,7 +126,7 @@ def test_what_does_not_fit_is_refused_before_it_starts(
 # --- checkpoints -------------------------------------------------------------------------------
 
 
-def test_the_newest_and_the_best_are_kept(root: Store, s3: str) -> None:
+def test_newest_and_best_checkpoints_stay(root: Store, s3: str) -> None:
     for store in (root, Store.at(s3).child(f"kept-{time.time_ns()}")):
         write_dataset(store, "base")
         # Rates so high that the validation is best early and gets worse.
@@ -151,9 +149,7 @@ def test_the_newest_and_the_best_are_kept(root: Store, s3: str) -> None:
         checkpoint.load(run, checkpoint.best(run), optimizer=True)
 
 
-def test_a_slow_store_does_not_hold_training_up(
-    root: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_storage_does_not_stall(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(root, "base")
     real, last_step = checkpoint.save, 0
 
@@ -177,7 +173,7 @@ def test_a_slow_store_does_not_hold_training_up(
     assert same_weights(root, "slow", "quick")
 
 
-def test_a_machine_that_will_be_taken_away_gets_a_checkpoint_and_training_goes_on(
+def test_preemption_notice_saves_and_continues(
     root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_dataset(root, "base")
@@ -190,9 +186,7 @@ def test_a_machine_that_will_be_taken_away_gets_a_checkpoint_and_training_goes_o
     assert checkpoints(root.child("runs", "run")) == ["step-000005", "step-000012"]
 
 
-def test_weights_that_are_not_finite_are_never_written(
-    root: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_infinite_weights_are_not_written(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(root, "base")
     run_trainer(job(root, "run"), should_stop=iter([False, False, True]).__next__)
     from nanochat_ray.optim import sharded
@@ -209,9 +203,7 @@ def test_weights_that_are_not_finite_are_never_written(
     assert checkpoint.latest(root.child("runs", "run")) == "step-000003"
 
 
-def test_a_spike_is_cut_and_a_resumed_run_cuts_the_same(
-    root: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_spike_clip_is_equal_after_a_resume(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(root, "base")
     real, clips = trainer.train_step, []
 
@@ -241,7 +233,7 @@ def endless_batches(count: int, steps: list[int]) -> Iterator[Batch]:
         yield Batch(np.full((1, 3), n, dtype=np.uint16))
 
 
-def test_the_feed_reads_ahead_but_not_far_and_keeps_the_order() -> None:
+def test_prefetch_keeps_order_and_depth() -> None:
     steps: list[int] = []
     ready = prefetch(endless_batches(50, steps), pin=False, depth=2)
     assert int(next(ready).ids[0, 0]) == 0
@@ -256,7 +248,7 @@ def test_the_feed_reads_ahead_but_not_far_and_keeps_the_order() -> None:
     wait_for(lambda: threading.active_count() <= threads, 5, "the thread's end")
 
 
-def test_what_the_feed_raises_comes_out_in_its_place() -> None:
+def test_prefetch_raises_the_loaders_error() -> None:
     def broken() -> Iterator[Batch]:
         yield Batch(np.zeros((1, 3), dtype=np.uint16))
         raise ValueError("shard 7 is damaged")
@@ -270,7 +262,7 @@ def test_what_the_feed_raises_comes_out_in_its_place() -> None:
 # --- what people see ----------------------------------------------------------------------
 
 
-def test_the_report_and_the_lines_show_what_matters(root: Store, tmp_path: Path) -> None:
+def test_report_and_progress_lines(root: Store, tmp_path: Path) -> None:
     write_dataset(root, "base")
     records: list[dict[str, Any]] = []
     with_board = dataclasses.replace(job(root, "run"), tensorboard=str(tmp_path / "board"))
@@ -301,7 +293,7 @@ def test_the_report_and_the_lines_show_what_matters(root: Store, tmp_path: Path)
     assert files[0].stat().st_size > 1000
 
 
-def test_a_report_survives_a_loss_that_is_not_a_number(root: Store) -> None:
+def test_report_takes_a_nan_loss(root: Store) -> None:
     record = {"step": 1, "kind": "train", "loss": float("nan"), "grad_norm": 1.0}
     from nanochat_ray.train.report import render
 
@@ -309,7 +301,7 @@ def test_a_report_survives_a_loss_that_is_not_a_number(root: Store) -> None:
     assert loggers.finite_metrics(record) == {"train/grad_norm": 1.0}
 
 
-def test_weights_and_biases_that_is_not_there_is_named() -> None:
+def test_missing_wandb_is_named() -> None:
     try:
         import wandb  # noqa: F401
     except ImportError:
@@ -321,7 +313,7 @@ def test_weights_and_biases_that_is_not_there_is_named() -> None:
 
 
 @pytest.mark.parametrize("stage", ["base", "sft"])
-def test_samples_are_greedy_and_stop_at_the_end_of_the_context(stage: str) -> None:
+def test_samples_are_greedy_within_the_context(stage: str) -> None:
     model = GPT(tiny_config())
     model.init_weights(torch.Generator().manual_seed(0))
     model.eval()

@@ -51,7 +51,7 @@ def losses(job: TrainerConfig, **kwargs: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("stage", ["base", "sft"])
-def test_accumulation_equals_one_big_micro_batch(root: Store, stage: str) -> None:
+def test_accumulation_equals_one_big_batch(root: Store, stage: str) -> None:
     write_dataset(root, stage, stage)
     one = losses(job(root, "one", stage, micro_batch_size=8, steps=4))
     four = losses(job(root, "four", stage, micro_batch_size=2, steps=4))
@@ -125,7 +125,7 @@ def test_two_ranks_equal_one(
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5, 7])
-def test_resumed_equals_uninterrupted_bit_for_bit(root: Store, stop: int) -> None:
+def test_resumed_equals_uninterrupted(root: Store, stop: int) -> None:
     write_dataset(root, "base")
     run_trainer(job(root, "whole"))
     half = run_trainer(job(root, "halves"), should_stop=stop_after(stop))
@@ -144,7 +144,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(root: Store, stop: int) -> Non
         assert torch.equal(state, halves.optimizer[name]), name
 
 
-def test_a_run_stopped_by_two_ranks_goes_on_with_one(root: Store, tmp_path: Path) -> None:
+def test_stopped_on_two_ranks_resumes_on_one(root: Store, tmp_path: Path) -> None:
     write_dataset(root, "base")
     alone = losses(job(root, "alone"))
     continuation = job(root, "moved")
@@ -162,9 +162,7 @@ def test_another_configuration_is_refused(root: Store) -> None:
         run_trainer(job(root, "run", steps=2, global_batch_size=4))
 
 
-def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
-    root: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_gradients_reach_no_checkpoint(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(root, "base")
     real, calls = GPT.loss, 0
 
@@ -183,7 +181,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_checkpointed_activations_give_the_same_gradients(precision: str) -> None:
+def test_checkpointed_activations_equal_plain(precision: str) -> None:
     ids = torch.randint(0, 256, (3, 33), generator=torch.Generator().manual_seed(0))
     results = []
     for recompute in (False, True):
@@ -202,7 +200,7 @@ def test_checkpointed_activations_give_the_same_gradients(precision: str) -> Non
         assert torch.equal(grad, again[name]), name
 
 
-def test_a_run_may_be_checkpointed_after_it_began_without(root: Store) -> None:
+def test_activation_checkpoints_may_start_late(root: Store) -> None:
     write_dataset(root, "base")
     run_trainer(job(root, "whole"))
     run_trainer(job(root, "halves"), should_stop=stop_after(4))

@@ -1,4 +1,4 @@
-"""A run has one identity: what shapes its steps stays as it was begun; what does not may change."""
+"""A run has one identity: what shapes its steps stays as it was; what does not may change."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def job(root: Store, **changes: Any) -> TrainerConfig:
 
 
 @pytest.fixture
-def begun(root: Store) -> Store:
+def half_run(root: Store) -> Store:
     """A root with a run that stopped after 2 of its 4 steps."""
     write_dataset(root, "base")
     stops = iter([False, True])
@@ -75,11 +75,11 @@ def begun(root: Store) -> Store:
         ({"train__optim": OptimConfig(momentum=0.5)}, "momentum"),
     ],
 )
-def test_what_shapes_steps_is_refused(begun: Store, changes: dict[str, Any], field: str) -> None:
+def test_what_shapes_steps_is_refused(half_run: Store, changes: dict[str, Any], field: str) -> None:
     with pytest.raises(ValueError, match=rf"^{field}=.* is not what this run was started with \("):
-        check(job(begun, **changes))
+        check(job(half_run, **changes))
     with pytest.raises(ValueError, match=rf"^{field}="):
-        run_trainer(job(begun, **changes))
+        run_trainer(job(half_run, **changes))
 
 
 @pytest.mark.parametrize(
@@ -93,22 +93,22 @@ def test_what_shapes_steps_is_refused(begun: Store, changes: dict[str, Any], fie
         {"train__checkpoint_activations": True},
     ],
 )
-def test_what_does_not_shape_steps_may_change(begun: Store, changes: dict[str, Any]) -> None:
-    assert run_trainer(check(job(begun, **changes)))["done"]
+def test_resumable_fields_may_change(half_run: Store, changes: dict[str, Any]) -> None:
+    assert run_trainer(check(job(half_run, **changes)))["done"]
 
 
-def test_other_data_is_refused_by_content(begun: Store) -> None:
-    write_dataset(begun, "copy")
-    check(job(begun, dataset="copy"))  # the same rows under another name
-    write_dataset(begun, "other", seed=1)
+def test_other_data_is_refused_by_content(half_run: Store) -> None:
+    write_dataset(half_run, "copy")
+    check(job(half_run, dataset="copy"))  # the same rows under another name
+    write_dataset(half_run, "other", seed=1)
     with pytest.raises(ValueError, match=r"^dataset='other' \(.*content [0-9a-f]{16}\) is not"):
-        check(job(begun, dataset="other"))
-    write_dataset(begun, "base", seed=1)  # prepared again, of other text
+        check(job(half_run, dataset="other"))
+    write_dataset(half_run, "base", seed=1)  # prepared again, of other text
     with pytest.raises(ValueError, match=r"^dataset='base' \(.*content"):
-        check(job(begun))
+        check(job(half_run))
 
 
-def test_other_parents_are_refused_by_content(root: Store) -> None:
+def test_other_parent_content_is_refused(root: Store) -> None:
     write_dataset(root, "base")
     write_dataset(root, "sft", "sft")
     for run, seed in (("one", 0), ("two", 1)):
@@ -122,8 +122,8 @@ def test_other_parents_are_refused_by_content(root: Store) -> None:
     check(child)
 
 
-def test_older_checkpoints_resume_with_a_note(
-    begun: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_older_checkpoints_resume_with_note(
+    half_run: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = checkpoint.load_trainer
 
@@ -132,35 +132,35 @@ def test_older_checkpoints_resume_with_a_note(
         return {**trainer, "about": {"dataset": "base", "parent": ""}}
 
     monkeypatch.setattr(checkpoint, "load_trainer", older)
-    assert run_trainer(check(job(begun)))["done"]
+    assert run_trainer(check(job(half_run)))["done"]
     assert "its checkpoint does not say what was in dataset 'base'" in caplog.text
 
 
-def test_divergence_in_the_last_step_is_no_checkpoint(
-    begun: Store, monkeypatch: pytest.MonkeyPatch
+def test_last_step_divergence_saves_nothing(
+    half_run: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nanochat_ray.optim import sharded
 
     real = sharded.FlatGroup.update
     calls = []
 
-    def poisoned(self: Any, *args: Any, **kwargs: Any) -> None:
+    def nan_loss(self: Any, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
         calls.append(self)
         if len(calls) > len({id(group) for group in calls}):  # the second and last step
             self.weights.fill_(math.nan)
 
-    monkeypatch.setattr(sharded.FlatGroup, "update", poisoned)
+    monkeypatch.setattr(sharded.FlatGroup, "update", nan_loss)
     with pytest.raises(FloatingPointError, match=r"diverged at step 4: .* nan.*step-000002"):
-        run_trainer(check(job(begun)))
-    run = begun.child("runs", "run")
+        run_trainer(check(job(half_run)))
+    run = half_run.child("runs", "run")
     assert checkpoint.latest(run) == "step-000002"
     assert not run.exists("step-000004/manifest.json")
 
 
 @pytest.mark.parametrize("damage", [None, "", "step-000099\n", "no such name"])
-def test_newest_complete_checkpoint_wins(begun: Store, damage: str | None) -> None:
-    run = begun.child("runs", "run")
+def test_newest_complete_checkpoint_wins(half_run: Store, damage: str | None) -> None:
+    run = half_run.child("runs", "run")
     run.delete("latest")
     if damage is not None:
         run.write_text("latest", damage)
@@ -169,30 +169,32 @@ def test_newest_complete_checkpoint_wins(begun: Store, damage: str | None) -> No
     run.write_text("metrics.jsonl", '{"kind": "train", "st')
     assert checkpoint.latest(run) == "step-000002"
     first: list[dict[str, Any]] = []
-    assert run_trainer(check(job(begun)), on_record=first.append)["done"]
+    assert run_trainer(check(job(half_run)), on_record=first.append)["done"]
     assert first[0]["step"] == 3
     assert checkpoint.latest(run) == "step-000004"
     assert (Path(run.root) / "step-000002-good").is_dir()
 
 
-def test_job_that_was_taken_over_publishes_nothing(begun: Store) -> None:
-    def lost() -> None:
+def test_lost_claim_publishes_nothing(half_run: Store) -> None:
+    def raise_lost() -> None:
         raise ClaimLostError("another job has taken over")
 
     with pytest.raises(ClaimLostError):
-        run_trainer(check(job(begun)), check_publish=lost)
-    assert checkpoint.latest(begun.child("runs", "run")) == "step-000002"
+        run_trainer(check(job(half_run)), check_publish=raise_lost)
+    assert checkpoint.latest(half_run.child("runs", "run")) == "step-000002"
 
 
-def test_resumed_run_equals_one_that_was_not_stopped(begun: Store) -> None:
-    run_trainer(check(job(begun)))
-    run_trainer(check(job(begun, run="whole")))
-    runs = (checkpoint.load(begun.child("runs", r), optimizer=False) for r in ("run", "whole"))
-    one, other = (saved.weights for saved in runs)
+def test_resumed_run_equals_uninterrupted(half_run: Store) -> None:
+    run_trainer(check(job(half_run)))
+    run_trainer(check(job(half_run, run="whole")))
+    runs = (checkpoint.load(half_run.child("runs", r), optimizer=False) for r in ("run", "whole"))
+    one, other = (c.weights for c in runs)
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-def test_checkpoints_with_old_names_resume(begun: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_with_old_names_resume(
+    half_run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert FORMAT == "nanochat_ray snapshot 1"  # what is on disk
     read = CheckpointReader.object
     names = {new: old for table in RENAMED_FIELDS.values() for old, new in table.items()}
@@ -208,5 +210,5 @@ def test_checkpoints_with_old_names_resume(begun: Store, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(CheckpointReader, "object", with_old_names)
     with pytest.raises(ValueError, match=r"^global_batch_size=2 is not what this run was started"):
-        check(job(begun, train__global_batch_size=2))
-    assert run_trainer(check(job(begun)))["done"]
+        check(job(half_run, train__global_batch_size=2))
+    assert run_trainer(check(job(half_run)))["done"]

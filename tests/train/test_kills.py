@@ -98,7 +98,7 @@ def kill(
     return checkpoint.latest(run) or "nothing", ", ".join(torn) or "none"
 
 
-def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
+def test_killed_at_any_moment_ends_equal(
     root: Store, s3: str, spawn: Callable[[TrainerConfig], multiprocessing.Process]
 ) -> None:
     remote = Store.at(s3).child(f"kills-{time.time_ns()}")
@@ -143,7 +143,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
     print(f"{kills} of {kills} runs ended with the bits of the uninterrupted one: {hit}")
 
 
-def test_two_workers_killed_go_on_as_one_with_the_same_batches(root: Store) -> None:
+def test_two_killed_workers_resume_as_one(root: Store) -> None:
     write_dataset(root, "base")
     flags = ["--storage", root.uri, "--depth", "1", "--tokens", "5120", "--batch-tokens", "256"]
     flags += [
@@ -187,7 +187,7 @@ def test_two_workers_killed_go_on_as_one_with_the_same_batches(root: Store) -> N
 
 
 @pytest.mark.parametrize("rows", [8, 13])
-def test_the_rows_of_a_step_are_the_same_for_any_number_of_workers(rows: int) -> None:
+def test_batches_do_not_depend_on_workers(rows: int) -> None:
     import numpy as np
 
     from nanochat_ray.train.data_loader import rank_sequences

@@ -65,9 +65,7 @@ def measure(model_values: dict[str, Any], train_values: dict[str, Any]) -> int:
     ],
     ids=["bf16", "checkpointed", "fp32"],
 )
-def test_the_estimate_is_near_what_a_process_takes(
-    shape: ModelConfig, changes: dict[str, Any]
-) -> None:
+def test_estimate_is_near_the_measured_peak(shape: ModelConfig, changes: dict[str, Any]) -> None:
     train = train_config(global_batch_size=8, micro_batch_size=8, **changes)
     code = (
         "import sys, json; from tests.train import test_memory; "
@@ -86,7 +84,7 @@ def test_the_estimate_is_near_what_a_process_takes(
     assert estimate.total == pytest.approx(peak, rel=0.25)
 
 
-def test_what_cannot_fit_is_refused_with_what_would() -> None:
+def test_refusal_names_what_would_fit() -> None:
     model = recipe.model_config(12, 32_768)
     train = train_config(global_batch_size=256, micro_batch_size=32)
     estimate = memory.check_memory(model, train, world=1, on_gpu=True, free=80 << 30)
@@ -116,7 +114,7 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
         memory.check_memory(deep, train, world=1, on_gpu=True, free=4 << 30)
 
 
-def test_more_workers_share_the_optimizer_and_rows_the_rest() -> None:
+def test_workers_share_the_optimizer_state() -> None:
     model = recipe.model_config(12, 32_768)
     one, eight = (memory.estimate(model, train_config(), world=n, on_gpu=True) for n in (1, 8))
     assert eight.optimizer == pytest.approx(one.optimizer / 8, rel=0.01)

@@ -45,13 +45,13 @@ def test_figures_of_a_step() -> None:
     assert (record["trained_tokens"], record["lr_factor"], record["skipped"]) == (30, 0.5, False)
 
 
-def test_figures_that_are_unknown_are_left_out() -> None:
+def test_unknown_metrics_are_omitted() -> None:
     record = metrics().step(1, result(weights_updated=False), seconds=1, data_wait=0, tokens=9)
     assert not {"mfu", "bits_per_byte"} & set(record)
     assert record["skipped"]
 
 
-def test_norms_are_the_last_hundred_finite_ones() -> None:
+def test_norms_are_the_last_100_finite_ones() -> None:
     m = metrics()
     for step in range(150):
         norm = math.nan if step == 120 else float(step)

@@ -34,80 +34,80 @@ def test_the_plan_of_a_depth_is_the_tables(depth: int) -> None:
     width, heads, blocks, total, tokens, batches, steps = TABLE[depth]
     model = recipe.model_config(depth, VOCABULARY)
     train = recipe.base_plan(model, workers=8).train
-    found = plan.describe(model, train, workers=8, hardware=by_name("h100"))
-    assert (found["width"], found["heads"]) == (width, heads)
-    assert found["parameters"]["matrices"] / 1e6 == pytest.approx(blocks, rel=0.01)
-    assert found["parameters"]["total"] / 1e6 == pytest.approx(total, rel=0.01)
-    assert found["tokens"] / 1e6 == pytest.approx(tokens, rel=0.01)
-    assert batches[0] <= math.log2(found["batch"]["tokens"]) <= batches[1]
-    assert steps[0] <= found["steps"] <= steps[1]
-    batch = found["batch"]
+    result = plan.describe(model, train, workers=8, hardware=by_name("h100"))
+    assert (result["width"], result["heads"]) == (width, heads)
+    assert result["parameters"]["matrices"] / 1e6 == pytest.approx(blocks, rel=0.01)
+    assert result["parameters"]["total"] / 1e6 == pytest.approx(total, rel=0.01)
+    assert result["tokens"] / 1e6 == pytest.approx(tokens, rel=0.01)
+    assert batches[0] <= math.log2(result["batch"]["tokens"]) <= batches[1]
+    assert steps[0] <= result["steps"] <= steps[1]
+    batch = result["batch"]
     assert batch["rows"] == 8 * batch["micro_batch_size"] * batch["accumulation"]
     # Every weight exists as a weight and a gradient in float32, and no plan here needs more than
     # the GPU of the table has.
-    assert 8e6 * total < found["memory"]["total"] < 80e9
+    assert 8e6 * total < result["memory"]["total"] < 80e9
     # PaLM's count is 6 a parameter and token, and attention adds less than as much again.
-    dense = 6 * (found["parameters"]["matrices"] + found["parameters"]["head"]) * found["tokens"]
-    assert dense < found["flops"] < 2.5 * dense
-    assert found["hours"] == pytest.approx(found["flops"] / (8 * 0.4 * 989e12) / 3600)
-    rates = found["learning_rates"]
+    dense = 6 * (result["parameters"]["matrices"] + result["parameters"]["head"]) * result["tokens"]
+    assert dense < result["flops"] < 2.5 * dense
+    assert result["hours"] == pytest.approx(result["flops"] / (8 * 0.4 * 989e12) / 3600)
+    rates = result["learning_rates"]
     assert 0.01 < rates["matrix_lr"] < 0.06
     assert 0.1 < rates["embedding_lr"] < 2
-    assert json.loads(json.dumps(found)) == found
-    assert plan.render(found).count("\n") == 5
+    assert json.loads(json.dumps(result)) == result
+    assert plan.render(result).count("\n") == 5
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(20, 561), (26, 1_082), (32, 1_879)])
-def test_the_classic_models_have_the_published_size(depth: int, millions: float) -> None:
+def test_classic_models_have_published_sizes(depth: int, millions: float) -> None:
     # nanochat, October 2025: depth 20 has 561 M parameters, depth 32 has 1.9 G (vocabulary 2^16).
     model = recipe.model_config(depth, 2**16, preset="classic")
     assert count_parameters(model).total / 1e6 == pytest.approx(millions, rel=0.005)
 
 
-def test_published_speedruns_take_the_hours_that_a_plan_says() -> None:
+def test_plan_predicts_published_speedruns() -> None:
     # nanochat, October 2025: depth 20, 11.2 G tokens, about 3 hours on 8 H100; 4e19 FLOPs.
     model = recipe.model_config(20, 2**16, preset="classic", window_pattern="L")
     train = recipe.base_plan(model, tokens=11_200_000_000, batch=2**19, workers=8).train
-    found = plan.describe(model, train, workers=8, hardware=by_name("h100"))
-    assert found["flops"] == pytest.approx(4e19, rel=0.1)
-    assert 2.5 < found["hours"] < 4.5
+    result = plan.describe(model, train, workers=8, hardware=by_name("h100"))
+    assert result["flops"] == pytest.approx(4e19, rel=0.1)
+    assert 2.5 < result["hours"] < 4.5
 
 
-def test_rates_fall_with_the_depth_and_time_with_the_workers() -> None:
-    found = []
+def test_depth_lowers_rates_workers_time() -> None:
+    result = []
     for depth in TABLE:
         model = recipe.model_config(depth, VOCABULARY)
         train = recipe.base_plan(model, workers=8).train
-        found.append(plan.describe(model, train, workers=8, hardware=by_name("h200")))
-    hours = [f["hours"] for f in found]
+        result.append(plan.describe(model, train, workers=8, hardware=by_name("h200")))
+    hours = [f["hours"] for f in result]
     assert hours == sorted(hours)
-    sizes = [f["memory"]["total"] for f in found]
+    sizes = [f["memory"]["total"] for f in result]
     assert sizes == sorted(sizes)
-    embedding = [f["learning_rates"]["embedding_lr"] for f in found]
+    embedding = [f["learning_rates"]["embedding_lr"] for f in result]
     assert embedding[0] > embedding[-1]
 
 
-def test_the_batch_is_the_same_for_any_number_of_workers() -> None:
+def test_batch_does_not_depend_on_workers() -> None:
     model = recipe.model_config(8, VOCABULARY)
-    found = {recipe.base_plan(model, workers=n).train.global_batch_size for n in (1, 2, 3, 7, 8)}
-    assert len(found) == 1
+    result = {recipe.base_plan(model, workers=n).train.global_batch_size for n in (1, 2, 3, 7, 8)}
+    assert len(result) == 1
 
 
-def test_a_gpu_gets_as_many_rows_at_a_time_as_it_has_memory_for() -> None:
+def test_micro_batch_fills_the_gpus_memory() -> None:
     model = recipe.model_config(26, VOCABULARY)
     train = recipe.base_plan(model, workers=8).train
     rows = {}
     for name in ("l4", "a100", "b200", "cpu"):
-        fitted = plan.fit_micro_batch(model, train, workers=8, hardware=HARDWARE[name])
-        rows[name] = fitted.micro_batch_size
+        larger = plan.fit_micro_batch(model, train, workers=8, hardware=HARDWARE[name])
+        rows[name] = larger.micro_batch_size
         if name in ("a100", "b200"):
-            needed = memory.estimate(model, fitted, world=8, on_gpu=True)
-            assert needed.total < HARDWARE[name].memory
+            required_memory = memory.estimate(model, larger, world=8, on_gpu=True)
+            assert required_memory.total < HARDWARE[name].memory
     assert rows["l4"] <= rows["a100"] < rows["b200"]
     assert rows["cpu"] == train.micro_batch_size
 
 
-def test_hardware_that_is_not_known_is_refused() -> None:
+def test_unknown_hardware_is_refused() -> None:
     with pytest.raises(ValueError, match=r"hardware='h999' is not allowed: one of .*h100"):
         by_name("h999")
 
@@ -116,10 +116,12 @@ def test_hardware_that_is_not_known_is_refused() -> None:
 def test_the_plan_tells_passes_over_the_data(rows: int, many: bool) -> None:
     model = recipe.model_config(4, VOCABULARY)
     train = recipe.base_plan(model, workers=1).train
-    described = plan.describe(model, train, workers=1, hardware=by_name("cpu"), rows=rows)
-    trained = train.steps * train.global_batch_size
-    assert described["data"]["passes"] == (trained / rows if rows else 0)
-    text = plan.render(described)
+    description = plan.describe(model, train, workers=1, hardware=by_name("cpu"), rows=rows)
+    num_sequences = train.steps * train.global_batch_size
+    assert description["data"]["passes"] == (num_sequences / rows if rows else 0)
+    text = plan.render(description)
     assert (f"{rows:,} rows, seen" in text) == bool(rows)
-    warning = f"WARNING: training passes {trained / max(rows, 1):,.0f} times over {rows:,} rows"
+    warning = (
+        f"WARNING: training passes {num_sequences / max(rows, 1):,.0f} times over {rows:,} rows"
+    )
     assert (warning in text) == many

@@ -72,7 +72,7 @@ def run_rank(
 
 
 @pytest.mark.parametrize("fault", [slow_save, full_disk])
-def test_ranks_wait_for_slow_storage_and_fail_alike(
+def test_ranks_wait_for_storage_and_fail_alike(
     root: Store, tmp_path: Path, fault: Callable[[int], None]
 ) -> None:
     write_dataset(root, "base", rows=16)

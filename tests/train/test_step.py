@@ -210,7 +210,7 @@ def test_votes_come_back() -> None:
     assert result.votes == (True, False, True, False)
 
 
-def test_dropout_depends_on_seed_step_and_place() -> None:
+def test_dropout_depends_on_seed_and_step() -> None:
     """Not on the generator's state, so that resumed and spread runs drop the same."""
     losses = {}
     for name, seed, step, noise in (

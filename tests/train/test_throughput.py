@@ -25,10 +25,10 @@ class Machine:
     """A machine of a given speed; counts how often it is measured."""
 
     def __init__(self, tokens_per_s: float):
-        self.tokens_per_s, self.measured = tokens_per_s, 0
+        self.tokens_per_s, self.measurements = tokens_per_s, 0
 
     def __call__(self, probe: Probe) -> Throughput:
-        self.measured += 1
+        self.measurements += 1
         return Throughput(precision="fp32", tokens_per_s=self.tokens_per_s)
 
 
@@ -38,10 +38,10 @@ def run(root: Store) -> Store:
 
 
 def test_real_steps_are_measured() -> None:
-    found = throughput.measure(Probe(model=MODEL, minutes=0.01), seconds=0.05)
-    assert found.precision in ("bf16", "fp32")
-    assert found.tokens_per_s > 0
-    assert found.tokens_in(2.0) == pytest.approx(2 * found.tokens_in(1.0), abs=1)
+    result = throughput.measure(Probe(model=MODEL, minutes=0.01), seconds=0.05)
+    assert result.precision in ("bf16", "fp32")
+    assert result.tokens_per_s > 0
+    assert result.tokens_in(2.0) == pytest.approx(2 * result.tokens_in(1.0), abs=1)
 
 
 @pytest.mark.parametrize("slow", ["bf16", "fp32"])
@@ -58,7 +58,7 @@ def test_the_faster_precision_is_taken(slow: str, monkeypatch: pytest.MonkeyPatc
     assert throughput.measure(Probe(model=MODEL, precision="bf16")).precision == "bf16"
 
 
-def test_the_batch_follows_from_its_own_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_follows_from_its_own_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
 
     def steps(model: Any, train: Any, *_: Any) -> list[float]:
@@ -68,12 +68,12 @@ def test_the_batch_follows_from_its_own_speed(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(throughput, "_step_seconds", steps)
     model = tiny_config(n_layer=4, n_embd=256, sequence_len=512)
-    found = throughput.measure(Probe(model=model, precision="fp32", minutes=60.0))
+    result = throughput.measure(Probe(model=model, precision="fp32", minutes=60.0))
     assert batches[0] == 1
     assert batches == sorted(batches)
     assert len(set(batches)) > 2
     assert len(batches) <= 1 + throughput.ROUNDS
-    assert found.tokens_per_s == pytest.approx(512 * batches[-1] / (1 + batches[-1] / 1000))
+    assert result.tokens_per_s == pytest.approx(512 * batches[-1] / (1 + batches[-1] / 1000))
 
 
 def test_half_the_speed_is_half_the_tokens(root: Store) -> None:
@@ -91,7 +91,7 @@ def test_a_plan_is_measured_once(run: Store) -> None:
     first = plan_length(run, probe, 10**9, 2, machine)
     machine.tokens_per_s = 7.0
     assert plan_length(run, probe, 10**9, 4, machine) == first
-    assert machine.measured == 1
+    assert machine.measurements == 1
     # Without a checkpoint another model or time is another plan.
     for other in (
         dataclasses.replace(probe, minutes=9.0),
@@ -134,9 +134,7 @@ def test_a_begun_run_keeps_its_plan(root: Store, monkeypatch: pytest.MonkeyPatch
     assert run_trainer(again)["done"]
 
 
-def test_fine_tuning_is_bounded_and_takes_its_parents_precision(
-    root: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sft_takes_its_parents_precision(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for stage in ("base", "sft"):
         write_dataset(root, stage, stage, length=32)
     monkeypatch.setattr(
@@ -163,9 +161,9 @@ def test_the_plan_says_what_was_measured(
         throughput, "measure", lambda probe, **_: Throughput(precision="fp32", tokens_per_s=16.0)
     )
     args = Args(storage=root.uri, ray=False, depth=1, batch_tokens=128, cpu_minutes=1.0, workers=1)
-    described = train_job.print_plan(train_job.build(args), args)
-    assert described["measured_tokens_per_s"] == 16.0
-    assert described["hours"] * 60 == pytest.approx(throughput.SHARE_OF_STEPS, rel=0.15)
+    description = train_job.print_plan(train_job.build(args), args)
+    assert description["measured_tokens_per_s"] == 16.0
+    assert description["hours"] * 60 == pytest.approx(throughput.SHARE_OF_STEPS, rel=0.15)
     assert "at 16 tokens/s of all workers (measured)" in capsys.readouterr().out
 
 
