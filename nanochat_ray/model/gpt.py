@@ -23,7 +23,7 @@ from nanochat_ray.model.loss import softcap, softcap_cross_entropy
 from nanochat_ray.model.rotary import rotary_tables, rotate, yarn_sharpening
 
 GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
-"""Channels of the residual stream that gates look at (modded-nanogpt, nanochat)."""
+"""Leading channels of the residual stream that gates read (modded-nanogpt, nanochat)."""
 
 
 class Attention(nn.Module):
@@ -85,10 +85,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
 
-def _embedding(rows: int, width: int) -> nn.Embedding:
-    """A table of zeros. torch's would be random, for nothing: ``init_weights`` or a checkpoint
-    fills it. On the meta device torch would also import torch.compile, which takes seconds."""
-    return nn.Embedding(rows, width, _weight=torch.zeros(rows, width))
+def _embedding(vocab: int, width: int) -> nn.Embedding:
+    """A table of zeros, which ``init_weights`` or a checkpoint fills. torch's own random values
+    would be wasted, and on the meta device they import torch.compile, which takes seconds."""
+    return nn.Embedding(vocab, width, _weight=torch.zeros(vocab, width))
 
 
 class GPT(nn.Module):
@@ -97,14 +97,14 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        rows, C, n = config.padded_vocab_size, config.n_embd, config.n_layer
+        vocab, C, n = config.padded_vocab_size, config.n_embd, config.n_layer
         self.transformer = nn.ModuleDict(
             {
-                "wte": _embedding(rows, C),
+                "wte": _embedding(vocab, C),
                 "h": nn.ModuleList([Block(config, layer) for layer in range(n)]),
             }
         )
-        self.lm_head = Linear(C, rows)
+        self.lm_head = Linear(C, vocab)
         if config.residual_scalars:
             self.resid_lambdas = nn.Parameter(torch.ones(n))
             self.x0_lambdas = nn.Parameter(torch.zeros(n))
@@ -121,12 +121,12 @@ class GPT(nn.Module):
         if config.value_embeds:
             kv = config.n_kv_head * config.head_dim
             layers = [i for i in range(n) if has_value_embedding(i, n)]
-            self.value_embeds = nn.ModuleDict({str(i): _embedding(rows, kv) for i in layers})
+            self.value_embeds = nn.ModuleDict({str(i): _embedding(vocab, kv) for i in layers})
         self._angles: tuple[Tensor, Tensor] | None = None
         self.window_share = 1.0
-        """Share of the windows that training sees; a schedule may let it grow."""
+        """Share of the attention windows in training; a schedule may let it grow to 1."""
         self.checkpoint_activations = False
-        """In training keep only the inputs of blocks, and compute the rest again when needed."""
+        """In training keep only the inputs of blocks, and recompute the rest for the gradients."""
 
     @property
     def wte(self) -> nn.Embedding:
@@ -138,7 +138,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Random weights in nanochat's scheme, equal for equal CPU generators on any device."""
+        """Random weights by nanochat's scheme, equal on all devices for equal CPU generators."""
         C, n = self.config.n_embd, self.config.n_layer
 
         def fill(p: Tensor, low: float, high: float) -> None:
@@ -154,7 +154,7 @@ class GPT(nn.Module):
             for layer in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
                 fill(layer.weight, -bound, bound)
             fill(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
-            # Each block begins as the identity.
+            # Each block starts as the identity.
             block.attn.c_proj.weight.zero_()
             block.mlp.c_proj.weight.zero_()
             if block.attn.ve_gate is not None:
@@ -191,11 +191,11 @@ class GPT(nn.Module):
         self.hidden = torch.compile(self.hidden)  # type: ignore[method-assign]
 
     def _window(self, layer: Attention, T: int) -> int:
-        """The layer's window now; a schedule's steps are multiples of 64."""
+        """The layer's window at this time: while it grows, a multiple of 64."""
         if self.window_share >= 1 or not self.training:
             return layer.window
-        whole = T if layer.window < 0 else layer.window
-        return min(whole, max(64, round(whole * self.window_share / 64) * 64))
+        full_window = T if layer.window < 0 else layer.window
+        return min(full_window, max(64, round(full_window * self.window_share / 64) * 64))
 
     def _rotary(self, T: int) -> tuple[Tensor, Tensor]:
         """cos and sin ``[1, T, 1, D / 2]``."""
@@ -308,15 +308,15 @@ class GPT(nn.Module):
     def loss(
         self, ids: Tensor, targets: Tensor, reduction: Literal["sum", "mean", "none"] = "mean"
     ) -> Tensor:
-        """Cross-entropy in nats of ``targets [B, T]`` int64; those that are -1 do not count.
+        """Cross-entropy in nats of ``targets [B, T]`` int64, without those that are -1.
 
-        "none" gives ``[B, T]`` with 0 where nothing counts.
+        A float32 scalar; with "none" ``[B, T]``, 0 where a target is -1.
         """
         hidden = self.hidden(ids)
         if reduction == "none":
             logits = self.logits(hidden).flatten(0, 1)
-            each = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
-            return each.view_as(targets)
+            losses = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
+            return losses.view_as(targets)
         total = softcap_cross_entropy(
             hidden.flatten(0, 1),
             self.lm_head.weight,

@@ -12,6 +12,7 @@ from nanochat_ray.engine.linear import (
     PaddedLinear,
     make_linears,
     min_invariant_rows,
+    min_num_tokens,
 )
 
 CPU = torch.device("cpu")
@@ -59,3 +60,11 @@ def test_trial_finds_unstable_rows(unstable_below: int, reference: int | None) -
             return super().__call__(x) + (len(x) < unstable_below)
 
     assert min_invariant_rows(Unstable((8, 8), torch.float32, CPU), torch.float32) == reference
+
+
+def test_layers_need_at_most_four_tokens() -> None:
+    shapes = [(96, 64), (6, 12), (64, 96), (96, 64)]
+    for dtype in (torch.float32, torch.bfloat16):
+        counts = [min_num_tokens([shape], dtype) for shape in shapes]
+        assert set(counts) <= {2, 4}
+        assert min_num_tokens(shapes, dtype) == max(counts)
