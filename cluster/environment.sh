@@ -22,7 +22,7 @@ find_python() {
 }
 
 environment() {
-  local extras="$1" stamp="$VENV/.installed-$1" log="$VENV/install.log"
+  local extras="$1" stamp="$VENV/.installed-${1:-base}" log="$VENV/install.log"
   if [ -f "$stamp" ] && cmp -s "$stamp" "$REPO/pyproject.toml"; then return; fi
   say "making the environment in $VENV (log: $log)"
   [ -x "$VENV/bin/python" ] || "$(find_python)" -m venv "$VENV"
@@ -30,7 +30,7 @@ environment() {
   local torch
   torch="$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' "$REPO/pyproject.toml")"
   if ! { "$VENV/bin/python" -m pip install "$torch" &&
-         "$VENV/bin/python" -m pip install -e "$REPO[$extras]"; } >"$log" 2>&1; then
+         "$VENV/bin/python" -m pip install -e "$REPO${extras:+[$extras]}"; } >"$log" 2>&1; then
     tail -n 20 "$log" >&2
     fail "the installation failed; its log is $log"
   fi

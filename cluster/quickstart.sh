@@ -7,7 +7,7 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-EXTRAS=tasks
-case " $* " in *hf://*) EXTRAS=tasks,hub ;; esac
+EXTRAS=""
+case " $* " in *hf://*) EXTRAS=hub ;; esac
 environment "$EXTRAS"
 exec "$VENV/bin/python" -m nanochat_ray quickstart "$@"

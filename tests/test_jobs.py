@@ -25,7 +25,7 @@ REPO = Path(__file__).parents[1]
 
 
 def run(job: str, *flags: str, code: int = 0) -> str:
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(REPO / "jobs" / f"{job}.py"), *flags],
         capture_output=True,
         text=True,
@@ -33,41 +33,41 @@ def run(job: str, *flags: str, code: int = 0) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"},
         check=False,
     )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stderr if code else done.stdout
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stderr if code else result.stdout
 
 
-def refused(job: str, *flags: str) -> str:
+def refusal(job: str, *flags: str) -> str:
     """The one line that a job says when it refuses; in this process, which has torch already."""
-    said, argv = io.StringIO(), [str(REPO / "jobs" / f"{job}.py"), *flags]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+    stderr, argv = io.StringIO(), [str(REPO / "jobs" / f"{job}.py"), *flags]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
         patch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_:
             runpy.run_path(argv[0], run_name="__main__")
-    assert ended.value.code == 2
-    lines = said.getvalue().strip().splitlines()
+    assert exit_.value.code == 2
+    lines = stderr.getvalue().strip().splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     return lines[0]
 
 
 def test_a_refusal_is_one_line_and_status_2(root: Store) -> None:
-    said = run("train", "--storage", root.uri, code=2)
-    assert said == refused("train", "--storage", root.uri) + "\n"
+    stderr = run("train", "--storage", root.uri, code=2)
+    assert stderr == refusal("train", "--storage", root.uri) + "\n"
 
 
 def test_training_without_ray_and_out_to_hugging_face_and_back(root: Store, tmp_path: Path) -> None:
     write_dataset(root, "base")
     train = ("--no-ray", "--storage", root.uri, "--depth", "1", "--tokens", "640")
     train += ("--batch-tokens", "128", "--precision", "fp32", "--preset", "classic")
-    printed = run("train", *train)
-    assert '"done": true' in printed.splitlines()[-1]
+    output = run("train", *train)
+    assert '"done": true' in output.splitlines()[-1]
     assert root.child("runs", "base").exists("report.html")
     assert '"done": true' in run("train", *train).splitlines()[-1]
     folder = tmp_path / "hf"
     run("export", "--storage", root.uri, "--run", "base", "--out", str(folder))
     run("export", "--storage", root.uri, "--run", "back", "--import-from", str(folder))
-    assert "exists already" in refused(
+    assert "exists already" in refusal(
         "export", "--storage", root.uri, "--run", "back", "--import-from", str(folder)
     )
     from nanochat_ray.checkpoint import checkpoint
@@ -130,32 +130,32 @@ def test_the_same_jobs_on_s3(s3: str, tmp_path: Path) -> None:
 
 def test_what_cannot_be_trained_is_refused(root: Store) -> None:
     at = ("--no-ray", "--storage", root.uri)
-    assert "dataset='base' is not in" in refused("train", *at)
+    assert "dataset='base' is not in" in refusal("train", *at)
     write_dataset(root, "base")
-    assert "preset='newest' is not allowed" in refused("train", *at, "--preset", "newest")
-    assert "storage='ftp://x' is not allowed" in refused("train", "--storage", "ftp://x")
-    assert "parent='base' has no checkpoint" in refused(
+    assert "preset='newest' is not allowed" in refusal("train", *at, "--preset", "newest")
+    assert "storage='ftp://x' is not allowed" in refusal("train", "--storage", "ftp://x")
+    assert "parent='base' has no checkpoint" in refusal(
         "train", *at, "--stage", "sft", "--dataset", "base"
     )
-    assert "depth=0" in refused("train", *at, "--depth", "0")
+    assert "depth=0" in refusal("train", *at, "--depth", "0")
     path = Path(root.root) / "datasets" / "base" / "train-0.arrow"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     flags = ("--depth", "1", "--tokens", "640", "--batch-tokens", "128", "--precision", "fp32")
-    assert "shard train-0.arrow" in refused("train", *at, *flags)
+    assert "shard train-0.arrow" in refusal("train", *at, *flags)
 
 
 def test_what_cannot_be_measured_or_exported_is_refused(root: Store) -> None:
-    assert "has no checkpoint" in refused("eval", "--storage", root.uri)
-    assert "task='nothing' is not known" in refused(
+    assert "has no checkpoint" in refusal("eval", "--storage", root.uri)
+    assert "task='nothing' is not known" in refusal(
         "eval", "--storage", root.uri, "--tasks", "nothing"
     )
-    assert "either --out" in refused("export", "--storage", root.uri)
-    assert "has no checkpoint" in refused("export", "--storage", root.uri, "--out", "x")
+    assert "either --out" in refusal("export", "--storage", root.uri)
+    assert "has no checkpoint" in refusal("export", "--storage", root.uri, "--out", "x")
 
 
-def _saved(root: Store) -> Path:
+def _write_run(root: Store) -> Path:
     from nanochat_ray.checkpoint import checkpoint
     from nanochat_ray.model.gpt import GPT
 
@@ -173,13 +173,13 @@ def _saved(root: Store) -> Path:
 
 
 def test_a_checkpoint_that_misses_a_file_is_refused(root: Store) -> None:
-    folder = _saved(root)
+    folder = _write_run(root)
     (folder / "weights.msgpack").unlink()
-    assert "weights.msgpack is missing" in refused(
+    assert "weights.msgpack is missing" in refusal(
         "eval", "--storage", root.uri, "--tasks", "identity"
     )
     (folder / "manifest.json").unlink()
-    assert "has no checkpoint" in refused("eval", "--storage", root.uri, "--tasks", "identity")
+    assert "has no checkpoint" in refusal("eval", "--storage", root.uri, "--tasks", "identity")
 
 
 def commands() -> list[list[str]]:
@@ -212,9 +212,9 @@ def flag_names(args: type) -> set[str]:
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_readme_commands_exist(command: list[str]) -> None:
     """Scripts are there and take the flags that README gives them."""
-    used = {word for word in command if word.startswith("--")}
+    flags_in_use = {word for word in command if word.startswith("--")}
     if command != ["bash", "cluster/check.sh"]:
-        assert used <= flag_names(command_args(command))
+        assert flags_in_use <= flag_names(command_args(command))
 
 
 def test_a_plan_needs_no_dataset_and_ends_in_one_object(root: Store) -> None:
@@ -226,15 +226,15 @@ def test_a_plan_needs_no_dataset_and_ends_in_one_object(root: Store) -> None:
     small = run("train", *flags, "--hardware", "l4", "--micro-batch-size", "32").splitlines()
     assert "does not fit: micro_batch_size=32 needs about" in small[-2]
     assert not json.loads(small[-1])["fits"]
-    assert "hardware='h999' is not known" in refused("train", *flags, "--hardware", "h999")
+    assert "hardware='h999' is not known" in refusal("train", *flags, "--hardware", "h999")
 
 
 def test_resume_and_workers_are_checked_before_anything_starts(root: Store) -> None:
     write_dataset(root, "base")
     flags = ("--no-ray", "--storage", root.uri, "--depth", "1", "--tokens", "640")
     flags += ("--batch-tokens", "128", "--precision", "fp32")
-    assert "resume='must'" in refused("train", *flags, "--resume", "must")
+    assert "resume='must'" in refusal("train", *flags, "--resume", "must")
     run("train", *flags, "--resume", "never")
-    assert "resume='never'" in refused("train", *flags, "--resume", "never")
-    assert "wandb='p' needs the package" in refused("train", *flags, "--wandb", "p")
-    assert "spike_clip=0.5 is not allowed" in refused("train", *flags, "--spike-clip", "0.5")
+    assert "resume='never'" in refusal("train", *flags, "--resume", "never")
+    assert "wandb='p' needs the package" in refusal("train", *flags, "--wandb", "p")
+    assert "spike_clip=0.5 is not allowed" in refusal("train", *flags, "--spike-clip", "0.5")

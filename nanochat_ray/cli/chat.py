@@ -82,15 +82,15 @@ def make_room(args: Args, messages: list[dict[str, str]]) -> int:
     start = 0
     while start < len(messages) and messages[start]["role"] == "system":
         start += 1
-    dropped = 0
+    num_dropped = 0
     while (figures := count(args, messages)) is not None:
         tokens, context = figures
         users = [i for i in range(start + 1, len(messages)) if messages[i]["role"] == "user"]
         if not users or tokens + min(args.max_tokens or 256, context // 4) <= context:
             break
-        dropped += users[0] - start
+        num_dropped += users[0] - start
         del messages[start : users[0]]
-    return dropped
+    return num_dropped
 
 
 def deltas(args: Args, model: str, messages: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
@@ -125,8 +125,8 @@ def answer(args: Args, model: str, messages: list[dict[str, str]]) -> str:
     text = ""
     try:
         for delta in deltas(args, model, messages):
-            for done in delta.get("calculator", []):
-                print(f"[{done['expression']} = {done['result']}]", end=" ", flush=True)
+            for call in delta.get("calculator", []):
+                print(f"[{call['expression']} = {call['result']}]", end=" ", flush=True)
             text += delta.get("content") or ""
             print(delta.get("content") or "", end="", flush=True)
     except KeyboardInterrupt:
@@ -146,18 +146,18 @@ def main(args: Args) -> None:
     messages = list(opening)
     while True:
         try:
-            said = input("\n> ").strip()
+            line = input("\n> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if said == "/quit":
+        if line == "/quit":
             return
-        if said == "/new":
+        if line == "/new":
             messages = list(opening)
-        elif said:
-            messages.append({"role": "user", "content": said})
-            if dropped := make_room(args, messages):
-                print(f"[the context is full: the oldest {dropped} messages are left out]")
+        elif line:
+            messages.append({"role": "user", "content": line})
+            if num_dropped := make_room(args, messages):
+                print(f"[the context is full: the oldest {num_dropped} messages are left out]")
             try:
                 messages.append({"role": "assistant", "content": answer(args, model, messages)})
             except ValueError as error:

@@ -83,7 +83,7 @@ def _log(line: str) -> None:
 def explain(error: BaseException) -> str | None:
     """One line for an error that a user can mend; None for a defect of the program."""
     cause = _cause(error)
-    if not isinstance(cause, _expected()):
+    if not isinstance(cause, _input_errors()):
         return None
     return one_line(_text(cause))
 
@@ -94,7 +94,7 @@ def one_line(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE else f"{text[:half]} … {text[-half:]}"
 
 
-def _expected() -> tuple[type[BaseException], ...]:
+def _input_errors() -> tuple[type[BaseException], ...]:
     """The kinds that are the input's or the machine's. Libraries count only if they are in use."""
     kinds: list[type[BaseException]] = [
         ValueError,  # ours name the flag or file; pyarrow's ArrowInvalid is one too
@@ -138,14 +138,14 @@ def _text(error: BaseException) -> str:
 
 def _cause(error: BaseException) -> BaseException:
     """The exception that a worker raised, out of what Ray wrapped around it."""
-    seen: set[int] = set()
-    while id(error) not in seen:
-        seen.add(id(error))
-        error = next(_wrapped(error), error)
+    visited_ids: set[int] = set()
+    while id(error) not in visited_ids:
+        visited_ids.add(id(error))
+        error = next(_inner_errors(error), error)
     return error
 
 
-def _wrapped(error: BaseException) -> Iterator[BaseException]:
+def _inner_errors(error: BaseException) -> Iterator[BaseException]:
     # Ray's own fields, by name, so that a job that needs no Ray does not import it.
     if not type(error).__module__.startswith("ray."):
         return

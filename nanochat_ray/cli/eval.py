@@ -78,13 +78,13 @@ class Args:
 
 def check_device(field: str, name: str) -> None:
     """ValueError if torch has no such device here."""
-    allowed = "cpu, or cuda where this machine has a CUDA device"
+    choices = "cpu, or cuda where this machine has a CUDA device"
     ok = re.fullmatch(r"cpu|cuda(:\d+)?", name) is not None
     if ok and name != "cpu":
         import torch
 
         ok = int(name.partition(":")[2] or 0) < torch.cuda.device_count()
-    require(ok, field, name, allowed)
+    require(ok, field, name, choices)
 
 
 def training_figures(args: Args, trainer: dict[str, Any]) -> dict[str, float]:

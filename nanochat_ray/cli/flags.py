@@ -27,7 +27,11 @@ WIDTH, TEXT_COLUMN = 100, 32
 
 
 def overrides(
-    config: type, *, omit: Sequence[str] = (), derived: Sequence[str] = (), prefix: bool = True
+    config: type,
+    *,
+    omit: Sequence[str] = (),
+    derived_fields: Sequence[str] = (),
+    prefix: bool = True,
 ) -> Any:
     """The type of a dict with any of ``config``'s fields, which tyro reads as one flag each.
 
@@ -39,7 +43,7 @@ def overrides(
     for field in dataclasses.fields(config):
         if field.name in omit:
             continue
-        default = "derived" if field.name in derived else _default(field)
+        default = "derived" if field.name in derived_fields else _default(field)
         text = get_field_docstring(config, field.name, ()) or ""
         # The double backquotes of a docstring are noise in a terminal.
         argument = tyro.conf.arg(help=text.replace("``", ""), help_behavior_hint=default)
@@ -111,10 +115,10 @@ def _dashes(name: str) -> str:
 def short_help(args: type, prog: str, description: str) -> str:
     """The everyday flags, a line each."""
     every = list(all_flags(args))
-    shown = [flag for flag in every if flag.everyday]
+    everyday_flags = [flag for flag in every if flag.everyday]
     lines = [f"usage: {prog} [flags]", "", *description.strip().splitlines(), ""]
-    lines += [_line(flag) for flag in shown]
-    if more := len(every) - len(shown):
+    lines += [_line(flag) for flag in everyday_flags]
+    if more := len(every) - len(everyday_flags):
         groups = {f"{flag.name.partition('.')[0]}.*" for flag in every if "." in flag.name}
         names = ", ".join(sorted(groups))
         lines += ["", f"{more} more flags{f', such as {names}' if names else ''}: --help-all"]

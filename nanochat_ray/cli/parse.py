@@ -70,9 +70,9 @@ def _flag_message(event: parse_errors.ParseErrorEvent, args: type) -> str:
         if event.argument is None:
             return text
         name = event.argument.display_name()
-        for pattern, allowed in _NUMBERS.items():
+        for pattern, expectation in _NUMBERS.items():
             if match := re.search(pattern, text, re.DOTALL):
-                return f"{name}={match['value']} is not allowed: {allowed}"
+                return f"{name}={match['value']} is not allowed: {expectation}"
         return f"{name} is not allowed: {text}"
     return ""
 

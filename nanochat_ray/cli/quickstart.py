@@ -202,10 +202,10 @@ def base_minutes(
 
     try:
         text = Store.at(args.storage).child("runs", run).read_text(PLAN)
-        planned = float(json.loads(text)["plan"]["cpu_minutes"])
+        planned_minutes = float(json.loads(text)["plan"]["cpu_minutes"])
     except (OSError, ValueError, KeyError, TypeError):
-        planned = 0.0
+        planned_minutes = 0.0
     left_s = PROMISE_S - elapsed_s - 60 * sft_minutes - REST * preparing_s
     # A text of the user's may be of any size, so that preparing it says nothing of the rest.
     default = MOST_MINUTES if args.text else round(min(MOST_MINUTES, max(1.0, left_s / 60)), 1)
-    return planned or args.minutes or default
+    return planned_minutes or args.minutes or default

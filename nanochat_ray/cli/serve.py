@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 else:
     # The keys come from the environment, so that no list of processes shows them.
     ServeFlags = overrides(ServeConfig, omit=("engine", "key_hashes"), prefix=False)
-    EngineFlags = overrides(EngineConfig, derived=("max_num_batched_tokens", "precision"))
+    EngineFlags = overrides(EngineConfig, derived_fields=("max_num_batched_tokens", "precision"))
 
 EVERYDAY_SERVE = (
     *("storage", "run", "checkpoint", "name", "num_replicas", "max_replicas", "gpus", "threads"),
@@ -68,7 +68,7 @@ def config_of(args: Args) -> ServeConfig:
     """What the flags describe, with this command's API keys. Raises ValueError."""
     # Twice the sequences, so that prompts advance beside a full batch of decodes.
     most = args.engine.get("max_num_seqs", EngineConfig.max_num_seqs)
-    derived = {
+    derived_fields = {
         "precision": "bf16" if args.config.get("gpus") else "fp32",
         "max_num_batched_tokens": max(EngineConfig.max_num_batched_tokens, 2 * most),
     }
@@ -76,7 +76,7 @@ def config_of(args: Args) -> ServeConfig:
         **args.config,
         # Those of this command's environment, also where the cluster has been up for long.
         key_hashes=tuple(keys.hash_key(key) for key in keys.from_environment()),
-        engine=EngineConfig(**{**derived, **args.engine}),
+        engine=EngineConfig(**{**derived_fields, **args.engine}),
     )
 
 

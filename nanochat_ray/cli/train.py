@@ -30,13 +30,13 @@ else:
     TrainFlags = overrides(
         TrainConfig,
         omit=("stage", "precision", "optim"),
-        derived=("eval_every", "save_every"),
+        derived_fields=("eval_every", "save_every"),
         prefix=False,
     )
-    ModelFlags = overrides(ModelConfig, derived=("window_pattern", "backout"))
+    ModelFlags = overrides(ModelConfig, derived_fields=("window_pattern", "backout"))
     OptimFlags = overrides(
         OptimConfig,
-        derived=(
+        derived_fields=(
             *("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "embedding_beta2"),
             *("weight_decay", "momentum"),
         ),
@@ -144,14 +144,14 @@ class Args:
         other, flags = ("base", BASE_FLAGS) if self.stage == "sft" else ("sft", SFT_FLAGS)
         for name in flags:
             flag = f"--{name.replace('_', '-')}"
-            allowed = f"only with --stage {other}"
-            require(getattr(self, name) is None, flag, getattr(self, name), allowed)
+            requirement = f"only with --stage {other}"
+            require(getattr(self, name) is None, flag, getattr(self, name), requirement)
         for name in MODEL_FLAGS if self.parent is not None else ():
             value, flag = getattr(self, name), f"--{name}"
             require(value is None, flag, value, "not with --parent, which has its own model")
         if self.preset is not None:
-            allowed = f"one of {', '.join(PRESETS)}"
-            require(self.preset in PRESETS, "preset", self.preset, allowed)
+            requirement = f"one of {', '.join(PRESETS)}"
+            require(self.preset in PRESETS, "preset", self.preset, requirement)
 
     def _check_numbers(self) -> None:
         for name, least in LEAST.items():
@@ -160,8 +160,8 @@ class Args:
         for name, value in self.train.items():
             if type(value) is int:
                 check_int(name, value, 0, MAX_INT)
-        allowed = f"up to the {self.workers} workers"
-        require(self.min_workers <= self.workers, "min_workers", self.min_workers, allowed)
+        requirement = f"up to the {self.workers} workers"
+        require(self.min_workers <= self.workers, "min_workers", self.min_workers, requirement)
         for name in ("tokens_per_param", "epochs", "lr_scale"):
             if getattr(self, name) is not None:
                 check_float(name, getattr(self, name), above=True)
@@ -171,8 +171,8 @@ class Args:
     def _check_configurations(self) -> None:
         """Raises ValueError for a value that no run allows, before a dataset is opened."""
         micro_batch_size = self.train.get("micro_batch_size", 1)
-        required = {"steps": 1, "global_batch_size": micro_batch_size, "precision": "bf16"}
-        TrainConfig(**{**required, "micro_batch_size": 1, **self.train})
+        required_fields = {"steps": 1, "global_batch_size": micro_batch_size, "precision": "bf16"}
+        TrainConfig(**{**required_fields, "micro_batch_size": 1, **self.train})
         OptimConfig(**self.optim)
 
 

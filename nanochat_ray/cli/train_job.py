@@ -45,8 +45,8 @@ def planned_hardware(args: Args) -> hardware.Hardware:
 def base_model(args: Args, dataset: str) -> ModelConfig:
     """The transformer of --depth for a dataset; a plan does without one."""
     depth, preset = args.depth or 4, args.preset or "modern"
-    prepared = Store.at(args.storage).child("datasets", dataset).exists("manifest.json")
-    if args.plan_only and not prepared:
+    is_prepared = Store.at(args.storage).child("datasets", dataset).exists("manifest.json")
+    if args.plan_only and not is_prepared:
         return recipe.model_config(depth, PLANNED_VOCABULARY, preset=preset)
     _, manifest, tokenizer = open_dataset(args.storage, dataset)
     return recipe.model_config(
@@ -122,8 +122,8 @@ def base_train(args: Args, model: ModelConfig) -> tuple[TrainConfig, float]:
         tokens, batch, precision = length.tokens, batch or length.batch_tokens, length.precision
         tokens_per_s = length.tokens_per_s
     elif not args.gpus and precision == "auto" and not args.plan_only:
-        unbounded = dataclasses.replace(args, cpu_minutes=0.0)
-        precision = plan_length(unbounded, model, tokens or 1, batch).precision
+        unbounded_args = dataclasses.replace(args, cpu_minutes=0.0)
+        precision = plan_length(unbounded_args, model, tokens or 1, batch).precision
     train = recipe.base_plan(
         model,
         tokens=tokens,
@@ -157,8 +157,8 @@ def sft_train(args: Args, parent: Store, dataset: str) -> tuple[TrainConfig, flo
     if args.gpus or not args.cpu_minutes:
         return train, 0.0
     size = train.global_batch_size * model.sequence_len
-    bounded = dataclasses.replace(args, precision=precision)
-    length = plan_length(bounded, model, train.steps * size, size)
+    bounded_args = dataclasses.replace(args, precision=precision)
+    length = plan_length(bounded_args, model, train.steps * size, size)
     sizes["batch"] = length.batch_tokens
     epochs = length.tokens // model.sequence_len / rows
     train = recipe.sft_config(model, rows, epochs=epochs, precision=precision, **sizes)
@@ -172,9 +172,9 @@ PARENT_FLAGS = ("dropout", "document_start", "rope_factor")
 def check_parent_flags(args: Args, model: ModelConfig) -> None:
     """ValueError if ``--model.*`` changes a parent's model where its weights depend on it."""
     for name, value in args.model.items():
-        allowed = name in PARENT_FLAGS or value == getattr(model, name)
+        is_allowed = name in PARENT_FLAGS or value == getattr(model, name)
         flag = f"--model.{name.replace('_', '-')}"
-        require(allowed, flag, value, f"a parent's model has {name}={getattr(model, name)}")
+        require(is_allowed, flag, value, f"a parent's model has {name}={getattr(model, name)}")
 
 
 def build(args: Args) -> TrainerConfig:
@@ -211,7 +211,7 @@ def print_plan(job: TrainerConfig, args: Args) -> dict[str, Any]:
     machines = planned_hardware(args)
     dataset = Store.at(job.storage).child("datasets", job.dataset)
     rows = Manifest.load(dataset).num_sequences("train") if dataset.exists("manifest.json") else 0
-    described = plan.describe(
+    plan_fields = plan.describe(
         job.model,
         job.train,
         workers=args.workers,
@@ -219,12 +219,12 @@ def print_plan(job: TrainerConfig, args: Args) -> dict[str, Any]:
         tokens_per_s=job.about.get("tokens_per_s", 0.0),
         rows=rows,
     )
-    print(f"{plan.render(described)}\nstorage   {job.storage}, run {job.run}", flush=True)
+    print(f"{plan.render(plan_fields)}\nstorage   {job.storage}, run {job.run}", flush=True)
     # Workers on CPUs share this machine.
     free = machines.memory or machine.free_memory(torch.device("cpu"), args.workers)
     on_gpu = bool(machines.memory)
     try:
         memory.check_memory(job.model, job.train, world=args.workers, on_gpu=on_gpu, free=free)
     except memory.DoesNotFitError as error:
-        return {**described, "fits": False, "advice": str(error)}
-    return {**described, "fits": True, "advice": ""}
+        return {**plan_fields, "fits": False, "advice": str(error)}
+    return {**plan_fields, "fits": True, "advice": ""}

@@ -108,10 +108,10 @@ def train(args: Args) -> int:
     job = build(args)
     first = int(os.environ.get("RANK", 0)) == 0
     if args.plan_only:
-        described = print_plan(job, args)
-        if described["advice"]:
-            print(f"memory    does not fit: {described['advice']}")
-        print(json.dumps(described))
+        plan_fields = print_plan(job, args)
+        if plan_fields["advice"]:
+            print(f"memory    does not fit: {plan_fields['advice']}")
+        print(json.dumps(plan_fields))
         return 0
     job = check(job)
     # A group that torchrun starts again goes on with the run that it began itself.

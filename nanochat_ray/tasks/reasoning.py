@@ -91,12 +91,8 @@ def _split_of(question: str) -> Split:
 @functools.lru_cache(maxsize=16)
 def _items(name: str, split: Split, size: int, seed: int) -> tuple[tuple[str, str], ...]:
     """(question, answer); in "val" and "test" each question occurs once."""
-    try:
-        import reasoning_gym
-    except ImportError:
-        raise ValueError(
-            f"task={name!r} needs reasoning-gym: pip install 'nanochat_ray[tasks]'"
-        ) from None
+    import reasoning_gym
+
     kind = KINDS[name]
     # More than are ever needed: an item is generated on access.
     source = reasoning_gym.create_dataset(kind.dataset, seed=seed, size=size * 400, **kind.config)

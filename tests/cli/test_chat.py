@@ -36,9 +36,9 @@ def test_full_context_drops_oldest_turns(
     lines = iter([*(f"question {i} is a little longer" for i in range(8)), "/quit"])
     monkeypatch.setattr(builtins, "input", lambda prompt="": next(lines))
     chat.main(chat.Args(url=url, system="Be brief."))
-    printed = capsys.readouterr().out
-    assert printed.count("Hello there.") == 8
-    assert "the oldest 2 messages are left out" in printed
+    output = capsys.readouterr().out
+    assert output.count("Hello there.") == 8
+    assert "the oldest 2 messages are left out" in output
     text = TOK.decode(engine.requests[-1].prompt)
     assert "Be brief." in text
     assert "question 7" in text
@@ -51,6 +51,6 @@ def test_question_that_alone_is_too_long_is_an_error(
     lines = iter(["x" * 300, "short", "/quit"])
     monkeypatch.setattr(builtins, "input", lambda prompt="": next(lines))
     chat.main(chat.Args(url=url))
-    printed = capsys.readouterr().out
-    assert "error: This model's maximum context length is 200 tokens" in printed
-    assert "Hello there." in printed
+    output = capsys.readouterr().out
+    assert "error: This model's maximum context length is 200 tokens" in output
+    assert "Hello there." in output

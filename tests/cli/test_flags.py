@@ -29,22 +29,22 @@ from tests.tiny import TOKENIZER, write_dataset
 REPO = Path(__file__).parents[2]
 
 
-def ended(main: Callable[..., Any], args: type, *flags: str) -> tuple[Any, str]:
+def exit_of(main: Callable[..., Any], args: type, *flags: str) -> tuple[Any, str]:
     """Status and stderr of a job that is called with these flags, in this process."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as exit_:
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as exit_:
         entry.run(main, args, None, flags)
-    return exit_.value.code, said.getvalue()
+    return exit_.value.code, stderr.getvalue()
 
 
-def refused(job: str, *flags: str) -> str:
+def refusal(job: str, *flags: str) -> str:
     """The one line with which a job refuses its flags."""
     package = "bench" if job.startswith("bench ") else "cli"
     name = job.removeprefix("bench ").replace("-", "_")
     module = importlib.import_module(f"nanochat_ray.{package}.{name}")
-    status, said = ended(module.main, module.Args, *flags)
-    assert status == 2, said
-    (line,) = said.splitlines()
+    status, stderr = exit_of(module.main, module.Args, *flags)
+    assert status == 2, stderr
+    (line,) = stderr.splitlines()
     assert line.startswith("error: ")
     return line
 
@@ -235,8 +235,8 @@ WITHOUT_STORAGE = (
 @pytest.mark.parametrize("job", BAD_FLAGS)
 def test_a_wrong_flag_is_one_line(job: str, root: Store) -> None:
     storage = () if job in WITHOUT_STORAGE else ("--storage", root.uri)
-    for line, named in BAD_FLAGS[job]:
-        assert named in refused(job, *storage, *shlex.split(line)), line
+    for line, message in BAD_FLAGS[job]:
+        assert message in refusal(job, *storage, *shlex.split(line)), line
     assert not Path(root.root).exists()
 
 
@@ -244,7 +244,7 @@ def test_gpus_need_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "gpus=True" in refused("train", "--no-ray", "--gpus")
+    assert "gpus=True" in refusal("train", "--no-ray", "--gpus")
 
 
 @pytest.mark.parametrize(
@@ -344,11 +344,11 @@ ERRORS = [
 def test_an_expected_error_is_one_line(error: BaseException, status: int, line: str) -> None:
     from nanochat_ray.cli.chat import Args
 
-    code, said = ended(_raise(error), Args)
+    code, stderr = exit_of(_raise(error), Args)
     assert code == status
-    assert line in said
-    assert len(said.splitlines()) == 1
-    assert len(said) < 2100
+    assert line in stderr
+    assert len(stderr.splitlines()) == 1
+    assert len(stderr) < 2100
 
 
 def test_a_defect_keeps_its_traceback() -> None:
@@ -384,7 +384,7 @@ def test_a_reader_that_leaves_ends_the_job_quietly(root: Store) -> None:
         "from nanochat_ray.cli import entry\n"
         "entry.run(lambda _: [print('x' * 100) for _ in range(10_000)] and None, Args, None)\n"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", "-c", 'set -o pipefail; "$0" -c "$1" | head -n 1', sys.executable, code],
         capture_output=True,
         text=True,
@@ -392,7 +392,7 @@ def test_a_reader_that_leaves_ends_the_job_quietly(root: Store) -> None:
         cwd=REPO,
         env={**os.environ, "PYTHONPATH": str(REPO)},
     )
-    assert (done.returncode, done.stderr) == (141, "")
+    assert (result.returncode, result.stderr) == (141, "")
 
 
 COMMANDS_WITH_FLAGS = [c for c in cli.COMMANDS if c != "bench"]
@@ -474,7 +474,7 @@ def test_no_stage_replaces_a_dataset_of_another(root: Store) -> None:
         write_dataset(root, kind, kind)
         before = root.read_bytes(f"datasets/{kind}/manifest.json")
         flags = ("--storage", root.uri, "--stage", other, "--dataset", kind)
-        line = refused("prepare", *flags)
+        line = refusal("prepare", *flags)
         assert f"dataset='{kind}' is not allowed: it was prepared for stage {kind}" in line
         assert root.read_bytes(f"datasets/{kind}/manifest.json") == before
 
