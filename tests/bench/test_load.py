@@ -37,8 +37,8 @@ def test_streams_are_measured() -> None:
         assert 9 < figures["itl_p50_ms"] < 30
         assert figures["goodput_per_s"] == 0
         engine.refuse = full()
-        (refused,), _ = asyncio.run(drive(url, "tiny", prompts[:1], concurrency=1))
-        assert "429" in refused.error
+        (rejection,), _ = asyncio.run(drive(url, "tiny", prompts[:1], concurrency=1))
+        assert "429" in rejection.error
 
 
 def test_the_wait_for_a_long_prompt_is_in_steps() -> None:

@@ -45,8 +45,8 @@ def server() -> LocalClient:
 
 async def fuzz(url: str, count: int, seed: int) -> dict[int, int]:
     """How often each status came; a 5xx other than 503, or no answer in time, fails."""
-    seen: dict[int, int] = {}
-    sent = mutations(count, seed, huge_bytes=15_000)
+    statuses: dict[int, int] = {}
+    requests = mutations(count, seed, huge_bytes=15_000)
     gate = asyncio.Semaphore(12)
     # No bound of the client's own: its pool loses places when a call is cancelled.
     limits = httpx.Limits(max_connections=None)
@@ -64,7 +64,7 @@ async def fuzz(url: str, count: int, seed: int) -> dict[int, int]:
                         raise
                     return
             status = response.status_code
-            seen[status] = seen.get(status, 0) + 1
+            statuses[status] = statuses.get(status, 0) + 1
             assert status < 500 or status == 503, (path, raw[:2000], response.text)
             if status >= 400 and method != "HEAD":
                 error = response.json()["error"]
@@ -72,11 +72,11 @@ async def fuzz(url: str, count: int, seed: int) -> dict[int, int]:
             elif response.headers.get("content-type", "").startswith("text/event-stream"):
                 assert response.text.endswith("\n\n"), raw
                 last = response.text.rstrip().split("\n")[-1]
-                ended = "data: [DONE]", '"response.completed"', '"response.incomplete"'
-                assert any(end in last for end in ended), (raw[:2000], last)
+                endings = "data: [DONE]", '"response.completed"', '"response.incomplete"'
+                assert any(end in last for end in endings), (raw[:2000], last)
 
-        await asyncio.gather(*map(one, sent))
-    return seen
+        await asyncio.gather(*map(one, requests))
+    return statuses
 
 
 @pytest.mark.timeout(60 + COUNT // 10)
@@ -85,13 +85,13 @@ def test_broken_requests_break_nothing() -> None:
     process = psutil.Process()
     limits = Limits(max_body_bytes=20_000, max_choices=8)
     with serving(build_app(local, TOK, "tiny", local.max_model_len, limits=limits)) as url:
-        seen = asyncio.run(fuzz(url, COUNT // 2, 1))
+        statuses = asyncio.run(fuzz(url, COUNT // 2, 1))
         # The same again needs no more memory: caches and pools are filled.
         asyncio.run(fuzz(url, COUNT // 4, 2))
         gc.collect()
         before = process.memory_info().rss
         for status, count in asyncio.run(fuzz(url, COUNT // 4, 2)).items():
-            seen[status] = seen.get(status, 0) + count
+            statuses[status] = statuses.get(status, 0) + count
         gc.collect()
         assert process.memory_info().rss - before < (64 << 20)
         wait_for(lambda: not local.engine.has_work)
@@ -99,9 +99,9 @@ def test_broken_requests_break_nothing() -> None:
         assert httpx.get(f"{url}/health").status_code == 200
     local.close()
     local.engine.check_integrity()
-    print(dict(sorted(seen.items())))
-    assert seen[200] > COUNT // 25
-    assert seen[400] > COUNT // 5
+    print(dict(sorted(statuses.items())))
+    assert statuses[200] > COUNT // 25
+    assert statuses[400] > COUNT // 5
 
 
 def test_steady_streams_outlive_broken_requests() -> None:
