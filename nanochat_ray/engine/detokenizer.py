@@ -15,14 +15,14 @@ from nanochat_ray.text.chat import tool_delimiters
 from nanochat_ray.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TextEvent:
     """Text that one token adds: "" while a character or a possible stop string is incomplete."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ToolCallEvent:
     """Text of a call between its delimiters; ``is_complete`` once the end delimiter has come."""
 
@@ -30,7 +30,7 @@ class ToolCallEvent:
     is_complete: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ToolResultEvent:
     """A call that the engine executed, and its result."""
 
@@ -149,17 +149,17 @@ class OutputProcessor:
         """A stop string has ended the answer."""
         return self._text.is_stopped
 
-    def push(self, token: int) -> list[Event]:
+    def push(self, token: int) -> Sequence[Event]:
         self._num_tokens += 1
         if token in self._special:
             return self._on_special(token)
         if self._call_text is not None:
-            return [ToolCallEvent(self._call_text.push((token,)), is_complete=False)]
+            return (ToolCallEvent(self._call_text.push((token,)), is_complete=False),)
         if self._inside >= 0:
             self._pending.append(token)
-            return []
+            return ()
         may_stop = self._num_tokens > self._min_tokens
-        return [TextEvent(self._text.push((token,), may_stop))]
+        return (TextEvent(self._text.push((token,), may_stop)),)
 
     def flush(self) -> list[Event]:
         """Text that was still pending; call it once, after the last token."""

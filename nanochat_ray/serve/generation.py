@@ -137,11 +137,11 @@ class Choice:
             tokens = tokens[:-1]  # the token that ended the answer is no part of its text
         for i, token in enumerate(tokens):
             for event in self._processor.push(token):
-                if isinstance(event, TextEvent):
-                    logprob = output.logprobs[i] if output.logprobs is not None else None
+                self._add(event, delta)
+                if output.logprobs is not None and isinstance(event, TextEvent):
+                    logprob = output.logprobs[i]
                     if logprob is not None:
                         delta.logprobs.append((token, logprob))
-                self._add(event, delta)
             if delta.finish_reason is not None:
                 delta.num_tokens = i + 1  # draft tokens behind it are no part of the answer
                 break

@@ -53,15 +53,17 @@ class ResponseBuilder(ABC):
         self.num_tokens = 0
         # The constant part of a chunk is most of it: it is serialized once.
         head = {"id": id, "object": self.object_name, "created": self.timestamp}
-        self._head = json.dumps({**head, "model": serving.name})[:-1] + ', "choices": ['
-        self._tail = '], "usage": null}' if generation.include_usage else "]}"
+        constant = json.dumps({**head, "model": serving.name})[:-1]
+        self._head = f'data: {constant}, "choices": ['
+        self._tail = '], "usage": null}\n\n' if generation.include_usage else "]}\n\n"
 
     def add(self, delta: Delta) -> None:
         self.num_tokens += delta.num_tokens
         choice = self.choices[delta.index]
         choice.cached_tokens += delta.cached_tokens
         choice.text += delta.text
-        choice.calculations += calculations(delta)
+        if delta.tool_results:
+            choice.calculations += calculations(delta)
         for part in delta.tool_calls:
             if choice.call is None:
                 choice.call = {
@@ -102,7 +104,7 @@ class ResponseBuilder(ABC):
         }
 
     def chunk(self, choice: Mapping[str, Any]) -> str:
-        return event(self._head + json.dumps(choice) + self._tail)
+        return f"{self._head}{json.dumps(choice)}{self._tail}"
 
     @abstractmethod
     def opening(self) -> str:
@@ -116,7 +118,7 @@ class ResponseBuilder(ABC):
         if not self.generation.include_usage:
             return event(DONE)
         usage = json.dumps(self.usage(), separators=(",", ":"))
-        return event(f'{self._head}], "usage": {usage}}}', DONE)
+        return f'{self._head}], "usage": {usage}}}\n\n{event(DONE)}'
 
     def failure(self, error: ApiError) -> str:
         return event(json.dumps(error.body()))
