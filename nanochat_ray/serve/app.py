@@ -37,7 +37,8 @@ from nanochat_ray.serve.openai import errors
 from nanochat_ray.serve.openai.chat import ChatBuilder, chat_prompt, parse_chat
 from nanochat_ray.serve.openai.completions import CompletionBuilder, parse_completion
 from nanochat_ray.serve.openai.errors import ApiError
-from nanochat_ray.serve.openai.responses import ResponsesBuilder, parse_responses
+from nanochat_ray.serve.openai.responses import parse_responses
+from nanochat_ray.serve.openai.responses_builder import ResponsesBuilder
 from nanochat_ray.serve.openai.schema.outputs import (
     ChatCompletionChunk,
     ChatCompletionResponse,
