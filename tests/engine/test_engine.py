@@ -24,7 +24,6 @@ from tests.engine.engine_kit import (
     tokens,
     uncached_greedy,
 )
-from tests.tiny import wait_for
 
 
 def prompts(rng: random.Random, count: int, longest: int = 60) -> list[list[int]]:
@@ -358,20 +357,20 @@ def test_parameters_out_of_range_are_named(field: str, value: object) -> None:
         ask("r", [1], **{field: value})
 
 
-def test_deadline_ends_waiting_and_running() -> None:
+def test_deadline_ends_waiting_and_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "time", lambda: now)
     engine = make_engine(make_model("classic"), max_num_seqs=1)
-    deadline = time.time() + 0.3
-    engine.add(ask("runs", [1], max_tokens=100, deadline=deadline))
-    engine.add(ask("late", [1], deadline=time.time() - 1))
+    engine.add(ask("runs", [1], max_tokens=100, deadline=1000.5))
+    engine.add(ask("late", [1], deadline=998.75))
     engine.add(ask("free", [1], max_tokens=2))
     first = engine.step()
     assert [(o.request_id, o.finish) for o in first] == [("late", "error"), ("runs", None)]
-    assert first[0].error is not None
-    assert first[0].error.startswith("deadline: it passed 1.0")
-    wait_for(lambda: time.time() > deadline)
+    assert first[0].error == "deadline: it passed 1.250 s ago, with 0 tokens generated"
+    now = 1000.5
     results = finish(engine)
-    assert results["runs"][-1].error is not None
-    assert "with 1 tokens" in results["runs"][-1].error
+    error = "deadline: it passed 0.000 s ago, with 1 tokens generated"
+    assert [o.error for o in results["runs"]] == [error]
     assert len(tokens(results["free"])) == 2
 
 
