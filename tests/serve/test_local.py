@@ -461,6 +461,6 @@ def test_requests_on_their_way_count_as_waiting() -> None:
     loop = EngineLoop(engine, lambda outputs: None)  # not started: nothing leaves its inbox
     for name in ("a", "b"):
         loop.submit(Request(id=name, prompt=[1], params=SamplingParams()))
-    loop._arriving, loop._inbox = 2, []
+    loop._num_arriving, loop._inbox = 2, []
     with pytest.raises(EngineFull):
         loop.submit(Request(id="c", prompt=[1], params=SamplingParams()))
