@@ -162,4 +162,5 @@ def main(args: Args) -> None:
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 time.sleep(3600)
-        deploy.remove()
+        if not deploy.remove():
+            deploy.exit_without_ray()

@@ -19,6 +19,8 @@ import socket
 import tempfile
 from collections.abc import Iterator
 
+import psutil
+
 BLOCK, GRPC_PORTS = 256, 28
 """Consecutive ports of one cluster, the last ones for gRPC. Serve does not reuse the port of an
 ingress that has stopped for minutes."""
@@ -65,17 +67,28 @@ def serve_environment() -> dict[str, str]:
 def set_serve_environment() -> None:
     """Sets those variables for processes that this one starts; variables that are set are kept.
 
-    The folder is removed when this process ends, and its cluster with it.
+    When this process ends, and its cluster with it, the folder is removed, and HAProxy ends: it
+    outlives an actor of Serve that is killed, and would keep the port of the endpoint.
     """
     variables = serve_environment()
     folder = variables[STATE_BASE].rstrip("/")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(_clear, folder)
     preset = set(os.environ)
     for name, value in variables.items():
         # A range keeps both its ends.
         pair = next((pair for pair in (HTTP_RANGE, GRPC_RANGE) if name in pair), (name,))
         if not preset & {name, *pair}:
             os.environ[name] = value
+
+
+def _clear(folder: str) -> None:
+    """Ends the HAProxy that uses ``folder`` and removes the folder."""
+    for process in psutil.process_iter(["name", "cmdline"]):
+        arguments = process.info["cmdline"] or []
+        if process.info["name"] == "haproxy" and any(a.startswith(folder) for a in arguments):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _new_folder() -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -112,3 +113,21 @@ def test_the_local_cluster_has_its_own_ports(
     assert int(process.stdout) >= ports.FIRST
     assert 20_000 <= local_cluster.PORTS.start < local_cluster.PORTS.stop <= ports.FIRST
     assert ports.LAST <= 32_768
+
+
+def test_haproxy_ends_with_its_cluster(tmp_path: Path) -> None:
+    processes = []
+    for name in ("own", "other"):
+        (tmp_path / name).mkdir()
+        program = shutil.copy(shutil.which("sleep") or "", tmp_path / name / "haproxy")
+        processes.append(subprocess.Popen([program, "60"]))
+    own, other = processes
+    try:
+        ports._clear(str(tmp_path / "own"))
+        assert own.wait(10) == -signal.SIGKILL
+        assert other.poll() is None
+        assert not (tmp_path / "own").exists()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

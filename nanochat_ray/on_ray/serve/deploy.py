@@ -5,22 +5,25 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import logging
+import os
 import re
 import socket
+import sys
 import threading
 import time
 import urllib.request
 from concurrent import futures
+from typing import NoReturn
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
-
-logger = logging.getLogger(__name__)
+from ray.serve.exceptions import RayServeException
 
 APP = "nanochat"
 POLL_S = 0.2
+GCS_END_S = 5.0
+"""How long a cluster that ends may take to end its control service (GCS)."""
 
 
 def check_port_is_free(host: str, port: int) -> None:
@@ -71,11 +74,11 @@ def wait_until_up(url: str, name: str, seconds: float = 60.0) -> None:
     )
 
 
-def remove() -> None:
+def remove() -> bool:
     """Deletes the application; its replicas finish their requests first.
 
-    A signal to a process group also ends a Ray that this command has started. Nothing can be
-    drained then, and calls of Ray wait a minute for its control service (GCS): returns at once.
+    False if the cluster ends meanwhile: a signal to a process group also ends a Ray that this
+    command has started, and nothing can be drained then. Call ``exit_without_ray`` in this case.
     """
     gcs_address = ray.get_runtime_context().gcs_address
     deletion: futures.Future[None] = futures.Future()
@@ -86,20 +89,34 @@ def remove() -> None:
         except BaseException as error:
             deletion.set_exception(error)
 
-    threading.Thread(target=delete, name="removal", daemon=True).start()
+    threading.Thread(target=delete, name="delete-application", daemon=True).start()
     while not futures.wait([deletion], POLL_S).done:
         if not _is_listening(gcs_address):
-            break
-    else:
-        try:
-            deletion.result()
-        except RayError:
-            # Serve's controller may end before the GCS does.
-            if _is_listening(gcs_address):
+            return False
+    try:
+        deletion.result()
+    except (RayError, RayServeException):
+        # Serve's controller may end before Ray's control service (GCS) does.
+        until = time.monotonic() + GCS_END_S
+        while _is_listening(gcs_address):
+            if time.monotonic() > until:
                 raise
-    if not _is_listening(gcs_address):
-        logger.warning("Ray has ended before the application was removed")
-        atexit.unregister(ray.shutdown)
+            time.sleep(POLL_S)
+        return False
+    return True
+
+
+def exit_without_ray() -> NoReturn:
+    """Ends this process with status 0 although its cluster is gone.
+
+    ``ray.shutdown`` would wait a minute for the GCS, and without it the interpreter crashes at its
+    end in Ray's threads. Ray's processes end with this one.
+    """
+    atexit.unregister(ray.shutdown)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _is_listening(address: str) -> bool:

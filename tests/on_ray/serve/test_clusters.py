@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ signal.signal(signal.SIGTERM, signal.default_int_handler)
 try:
     time.sleep(600)
 except KeyboardInterrupt:
-    deploy.remove()
+    deploy.remove() or deploy.exit_without_ray()
 """
 
 
@@ -81,8 +82,10 @@ def test_requests_stay_in_their_cluster(url: str, tmp_path: Path) -> None:
         # The signal reaches all processes of Ray too; there is nothing left to drain.
         start = time.monotonic()
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=30)
+        assert process.wait(timeout=30) == 0
         assert time.monotonic() - start < 15
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

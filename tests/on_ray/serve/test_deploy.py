@@ -21,7 +21,6 @@ def gcs(monkeypatch: pytest.MonkeyPatch) -> socket.socket:
     host, port = listener.getsockname()
     context = SimpleNamespace(gcs_address=f"{host}:{port}")
     monkeypatch.setattr(deploy.ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(deploy.atexit, "unregister", lambda function: None)
     return listener
 
 
@@ -39,7 +38,7 @@ def test_removal_waits_while_replicas_drain(
         deletions.append(app)
 
     replace_delete(monkeypatch, delete)
-    deploy.remove()
+    assert deploy.remove()
     assert deletions == [deploy.APP]
     gcs.close()
 
@@ -49,7 +48,7 @@ def test_removal_ends_with_the_cluster(gcs: socket.socket, monkeypatch: pytest.M
     replace_delete(monkeypatch, lambda app: release.wait(60))
     threading.Timer(0.3, gcs.close).start()
     start = time.monotonic()
-    deploy.remove()
+    assert not deploy.remove()
     assert time.monotonic() - start < 5
     release.set()
 
@@ -61,7 +60,8 @@ def test_errors_count_only_while_the_cluster_lives(
         raise RayActorError
 
     replace_delete(monkeypatch, fail)
+    monkeypatch.setattr(deploy, "GCS_END_S", 0.1)
     with pytest.raises(RayActorError):
         deploy.remove()
     gcs.close()
-    deploy.remove()
+    assert not deploy.remove()
