@@ -122,3 +122,17 @@ def test_a_second_preparation_is_refused(root: Store, text: str) -> None:
         pytest.raises(ValueError, match=r"datasets/data of .* is in use: process"),
     ):
         prepare_base(root.uri, "data", map_tasks=map_serially, text=[text], tokenizer=TOKENIZER)
+
+
+def test_another_stage_does_not_replace_a_dataset(root: Store, text: str) -> None:
+    manifest = prepare_base(
+        root.uri, "data", map_tasks=map_serially, text=[text], tokenizer=TOKENIZER
+    )
+    mixture = Mixture((("identity", 60),), (), seed=0)
+    with pytest.raises(ValueError, match=r"^dataset='data' is not allowed: .* for stage base"):
+        prepare_sft(root.uri, "data", map_tasks=map_serially, mixture=mixture, tokenizer=TOKENIZER)
+    dataset = root.child("datasets", "data")
+    assert Manifest.load(dataset) == manifest
+    dataset.write_text("manifest.json", "{")  # a damaged one may be replaced
+    prepare_sft(root.uri, "data", map_tasks=map_serially, mixture=mixture, tokenizer=TOKENIZER)
+    assert Manifest.load(dataset).kind == "sft"
