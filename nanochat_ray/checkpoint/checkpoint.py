@@ -210,7 +210,7 @@ def weights_digest(run: Store, name: str) -> str:
 
 
 def load(run: Store, name: str | None = None, *, optimizer: bool) -> Checkpoint:
-    """A verified checkpoint, by default the latest, with the optimizer's state if asked for.
+    """A verified checkpoint, by default the latest, and the optimizer's state on request.
 
     Raises ValueError, naming the file, if one is missing or damaged, if the tokenizer is not
     the one that belongs to the weights, or if a tensor is not finite.

@@ -143,7 +143,7 @@ def sft_train(args: Args, parent: Store, dataset: str) -> tuple[TrainConfig, flo
     """Also gives the tokens per second that were measured, or 0."""
     model = checkpoint.load_config(parent).model
     _, manifest, _ = open_dataset(args.storage, dataset)
-    rows, precision = manifest.num_sequences("train"), args.precision
+    num_sequences, precision = manifest.num_sequences("train"), args.precision
     if precision == "auto":
         before = checkpoint.load_trainer(parent).get("train_config", {})
         precision = "bf16" if args.gpus else before.get("precision", "fp32")
@@ -153,15 +153,15 @@ def sft_train(args: Args, parent: Store, dataset: str) -> tuple[TrainConfig, flo
         "workers": args.workers,
     }
     epochs = args.epochs or 1.0
-    train = recipe.sft_config(model, rows, epochs=epochs, precision=precision, **sizes)
+    train = recipe.sft_config(model, num_sequences, epochs=epochs, precision=precision, **sizes)
     if args.gpus or not args.cpu_minutes:
         return train, 0.0
     size = train.global_batch_size * model.sequence_len
     bounded_args = dataclasses.replace(args, precision=precision)
     length = plan_length(bounded_args, model, train.steps * size, size)
     sizes["batch"] = length.batch_tokens
-    epochs = length.tokens // model.sequence_len / rows
-    train = recipe.sft_config(model, rows, epochs=epochs, precision=precision, **sizes)
+    epochs = length.tokens // model.sequence_len / num_sequences
+    train = recipe.sft_config(model, num_sequences, epochs=epochs, precision=precision, **sizes)
     return train, length.tokens_per_s
 
 
@@ -210,14 +210,16 @@ def print_plan(job: TrainerConfig, args: Args) -> dict[str, Any]:
     """Prints the plan; returns it with what memory says of it."""
     machines = planned_hardware(args)
     dataset = Store.at(job.storage).child("datasets", job.dataset)
-    rows = Manifest.load(dataset).num_sequences("train") if dataset.exists("manifest.json") else 0
+    num_sequences = 0
+    if dataset.exists("manifest.json"):
+        num_sequences = Manifest.load(dataset).num_sequences("train")
     plan_fields = plan.describe(
         job.model,
         job.train,
         workers=args.workers,
         hardware=machines,
         tokens_per_s=job.about.get("tokens_per_s", 0.0),
-        rows=rows,
+        num_sequences=num_sequences,
     )
     print(f"{plan.render(plan_fields)}\nstorage   {job.storage}, run {job.run}", flush=True)
     # Workers on CPUs share this machine.

@@ -88,7 +88,7 @@ class RankDataConfig(ray.train.DataConfig):
 
 
 class RayDataLoader:
-    """One rank's batches from its iterator; checks that each is of the step that is asked for."""
+    """One rank's batches from its iterator; checks that each is of the step that is due."""
 
     def __init__(self, iterator: DataIterator, config: TrainConfig, rank: int, world: int):
         self.iterator, self.config, self.rank, self.world = iterator, config, rank, world

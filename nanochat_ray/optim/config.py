@@ -13,7 +13,7 @@ Orthogonalizer = Literal["polar_express", "newton_schulz"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Learning rates and what belongs to them; absolute values, already scaled for the run."""
+    """Muon and AdamW: learning rates, schedules, options; absolute values, scaled for the run."""
 
     matrix_lr: float = 0.02
     """Muon, for every matrix inside a block."""
@@ -27,16 +27,16 @@ class OptimConfig:
     normuon: bool = True
     """Even out the sizes of a Muon update's neurons by their running second moments."""
     row_normalize: bool = True
-    """Give the rows of a gradient equal norms before it is made orthogonal."""
+    """Give the rows of a gradient equal norms before the orthogonalisation (MuonEq-R)."""
     cautious: bool = False
     """Decay a weight only where that agrees with its update."""
     momentum: float = 0.95
     warmup_ratio: float = 0.02
-    """Share of the steps in which the rates rise."""
+    """Share of the steps in which the learning rates rise."""
     embedding_beta2: float = 0.995
     """Decay of the second moment of AdamW for the embeddings."""
     warmdown_ratio: float = 0.8
-    """Share of the steps in which the rates fall to ``final_lr_frac``."""
+    """Share of the steps in which the learning rates fall to ``final_lr_frac``."""
     final_lr_frac: float = 0.05
     """Last rate as a share of the full one."""
     grad_clip: float = 0.0

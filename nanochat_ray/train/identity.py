@@ -20,12 +20,12 @@ from nanochat_ray.storage import Store
 from nanochat_ray.train.config import TrainConfig
 
 RESUMABLE_FIELDS = {
-    "micro_batch_size": "how a batch is cut; its gradient is the same sum",
+    "micro_batch_size": "how a batch is split; its gradient is the same sum",
     "eval_every": "when it is measured",
     "eval_sequences": "on how much it is measured",
     "save_every": "when it is saved",
-    "keep_latest_k": "how much of what was saved is kept",
-    "keep_best": "how much of what was saved is kept",
+    "keep_latest_k": "which checkpoints stay",
+    "keep_best": "which checkpoints stay",
     "checkpoint_activations": "memory against time",
     "deterministic": "time against equal bits",
     "sample_tokens": "texts for a person to read",

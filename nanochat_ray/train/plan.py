@@ -18,14 +18,14 @@ def describe(
     workers: int,
     hardware: Hardware,
     tokens_per_s: float = 0.0,
-    rows: int = 0,
+    num_sequences: int = 0,
 ) -> dict[str, Any]:
     """The plan as JSON values; memory in bytes of a worker, time in hours.
 
     Hours follow from ``tokens_per_s``, measured of all workers together, or if that is 0 are
     training FLOPs over ``workers`` times the hardware's peak times its assumed MFU: without
-    validation, checkpoints and start-up. ``rows`` are those of the dataset's train split, 0 if it
-    is not prepared.
+    validation, checkpoints and start-up. ``num_sequences`` is that of the dataset's training
+    split, 0 if it is not prepared.
     """
     counts = count_parameters(model)
     size = train.global_batch_size * model.sequence_len
@@ -47,13 +47,17 @@ def describe(
         "steps": train.steps,
         "batch": {
             "tokens": size,
-            "rows": train.global_batch_size,
+            "global_batch_size": train.global_batch_size,
             "micro_batch_size": train.micro_batch_size,
-            "accumulation": -(-train.global_batch_size // (workers * train.micro_batch_size)),
+            "gradient_accumulation": -(
+                -train.global_batch_size // (workers * train.micro_batch_size)
+            ),
         },
         "data": {
-            "rows": rows,
-            "passes": train.steps * train.global_batch_size / rows if rows else 0.0,
+            "sequences": num_sequences,
+            "passes": train.steps * train.global_batch_size / num_sequences
+            if num_sequences
+            else 0.0,
         },
         "learning_rates": train.optim.learning_rates(),
         "weight_decay": train.optim.weight_decay,
@@ -75,9 +79,9 @@ def describe(
 def fit_micro_batch(
     model: ModelConfig, train: TrainConfig, *, workers: int, hardware: Hardware
 ) -> TrainConfig:
-    """``train`` with as many rows at a time as a GPU has memory for, up to 2^16 tokens.
+    """``train`` with the largest micro-batch that a GPU has memory for, up to 2^16 tokens.
 
-    Below that its products are too small to keep it busy. On a CPU more rows bring nothing.
+    Below that its matmuls are too small to keep it busy. On a CPU a larger one gains nothing.
     """
     if not hardware.memory:
         return train
@@ -113,9 +117,9 @@ def render(plan: dict[str, Any]) -> str:
     data, many_passes = plan["data"], ""
     if data["passes"] > recipe.MANY_PASSES:
         many_passes = (
-            f"\nWARNING: training passes {data['passes']:,.0f} times over {data['rows']:,} rows, "
-            f"and more than {recipe.MANY_PASSES} passes teach little but to recite them: give "
-            "more text, or train fewer tokens"
+            f"\nWARNING: training passes {data['passes']:,.0f} times over {data['sequences']:,} "
+            f"sequences; more than {recipe.MANY_PASSES} passes teach little but to recite them: "
+            "give more text, or train fewer tokens"
         )
     lines = "\n".join(
         (
@@ -125,10 +129,11 @@ def render(plan: dict[str, Any]) -> str:
             f"training  {plan['steps']:,} steps of {batch['tokens']:,} tokens, together "
             f"{millions(plan['tokens'])} ({plan['tokens_per_parameter']:.1f} a parameter of "
             f"blocks and head), {plan['flops']:.2e} FLOPs in {plan['precision']}",
-            f"batch     {batch['rows']} rows: {plan['workers']} workers, "
-            f"{batch['micro_batch_size']} rows at a time, {batch['accumulation']} times",
+            f"batch     {batch['global_batch_size']} sequences: {plan['workers']} workers, "
+            f"micro-batches of {batch['micro_batch_size']}, "
+            f"{batch['gradient_accumulation']} gradient accumulation steps",
             *_data_line(data),
-            f"rates     {rates}; weight decay {plan['weight_decay']:.3g}",
+            f"lr        {rates}; weight decay {plan['weight_decay']:.3g}",
             f"memory    {gib(plan['memory']['total'])}{has} GiB on each worker: {holds}",
             f"time      {hours(plan['hours'])} on {many}, at {speed}",
         )
@@ -137,9 +142,9 @@ def render(plan: dict[str, Any]) -> str:
 
 
 def _data_line(data: dict[str, Any]) -> list[str]:
-    if not data["rows"]:
+    if not data["sequences"]:
         return []
-    return [f"data      {data['rows']:,} rows, seen {data['passes']:,.2f} times each"]
+    return [f"data      {data['sequences']:,} sequences, {data['passes']:,.2f} passes"]
 
 
 def gib(size: float) -> str:

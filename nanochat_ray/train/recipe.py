@@ -79,11 +79,11 @@ def batch_tokens(tokens: int) -> int:
 
 
 def lr_scale(steps: int) -> float:
-    """Factor on all rates for a run of that many steps; see optim/BENCHMARKS.md.
+    """Factor on all learning rates for a run of that many steps; see optim/BENCHMARKS.md.
 
     nanochat scales by the square root of the batch, which starves small batches. What the best
     rate follows, measured, is how many steps it has to get there: 1 at the 2,500 steps for which
-    the rates were tuned, more for shorter runs, less for longer ones.
+    they were tuned, more for shorter runs, less for longer ones.
     """
     return float(min(max((steps / REFERENCE_STEPS) ** -0.3, 0.3), 3.0))
 
@@ -97,7 +97,7 @@ def optim_config(config: ModelConfig, batch: int, tokens: int) -> OptimConfig:
     """
     steps = max(1, tokens // batch)
     scale = lr_scale(steps)
-    # AdamW's rates fall with the square root of the width (nanochat, tuned at 768).
+    # AdamW's learning rates fall with the square root of the width (nanochat, tuned at 768).
     narrow = (config.n_embd / 768) ** -0.5
     # Decay so that the averaging time in tokens stays (Wang and Aitchison, arXiv 2405.13698).
     decay = 0.28 * (batch / REFERENCE_BATCH) ** 0.5 * REFERENCE_TOKENS / max(tokens, 1)

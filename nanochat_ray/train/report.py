@@ -110,11 +110,11 @@ def _samples(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _table(values: dict[str, Any]) -> str:
-    rows = "".join(
+    cells = "".join(
         f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(str(v))}</td></tr>"
         for k, v in values.items()
     )
-    return f"<table>{rows}</table>"
+    return f"<table>{cells}</table>"
 
 
 def render(
@@ -131,7 +131,7 @@ def render(
         "time in steps": duration(summary.get("train_seconds", 0.0)),
         "tokens per second": f"{summary.get('tokens_per_s', 0.0):,.0f}",
         "waiting for data": f"{summary.get('data_wait_share', 0.0):.2%}",
-        "held up by checkpoints": f"{summary.get('longest_save_stall_s', 0.0):.3f} s at most",
+        "stall of a checkpoint": f"{summary.get('longest_save_stall_s', 0.0):.3f} s at most",
         **{
             k.replace("_", " "): f"{v:.4f}"
             for k, v in summary.items()

@@ -42,7 +42,8 @@ def test_the_plan_of_a_depth_is_the_tables(depth: int) -> None:
     assert batches[0] <= math.log2(result["batch"]["tokens"]) <= batches[1]
     assert steps[0] <= result["steps"] <= steps[1]
     batch = result["batch"]
-    assert batch["rows"] == 8 * batch["micro_batch_size"] * batch["accumulation"]
+    steps = batch["gradient_accumulation"]
+    assert batch["global_batch_size"] == 8 * batch["micro_batch_size"] * steps
     # Every weight exists as a weight and a gradient in float32, and no plan here needs more than
     # the GPU of the table has.
     assert 8e6 * total < result["memory"]["total"] < 80e9
@@ -96,15 +97,15 @@ def test_batch_does_not_depend_on_workers() -> None:
 def test_micro_batch_fills_the_gpus_memory() -> None:
     model = recipe.model_config(26, VOCABULARY)
     train = recipe.base_plan(model, workers=8).train
-    rows = {}
+    sizes = {}
     for name in ("l4", "a100", "b200", "cpu"):
         larger = plan.fit_micro_batch(model, train, workers=8, hardware=HARDWARE[name])
-        rows[name] = larger.micro_batch_size
+        sizes[name] = larger.micro_batch_size
         if name in ("a100", "b200"):
             required_memory = memory.estimate(model, larger, world=8, on_gpu=True)
             assert required_memory.total < HARDWARE[name].memory
-    assert rows["l4"] <= rows["a100"] < rows["b200"]
-    assert rows["cpu"] == train.micro_batch_size
+    assert sizes["l4"] <= sizes["a100"] < sizes["b200"]
+    assert sizes["cpu"] == train.micro_batch_size
 
 
 def test_unknown_hardware_is_refused() -> None:
@@ -112,16 +113,17 @@ def test_unknown_hardware_is_refused() -> None:
         by_name("h999")
 
 
-@pytest.mark.parametrize(("rows", "many"), [(0, False), (10**7, False), (2, True)])
-def test_the_plan_tells_passes_over_the_data(rows: int, many: bool) -> None:
+@pytest.mark.parametrize(("num_sequences", "many"), [(0, False), (10**7, False), (2, True)])
+def test_the_plan_tells_passes_over_the_data(num_sequences: int, many: bool) -> None:
     model = recipe.model_config(4, VOCABULARY)
     train = recipe.base_plan(model, workers=1).train
-    description = plan.describe(model, train, workers=1, hardware=by_name("cpu"), rows=rows)
-    num_sequences = train.steps * train.global_batch_size
-    assert description["data"]["passes"] == (num_sequences / rows if rows else 0)
-    text = plan.render(description)
-    assert (f"{rows:,} rows, seen" in text) == bool(rows)
-    warning = (
-        f"WARNING: training passes {num_sequences / max(rows, 1):,.0f} times over {rows:,} rows"
+    description = plan.describe(
+        model, train, workers=1, hardware=by_name("cpu"), num_sequences=num_sequences
     )
+    num_trained = train.steps * train.global_batch_size
+    assert description["data"]["passes"] == (num_trained / num_sequences if num_sequences else 0)
+    text = plan.render(description)
+    assert (f"{num_sequences:,} sequences, " in text) == bool(num_sequences)
+    passes = num_trained / max(num_sequences, 1)
+    warning = f"WARNING: training passes {passes:,.0f} times over {num_sequences:,} sequences"
     assert (warning in text) == many
