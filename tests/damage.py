@@ -79,8 +79,8 @@ def _json_of(path: Path) -> Any:
 
 
 def _put_raw(document: Any, at: tuple[Any, ...], raw: str) -> str:
-    marked = _with(document, at, lambda box, key: box.__setitem__(key, _RAW))
-    return json.dumps(marked).replace(json.dumps(_RAW), raw)
+    marked_copy = _with(document, at, lambda box, key: box.__setitem__(key, _RAW))
+    return json.dumps(marked_copy).replace(json.dumps(_RAW), raw)
 
 
 # Each kind of damage changes the folder and says how.
@@ -103,11 +103,11 @@ def extend(folder: Path, rng: random.Random) -> str:
 def flip_bytes(folder: Path, rng: random.Random) -> str:
     path = rng.choice(_files(folder))
     data = bytearray(path.read_bytes())
-    places = [rng.randrange(len(data)) for _ in range(rng.choice([1, 1, 8]))] if data else []
-    for at in places:
+    offsets = [rng.randrange(len(data)) for _ in range(rng.choice([1, 1, 8]))] if data else []
+    for at in offsets:
         data[at] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
-    return f"{path.name} with bits flipped at {places}"
+    return f"{path.name} with bits flipped at {offsets}"
 
 
 def random_content(folder: Path, rng: random.Random) -> str:
@@ -134,16 +134,16 @@ def swap(folder: Path, rng: random.Random) -> str:
 def wrong_value(folder: Path, rng: random.Random) -> str:
     path, document, at = _some_value(folder, rng)
     value = rng.choice(_VALUES)
-    changed = _with(document, at, lambda box, key: box.__setitem__(key, value))
-    path.write_text(json.dumps(changed))
-    return f"{path.name}: {_dotted(at)} is {repr(value)[:40]}"
+    other = _with(document, at, lambda box, key: box.__setitem__(key, value))
+    path.write_text(json.dumps(other))
+    return f"{path.name}: {_dotted_path(at)} is {repr(value)[:40]}"
 
 
 def raw_value(folder: Path, rng: random.Random) -> str:
     path, document, at = _some_value(folder, rng)
     name = rng.choice(list(_RAW_VALUES))
     path.write_text(_put_raw(document, at, _RAW_VALUES[name]))
-    return f"{path.name}: {_dotted(at)} is {name}"
+    return f"{path.name}: {_dotted_path(at)} is {name}"
 
 
 def missing_field(folder: Path, rng: random.Random) -> str:
@@ -151,17 +151,17 @@ def missing_field(folder: Path, rng: random.Random) -> str:
     if at:
         document = _with(document, at, lambda box, key: box.pop(key))
     path.write_text(json.dumps(document))
-    return f"{path.name}: {_dotted(at)} left out"
+    return f"{path.name}: {_dotted_path(at)} left out"
 
 
 def unknown_field(folder: Path, rng: random.Random) -> str:
     path, document, at = _some_value(folder, rng)
-    changed = _with(document, at, lambda box, key: box.__setitem__(key, {"unknown": 1}))
+    other = _with(document, at, lambda box, key: box.__setitem__(key, {"unknown": 1}))
     if isinstance(document, dict):
-        changed = {**document, "unknown": 1}
+        other = {**document, "unknown": 1}
         at = ()
-    path.write_text(json.dumps(changed))
-    return f"{path.name}: {_dotted(at)} with an unknown field"
+    path.write_text(json.dumps(other))
+    return f"{path.name}: {_dotted_path(at)} with an unknown field"
 
 
 def wrong_encoding(folder: Path, rng: random.Random) -> str:
@@ -200,12 +200,12 @@ KINDS: tuple[Callable[[Path, random.Random], str], ...] = (
 
 
 def _json_files(folder: Path) -> list[Path]:
-    found = []
+    results = []
     for path in _files(folder):
         with contextlib.suppress(ValueError):
             _json_of(path)
-            found.append(path)
-    return found
+            results.append(path)
+    return results
 
 
 def _some_value(
@@ -214,12 +214,12 @@ def _some_value(
     """A JSON file, its document, and where in it a value is; ``inside``: not the document."""
     path = rng.choice(_json_files(folder))
     document = _json_of(path)
-    places = list(_paths(document))
-    inner = places[1:] if inside else places
+    offsets = list(_paths(document))
+    inner = offsets[1:] if inside else offsets
     return path, document, rng.choice(inner) if inner else ()
 
 
-def _dotted(at: tuple[Any, ...]) -> str:
+def _dotted_path(at: tuple[Any, ...]) -> str:
     return ".".join(map(str, at)) or "the document"
 
 

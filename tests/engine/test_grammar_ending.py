@@ -110,7 +110,7 @@ ROW = {
 
 
 @pytest.mark.parametrize(
-    ("schema", "prefix", "repeat", "limit", "looks", "left", "path"),
+    ("schema", "prefix", "repeat", "limit", "looks", "tokens_left", "path"),
     [
         # 8 tokens left: the quote, the token that ends the answer, and 6 to spare.
         ({"type": "string"}, '"', "x", 20, [], 8, '"'),
@@ -133,22 +133,22 @@ ROW = {
     ],
 )
 def test_recorded_looks_and_end(
-    schema: Any, prefix: str, repeat: str, limit: int, looks: list[int], left: int, path: str
+    schema: Any, prefix: str, repeat: str, limit: int, looks: list[int], tokens_left: int, path: str
 ) -> None:
     """Tokens left at the looks that are more than one apart, and where the answer is bound."""
     grammars = Grammars(TOK.byte_table(), TOK.vocab_size)
     state = grammars.start({"json_schema": schema}, [TOK.bos], TOK.encode(prefix), limit)
     ending, count = state.closing, len(prefix)
     assert ending is not None
-    recorded: list[int] = []
+    look_points: list[int] = []
     while ending.path is None:
         look = limit - count - 1 - ending.free
-        if ending.free and look not in recorded:
-            recorded.append(look)
+        if ending.free and look not in look_points:
+            look_points.append(look)
         state.feed(TOK.encode(repeat[(count - len(prefix)) % len(repeat)]))
         count += 1
-    assert (limit - count, TOK.decode(ending.path)) == (left, path)
-    assert recorded == looks
+    assert (limit - count, TOK.decode(ending.path)) == (tokens_left, path)
+    assert look_points == looks
     assert ending.free == 0
 
 
@@ -160,7 +160,7 @@ def test_far_from_the_limit_no_end_is_sought() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "inside", "escaped"),
+    ("text", "inside", "is_escaped"),
     [
         ("", False, False),
         ('{"a', True, False),
@@ -172,8 +172,8 @@ def test_far_from_the_limit_no_end_is_sought() -> None:
         ('\\"', True, False),
     ],
 )
-def test_quotes_and_escapes(text: str, inside: bool, escaped: bool) -> None:
-    assert Quotes().after(text.encode()) == Quotes(inside, escaped)
+def test_quotes_and_escapes(text: str, inside: bool, is_escaped: bool) -> None:
+    assert Quotes().after(text.encode()) == Quotes(inside, is_escaped)
 
 
 def test_tokens_that_close_soonest_come_first() -> None:

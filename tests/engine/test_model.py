@@ -47,8 +47,8 @@ class PlainCache:
         k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
         scores = torch.einsum("bthd,bshd->bhts", q, k) / q.size(-1) ** 0.5
         distance = self.positions.view(self._batch, -1, 1) - torch.arange(k.size(1))
-        hidden = (distance < 0) | ((distance > window) if window >= 0 else False)
-        scores = scores.masked_fill(hidden[:, None], -torch.inf)
+        is_masked = (distance < 0) | ((distance > window) if window >= 0 else False)
+        scores = scores.masked_fill(is_masked[:, None], -torch.inf)
         return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(0, 1)
 
 
@@ -94,7 +94,7 @@ def test_prefill_chunks_give_equal_logits(option: str, cuts: list[int]) -> None:
             previous = ids.roll(1, dims=1)
             previous[:, 0] = -1
             tokens = ids[:, start:stop].flatten(), previous[:, start:stop].flatten()
-            logits = model.logits(model.hidden(*tokens, cache))
+            logits = model.logits(model.is_masked(*tokens, cache))
             chunks.append(logits.unflatten(0, (2, -1)))
     assert (torch.cat(chunks, dim=1) - whole).abs().max() < 1e-5
 

@@ -42,17 +42,17 @@ class Step:
 
     def run(self, window: int, only: int | None = None) -> Tensor:
         """The output of all sequences, or of one in a step of its own."""
-        chosen = range(len(self.counts)) if only is None else [only]
+        indices = range(len(self.counts)) if only is None else [only]
         bounds = [0]
         for count in self.counts:
             bounds.append(bounds[-1] + count)
-        q = torch.cat([self.q[bounds[i] : bounds[i + 1]] for i in chosen])
-        counts = [self.counts[i] for i in chosen]
+        q = torch.cat([self.q[bounds[i] : bounds[i + 1]] for i in indices])
+        counts = [self.counts[i] for i in indices]
         cu_seqlens_q = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32)
-        seqused_k = torch.tensor([self.lengths[i] for i in chosen], dtype=torch.int32)
+        seqused_k = torch.tensor([self.lengths[i] for i in indices], dtype=torch.int32)
         return paged_attention(
             *(t.to(DEVICE) for t in (q, self.keys, self.values, cu_seqlens_q, seqused_k)),
-            self.table[list(chosen)].to(DEVICE),
+            self.table[list(indices)].to(DEVICE),
             max_seqlen_q=max(counts),
             max_seqlen_k=max(self.lengths) + 100,
             window=window,

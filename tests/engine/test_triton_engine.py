@@ -28,9 +28,9 @@ def test_engine_on_triton_gives_the_tokens_of_torch(
         outputs = finish(engine)
         return engine, [tokens(outputs[f"r{i}"]) for i in range(2)]
 
-    _, expected = completions()
+    _, reference = completions()
     for module in (paged_cache, inference, sampling_state):
         monkeypatch.setattr(module, "use_triton", lambda device: True)
     engine, results = completions()
     assert isinstance(engine.runner.model._ops, TritonOperators)
-    assert results == expected
+    assert results == reference

@@ -46,8 +46,8 @@ def test_kernel_chooses_as_torch_does(vocab: int) -> None:
     logits[5:9] = logits[5:9].round()  # many equal ones
     for position in (1, 77):
         positions = torch.full((len(logits),), position, device=DEVICE)
-        expected = sampler.choose(logits, rows, positions, ALL)
-        assert triton_sampler.choose(logits, rows, positions).tolist() == expected.tolist()
+        reference = sampler.choose(logits, rows, positions, ALL)
+        assert triton_sampler.choose(logits, rows, positions).tolist() == reference.tolist()
 
 
 def test_kernel_marks_rows_that_are_not_finite() -> None:

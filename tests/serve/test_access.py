@@ -60,8 +60,8 @@ def url(engine: ScriptedClient) -> Iterator[str]:
 
 
 def test_request_ids_are_kept_or_made(url: str) -> None:
-    given = get(f"{url}/health", headers={"x-request-id": "abc-1:2"})
-    assert given.headers["x-request-id"] == "abc-1:2"
+    response = get(f"{url}/health", headers={"x-request-id": "abc-1:2"})
+    assert response.headers["x-request-id"] == "abc-1:2"
     for bad in ("", "x" * 129, "a b", "<script>", "a;b"):
         own = get(f"{url}/v1/nothing", headers={"x-request-id": bad} if bad else {})
         assert own.headers["x-request-id"] != bad
@@ -95,14 +95,14 @@ def test_a_panic_is_an_openai_error(url: str, engine: ScriptedClient, log: Lines
 
 
 def test_cors_is_for_allowed_origins(url: str) -> None:
-    asked = {"origin": ORIGIN, "access-control-request-method": "POST"}
-    asked["access-control-request-headers"] = "authorization, content-type"
-    preflight = httpx.options(f"{url}/v1/chat/completions", headers=asked)
+    preflight_headers = {"origin": ORIGIN, "access-control-request-method": "POST"}
+    preflight_headers["access-control-request-headers"] = "authorization, content-type"
+    preflight = httpx.options(f"{url}/v1/chat/completions", headers=preflight_headers)
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == ORIGIN
-    refused = post(f"{url}/v1/completions", json={}, headers={"origin": ORIGIN})
-    assert refused.status_code == 401
-    assert refused.headers["access-control-allow-origin"] == ORIGIN
+    response = post(f"{url}/v1/completions", json={}, headers={"origin": ORIGIN})
+    assert response.status_code == 401
+    assert response.headers["access-control-allow-origin"] == ORIGIN
     other = get(f"{url}/health", headers={"origin": "https://evil.example"})
     assert "access-control-allow-origin" not in other.headers
 

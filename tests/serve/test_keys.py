@@ -70,14 +70,14 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
 
 def test_the_command_prints_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(keys.VARIABLE, "one, two,")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "nanochat_ray.serve.keys"],
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    head, *lines = done.stdout.splitlines()
+    head, *lines = process.stdout.splitlines()
     assert head == "key_hashes:"
     ring = keys.KeyRing([line.removeprefix("  - ") for line in lines])
     assert ring.name_of(b"one")

@@ -26,14 +26,14 @@ def test_dashboard_names_are_served() -> None:
     timer.accept(1)
     timer.tokens(1)
     timer.end("stop")
-    served = set(re.findall(r"^(\w+)[{ ]", sink.text().decode(), re.MULTILINE))
+    names = set(re.findall(r"^(\w+)[{ ]", sink.text().decode(), re.MULTILINE))
     board = json.loads(DASHBOARD.read_text())
-    asked = set()
+    board_names = set()
     for panel in board["panels"]:
         for target in panel["targets"]:
-            asked |= set(re.findall(r"\$\{prefix\}(\w+)", target["expr"]))
-    assert asked
-    assert {f"nanochat{name}" for name in asked} <= served
+            board_names |= set(re.findall(r"\$\{prefix\}(\w+)", target["expr"]))
+    assert board_names
+    assert {f"nanochat{name}" for name in board_names} <= names
 
 
 class Clock:
@@ -48,12 +48,12 @@ class Clock:
 def values(sink: PrometheusSink) -> dict[str, float]:
     """Every sample that is not 0, by its name; a bucket's with its bound."""
     samples = re.findall(r"^nanochat_(\w+)\{(.*?)\} (\S+)$", sink.text().decode(), re.MULTILINE)
-    found = {}
+    samples_by_name = {}
     for name, labels, value in samples:
         if float(value) and not name.endswith("_created"):
             rest = re.search(r'(?:le|finished_reason)="([^"]+)"', labels)
-            found[f"{name} {rest[1]}" if rest else name] = float(value)
-    return found
+            samples_by_name[f"{name} {rest[1]}" if rest else name] = float(value)
+    return samples_by_name
 
 
 def test_latencies_by_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,20 +69,23 @@ def test_latencies_by_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     clock.now = 103.0
     timer.end("length")
     timer.end("abort")
-    found = values(sink)
-    assert found["time_to_first_token_seconds_sum"] == 0.75
-    assert found["time_to_first_token_seconds_count"] == 1
-    assert found["inter_token_latency_seconds_sum"] == 0.75
-    assert found["inter_token_latency_seconds_count"] == 2
-    assert found["e2e_request_latency_seconds_sum"] == 3.0
-    assert found["e2e_request_latency_seconds_count"] == 1
-    assert (found["prompt_tokens_total"], found["generation_tokens_total"]) == (7, 5)
-    assert found["request_success_total length"] == 1
-    assert "request_success_total abort" not in found
+    samples_by_name = values(sink)
+    assert samples_by_name["time_to_first_token_seconds_sum"] == 0.75
+    assert samples_by_name["time_to_first_token_seconds_count"] == 1
+    assert samples_by_name["inter_token_latency_seconds_sum"] == 0.75
+    assert samples_by_name["inter_token_latency_seconds_count"] == 2
+    assert samples_by_name["e2e_request_latency_seconds_sum"] == 3.0
+    assert samples_by_name["e2e_request_latency_seconds_count"] == 1
+    assert (samples_by_name["prompt_tokens_total"], samples_by_name["generation_tokens_total"]) == (
+        7,
+        5,
+    )
+    assert samples_by_name["request_success_total length"] == 1
+    assert "request_success_total abort" not in samples_by_name
     # Buckets hold what is at most their bound.
-    assert "time_to_first_token_seconds_bucket 0.5" not in found
-    assert found["time_to_first_token_seconds_bucket 0.75"] == 1
-    assert found["inter_token_latency_seconds_bucket 0.4"] == 1
+    assert "time_to_first_token_seconds_bucket 0.5" not in samples_by_name
+    assert samples_by_name["time_to_first_token_seconds_bucket 0.75"] == 1
+    assert samples_by_name["inter_token_latency_seconds_bucket 0.4"] == 1
 
 
 @pytest.mark.parametrize("reason", ["stop", "length", "abort", "error"])
@@ -97,10 +100,12 @@ def test_only_complete_requests_have_a_latency(
     # Counted 32 at a time, the rest at the end.
     assert values(sink)["generation_tokens_total"] == 32
     timer.end(reason)
-    found = values(sink)
-    assert found["generation_tokens_total"] == 33
-    assert found[f"request_success_total {reason}"] == 1
-    assert ("e2e_request_latency_seconds_count" in found) == (reason in ("stop", "length"))
+    samples_by_name = values(sink)
+    assert samples_by_name["generation_tokens_total"] == 33
+    assert samples_by_name[f"request_success_total {reason}"] == 1
+    assert ("e2e_request_latency_seconds_count" in samples_by_name) == (
+        reason in ("stop", "length")
+    )
 
 
 def test_engine_figures_by_name() -> None:
@@ -160,15 +165,15 @@ def test_an_engine_that_is_gone_is_forgotten_until_it_comes_back() -> None:
 def test_engines_are_counted_by_their_kernels() -> None:
     sink, _, engines = page()
 
-    def shown(kernels: str) -> str:
+    def num_engines(kernels: str) -> str:
         (line,) = re.findall(rf'nanochat_num_engines{{kernels="{kernels}".*', sink.text().decode())
         return str(line).rpartition(" ")[2]
 
     engines.update_all(
         {"a": {"kernels": "amx"}, "b": {"kernels": "amx"}, "c": {"kernels": "torch"}}
     )
-    assert (shown("amx"), shown("torch")) == ("2.0", "1.0")
+    assert (num_engines("amx"), num_engines("torch")) == ("2.0", "1.0")
     engines.update_all({"a": {"kernels": "amx"}, "c": {"kernels": "amx"}})
-    assert (shown("amx"), shown("torch")) == ("2.0", "0.0")
+    assert (num_engines("amx"), num_engines("torch")) == ("2.0", "0.0")
     engines.update("d", {})  # it has not started yet
-    assert shown("amx") == "2.0"
+    assert num_engines("amx") == "2.0"
