@@ -130,8 +130,8 @@ class PrometheusLogger(Hooks):
 
     def on_record(self, record: dict[str, Any]) -> None:
         # A training step's own bits per byte would be drawn into the validation's curve.
-        hidden = {"bits_per_byte"} if record["kind"] == "train" else set()
-        for name in (set(self._gauges) & set(record)) - hidden:
+        skip = {"bits_per_byte"} if record["kind"] == "train" else set()
+        for name in (set(self._gauges) & set(record)) - skip:
             self._gauges[name].set(float(record[name]), tags={"run": self._run})
 
 

@@ -34,6 +34,8 @@ def describe(
     on_gpu = hardware.name != "cpu"
     peak = memory.estimate(model, train, world=workers, on_gpu=on_gpu)
     rate = workers * hardware.peak(train.precision) * hardware.mfu
+    accumulation = -(-train.global_batch_size // (workers * train.micro_batch_size))
+    passes = train.steps * train.global_batch_size / num_sequences if num_sequences else 0.0
     return {
         "depth": model.n_layer,
         "width": model.n_embd,
@@ -49,16 +51,9 @@ def describe(
             "tokens": size,
             "global_batch_size": train.global_batch_size,
             "micro_batch_size": train.micro_batch_size,
-            "gradient_accumulation": -(
-                -train.global_batch_size // (workers * train.micro_batch_size)
-            ),
+            "gradient_accumulation": accumulation,
         },
-        "data": {
-            "sequences": num_sequences,
-            "passes": train.steps * train.global_batch_size / num_sequences
-            if num_sequences
-            else 0.0,
-        },
+        "data": {"sequences": num_sequences, "passes": passes},
         "learning_rates": train.optim.learning_rates(),
         "weight_decay": train.optim.weight_decay,
         "precision": train.precision,

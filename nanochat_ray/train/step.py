@@ -74,6 +74,13 @@ def split(
         yield inputs, targets
 
 
+def _seed_dropout(seed: int, step: int, micro_batch: int) -> None:
+    """The noise depends on the position in the run alone: it is the same after a resume and on
+    other workers."""
+    seeds = np.random.SeedSequence((seed, step, micro_batch))
+    torch.manual_seed(int(seeds.generate_state(1)[0]))
+
+
 def train_step(
     model: GPT,
     optimizer: ShardedOptimizer,
@@ -104,10 +111,7 @@ def train_step(
         split(batch, config.micro_batch_size, device), first_micro
     ):
         if model.config.dropout:
-            # The seed depends on the position in the run alone: resumed or on other workers, the
-            # noise is the same.
-            seeds = np.random.SeedSequence((config.seed, step, micro))
-            torch.manual_seed(int(seeds.generate_state(1)[0]))
+            _seed_dropout(config.seed, step, micro)
         loss = model.loss(inputs, targets, reduction="sum")
         if (micro - first_micro + 1) * config.micro_batch_size >= len(batch.ids):
             optimizer.last_backward()

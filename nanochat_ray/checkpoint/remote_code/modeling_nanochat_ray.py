@@ -130,8 +130,8 @@ class NanochatRayForCausalLM(PreTrainedModel, GenerationMixin):
         previous = x[:, :-1] if before is None else torch.cat((before, x[:, :-1]), dim=1)
         after = x[:, 1:] if before is None else x
         gate = torch.sigmoid(self.smear_gate(after[..., : self.smear_gate.in_features]))
-        mixed = after + self.smear_lambda.to(x.dtype) * gate * previous
-        return torch.cat((x[:, :1], mixed), dim=1) if before is None else mixed
+        blend = after + self.smear_lambda.to(x.dtype) * gate * previous
+        return torch.cat((x[:, :1], blend), dim=1) if before is None else blend
 
     def forward(
         self,
@@ -156,13 +156,13 @@ class NanochatRayForCausalLM(PreTrainedModel, GenerationMixin):
         x = self._embed(input_ids)
         positions = torch.arange(start, start + T, device=x.device)
         channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=x.device)
-        turned = torch.outer(positions.float(), config.rope_base ** (-channel / config.head_dim))
-        angles = tuple(t.to(x.dtype)[None, :, None] for t in (turned.cos(), turned.sin()))
+        theta = torch.outer(positions.float(), config.rope_base ** (-channel / config.head_dim))
+        angles = tuple(t.to(x.dtype)[None, :, None] for t in (theta.cos(), theta.sin()))
 
         def mask_of(window, length):
             distance = positions[:, None] - torch.arange(length, device=x.device)[None]
-            seen = distance >= 0
-            return seen if window < 0 else seen & (distance <= window)
+            visible = distance >= 0
+            return visible if window < 0 else visible & (distance <= window)
 
         if config.smear:
             last = x[:, -1:]
@@ -177,8 +177,8 @@ class NanochatRayForCausalLM(PreTrainedModel, GenerationMixin):
             value = None
             if block.attn.ve_gate is not None:
                 value = self.value_embeds[str(i)](input_ids).to(x.dtype)
-            normed = rms_norm(x, config.norm_eps)
-            x = x + block.attn(normed, value, angles, mask_of, past_key_values)
+            norm_x = rms_norm(x, config.norm_eps)
+            x = x + block.attn(norm_x, value, angles, mask_of, past_key_values)
             x = x + block.mlp(rms_norm(x, config.norm_eps))
             if config.backout and i == config.num_hidden_layers // 2:
                 middle = x
