@@ -52,7 +52,7 @@ class GenerationRequest:
     tool_choice: ToolChoice
     prompt_logprobs: int | None = None
     """Alternatives for each token of the prompt in vLLM's ``prompt_logprobs``."""
-    hidden: int = 0
+    num_hidden: int = 0
     """Tokens at the start of each prompt that are not in its text."""
     n: int = 1
     """Choices of each prompt in the response."""

@@ -100,12 +100,12 @@ def _fields(api: dict[str, Any]) -> Iterator[str]:
     for name, schema in sorted(schemas, key=lambda s: (not s[0].endswith("Request"), s[0])):
         if "properties" not in schema:
             continue
-        required = schema.get("required", ())
+        mandatory = schema.get("required", ())
         yield f"\n### {name}\n"
         yield "| field | type | meaning |"
         yield "|---|---|---|"
         for field, definition in schema["properties"].items():
-            mark = " (required)" if name.endswith("Request") and field in required else ""
+            mark = " (required)" if name.endswith("Request") and field in mandatory else ""
             kind = _type(definition).replace("|", "\\|")
             about = definition.get("description", "").replace("|", "\\|")
             yield f"| `{field}`{mark} | {kind} | {about} |"

@@ -172,8 +172,8 @@ def test_other_answers_fit_their_schema(
     url: str, document: dict[str, Any], engine: ScriptedClient
 ) -> None:
     for path in GET:
-        known = "/v1/models/{model}" if path == "/v1/models/tiny" else path
-        check(document, known, "get", "application/json", get(url + path).json())
+        template = "/v1/models/{model}" if path == "/v1/models/tiny" else path
+        check(document, template, "get", "application/json", get(url + path).json())
     ids = post(f"{url}/tokenize", json={"prompt": "hi"}).json()
     check(document, "/tokenize", "post", "application/json", ids)
     text = post(f"{url}/detokenize", json={"tokens": ids["tokens"]}).json()

@@ -44,7 +44,7 @@ async def parse_completion(
         client,
         logprobs=body.logprobs is not None,
         prompt_logprobs=body.prompt_logprobs,
-        hidden=int(isinstance(texts_or_ids[0], str)),  # <|bos|> has no text
+        num_hidden=int(isinstance(texts_or_ids[0], str)),  # <|bos|> has no text
     )
 
 
@@ -57,8 +57,8 @@ class CompletionBuilder(ResponseBuilder):
         """Of a stream: where the next token of each choice begins."""
 
     def _text_offsets(self, index: int) -> TextOffsets:
-        hidden = self.generation.hidden if self.generation.prefixes[index] else 0
-        return TextOffsets(self.serving.tokenizer, hidden)
+        num_hidden = self.generation.num_hidden if self.generation.prefixes[index] else 0
+        return TextOffsets(self.serving.tokenizer, num_hidden)
 
     def _logprobs(self, delta: Delta, offsets: TextOffsets) -> CompletionLogprobs | None:
         if not self.generation.logprobs:

@@ -39,16 +39,16 @@ class TextOffsets:
     """Where tokens begin in their text, in characters. Counted by the tokens themselves: text may
     still be pending when the log-probabilities of its tokens are sent."""
 
-    def __init__(self, tokenizer: Tokenizer, hidden: int = 0):
-        """The first ``hidden`` tokens have no text."""
-        self._tokenizer, self._hidden, self._offset = tokenizer, hidden, 0
+    def __init__(self, tokenizer: Tokenizer, num_hidden: int = 0):
+        """The first ``num_hidden`` tokens have no text."""
+        self._tokenizer, self._num_hidden, self._offset = tokenizer, num_hidden, 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def next(self, token: int) -> int:
         """The token's offset; the next token begins after it."""
         offset = self._offset
-        if self._hidden > 0:
-            self._hidden -= 1
+        if self._num_hidden > 0:
+            self._num_hidden -= 1
         else:
             self._offset += len(self._decoder.decode(self._tokenizer.decode_bytes([token])))
         return offset

@@ -96,7 +96,7 @@ class Serving:
         *,
         logprobs: bool,
         prompt_logprobs: int | None = None,
-        hidden: int = 0,
+        num_hidden: int = 0,
     ) -> GenerationRequest:
         count = body.num_candidates
         # Without a seed each request draws one; the choices of a request use consecutive seeds.
@@ -130,7 +130,7 @@ class Serving:
             prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
             tool_choice=body.effective_tool_choice,
             prompt_logprobs=prompt_logprobs,
-            hidden=hidden,
+            num_hidden=num_hidden,
             n=body.n or 1,
             candidates=count,
         )
