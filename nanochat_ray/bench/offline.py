@@ -22,12 +22,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from nanochat_ray.checkpoint import hf
 from nanochat_ray.checks import check_int
+from nanochat_ray.cli.flags import overrides
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -224,6 +226,12 @@ def shared_prefix(
     return {"speedup": statistics.median(ratios), "equal": statistics.mean(equal)}
 
 
+if TYPE_CHECKING:
+    EngineFlags = dict[str, Any]
+else:
+    EngineFlags = overrides(EngineConfig)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Args:
     peer_python: tuple[str, ...] = ()
@@ -236,8 +244,7 @@ class Args:
     """Each side runs once with each number of torch threads."""
     prefix: bool = True
     """Measure the shared prefix too (512 tokens shared, 32 own, 16 out, 32 prompts)."""
-    options: dict[str, int] = field(default_factory=dict)
-    """Fields of EngineConfig for this engine, such as ``--options max_num_batched_tokens 256``."""
+    engine: EngineFlags = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("prompt_len", "max_tokens", "repeats"):
@@ -276,7 +283,7 @@ def run(args: Args) -> dict[str, Any]:
 
         try:
             for threads in args.threads:
-                start(OURS, threads, sys.executable, args.options)
+                start(OURS, threads, sys.executable, args.engine)
             for kind, python in peers.items():
                 for threads in args.threads:
                     start(kind, threads, python, {})
@@ -285,7 +292,7 @@ def run(args: Args) -> dict[str, Any]:
             result["prefix"] = None
             if args.prefix:
                 one = args.threads[0]
-                on = start(OURS, one, sys.executable, {**args.options, "prefix_cache_tokens": 8192})
+                on = start(OURS, one, sys.executable, {**args.engine, "prefix_cache_tokens": 8192})
                 sizes = {"shared": 512, "own": 32, "max_tokens": 16, "count": 32}
                 result["prefix"] = shared_prefix(on, sides[0], vocab, repeats=args.repeats, **sizes)
         finally:

@@ -219,7 +219,11 @@ BAD_FLAGS = {
         ("--dataset nothing", "dataset='nothing'"),
     ],
     "bench serve": [("--concurrency 0", "concurrency=0"), ("--rate nan", "rate=nan")],
-    "bench offline": [("--batches 0", "batches=0"), ("--repeats 0", "repeats=0")],
+    "bench offline": [
+        ("--batches 0", "batches=0"),
+        ("--repeats 0", "repeats=0"),
+        ("--engine.kv-layout x", "kv-layout='x'"),
+    ],
 }
 WITHOUT_STORAGE = (
     "stop",
