@@ -113,8 +113,8 @@ def answer(base: str, method: str, path: str, body: Any) -> tuple[int, dict[str,
     if kind.startswith("text/event-stream"):
         lines = [x[6:] for x in response.text.split("\n\n") if x.startswith("data: ")]
         chunks = [shape(json.loads(x)) for x in lines if x != "[DONE]"]
-        found = {"first": chunks[0], "middle": chunks[len(chunks) // 2], "last": chunks[-1]}
-        return response.status_code, {**found, "done": lines[-1]}
+        rows = {"first": chunks[0], "middle": chunks[len(chunks) // 2], "last": chunks[-1]}
+        return response.status_code, {**rows, "done": lines[-1]}
     try:
         return response.status_code, shape(response.json())
     except ValueError:
@@ -123,16 +123,16 @@ def answer(base: str, method: str, path: str, body: Any) -> tuple[int, dict[str,
 
 def differences(ours: Any, theirs: Any, at: str = "") -> list[str]:
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        found = []
+        rows = []
         for key in [*ours, *(k for k in theirs if k not in ours)]:
             name = f"{at}.{key}" if at else key
             if key not in theirs:
-                found.append(f"only ours: {name}")
+                rows.append(f"only ours: {name}")
             elif key not in ours:
-                found.append(f"only theirs: {name}")
+                rows.append(f"only theirs: {name}")
             else:
-                found += differences(ours[key], theirs[key], name)
-        return found
+                rows += differences(ours[key], theirs[key], name)
+        return rows
     if isinstance(ours, list) and isinstance(theirs, list) and ours and theirs:
         return differences(ours[0], theirs[0], f"{at}[]")
     return [] if ours == theirs else [f"{at}: {ours} here, {theirs} there"]
@@ -141,16 +141,16 @@ def differences(ours: Any, theirs: Any, at: str = "") -> list[str]:
 def compare(ours: str, theirs: str) -> list[tuple[str, list[str]]]:
     """For each request, in words, how the answers differ."""
     names = [httpx.get(f"{u}/v1/models").json()["data"][0]["id"] for u in (ours, theirs)]
-    found = []
+    rows = []
     for one, other in zip(*map(requests, names), strict=True):
         (status, here), (their_status, there) = answer(ours, *one), answer(theirs, *other)
         differ = [] if status == their_status else [f"status {status} here, {their_status} there"]
         if status == their_status:
             differ += differences(here, there)
         body = one[2] if isinstance(one[2], dict) else {"body": one[2]}
-        told = {k: v for k, v in body.items() if k not in ("model", "prompt", "messages")}
-        found.append((f"{one[0]} {one[1]} {json.dumps(told)}", differ))
-    return found
+        summary = {k: v for k, v in body.items() if k not in ("model", "prompt", "messages")}
+        rows.append((f"{one[0]} {one[1]} {json.dumps(summary)}", differ))
+    return rows
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ def ids(text: str) -> list[int]:
     """Ids of ``text``, in which ``[`` … ``=`` … ``]`` is a use of the calculator."""
     marks = {"[": ["<|python_start|>"], "=": ["<|python_end|>", "<|output_start|>"]}
     marks["]"] = ["<|output_end|>"]
-    found: list[int] = []
+    values: list[int] = []
     for char in text:
-        found += [TOK.special(m) for m in marks[char]] if char in marks else TOK.encode(char)
-    return found
+        values += [TOK.special(m) for m in marks[char]] if char in marks else TOK.encode(char)
+    return values
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def test_chat_stream(client: openai.OpenAI) -> None:
     assert all(c.usage is None for c in chunks[:-1])
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens > 20
-    found = [c.choices[0].delta for c in chunks[:-1] if hasattr(c.choices[0].delta, "calculator")]
-    assert found[0].calculator == [{"expression": "12+7", "result": "19"}]
+    values = [c.choices[0].delta for c in chunks[:-1] if hasattr(c.choices[0].delta, "calculator")]
+    assert values[0].calculator == [{"expression": "12+7", "result": "19"}]
 
 
 def test_raw_events(url: str) -> None:
@@ -312,29 +312,29 @@ def test_keys(engine: ScriptedClient) -> None:
 
 
 def test_keys_and_salts_scope_the_cache(engine: ScriptedClient) -> None:
-    def scopes(keys: list[str], asked: list[tuple[str, str | None]]) -> list[str]:
+    def scopes(keys: list[str], pairs: list[tuple[str, str | None]]) -> list[str]:
         engine.requests.clear()
         with serving(build_app(engine, TOK, "tiny", 256, keys=keys)) as url:
-            for key, salt in asked:
+            for key, salt in pairs:
                 headers = {"Authorization": f"Bearer {key}"}
                 body = {"max_tokens": 1, "cache_salt": salt}
                 chat = {**body, "messages": USER}
-                for path, sent in (
+                for path, payload in (
                     ("completions", {**body, "prompt": "x"}),
                     ("chat/completions", chat),
                 ):
-                    answer = post(f"{url}/v1/{path}", json=sent, headers=headers)
+                    answer = post(f"{url}/v1/{path}", json=payload, headers=headers)
                     assert answer.status_code == 200, answer.text
-        found = [request.cache_scope for request in engine.requests]
-        assert found[::2] == found[1::2]  # of completions and of chats
-        return found[::2]
+        values = [request.cache_scope for request in engine.requests]
+        assert values[::2] == values[1::2]  # of completions and of chats
+        return values[::2]
 
-    plain, same, salted, other = scopes([], [("x", None), ("y", None), ("x", "s"), ("x", "t")])
+    plain, same, with_salt, other = scopes([], [("x", None), ("y", None), ("x", "s"), ("x", "t")])
     assert plain == same == ""
-    assert len({plain, salted, other}) == 3
+    assert len({plain, with_salt, other}) == 3
     keys = [hash_key("one"), hash_key("two")]
     one, two, one_salted = scopes(keys, [("one", None), ("two", None), ("one", "s")])
-    assert len({"", one, two, one_salted, salted}) == 5
+    assert len({"", one, two, one_salted, with_salt}) == 5
     # Engines outlive a deployment in which a key has another place.
     assert scopes(keys[::-1], [("one", None), ("two", None)]) == [one, two]
     with serving(build_app(engine, TOK, "tiny", 256)) as url:
@@ -354,8 +354,8 @@ def test_chunked_body_that_is_too_large(url: str) -> None:
 
 
 def test_tokenize(url: str) -> None:
-    found = post(f"{url}/tokenize", json={"prompt": "AB"}).json()
-    assert found == {"count": 3, "max_model_len": 256, "tokens": [TOK.bos, 65, 66]}
+    values = post(f"{url}/tokenize", json={"prompt": "AB"}).json()
+    assert values == {"count": 3, "max_model_len": 256, "tokens": [TOK.bos, 65, 66]}
     usage = post(f"{url}/v1/completions", json={"prompt": "AB"}).json()["usage"]
     assert usage["prompt_tokens"] == 3
     bare = post(f"{url}/tokenize", json={"prompt": "AB", "add_special_tokens": False}).json()
@@ -381,8 +381,8 @@ def test_max_tokens_is_cut_to_what_fits(
     prompts = {"prompt": ["a", "longer"], "max_tokens": 16 if value is None else value}
     assert post(f"{url}/v1/completions", json=prompts).status_code == 200
     for request in engine.requests[: 4 if value is not None else 2]:
-        expected = 256 - len(request.prompt) if room else 5
-        assert request.params.max_tokens == expected
+        target = 256 - len(request.prompt) if room else 5
+        assert request.params.max_tokens == target
 
 
 def test_draft_tokens_behind_a_stop_are_not_counted(url: str, engine: ScriptedClient) -> None:
@@ -423,8 +423,8 @@ def test_lone_surrogates_are_answered(url: str) -> None:
     ):
         assert post(f"{url}/v1/completions", content=body, headers=JSON).status_code == 200, body
     body = b'{"prompt": "\\ud800", "echo": true}'
-    echoed = post(f"{url}/v1/completions", content=body, headers=JSON).json()
-    assert echoed["choices"][0]["text"].startswith("\N{REPLACEMENT CHARACTER}")
+    echo_answer = post(f"{url}/v1/completions", content=body, headers=JSON).json()
+    assert echo_answer["choices"][0]["text"].startswith("\N{REPLACEMENT CHARACTER}")
     for body in (b'{"prompt": "a", "model": "\\ud800"}', b'{"prompt": "a", "stop": [["\\ud800"]]}'):
         answer = post(f"{url}/v1/completions", content=body, headers=JSON)
         assert answer.status_code in (400, 404)

@@ -41,8 +41,8 @@ def client(engine: ScriptedClient) -> Iterator[openai.OpenAI]:
 
 
 def ask(client: openai.OpenAI, **fields: Any) -> Any:
-    given = {"model": "tiny", "messages": [USER], "tools": [TOOL], **fields}
-    return client.chat.completions.create(**given)
+    request_fields = {"model": "tiny", "messages": [USER], "tools": [TOOL], **fields}
+    return client.chat.completions.create(**request_fields)
 
 
 def test_a_call_and_its_result(client: openai.OpenAI, engine: ScriptedClient) -> None:
@@ -85,11 +85,11 @@ def test_a_forced_call(
     client: openai.OpenAI, engine: ScriptedClient, choice: Any, finish: str
 ) -> None:
     engine.tokens = [*TOK.encode("2*3"), END]
-    found = ask(client, tool_choice=choice).choices[0]
+    values = ask(client, tool_choice=choice).choices[0]
     assert engine.requests[0].prompt[-1] == START
-    assert found.message.content is None
-    assert json.loads(found.message.tool_calls[0].function.arguments) == {"expression": "2*3"}
-    assert found.finish_reason == finish
+    assert values.message.content is None
+    assert json.loads(values.message.tool_calls[0].function.arguments) == {"expression": "2*3"}
+    assert values.finish_reason == finish
 
 
 def test_no_call_when_none_is_wanted(client: openai.OpenAI, engine: ScriptedClient) -> None:
@@ -130,23 +130,23 @@ def test_any_function_can_be_forced(
     client: openai.OpenAI, engine: ScriptedClient, choice: Any, finish: str, stream: bool
 ) -> None:
     engine.tokens = TOK.encode(WRITTEN)
-    sent = {"tools": [PING, WEATHER, TOOL], "tool_choice": choice, "parallel_tool_calls": False}
-    answer = ask(client, **sent, stream=stream)
+    payload = {"tools": [PING, WEATHER, TOOL], "tool_choice": choice, "parallel_tool_calls": False}
+    answer = ask(client, **payload, stream=stream)
     if stream:
         choices = [c.choices[0] for c in answer]
         calls = [c.delta.tool_calls[0] for c in choices if c.delta.tool_calls]
         assert len(calls) > 10  # the arguments come as they are written
         assert [c.id is not None for c in calls] == [True] + [False] * (len(calls) - 1)
         assert calls[0].function.name == "weather"
-        written = "".join(c.function.arguments for c in calls)
+        call_text = "".join(c.function.arguments for c in calls)
         assert choices[-1].finish_reason == finish
     else:
-        (found,) = answer.choices
-        (call,) = found.message.tool_calls
-        assert (call.function.name, found.finish_reason) == ("weather", finish)
-        assert found.message.content is None
-        written = call.function.arguments
-    assert json.loads(written) == ARGUMENTS
+        (values,) = answer.choices
+        (call,) = values.message.tool_calls
+        assert (call.function.name, values.finish_reason) == ("weather", finish)
+        assert values.message.content is None
+        call_text = call.function.arguments
+    assert json.loads(call_text) == ARGUMENTS
     request = engine.requests[0]
     assert request.prompt[-1] == START
     grammar = request.params.grammar
@@ -159,10 +159,10 @@ def test_any_function_can_be_forced(
 
 def test_a_forced_call_that_is_cut(client: openai.OpenAI, engine: ScriptedClient) -> None:
     engine.tokens = TOK.encode(WRITTEN)
-    cut = len(TOK.encode(WRITTEN.partition(',"days')[0]))
-    found = ask(client, tools=[WEATHER], tool_choice="required", max_tokens=cut).choices[0]
-    assert found.finish_reason == "length"
-    assert found.message.tool_calls[0].function.arguments == '{"place":{"name":"Köln {}"}'
+    head = len(TOK.encode(WRITTEN.partition(',"days')[0]))
+    values = ask(client, tools=[WEATHER], tool_choice="required", max_tokens=head).choices[0]
+    assert values.finish_reason == "length"
+    assert values.message.tool_calls[0].function.arguments == '{"place":{"name":"Köln {}"}'
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -172,21 +172,21 @@ def test_a_call_of_the_models_own_accord(
     engine.tokens = [*TOK.encode("So: "), START, *TOK.encode(WRITTEN), END, *TOK.encode("more")]
     answer = ask(client, tools=[WEATHER], stream=stream, stop=[": no"])
     choices = [c.choices[0] for c in answer] if stream else answer.choices
-    said = [c.delta if stream else c.message for c in choices]
-    assert "".join(m.content or "" for m in said) == "So: "
-    ((call,),) = [m.tool_calls for m in said if m.tool_calls]
+    texts = [c.delta if stream else c.message for c in choices]
+    assert "".join(m.content or "" for m in texts) == "So: "
+    ((call,),) = [m.tool_calls for m in texts if m.tool_calls]
     assert call.function.name == "weather"
     assert json.loads(call.function.arguments) == ARGUMENTS
     assert choices[-1].finish_reason == "tool_calls"
     assert engine.aborted == [engine.requests[0].id]
 
     result = {"role": "tool", "tool_call_id": call.id, "content": "wet"}
-    called = {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]}
+    call_message = {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]}
     engine.tokens = TOK.encode("Wet.")
-    again = ask(client, tools=[WEATHER], messages=[USER, called, result])
+    again = ask(client, tools=[WEATHER], messages=[USER, call_message, result])
     assert again.choices[0].message.content == "Wet."
-    shown = TOK.decode(engine.requests[1].prompt)
-    assert shown.endswith(f"{WRITTEN}<|python_end|><|output_start|>wet<|output_end|>")
+    prompt_text = TOK.decode(engine.requests[1].prompt)
+    assert prompt_text.endswith(f"{WRITTEN}<|python_end|><|output_start|>wet<|output_end|>")
 
 
 def test_the_calculator_runs_beside_functions(
@@ -194,9 +194,9 @@ def test_the_calculator_runs_beside_functions(
 ) -> None:
     out = [TOK.special("<|output_start|>"), *TOK.encode("19"), TOK.special("<|output_end|>")]
     engine.tokens = [START, *TOK.encode("12+7"), END, *out, *TOK.encode("19.")]
-    found = ask(client, tools=[WEATHER]).choices[0]
-    assert (found.message.content, found.finish_reason) == ("19.", "stop")
-    assert found.message.calculator == [{"expression": "12+7", "result": "19"}]
+    values = ask(client, tools=[WEATHER]).choices[0]
+    assert (values.message.content, values.finish_reason) == ("19.", "stop")
+    assert values.message.calculator == [{"expression": "12+7", "result": "19"}]
     # Where a client declares it, an expression is a call of the client's.
     assert ask(client, tools=[WEATHER, TOOL]).choices[0].message.tool_calls
 

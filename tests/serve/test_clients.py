@@ -29,9 +29,9 @@ class Caller(ScriptedClient):
     """Calls the calculator when it is asked to, else greets."""
 
     async def submit(self, request: Request, stream: OutputStream) -> None:
-        asked = TOK.decode(request.prompt).endswith("call<|user_end|><|assistant_start|>")
+        queries = TOK.decode(request.prompt).endswith("call<|user_end|><|assistant_start|>")
         call = [START, *TOK.encode("12+7"), END]
-        self.tokens = call if asked else TOK.encode("Grüße 🙂")
+        self.tokens = call if queries else TOK.encode("Grüße 🙂")
         await super().submit(request, stream)
 
 
@@ -43,9 +43,9 @@ def url() -> Iterator[str]:
 
 def run(*command: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip().endswith("ok")
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.strip().endswith("ok")
 
 
 @pytest.mark.parametrize("client", ["langchain_client.py", "litellm_client.py"])

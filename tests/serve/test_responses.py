@@ -88,8 +88,8 @@ def test_function_call_and_its_output(client: openai.OpenAI, engine: ScriptedCli
     events = list(
         client.responses.create(model="tiny", input=[question], tools=[CALCULATOR], stream=True)
     )
-    (done,) = [e for e in events if e.type == "response.function_call_arguments.done"]
-    assert (done.arguments, done.output_index) == (call.arguments, 1)
+    (last_event,) = [e for e in events if e.type == "response.function_call_arguments.done"]
+    assert (last_event.arguments, last_event.output_index) == (call.arguments, 1)
     assert [item.type for item in events[-1].response.output] == ["message", "function_call"]
     items = [question, *(item.model_dump(exclude_none=True) for item in answer.output)]
     items.append({"type": "function_call_output", "call_id": call.call_id, "output": "19"})
@@ -121,8 +121,8 @@ def test_truncation_drops_the_oldest_turns(url: str, engine: ScriptedClient) -> 
         items.append({"role": "user", "content": f"question {i}"})
         items.append({"role": "assistant", "content": f"answer {i}"})
     items.append({"role": "user", "content": "the last"})
-    refused = post(f"{url}/v1/responses", json={"input": items})
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
+    refusal = post(f"{url}/v1/responses", json={"input": items})
+    assert (refusal.status_code, refusal.json()["error"]["param"]) == (400, "input")
     body = {"input": items, "truncation": "auto"}
     assert post(f"{url}/v1/responses", json=body).status_code == 200
     text = TOK.decode([t for t in engine.requests[-1].prompt if t < 256])

@@ -14,12 +14,12 @@ TOK = Tokenizer.bytes_only()
 def test_every_request_of_the_list_is_answered() -> None:
     engine = ScriptedClient(TOK.encode("hello you"))
     with serving(build_app(engine, TOK, "tiny", 256)) as url:
-        listed = requests("tiny")
-        assert len(listed) >= 60
-        statuses = [answer(url, *one)[0] for one in listed]
+        cases = requests("tiny")
+        assert len(cases) >= 60
+        statuses = [answer(url, *one)[0] for one in cases]
         assert set(statuses) <= {200, 400, 404, 405, 415}
         assert statuses.count(200) > 35
-        assert all(not found for _, found in compare(url, url))
+        assert all(not rows for _, rows in compare(url, url))
 
 
 def test_differences_are_named() -> None:

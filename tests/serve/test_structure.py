@@ -110,19 +110,25 @@ def test_what_cannot_be_is_refused(url: str, fields: dict[str, Any]) -> None:
 
 
 def test_an_echoed_prompt_has_scores(client: openai.OpenAI) -> None:
-    given = {"model": "tiny", "prompt": [65, 66], "echo": True, "logprobs": 1, "max_tokens": 9}
-    choice = client.completions.create(**given).choices[0]
+    body = {
+        "model": "tiny",
+        "prompt": [65, 66],
+        "echo": True,
+        "logprobs": 1,
+        "max_tokens": 9,
+    }
+    choice = client.completions.create(**body).choices[0]
     assert choice.text == "ABCD"
-    found = choice.logprobs
-    assert found is not None
-    assert found.tokens == ["A", "B", "C", "D"]
-    assert found.token_logprobs == [None, -0.66, -0.67, -0.68]
-    assert found.top_logprobs[:2] == [None, {"A": -0.5, "B": -0.66}]
-    assert found.text_offset == [0, 1, 2, 3]
-    chunks = [c.choices[0] for c in client.completions.create(**given, stream=True)]
+    logprobs = choice.logprobs
+    assert logprobs is not None
+    assert logprobs.tokens == ["A", "B", "C", "D"]
+    assert logprobs.token_logprobs == [None, -0.66, -0.67, -0.68]
+    assert logprobs.top_logprobs[:2] == [None, {"A": -0.5, "B": -0.66}]
+    assert logprobs.text_offset == [0, 1, 2, 3]
+    chunks = [c.choices[0] for c in client.completions.create(**body, stream=True)]
     assert "".join(c.text for c in chunks) == "ABCD"
-    streamed = [x for c in chunks if c.logprobs for x in c.logprobs.token_logprobs]
-    assert streamed == found.token_logprobs
+    stream_answer = [x for c in chunks if c.logprobs for x in c.logprobs.token_logprobs]
+    assert stream_answer == logprobs.token_logprobs
     assert [x for c in chunks if c.logprobs for x in c.logprobs.text_offset] == [0, 1, 2, 3]
 
 
@@ -130,28 +136,34 @@ def test_an_echo_comes_before_a_token_without_text(
     client: openai.OpenAI, engine: ScriptedClient
 ) -> None:
     engine.tokens = [TOK.special("<|output_end|>"), *engine.tokens]
-    given = {"model": "tiny", "prompt": [65, 66], "echo": True, "logprobs": 1, "max_tokens": 9}
-    chunks = [c.choices[0] for c in client.completions.create(**given, stream=True)]
+    body = {
+        "model": "tiny",
+        "prompt": [65, 66],
+        "echo": True,
+        "logprobs": 1,
+        "max_tokens": 9,
+    }
+    chunks = [c.choices[0] for c in client.completions.create(**body, stream=True)]
     assert "".join(c.text for c in chunks) == "ABCD"
     assert [x for c in chunks if c.logprobs for x in c.logprobs.tokens] == ["A", "B", "C", "D"]
     assert [x for c in chunks if c.logprobs for x in c.logprobs.text_offset] == [0, 1, 2, 3]
 
 
 def test_a_text_s_first_token_stands_for_no_text(client: openai.OpenAI) -> None:
-    given = {"model": "tiny", "prompt": "AB", "echo": True, "logprobs": 0, "max_tokens": 9}
-    found = client.completions.create(**given).choices[0].logprobs
-    assert found is not None
-    assert found.tokens == ["<|bos|>", "A", "B", "C", "D"]
-    assert found.text_offset == [0, 0, 1, 2, 3]
+    body = {"model": "tiny", "prompt": "AB", "echo": True, "logprobs": 0, "max_tokens": 9}
+    logprobs = client.completions.create(**body).choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens == ["<|bos|>", "A", "B", "C", "D"]
+    assert logprobs.text_offset == [0, 0, 1, 2, 3]
 
 
 def test_prompt_logprobs_in_vllm_s_form(url: str) -> None:
     body = {"prompt": [65, 66], "prompt_logprobs": 1, "max_tokens": 1}
-    found = post(f"{url}/v1/completions", json=body).json()["choices"][0]
-    first, second = found["prompt_logprobs"]
+    logprobs = post(f"{url}/v1/completions", json=body).json()["choices"][0]
+    first, second = logprobs["prompt_logprobs"]
     assert first is None
     assert second["65"] == {"logprob": -0.5, "rank": 1, "decoded_token": "A"}
     assert second["66"] == {"logprob": -0.66, "rank": None, "decoded_token": "B"}
-    assert found["logprobs"] is None
-    streamed = post(f"{url}/v1/completions", json={**body, "stream": True})
-    assert streamed.status_code == 400
+    assert logprobs["logprobs"] is None
+    stream_answer = post(f"{url}/v1/completions", json={**body, "stream": True})
+    assert stream_answer.status_code == 400
