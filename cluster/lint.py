@@ -23,10 +23,10 @@ IRREGULAR = frozenset(
     won worn written""".split()  # noqa: SIM905 - a list of words reads better as text
 )
 NOT_PARTICIPLES = frozenset(
-    """seed speed feed need embed bed red shed weed bleed breed deed reed
-    ReluSquared""".split()  # noqa: SIM905
+    """seed speed feed need exceed embed bed red shed weed bleed breed deed reed
+    hidden created relusquared""".split()  # noqa: SIM905
 )
-"""Nouns and verbs that end in "ed", and terms of the field."""
+"""Nouns and verbs that end in "ed", terms of the field, and a field of OpenAI's objects."""
 REPLACED = {
     "snapshot": "checkpoint",
     "max_slots": "max_num_seqs",
@@ -71,7 +71,7 @@ def reason(name: str) -> str:
     word = name.strip("_")
     if word in REPLACED:
         return f"the term is {REPLACED[word]}"
-    if word in NOT_PARTICIPLES or "_" in word:
+    if word.lower() in NOT_PARTICIPLES or "_" in word:
         return ""
     participle = word in IRREGULAR or (word.endswith("ed") and word.isalpha())
     return "a bare participle: name the thing" if participle else ""

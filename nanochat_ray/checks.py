@@ -13,17 +13,17 @@ MAX_NAME = 128
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """``repr`` of a value, shortened in the middle if it is long."""
     text = repr(value[: 4 * MAX_SHOWN]) if isinstance(value, str | bytes) else repr(value)
     half = MAX_SHOWN // 2
     return text if len(text) <= MAX_SHOWN else f"{text[:half]}…{text[-half:]}"
 
 
-def require(ok: bool, field: str, value: object, allowed: str) -> None:
+def require(ok: bool, field: str, value: object, requirement: str) -> None:
     """ValueError unless ``ok``."""
     if not ok:
-        raise ValueError(f"{field}={shown(value)} is not allowed: {allowed}")
+        raise ValueError(f"{field}={short_repr(value)} is not allowed: {requirement}")
 
 
 def check_int(field: str, value: Any, least: int, most: int | None = None) -> int:
@@ -49,8 +49,10 @@ def check_name(field: str, name: Any) -> str:
     """The name of a run, dataset, tokenizer or checkpoint: one entry of a folder, never a path."""
     ok = isinstance(name, str) and len(name) <= MAX_NAME
     ok = ok and _NAME.fullmatch(name) is not None and not name.endswith(".tmp")
-    allowed = f"1 to {MAX_NAME} letters, digits, '.', '_' and '-', not beginning with '.' or '-'"
-    require(ok, field, name, allowed)
+    requirement = (
+        f"1 to {MAX_NAME} letters, digits, '.', '_' and '-', not beginning with '.' or '-'"
+    )
+    require(ok, field, name, requirement)
     return name
 
 

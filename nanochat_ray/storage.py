@@ -20,7 +20,7 @@ from urllib.parse import unquote
 import pyarrow.fs as pafs
 
 from nanochat_ray import conditional
-from nanochat_ray.checks import check_name, require, shown
+from nanochat_ray.checks import check_name, require, short_repr
 
 SCHEMES = ("file", "s3", "gs")
 OBJECT_STORES = ("s3", "gs")
@@ -79,7 +79,7 @@ def absolute(uri: str) -> str:
     try:
         return str(Path(path).expanduser().absolute())
     except RuntimeError as error:  # ~nobody
-        raise ValueError(f"storage={shown(uri)} is not allowed: {error}") from None
+        raise ValueError(f"storage={short_repr(uri)} is not allowed: {error}") from None
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -106,7 +106,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         fs, _ = pafs.FileSystem.from_uri(join_uri(scheme, bucket, options))
     except (ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"storage={shown(uri)} cannot be opened: {reason}") from None
+        raise ValueError(f"storage={short_repr(uri)} cannot be opened: {reason}") from None
     return fs, path.rstrip("/")
 
 

@@ -55,8 +55,8 @@ def test_a_command_of_a_readme_is_valid(words: list[str]) -> None:
         for flag in (word for word in arguments if word.startswith("--")):
             assert flag in script
     else:
-        known = ("serve", "kubectl", "ray", "pip", "python", "pytest", "torchrun", "eval")
-        assert program in known
+        programs = ("serve", "kubectl", "ray", "pip", "python", "pytest", "torchrun", "eval")
+        assert program in programs
 
 
 @pytest.mark.parametrize("path", READMES, ids=[str(p.relative_to(REPO)) for p in READMES])

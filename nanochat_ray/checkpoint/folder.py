@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nanochat_ray.checks import shown
+from nanochat_ray.checks import short_repr
 from nanochat_ray.storage import Store
 
 MARKER = "export.json"
@@ -177,7 +177,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} cannot be read: {shown(value)} is no JSON object")
+        raise ValueError(f"{path} cannot be read: {short_repr(value)} is no JSON object")
     return value
 
 
@@ -190,7 +190,7 @@ class Fields:
     def _refuse(self, name: str, rule: str) -> ValueError:
         if name not in self._values:
             return ValueError(f"{self._path}: {name} is missing: {rule}")
-        value = shown(self._values[name])
+        value = short_repr(self._values[name])
         return ValueError(f"{self._path}: {name}={value} is not allowed: {rule}")
 
     def int(self, name: str, most: int, default: int | None = None) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanochat_ray.checkpoint.folder import Fields, read_json, regular, writing
 from nanochat_ray.checkpoint.hf_tokenizer import WHAT, read_tokenizer, tokenizer_json
-from nanochat_ray.checks import shown
+from nanochat_ray.checks import short_repr
 from nanochat_ray.model.config import ModelConfig, windows
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
@@ -203,11 +203,11 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     weight_map = read_json(index, WHAT).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map={shown(weight_map)} is not allowed: an object")
+        raise ValueError(f"{index}: weight_map={short_repr(weight_map)} is not allowed: an object")
     for name in weight_map.values():
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise ValueError(
-                f"{index}: weight_map names {shown(name)}, which is no file of this folder"
+                f"{index}: weight_map names {short_repr(name)}, which is no file of this folder"
             )
     return [folder / name for name in sorted(set(weight_map.values()))]
 
@@ -234,7 +234,9 @@ def read_weights(folder: Path, config: ModelConfig, names: Mapping[str, str]) ->
         with _open(path) as file:
             for hf_name in file.keys():  # noqa: SIM118 (not a mapping)
                 if hf_name not in names:
-                    raise ValueError(f"{path}: tensor {shown(hf_name)} is not of this architecture")
+                    raise ValueError(
+                        f"{path}: tensor {short_repr(hf_name)} is not of this architecture"
+                    )
                 name = names[hf_name]
                 part = file.get_slice(hf_name)
                 shape, dtype = list(part.get_shape()), part.get_dtype()
@@ -271,7 +273,9 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     values = read_json(path, WHAT)
     if values.get("model_type") != "nanochat":
-        raise ValueError(f"{path}: model_type={shown(values.get('model_type'))} is not 'nanochat'")
+        raise ValueError(
+            f"{path}: model_type={short_repr(values.get('model_type'))} is not 'nanochat'"
+        )
     fields = Fields(path, values)
     heads = fields.int("num_attention_heads", MAX_WIDTH)
     rope = fields.object("rope_parameters")
@@ -329,6 +333,6 @@ def check_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> 
     fingerprint = read_json(path, WHAT).get("tokenizer_fingerprint", tokenizer.fingerprint)
     if fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"{path}: tokenizer_fingerprint={shown(fingerprint)} is not that of tokenizer.json, "
+            f"{path}: tokenizer_fingerprint={short_repr(fingerprint)} is not that of tokenizer.json, "
             f"{tokenizer.fingerprint}"
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_ray.checkpoint.folder import read_json
-from nanochat_ray.checks import shown
+from nanochat_ray.checks import short_repr
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 WHAT = "Hugging Face folder"
@@ -112,7 +112,7 @@ def _tokenizer_from_json(document: dict[str, Any]) -> Tokenizer:
         raise ValueError("model.vocab: its ids have gaps")
     for word, _ in by_rank:
         if not all(letter in byte_of for letter in word):
-            raise ValueError(f"model.vocab: {shown(word)} is not spelled in bytes")
+            raise ValueError(f"model.vocab: {short_repr(word)} is not spelled in bytes")
     ranks = [bytes(byte_of[letter] for letter in word) for word, _ in by_rank]
     steps = document["pre_tokenizer"].get("pretokenizers", [])
     splits = [step for step in steps if step["type"] == "Split"]
@@ -121,7 +121,7 @@ def _tokenizer_from_json(document: dict[str, Any]) -> Tokenizer:
     tokenizer = Tokenizer(ranks, splits[0]["pattern"]["Regex"])
     if specials != tokenizer.specials:
         raise ValueError(
-            f"added_tokens: its special tokens are {shown(specials)}; they must be "
+            f"added_tokens: its special tokens are {short_repr(specials)}; they must be "
             f"{', '.join(SPECIAL_TOKENS)}, in this order, after all others"
         )
     _check_same_behaviour(document, tokenizer_json(tokenizer))
@@ -132,7 +132,7 @@ def _check_same_behaviour(document: dict[str, Any], own: dict[str, Any]) -> None
     """ValueError where ``document`` works differently from ``own``, what is exported for it."""
     for name in ("normalizer", "post_processor", "truncation", "padding"):
         if document.get(name) is not None:
-            raise ValueError(f"{name}={shown(document[name])} is not allowed: null")
+            raise ValueError(f"{name}={short_repr(document[name])} is not allowed: null")
     for step, own_step in zip(
         document["pre_tokenizer"]["pretokenizers"],
         own["pre_tokenizer"]["pretokenizers"],
@@ -140,13 +140,13 @@ def _check_same_behaviour(document: dict[str, Any], own: dict[str, Any]) -> None
     ):
         for name in ("type", "behavior", "invert", "add_prefix_space", "use_regex"):
             if step.get(name, own_step.get(name)) != own_step.get(name):
-                raise ValueError(f"pre_tokenizer.{name}={shown(step[name])} is not allowed")
+                raise ValueError(f"pre_tokenizer.{name}={short_repr(step[name])} is not allowed")
     model = document["model"]
     for name, value in own["model"].items():
         if name in ("vocab", "merges"):
             continue
         if (model.get(name) or None) != (value or None):
-            raise ValueError(f"model.{name}={shown(model[name])} is not allowed: {value!r}")
+            raise ValueError(f"model.{name}={short_repr(model[name])} is not allowed: {value!r}")
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     if merges != own["model"]["merges"]:
         raise ValueError("model.merges: they are not those that build its ids in their order")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nanochat_ray.checkpoint.folder import Fields, read_json, regular
-from nanochat_ray.checks import shown
+from nanochat_ray.checks import short_repr
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -80,7 +80,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     tensors = {}
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: {shown(name)} is no tensor")
+            raise ValueError(f"{path}: {short_repr(name)} is no tensor")
         # torch.compile puts this before every name.
         tensors[name.removeprefix("_orig_mod.")] = tensor
     if len(tensors) != len(content):
@@ -91,12 +91,14 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def _config(meta: Path, path: Path, tensors: Mapping[str, Tensor]) -> ModelConfig:
     values = read_json(meta, WHAT).get("model_config")
     if not isinstance(values, dict):
-        raise ValueError(f"{meta}: model_config={shown(values)} is not allowed: an object")
+        raise ValueError(f"{meta}: model_config={short_repr(values)} is not allowed: an object")
     values = {f"model_config.{name}": value for name, value in values.items()}
     fields = Fields(meta, values)
     allowed_names = {f"model_config.{name}" for name in (*_SHAPE, "window_pattern")}
     if unknown := sorted(set(values) - allowed_names):
-        raise ValueError(f"{meta}: {shown(unknown[0])} is no field of nanochat's that is known")
+        raise ValueError(
+            f"{meta}: {short_repr(unknown[0])} is no field of nanochat's that is known"
+        )
     bounds = (MAX_POSITIONS, MAX_VOCABULARY, MAX_LAYERS, MAX_WIDTH, MAX_WIDTH, MAX_WIDTH)
     shape: dict[str, Any] = {
         name: fields.int(f"model_config.{name}", most)
@@ -119,7 +121,9 @@ def _config(meta: Path, path: Path, tensors: Mapping[str, Tensor]) -> ModelConfi
         )
     pattern = values.get("model_config.window_pattern", "L")
     if not isinstance(pattern, str):
-        raise ValueError(f"{meta}: model_config.window_pattern={shown(pattern)} is not allowed")
+        raise ValueError(
+            f"{meta}: model_config.window_pattern={short_repr(pattern)} is not allowed"
+        )
     try:
         if extra:
             return ModelConfig.modern(window_pattern=pattern.upper(), **shape)
@@ -138,7 +142,7 @@ def _check(path: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> No
         if name not in tensors:
             raise ValueError(f"{path}: tensor {name} is missing")
         if name not in shapes:
-            raise ValueError(f"{path}: tensor {shown(name)} is not of this architecture")
+            raise ValueError(f"{path}: tensor {short_repr(name)} is not of this architecture")
         tensor = tensors[name]
         if list(tensor.shape) != shapes[name]:
             raise ValueError(
@@ -210,7 +214,7 @@ def _tokenizer(content: Any) -> Tokenizer:
         state.get(name) for name in ("pat_str", "mergeable_ranks", "special_tokens")
     )
     if not isinstance(pattern, str):
-        raise ValueError(f"pat_str={shown(pattern)} is not allowed: a text")
+        raise ValueError(f"pat_str={short_repr(pattern)} is not allowed: a text")
     if not isinstance(ranks, dict) or not all(
         type(token) is bytes and type(rank) is int for token, rank in ranks.items()
     ):
@@ -221,7 +225,7 @@ def _tokenizer(content: Any) -> Tokenizer:
     tokenizer = Tokenizer([token for token, _ in by_rank], pattern)
     if specials != tokenizer.specials:
         raise ValueError(
-            f"special_tokens={shown(specials)} is not allowed: {', '.join(SPECIAL_TOKENS)}, in "
+            f"special_tokens={short_repr(specials)} is not allowed: {', '.join(SPECIAL_TOKENS)}, in "
             "this order, after all others"
         )
     return tokenizer

@@ -38,7 +38,7 @@ def _uniform(seed, position):
 
 
 @triton.jit
-def _ordered(x):
+def _to_ordered_keys(x):
     """uint32 keys that order like the float32 ``x``."""
     bits = x.to(tl.uint32, bitcast=True)
     negative = (bits >> 31) == 1
@@ -76,7 +76,7 @@ def _sample(x, ids, inside, k, top_p, min_p, uniform, vocab):
     """The token of one row of log-weights ``x``, of which the largest is 0."""
     if min_p > 0:
         x = tl.where(x < tl.log(min_p), float("-inf"), x)
-    keys = _ordered(x)
+    keys = _to_ordered_keys(x)
     weights = tl.where(inside & (x > float("-inf")), tl.exp(x), 0.0).to(tl.float64)
     mass = tl.sum(weights, axis=0)
     threshold = tl.zeros((), tl.uint32)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat_ray.checks import require, shown
+from nanochat_ray.checks import require, short_repr
 from nanochat_ray.data import records
 from nanochat_ray.data.decoding import replace_surrogates
 from nanochat_ray.text import chat
@@ -163,13 +163,13 @@ def _openai_form(record: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     if isinstance(record, list):
         record = {"messages": record}
     if not isinstance(record, dict):
-        raise ValueError(f"{shown(record)} is no conversation: an object with 'messages'")
+        raise ValueError(f"{short_repr(record)} is no conversation: an object with 'messages'")
     record = {key: value for key, value in record.items() if value is not None}
     name = next((n for n in ("messages", "conversations", "conversation") if n in record), None)
     if name is None:
         raise ValueError(
             f"a conversation has 'messages' (OpenAI) or 'conversations' (ShareGPT), not only "
-            f"{shown(sorted(record))}"
+            f"{short_repr(sorted(record))}"
         )
     items = record[name]
     require(isinstance(items, list) and bool(items), name, items, "a list of messages")
@@ -263,7 +263,9 @@ def _tools(record: dict[str, Any]) -> list[dict[str, Any]]:
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError):
-            raise ValueError(f"tools={shown(tools)} is not allowed: a list of functions") from None
+            raise ValueError(
+                f"tools={short_repr(tools)} is not allowed: a list of functions"
+            ) from None
     if functions := record.get("functions"):
         require(isinstance(functions, list), "functions", functions, "a list of functions")
         tools = [*tools, *({"function": function} for function in functions)]

@@ -25,10 +25,10 @@ ATTACK = '<img src=x onerror="window.hacked=1"><script>window.hacked=2</script>'
 def answer(text: str) -> list[int]:
     marks = {"[": ["<|python_start|>"], "=": ["<|python_end|>", "<|output_start|>"]}
     marks["]"] = ["<|output_end|>"]
-    found: list[int] = []
+    tokens: list[int] = []
     for char in text:
-        found += [TOK.special(m) for m in marks[char]] if char in marks else TOK.encode(char)
-    return found
+        tokens += [TOK.special(m) for m in marks[char]] if char in marks else TOK.encode(char)
+    return tokens
 
 
 @pytest.fixture
@@ -49,13 +49,13 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    urls: list[str] = []
+    page.on("request", lambda request: urls.append(request.url))
     page.goto(url)
     expect(page.get_by_label("model")).to_have_text("tiny-d2")
     yield page
     context.close()
-    assert all(u.startswith((url, "data:")) for u in asked), "the page asked another host"
+    assert all(u.startswith((url, "data:")) for u in urls), "the page asked another host"
     # A refused request is reported by the browser itself; all else is a fault of the page.
     assert [p for p in problems if "Failed to load resource" not in p] == []
 
@@ -65,19 +65,19 @@ def say(page: Page, text: str) -> None:
     page.keyboard.press("Enter")
 
 
-def done(page: Page) -> None:
+def wait_until_idle(page: Page) -> None:
     expect(page.get_by_role("button", name="Send")).to_be_visible()
 
 
 def test_conversation_goes_on(page: Page, engine: ScriptedClient) -> None:
     say(page, "hi")
-    done(page)
+    wait_until_idle(page)
     expect(page.locator(".assistant .text")).to_have_text("Hello there.")
     page.get_by_label("Your message").fill("line one")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("line two")
     page.keyboard.press("Enter")
-    done(page)
+    wait_until_idle(page)
     assert "line one\nline two" in TOK.decode(engine.requests[1].prompt)
     assert "Hello there." in TOK.decode(engine.requests[1].prompt)
     expect(page.locator(".user")).to_have_count(2)
@@ -85,7 +85,7 @@ def test_conversation_goes_on(page: Page, engine: ScriptedClient) -> None:
     expect(page.locator(".user")).to_have_count(2)
     page.get_by_role("button", name="Regenerate").click()
     wait_for(lambda: len(engine.requests) == 3)
-    done(page)
+    wait_until_idle(page)
     assert list(engine.requests[2].prompt) == list(engine.requests[1].prompt)
     page.get_by_role("button", name="New chat").click()
     expect(page.locator(".turn")).to_have_count(0)
@@ -94,7 +94,7 @@ def test_conversation_goes_on(page: Page, engine: ScriptedClient) -> None:
 def test_text_is_never_html(page: Page, engine: ScriptedClient) -> None:
     engine.tokens = [t for c in ATTACK for t in TOK.encode(c)]
     say(page, ATTACK)
-    done(page)
+    wait_until_idle(page)
     expect(page.locator(".assistant .text")).to_have_text(ATTACK)
     expect(page.locator(".user p")).to_have_text(ATTACK)
     assert page.locator("main img, main script").count() == 0
@@ -110,7 +110,7 @@ def test_stop_frees_the_slot(page: Page, engine: ScriptedClient, by_key: bool) -
         page.keyboard.press("Escape")
     else:
         page.get_by_role("button", name="Stop").click()
-    done(page)
+    wait_until_idle(page)
     expect(page.locator(".foot")).to_contain_text("stopped")
     wait_for(lambda: len(engine.aborted) == 1)
     expect(page.locator(".assistant .text")).to_contain_text("word")  # what came is kept
@@ -128,7 +128,7 @@ def test_settings_are_sent(page: Page, engine: ScriptedClient) -> None:
     ]:
         page.get_by_label(label).fill(value)
     say(page, "hi")
-    done(page)
+    wait_until_idle(page)
     params = engine.requests[0].params
     assert (params.temperature, params.top_k, params.top_p) == (0.3, 9, 0.8)
     assert (params.max_tokens, params.seed) == (5, 42)
@@ -144,7 +144,7 @@ def test_errors_are_shown_and_retried(page: Page, engine: ScriptedClient) -> Non
     expect(page.get_by_role("alert")).to_contain_text("the engine was lost")
     engine.break_after = None
     page.get_by_role("button", name="Retry").click()
-    done(page)
+    wait_until_idle(page)
     expect(page.locator(".assistant .text")).to_have_text("Hello there.")
     say(page, "x" * 3000)
     expect(page.get_by_role("alert")).to_contain_text("maximum context length is 2048 tokens")
@@ -176,7 +176,7 @@ def test_phone(browser: Browser, url: str, engine: ScriptedClient, scheme: str) 
     page.goto(url)
     page.get_by_label("Your message").fill("hi")
     page.get_by_role("button", name="Send").tap()
-    done(page)
+    wait_until_idle(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     box = page.get_by_label("Your message").bounding_box()
     assert box is not None
@@ -190,7 +190,7 @@ def test_phone(browser: Browser, url: str, engine: ScriptedClient, scheme: str) 
 def test_calculator_and_picture(page: Page, engine: ScriptedClient) -> None:
     engine.tokens = answer("That is [47+38-9=76]76. You had 47, got 38 more, and gave 9 away.")
     say(page, "I have 47 marbles, find 38 and give 9 away. How many are left?")
-    done(page)
+    wait_until_idle(page)
     expect(page.locator(".calculator")).to_have_text("calculator47+38-9 = 76")
     expect(page.locator(".assistant .text").last).to_contain_text("76. You had 47")
     engine.tokens = answer(
@@ -198,7 +198,7 @@ def test_calculator_and_picture(page: Page, engine: ScriptedClient) -> None:
         "then to talk. I am often wrong, but sums I do with a calculator."
     )
     say(page, "Who are you?")
-    done(page)
+    wait_until_idle(page)
     if picture := os.environ.get("CHAT_PICTURE"):  # the README's is made by this test
         page.set_viewport_size({"width": 880, "height": 560})
         page.get_by_label("Your message").blur()
@@ -212,7 +212,7 @@ def test_full_context_drops_oldest_turns(browser: Browser, engine: ScriptedClien
         for i in range(8):
             say(page, f"question {i} is a little longer")
             wait_for(lambda n=i + 1: len(engine.requests) == n)
-            done(page)
+            wait_until_idle(page)
         divider = page.get_by_role("note")
         expect(divider).to_contain_text("no longer fit")
         expect(page.locator(".user")).to_have_count(8)

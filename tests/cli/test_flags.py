@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 
 from nanochat_ray import cli
-from nanochat_ray.checks import check_float, check_int, check_name, shown
+from nanochat_ray.checks import check_float, check_int, check_name, short_repr
 from nanochat_ray.cli import entry, flags
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.model.config import ModelConfig
@@ -313,7 +313,7 @@ def test_long_values_are_shortened() -> None:
     with pytest.raises(ValueError, match="run=") as caught:
         check_name("run", "x" * 1_000_000)
     assert len(str(caught.value)) < 400
-    assert len(shown(list(range(10_000)))) < 200
+    assert len(short_repr(list(range(10_000)))) < 200
     for wrong in (True, "3", 2.0, None):
         with pytest.raises(ValueError, match="n="):
             check_int("n", wrong, 1)

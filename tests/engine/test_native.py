@@ -44,9 +44,9 @@ def load_level(head_dim: int, group: int, level: str = "auto") -> Native:
 
 
 def run_attention(of: Step, window: int, level: str = "auto") -> Tensor:
-    q, _, _, keys, _, places = of
+    q, _, _, keys, _, positions = of
     native = load_level(q.size(2), q.size(1) // keys.size(1), level)
-    return native.attention(*of, native.tile_starts(*places.numpy()), window)
+    return native.attention(*of, native.tile_starts(*positions.numpy()), window)
 
 
 def step(head_dim: int, group: int, slots: list[int], positions: list[int], heads: int = 2) -> Step:
@@ -101,22 +101,22 @@ def test_prompt_chunks_are_bitwise_equal(
     head_dim: int, group: int, level: str, window: int
 ) -> None:
     n = 150
-    q, k, v, keys, values, places = step(head_dim, group, [2] * n, list(range(n)))
-    whole = run_attention((q, k, v, keys, values, places), window, level)
+    q, k, v, keys, values, positions = step(head_dim, group, [2] * n, list(range(n)))
+    whole = run_attention((q, k, v, keys, values, positions), window, level)
     torch.testing.assert_close(
-        whole, reference_attention((q, k, v, keys, values, places), window), rtol=2e-5, atol=2e-6
+        whole, reference_attention((q, k, v, keys, values, positions), window), rtol=2e-5, atol=2e-6
     )
     for size in (1, 2, 7, 64):
         keys[2], values[2] = torch.nan, torch.nan  # who is not yet written is not read
         for first in range(0, n, size):
             part = slice(first, first + size)
-            of = (q[part], k[part], v[part], keys, values, places[:, part])
+            of = (q[part], k[part], v[part], keys, values, positions[:, part])
             assert torch.equal(run_attention(of, window, level), whole[part]), (size, first)
 
 
 def test_large_scores_do_not_overflow() -> None:
-    q, k, v, keys, values, places = step(64, 1, [0, 1, 1], [350, 90, 91])
-    of = (100 * q, 100 * k, v, keys, values, places)
+    q, k, v, keys, values, positions = step(64, 1, [0, 1, 1], [350, 90, 91])
+    of = (100 * q, 100 * k, v, keys, values, positions)
     torch.testing.assert_close(
         run_attention(of, -1), reference_attention(of, -1), rtol=1e-4, atol=1e-4
     )
@@ -124,15 +124,15 @@ def test_large_scores_do_not_overflow() -> None:
 
 def test_rows_are_bitwise_independent() -> None:
     of = step(64, 2, [0, 1, 2, 4, 4], [10, 399, 128, 200, 201])
-    q, k, v, keys, values, places = of
+    q, k, v, keys, values, positions = of
     together = run_attention(of, 150)
     with threads(3):
         assert torch.equal(run_attention(of, 150), together)
     for row in range(5):
-        slot, position = places[:, row].tolist()
+        slot, position = positions[:, row].tolist()
         keys[3], values[3] = keys[slot], values[slot]
-        one, place = slice(row, row + 1), torch.tensor([[3], [position]])
-        alone = run_attention((q[one], k[one], v[one], keys, values, place), 150)
+        one, position = slice(row, row + 1), torch.tensor([[3], [position]])
+        alone = run_attention((q[one], k[one], v[one], keys, values, position), 150)
         assert torch.equal(alone[0], together[row])
 
 

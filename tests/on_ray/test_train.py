@@ -69,7 +69,7 @@ def test_killed_worker_changes_no_weights(tmp_path: Path) -> None:
 
     root = Store.at(str(tmp_path))
     write_dataset(root, "base")
-    whole, killed = job(root.uri, "whole", steps=300), job(root.uri, "killed", steps=300)
+    whole, victim = job(root.uri, "whole", steps=300), job(root.uri, "killed", steps=300)
     run_trainer(whole)
 
     def kill() -> None:
@@ -82,14 +82,14 @@ def test_killed_worker_changes_no_weights(tmp_path: Path) -> None:
         ]
         assert ours
         os.kill(ours[0].pid, signal.SIGKILL)
-        died.append(time.monotonic())
+        death_times.append(time.monotonic())
 
-    died: list[float] = []
+    death_times: list[float] = []
     killer = threading.Thread(target=kill)
     killer.start()
-    result = fit(killed, workers=1, cpus_per_worker=0.5)
+    result = fit(victim, workers=1, cpus_per_worker=0.5)
     killer.join()
-    assert died
+    assert death_times
     assert result["done"]
     one, other = weights(root, "whole"), weights(root, "killed")
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -100,7 +100,7 @@ def test_stopped_run_resumes_on_fewer_workers(tmp_path: Path) -> None:
 
     root = Store.at(str(tmp_path))
     write_dataset(root, "base")
-    stopped, whole = (job(root.uri, run, steps=400) for run in ("stopped", "whole"))
+    interrupted_job, whole = (job(root.uri, run, steps=400) for run in ("stopped", "whole"))
     run = root.child("runs", "stopped")
 
     def terminate() -> None:
@@ -109,12 +109,12 @@ def test_stopped_run_resumes_on_fewer_workers(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=terminate)
     thread.start()
-    result = on_ray.fit(stopped, workers=2, cpus_per_worker=0.5)
+    result = on_ray.fit(interrupted_job, workers=2, cpus_per_worker=0.5)
     thread.join()
     assert not result["done"]
     assert 4 <= result["step"] < 400
     assert checkpoint.latest(run) == checkpoint.name_of(result["step"])
-    result = on_ray.fit(stopped, workers=1, cpus_per_worker=0.5)
+    result = on_ray.fit(interrupted_job, workers=1, cpus_per_worker=0.5)
     assert result["done"]
     run_trainer(whole)
     assert losses(root, "stopped") == pytest.approx(losses(root, "whole"), abs=1e-4)
@@ -142,9 +142,9 @@ def test_permanent_error_of_one_rank_ends_it(tmp_path: Path) -> None:
 
     root = Store.at(str(tmp_path))
     write_dataset(root, "base")
-    shown = dataclasses.replace(job(root.uri, "run"), tensorboard="/proc/nowhere")
+    logging_job = dataclasses.replace(job(root.uri, "run"), tensorboard="/proc/nowhere")
     with pytest.raises(FileNotFoundError, match="/proc/nowhere"):
-        fit(shown, workers=2, cpus_per_worker=0.5)
+        fit(logging_job, workers=2, cpus_per_worker=0.5)
 
 
 def test_bad_runs_are_refused_at_the_start(tmp_path: Path) -> None:
