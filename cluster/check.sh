@@ -21,6 +21,7 @@ fi
 say "format and lint"
 ruff format --check .
 ruff check .
+find cluster jobs nanochat_ray tests -name "*.py" -print0 | xargs -0 python cluster/lint.py
 say "types"
 mypy
 say "import contracts"

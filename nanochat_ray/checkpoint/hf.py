@@ -333,6 +333,6 @@ def check_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> 
     fingerprint = read_json(path, WHAT).get("tokenizer_fingerprint", tokenizer.fingerprint)
     if fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"{path}: tokenizer_fingerprint={short_repr(fingerprint)} is not that of tokenizer.json, "
-            f"{tokenizer.fingerprint}"
+            f"{path}: tokenizer_fingerprint={short_repr(fingerprint)} is not that of "
+            f"tokenizer.json, {tokenizer.fingerprint}"
         )

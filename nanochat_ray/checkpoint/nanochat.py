@@ -225,7 +225,7 @@ def _tokenizer(content: Any) -> Tokenizer:
     tokenizer = Tokenizer([token for token, _ in by_rank], pattern)
     if specials != tokenizer.specials:
         raise ValueError(
-            f"special_tokens={short_repr(specials)} is not allowed: {', '.join(SPECIAL_TOKENS)}, in "
-            "this order, after all others"
+            f"special_tokens={short_repr(specials)} is not allowed: {', '.join(SPECIAL_TOKENS)}, "
+            "in this order, after all others"
         )
     return tokenizer

@@ -1,4 +1,4 @@
-"""Write a run as a Hugging Face folder, or take such a folder or nanochat's checkpoint in as a run.
+"""Export a run as a Hugging Face folder, or import such a folder or a nanochat checkpoint.
 
     nanochat-ray export --run chat --out my/folder        # for transformers and vLLM
     nanochat-ray export --run theirs --import-from my/folder     # to serve or fine-tune it here

@@ -92,7 +92,7 @@ class Args:
     """CPU: at most the tokens that take about this many minutes. The speed is measured when the run
     begins; a run that resumes keeps its plan."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU; the faster one on a CPU; sft: its parent's."""
+    """auto: bf16 on a GPU; on a CPU the faster of the two, for sft the parent's."""
     workers: int = 2
     """Processes that train, data-parallel."""
     min_workers: int = 0

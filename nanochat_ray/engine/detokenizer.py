@@ -44,8 +44,8 @@ Event = TextEvent | ToolCallEvent | ToolResultEvent
 class IncrementalDetokenizer:
     """The text of one answer, decoded as its tokens come.
 
-    Bytes wait until they make a whole character; text waits only as far as it may be the
-    beginning of a stop string. Special tokens have no text, and the text between the delimiters of
+    Bytes wait until they form a character; text is held back only while it may be a prefix of a
+    stop string. Special tokens have no text, and the text between the delimiters of
     a tool is left out unless ``show_tools``. However the tokens are split into calls of ``push``,
     the joined text is the same.
     """

@@ -21,7 +21,7 @@ class OptimConfig:
     unembedding_lr: float = 0.008
     scalar_lr: float = 0.5
     weight_decay: float = 0.0
-    """Decay of the matrices, tied to the rate."""
+    """Muon's weight decay; multiplied by the learning rate and by the schedule's factor."""
     orthogonalizer: Orthogonalizer = "polar_express"
     """Muon's iteration towards the nearest semi-orthogonal matrix."""
     normuon: bool = True
@@ -38,7 +38,7 @@ class OptimConfig:
     warmdown_ratio: float = 0.8
     """Share of the steps in which the learning rates fall to ``final_lr_frac``."""
     final_lr_frac: float = 0.05
-    """Last rate as a share of the full one."""
+    """Final learning rate as a fraction of the peak."""
     grad_clip: float = 0.0
     """Largest global gradient norm; 0 turns clipping off."""
 

@@ -25,7 +25,7 @@ class ScriptedClient:
         self.break_after: int | None = None
         self.requests: list[Request] = []
         self.running: set[str] = set()
-        self.aborted: list[str] = []
+        self.aborts: list[str] = []
         self.tasks: list[asyncio.Task[None]] = []
 
     async def submit(self, request: Request, stream: OutputStream) -> None:
@@ -35,7 +35,7 @@ class ScriptedClient:
         self.running.add(request.id)
 
         def abort() -> None:
-            self.aborted.append(request.id)
+            self.aborts.append(request.id)
             self.running.discard(request.id)
 
         stream.take(request.id, abort)

@@ -137,7 +137,7 @@ def test_stop_string_across_tokens_frees_the_slot(
     answer = client.completions.create(model="tiny", prompt="x", stop=["END"], max_tokens=99)
     assert answer.choices[0].text == "one two "
     assert answer.choices[0].finish_reason == "stop"
-    assert len(engine.aborted) == 1
+    assert len(engine.aborts) == 1
 
 
 def test_sampling_fields_reach_the_engine(client: openai.OpenAI, engine: ScriptedClient) -> None:
@@ -287,7 +287,7 @@ def test_a_client_that_leaves_frees_its_slots(
         if stream:
             assert b"200 OK" in connection.recv(65536)
     wait_for(lambda: not engine.running)
-    assert len(engine.aborted) == n
+    assert len(engine.aborts) == n
 
 
 def test_keys(engine: ScriptedClient) -> None:

@@ -178,7 +178,7 @@ def test_a_call_of_the_models_own_accord(
     assert call.function.name == "weather"
     assert json.loads(call.function.arguments) == ARGUMENTS
     assert choices[-1].finish_reason == "tool_calls"
-    assert engine.aborted == [engine.requests[0].id]
+    assert engine.aborts == [engine.requests[0].id]
 
     result = {"role": "tool", "tool_call_id": call.id, "content": "wet"}
     call_message = {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]}

@@ -100,9 +100,9 @@ def test_a_forced_call_fits_its_schema(client: openai.OpenAI) -> None:
     assert kinds[2] == "output_item.added"
     assert set(kinds[3:-3]) == {"function_call_arguments.delta"}
     assert kinds[-3:] == ends
-    written = "".join(e.delta for e in items if e.type.endswith("arguments.delta"))
-    assert items[-1].response.output[0].arguments == written
-    assert "seats" in json.loads(written)
+    argument_text = "".join(e.delta for e in items if e.type.endswith("arguments.delta"))
+    assert items[-1].response.output[0].arguments == argument_text
+    assert "seats" in json.loads(argument_text)
     assert [e.sequence_number for e in items] == list(range(len(items)))
 
 
@@ -152,14 +152,14 @@ def test_each_of_many_grammars_is_compiled_once(monkeypatch: pytest.MonkeyPatch)
         3 * MAX_CACHED // 2,
         make_client(max_num_seqs=4, max_num_batched_tokens=64, max_queue_size=2 * MAX_CACHED),
     )
-    compiled: list[str] = []
+    grammar_texts: list[str] = []
     compile_it = Grammars._compile
 
-    def counted(grammars: Grammars, text: str) -> Any:
-        compiled.append(text)
+    def count_calls(grammars: Grammars, text: str) -> Any:
+        grammar_texts.append(text)
         return compile_it(grammars, text)
 
-    monkeypatch.setattr(Grammars, "_compile", counted)
+    monkeypatch.setattr(Grammars, "_compile", count_calls)
 
     async def ask(i: int) -> None:
         params = SamplingParams(grammar={"choice": [f"{i}"]}, max_tokens=5)
@@ -173,28 +173,28 @@ def test_each_of_many_grammars_is_compiled_once(monkeypatch: pytest.MonkeyPatch)
 
     asyncio.run(ask_all())
     client.close()
-    assert len(compiled) == count
+    assert len(grammar_texts) == count
 
 
 def test_stream_says_what_the_whole_says(client: openai.OpenAI) -> None:
     fields = {"model": "tiny", "messages": USER, "seed": 3, "max_tokens": 40}
     whole = client.chat.completions.create(**fields)
     chunks = list(client.chat.completions.create(**fields, stream=True))
-    streamed = "".join(c.choices[0].delta.content or "" for c in chunks)
-    assert streamed == whole.choices[0].message.content
+    stream_text = "".join(c.choices[0].delta.content or "" for c in chunks)
+    assert stream_text == whole.choices[0].message.content
 
 
 def test_logprobs(client: openai.OpenAI) -> None:
     answer = client.completions.create(
         model="tiny", prompt="ab", temperature=0, max_tokens=4, logprobs=2
     )
-    found = answer.choices[0].logprobs
-    assert found is not None
-    assert len(found.tokens) == len(found.token_logprobs) == len(found.text_offset) == 4
-    assert all(len(top) <= 3 for top in found.top_logprobs)
-    assert all(t in top for t, top in zip(found.tokens, found.top_logprobs, strict=True))
-    greedy = [max(top.values()) for top in found.top_logprobs]
-    assert found.token_logprobs == pytest.approx(greedy)
+    result = answer.choices[0].logprobs
+    assert result is not None
+    assert len(result.tokens) == len(result.token_logprobs) == len(result.text_offset) == 4
+    assert all(len(top) <= 3 for top in result.top_logprobs)
+    assert all(t in top for t, top in zip(result.tokens, result.top_logprobs, strict=True))
+    greedy = [max(top.values()) for top in result.top_logprobs]
+    assert result.token_logprobs == pytest.approx(greedy)
     chat = client.chat.completions.create(
         model="tiny", messages=USER, max_tokens=3, logprobs=True, top_logprobs=1, seed=1
     )
@@ -225,14 +225,14 @@ def test_leaving_frees_the_slots_within_a_step(url: str, local: LocalClient, n: 
     body = json.dumps(fields).encode()
     host, port = url.removeprefix("http://").split(":")
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    aborted: list[int] = []  # the engine's steps when each abort came
+    abort_steps: list[int] = []  # the engine's steps when each abort came
     abort = local._engine_loop.abort
 
-    def noted(request_id: str) -> None:
-        aborted.append(local.engine.stats().steps)
+    def note_abort(request_id: str) -> None:
+        abort_steps.append(local.engine.stats().steps)
         abort(request_id)
 
-    local._engine_loop.abort = noted  # type: ignore[method-assign]
+    local._engine_loop.abort = note_abort  # type: ignore[method-assign]
     try:
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -241,8 +241,8 @@ def test_leaving_frees_the_slots_within_a_step(url: str, local: LocalClient, n: 
         wait_for(lambda: not local.engine.has_work)
     finally:
         local._engine_loop.abort = abort  # type: ignore[method-assign]
-    assert len(aborted) == n
-    assert local.engine.stats().steps <= aborted[-1] + 2  # the one that ran, and one begun then
+    assert len(abort_steps) == n
+    assert local.engine.stats().steps <= abort_steps[-1] + 2  # the one that ran, and one begun then
     local.engine.check_integrity()
 
 
@@ -255,15 +255,15 @@ def test_a_full_queue_is_said_so(url: str, local: LocalClient) -> None:
 
 
 @pytest.fixture
-def hurried(local: LocalClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def hurried_url(local: LocalClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Another server over the same engine, whose requests have a deadline. It passes when an answer
     has 3 tokens, or while a request waits: whatever the speed of the machine."""
     run, scheduler = local.engine.runner.run, local.engine.scheduler
 
     def late(chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None) -> torch.Tensor:
         time.sleep(0.005)  # those without a deadline are still there when the next request comes
-        begun = [s for s in scheduler.running if len(s.tokens) >= len(s.request.prompt) + 3]
-        for s in (*begun, *scheduler.waiting):
+        decoding = [s for s in scheduler.running if len(s.tokens) >= len(s.request.prompt) + 3]
+        for s in (*decoding, *scheduler.waiting):
             if s.request.deadline is not None:
                 object.__setattr__(s.request, "deadline", time.time())
         return run(chunks, previous_ids)
@@ -277,37 +277,37 @@ def hurried(local: LocalClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_an_answer_that_takes_too_long_is_ended(hurried: str, n: int) -> None:
+def test_an_answer_that_takes_too_long_is_ended(hurried_url: str, n: int) -> None:
     fields = {"prompt": "x", "max_tokens": 450, "n": n, "ignore_eos": True}
-    late = post(f"{hurried}/v1/completions", json=fields)
+    late = post(f"{hurried_url}/v1/completions", json=fields)
     assert (late.status_code, late.headers["x-should-retry"]) == (504, "false")
     error = late.json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "request_timeout")
-    streamed = post(f"{hurried}/v1/completions", json={**fields, "stream": True})
-    assert streamed.status_code == 200
-    *_, token, end = streamed.text.strip().split("\n\n")
+    stream_text = post(f"{hurried_url}/v1/completions", json={**fields, "stream": True})
+    assert stream_text.status_code == 200
+    *_, token, end = stream_text.text.strip().split("\n\n")
     assert json.loads(token.removeprefix("data: "))["choices"]
     assert json.loads(end.removeprefix("data: "))["error"]["code"] == "request_timeout"
 
 
 def test_an_answer_that_waits_too_long_is_refused(
-    hurried: str, url: str, local: LocalClient
+    hurried_url: str, url: str, local: LocalClient
 ) -> None:
     fields = {"prompt": "x", "max_tokens": 450, "ignore_eos": True}
     with ThreadPoolExecutor(1) as pool:
         ask = functools.partial(post, f"{url}/v1/completions")
         others = pool.submit(ask, json={**fields, "n": 4})
         wait_for(lambda: local.engine.stats().running == 4)
-        late = post(f"{hurried}/v1/completions", json={**fields, "stream": True})
+        late = post(f"{hurried_url}/v1/completions", json={**fields, "stream": True})
         assert late.status_code == 504
         assert others.result().status_code == 200
 
 
 def test_health_tells_the_load(url: str) -> None:
-    found = get(f"{url}/health").json()
-    assert found["status"] == "ok"
-    assert found["engines"][0]["slots"] == 4
-    assert found["engines"][0]["kernels"] in (
+    result = get(f"{url}/health").json()
+    assert result["status"] == "ok"
+    assert result["engines"][0]["slots"] == 4
+    assert result["engines"][0]["kernels"] in (
         "amx",
         "avx512",
         "avx2",
@@ -348,14 +348,14 @@ def test_metrics_tell_what_happened(url: str, client: openai.OpenAI) -> None:
 
 
 def test_usage_tells_what_was_cached(client: openai.OpenAI) -> None:
-    given = {"model": "tiny", "prompt": "y" * 100, "max_tokens": 2}
-    cached = []
+    body = {"model": "tiny", "prompt": "y" * 100, "max_tokens": 2}
+    cached_counts = []
     for _ in range(2):
-        usage = client.completions.create(**given).usage
+        usage = client.completions.create(**body).usage
         assert usage is not None
         assert usage.prompt_tokens_details is not None
-        cached.append(usage.prompt_tokens_details.cached_tokens)
-    assert cached == [0, 96]
+        cached_counts.append(usage.prompt_tokens_details.cached_tokens)
+    assert cached_counts == [0, 96]
 
 
 def test_best_of_gives_the_likeliest(client: openai.OpenAI) -> None:
@@ -368,12 +368,12 @@ def test_best_of_gives_the_likeliest(client: openai.OpenAI) -> None:
 
     every = client.completions.create(**fields, n=4).choices
     best = client.completions.create(**fields, n=2, best_of=4).choices
-    expected = sorted(every, key=likelihood, reverse=True)[:2]
-    assert [c.text for c in best] == [c.text for c in expected]
+    reference = sorted(every, key=likelihood, reverse=True)[:2]
+    assert [c.text for c in best] == [c.text for c in reference]
     assert [c.index for c in best] == [0, 1]
     del fields["logprobs"]
     (one,) = client.completions.create(**fields, best_of=4).choices
-    assert one.text == expected[0].text
+    assert one.text == reference[0].text
     assert one.logprobs is None
     with pytest.raises(openai.BadRequestError, match="best_of=2"):
         client.completions.create(**fields, best_of=2, stream=True)
@@ -395,13 +395,13 @@ def test_an_answer_fits_its_schema(client: openai.OpenAI) -> None:
         logit_bias={str(ord(c)): -100 for c in " \t\r\n"},
         response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
     )
-    found = json.loads(answer.choices[0].message.content or "")
-    assert set(found) == {"a", "b"}
+    result = json.loads(answer.choices[0].message.content or "")
+    assert set(result) == {"a", "b"}
     assert answer.choices[0].finish_reason == "stop"
-    chosen = client.completions.create(
+    completion = client.completions.create(
         model="tiny", prompt="x", extra_body={"structured_outputs": {"choice": ["yes", "no"]}}
     )
-    assert chosen.choices[0].text in ("yes", "no")
+    assert completion.choices[0].text in ("yes", "no")
     with pytest.raises(openai.BadRequestError, match="grammar"):
         client.completions.create(
             model="tiny", prompt="x", extra_body={"structured_outputs": {"regex": "("}}
@@ -414,20 +414,20 @@ def test_a_prompt_s_scores_are_the_model_s(client: openai.OpenAI) -> None:
     answer = client.completions.create(
         model="tiny", prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0
     )
-    found = answer.choices[0].logprobs
-    assert found is not None
+    result = answer.choices[0].logprobs
+    assert result is not None
     with torch.inference_mode():
         logits = make_model()(torch.tensor([ids]))[0]
-    expected = logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].tolist()
-    assert found.token_logprobs[0] is None
-    assert found.token_logprobs[1 : len(ids)] == pytest.approx(expected, abs=1e-4)
+    reference = logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].tolist()
+    assert result.token_logprobs[0] is None
+    assert result.token_logprobs[1 : len(ids)] == pytest.approx(reference, abs=1e-4)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_echo_alone_generates_nothing(client: openai.OpenAI, url: str, stream: bool) -> None:
     body = {"prompt": "the quick", "echo": True, "max_tokens": 0, "stream": stream}
-    for asked in ({}, {"logprobs": 1}):
-        answer = post(f"{url}/v1/completions", json={**body, **asked})
+    for options in ({}, {"logprobs": 1}):
+        answer = post(f"{url}/v1/completions", json={**body, **options})
         assert answer.status_code == 200
         if stream:
             lines = [x.removeprefix("data: ") for x in answer.text.splitlines() if x]
@@ -437,8 +437,10 @@ def test_an_echo_alone_generates_nothing(client: openai.OpenAI, url: str, stream
             assert answer.json()["usage"]["completion_tokens"] == 0
         assert "".join(c["text"] for c in choices) == "the quick"
         assert choices[-1]["finish_reason"] == "length"
-        scored = [x for c in choices if c["logprobs"] for x in c["logprobs"]["tokens"]]
-        assert len(scored) == (10 if asked else 0)
+        tokens_with_logprobs = [
+            x for c in choices if c["logprobs"] for x in c["logprobs"]["tokens"]
+        ]
+        assert len(tokens_with_logprobs) == (10 if options else 0)
 
 
 def test_a_queue_that_fills_up_late_is_429(

@@ -21,10 +21,10 @@ def calculator(expression: str) -> str:
 
 
 messages = [HumanMessage("call")]
-called = chat.bind_tools([calculator]).invoke(messages)
-(call,) = called.tool_calls
-assert call["args"] == {"expression": "12+7"}, called
+answer = chat.bind_tools([calculator]).invoke(messages)
+(call,) = answer.tool_calls
+assert call["args"] == {"expression": "12+7"}, answer
 result = ToolMessage(calculator.invoke(call["args"]), tool_call_id=call["id"])
-last = chat.bind_tools([calculator]).invoke([*messages, called, result])
+last = chat.bind_tools([calculator]).invoke([*messages, answer, result])
 assert last.content == "Grüße 🙂", last
 print("ok")

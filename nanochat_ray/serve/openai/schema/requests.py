@@ -86,9 +86,11 @@ class SamplingBody(ConstrainedBody):
     ignore_eos: StrictBool | None = doc("vLLM's: generate on past the end of the turn.")
     priority: Whole | None = doc("vLLM's: higher waits for lower. 0, the default, is first.")
     min_tokens: Whole | None = doc("vLLM's: nothing ends the answer before it has this many.")
-    repetition_penalty: RepetitionPenalty | None = doc("vLLM's: divides logits of used tokens.")
-    presence_penalty: Penalty | None = doc("Subtracted from the logit of each used token.")
-    frequency_penalty: Penalty | None = doc("Subtracted once for each use of the token.")
+    repetition_penalty: RepetitionPenalty | None = doc(
+        "vLLM's: divides positive logits of tokens in prompt or answer."
+    )
+    presence_penalty: Penalty | None = doc("Subtracted from the logit of each token in the answer.")
+    frequency_penalty: Penalty | None = doc("Subtracted once for each occurrence in the answer.")
     logit_bias: dict[BiasKey, Bias] | None = doc("Added to the logits of these token ids.")
     cache_salt: Salt | None = doc("vLLM's: only prompts with the same salt share a prefix cache.")
 
