@@ -226,7 +226,9 @@ def test_a_plan_needs_no_dataset_and_ends_in_one_object(root: Store) -> None:
     small = run("train", *flags, "--hardware", "l4", "--micro-batch-size", "32").splitlines()
     assert "does not fit: micro_batch_size=32 needs about" in small[-2]
     assert not json.loads(small[-1])["fits"]
-    assert "hardware='h999' is not known" in refusal("train", *flags, "--hardware", "h999")
+    assert "hardware='h999' is not allowed: one of" in refusal(
+        "train", *flags, "--hardware", "h999"
+    )
 
 
 def test_resume_and_workers_are_checked_before_anything_starts(root: Store) -> None:

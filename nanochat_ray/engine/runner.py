@@ -11,7 +11,7 @@ from torch import Tensor
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.kernels import load_kernels
 from nanochat_ray.engine.kvcache.base import Span
-from nanochat_ray.engine.kvcache.build import build_kv_cache
+from nanochat_ray.engine.kvcache.build import build_kv_cache, check_kv_cache
 from nanochat_ray.engine.model import InferenceModel
 from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.sampler import insert
@@ -82,6 +82,9 @@ class Runner:
         """What computes: the instructions that the C kernels were compiled for, triton or torch."""
         if self.native is not None:
             self.kernels = self.native.level
+        check_kv_cache(
+            model.config, config, max_model_len, dtype, self.device, self.native is not None
+        )
         self.model = InferenceModel(
             model.config,
             model.state_dict(),

@@ -94,7 +94,7 @@ def test_prefill_chunks_give_equal_logits(option: str, cuts: list[int]) -> None:
             previous = ids.roll(1, dims=1)
             previous[:, 0] = -1
             tokens = ids[:, start:stop].flatten(), previous[:, start:stop].flatten()
-            logits = model.logits(model.is_masked(*tokens, cache))
+            logits = model.logits(model.hidden(*tokens, cache))
             chunks.append(logits.unflatten(0, (2, -1)))
     assert (torch.cat(chunks, dim=1) - whole).abs().max() < 1e-5
 

@@ -27,6 +27,22 @@ def choose_layout(config: EngineConfig, device: torch.device) -> Literal["slots"
     return config.kv_layout
 
 
+def check_kv_cache(
+    model: ModelConfig,
+    config: EngineConfig,
+    max_model_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    has_native: bool,
+) -> None:
+    """ValueError if the memory does not suffice; before a model is built for such a length."""
+    free = free_memory(device)
+    if choose_layout(config, device) == "paged":
+        make_allocator(model, config, max_model_len, dtype, free, BLOCK_SIZE)
+    else:
+        check_slots(model, config, max_model_len, dtype, free, has_native)
+
+
 def build_kv_cache(
     model: ModelConfig,
     config: EngineConfig,
