@@ -64,13 +64,10 @@ def test_another_tokenizer_is_rejected(tmp_path: Path) -> None:
         Engine.from_run(run, EngineConfig(), tokenizer_fingerprint="0" * 64)
 
 
-def test_readme_example(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_run(Store.at(str(tmp_path / "runs" / "chat")))
-    monkeypatch.chdir(tmp_path)
+def test_readme_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(Store.at(str(tmp_path / "runs" / "base")))
     (source,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    exec(source, {})
+    exec(source.replace("/data/", f"{tmp_path}/"), {})
     assert capsys.readouterr().out.splitlines()[-1].endswith(" length")
 
 
