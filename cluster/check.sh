@@ -36,7 +36,7 @@ status=0
 say "tests without Ray and browser"
 pytest -n 2 --durations=12 --cov --cov-report=term -m "not ray and not browser" || status=1
 # What rests on the kernels again with less than this processor has, as other CPUs will run it.
-KERNELS=(tests/engine/test_{engine,isolation,kernels,linear,model,native,paged,prompt_logprobs}.py)
+KERNELS=(tests/engine/test_{engine,kernels,linear,model,native,prompt_logprobs}.py)
 for level in $(python -m nanochat_ray.engine.kernels | cut -d" " -f2-) torch; do
   say "tests of the engine, with NANOCHAT_KERNELS=$level"
   NANOCHAT_KERNELS="$level" pytest -n 2 "${KERNELS[@]}" || status=1

@@ -112,7 +112,7 @@ def test_stop_frees_the_slot(page: Page, engine: ScriptedClient, by_key: bool) -
         page.get_by_role("button", name="Stop").click()
     wait_until_idle(page)
     expect(page.locator(".foot")).to_contain_text("stopped")
-    wait_for(lambda: len(engine.aborted) == 1)
+    wait_for(lambda: len(engine.aborts) == 1)
     expect(page.locator(".assistant .text")).to_contain_text("word")  # what came is kept
 
 
