@@ -73,7 +73,7 @@ def write_model(
 
 @dataclass
 class Side:
-    """A running side. Every wait has a deadline and says who was waited for."""
+    """A running system. Every wait has a deadline and names what it waits for."""
 
     kind: str
     threads: int
@@ -211,7 +211,7 @@ def shared_prefix(
     count: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """The same load with the prefix cache on and off. Each turn has another beginning, so that
+    """The same load with the prefix cache on and off. Each turn has another prefix, so that
     nothing of an earlier turn is found."""
     rng = random.Random(7)
     ratios, equal = [], []

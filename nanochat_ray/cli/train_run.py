@@ -114,7 +114,7 @@ def train(args: Args) -> int:
         print(json.dumps(plan_fields))
         return 0
     job = check(job)
-    # A group that torchrun starts again goes on with the run that it began itself.
+    # A group that torchrun restarts continues the run that it started.
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         check_resume(job.storage, job.run, args.resume)
     if first:

@@ -156,7 +156,7 @@ class InferenceModel:
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Replaces all weights in place: addresses stay, as CUDA graphs need.
 
-        Keys and values that a cache has from before are of the old weights: whoever calls this
+        Keys and values that a cache has from before are of the old weights: the caller
         drops them. ValueError that names a tensor with a wrong name, shape or dtype; then nothing
         has changed.
         """

@@ -54,7 +54,7 @@ def _top_k(keys, weights, inside, k):
         above = tl.sum((inside & (keys > trial)).to(tl.int32), axis=0)
         threshold = tl.where(above < k, threshold, trial + 1)
     exceed = inside & (keys > threshold)
-    # Of the tokens as likely as the k-th only so many count that k are counted.
+    # Of the tokens as likely as the k-th, only as many count as make k.
     at = tl.max(tl.where(keys == threshold, weights, 0.0), axis=0)
     missing = (k - tl.sum(exceed.to(tl.int32), axis=0)).to(tl.float64)
     return threshold, tl.sum(tl.where(exceed, weights, 0.0), axis=0) + missing * at

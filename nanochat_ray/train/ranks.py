@@ -20,7 +20,7 @@ PATIENCE = datetime.timedelta(days=30)
 others see at once; a machine that falls silent is for Ray or torchrun to notice."""
 _KINDS: tuple[type[Exception], ...] = (ValueError, FloatingPointError, OSError)
 _BYTES = 1024
-"""What a rank's outcome takes: the kind of its error, and the text's beginning."""
+"""Size of a rank's outcome: the kind of its error, and the first characters of its text."""
 
 
 class Ranks:

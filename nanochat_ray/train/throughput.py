@@ -126,8 +126,8 @@ def _planned_config(probe: Probe, throughput: Throughput, world: int) -> TrainCo
 def _step_seconds(
     config: ModelConfig, train: TrainConfig, seconds: float, sharing: int
 ) -> list[float]:
-    """What steps of ``train``'s batch take, for so many seconds and ``LEAST_STEPS`` at least; as
-    many on each rank."""
+    """Seconds of steps of ``train``'s batch, measured for this many seconds and at least
+    ``LEAST_STEPS`` steps; as many on each rank."""
     in_group = dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if in_group else (0, 1)
     free = machine.free_memory(torch.device("cpu"), sharing)

@@ -82,7 +82,7 @@ SIZES = [(16, 1), (48, 3), (64, 1), (64, 4), (128, 2), (16, 12)]
 @pytest.mark.parametrize("window", [-1, 0, 70])
 @pytest.mark.parametrize(("head_dim", "group"), SIZES)
 def test_attention_equals_its_definition(head_dim: int, group: int, window: int) -> None:
-    # Slots in any order, a sequence with guesses, and lengths about the borders of blocks.
+    # Slots in any order, a sequence with draft tokens, and lengths about the borders of blocks.
     of = step(head_dim, group, [3, 0, 0, 0, 4, 1], [0, 62, 63, 64, 127, 399])
     want, result = reference_attention(of, window), run_attention(of, window)
     torch.testing.assert_close(result, want, rtol=2e-5, atol=2e-6)
