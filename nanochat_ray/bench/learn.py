@@ -99,12 +99,12 @@ class Bench:
         self.args = args
         self.pool = ThreadPoolExecutor(args.jobs)
 
-    def trial(self, dataset: str, side: str, rate: float, seed: int, share: float) -> Trial:
+    def trial(self, dataset: str, system: str, rate: float, seed: int, share: float) -> Trial:
         a = self.args
         return Trial(
             storage=a.storage,
             dataset=dataset,
-            side=side,
+            system=system,
             rate=rate,
             seed=seed,
             steps=max(1, round(a.steps * share)),
@@ -141,7 +141,7 @@ def apart(trial: Trial) -> dict[str, float]:
     metrics: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
     overrides = {**trial.model, **trial.optim}
     print(
-        f"  {trial.dataset} {trial.side:<8} rate {trial.rate:<6g} seed {trial.seed} "
+        f"  {trial.dataset} {trial.system:<8} rate {trial.rate:<6g} seed {trial.seed} "
         f"{trial.steps:>5} steps  {metrics['bits_per_byte']:.4f} bits per byte  "
         f"{metrics['seconds']:.0f} s  {overrides or ''}",
         flush=True,
@@ -165,36 +165,36 @@ def horizon_at(target: float, points: list[tuple[float, float]]) -> float | None
 
 
 def compare(bench: Bench, dataset: str) -> dict[str, Any]:
-    """Tokens and seconds to the targets, as shares of what each AdamW took, for each side."""
+    """Tokens and seconds to the targets, as shares of what each AdamW took, for each system."""
     args = bench.args
     seeds = range(args.seeds)
 
-    def best(side: str, share: float) -> float:
-        trials = [bench.trial(dataset, side, rate, 0, share) for rate in FACTORS[side]]
+    def best(system: str, share: float) -> float:
+        trials = [bench.trial(dataset, system, rate, 0, share) for rate in FACTORS[system]]
         results = bench.run(trials)
         return min(zip(results, trials, strict=True), key=lambda x: x[0]["bits_per_byte"])[1].rate
 
     targets: dict[str, dict[str, float]] = {}
-    for side in TARGETS:
-        rate = best(side, 1.0)
-        runs = bench.run([bench.trial(dataset, side, rate, seed, 1.0) for seed in seeds])
+    for system in TARGETS:
+        rate = best(system, 1.0)
+        runs = bench.run([bench.trial(dataset, system, rate, seed, 1.0) for seed in seeds])
         bits = statistics.mean(r["bits_per_byte"] for r in runs)
         seconds_per_run = statistics.median(r["seconds"] for r in runs)
-        targets[side] = {"rate": rate, "bits_per_byte": bits, "seconds": seconds_per_run}
-        print(f"{dataset}: {side} at {rate:g} reaches {bits:.4f} bits per byte", flush=True)
+        targets[system] = {"rate": rate, "bits_per_byte": bits, "seconds": seconds_per_run}
+        print(f"{dataset}: {system} at {rate:g} reaches {bits:.4f} bits per byte", flush=True)
     lowest = min(target["bits_per_byte"] for target in targets.values())
     result: dict[str, Any] = {"targets": targets}
-    for side in ("ours", "nanochat") if args.nanochat else ("ours",):
-        rate = best(side, args.tuned_at)
+    for system in ("ours", "nanochat") if args.nanochat else ("ours",):
+        rate = best(system, args.tuned_at)
         points, cost = [], []
         for share in args.horizons:
-            runs = bench.run([bench.trial(dataset, side, rate, s, share) for s in seeds])
+            runs = bench.run([bench.trial(dataset, system, rate, s, share) for s in seeds])
             points.append((share, statistics.mean(r["bits_per_byte"] for r in runs)))
             cost.append(statistics.median(r["seconds"] for r in runs) / share)
             if points[-1][1] <= lowest:
                 break
         mine: dict[str, Any] = {"rate": rate, "points": points}
-        result[side] = mine
+        result[system] = mine
         for name, target in targets.items():
             tokens = horizon_at(target["bits_per_byte"], points)
             seconds = tokens * statistics.median(cost) / target["seconds"] if tokens else None
@@ -202,7 +202,7 @@ def compare(bench: Bench, dataset: str) -> dict[str, Any]:
             token_text = f"{tokens:.3f}" if tokens else f"more than {args.horizons[-1]}"
             time_text = f"{seconds:.3f}" if seconds else "?"
             print(
-                f"{dataset}: {side} at {rate:g} needs {token_text} of the tokens and {time_text} "
+                f"{dataset}: {system} at {rate:g} needs {token_text} of the tokens and {time_text} "
                 f"of the seconds of {name}",
                 flush=True,
             )

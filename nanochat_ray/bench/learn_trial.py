@@ -33,7 +33,7 @@ class Trial:
 
     storage: str
     dataset: str
-    side: str
+    system: str
     rate: float
     seed: int
     steps: int
@@ -93,8 +93,8 @@ def run_trial(trial: Trial) -> dict[str, float]:
     model, train = build(trial, tokenizer.vocab_size, length)
     config = model.config
     reader = SequenceReader(store, manifest, "train")
-    sides = {"adamw": adamw, "adamw by kind": by_kind, "nanochat": nanochat, "ours": ours}
-    step = sides[trial.side](model, train, trial)
+    systems = {"adamw": adamw, "adamw by kind": by_kind, "nanochat": nanochat, "ours": ours}
+    step = systems[trial.system](model, train, trial)
     began = time.process_time()
     for k, rows in enumerate(ShardDataLoader(reader, train, 0, 1).batches(0)):
         step(k, Batch(rows.ids[:, : length + 1]))

@@ -60,7 +60,7 @@ def random_prompts(
 def shared_prefix_prompts(
     count: int, *, vocab: int, shared_prefix: int, own: int, output: int, seed: int = 0
 ) -> list[Prompt]:
-    """Prompts that all begin with the same ``shared`` ids."""
+    """Prompts that all begin with the same ``shared_prefix`` ids."""
     rng = random.Random(seed)
     prefix = [rng.randrange(vocab) for _ in range(shared_prefix)]
     return [

@@ -2,10 +2,10 @@
 
     nanochat-ray bench offline --peer-python vllm=/path/to/python transformers=/path/to/python
 
-Each side is a process of its own, one for each number of threads, with the same exported folder of
-weights; they take turns, so that what else the machine does falls on all alike. The first round
+Each system is a process of its own, one for each number of threads, with the same exported folder
+of weights; they take turns, so that what else the machine does falls on all alike. The first round
 warms up and is thrown away; each figure is the median of the others. What is compared in the end is
-each side's best number of threads. The last line is one JSON object.
+each system's best number of threads. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def write_model(
 
 
 @dataclass
-class Side:
+class System:
     """A running system. Every wait has a deadline and names what it waits for."""
 
     kind: str
@@ -112,9 +112,9 @@ class Side:
                 text=True,
                 env={**os.environ, "HF_HUB_OFFLINE": "1", **settings},
             )
-        side = cls(kind, threads, process, log)
-        side._read(START_SECONDS)
-        return side
+        system = cls(kind, threads, process, log)
+        system._read(START_SECONDS)
+        return system
 
     def _read(self, seconds: float) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -156,56 +156,56 @@ def agreement(ours: Prompts, theirs: Prompts) -> float:
 
 
 def measure(
-    sides: Sequence[Side], prompts: Prompts, max_tokens: int, repeats: int
+    systems: Sequence[System], prompts: Prompts, max_tokens: int, repeats: int
 ) -> tuple[dict[str, float], dict[str, Prompts]]:
-    """Median generated tokens a second, and the answers, by side; the sides take turns."""
-    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    """Median generated tokens a second, and the answers, by system; the systems take turns."""
+    seconds: dict[str, list[float]] = {system.name: [] for system in systems}
     answers: dict[str, Prompts] = {}
     for turn in range(repeats + 1):
-        for side in sides:
-            took, answers[side.name] = side.run(prompts, max_tokens)
+        for system in systems:
+            took, answers[system.name] = system.run(prompts, max_tokens)
             if turn:
-                seconds[side.name].append(took)
+                seconds[system.name].append(took)
     num_tokens = len(prompts) * max_tokens
     return {name: num_tokens / statistics.median(took) for name, took in seconds.items()}, answers
 
 
 def compare(
-    sides: Sequence[Side],
+    systems: Sequence[System],
     vocab: int,
     batches: Sequence[int],
     prompt_len: int,
     max_tokens: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """Tokens a second by batch size and side, the ratios of the best of ours to the best of each
-    peer, and how many answers of each side equal those of the first one."""
+    """Tokens a second by batch size and system, the ratios of the best of ours to the best of each
+    peer, and how many answers of each system equal those of the first one."""
     rates: dict[str, dict[str, float]] = {}
-    ratios: dict[str, dict[str, float]] = {f"decode_vs_{side.kind}": {} for side in sides}
-    equal: dict[str, list[float]] = {side.name: [] for side in sides[1:]}
+    ratios: dict[str, dict[str, float]] = {f"decode_vs_{system.kind}": {} for system in systems}
+    equal: dict[str, list[float]] = {system.name: [] for system in systems[1:]}
     for batch in batches:
         prompts = random_prompts(random.Random(batch), batch, prompt_len, vocab)
-        rates_of_side, answers = measure(sides, prompts, max_tokens, repeats)
-        for side in sides[1:]:
-            same = agreement(answers[sides[0].name], answers[side.name])
-            equal[side.name] += [same] * batch
-        print(f"B={batch}", {k: round(v) for k, v in rates_of_side.items()}, flush=True)
+        rates_of_system, answers = measure(systems, prompts, max_tokens, repeats)
+        for system in systems[1:]:
+            same = agreement(answers[systems[0].name], answers[system.name])
+            equal[system.name] += [same] * batch
+        print(f"B={batch}", {k: round(v) for k, v in rates_of_system.items()}, flush=True)
         best: dict[str, float] = {}
-        for side in sides:
-            best[side.kind] = max(best.get(side.kind, 0.0), rates_of_side[side.name])
+        for system in systems:
+            best[system.kind] = max(best.get(system.kind, 0.0), rates_of_system[system.name])
         for kind, rate in best.items():
             ratios[f"decode_vs_{kind}"][str(batch)] = best[OURS] / rate
-        rates[str(batch)] = rates_of_side
+        rates[str(batch)] = rates_of_system
     del ratios[f"decode_vs_{OURS}"]
     return {"rates": rates, "equal": {k: statistics.mean(v) for k, v in equal.items()}, **ratios}
 
 
 def shared_prefix(
-    on: Side,
-    off: Side,
+    on: System,
+    off: System,
     vocab: int,
     *,
-    shared_prefix: int,
+    num_shared: int,
     own: int,
     max_tokens: int,
     count: int,
@@ -216,7 +216,7 @@ def shared_prefix(
     rng = random.Random(7)
     ratios, equal = [], []
     for turn in range(repeats + 1):
-        (start,) = random_prompts(rng, 1, shared_prefix, vocab)
+        (start,) = random_prompts(rng, 1, num_shared, vocab)
         prompts = [start + tail for tail in random_prompts(rng, count, own, vocab)]
         fast, a = on.run(prompts, max_tokens)
         slow, b = off.run(prompts, max_tokens)
@@ -241,7 +241,7 @@ class Args:
     max_tokens: int = 128
     repeats: int = 3
     threads: tuple[int, ...] = (1,)
-    """Each side runs once with each number of torch threads."""
+    """Each system runs once with each number of torch threads."""
     prefix: bool = True
     """Measure the shared prefix too (512 tokens shared, 32 own, 16 out, 32 prompts)."""
     engine: EngineFlags = field(default_factory=dict)
@@ -273,13 +273,13 @@ def run(args: Args) -> dict[str, Any]:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "model"
-        sides: list[Side] = []
+        systems: list[System] = []
         vocab = write_model(folder)
 
-        def start(kind: str, threads: int, python: str, options: Mapping[str, Any]) -> Side:
-            log = Path(work) / f"{len(sides)}.log"
-            sides.append(Side.start(kind, threads, folder, python, options, log))
-            return sides[-1]
+        def start(kind: str, threads: int, python: str, options: Mapping[str, Any]) -> System:
+            log = Path(work) / f"{len(systems)}.log"
+            systems.append(System.start(kind, threads, folder, python, options, log))
+            return systems[-1]
 
         try:
             for threads in args.threads:
@@ -288,16 +288,18 @@ def run(args: Args) -> dict[str, Any]:
                 for threads in args.threads:
                     start(kind, threads, python, {})
             shape = (args.batches, args.prompt_len, args.max_tokens, args.repeats)
-            result = compare(list(sides), vocab, *shape)
+            result = compare(list(systems), vocab, *shape)
             result["prefix"] = None
             if args.prefix:
                 one = args.threads[0]
                 on = start(OURS, one, sys.executable, {**args.engine, "prefix_cache_tokens": 8192})
-                sizes = {"shared": 512, "own": 32, "max_tokens": 16, "count": 32}
-                result["prefix"] = shared_prefix(on, sides[0], vocab, repeats=args.repeats, **sizes)
+                sizes = {"num_shared": 512, "own": 32, "max_tokens": 16, "count": 32}
+                result["prefix"] = shared_prefix(
+                    on, systems[0], vocab, repeats=args.repeats, **sizes
+                )
         finally:
-            for side in sides:
-                side.close()
+            for system in systems:
+                system.close()
     result["seconds"] = time.perf_counter() - began
     return result
 

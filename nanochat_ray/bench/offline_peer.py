@@ -1,6 +1,6 @@
-"""One side of ``bench offline``: a program of its own, run by that side's own Python.
+"""One system of ``bench offline``: a program of its own, run by that system's own Python.
 
-It imports neither nanochat_ray (unless it is that side) nor anything that the peers' environments
+It imports neither nanochat_ray (unless it is that system) nor anything that the peers' environments
 lack. Each line on standard input is a job, {"prompts": [[id]], "max_tokens": n}; the answer is one
 line, {"seconds": s, "tokens": [[id]]}, on what was standard output when it began. Greedy, no
 end-of-sequence token: every prompt gets exactly n tokens.
@@ -98,12 +98,12 @@ def transformers(folder: str, options: dict[str, Any]) -> Generate:
     return generate
 
 
-SIDES = {"nanochat_ray": ours, "vllm": vllm, "transformers": transformers}
+SYSTEMS = {"nanochat_ray": ours, "vllm": vllm, "transformers": transformers}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("side", choices=sorted(SIDES))
+    parser.add_argument("system", choices=sorted(SYSTEMS))
     parser.add_argument("folder")
     parser.add_argument("options", type=json.loads)
     args = parser.parse_args()
@@ -111,8 +111,8 @@ def main() -> None:
     # Libraries print where they like: what they write goes to standard error.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    generate = SIDES[args.side](args.folder, args.options)
-    print(json.dumps({"ready": args.side}), file=answers)
+    generate = SYSTEMS[args.system](args.folder, args.options)
+    print(json.dumps({"ready": args.system}), file=answers)
     for line in sys.stdin:
         job = json.loads(line)
         began = time.perf_counter()

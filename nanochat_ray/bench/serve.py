@@ -1,8 +1,8 @@
-"""Measure serving: the engine in process, one plain server, Ray Serve and peers, side by side.
+"""Measure serving: the engine in process, one plain server, Ray Serve and peers, in turns.
 
     nanochat-ray bench serve                                     # a fresh model of 14 M weights
     nanochat-ray bench serve --peer vllm=http://127.0.0.1:8001   # the same load, another server
-    nanochat-ray bench serve --only http --sides ray --rate 4    # open loop, Poisson arrivals
+    nanochat-ray bench serve --only http --systems ray --rate 4    # open loop, Poisson arrivals
     nanochat-ray bench serve --only offline --peer-python vllm=/envs/vllm/bin/python
 
 The protocol is that of ``vllm bench serve`` (see ``bench.load``): random ids of random lengths, the
@@ -18,32 +18,23 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nanochat_ray.bench import load, load_engine, offline
 from nanochat_ray.bench.chart import lines_svg
+from nanochat_ray.bench.systems import STREAMS, System, goals, run_engine, systems
 from nanochat_ray.checks import check_float, check_int, check_name, check_port
-from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.storage import Store
 
 KEYS = (
     *("decode_vs_vllm", "decode_vs_transformers", "http_vs_vllm", "prefix_speedup"),
     *("serve_first_token_ms", "serve_throughput_share"),
 )
-SIDES = ("engine", "local", "ray")
-STREAMS = 32
-"""Where throughputs are compared."""
 VOCAB = 2000
 """Ids below it are in every model's vocabulary and are no special ones."""
 
@@ -52,7 +43,7 @@ VOCAB = 2000
 class Args:
     only: str = "http,prefix"
     """Parts, separated by commas: http, long, prefix, offline."""
-    sides: str = "engine,local,ray"
+    systems: str = "engine,local,ray"
     """What of ours is measured over HTTP: the engine in process, serve.local under uvicorn, Ray
     Serve. --ours adds a server that runs already."""
     ours: str = ""
@@ -89,166 +80,20 @@ class Args:
     chart: Path | None = None
     """Where to write tokens/s by streams as an SVG."""
     out: Path | None = None
-    """Where to write all figures by side and streams, as JSON."""
+    """Where to write all figures by system and streams, as JSON."""
     child: str = ""
-    """Internal: the side that this process is."""
+    """Internal: the system that this process is."""
 
     def __post_init__(self) -> None:
         check_name("run", self.run)
         check_port("port", self.port)
         for name in ("requests", "repeats", "threads", "prompt", "output", "own", "shared_output"):
             check_int(name, getattr(self, name), 1)
-        check_int("shared", self.shared_prefix, 0)
+        check_int("shared_prefix", self.shared_prefix, 0)
         for streams in self.concurrency:
             check_int("concurrency", streams, 1)
         check_float("rate", self.rate)
         check_float("spread", self.spread, 0, 1)
-
-
-# ---- our sides, each a process of its own
-
-
-def be_engine(args: Args) -> None:
-    """Takes loads as JSON lines and answers each with its figures."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    run = Store.at(args.storage).child("runs", args.run)
-    engines: dict[bool, Any] = {}
-    print("ready", flush=True)
-    for line in sys.stdin:
-        task = json.loads(line)
-        if task["prefix"] not in engines:
-            cache_tokens = EngineConfig.prefix_cache_tokens if task["prefix"] else 0
-            config = EngineConfig(max_num_seqs=STREAMS, prefix_cache_tokens=cache_tokens)
-            engines[task["prefix"]] = load_engine.make_engine(run, args.threads, config)
-        prompts = [load.Prompt(*prompt) for prompt in task["prompts"]]
-        began = time.perf_counter()
-        results = load_engine.drive(engines[task["prefix"]], prompts, task["concurrency"])
-        figures = load.summary(results, time.perf_counter() - began, goals(args))
-        print(json.dumps({**figures, "texts": [r.text for r in results]}), flush=True)
-
-
-@contextlib.contextmanager
-def child(args: Args, side: str) -> Iterator[subprocess.Popen[str]]:
-    if side == "engine":
-        command = ["bench", "serve", "--child", side]
-        for goal in args.goal:
-            command += ["--goal", goal]
-    else:
-        command = ["serve", "--engine.max-num-seqs", str(STREAMS)]
-        command += ["--port", str(args.port + (side == "ray"))]
-        command += ["--no-ray"] if side == "local" else []
-    command += ["--storage", args.storage, "--run", args.run, "--threads", str(args.threads)]
-    environment = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        **os.environ,
-        "OMP_NUM_THREADS": str(args.threads),
-        **({"OMP_WAIT_POLICY": "passive"} if args.threads == 1 else {}),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nanochat_ray", *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE if side == "engine" else subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        process.kill()
-
-
-# ---- the measurement
-
-
-class Side:
-    """Something that takes a load and gives its figures."""
-
-    def __init__(self, name: str, *, url: str = "", model: str = "", process: Any = None):
-        self.name, self.url, self.model, self.process = name, url, model, process
-
-    def run(
-        self, args: Args, prompts: list[load.Prompt], concurrency: int, prefix: bool = True
-    ) -> dict[str, Any]:
-        if self.url:
-            results, seconds = asyncio.run(
-                load.drive(
-                    self.url,
-                    self.model,
-                    prompts,
-                    concurrency=0 if args.rate else concurrency,
-                    rate=args.rate,
-                    key=args.key,
-                )
-            )
-            for error in {r.error for r in results if r.error}:
-                print(f"{self.name}: {error}", file=sys.stderr)
-            return load.summary(results, seconds, goals(args))
-        task = {"prompts": [[p.ids, p.output] for p in prompts], "concurrency": concurrency}
-        self.process.stdin.write(json.dumps({**task, "prefix": prefix}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise ValueError(f"{self.name}: its process ended, see above")
-        return json.loads(line)
-
-
-def goals(args: Args) -> dict[str, float]:
-    bounds = {}
-    for goal in args.goal:
-        name, _, bound = goal.partition(":")
-        if name not in ("ttft", "tpot", "e2e") or not bound.replace(".", "", 1).isdigit():
-            raise ValueError(f"goal={goal!r} is not allowed: ttft:MS, tpot:MS or e2e:MS")
-        bounds[name] = float(bound)
-    return bounds
-
-
-def pairs(values: list[str], flag: str) -> dict[str, str]:
-    for value in values:
-        if not all(value.partition("=")):
-            raise ValueError(f"{flag}={value!r} is not allowed: NAME=VALUE")
-    return {name: rest for name, _, rest in (value.partition("=") for value in values)}
-
-
-def model_at(url: str, key: str, seconds: float = 90.0) -> str:
-    """The name of the model at ``url``, once it answers."""
-    until = time.monotonic() + seconds
-    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
-    while True:
-        try:
-            with urllib.request.urlopen(request, timeout=5) as response:
-                return json.load(response)["data"][0]["id"]
-        except (OSError, ValueError) as error:
-            if time.monotonic() > until:
-                raise ValueError(f"{url} does not answer: {error}") from None
-            time.sleep(0.3)
-
-
-@contextlib.contextmanager
-def sides(args: Args) -> Iterator[list[Side]]:
-    """Ours and the peers', all up at once, so that they can take turns."""
-    with contextlib.ExitStack() as stack:
-        open_sides = []
-        for name in args.sides.split(",") if args.sides else []:
-            if name not in SIDES:
-                raise ValueError(f"sides={name!r} is not allowed: {', '.join(SIDES)}")
-            if name == "ray" and args.ours:
-                continue
-            process = stack.enter_context(child(args, name))
-            if name == "engine":
-                assert process.stdout is not None
-                process.stdout.readline()
-                open_sides.append(Side(name, process=process))
-            else:
-                url = f"http://127.0.0.1:{args.port + (name == 'ray')}"
-                open_sides.append(Side(name, url=url, model=model_at(url, args.key)))
-        urls = {**({"ray": args.ours} if args.ours else {}), **pairs(args.peer, "peer")}
-        for name, url in urls.items():
-            url = url.rstrip("/").removesuffix("/v1")
-            open_sides.append(Side(name, url=url, model=model_at(url, args.key)))
-        yield open_sides
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -256,8 +101,8 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: statistics.median(run[name] for run in runs) for name in numbers}
 
 
-def measure_http(args: Args, open_sides: list[Side]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Median figures by side and streams."""
+def measure_http(args: Args, open_systems: list[System]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Median figures by system and streams."""
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for repeat in range(-1, args.repeats):  # the first one warms up
         for streams in args.concurrency:
@@ -270,19 +115,18 @@ def measure_http(args: Args, open_sides: list[Side]) -> dict[str, dict[int, dict
                 spread=args.spread,
                 seed=1000 * repeat + streams,
             )
-            for side in (
-                open_sides[repeat % len(open_sides) :] + open_sides[: repeat % len(open_sides)]
-            ):
-                figures = side.run(args, prompts, streams)
+            first = repeat % len(open_systems)
+            for system in open_systems[first:] + open_systems[:first]:
+                figures = system.run(args, prompts, streams)
                 if repeat >= 0:
-                    runs.setdefault((side.name, streams), []).append(figures)
+                    runs.setdefault((system.name, streams), []).append(figures)
     return {
-        side.name: {streams: medians(runs[side.name, streams]) for streams in args.concurrency}
-        for side in open_sides
+        system.name: {streams: medians(runs[system.name, streams]) for streams in args.concurrency}
+        for system in open_systems
     }
 
 
-def measure_prefix(args: Args, engine: Side) -> tuple[float, bool]:
+def measure_prefix(args: Args, engine: System) -> tuple[float, bool]:
     """Throughput of the shared-prefix load with the cache over that without; equal answers?"""
     ratios, equal = [], True
     for repeat in range(-1, args.repeats):
@@ -302,16 +146,16 @@ def measure_prefix(args: Args, engine: Side) -> tuple[float, bool]:
     return statistics.median(ratios), equal
 
 
-def measure_long(args: Args, open_sides: list[Side]) -> dict[str, float]:
+def measure_long(args: Args, open_systems: list[System]) -> dict[str, float]:
     """By server: what a prompt of 1,900 tokens makes 16 answers wait, in median steps."""
-    waits: dict[str, list[float]] = {side.name: [] for side in open_sides if side.url}
+    waits: dict[str, list[float]] = {system.name: [] for system in open_systems if system.url}
     for repeat in range(args.repeats):
-        for side in open_sides:
-            if side.url:
+        for system in open_systems:
+            if system.url:
                 wait = load.long_prompt_delay(
-                    side.url, side.model, vocab=VOCAB, key=args.key, seed=repeat
+                    system.url, system.model, vocab=VOCAB, key=args.key, seed=repeat
                 )
-                waits[side.name].append(asyncio.run(wait))
+                waits[system.name].append(asyncio.run(wait))
     return {name: statistics.median(of) for name, of in waits.items()}
 
 
@@ -320,10 +164,10 @@ def table(figures: dict[str, dict[int, dict[str, Any]]]) -> str:
     times = [f"{name}_p{share}_ms" for name in ("ttft", "tpot", "itl", "e2e") for share in (50, 99)]
     extra = ("ttft_p90_ms", "itl_p90_ms", "goodput_per_s", "failed")
     lines = []
-    for side, by_streams in figures.items():
+    for system, by_streams in figures.items():
         for streams, metrics in by_streams.items():
             cells = [f"{metrics[c]:9.1f}" for c in (*columns, *times, *extra) if c in metrics]
-            lines.append(f"{side:>10} {streams:>7} " + " ".join(cells))
+            lines.append(f"{system:>10} {streams:>7} " + " ".join(cells))
     some = next(iter(next(iter(figures.values())).values()))
     names = [c for c in (*columns, *times, *extra) if c in some]
     short = [
@@ -334,13 +178,13 @@ def table(figures: dict[str, dict[int, dict[str, Any]]]) -> str:
     return "\n".join([head, *lines])
 
 
-def http_part(args: Args, open_sides: list[Side]) -> dict[str, Any]:
-    figures = measure_http(args, open_sides)
+def http_part(args: Args, open_systems: list[System]) -> dict[str, Any]:
+    figures = measure_http(args, open_systems)
     print(table(figures), flush=True)
     if args.chart is not None:
         curves = {
-            side: [(float(n), f["tokens_per_s"]) for n, f in by_streams.items()]
-            for side, by_streams in figures.items()
+            system: [(float(n), f["tokens_per_s"]) for n, f in by_streams.items()]
+            for system, by_streams in figures.items()
         }
         args.chart.write_text(lines_svg("tokens/s by streams", curves))
     result: dict[str, Any] = {}
@@ -366,9 +210,9 @@ def round_values(value: Any) -> Any:
 
 
 def main(args: Args) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the sides are ended too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the systems are ended too
     if args.child:
-        be_engine(args)
+        run_engine(args)
         return
     parts = args.only.split(",")
     if unknown := set(parts) - {"http", "long", "prefix", "offline"}:
@@ -381,14 +225,14 @@ def main(args: Args) -> None:
             args = dataclasses.replace(args, storage=folder)
         load_engine.make_run(Store.at(args.storage).child("runs", args.run))
         if {"http", "long"} & set(parts):
-            with sides(args) as open_sides:
-                result.update(http_part(args, open_sides) if "http" in parts else {})
+            with systems(args) as open_systems:
+                result.update(http_part(args, open_systems) if "http" in parts else {})
                 result["long_prompt_delay"] = (
-                    measure_long(args, open_sides) if "long" in parts else None
+                    measure_long(args, open_systems) if "long" in parts else None
                 )
         if "prefix" in parts:
-            with sides(dataclasses.replace(args, sides="engine", peer=[])) as open_sides:
-                speedup, equal = measure_prefix(args, open_sides[0])
+            with systems(dataclasses.replace(args, systems="engine", peer=[])) as open_systems:
+                speedup, equal = measure_prefix(args, open_systems[0])
             print(f"shared prefix: {speedup:.2f} times the throughput, answers equal: {equal}")
             result.update(prefix_speedup=speedup, prefix_equal=equal)
         if "offline" in parts:

@@ -43,6 +43,10 @@ KEYS = (
 )
 
 
+WARMUP_STEPS = 3
+"""First steps of a run that no rate counts."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Args:
     only: str = "step,workers,ray,feed"
@@ -68,6 +72,7 @@ class Args:
             check_name("datasets", name)
         for name in ("repeats", "steps", "depth", "width", "vocab", "length", "batch"):
             check_int(name, getattr(self, name), 1)
+        check_int("steps", self.steps, WARMUP_STEPS + 1)
 
 
 def shape(args: Args) -> ModelConfig:
@@ -113,26 +118,26 @@ def apart(args: Args, **what: Any) -> dict[str, Any]:
 
 
 def part_step(args: Args) -> dict[str, float | None]:
-    sides = ["ours"] + (["nanochat"] if args.nanochat else [])
+    systems = ["ours"] + (["nanochat"] if args.nanochat else [])
     rates_by: dict[tuple[str, str], list[float]] = {}
     probes: dict[str, list[float]] = {}
     for _ in range(args.repeats):
         for precision in ("fp32", "bf16"):
-            for side in sides:
-                result = apart(args, side=side, precision=precision)
-                rates_by.setdefault((side, precision), []).append(result["tokens_per_s"])
+            for system in systems:
+                result = apart(args, system=system, precision=precision)
+                rates_by.setdefault((system, precision), []).append(result["tokens_per_s"])
                 if precision == "fp32":
-                    probes[side] = result["probe"]
-    for (side, precision), rates in rates_by.items():
+                    probes[system] = result["probe"]
+    for (system, precision), rates in rates_by.items():
         each = ", ".join(f"{rate:,.0f}" for rate in rates)
-        print(f"step  {side:<9} {precision}  {statistics.median(rates):8,.0f} tokens/s  ({each})")
+        print(f"step  {system:<9} {precision}  {statistics.median(rates):8,.0f} tokens/s  ({each})")
     if not args.nanochat:
         return {"step_vs_nanochat": None}
     off = max(abs(a - b) for a, b in zip(probes["ours"], probes["nanochat"], strict=True))
     print(f"step  largest difference of logits (fp32, same weights): {off:.1e}")
     if off > 1e-3:
         raise RuntimeError("the two models do not compute the same: no comparison")
-    best = {s: max(statistics.median(rates_by[s, p]) for p in ("fp32", "bf16")) for s in sides}
+    best = {s: max(statistics.median(rates_by[s, p]) for p in ("fp32", "bf16")) for s in systems}
     return {"step_vs_nanochat": best["ours"] / best["nanochat"]}
 
 
@@ -172,7 +177,7 @@ def steady(storage: str, run: str) -> tuple[float, float, float]:
     """Median tokens/s of a run's later steps, its share of waiting for data, all steps' seconds."""
     text = Store.at(storage).child("runs", run).read_text("metrics.jsonl")
     every = [r for r in map(json.loads, text.splitlines()) if r["kind"] == "train"]
-    steps = every[3:]
+    steps = every[WARMUP_STEPS:]
     wait = sum(r["data_wait"] for r in steps) / sum(r["seconds"] for r in steps)
     rate = statistics.median(r["tokens_per_s"] for r in steps)
     return rate, wait, sum(r["seconds"] for r in every)
@@ -249,9 +254,8 @@ def part_ray(args: Args) -> dict[str, float | None]:
         whole = dataset(args, Path(folder))
         half = dataclasses.replace(whole.train, global_batch_size=whole.train.micro_batch_size)
         for repeat in range(args.repeats):
-            for way, train_by in ways.items():
-                run = f"{way}-{repeat}".replace(" ", "")
-                job = dataclasses.replace(whole, train=half, run=run)
+            for number, (way, train_by) in enumerate(ways.items()):
+                job = dataclasses.replace(whole, train=half, run=f"way-{number}-{repeat}")
                 began = time.perf_counter()
                 train_by(job)
                 seconds = time.perf_counter() - began
@@ -260,7 +264,7 @@ def part_ray(args: Args) -> dict[str, float | None]:
                 if way == "Ray Train + Ray Data":
                     waits.append(wait)
                     rest.append(seconds - training)
-    median = {way: statistics.median(rates_by) for way, rates_by in rates.items()}
+    median = {way: statistics.median(values) for way, values in rates.items()}
     for way, rate in median.items():
         ratio = median["torchrun"] / rate
         print(f"ray  {way:<20} {rate:8,.0f} tokens/s, step ×{ratio:.3f} of torchrun's")
@@ -280,7 +284,7 @@ def part_feed(args: Args) -> dict[str, float | None]:
     session.connect()
     rates: dict[str, list[float]] = {"plain": [], "Ray Data": []}
     with tempfile.TemporaryDirectory() as folder:
-        job = dataset(dataclasses.replace(args, length=1024), Path(folder), rows=32768)
+        job = dataset(dataclasses.replace(args, length=1024, batch=2048), Path(folder), rows=32768)
         config = dataclasses.replace(
             job.train, steps=2000, global_batch_size=256, micro_batch_size=256
         )
@@ -304,8 +308,8 @@ def part_feed(args: Args) -> dict[str, float | None]:
                 for batch in batches:
                     tokens += batch.ids.size
                 rates[way].append(tokens / (time.perf_counter() - began))
-    for way, rates_by in rates.items():
-        print(f"feed  {way:<9} {statistics.median(rates_by) / 1e6:,.0f} million tokens/s")
+    for way, values in rates.items():
+        print(f"feed  {way:<9} {statistics.median(values) / 1e6:,.0f} million tokens/s")
     return {"feed_tokens_per_s": statistics.median(rates["Ray Data"])}
 
 
@@ -333,7 +337,7 @@ def run_child(args: Args) -> None:
         dist.destroy_process_group()
         return
     arguments = (shape(args), args.batch, args.steps, what["precision"])
-    if what["side"] == "ours":
+    if what["system"] == "ours":
         print(json.dumps(train_step.ours(*arguments)))
     else:
         print(json.dumps(train_step.theirs(*arguments, str(args.nanochat))))

@@ -93,23 +93,28 @@ def save(
                 "and the one before it is sound"
             )
     name = name_of(step)
-    folder = run.child(name)
-    arguments = (model_config, weights, optimizer, trainer, tokenizer, val_metric)
-    _write(folder, step, *arguments, check_publish)
+    arrays = {"weights.msgpack": weights}
+    if optimizer is not None:
+        arrays["optimizer.msgpack"] = optimizer
+    model = {"model": configs.to_json(model_config), "tokenizer": tokenizer.fingerprint}
+    texts = {
+        "config.json": json.dumps(model, indent=1),
+        "trainer.json": json.dumps(dict(trainer), indent=1),
+        "tokenizer.json": tokenizer.to_json(),
+    }
+    metric = val_metric if val_metric is not None and math.isfinite(val_metric) else None
+    header = {"format": FORMAT, "step": step, "val_metric": metric}
+    _write(run.child(name), arrays, texts, header, check_publish)
     run.write_text("latest", name)
     return name
 
 
 def _write(
     folder: Store,
-    step: int,
-    model_config: ModelConfig,
-    weights: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor] | None,
-    trainer: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    val_metric: float | None,
-    check_publish: Callable[[], None] = lambda: None,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    texts: Mapping[str, str],
+    header: Mapping[str, Any],
+    check_publish: Callable[[], None],
 ) -> None:
     """The files of a checkpoint, and last its manifest."""
     # If an earlier attempt wrote this checkpoint, it is incomplete from here on.
@@ -119,33 +124,18 @@ def _write(
     def add(file: str, stream: HashingFile) -> None:
         files[file] = {"size": stream.size, "sha256": stream.sha256.hexdigest()}
 
-    tensors = {"weights.msgpack": weights}
-    if optimizer is not None:
-        tensors["optimizer.msgpack"] = optimizer
     for file, values in tensors.items():
         with folder.writing(file) as out:
             stream = HashingFile(out)
             write_tensors(stream, values)
         add(file, stream)
-    model = {"model": configs.to_json(model_config), "tokenizer": tokenizer.fingerprint}
-    texts = {
-        "config.json": json.dumps(model, indent=1),
-        "trainer.json": json.dumps(dict(trainer), indent=1),
-        "tokenizer.json": tokenizer.to_json(),
-    }
     for file, text in texts.items():
         folder.write_text(file, text)
         stream = HashingFile(io.BytesIO(text.encode()))
         stream.read()
         add(file, stream)
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "val_metric": val_metric if val_metric is not None and math.isfinite(val_metric) else None,
-        "files": files,
-    }
     check_publish()
-    folder.write_text("manifest.json", json.dumps(manifest, indent=1))
+    folder.write_text("manifest.json", json.dumps({**header, "files": files}, indent=1))
 
 
 def latest(run: Store) -> str | None:

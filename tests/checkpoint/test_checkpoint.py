@@ -229,7 +229,7 @@ def test_foreign_names_are_left_alone(root: Store) -> None:
             checkpoint.load_config(root, name)
 
 
-def test_nan_and_inf_are_refused(root: Store) -> None:
+def test_nan_and_inf_are_refused(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save(root, 1)
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     state = {"x/momentum": torch.ones(3)}
@@ -239,9 +239,17 @@ def test_nan_and_inf_are_refused(root: Store) -> None:
     ):
         tensors[name].view(-1)[-1] = float("nan")
         # Written past the check that saving makes, as an older program may have done.
-        checkpoint._write(
-            root.child("step-000002"), 2, model.config, weights, state, {}, TOKENIZER, None
-        )
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "not_finite", lambda tensors: None)
+            checkpoint.save(
+                root,
+                2,
+                model_config=model.config,
+                weights=weights,
+                optimizer=state,
+                trainer={},
+                tokenizer=TOKENIZER,
+            )
         with pytest.raises(ValueError, match=rf"{file}: {name} has values that are not finite"):
             checkpoint.load(root, optimizer=True)
         tensors[name].view(-1)[-1] = 0.0
