@@ -37,8 +37,6 @@ from nanochat_ray.serve.openai import errors
 from nanochat_ray.serve.openai.chat import ChatBuilder, chat_prompt, parse_chat
 from nanochat_ray.serve.openai.completions import CompletionBuilder, parse_completion
 from nanochat_ray.serve.openai.errors import ApiError
-from nanochat_ray.serve.openai.responses import parse_responses
-from nanochat_ray.serve.openai.responses_builder import ResponsesBuilder
 from nanochat_ray.serve.openai.schema.outputs import (
     ChatCompletionChunk,
     ChatCompletionResponse,
@@ -58,14 +56,16 @@ from nanochat_ray.serve.openai.schema.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from nanochat_ray.serve.openai.schema.responses import (
+from nanochat_ray.serve.openai.serving import Serving
+from nanochat_ray.serve.openai.stream import respond
+from nanochat_ray.serve.openapi import add_stream_schemas
+from nanochat_ray.serve.responses.builder import ResponsesBuilder
+from nanochat_ray.serve.responses.request import parse_responses
+from nanochat_ray.serve.responses.schema import (
     ResponsesEvent,
     ResponsesRequest,
     ResponsesResponse,
 )
-from nanochat_ray.serve.openai.serving import Serving
-from nanochat_ray.serve.openai.stream import respond
-from nanochat_ray.serve.openapi import add_stream_schemas
 from nanochat_ray.text.tokenizer import Tokenizer
 
 FAILURES: dict[int | str, dict[str, Any]] = {

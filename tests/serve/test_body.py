@@ -18,7 +18,7 @@ from nanochat_ray.serve.openai.schema.requests import (
     CompletionRequest,
     DetokenizeRequest,
 )
-from nanochat_ray.serve.openai.schema.responses import ResponsesRequest
+from nanochat_ray.serve.responses.schema import ResponsesRequest
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient
 from tests.serve.serving import post, serving

@@ -148,9 +148,9 @@ def test_truncation_drops_the_oldest_turns(url: str, engine: ScriptedClient) -> 
         ({"input": "x", "conversation": "c"}, "conversation"),
         ({"input": "x", "background": True}, "background"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"input": "x", "tools": [5]}, "tools[0].type"),
-        ({"input": "x", "tool_choice": {"type": "mcp"}}, "tool_choice"),
-        ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format"),
+        ({"input": "x", "tools": [5]}, "tools[0]"),
+        ({"input": "x", "tool_choice": {"type": "mcp"}}, "tool_choice.type"),
+        ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format"),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
         ({"input": "x", "max_output_tokens": -2}, "max_output_tokens"),
@@ -166,6 +166,21 @@ def test_refusals_name_the_field(url: str, body: dict[str, Any], param: str | No
     if param is not None:
         assert error["param"] == param, error
     assert "messages" not in error["message"]
+
+
+def test_tools_and_format_are_repeated(url: str, engine: ScriptedClient) -> None:
+    engine.tokens = TOK.encode("{}")
+    schema = {"type": "object", "properties": {}}
+    body = {
+        "input": "x",
+        "tools": [{**CALCULATOR, "strict": True}],
+        "tool_choice": {"type": "function", "name": "calculator"},
+        "text": {"format": {"type": "json_schema", "name": "s", "schema": schema, "strict": True}},
+    }
+    answer = post(f"{url}/v1/responses", json=body).json()
+    assert {name: answer[name] for name in ("tools", "tool_choice", "text")} == {
+        name: body[name] for name in ("tools", "tool_choice", "text")
+    }
 
 
 def test_harmless_fields_are_ignored(url: str) -> None:

@@ -45,6 +45,12 @@ ChunkUsage = Annotated[
 ]
 
 
+class Answer(TypedDict):
+    id: Id
+    created: Timestamp
+    model: ModelName
+
+
 # --- completions --------------------------------------------------------------------------------
 
 
@@ -81,21 +87,15 @@ class CompletionChoice(CompletionChunkChoice):
     ]
 
 
-class CompletionResponse(TypedDict):
-    id: Id
+class CompletionResponse(Answer):
     object: Annotated[Literal["text_completion"], about("Kind of this object.")]
-    created: Timestamp
-    model: ModelName
     choices: Annotated[list[CompletionChoice], about("n choices for each prompt, in order.")]
     usage: Annotated[Usage, about("Token counts.")]
     system_fingerprint: Fingerprint
 
 
-class CompletionChunk(TypedDict):
-    id: Id
+class CompletionChunk(Answer):
     object: Annotated[Literal["text_completion"], about("Kind of this object.")]
-    created: Timestamp
-    model: ModelName
     choices: Annotated[list[CompletionChunkChoice], about("One choice; none with the usage.")]
     usage: NotRequired[ChunkUsage]
 
@@ -151,11 +151,8 @@ class ChatChoice(TypedDict):
     finish_reason: Finish
 
 
-class ChatCompletionResponse(TypedDict):
-    id: Id
+class ChatCompletionResponse(Answer):
     object: Annotated[Literal["chat.completion"], about("Kind of this object.")]
-    created: Timestamp
-    model: ModelName
     choices: Annotated[list[ChatChoice], about("n choices.")]
     usage: Annotated[Usage, about("Token counts.")]
     system_fingerprint: Fingerprint
@@ -187,11 +184,8 @@ class ChatChunkChoice(TypedDict):
     finish_reason: Finish
 
 
-class ChatCompletionChunk(TypedDict):
-    id: Id
+class ChatCompletionChunk(Answer):
     object: Annotated[Literal["chat.completion.chunk"], about("Kind of this object.")]
-    created: Timestamp
-    model: ModelName
     choices: Annotated[list[ChatChunkChoice], about("One choice; none with the usage.")]
     usage: NotRequired[ChunkUsage]
 

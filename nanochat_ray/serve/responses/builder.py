@@ -12,8 +12,10 @@ from nanochat_ray.serve.openai import logprobs
 from nanochat_ray.serve.openai.builder import ResponseBuilder
 from nanochat_ray.serve.openai.errors import ApiError
 from nanochat_ray.serve.openai.schema.outputs import TokenLogprob
-from nanochat_ray.serve.openai.schema.responses import (
+from nanochat_ray.serve.openai.serving import Serving
+from nanochat_ray.serve.responses.schema import (
     FunctionCallItem,
+    FunctionChoice,
     OutputItem,
     OutputMessage,
     OutputText,
@@ -22,7 +24,6 @@ from nanochat_ray.serve.openai.schema.responses import (
     ResponsesResponse,
     ResponsesUsage,
 )
-from nanochat_ray.serve.openai.serving import Serving
 from nanochat_ray.serve.sse import event
 
 
@@ -96,6 +97,7 @@ class ResponsesBuilder(ResponseBuilder):
         error: ResponsesError | None = None,
     ) -> ResponsesResponse:
         body = self._body
+        text_format, choice = body.text and body.text.format, body.tool_choice or "auto"
         has_ended = status in ("completed", "incomplete")
         return {
             "id": self.id,
@@ -117,9 +119,9 @@ class ResponsesBuilder(ResponseBuilder):
             "previous_response_id": None,
             "store": False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": (body.text and body.text.format) or {"type": "text"}},
-            "tool_choice": body.tool_choice or "auto",
-            "tools": body.tools or [],
+            "text": {"format": text_format.echo() if text_format else {"type": "text"}},
+            "tool_choice": choice.echo() if isinstance(choice, FunctionChoice) else choice,
+            "tools": [tool.echo() for tool in body.tools or ()],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": body.truncation or "disabled",

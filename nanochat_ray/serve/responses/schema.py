@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, StrictStr, model_validator
+from pydantic import ConfigDict, Field, StrictBool, StrictStr, model_validator
 from typing_extensions import TypedDict
 
 from nanochat_ray.serve.body import Body, doc
@@ -21,10 +21,12 @@ from nanochat_ray.serve.openai.schema.outputs import (
 from nanochat_ray.serve.openai.schema.requests import (
     MaxTokens,
     NumLogprobs,
+    Salt,
     Seed,
     Temperature,
     TopP,
 )
+from nanochat_ray.serve.openai.tools import FunctionSpec
 
 _STORED = "nothing is stored here, so send the whole conversation as input"
 NOT_SUPPORTED: dict[str, str] = {
@@ -35,20 +37,77 @@ NOT_SUPPORTED: dict[str, str] = {
 }
 
 
-class TextOptions(Body):
-    format: dict[str, Any] | None = doc(
-        "text, json_object, or json_schema with its fields beside the type."
+class TextPart(Body):
+    type: Literal["input_text", "output_text", "text", "refusal"] = Field(
+        description="Kind of part."
     )
+    text: StrictStr | None = doc("The text.")
+    refusal: StrictStr | None = doc("The text of the type refusal.")
+
+
+class InputItem(Body):
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] = doc(
+        "Kind of item; reasoning is ignored.", "message"
+    )
+    role: Literal["user", "assistant", "system", "developer"] | None = doc("Author of a message.")
+    content: StrictStr | list[TextPart] | None = doc("Text of a message, or its parts.")
+    call_id: StrictStr | None = doc("Identifier of the call, of a function_call or its output.")
+    name: StrictStr | None = doc("Name of the function, of a function_call.")
+    arguments: StrictStr | None = doc("Arguments of a function_call, a JSON object as text.")
+    output: StrictStr | list[TextPart] | None = doc("Result of a call, or its parts.")
+
+
+class _EchoedBody(Body):
+    """Part of a request that the response repeats, with fields that are ignored."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def echo(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True, by_alias=True)
+
+
+class _FunctionKind(_EchoedBody):
+    type: Literal["function"] = Field(description="Kind of tool.")
+
+
+class FunctionTool(FunctionSpec, _FunctionKind):
+    """Its type is validated first: tools of other types have other fields."""
+
+
+class FunctionChoice(_FunctionKind):
+    name: StrictStr = Field(description="Name of the function to call.")
+
+
+class TextFormat(_EchoedBody):
+    type: Literal["text", "json_object", "json_schema"] = Field(description="Form of the answer.")
+    name: StrictStr | None = doc("Name of the schema; it changes nothing.")
+    definition: dict[str, Any] | None = doc(
+        "The JSON schema, for the type json_schema.", alias="schema"
+    )
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> TextFormat:
+        if self.type == "json_schema" and self.definition is None:
+            raise ValueError("schema is missing: the type json_schema needs one")
+        if self.type == "text" and self.definition is not None:
+            raise ValueError("schema is not allowed with the type 'text'")
+        return self
+
+
+class TextOptions(Body):
+    format: TextFormat | None = doc("By default text.")
 
 
 class ResponsesRequest(Body):
     model: StrictStr | None = doc("Name of the model; by default the one of this server.")
-    input: StrictStr | list[Any] = Field(
+    input: StrictStr | Annotated[list[InputItem], Field(min_length=1)] = Field(
         description="A text, or items: messages, function calls, and their outputs."
     )
     instructions: StrictStr | None = doc("A system message before the input.")
-    tools: list[Any] | None = doc("Functions: objects with type, name, description, parameters.")
-    tool_choice: StrictStr | dict[str, Any] | None = doc("none, auto, required, or a function.")
+    tools: list[FunctionTool] | None = doc("Functions that the model may call.")
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = doc(
+        "Whether the model may call (auto), must call (required, or a name), or must not (none)."
+    )
     parallel_tool_calls: StrictBool | None = doc("No effect: an answer has one call at most.")
     text: TextOptions | None = doc("The form of the answer.")
     max_output_tokens: MaxTokens | None = doc("Most tokens of the answer.")
@@ -64,7 +123,7 @@ class ResponsesRequest(Body):
     )
     stream: StrictBool | None = doc("Whether events are sent as the answer is generated.")
     seed: Seed | None = doc("vLLM's: equal seeds give equal answers.")
-    cache_salt: StrictStr | None = doc("vLLM's: only equal salts share a prefix cache.")
+    cache_salt: Salt | None = doc("vLLM's: only equal salts share a prefix cache.")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,0 +1,176 @@
+"""``/v1/responses``: request to the chat request that it stands for, and its generation request.
+
+Nothing is stored, since any of several servers may get the next request: a client sends the whole
+conversation as ``input``, as it does with ``store=false`` at OpenAI.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from nanochat_ray.serve.generation import GenerationRequest
+from nanochat_ray.serve.openai import errors
+from nanochat_ray.serve.openai.chat import parse_chat
+from nanochat_ray.serve.openai.errors import ApiError
+from nanochat_ray.serve.openai.schema.requests import (
+    CallOfFunction,
+    ChatMessage,
+    ChatRequest,
+    ToolCall,
+)
+from nanochat_ray.serve.openai.schema.structured_outputs import JsonSchema, ResponseFormat
+from nanochat_ray.serve.openai.serving import Serving
+from nanochat_ray.serve.openai.tools import NamedFunction, NamedTool, ToolSpec
+from nanochat_ray.serve.responses.schema import (
+    FunctionChoice,
+    InputItem,
+    ResponsesRequest,
+    TextPart,
+)
+
+LOGPROBS = "message.output_text.logprobs"
+CHAT_NAMES = {
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "messages": "input",
+}
+"""Fields of a chat request in error messages, and their names here."""
+
+
+async def parse_responses(
+    serving: Serving, body: ResponsesRequest, client: str
+) -> GenerationRequest:
+    """ApiError names the fields of the request that was sent."""
+    try:
+        chat = _chat_request(body)
+        try:
+            return await parse_chat(serving, chat, client)
+        except ApiError as error:
+            if error.code != "context_length_exceeded" or body.truncation != "auto":
+                raise
+            return await _truncate(serving, chat, client, error)
+    except ApiError as error:
+        for name, ours in CHAT_NAMES.items():
+            error.message = error.message.replace(name, ours)
+            error.param = error.param and error.param.replace(name, ours)
+        raise error from None
+    except ValueError as error:
+        name_of_field = re.match(r"[\w.\[\]]*", str(error))
+        raise errors.invalid(str(error), name_of_field and name_of_field[0]) from None
+
+
+async def _truncate(
+    serving: Serving, chat: ChatRequest, client: str, failure: ApiError
+) -> GenerationRequest:
+    """With as many of the newest turns as fit; ``failure`` if not even the last one does."""
+    messages = chat.messages
+    system = 0
+    while system < len(messages) and messages[system].role in ("system", "developer"):
+        system += 1
+    starts = [i for i in range(system + 1, len(messages)) if messages[i].role == "user"]
+    generation: GenerationRequest | None = None
+    low, high = 0, len(starts)
+    while low < high:
+        middle = (low + high) // 2
+        newest = [*messages[:system], *messages[starts[middle] :]]
+        try:
+            shorter = chat.model_copy(update={"messages": newest})
+            generation = await parse_chat(serving, shorter, client)
+            high = middle
+        except ApiError as error:
+            if error.code != "context_length_exceeded":
+                raise
+            low = middle + 1
+    if generation is None:
+        raise failure
+    return generation
+
+
+def _chat_request(body: ResponsesRequest) -> ChatRequest:
+    """The chat request that asks for the same. ValueError begins with the name of a field."""
+    messages = _messages(body.input)
+    if body.instructions:
+        messages.insert(0, ChatMessage.model_construct(role="system", content=body.instructions))
+    if body.max_output_tokens == 0:
+        raise ValueError("max_output_tokens=0 is not allowed: 1 or more, or -1 for all that fits")
+    tools = [ToolSpec.model_construct(type="function", function=tool) for tool in body.tools or ()]
+    chat = ChatRequest.model_construct(
+        model=body.model,
+        messages=messages,
+        max_completion_tokens=body.max_output_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        stream=body.stream,
+        seed=body.seed,
+        cache_salt=body.cache_salt,
+        response_format=_response_format(body),
+        tools=tools or None,
+        tool_choice=_tool_choice(body),
+        logprobs=bool(body.top_logprobs) or LOGPROBS in (body.include or []),
+        top_logprobs=body.top_logprobs,
+    )
+    _ = chat.effective_tool_choice  # ValueError if the choice is not among the tools
+    return chat
+
+
+def _tool_choice(body: ResponsesRequest) -> Literal["none", "auto", "required"] | NamedTool | None:
+    if not isinstance(body.tool_choice, FunctionChoice):
+        return body.tool_choice
+    function = NamedFunction.model_construct(name=body.tool_choice.name)
+    return NamedTool.model_construct(type="function", function=function)
+
+
+def _response_format(body: ResponsesRequest) -> ResponseFormat | None:
+    if body.text is None or (options := body.text.format) is None:
+        return None
+    if options.definition is None:
+        return ResponseFormat.model_construct(type=options.type)
+    schema = JsonSchema.model_construct(definition=options.definition)
+    return ResponseFormat.model_construct(type="json_schema", json_schema=schema)
+
+
+def _messages(items: str | list[InputItem]) -> list[ChatMessage]:
+    """Items as chat messages: calls that follow an assistant's text are part of its message."""
+    if isinstance(items, str):
+        return [ChatMessage.model_construct(role="user", content=items)]
+    messages: list[ChatMessage] = []
+    for i, item in enumerate(items):
+        at = f"input[{i}]"
+        if item.type == "message":
+            if item.role is None:
+                raise ValueError(f"{at}.role is missing: user, assistant, system or developer")
+            text = _text(item.content, f"{at}.content")
+            messages.append(ChatMessage.model_construct(role=item.role, content=text))
+        elif item.type == "function_call":
+            function = CallOfFunction.model_construct(
+                name=_string(item.name, f"{at}.name"),
+                arguments=_string(item.arguments, f"{at}.arguments"),
+            )
+            call_id = _string(item.call_id, f"{at}.call_id")
+            call = ToolCall.model_construct(id=call_id, function=function)
+            if not messages or messages[-1].role != "assistant":
+                messages.append(ChatMessage.model_construct(role="assistant"))
+            messages[-1].tool_calls = [*(messages[-1].tool_calls or ()), call]
+        elif item.type == "function_call_output":
+            text = _text(item.output, f"{at}.output")
+            call_id = _string(item.call_id, f"{at}.call_id")
+            messages.append(
+                ChatMessage.model_construct(role="tool", tool_call_id=call_id, content=text)
+            )
+    if not messages:
+        raise ValueError("input has no message: at least one is needed")
+    return messages
+
+
+def _text(content: str | list[TextPart] | None, at: str) -> str:
+    if not isinstance(content, list):
+        return _string(content, at)
+    parts = [part.refusal if part.type == "refusal" else part.text for part in content]
+    return "".join(_string(text, f"{at}[{i}].text") for i, text in enumerate(parts))
+
+
+def _string(value: str | None, at: str) -> str:
+    if value is None:
+        raise ValueError(f"{at} is missing: a string is needed")
+    return value
