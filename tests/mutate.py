@@ -6,7 +6,8 @@ A mutation changes one node of the syntax tree: a comparison, an operator, a num
 two arguments, a condition, or a statement that is dropped. Each is applied in a temporary copy of
 the repository, and the tests that belong to the file run until the first failure. The tests are
 those of the mirrored folder, those that import the file first; ``--tests`` names others. Mutations
-that no test fails are printed with their line. Some are equivalent to the original: read them.
+that no test fails are printed with their line. Those of ``equivalent_mutations.py``, which change
+no result, are not tried.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import ast
 import contextlib
 import copy
 import importlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -27,6 +29,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from tests.equivalent_mutations import EQUIVALENT
 
 REPO = Path(__file__).parents[1]
 # A forked test process starts with these, which saves seconds for each mutation.
@@ -47,6 +51,9 @@ FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any", "clamp_min"
              "append": "appendleft", "masked_fill": "masked_fill_", "cos": "sin", "sin": "cos",
              "floor": "ceil", "ceil": "floor", "popleft": "pop"}  # fmt: skip
 
+SYMMETRIC = ("min", "max", "minimum", "maximum", "equal", "transpose", "compare_digest")
+"""Functions whose first two arguments may be exchanged."""
+
 
 def replacement(node: ast.AST) -> Iterator[tuple[str, Callable[[ast.AST], ast.AST | None]]]:
     """The mutations of a node: what to call them, and what to do to a copy of the node (None:
@@ -63,14 +70,9 @@ def replacement(node: ast.AST) -> Iterator[tuple[str, Callable[[ast.AST], ast.AS
         yield "constant", lambda n: setattr(n, "value", n.value + 1)
     elif isinstance(node, ast.Constant) and isinstance(node.value, float):
         yield "constant", lambda n: setattr(n, "value", n.value * 1.5 or 0.5)
-    # Equal by themselves.
-    symmetric = isinstance(node, ast.Call) and ast.unparse(node.func) in (
-        "min",
-        "max",
-        "torch.equal",
-    )
-    symmetric |= getattr(getattr(node, "func", None), "attr", "") == "transpose"
-    if isinstance(node, ast.Call) and len(node.args) > 1 and not symmetric:
+    function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+    is_symmetric = function.rpartition(".")[2] in SYMMETRIC
+    if isinstance(node, ast.Call) and len(node.args) > 1 and not is_symmetric:
         yield "arguments", lambda n: n.args.insert(0, n.args.pop(1))
     if isinstance(node, ast.Call):
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
@@ -152,57 +154,59 @@ def tests_of(file: Path, tree: Path) -> list[str]:
     for test in sorted((tree / "tests").rglob("test_*.py")):
         text, folder = test.read_text(), test.parent.relative_to(tree / "tests")
         direct = any(name in text for name in names)
-        is_mirror = str(folder) == file.parts[1]
+        is_mirror = folder.parts[:1] == file.parts[1:2]
         own = test.stem == f"test_{file.stem}"
         if (direct or is_mirror) and folder.parts[:1] not in (("on_ray",), ("browser",), ("k8s",)):
             ranks.append((-2 * own - direct, len(text), str(test.relative_to(tree))))
     return [name for *_, name in sorted(ranks)]
 
 
+def run_pytest(tree: Path, tests: list[str], log: Path) -> None:
+    """Runs ``tests`` in ``tree`` in this process, which ends with pytest's exit status."""
+    os.setsid()
+    with log.open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = str(tree)
+    sys.path[:] = [str(tree), *(p for p in sys.path if p not in ("", str(REPO)))]
+    for name in [n for n in sys.modules if n.split(".")[0] in ("tests", "nanochat_ray", "jobs")]:
+        del sys.modules[name]
+    sys.dont_write_bytecode = True
+    import pytest
+
+    code = 1
+    try:
+        options = ["-x", "-q", "-p", "no:xdist", "-m", "not ray and not browser and not gpu"]
+        # Of what was imported before.
+        options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        code = int(pytest.main([*options, f"--basetemp={tree}/pytest", *tests]))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # not through the blocks that the parent is in
+
+
 def run(tree: Path, tests: list[str], limit: float) -> tuple[bool, str]:
     """Whether all ``tests`` pass in ``tree`` within ``limit`` seconds; what pytest printed last."""
     log = tree / "mutation.log"
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        with log.open("w") as out:
-            os.dup2(out.fileno(), 1)
-            os.dup2(out.fileno(), 2)
-        os.chdir(tree)
-        os.environ["PYTHONPATH"] = str(tree)
-        sys.path[:] = [str(tree), *(p for p in sys.path if p not in ("", str(REPO)))]
-        for name in [
-            n for n in sys.modules if n.split(".")[0] in ("tests", "nanochat_ray", "jobs")
-        ]:
-            del sys.modules[name]
-        sys.dont_write_bytecode = True
-        import pytest
-
-        code = 1
-        try:
-            options = ["-x", "-q", "-p", "no:xdist", "-m", "not ray and not browser and not gpu"]
-            # Of what was imported before.
-            options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-            code = int(pytest.main([*options, f"--basetemp={tree}/pytest", *tests]))
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)  # not through the blocks that the parent is in
-    deadline = time.monotonic() + limit
-    ended_pid = status = 0
-    while not ended_pid and time.monotonic() < deadline + 5:
-        ended_pid, status = os.waitpid(child, os.WNOHANG)
-        if not ended_pid and time.monotonic() > deadline:
-            os.kill(child, signal.SIGINT)  # fixtures end what they started
-        time.sleep(0.02 if time.monotonic() < deadline else 1)
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=run_pytest, args=(tree, tests, log))
+    process.start()
+    assert process.pid is not None
+    process.join(limit)
+    is_late = process.is_alive()
+    if is_late:
+        os.kill(process.pid, signal.SIGINT)  # fixtures end what they started
+        process.join(5)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    if not ended_pid:
-        os.waitpid(child, 0)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    if is_late:
         return False, "time limit"
-    return os.waitstatus_to_exitcode(status) == 0, "\n".join(log.read_text().splitlines()[-15:])
+    return process.exitcode == 0, "\n".join(log.read_text().splitlines()[-15:])
 
 
 def copy_tree(to: Path) -> None:
@@ -213,16 +217,29 @@ def copy_tree(to: Path) -> None:
             shutil.copyfile(REPO / name, to / name)
 
 
+DURATIONS: dict[frozenset[str], float] = {}
+"""Seconds that tests take without a mutation, by the set of their files."""
+
+
+def duration(tests: list[str], tree: Path) -> float:
+    """Runs ``tests`` without a mutation, unless they have run before; SystemExit if they fail."""
+    key = frozenset(tests)
+    if key not in DURATIONS:
+        start = time.monotonic()
+        ok, output = run(tree, tests, 900)
+        if not ok:
+            raise SystemExit(f"the tests fail without a mutation\n{output}")
+        DURATIONS[key] = time.monotonic() - start
+    return DURATIONS[key]
+
+
 def mutate(file: Path, tests: list[str], count: int, seed: int, tree: Path) -> tuple[int, int]:
     """Tries ``count`` random mutations of ``file`` (0: all); how many were tried, how many
     survived."""
     source = (tree / file).read_text()
-    start = time.monotonic()
-    ok, output = run(tree, tests, 900)
-    if not ok:
-        raise SystemExit(f"{file}: the tests fail without a mutation\n{output}")
-    whole = time.monotonic() - start
-    changes = mutants(source)
+    whole = duration(tests, tree)
+    equivalent = EQUIVALENT.get(str(file), {})
+    changes = [change for change in mutants(source) if change[1] not in equivalent]
     sample = changes if not count else random.Random(seed).sample(changes, min(count, len(changes)))
     survivors = []
     for line, what, text in sorted(sample):
