@@ -141,8 +141,8 @@ def void(_: object) -> None:
 
 
 def loss_of(model: GPT, rows: Any) -> torch.Tensor:
-    ((inputs, targets),) = split(rows, len(rows.ids), torch.device("cpu"))
-    return model.loss(inputs, targets)
+    (micro,) = split(rows, len(rows.ids), torch.device("cpu"))
+    return model.loss(micro.inputs, micro.targets)
 
 
 def adamw(model: GPT, train: TrainConfig, trial: Trial) -> Step:

@@ -19,7 +19,7 @@ from nanochat_ray.model.config import ModelConfig, has_value_embedding, windows
 from nanochat_ray.model.fp8 import MULTIPLE
 from nanochat_ray.model.fused import relu_squared, rms_norm
 from nanochat_ray.model.linear import Linear
-from nanochat_ray.model.loss import softcap, softcap_cross_entropy
+from nanochat_ray.model.loss import softcap, softcap_cross_entropy, token_logprobs
 from nanochat_ray.model.rotary import rotary_tables, rotate, yarn_sharpening
 
 GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
@@ -325,3 +325,16 @@ class GPT(nn.Module):
             vocab=self.config.vocab_size,
         )
         return total if reduction == "sum" else total / (targets >= 0).sum().clamp_min(1)
+
+    def token_logprobs(self, ids: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities, float32 ``[N]``, of those N of ``targets [B, T]`` int64 that are not
+        -1, row by row, in the distribution at ``temperature``."""
+        mask = targets >= 0
+        return token_logprobs(
+            self.hidden(ids)[mask],
+            self.lm_head.weight,
+            targets[mask],
+            cap=self.config.softcap,
+            vocab=self.config.vocab_size,
+            temperature=temperature,
+        )

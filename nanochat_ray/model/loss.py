@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -84,6 +85,78 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
         scale = grads[0]
         weight = (grad_weight * scale).to(ctx.weight_dtype)
         return grad_hidden * scale.to(grad_hidden.dtype), weight, None, None, None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-probability of each target. The backward pass computes the logits again, chunk by chunk,
+    since only then is the factor of each token's gradient known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        cap: float,
+        vocab: int,
+        temperature: float,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.constants = cap, vocab, temperature
+        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        for part, loss, _ in _token_losses(hidden, weight, targets, *ctx.constants, grad=False):
+            logprobs[part] = -loss
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        _, vocab, temperature = ctx.constants
+        w = weight[:vocab].to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        factors = grads[0] * (-1 / temperature)
+        for part, _, grad in _token_losses(hidden, weight, targets, *ctx.constants, grad=True):
+            grad = grad.mul_(factors[part, None]).to(hidden.dtype)
+            torch.matmul(grad, w, out=grad_hidden[part])
+            grad_weight[:vocab] += grad.T @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cap: float,
+    vocab: int,
+    temperature: float,
+    *,
+    grad: bool,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, their loss ``[n]``, d loss / d (logits / temperature) ``[n, vocab]``) by chunks."""
+    w = weight[:vocab].to(hidden.dtype)
+    size = max(16, CHUNK // vocab) if hidden.device.type == "cpu" else 1 << 13
+    for start in range(0, len(targets), size):
+        part = slice(start, start + size)
+        # cap·tanh(l / cap) / T = (cap / T)·tanh((l / T) / (cap / T)).
+        logits = F.linear(hidden[part], w).float().div_(temperature)
+        yield part, *_softcap_loss(logits, targets[part], cap / temperature, grad)
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    cap: float,
+    vocab: int,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Log-probabilities, float32 ``[N]``, of ``targets [N]`` int64 (all from 0) at a temperature.
+
+    The other arguments are those of ``softcap_cross_entropy``.
+    """
+    return _TokenLogprobs.apply(hidden, weight, targets, cap, vocab, temperature)
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:

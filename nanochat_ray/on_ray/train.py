@@ -39,6 +39,7 @@ from nanochat_ray.train.data_loader import open_dataset
 from nanochat_ray.train.hooks import Hooks
 from nanochat_ray.train.loggers import ProgressPrinter
 from nanochat_ray.train.preflight import check, check_workers
+from nanochat_ray.train.source import DatasetSource
 from nanochat_ray.train.stop import StopOnSignal
 from nanochat_ray.train.trainer import Trainer
 
@@ -179,10 +180,10 @@ def _worker(values: dict[str, Any]) -> None:
     config = TrainerConfig.from_json(values["config"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    data_loader = None
+    source = None
     if values["ray_data"]:
         iterator = ray.train.get_dataset_shard("train")
-        data_loader = RayDataLoader(iterator, config.train, rank, world)
+        source = DatasetSource(config, RayDataLoader(iterator, config.train, rank, world))
     loggers: list[Hooks] = []
     if rank == 0:
         loggers = [PrometheusLogger(config.run), ProgressPrinter(values["print_every"])]
@@ -191,7 +192,7 @@ def _worker(values: dict[str, Any]) -> None:
             config,
             device=ray.train.torch.get_device(),
             local_world_size=context.get_local_world_size(),
-            data_loader=data_loader,
+            source=source,
             hooks=[*loggers, WorkerHooks(should_stop, values["claim"])],
         )
         result = trainer.run()

@@ -36,14 +36,15 @@ class Checkpointer:
         *,
         about: dict[str, Any],
         hardware: dict[str, Any],
+        source_state: Callable[[], dict[str, Any]] = dict,
         check_publish: Callable[[], None] = lambda: None,
     ):
-        """``check_publish`` is called before anything is published; it raises if this process may
-        not publish (``claim``)."""
+        """``source_state`` returns ``Source.state``. ``check_publish`` is called before anything is
+        published; it raises if this process may not publish (``claim``)."""
         self.store, self.config, self.tokenizer = store, config, tokenizer
         self.model, self.optimizer = model, optimizer
         self.ranks, self.about, self.hardware = ranks, about, hardware
-        self.check_publish = check_publish
+        self.source_state, self.check_publish = source_state, check_publish
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -114,6 +115,7 @@ class Checkpointer:
             "step": step,
             "train_config": configs.to_json(self.config),
             "about": self.about,
+            "source": self.source_state(),
             "metrics": metrics.summary(),
         }
 

@@ -41,7 +41,7 @@ class DivergenceGuard:
 
     def check_step(self, step: int, result: StepResult) -> None:
         """FloatingPointError after too many consecutive steps that did not move the weights."""
-        self.skipped_steps = 0 if result.weights_updated else self.skipped_steps + 1
+        self.skipped_steps = 0 if math.isfinite(result.grad_norm) else self.skipped_steps + 1
         if self.skipped_steps >= MAX_SKIPPED_STEPS:
             raise FloatingPointError(
                 f"the gradient was not finite in {self.skipped_steps} steps up to step {step} "
@@ -69,9 +69,11 @@ class DivergenceGuard:
 
     @torch.no_grad()
     def _forward_loss(self, batch: Batch) -> float:
+        micro = next(split(batch, self.config.micro_batch_size, self.ranks.device), None)
+        if micro is None:  # an empty batch has left the weights as they were
+            return 0.0
         self.model.eval()
-        inputs, targets = next(split(batch, self.config.micro_batch_size, self.ranks.device))
-        loss = float(self.model.loss(inputs, targets, reduction="sum"))
+        loss = float(self.model.loss(micro.inputs, micro.targets, reduction="sum"))
         self.model.train()
         return loss
 

@@ -126,5 +126,6 @@ def progress_line(record: dict[str, Any]) -> str:
         columns.append(f"MFU {record['mfu']:.1%}")
     columns += [f"data wait {wait:.1%}", f"left {duration(record['eta_s'])}"]
     if record["skipped"]:
-        columns.append("SKIPPED: not finite")
+        empty = math.isfinite(record["grad_norm"])
+        columns.append("SKIPPED: nothing to train on" if empty else "SKIPPED: not finite")
     return "  ".join(columns)

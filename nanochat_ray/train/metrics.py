@@ -12,6 +12,8 @@ from nanochat_ray.train.step import StepResult
 
 NORM_WINDOW = 100
 """Gradient norms that a checkpoint stores, for gradient-spike clipping."""
+VAL_METRICS = ("bits_per_byte", "val_loss", "error_rate")
+"""Metrics of validations, lower being better, one for each kind of source."""
 _NUMBERS = {
     "train": (
         *("loss", "grad_norm", "lr_factor", "tokens", "seconds", "data_wait", "tokens_per_s"),
@@ -39,7 +41,7 @@ def _record(line: str) -> dict[str, Any] | None:
     fields = ("step", *_NUMBERS[value["kind"]])
     if type(value.get("step")) is not int or not all(_is_number(value.get(f)) for f in fields):
         return None
-    figures = [value[k] for k in ("bits_per_byte", "val_loss", "mfu") if k in value]
+    figures = [value[k] for k in (*VAL_METRICS, "mfu") if k in value]
     texts = [value.get(k) for k in ("prompt", "text")] if value["kind"] == "sample" else []
     valid = all(map(_is_number, figures)) and all(isinstance(text, str) for text in texts)
     return value if valid else None
@@ -116,14 +118,16 @@ class Metrics:
         return record
 
     def step(
-        self, step: int, result: StepResult, *, seconds: float, data_wait: float, tokens: int
+        self, step: int, result: StepResult, *, seconds: float, data_wait: float, **figures: float
     ) -> dict[str, Any]:
+        """``figures`` are the batch's own."""
         # The first step after a start warms caches up and would spoil the rate.
         if step > self._first + 1:
             self._timed_seconds += seconds
             self._timed_steps += 1
+        tokens = result.tokens
         mean = self._timed_seconds / self._timed_steps if self._timed_steps else seconds
-        if math.isfinite(result.grad_norm):
+        if result.weights_updated and math.isfinite(result.grad_norm):
             self._norms = [*self._norms[1 - NORM_WINDOW :], result.grad_norm]
         optional = {}
         if self.bytes_per_token:
@@ -145,6 +149,8 @@ class Metrics:
             tokens_per_s=tokens / seconds,
             eta_s=mean * (self._steps - step),
             **optional,
+            **figures,
+            **result.metrics,
         )
 
     def grad_norms(self, last: int) -> list[float]:
@@ -152,7 +158,7 @@ class Metrics:
         return self._norms[::-1][:last]
 
     def best(self) -> tuple[int, float] | None:
-        """Step and metric of the best validation: bits per byte, or the loss of fine-tuning."""
+        """Step and metric of the best validation."""
         metrics = [(r["step"], m) for r in self.records if (m := val_metric(r)) is not None]
         metrics += [self._best] if self._best else []
         return min(metrics, key=lambda pair: pair[1]) if metrics else None
@@ -192,5 +198,5 @@ def val_metric(record: dict[str, Any]) -> float | None:
     """A validation's metric (lower is better); None for another kind of record."""
     if record["kind"] != "eval":
         return None
-    figures = (record[key] for key in ("bits_per_byte", "val_loss") if key in record)
+    figures = (record[key] for key in VAL_METRICS if key in record)
     return next((figure for figure in figures), None)

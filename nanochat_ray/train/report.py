@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_ray.train.metrics import duration
+from nanochat_ray.train.metrics import VAL_METRICS, duration
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 240, 56, 28
 
@@ -87,8 +87,7 @@ def _curves(records: Sequence[dict[str, Any]]) -> list[str]:
         return [(r["step"], r[key]) for r in matches if math.isfinite(r[key])]
 
     curves = [
-        (f"validation, {key.replace('_', ' ')}", points("eval", key), True)
-        for key in ("bits_per_byte", "val_loss")
+        (f"validation, {key.replace('_', ' ')}", points("eval", key), True) for key in VAL_METRICS
     ]
     curves += [(title, points("train", key), False) for key, title in CURVES]
     return [curve(title, pairs, dots=dots) for title, pairs, dots in curves if pairs]

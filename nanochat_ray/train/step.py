@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,18 +36,59 @@ class Batch:
     """The sequences of one global batch that belong to one worker.
 
     ``ids`` is ``[n, T + 1]`` of any integer dtype; ``mask`` is ``[n, T + 1]`` with 1 where a token
-    is trained on, or None if all are.
+    is trained on, or None if all are. n may be 0; T is the same on all workers.
     """
 
     ids: np.ndarray
     mask: np.ndarray | None = None
+    token_inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What the objective needs of each token, by name: float32 ``[n, T + 1]``."""
+    denominator: float = 0.0
+    """What the sum of the objective over the global batch is divided by; 0: the trained tokens."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Figures for the record of the step, the same on all workers."""
+
+
+class MicroBatch(NamedTuple):
+    """``inputs`` and ``targets [n, T]`` int64, -1 where no loss is taken; ``token_inputs [n, T]``
+    float32, those of the targets."""
+
+    inputs: Tensor
+    targets: Tensor
+    token_inputs: Mapping[str, Tensor]
+
+
+class Objective(Protocol):
+    """What a step minimises."""
+
+    def loss(self, model: GPT, micro: MicroBatch) -> Tensor:
+        """The sum over the tokens of a micro-batch, a float32 scalar with gradients."""
+        ...
+
+    def finish(self) -> Mapping[str, float]:
+        """Figures for the step's record, after the last micro-batch and before the update.
+
+        Collective, with the same result on all workers; may raise, on all workers alike.
+        """
+        ...
+
+
+class CrossEntropy:
+    """Nats of the next token."""
+
+    def loss(self, model: GPT, micro: MicroBatch) -> Tensor:
+        return model.loss(micro.inputs, micro.targets, reduction="sum")
+
+    def finish(self) -> Mapping[str, float]:
+        return {}
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """``loss``: mean nats per trained token of the global batch.
+    """``loss``: the objective of the global batch, by default mean nats per trained token.
 
-    ``weights_updated`` is false if the gradient was not finite.
+    ``weights_updated`` is false if the gradient was not finite, or if the batch was empty.
+    ``tokens`` counts all inputs of the global batch.
     """
 
     loss: float
@@ -56,22 +97,26 @@ class StepResult:
     lr_factor: float
     weights_updated: bool
     votes: RankVotes
+    tokens: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-def split(
-    batch: Batch, micro_batch_size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Micro-batches of ``ids [n, T]`` and ``targets [n, T]`` int64, -1 where no loss is taken."""
+def split(batch: Batch, micro_batch_size: int, device: torch.device) -> Iterator[MicroBatch]:
+    """Micro-batches of at most that many sequences."""
+
+    def move(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
     for start in range(0, len(batch.ids), micro_batch_size):
         part = slice(start, start + micro_batch_size)
         # Moved in the stored dtype and widened on the device: from pinned memory (data_loader.py)
         # the copy overlaps with the computation.
-        ids = torch.from_numpy(batch.ids[part]).to(device, non_blocking=True).long()
+        ids = move(batch.ids[part]).long()
         inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         if batch.mask is not None:
-            mask = torch.from_numpy(batch.mask[part]).to(device, non_blocking=True)
-            targets = targets.masked_fill(mask[:, 1:] == 0, -1)
-        yield inputs, targets
+            targets = targets.masked_fill(move(batch.mask[part])[:, 1:] == 0, -1)
+        token_inputs = {k: move(array[part])[:, 1:] for k, array in batch.token_inputs.items()}
+        yield MicroBatch(inputs, targets, token_inputs)
 
 
 def _seed_dropout(seed: int, step: int, micro_batch: int) -> None:
@@ -88,54 +133,79 @@ def train_step(
     step: int,
     config: TrainConfig,
     *,
+    objective: Objective = CrossEntropy(),  # noqa: B008 (immutable)
     clip: float = 0.0,
     votes: RankVotes = RankVotes(),  # noqa: B008 (immutable)
 ) -> StepResult:
     """Forward, backward and update for one global batch. Collective over the process group.
 
-    The loss is the mean over all trained tokens of the global batch, so it does not depend on how
-    the sequences are split into micro-batches or over workers. If the gradient is not finite, the
-    weights stay as they are and ``weights_updated`` is false. ``clip`` bounds the gradient norm in
-    addition to ``config.optim.grad_clip`` (0: it does not).
+    The loss is the sum of ``objective`` over the tokens of the global batch, divided by its
+    denominator, so it does not depend on how the sequences are split into micro-batches or over
+    workers. If the gradient is not finite, or no worker has a sequence, the weights stay as they
+    are and ``weights_updated`` is false. ``clip`` bounds the gradient norm in addition to
+    ``config.optim.grad_clip`` (0: it does not).
     """
-    device = optimizer.flats[0].weights.device
-    optimizer.zero_grad()
-    nats = torch.zeros((), device=device)
-    count = torch.zeros((), device=device)
     # Gradients are accumulated for a fixed number of tokens, so at a size near 1, and scaled at
     # the end, when the number of trained tokens of all workers is known.
     nominal = config.global_batch_size * (batch.ids.shape[1] - 1)
     model.window_share = window_share(step, config.steps, config.window_warmup)
-    first_micro = optimizer.rank * len(batch.ids) // config.micro_batch_size
-    for micro, (inputs, targets) in enumerate(
-        split(batch, config.micro_batch_size, device), first_micro
-    ):
-        if model.config.dropout:
-            _seed_dropout(config.seed, step, micro)
-        loss = model.loss(inputs, targets, reduction="sum")
-        if (micro - first_micro + 1) * config.micro_batch_size >= len(batch.ids):
-            optimizer.last_backward()
-        (loss / nominal).backward()
-        nats += loss.detach()
-        count += (targets >= 0).sum()
-    own_votes = torch.tensor(votes, dtype=torch.float64, device=device)
-    totals = torch.cat([torch.stack([nats.double(), count.double()]), own_votes])
+    totals = _accumulate(model, optimizer, batch, step, config, objective, nominal)
+    totals = torch.cat([totals, totals.new_tensor(votes)])
     if optimizer.world > 1:
         dist.all_reduce(totals)
-    sum_nats, trained_tokens, *vote_counts = totals.tolist()
+    loss, trained_tokens, tokens, *vote_counts = totals.tolist()
+    metrics = objective.finish()
     factor = lr_factor(step, config.steps, config.optim)
-    norm = optimizer.step(
-        step,
-        lr_factor=factor,
-        momentum=momentum(step, config.steps, config.optim),
-        scale=nominal / max(trained_tokens, 1.0),
-        clip=min((c for c in (clip, config.optim.grad_clip) if c > 0), default=0.0),
-    )
+    denominator = batch.denominator or max(trained_tokens, 1.0)
+    norm = torch.zeros(())
+    if tokens:
+        norm = optimizer.step(
+            step,
+            lr_factor=factor,
+            momentum=momentum(step, config.steps, config.optim),
+            scale=nominal / denominator,
+            clip=min((c for c in (clip, config.optim.grad_clip) if c > 0), default=0.0),
+        )
     return StepResult(
-        loss=sum_nats / max(trained_tokens, 1.0),
+        loss=loss / denominator,
         grad_norm=float(norm),
         trained_tokens=int(trained_tokens),
         lr_factor=factor,
-        weights_updated=bool(torch.isfinite(norm)),
+        weights_updated=tokens > 0 and bool(torch.isfinite(norm)),
         votes=RankVotes(*(count > 0 for count in vote_counts)),
+        tokens=int(tokens),
+        metrics=metrics,
     )
+
+
+def _accumulate(
+    model: GPT,
+    optimizer: ShardedOptimizer,
+    batch: Batch,
+    step: int,
+    config: TrainConfig,
+    objective: Objective,
+    nominal: int,
+) -> Tensor:
+    """Leaves the gradient of objective / ``nominal`` in the optimizer's buffers.
+
+    Returns float64 ``[3]`` of this worker: the sum of the objective, trained tokens, all tokens.
+    """
+    device = optimizer.flats[0].weights.device
+    optimizer.zero_grad()
+    total = torch.zeros((), device=device)
+    count = torch.zeros((), device=device)
+    tokens = 0
+    first_micro = optimizer.rank * len(batch.ids) // config.micro_batch_size
+    for index, micro in enumerate(split(batch, config.micro_batch_size, device), first_micro):
+        if model.config.dropout:
+            _seed_dropout(config.seed, step, index)
+        loss = objective.loss(model, micro)
+        if (index - first_micro + 1) * config.micro_batch_size >= len(batch.ids):
+            optimizer.last_backward()
+        (loss / nominal).backward()
+        total += loss.detach()
+        count += (micro.targets >= 0).sum()
+        tokens += micro.inputs.numel()
+    # Without a copy from the host, for which a GPU would wait.
+    return torch.stack([total.double(), count.double(), count.double() * 0 + tokens])

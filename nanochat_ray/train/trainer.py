@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checkpoint.reader import load_weights
-from nanochat_ray.data.shards import SequenceReader
 from nanochat_ray.model.config import flops_per_token
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.precision import DTYPES
@@ -29,15 +28,14 @@ from nanochat_ray.storage import Store
 from nanochat_ray.train import hardware, identity, preflight
 from nanochat_ray.train.checkpointer import Checkpointer
 from nanochat_ray.train.config import TrainerConfig
-from nanochat_ray.train.data_loader import DataLoader, ShardDataLoader, open_dataset, prefetch
+from nanochat_ray.train.data_loader import prefetch
 from nanochat_ray.train.divergence import DivergenceGuard
 from nanochat_ray.train.hooks import Hooks
 from nanochat_ray.train.loggers import metric_loggers
 from nanochat_ray.train.metrics import Metrics, val_metric
 from nanochat_ray.train.ranks import Ranks
-from nanochat_ray.train.samples import make_sampler
+from nanochat_ray.train.source import DatasetSource, Source
 from nanochat_ray.train.step import Batch, RankVotes, StepResult, train_step
-from nanochat_ray.train.validation import Validator
 
 _LOG = logging.getLogger(__name__)
 POLL_INTERVAL_S = 5.0
@@ -64,16 +62,16 @@ class Trainer:
         *,
         device: torch.device | None = None,
         local_world_size: int = 1,
-        data_loader: DataLoader | None = None,
+        source: Source | None = None,
         hooks: Sequence[Hooks] = (),
     ):
-        """``local_world_size`` is the number of workers on this machine. ``data_loader`` replaces
-        the plain reading of shards (Ray Data does)."""
+        """``local_world_size`` is the number of workers on this machine. ``source`` replaces the
+        plain reading of the configuration's dataset."""
         self.config, self.train_config = config, config.train
         self.device = device or torch.device("cpu")
         self.local_world_size = local_world_size
         self.hooks = list(hooks)
-        self.data_loader = data_loader
+        self.source: Source = source or DatasetSource(config)
         self.store = Store.at(config.storage).child("runs", config.run)
         self.completed_steps = 0
         self.save_pending = False
@@ -114,26 +112,15 @@ class Trainer:
         preflight.check_workers(config, world)
         if config.train.deterministic:
             use_deterministic_algorithms()
-        root = Store.at(config.storage)
-        dataset, manifest, self.tokenizer = open_dataset(config.storage, config.dataset)
-        self.model = build_model(config, root, self.device)
-        rank = dist.get_rank() if world > 1 else 0
-        if self.data_loader is None:
-            reader = SequenceReader(dataset, manifest, "train")
-            self.data_loader = ShardDataLoader(reader, config.train, rank, world)
+        self.ranks = Ranks(self.device)
+        self.model = build_model(config, Store.at(config.storage), self.device)
+        self.source.setup(self.model, self.ranks)
+        self.tokenizer = self.source.tokenizer
         self.about = config.about
         if "dataset_digest" not in self.about:
-            data_and_parent = identity.describe(root, config.dataset, manifest, config.parent)
-            self.about = self.about | data_and_parent
-        self.validator = Validator(config.train, dataset, manifest, self.tokenizer, rank, world)
-        self.sampler = (
-            make_sampler(self.tokenizer, config.train.stage, config.train.sample_tokens)
-            if config.train.sample_tokens
-            else None
-        )
-        if rank == 0:
+            self.about = {**self.about, **self.source.identity()}
+        if self.ranks.rank == 0:
             self.hooks[:0] = metric_loggers(config)
-        self.ranks = Ranks(self.device)
         self._setup_state()
 
     def _setup_state(self) -> None:
@@ -144,7 +131,7 @@ class Trainer:
         self.metrics = Metrics(
             flops_per_token=flops_per_token(self.model.config),
             peak_flops=self.ranks.world * peak,
-            bytes_per_token=self.validator.bytes_per_token,
+            bytes_per_token=self.source.bytes_per_token,
         )
         self.guard = DivergenceGuard(self.model, config, self.metrics, self.ranks, self.store)
         self.optimizer = self._resume()
@@ -157,6 +144,7 @@ class Trainer:
             self.optimizer,
             self.ranks,
             about=self.about,
+            source_state=self.source.state,
             hardware={**description, "workers": self.ranks.world},
             check_publish=self._check_publish,
         )
@@ -167,8 +155,9 @@ class Trainer:
         latest = self.ranks.run_together(self._load_latest)
         optimizer = ShardedOptimizer(self.model, self.train_config.optim, self.model.compute_dtype)
         if latest is not None and latest.optimizer is not None:
-            state = latest.optimizer
+            state, source_state = latest.optimizer, latest.trainer.get("source", {})
             self.ranks.run_together(lambda: optimizer.load_state_dict(state))
+            self.ranks.run_together(lambda: self.source.load_state(source_state))
         return optimizer
 
     def _load_latest(self) -> checkpoint.Checkpoint | None:
@@ -200,11 +189,11 @@ class Trainer:
 
     def _run_steps(self) -> None:
         """Steps, validations and checkpoints up to the last step, or until a hook stops them."""
-        assert self.data_loader is not None
-        batches = prefetch(
-            self.data_loader.batches(self.completed_steps), pin=self.device.type == "cuda"
-        )
-        with contextlib.closing(batches):
+        batches = self.source.batches(self.completed_steps)
+        with contextlib.ExitStack() as stack:
+            if not self.source.on_policy:
+                prefetching = prefetch(batches, pin=self.device.type == "cuda")
+                batches = stack.enter_context(contextlib.closing(prefetching))
             while self.completed_steps < self.train_config.steps:
                 result, batch = self.step(batches)
                 self._evaluate_and_save(result, batch)
@@ -223,6 +212,7 @@ class Trainer:
             batch,
             self.completed_steps,
             config,
+            objective=self.source.objective,
             clip=self.guard.spike_bound(),
             votes=votes,
         )
@@ -234,7 +224,7 @@ class Trainer:
             result,
             seconds=time.perf_counter() - start,
             data_wait=data_wait,
-            tokens=config.global_batch_size * (batch.ids.shape[1] - 1),
+            **batch.metrics,
         )
         self._record(record)
         self.guard.check_step(self.completed_steps, result)
@@ -277,15 +267,14 @@ class Trainer:
         """Validates, and generates samples on rank 0."""
         start = time.perf_counter()
         self.model.eval()
-        metrics = self.validator.evaluate(self.model)
+        metrics = self.source.evaluate(self.model)
         best_before = self.metrics.best()
         seconds = time.perf_counter() - start
         record = self.metrics.add(
             kind="eval", step=self.completed_steps, seconds=seconds, **metrics
         )
         self._record(record)
-        if self.sampler is not None:
-            self.ranks.run_on_first(self._sample)
+        self.ranks.run_on_first(self._sample)
         self.model.train()
         metric = val_metric(record)
         is_best = metric is not None and best_before is not None and metric < best_before[1]
@@ -299,10 +288,8 @@ class Trainer:
         self._record(self.metrics.add(kind="save", step=self.completed_steps, stall=stall))
 
     def _sample(self) -> None:
-        assert self.sampler is not None
-        for prompt, text in self.sampler(self.model):
-            step = self.completed_steps
-            self._record(self.metrics.add(kind="sample", step=step, prompt=prompt, text=text))
+        for sample in self.source.samples(self.model):
+            self._record(self.metrics.add(kind="sample", step=self.completed_steps, **sample))
 
     def _record(self, record: dict[str, Any]) -> None:
         for hook in self.hooks:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.fused import relu_squared, rms_norm
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.model.loss import softcap_cross_entropy
+from nanochat_ray.model.loss import softcap_cross_entropy, token_logprobs
 from tests.tiny import tiny_config
 
 
@@ -97,6 +97,27 @@ def test_chunked_loss_equals_plain_loss(cap: float, dtype: torch.dtype) -> None:
         torch.testing.assert_close(result, reference, **near)
     with torch.no_grad():
         assert softcap_cross_entropy(hidden, weight, targets, cap=cap, vocab=vocab) == ours
+
+
+@pytest.mark.parametrize("cap", [0.0, 15.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_by_the_definition(cap: float, temperature: float) -> None:
+    torch.manual_seed(0)
+    vocab = 19000  # more than one chunk
+    hidden = torch.randn(70, 16, requires_grad=True)
+    weight = torch.randn(vocab + 5, 16, requires_grad=True)
+    targets = torch.randint(0, vocab, (70,))
+    factors = torch.randn(70)  # of either sign, as advantages are
+    near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
+    ours = token_logprobs(hidden, weight, targets, cap=cap, vocab=vocab, temperature=temperature)
+    grads = torch.autograd.grad((factors * ours).sum(), (hidden, weight))
+    logits = F.linear(hidden, weight)[:, :vocab]
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    plain = (logits / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    references = torch.autograd.grad((factors * plain).sum(), (hidden, weight))
+    torch.testing.assert_close(ours, plain, **near)
+    for result, reference in zip(grads, references, strict=True):
+        torch.testing.assert_close(result, reference, **near)
 
 
 def test_hand_written_gradients() -> None:

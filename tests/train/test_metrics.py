@@ -15,6 +15,7 @@ from nanochat_ray.train.step import RankVotes, StepResult
 
 def result(loss: float = 2.0, grad_norm: float = 1.0, **fields: Any) -> StepResult:
     values = {
+        "tokens": 200,
         "trained_tokens": 30,
         "lr_factor": 0.5,
         "weights_updated": True,
@@ -31,22 +32,22 @@ def metrics(**fields: float) -> Metrics:
 
 def test_figures_of_a_step() -> None:
     m = metrics(flops_per_token=1e6, peak_flops=1e9, bytes_per_token=4.0)
-    record = m.step(1, result(math.log(2) * 8), seconds=0.5, data_wait=0.1, tokens=200)
+    record = m.step(1, result(math.log(2) * 8), seconds=0.5, data_wait=0.1)
     # 200 tokens in half a second, 1e6 FLOPs each, of 1e9: 0.4. 8 bits a token of 4 bytes: 2.
     assert record["tokens_per_s"] == 400
     assert record["mfu"] == pytest.approx(0.4)
     assert record["bits_per_byte"] == pytest.approx(2.0)
     assert record["eta_s"] == pytest.approx(9 * 0.5)  # of the first step alone
-    m.step(2, result(), seconds=0.2, data_wait=0, tokens=200)
+    m.step(2, result(), seconds=0.2, data_wait=0)
     # The first step, which warms caches up, does not count any more.
-    record = m.step(3, result(), seconds=0.4, data_wait=0, tokens=200)
+    record = m.step(3, result(), seconds=0.4, data_wait=0)
     assert record["eta_s"] == pytest.approx(7 * 0.3)
     assert (record["kind"], record["step"], record["steps"]) == ("train", 3, 10)
     assert (record["trained_tokens"], record["lr_factor"], record["skipped"]) == (30, 0.5, False)
 
 
 def test_unknown_metrics_are_omitted() -> None:
-    record = metrics().step(1, result(weights_updated=False), seconds=1, data_wait=0, tokens=9)
+    record = metrics().step(1, result(weights_updated=False), seconds=1, data_wait=0)
     assert not {"mfu", "bits_per_byte"} & set(record)
     assert record["skipped"]
 
@@ -55,7 +56,7 @@ def test_norms_are_the_last_100_finite_ones() -> None:
     m = metrics()
     for step in range(150):
         norm = math.nan if step == 120 else float(step)
-        m.step(step + 1, result(grad_norm=norm), seconds=1, data_wait=0, tokens=1)
+        m.step(step + 1, result(grad_norm=norm), seconds=1, data_wait=0)
     assert m.grad_norms(3) == [149, 148, 147]
     assert len(m.grad_norms(1000)) == 100
     assert m.grad_norms(1000)[-1] == 49
@@ -67,7 +68,7 @@ def test_norms_are_the_last_100_finite_ones() -> None:
 def test_the_summary_by_hand() -> None:
     m = metrics(flops_per_token=2.0, peak_flops=400.0)
     for step in range(1, 31):
-        m.step(step, result(float(step)), seconds=0.5, data_wait=0.125, tokens=10)
+        m.step(step, result(float(step), tokens=10), seconds=0.5, data_wait=0.125)
     for bits in (3.0, 1.5, 2.0):
         m.add(kind="eval", step=30, seconds=1.0, bits_per_byte=bits)
     for stall in (0.25, 0.75, 0.5):
@@ -107,7 +108,7 @@ def test_the_best_validation_is_the_lowest() -> None:
 def test_a_log_is_read_up_to_the_checkpoint() -> None:
     m = metrics()
     for step in range(1, 6):
-        m.step(step, result(float(step)), seconds=1, data_wait=0, tokens=10)
+        m.step(step, result(float(step), tokens=10), seconds=1, data_wait=0)
     text = to_jsonl(m.records)
     again = metrics()
     assert again.resume(text, {}, before=3) == []
@@ -120,7 +121,7 @@ def test_a_log_is_read_up_to_the_checkpoint() -> None:
 
 def test_the_progress_line() -> None:
     m = metrics(flops_per_token=1e6, peak_flops=1e9, bytes_per_token=4.0)
-    record = m.step(1, result(math.log(2) * 8), seconds=0.5, data_wait=0.1, tokens=200)
+    record = m.step(1, result(math.log(2) * 8), seconds=0.5, data_wait=0.1)
     assert progress_line(record) == (
         "step 1/10  loss 5.5452  bpb 2.0000  norm 1.00  lr ×0.50  400 tokens/s  MFU 40.0%  "
         "data wait 20.0%  left 0:04"

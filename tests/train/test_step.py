@@ -17,7 +17,14 @@ from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.optim.schedule import lr_factor
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.step import Batch, RankVotes, split, train_step
+from nanochat_ray.train.step import (
+    Batch,
+    CrossEntropy,
+    MicroBatch,
+    RankVotes,
+    split,
+    train_step,
+)
 from nanochat_ray.train.validation import bits_per_byte, masked_loss
 from tests.tiny import tiny_config
 
@@ -132,12 +139,54 @@ def test_no_gradient_is_left_from_the_step_before() -> None:
 def test_micro_batches_shift_the_mask() -> None:
     ids = np.array([[10, 11, 12, 13], [20, 21, 22, 23]], dtype=np.uint16)
     mask = np.array([[0, 1, 0, 1], [1, 0, 1, 1]], dtype=np.uint8)
-    (one, two) = split(Batch(ids, mask), 1, torch.device("cpu"))
-    assert [x.tolist() for x in one] == [[[10, 11, 12]], [[11, -1, 13]]]
-    assert [x.tolist() for x in two] == [[[20, 21, 22]], [[-1, 22, 23]]]
-    ((inputs, targets),) = split(Batch(ids), 2, torch.device("cpu"))
-    assert inputs.tolist() == [[10, 11, 12], [20, 21, 22]]
-    assert targets.tolist() == [[11, 12, 13], [21, 22, 23]]
+    weights = np.arange(8, dtype=np.float32).reshape(2, 4)
+    (one, two) = split(Batch(ids, mask, {"weights": weights}), 1, torch.device("cpu"))
+    assert (one.inputs.tolist(), one.targets.tolist()) == ([[10, 11, 12]], [[11, -1, 13]])
+    assert (two.inputs.tolist(), two.targets.tolist()) == ([[20, 21, 22]], [[-1, 22, 23]])
+    assert two.token_inputs["weights"].tolist() == [[5, 6, 7]]
+    (both,) = split(Batch(ids), 2, torch.device("cpu"))
+    assert both.inputs.tolist() == [[10, 11, 12], [20, 21, 22]]
+    assert both.targets.tolist() == [[11, 12, 13], [21, 22, 23]]
+
+
+class WeightedLoss(CrossEntropy):
+    """-sum of weight · log-probability."""
+
+    def loss(self, model: GPT, micro: MicroBatch) -> torch.Tensor:
+        weights = micro.token_inputs["weights"][micro.targets >= 0]
+        return -(weights * model.token_logprobs(micro.inputs, micro.targets)).sum()
+
+    def finish(self) -> dict[str, float]:
+        return {"batches": 1.0}
+
+
+def test_weight_2_is_the_token_twice() -> None:
+    # A sequence whose tokens count double, against the sequence twice.
+    base = random_batch(0, True)
+    assert base.mask is not None
+    twice = Batch(np.concatenate([base.ids, base.ids]), np.concatenate([base.mask, base.mask]))
+    weights = np.full(base.ids.shape, 2.0, dtype=np.float32)
+    count = float(2 * base.mask[:, 1:].sum())
+    double = dataclasses.replace(base, token_inputs={"weights": weights}, denominator=count)
+    results = []
+    for batch, objective in ((twice, CrossEntropy()), (double, WeightedLoss())):
+        model = random_model().train()
+        optimizer = ShardedOptimizer(model, CONFIG.optim)
+        results.append(train_step(model, optimizer, batch, 0, CONFIG, objective=objective))
+    assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5)
+    assert results[1].grad_norm == pytest.approx(results[0].grad_norm, rel=1e-4)
+    assert results[1].metrics == {"batches": 1.0}
+
+
+def test_empty_batch_keeps_the_weights() -> None:
+    model = random_model().train()
+    optimizer = ShardedOptimizer(model, CONFIG.optim)
+    train_step(model, optimizer, random_batch(0, True), 0, CONFIG)  # momentum would move them
+    before = [p.detach().clone() for p in model.parameters()]
+    empty = Batch(np.zeros((0, 9), dtype=np.uint16), np.zeros((0, 9), dtype=np.uint8))
+    result = train_step(model, optimizer, empty, 1, CONFIG)
+    assert (result.weights_updated, result.grad_norm, result.tokens) == (False, 0.0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def nats(model: GPT, ids: np.ndarray) -> Tensor:
