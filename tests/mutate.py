@@ -64,6 +64,9 @@ def replacement(node: ast.AST) -> Iterator[tuple[str, Callable[[ast.AST], ast.AS
         yield "operator", lambda n: setattr(n, "op", OPERATORS[type(n.op)]())
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
         yield "sign or not", lambda n: n.operand
+    if has_dimension(node):
+        field, index = ("args", 0) if isinstance(node, ast.Call) else ("value", None)
+        yield "dimension", lambda n: set_child(n, field, index, ast.Constant(0))
     if isinstance(node, ast.Constant) and isinstance(node.value, bool):
         yield "constant", lambda n: setattr(n, "value", not n.value)
     elif isinstance(node, ast.Constant) and isinstance(node.value, int):
@@ -89,6 +92,20 @@ def replacement(node: ast.AST) -> Iterator[tuple[str, Callable[[ast.AST], ast.AS
         yield "statement", lambda n: ast.Pass()
 
 
+def has_dimension(node: ast.AST) -> bool:
+    """``dim=-1`` or ``x.size(-1)``: as 1 it may be the same dimension, as 0 it is not."""
+    if isinstance(node, ast.keyword):
+        return node.arg == "dim" and ast.unparse(node.value) == "-1"
+    return isinstance(node, ast.Call) and ast.unparse(node).endswith(".size(-1)")
+
+
+def set_child(node: ast.AST, field: str, index: int | None, child: ast.AST) -> None:
+    if index is None:
+        setattr(node, field, child)
+    else:
+        getattr(node, field)[index] = child
+
+
 def counts(node: ast.AST) -> bool:
     """Whether changes inside a node are wrong values; not texts of errors, types, assertions."""
     if isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)):
@@ -99,10 +116,9 @@ def counts(node: ast.AST) -> bool:
         return False
     if isinstance(node, ast.Call):
         name = ast.unparse(node.func)
-        return (
-            name not in ("cast", "TypeVar", "functools.lru_cache")
-            and "log" not in name.split(".")[0]
-        )
+        return name not in ("cast", "TypeVar", "functools.lru_cache") and name.split(".")[
+            0
+        ] not in ("log", "logger", "logging", "failures")
     return True
 
 
@@ -114,7 +130,8 @@ def walk(node: ast.AST, path: tuple = ()) -> Iterator[tuple[tuple, ast.AST]]:
             continue
         children = value if isinstance(value, list) else [value]
         for index, child in enumerate(children):
-            if isinstance(child, ast.AST) and counts(child):
+            is_dimension = has_dimension(node) and isinstance(child, ast.UnaryOp)
+            if isinstance(child, ast.AST) and counts(child) and not is_dimension:
                 step = (field, index) if isinstance(value, list) else (field, None)
                 yield from walk(child, (*path, step))
 
@@ -134,10 +151,7 @@ def mutants(source: str) -> list[tuple[int, str, str]]:
             before = ast.unparse(target).splitlines()[0]
             other = change(target)
             if isinstance(other, ast.AST):
-                if index is None:
-                    setattr(parent, field, other)
-                else:
-                    getattr(parent, field)[index] = other
+                set_child(parent, field, index, other)
                 target = other
             after = ast.unparse(target).splitlines()[0]
             changes.append((node.lineno, f"{kind}: {before}  →  {after}",
@@ -217,6 +231,11 @@ def copy_tree(to: Path) -> None:
             shutil.copyfile(REPO / name, to / name)
 
 
+def is_equivalent(file: Path, line: str, what: str) -> bool:
+    part, _ = EQUIVALENT.get(str(file), {}).get(what, (None, ""))
+    return part is not None and part in line
+
+
 DURATIONS: dict[frozenset[str], float] = {}
 """Seconds that tests take without a mutation, by the set of their files."""
 
@@ -238,8 +257,8 @@ def mutate(file: Path, tests: list[str], count: int, seed: int, tree: Path) -> t
     survived."""
     source = (tree / file).read_text()
     whole = duration(tests, tree)
-    equivalent = EQUIVALENT.get(str(file), {})
-    changes = [change for change in mutants(source) if change[1] not in equivalent]
+    lines = source.splitlines()
+    changes = [c for c in mutants(source) if not is_equivalent(file, lines[c[0] - 1], c[1])]
     sample = changes if not count else random.Random(seed).sample(changes, min(count, len(changes)))
     survivors = []
     for line, what, text in sorted(sample):

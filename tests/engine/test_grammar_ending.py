@@ -159,6 +159,24 @@ def test_far_from_the_limit_no_end_is_sought() -> None:
     assert state.closing.free == 1000 - 512 - 1
 
 
+def test_without_an_end_the_next_look_is_halfway() -> None:
+    grammars = Grammars(TOK.byte_table(), TOK.vocab_size)
+    schema = {"json_schema": {"type": "string", "minLength": 200}}
+    ending = grammars.start(schema, [TOK.bos], [], 100).closing
+    assert ending is not None
+    assert (ending.path, ending.free) == (None, 100 - 50 - 1)
+
+
+@pytest.mark.parametrize(("limit", "path"), [(2, None), (3, '"'), (4, '"'), (9, '"'), (10, None)])
+def test_the_end_and_its_stop_token_must_fit(limit: int, path: str | None) -> None:
+    """One token is there already; from 7 on behind the path and the stop token, it may go on."""
+    grammars = Grammars(TOK.byte_table(), TOK.vocab_size)
+    schema = {"json_schema": {"type": "string"}}
+    ending = grammars.start(schema, [TOK.bos], TOK.encode('"'), limit).closing
+    assert ending is not None
+    assert (None if ending.path is None else TOK.decode(ending.path)) == path
+
+
 @pytest.mark.parametrize(
     ("text", "inside", "is_escaped"),
     [

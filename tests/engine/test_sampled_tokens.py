@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nanochat_ray.engine import sampler
 from nanochat_ray.engine.request import SamplingParams
@@ -45,24 +46,28 @@ PARAMS: dict[str, dict[str, Any]] = {
 }
 
 
+def next_token(logits: Tensor, prompt: list[int], answer: list[int], params: SamplingParams) -> int:
+    """Bias, then repetition, frequency and presence, then what may not end it yet."""
+    logits = logits.double()
+    for token, value in params.logit_bias.items():
+        logits[token] += value
+    for token in set(prompt + answer):
+        strong = params.repetition_penalty
+        logits[token] *= 1 / strong if logits[token] > 0 else strong
+    for token in set(answer):
+        logits[token] -= params.frequency_penalty * answer.count(token)
+        logits[token] -= params.presence_penalty
+    if len(answer) < params.min_tokens:
+        logits[list(params.all_stop_ids)] = -torch.inf
+    return slow_choice(logits, params, len(prompt) + len(answer))
+
+
 @torch.inference_mode()
 def reference(model: GPT, prompt: list[int], params: SamplingParams, count: int) -> list[int]:
-    """Bias, then repetition, frequency and presence, then what may not end it yet."""
     answer: list[int] = []
     while len(answer) < count:
         context = torch.tensor([prompt + answer])
-        logits = model(context)[0, -1].double()
-        for token, value in params.logit_bias.items():
-            logits[token] += value
-        for token in set(prompt + answer):
-            strong = params.repetition_penalty
-            logits[token] *= 1 / strong if logits[token] > 0 else strong
-        for token in set(answer):
-            logits[token] -= params.frequency_penalty * answer.count(token)
-            logits[token] -= params.presence_penalty
-        if len(answer) < params.min_tokens:
-            logits[list(params.all_stop_ids)] = -torch.inf
-        answer.append(slow_choice(logits, params, len(prompt) + len(answer)))
+        answer.append(next_token(model(context)[0, -1], prompt, answer, params))
         if answer[-1] in params.all_stop_ids:
             break
     return answer

@@ -119,6 +119,39 @@ def test_free_twice_and_reset_leave_no_references(make: Make) -> None:
     assert manager.match_prefix(sequence(2, 40)) == 0
 
 
+def test_slots_have_memory_of_their_own() -> None:
+    manager = SlotManager(num_slots=2, max_model_len=100)
+    a, b = sequence(0, 40), sequence(1, 40)
+    a.num_computed_tokens, b.num_computed_tokens = 40, 10
+    assert manager.usage([a, b]) == 50 / 200
+    assert manager.usage([]) == 0
+    assert manager.can_admit(a, [b])
+    assert manager.allocate(a, 100)
+    assert manager.frees_memory(a)
+    assert not manager.caches_prefixes
+    manager.commit(a)
+    assert manager.match_prefix(b) == 0
+    assert (manager.num_lookup_tokens, manager.num_hit_tokens) == (0, 0)
+
+
+@managers
+def test_figures_of_both_layouts(make: Make) -> None:
+    manager = make(Memory())
+    assert manager.caches_prefixes
+    a = sequence(0, 40)
+    compute(manager, a)
+    assert manager.frees_memory(a)
+    assert manager.usage([a]) == (3 / 8 if make is paged_manager else 40 / 512)
+
+
+def test_without_a_prefix_cache_nothing_is_matched() -> None:
+    manager = PagedManager(BlockAllocator([BlockPool(8)]), Memory(), caches_prefixes=False)
+    compute(manager, sequence(0, 40))
+    assert not manager.caches_prefixes
+    assert manager.match_prefix(sequence(1, 40)) == 0
+    assert not manager.frees_memory(sequence(1, 40))
+
+
 def test_slots_copy_prefixes() -> None:
     memory = Memory()
     manager = slot_manager(memory)
