@@ -199,6 +199,15 @@ def weights_digest(run: Store, name: str) -> str:
     return str(files["weights.msgpack"]["sha256"])
 
 
+def weight_version(run: Store, name: str) -> str:
+    """Identifies the weights of a checkpoint: its name and the first 8 digits of their SHA-256.
+
+    A run that resumes with another number of workers may write other weights under a name. Raises
+    ValueError as ``weights_digest``.
+    """
+    return f"{name}-{weights_digest(run, name)[:8]}"
+
+
 def load(run: Store, name: str | None = None, *, optimizer: bool) -> Checkpoint:
     """A verified checkpoint, by default the latest, and the optimizer's state on request.
 

@@ -60,6 +60,8 @@ class Engine:
         model.
         """
         self.config = config
+        self.weight_version = ""
+        """Names the weights (``checkpoint.weight_version``); reported with each output."""
         self.max_model_len = config.max_model_len or model.config.sequence_len
         self.vocab_size = model.config.vocab_size
         self.runner = Runner(model, config, self.max_model_len, device)
@@ -118,7 +120,9 @@ class Engine:
         model, tokenizer = checkpoint.load_model(run, name, dtype=dtype)
         if tokenizer_fingerprint not in ("", tokenizer.fingerprint):
             raise ValueError(f"checkpoint={name!r} has another tokenizer than the one in use")
-        return cls.from_model(model, tokenizer, config, device), tokenizer
+        engine = cls.from_model(model, tokenizer, config, device)
+        engine.weight_version = checkpoint.weight_version(run, name)
+        return engine, tokenizer
 
     @property
     def has_work(self) -> bool:
@@ -149,6 +153,7 @@ class Engine:
                     tool_token_indices=list(range(len(admission.tool_tokens))),
                     finish=admission.finish,
                     complete=admission.completes_grammar,
+                    weight_version=self.weight_version,
                 )
             )
 
@@ -168,8 +173,9 @@ class Engine:
         if sequence.slot >= 0:
             self.scheduler.preempt(sequence)
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Mapping[str, Tensor], version: str = "") -> None:
         """Replaces the model's weights in place, between two steps, by a state dict of the model.
+        ``version`` is the new ``weight_version``.
 
         Later answers and log-probabilities equal those of a new engine with these weights: cached
         prefixes are dropped, and running requests are preempted, so that the keys and values of
@@ -184,6 +190,7 @@ class Engine:
             self.scheduler.preempt(sequence)
         self.runner.kv_manager.reset_prefix_cache()
         self.runner.model.load_weights(weights)
+        self.weight_version = version
 
     def reset(self) -> list[str]:
         """Removes every request; returns their ids."""
@@ -309,9 +316,8 @@ class Engine:
             self._stats.num_finished += 1
         return self._make_output(s, result, is_first, logprobs)
 
-    @staticmethod
     def _make_output(
-        s: Sequence, result: Acceptance, is_first: bool, logprobs: list[TokenLogprob | None]
+        self, s: Sequence, result: Acceptance, is_first: bool, logprobs: list[TokenLogprob | None]
     ) -> RequestOutput:
         count, num_tool_tokens = len(result.tokens), len(result.tool_tokens)
         needs_logprobs = s.request.params.logprobs is not None
@@ -323,6 +329,7 @@ class Engine:
             error=result.error,
             complete=result.completes_grammar,
             cached_tokens=s.num_cached_tokens if is_first else 0,
+            weight_version=self.weight_version if is_first else "",
             logprobs=[*logprobs[:count], *[None] * num_tool_tokens] if needs_logprobs else None,
             prompt_logprobs=s.prompt_logprobs if is_first and result.error is None else None,
         )

@@ -49,6 +49,10 @@ class EngineLoop:
         """Why the loop has ended, or None while it runs."""
         return self._failure
 
+    @property
+    def weight_version(self) -> str:
+        return self._engine.weight_version
+
     def prepare(self, request: Request) -> Future[Any] | None:
         """What ``submit`` would wait for: the compilation of the grammar; None without one."""
         return self._engine.prepare(request)

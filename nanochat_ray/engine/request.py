@@ -190,6 +190,9 @@ class Request:
     cache_scope: str = ""
     """Prompts share cached prefixes only within a scope. Otherwise response times would reveal to
     one client what another has sent."""
+    weight_version: str = ""
+    """Only an engine with these weights may process it: it belongs to an answer that has begun
+    with them."""
     deadline: float | None = None
     """Seconds since the epoch at which the request fails if it still waits or runs."""
 
@@ -197,7 +200,8 @@ class Request:
         ok = self.deadline is None or _is_finite(self.deadline)
         _require(ok, "deadline", self.deadline, "seconds since the epoch, or None")
         _require(_is_int(self.priority), "priority", self.priority, "a whole number")
-        _require(isinstance(self.cache_scope, str), "cache_scope", self.cache_scope, "a string")
+        for name in ("cache_scope", "weight_version"):
+            _require(isinstance(getattr(self, name), str), name, getattr(self, name), "a string")
 
     def with_seed(self) -> Self:
         """The request with a random seed if it has none. A request that another engine may have to
@@ -253,6 +257,9 @@ class RequestOutput:
     """The grammar ended the output: with finish "stop", the last token is part of the text."""
     cached_tokens: int = 0
     """Prompt tokens from the prefix cache, reported with the first token."""
+    weight_version: str = ""
+    """The weights that generate the output (``Engine.weight_version``), reported with its first
+    token."""
 
     @property
     def last_token_is_stop(self) -> bool:
@@ -262,7 +269,8 @@ class RequestOutput:
     def to_wire(self) -> dict[str, Any]:
         """Only what differs from an empty output, since thousands are sent each second."""
         wire: dict[str, Any] = {"id": self.request_id, "tokens": self.tokens}
-        for name in ("tool_token_indices", "finish", "error", "complete", "cached_tokens"):
+        names = ("tool_token_indices", "finish", "error", "complete", "cached_tokens")
+        for name in (*names, "weight_version"):
             if value := getattr(self, name):
                 wire[name] = value
         for name in ("logprobs", "prompt_logprobs"):

@@ -129,7 +129,7 @@ def build_app(
             allow_origins=allowed_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "x-checkpoint", "retry-after"],
         )
     app.add_middleware(AccessLog)
     _add_pages(app, serving)
@@ -195,22 +195,26 @@ def _add_metrics(app: FastAPI, serving: Serving, prometheus: PrometheusSink) -> 
 
 
 def _add_models(app: FastAPI, serving: Serving) -> None:
-    card: ModelCard = {
-        "id": serving.name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "nanochat_ray",
-        "max_model_len": serving.max_model_len,
-    }
+    created = int(time.time())
+
+    def card() -> ModelCard:
+        return {
+            "id": serving.name,
+            "object": "model",
+            "created": created,
+            "owned_by": "nanochat_ray",
+            "max_model_len": serving.max_model_len,
+            "checkpoint": serving.client.weight_version or None,
+        }
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [card()]}
 
     @app.get("/v1/models/{model:path}")
     async def model(model: Annotated[str, Path(description="Name of the model.")]) -> ModelCard:
         serving.check_model(model)
-        return card
+        return card()
 
 
 def _add_tokens(app: FastAPI, serving: Serving) -> None:

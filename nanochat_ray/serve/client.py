@@ -87,6 +87,11 @@ class EngineClient(Protocol):
         """
         ...
 
+    @property
+    def weight_version(self) -> str:
+        """The weights that a new request gets (``Engine.weight_version``); "" if unknown."""
+        ...
+
     async def health(self) -> dict[str, Any]:
         """Statistics of the engines. Raises UnavailableError if none answers."""
         ...

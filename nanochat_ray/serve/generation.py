@@ -77,6 +77,8 @@ class Delta:
     tool_calls: list[CallDelta] = field(default_factory=list)
     """Parts of a call that the client is to execute."""
     finish_reason: FinishReason | None = None
+    weight_version: str = ""
+    """The weights that answer (``Engine.weight_version``), in the first delta."""
 
     @property
     def is_visible(self) -> bool:
@@ -129,7 +131,12 @@ class Choice:
         )
 
     def push(self, output: RequestOutput) -> Delta:
-        delta = Delta(self.index, num_tokens=len(output.tokens), cached_tokens=output.cached_tokens)
+        delta = Delta(
+            self.index,
+            num_tokens=len(output.tokens),
+            cached_tokens=output.cached_tokens,
+            weight_version=output.weight_version,
+        )
         if output.prompt_logprobs is not None:
             delta.prompt_logprobs = [None, *output.prompt_logprobs]  # the first token has none
         tokens = output.tokens

@@ -49,10 +49,15 @@ class LocalClient:
                 raise UnavailableError(str(error)) from error
             raise
 
+    @property
+    def weight_version(self) -> str:
+        return self.engine.weight_version
+
     async def health(self) -> dict[str, Any]:
         if self._engine_loop.failure is not None:
             raise UnavailableError(self._engine_loop.failure)
-        return {"engines": [dataclasses.asdict(self._engine_loop.stats())]}
+        stats = dataclasses.asdict(self._engine_loop.stats())
+        return {"engines": [{"weight_version": self.weight_version, **stats}]}
 
     def close(self) -> None:
         self._engine_loop.stop()

@@ -209,6 +209,24 @@ _COUNTERS = {
 }
 
 
+class _EngineCount:
+    """How many engines have each value of a label."""
+
+    def __init__(self, record: Record):
+        self._record = record
+        self._values: dict[str, str] = {}
+        """Of each engine."""
+
+    def update(self, engine: str, value: str) -> None:
+        """``value``: "" for an engine that is missing or has not started yet."""
+        before = self._values.pop(engine, "")
+        if value:
+            self._values[engine] = value
+        if before != value:
+            for each in {before, value} - {""}:
+                self._record(sum(v == each for v in self._values.values()), each)
+
+
 class EngineMetrics:
     """Metrics of engines, from their ``Stats`` as plain values, by the name of each engine."""
 
@@ -223,27 +241,36 @@ class EngineMetrics:
             for name, (field, about) in _COUNTERS.items()
         }
         self._totals: dict[tuple[str, str], float] = {}
-        self._by_kernels = sink.gauge(
-            f"{PREFIX}num_engines",
-            "Engines by kernels: instructions of the CPU, or torch.",
-            "kernels",
+        self._by_kernels = _EngineCount(
+            sink.gauge(
+                f"{PREFIX}num_engines",
+                "Engines by kernels: instructions of the CPU, or torch.",
+                "kernels",
+            )
         )
-        self._kernels: dict[str, str] = {}
-        """Of each engine."""
+        self._by_checkpoint = _EngineCount(
+            sink.gauge(
+                f"{PREFIX}num_engines_by_checkpoint",
+                "Engines by the weights that they serve.",
+                "checkpoint",
+            )
+        )
 
     def update_all(self, engines: Mapping[str, Mapping[str, Any]]) -> None:
         """Statistics of all engines. The metrics of an engine that is missing are removed; if it
         returns, they start again with its totals."""
         for engine in {engine for engine, _ in self._totals} - engines.keys():
             self._sink.forget(engine)
-            self._update_kernels(engine, None)
+            self._by_kernels.update(engine, "")
+            self._by_checkpoint.update(engine, "")
             for field in self._counters:
                 del self._totals[engine, field]
         for engine, stats in engines.items():
             self.update(engine, stats)
 
     def update(self, engine: str, stats: Mapping[str, Any]) -> None:
-        self._update_kernels(engine, stats.get("kernels"))
+        self._by_kernels.update(engine, stats.get("kernels", ""))
+        self._by_checkpoint.update(engine, stats.get("weight_version", ""))
         for field, record in self._gauges.items():
             record(stats.get(field, 0), engine)
         for field, record in self._counters.items():
@@ -252,12 +279,3 @@ class EngineMetrics:
             # A new engine under the same name starts from zero.
             record(now - before if now >= before else now, engine)
             self._totals[engine, field] = now
-
-    def _update_kernels(self, engine: str, kernels: str | None) -> None:
-        """``kernels``: None for an engine that is missing or has not started yet."""
-        before = self._kernels.pop(engine, None)
-        if kernels is not None:
-            self._kernels[engine] = kernels
-        if before != kernels:
-            for each in {before, kernels} - {None}:
-                self._by_kernels(sum(k == each for k in self._kernels.values()), str(each))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -57,13 +57,13 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None]):
+    def __init__(self, events: AsyncGenerator[str, None], headers: Mapping[str, str]):
         self.events = events
         self.status_code = 200
         self.background = None
         # "no" keeps nginx from buffering events.
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        self.init_headers(headers)
+        always = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        self.init_headers({**always, **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send(send))

@@ -19,6 +19,7 @@ class ScriptedClient:
 
     def __init__(self, tokens: list[int], *, delay: float = 0.0, finish: Any = "stop"):
         self.tokens, self.delay, self.finish = tokens, delay, finish
+        self.weight_version = "step-000100-0a1b2c3d"
         self.per_step = 1
         self.error: str | None = None
         self.refuse: Exception | None = None
@@ -45,7 +46,9 @@ class ScriptedClient:
     async def _play(self, request: Request, stream: OutputStream) -> None:
         tokens = self.tokens[: request.params.max_tokens]
         if self.per_step > 1:
-            stream.push(RequestOutput(request_id=request.id, tokens=tokens))
+            version = self.weight_version
+            output = RequestOutput(request_id=request.id, tokens=tokens, weight_version=version)
+            stream.push(output)
             tokens = []
         for i, token in enumerate(tokens):
             await asyncio.sleep(self.delay)
@@ -57,7 +60,10 @@ class ScriptedClient:
             stops = token in request.params.stop_ids
             finish = "stop" if stops else None
             self.running -= {request.id} if stops else set()
-            output = RequestOutput(request_id=request.id, tokens=[token], finish=finish)
+            version = "" if i else self.weight_version
+            output = RequestOutput(
+                request_id=request.id, tokens=[token], finish=finish, weight_version=version
+            )
             if request.params.logprobs is not None:
                 output = dataclasses.replace(output, logprobs=[score(token)])
             if i == 0 and request.params.prompt_logprobs is not None:

@@ -132,6 +132,12 @@ class RayEngineClient:
             self._abort(entry)
             raise
 
+    @property
+    def weight_version(self) -> str:
+        usable = [replica for replica in self.replicas.values() if replica.is_usable]
+        best = min(usable, key=lambda replica: replica.load, default=None)
+        return best.status.get("weight_version", "") if best is not None else ""
+
     async def health(self) -> dict[str, Any]:
         statuses = [replica.status for replica in self.replicas.values() if replica.is_ready]
         if not statuses:

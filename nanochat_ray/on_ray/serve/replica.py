@@ -217,6 +217,7 @@ class EngineReplica:
         return {
             "replica": self.name,
             "checkpoint": self.checkpoint,
+            "weight_version": self.engine.weight_version if self.engine is not None else "",
             "requests": len(self.owners),
             **(dataclasses.asdict(self.engine.stats()) if self.engine is not None else {}),
         }

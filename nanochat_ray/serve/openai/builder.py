@@ -7,7 +7,7 @@ import math
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,11 +51,35 @@ class ResponseBuilder(ABC):
         self.timestamp = int(time.time())
         self.choices = [ChoiceState(prefix) for prefix in generation.prefixes]
         self.num_tokens = 0
-        # The constant part of a chunk is most of it: it is serialized once.
-        head = {"id": id, "object": self.object_name, "created": self.timestamp}
-        constant = json.dumps({**head, "model": serving.name})[:-1]
-        self._head = f'data: {constant}, "choices": ['
+        self.weight_version = ""
+        self._head = self._chunk_head()
         self._tail = '], "usage": null}\n\n' if generation.include_usage else "]}\n\n"
+
+    @property
+    def system_fingerprint(self) -> str | None:
+        """Names the weights that answer."""
+        return self.weight_version or None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of the HTTP response, once the first delta is there."""
+        return {"x-checkpoint": self.weight_version} if self.weight_version else {}
+
+    def name_weights(self, deltas: Sequence[Delta]) -> None:
+        """Takes the weights that answer from the first deltas, before any chunk is made."""
+        self.weight_version = next((d.weight_version for d in deltas if d.weight_version), "")
+        self._head = self._chunk_head()
+
+    def _chunk_head(self) -> str:
+        """The constant part of a chunk is most of it: it is serialized once."""
+        head = {
+            "id": self.id,
+            "object": self.object_name,
+            "created": self.timestamp,
+            "model": self.serving.name,
+            "system_fingerprint": self.system_fingerprint,
+        }
+        return f'data: {json.dumps(head)[:-1]}, "choices": ['
 
     def add(self, delta: Delta) -> None:
         self.num_tokens += delta.num_tokens

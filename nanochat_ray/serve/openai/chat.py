@@ -142,7 +142,7 @@ class ChatBuilder(ResponseBuilder):
             "model": self.serving.name,
             "choices": [self._choice(index, i) for index, i in enumerate(self.ranking())],
             "usage": self.usage(),
-            "system_fingerprint": None,
+            "system_fingerprint": self.system_fingerprint,
         }
 
     def _choice(self, index: int, i: int) -> ChatChoice:

@@ -30,7 +30,8 @@ async def respond(builder: ResponseBuilder, http: HttpRequest) -> Response:
         if builder.generation.stream:
             # An error before the first token has its status code: clients retry by that.
             first = await unless_gone(http, _next(deltas))
-            return EventStream(_events(first, deltas, builder))
+            builder.name_weights(first)
+            return EventStream(_events(first, deltas, builder), builder.headers)
         try:
             await unless_gone(http, _collect(deltas, builder))
         finally:
@@ -38,7 +39,7 @@ async def respond(builder: ResponseBuilder, http: HttpRequest) -> Response:
     except ClientGoneError:
         await deltas.aclose()
         return Response(status_code=499)
-    return JSONResponse(builder.response())
+    return JSONResponse(builder.response(), headers=builder.headers)
 
 
 async def _next(deltas: Deltas) -> list[Delta]:
@@ -60,7 +61,10 @@ async def _next(deltas: Deltas) -> list[Delta]:
 async def _collect(deltas: Deltas, builder: ResponseBuilder) -> None:
     with contextlib.suppress(StopAsyncIteration):
         while True:
-            for delta in await _next(deltas):
+            step = await _next(deltas)
+            if not builder.weight_version:
+                builder.name_weights(step)
+            for delta in step:
                 builder.add(delta)
 
 

@@ -26,7 +26,9 @@ Index = Annotated[Count, about("Position of the choice.")]
 Finish = Annotated[
     FinishReason | None, about("Why the choice ended; null in all chunks before the last.")
 ]
-Fingerprint = Annotated[None, about("Always null: weights may change during an answer.")]
+Fingerprint = Annotated[
+    str | None, about("Names the weights that answer: checkpoint and digest, as x-checkpoint.")
+]
 
 
 class PromptTokensDetails(TypedDict):
@@ -49,6 +51,7 @@ class Answer(TypedDict):
     id: Id
     created: Timestamp
     model: ModelName
+    system_fingerprint: Fingerprint
 
 
 # --- completions --------------------------------------------------------------------------------
@@ -91,7 +94,6 @@ class CompletionResponse(Answer):
     object: Annotated[Literal["text_completion"], about("Kind of this object.")]
     choices: Annotated[list[CompletionChoice], about("n choices for each prompt, in order.")]
     usage: Annotated[Usage, about("Token counts.")]
-    system_fingerprint: Fingerprint
 
 
 class CompletionChunk(Answer):
@@ -155,7 +157,6 @@ class ChatCompletionResponse(Answer):
     object: Annotated[Literal["chat.completion"], about("Kind of this object.")]
     choices: Annotated[list[ChatChoice], about("n choices.")]
     usage: Annotated[Usage, about("Token counts.")]
-    system_fingerprint: Fingerprint
 
 
 class FunctionCallDelta(TypedDict):
@@ -199,6 +200,7 @@ class ModelCard(TypedDict):
     created: Timestamp
     owned_by: Annotated[str, about("Owner of the model.")]
     max_model_len: Annotated[Count, about("vLLM's: longest prompt plus answer, in tokens.")]
+    checkpoint: Annotated[str | None, about("The weights that a new request gets.")]
 
 
 class ModelList(TypedDict):
