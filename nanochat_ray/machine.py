@@ -34,6 +34,16 @@ def free_memory(device: torch.device, sharing: int = 1) -> int:
     return min(free, _container_memory(CGROUP, free)) // max(1, sharing)
 
 
+def total_memory() -> int:
+    """Bytes of this machine, or of its container if that may take less."""
+    total = int(psutil.virtual_memory().total)
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        return total if limit == "max" else min(total, int(limit))
+    except (OSError, ValueError):
+        return total
+
+
 def _container_memory(folder: Path, default: int) -> int:
     """Bytes left below a container's limit (cgroup v2); ``default`` if there is no limit."""
     try:

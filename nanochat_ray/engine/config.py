@@ -33,8 +33,10 @@ class EngineConfig:
     prefill_chunk: int = 64
     """Prompt tokens of a step beside decodes: this many for each prompt, or 3 for each decode if
     that is more; fewer late in long prompts. It bounds the delay of the decodes."""
-    prefix_cache_tokens: int = 4096
-    """Tokens of prompt prefixes that are cached beside the running sequences; 0: no prefix cache.
+    prefix_cache_tokens: int | None = None
+    """Tokens of prefixes that are cached beside the running sequences, so that a conversation's
+    next turn computes only its new tokens; 0: no prefix cache; None: half of the memory for keys
+    and values, up to 16 times what all running sequences can have. Running sequences come first.
     With the paged layout all free blocks serve as cache too."""
     kv_layout: KvLayout = "auto"
     """How keys and values are stored: in slots of ``max_model_len`` tokens, or in blocks that are
@@ -44,7 +46,8 @@ class EngineConfig:
     compiler. "auto" uses all that the processor has; "amx", "avx512", "avx2" or "generic" only
     that, and "torch" no C. ``NANOCHAT_KERNELS`` is the default where the configuration is made."""
     kv_cache_memory_fraction: float = 0.8
-    """Share of the free memory that keys and values may take, at most."""
+    """Share of the free memory that keys and values may take, at most. On a CPU they take what
+    their tokens need, as sequences grow."""
     kv_tokens: int = 0
     """Tokens of all sequences together, with the paged layout; 0: as many as they need at most, if
     ``kv_cache_memory_fraction`` allows it."""
@@ -77,12 +80,13 @@ class EngineConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
         for name in (
             "max_model_len",
-            "prefix_cache_tokens",
             "kv_tokens",
             "num_speculative_tokens",
             "speculative_disable_by_batch_size",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        tokens = self.prefix_cache_tokens
+        require(tokens is None or tokens >= 0, "prefix_cache_tokens", tokens, "None, or 0 or more")
         require(
             self.max_num_batched_tokens > self.max_num_seqs,
             "max_num_batched_tokens",

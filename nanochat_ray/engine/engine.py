@@ -214,6 +214,8 @@ class Engine:
         if previous is None:
             outputs += self._expire(time.time())
         plan = self.scheduler.plan()
+        if not plan.chunks and previous is None and self.scheduler.running:
+            outputs.append(self._fail_for_memory())
         for sequence in plan.admissions:
             self._sampling.admit(sequence)
         previous_ids = previous.input_ids() if previous is not None else None
@@ -236,6 +238,13 @@ class Engine:
             self._stats.steps += bool(plan.chunks)
             self._stats.step_seconds += time.perf_counter() - start
         return outputs
+
+    def _fail_for_memory(self) -> RequestOutput:
+        """Nothing can run, since not even the first sequence gets memory: ends it."""
+        first = min(self.scheduler.running, key=lambda s: (s.request.priority, s.arrival))
+        why = f"memory: the machine has none left for keys and values of {first.num_tokens} tokens"
+        logger.error("request %s: %s", first.request.id, why)
+        return self._fail(first, why)
 
     def _expire(self, now: float) -> list[RequestOutput]:
         outputs = []

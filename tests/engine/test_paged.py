@@ -15,7 +15,7 @@ from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
 from nanochat_ray.engine.kvcache.block_pool import NULL_BLOCK
 from nanochat_ray.engine.kvcache.build import choose_layout
-from nanochat_ray.engine.kvcache.memory import bytes_per_token, check_slots, make_allocator
+from nanochat_ray.engine.kvcache.memory import bytes_per_token, make_allocator, slot_sizes
 from nanochat_ray.engine.kvcache.paged_cache import PagedCache, gathered_attention
 from nanochat_ray.engine.kvcache.paged_manager import PagedManager
 from nanochat_ray.engine.kvcache.slot_cache import SlotCache
@@ -292,9 +292,12 @@ def test_cache_that_does_not_fit_is_rejected() -> None:
     model, dtype = make_model("modern").config, torch.float32
     config = EngineConfig(max_num_seqs=4, prefix_cache_tokens=0, kv_cache_memory_fraction=0.5)
     each = bytes_per_token(model, dtype, model.n_layer) * 128
-    check_slots(model, config, 128, dtype, 8 * each)
-    with pytest.raises(ValueError, match=r"max_num_seqs=4 .* holds max_num_seqs=3 at most"):
-        check_slots(model, config, 128, dtype, 7 * each)
+    assert slot_sizes(model, config, 128, dtype, 2 * each).limit == each
+    with pytest.raises(ValueError, match=r"max_model_len=128 .* keys and values of one sequence"):
+        slot_sizes(model, config, 128, dtype, 2 * each - 2)
+    assert slot_sizes(model, config, 128, dtype, 8 * each, grows=False).max_prefix_blocks == 0
+    with pytest.raises(ValueError, match=r"max_num_seqs=4 .* max_model_len=128"):
+        slot_sizes(model, config, 128, dtype, 7 * each, grows=False)
     plenty = make_allocator(model, config, 128, dtype, 1 << 30, 16)
     assert [pool.capacity for pool in plenty.pools] == [4 * 8]
     scarce = make_allocator(model, config, 128, dtype, 3 * each, 16)
@@ -304,7 +307,7 @@ def test_cache_that_does_not_fit_is_rejected() -> None:
     small = dataclasses.replace(config, kv_tokens=100)
     with pytest.raises(ValueError, match=r"kv_tokens=100 .* max_model_len=128"):
         make_allocator(model, small, 128, dtype, 1 << 30, 16)
-    with pytest.raises(ValueError, match=r"max_num_seqs=64 .* max_model_len=100000000"):
+    with pytest.raises(ValueError, match=r"max_model_len=100000000 is not allowed"):
         make_engine(
             make_model("modern"),
             max_model_len=100_000_000,

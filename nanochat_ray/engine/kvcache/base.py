@@ -31,8 +31,9 @@ class KVCacheManager(ABC):
       own or share it with an identical prefix, except for tokens behind every attention window;
     - ``allocate`` that returns False changes nothing that another sequence depends on, and it never
       takes memory from another sequence: the caller preempts one and tries again;
-    - ``match_prefix`` finds only what was computed as a prompt and committed, with the same
-      ``cache_scope``, so that the bits of a sequence do not depend on earlier requests;
+    - ``match_prefix`` finds only what was committed with the same ``cache_scope``, and was computed
+      as a prompt or by kernels that compute outputs to the same bits, so that the bits of a
+      sequence do not depend on earlier requests;
     - ``free`` of a sequence without memory does nothing; committed prefixes stay matchable until
       their memory is allocated again;
     - without sequences nothing is referenced (``check_integrity`` with an empty list).
@@ -73,7 +74,8 @@ class KVCacheManager(ABC):
 
     @abstractmethod
     def free(self, sequence: Sequence) -> None:
-        """Releases the memory of a sequence, which still has its slot."""
+        """Releases the memory of a sequence, which still has its slot. Where outputs are computed
+        to the same bits as prompts, they are committed first."""
 
     @abstractmethod
     def reset_prefix_cache(self) -> None:
@@ -93,12 +95,14 @@ class KVCacheManager(ABC):
         """AssertionError if memory is lost, or referenced by others than ``running``."""
 
 
-def num_matchable_tokens(sequence: Sequence) -> int:
-    """How many tokens ``match_prefix`` may return: those of the prompt but the last token. None if
-    the prompt's log-probabilities are still missing, since they need its logits."""
+def num_matchable_tokens(sequence: Sequence, with_output: bool = False) -> int:
+    """How many tokens ``match_prefix`` may return: those of the prompt but the last token; with the
+    output, those of a sequence that was preempted. None if the prompt's log-probabilities are still
+    missing, since they need its logits."""
     if sequence.needs_prompt_logprobs:
         return 0
-    return min(len(sequence.tokens) - 1, len(sequence.request.prompt))
+    limit = len(sequence.tokens) - 1
+    return limit if with_output else min(limit, len(sequence.request.prompt))
 
 
 def num_committable_tokens(sequence: Sequence) -> int:

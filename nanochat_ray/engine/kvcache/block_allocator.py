@@ -7,7 +7,7 @@ references (``insert_prefix``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE, NULL_BLOCK, BlockPool, hash_blocks
 
@@ -119,18 +119,26 @@ class BlockAllocator:
                     pool.set_hash(block_id, block_hash)
 
     def insert_prefix(
-        self, tokens: Sequence[int], limit: int, scope: str = ""
+        self,
+        tokens: Sequence[int],
+        limit: int,
+        scope: str = "",
+        grow: Callable[[int], None] = lambda num_missing: None,
     ) -> list[tuple[int, int]]:
         """Adds the blocks of ``tokens[:limit]`` that are not cached, without references. One pool.
 
         Returns (index of the block in the sequence, block id) of each, which the caller must write
-        now. A pool that is too small gets only the first blocks.
+        now. ``grow(n)`` may enlarge the pool by n blocks before others are evicted. A pool that is
+        too small gets only the first blocks.
         """
         (pool,) = self.pools
-        limit = min(limit, pool.capacity * self.block_size)
+        hashes = hash_blocks(tokens, limit, self.block_size, scope)
+        num_missing = sum(not pool.contains(block_hash) for block_hash in hashes)
+        if num_missing > pool.num_unused_blocks:
+            grow(num_missing - pool.num_unused_blocks)
         block_ids: list[int] = []
         new_blocks: list[tuple[int, int]] = []
-        for index, block_hash in enumerate(hash_blocks(tokens, limit, self.block_size, scope)):
+        for index, block_hash in enumerate(hashes[: pool.capacity]):
             if pool.contains(block_hash):
                 block_ids.append(pool.touch(block_hash))
                 continue

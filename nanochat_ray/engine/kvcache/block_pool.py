@@ -37,14 +37,16 @@ class BlockPool:
     """``capacity`` blocks for the layers that attend to ``window`` earlier tokens (-1: to all).
 
     Invariants: a block is free (without content), evictable (no references, but its content can be
-    found by hash) or referenced; a hash identifies at most one block.
+    found by hash), referenced, or has no memory (``shrink``); a hash identifies at most one block.
     """
 
     capacity: int
+    """Blocks that have memory."""
     window: int = -1
     _free: list[int] = field(init=False)
     _evictable: OrderedDict[int, None] = field(default_factory=OrderedDict)
     """Least recently used first."""
+    _without_memory: list[int] = field(default_factory=list)
     _ref_counts: list[int] = field(init=False)
     _hash_to_block: dict[bytes, int] = field(default_factory=dict)
     _block_to_hash: dict[int, bytes] = field(default_factory=dict)
@@ -58,18 +60,44 @@ class BlockPool:
         """Blocks that can be allocated, evictable ones included."""
         return len(self._free) + len(self._evictable)
 
+    @property
+    def num_unused_blocks(self) -> int:
+        """Blocks that can be allocated without evicting a cached one."""
+        return len(self._free)
+
     def contains(self, block_hash: bytes) -> bool:
         return block_hash in self._hash_to_block
 
     def allocate(self) -> int:
         """A block to write to, with one reference. ``num_free_blocks`` must be positive."""
-        if self._free:
-            block_id = self._free.pop()
-        else:
-            block_id, _ = self._evictable.popitem(last=False)
-            del self._hash_to_block[self._block_to_hash.pop(block_id)]
+        block_id = self._take_free()
         self._ref_counts[block_id] = 1
         return block_id
+
+    def _take_free(self) -> int:
+        """A free block; without one, the block that was not used for the longest time."""
+        if self._free:
+            return self._free.pop()
+        block_id, _ = self._evictable.popitem(last=False)
+        del self._hash_to_block[self._block_to_hash.pop(block_id)]
+        return block_id
+
+    def grow(self, count: int) -> None:
+        """``count`` more blocks; the ids are the lowest that have no memory."""
+        first = len(self._ref_counts)
+        num_new = max(0, count - len(self._without_memory))
+        self._without_memory = sorted({*self._without_memory, *range(first, first + num_new)})
+        self._ref_counts += [0] * num_new
+        self._free += self._without_memory[:count][::-1]
+        del self._without_memory[:count]
+        self.capacity += count
+
+    def shrink(self, count: int) -> list[int]:
+        """Takes up to ``count`` blocks that nobody references out of use, and returns their ids."""
+        block_ids = [self._take_free() for _ in range(min(count, self.num_free_blocks))]
+        self._without_memory += block_ids
+        self.capacity -= len(block_ids)
+        return block_ids
 
     def touch(self, block_hash: bytes) -> int:
         """The block with this hash, with one more reference."""
@@ -108,7 +136,10 @@ class BlockPool:
         """AssertionError if a block is lost, referenced by others than ``tables``, or has a wrong
         hash."""
         counts = Counter(i for block_ids in tables for i in block_ids if i != NULL_BLOCK)
-        assert [counts[block_id] for block_id in range(self.capacity)] == self._ref_counts
-        assert sorted([*self._free, *self._evictable, *counts]) == list(range(self.capacity))
+        block_ids = list(range(len(self._ref_counts)))
+        assert [counts[block_id] for block_id in block_ids] == self._ref_counts
+        without_content = [*self._free, *self._without_memory]
+        assert sorted([*without_content, *self._evictable, *counts]) == block_ids
+        assert self.capacity == len(block_ids) - len(self._without_memory)
         assert self._hash_to_block == {h: block_id for block_id, h in self._block_to_hash.items()}
         assert self._block_to_hash.keys() >= self._evictable.keys()

@@ -10,15 +10,23 @@ from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.kvcache.base import KVCacheManager
 from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
 from nanochat_ray.engine.kvcache.kv_cache import KVCache
-from nanochat_ray.engine.kvcache.memory import check_slots, make_allocator
+from nanochat_ray.engine.kvcache.lazy_memory import page_tokens
+from nanochat_ray.engine.kvcache.memory import bytes_per_token, make_allocator, slot_sizes
+from nanochat_ray.engine.kvcache.memory_budget import MemoryBudget
+from nanochat_ray.engine.kvcache.padding import slot_length
 from nanochat_ray.engine.kvcache.paged_cache import PagedCache
 from nanochat_ray.engine.kvcache.paged_manager import PagedManager
 from nanochat_ray.engine.kvcache.prefix_store import PrefixStore
 from nanochat_ray.engine.kvcache.slot_cache import SlotCache
 from nanochat_ray.engine.kvcache.slot_manager import SlotManager
+from nanochat_ray.engine.kvcache.slot_pages import SlotPages
 from nanochat_ray.engine.native import Native
-from nanochat_ray.machine import free_memory
+from nanochat_ray.machine import free_memory, total_memory
 from nanochat_ray.model.config import ModelConfig
+
+RESERVE_PARTS = 16
+"""A CPU engine takes no more memory when only one of so many parts of the machine's is free. Ray
+ends processes when less than 1 / 20 is free."""
 
 
 def choose_layout(config: EngineConfig, device: torch.device) -> Literal["slots", "paged"]:
@@ -40,7 +48,8 @@ def check_kv_cache(
     if choose_layout(config, device) == "paged":
         make_allocator(model, config, max_model_len, dtype, free, BLOCK_SIZE)
     else:
-        check_slots(model, config, max_model_len, dtype, free, has_native)
+        grows = device.type == "cpu"
+        slot_sizes(model, config, max_model_len, dtype, free, has_native, grows)
 
 
 def build_kv_cache(
@@ -55,17 +64,27 @@ def build_kv_cache(
     """The memory and its manager. ``min_num_tokens``: the least number of tokens of a forward;
     ``native`` was compiled for the model's sizes. ValueError if the memory does not suffice."""
     free, num_slots = free_memory(device), config.max_num_seqs
-    caches_prefixes = config.prefix_cache_tokens >= BLOCK_SIZE
+    caches_prefixes = config.prefix_cache_tokens is None or config.prefix_cache_tokens >= BLOCK_SIZE
     if choose_layout(config, device) == "paged":
         allocator = make_allocator(model, config, max_model_len, dtype, free, BLOCK_SIZE)
         cache = PagedCache(
             model, allocator, num_slots, max_model_len, dtype, device, min_num_tokens
         )
         return cache, PagedManager(allocator, cache, caches_prefixes)
-    check_slots(model, config, max_model_len, dtype, free, native is not None)
-    slots = SlotCache(model, num_slots, max_model_len, dtype, device, min_num_tokens, native)
-    if not caches_prefixes:
-        return slots, SlotManager(num_slots, max_model_len)
-    num_blocks = config.prefix_cache_tokens // BLOCK_SIZE
-    copies = PrefixStore(slots, num_blocks)
-    return slots, SlotManager(num_slots, max_model_len, num_blocks, copies)
+    grows = device.type == "cpu"
+    sizes = slot_sizes(model, config, max_model_len, dtype, free, native is not None, grows)
+    slots = SlotCache(
+        *(model, num_slots, max_model_len, dtype, device, min_num_tokens, native),
+        huge_pages=sizes.huge_pages,
+    )
+    per_token = bytes_per_token(model, dtype, model.n_layer)
+    reserve = min(free - sizes.limit, total_memory() // RESERVE_PARTS)
+    budget = MemoryBudget(sizes.limit, reserve, (lambda: free_memory(device)) if grows else None)
+    tokens = page_tokens(model.head_dim * dtype.itemsize, sizes.huge_pages)
+    length = slot_length(max_model_len, native is not None)
+    pages = SlotPages(num_slots, length, per_token, tokens, budget, slots.release_slot)
+    num_blocks = sizes.max_prefix_blocks
+    copies = PrefixStore(slots, num_blocks) if num_blocks else None
+    return slots, SlotManager(
+        *(num_slots, max_model_len, num_blocks, copies, pages), caches_outputs=native is not None
+    )

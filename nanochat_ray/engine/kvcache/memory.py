@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator
-from nanochat_ray.engine.kvcache.block_pool import BlockPool
+from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE, BlockPool
 from nanochat_ray.engine.kvcache.padding import slot_length
 from nanochat_ray.model.config import ModelConfig, windows
 
 GIB = 1 << 30
+PREFIX_SHARE = 0.5
+"""Share of the memory for keys and values that cached prefixes may take. Running sequences come
+first: prefixes are evicted for them."""
+PREFIXES_PER_SEQUENCE = 16
+"""Cached prefixes of the maximum length for each sequence that may run, at most."""
+HUGE_PAGES_SHARE = 0.5
+"""Share of the memory for keys and values up to which all slots are in huge pages. With these a
+slot takes all of its memory for its first token; decodes are up to 5% faster (BENCHMARKS.md)."""
 
 
 def layer_windows(config: ModelConfig, max_model_len: int) -> list[int]:
@@ -23,30 +33,56 @@ def bytes_per_token(config: ModelConfig, dtype: torch.dtype, num_layers: int) ->
     return 2 * num_layers * config.n_kv_head * config.head_dim * dtype.itemsize
 
 
-def check_slots(
+def max_prefix_tokens(config: EngineConfig, max_model_len: int, limit: int, per_token: int) -> int:
+    """Tokens of ``prefix_cache_tokens``; if that is None, what ``PREFIX_SHARE`` of ``limit`` bytes
+    holds, up to ``PREFIXES_PER_SEQUENCE``."""
+    if config.prefix_cache_tokens is not None:
+        return config.prefix_cache_tokens
+    most = PREFIXES_PER_SEQUENCE * config.max_num_seqs * max_model_len
+    return min(most, int(PREFIX_SHARE * limit) // per_token)
+
+
+@dataclass(frozen=True)
+class SlotSizes:
+    """The memory of slots and of their prefix cache."""
+
+    limit: int
+    """Bytes of both together, at most."""
+    huge_pages: bool
+    """Whether slots are in huge pages, so that a slot's memory is committed as a whole."""
+    max_prefix_blocks: int
+
+
+def slot_sizes(
     model: ModelConfig,
     config: EngineConfig,
     max_model_len: int,
     dtype: torch.dtype,
     free: int,
     native: bool = False,
-) -> None:
-    """ValueError if the slots and the prefix cache do not fit into ``free`` bytes."""
+    grows: bool = True,
+) -> SlotSizes:
+    """ValueError if one sequence of ``max_model_len`` does not fit into ``free`` bytes; on devices
+    whose memory is taken at once (``grows`` is False), if not all slots fit."""
     per_token = bytes_per_token(model, dtype, model.n_layer)
-    slot = slot_length(max_model_len, native)
-    needs = (config.max_num_seqs * slot + config.prefix_cache_tokens) * per_token
-    if needs <= config.kv_cache_memory_fraction * free:
-        return
-    most = (
-        int(config.kv_cache_memory_fraction * free / per_token - config.prefix_cache_tokens) // slot
-    )
-    raise ValueError(
-        f"max_num_seqs={config.max_num_seqs} is not allowed: with "
-        f"max_model_len={max_model_len} and prefix_cache_tokens={config.prefix_cache_tokens}, "
-        f"keys and values take {needs / GIB:.1f} GiB, and kv_cache_memory_fraction="
-        f"{config.kv_cache_memory_fraction} of the free {free / GIB:.1f} GiB holds "
-        f"max_num_seqs={max(0, most)} at most"
-    )
+    slot = slot_length(max_model_len, native) * per_token
+    limit = int(config.kv_cache_memory_fraction * free)
+    all_slots = config.max_num_seqs * slot
+    prefix_limit = limit if grows else max(0, limit - all_slots)
+    prefix_tokens = max_prefix_tokens(config, max_model_len, prefix_limit, per_token)
+    needs = slot if grows else all_slots + prefix_tokens * per_token
+    if needs > limit:
+        subject = f"max_model_len={max_model_len} is not allowed: keys and values of one sequence"
+        if not grows:
+            subject = (
+                f"max_num_seqs={config.max_num_seqs} is not allowed: with max_model_len="
+                f"{max_model_len} and prefix_cache_tokens={prefix_tokens}, keys and values"
+            )
+        raise ValueError(
+            f"{subject} take {needs / GIB:.1f} GiB, more than kv_cache_memory_fraction="
+            f"{config.kv_cache_memory_fraction} of the free {free / GIB:.1f} GiB"
+        )
+    return SlotSizes(limit, all_slots <= HUGE_PAGES_SHARE * limit, prefix_tokens // BLOCK_SIZE)
 
 
 def make_allocator(
@@ -67,7 +103,10 @@ def make_allocator(
         block_size * bytes_per_token(model, dtype, layers.count(pool.window)) for pool in pools
     ]
     one = sum(need * size for need, size in zip(needs, sizes, strict=True))
-    sequences = config.max_num_seqs + config.prefix_cache_tokens / max_model_len
+    limit = int(config.kv_cache_memory_fraction * free)
+    per_token = max(1, one // max_model_len)
+    prefix_tokens = max_prefix_tokens(config, max_model_len, limit, per_token)
+    sequences = config.max_num_seqs + prefix_tokens / max_model_len
     if config.kv_tokens:
         sequences = min(sequences, config.kv_tokens / max_model_len)
     if sequences < 1:
@@ -75,13 +114,13 @@ def make_allocator(
             f"kv_tokens={config.kv_tokens} is not allowed: at least "
             f"max_model_len={max_model_len}, so that one sequence fits"
         )
-    if one > config.kv_cache_memory_fraction * free:
+    if one > limit:
         raise ValueError(
             f"max_model_len={max_model_len} is not allowed: keys and values of one such sequence "
             f"take {one / GIB:.1f} GiB, more than kv_cache_memory_fraction="
             f"{config.kv_cache_memory_fraction} of the free {free / GIB:.1f} GiB"
         )
-    sequences = min(sequences, config.kv_cache_memory_fraction * free / one)
+    sequences = min(sequences, limit / one)
     return BlockAllocator(
         [
             BlockPool(int(sequences * need), pool.window)

@@ -1,44 +1,67 @@
-"""Copies of prompt prefixes, for contiguous slots."""
+"""Copies of prefixes, for contiguous slots."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
+from nanochat_ray.engine.kvcache.lazy_memory import LazyMemory
 from nanochat_ray.engine.kvcache.slot_cache import SlotCache
-from nanochat_ray.machine import send, zeros
 
 
 class PrefixStore:
     """Keys and values of cached prefixes, in blocks that a ``BlockAllocator`` numbers.
 
     They are copied, not shared: copying 512 tokens takes a hundredth of the time to compute them,
-    and decoding stays on contiguous memory.
+    and decoding stays on contiguous memory. A block is contiguous, so that its memory can be given
+    back.
     """
 
     def __init__(self, cache: SlotCache, num_blocks: int):
-        layers, _, heads, _, size = cache.keys.shape
-        shape = (layers, heads, num_blocks, BLOCK_SIZE, size)
-        self._pairs = [
-            (slots, zeros(shape, slots.dtype, slots.device)) for slots in (cache.keys, cache.values)
-        ]
+        self._cache = cache
+        _, layers, _, heads, _, size = cache.keys_values.shape
+        shape = (num_blocks, 2, layers, heads, BLOCK_SIZE, size)
+        dtype, device = cache.keys.dtype, cache.keys.device
+        self._memory = LazyMemory(shape, dtype, huge_pages=True) if device.type == "cpu" else None
+        self._blocks = (
+            self._memory.tensor if self._memory else torch.zeros(shape, dtype=dtype, device=device)
+        )
+        """``[blocks, 2, layers, Hkv, BLOCK_SIZE, D]``: keys, then values."""
 
     def load(self, block_ids: Sequence[int], slot: int) -> None:
         """Copies blocks to the start of a slot."""
-        index = send(torch.tensor(block_ids), self._pairs[0][0].device)
-        for slots, blocks in self._pairs:
-            target = slots[:, slot, :, : len(block_ids) * BLOCK_SIZE]
-            # Straight to the target: ``blocks[:, :, index]`` would be one more copy.
-            torch.index_select(
-                blocks, 2, index, out=target.unflatten(2, (len(block_ids), BLOCK_SIZE))
-            )
+        for first, block_id, count in _runs(list(enumerate(block_ids))):
+            self._in_slot(slot, first, count).copy_(self._in_blocks(block_id, count))
 
     def save(self, slot: int, new_blocks: Sequence[tuple[int, int]]) -> None:
-        """Copies consecutive blocks of a slot, as (index in the slot, block id)."""
-        first, count = new_blocks[0][0], len(new_blocks)
-        index = send(torch.tensor([i for _, i in new_blocks]), self._pairs[0][0].device)
-        for slots, blocks in self._pairs:
-            source = slots[:, slot, :, first * BLOCK_SIZE : (first + count) * BLOCK_SIZE]
-            blocks.index_copy_(2, index, source.unflatten(2, (count, BLOCK_SIZE)))
+        """Copies blocks of a slot, as (index in the slot, block id)."""
+        for first, block_id, count in _runs(new_blocks):
+            self._in_blocks(block_id, count).copy_(self._in_slot(slot, first, count))
+
+    def release(self, block_id: int) -> None:
+        """Gives the memory of a block back to the system."""
+        if self._memory is not None:
+            num_bytes = self._blocks[0].nbytes
+            self._memory.release(block_id * num_bytes, num_bytes)
+
+    def _in_slot(self, slot: int, first: int, count: int) -> torch.Tensor:
+        """``[2, layers, Hkv, count, BLOCK_SIZE, D]``, the same as ``_in_blocks``."""
+        tokens = slice(first * BLOCK_SIZE, (first + count) * BLOCK_SIZE)
+        return self._cache.keys_values[:, :, slot, :, tokens].unflatten(3, (count, BLOCK_SIZE))
+
+    def _in_blocks(self, block_id: int, count: int) -> torch.Tensor:
+        return self._blocks[block_id : block_id + count].permute(1, 2, 3, 0, 4, 5)
+
+
+def _runs(blocks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(index, block id, count) of runs of blocks in which both numbers count up."""
+    start = 0
+    for i in range(1, len(blocks) + 1):
+        is_next = i < len(blocks) and (
+            blocks[i][0] - blocks[i - 1][0] == blocks[i][1] - blocks[i - 1][1] == 1
+        )
+        if not is_next:
+            yield *blocks[start], i - start
+            start = i

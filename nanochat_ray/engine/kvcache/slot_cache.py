@@ -22,9 +22,10 @@ from torch import Tensor
 
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.kv_cache import KVCache
+from nanochat_ray.engine.kvcache.lazy_memory import LazyMemory
 from nanochat_ray.engine.kvcache.padding import padded_length, padded_queries, slot_length
 from nanochat_ray.engine.native import Native
-from nanochat_ray.machine import send, zeros
+from nanochat_ray.machine import send
 from nanochat_ray.model.config import ModelConfig
 
 CALL_BYTES = 150_000
@@ -42,7 +43,8 @@ class _Run:
 
 
 class SlotCache(KVCache):
-    """Slot s has positions ``[0, max_model_len)`` of ``keys[:, s]`` and ``values[:, s]``."""
+    """Slot s has positions ``[0, max_model_len)`` of ``keys[:, s]`` and ``values[:, s]``, both
+    ``[layers, slots, Hkv, length, D]`` and halves of ``keys_values``. Their addresses stay."""
 
     def __init__(
         self,
@@ -53,14 +55,19 @@ class SlotCache(KVCache):
         device: torch.device,
         min_num_tokens: int = 1,
         native: Native | None = None,
+        huge_pages: bool = True,
     ):
         """``min_num_tokens``: the least number of tokens of a forward. ``native`` was compiled for
-        the model's sizes."""
+        the model's sizes. ``huge_pages``: see ``LazyMemory``."""
         length = slot_length(max_model_len, native is not None)
-        shape = (config.n_layer, num_slots, config.n_kv_head, length, config.head_dim)
-        # Zeros, not garbage: a masked value is multiplied by 0, and 0 * nan is nan.
-        self.keys = zeros(shape, dtype, device)
-        self.values = zeros(shape, dtype, device)
+        shape = (2, config.n_layer, num_slots, config.n_kv_head, length, config.head_dim)
+        # Zeros, not garbage: a masked value is multiplied by 0, and 0 * nan is nan. On a CPU only
+        # what is written takes memory.
+        self._memory = LazyMemory(shape, dtype, huge_pages) if device.type == "cpu" else None
+        self.keys_values = (
+            self._memory.tensor if self._memory else torch.zeros(shape, dtype=dtype, device=device)
+        )
+        self.keys, self.values = self.keys_values
         self.positions = torch.zeros(0, dtype=torch.int64, device=device)
         self._columns = torch.arange(length, device=device)
         self._group = config.n_head // config.n_kv_head
@@ -74,7 +81,15 @@ class SlotCache(KVCache):
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self.keys_values.nbytes
+
+    def release_slot(self, slot: int) -> None:
+        """Gives the memory of a slot back to the system."""
+        if self._memory is None:
+            return
+        num_slots, num_bytes = self.keys.size(1), self.keys[0, 0].nbytes
+        for layer in range(2 * self.keys.size(0)):
+            self._memory.release((layer * num_slots + slot) * num_bytes, num_bytes)
 
     def prepare(self, spans: Sequence[Span]) -> int:
         counts = np.array([span.num_tokens for span in spans])

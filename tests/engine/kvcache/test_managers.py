@@ -21,6 +21,7 @@ class Memory:
     def __init__(self) -> None:
         self.loads: list[tuple[list[int], int]] = []
         self.saves: list[tuple[int, list[tuple[int, int]]]] = []
+        self.releases: list[int] = []
         self.tables: dict[int, list[int]] = {}
 
     def load(self, block_ids: Sequence[int], slot: int) -> None:
@@ -29,12 +30,15 @@ class Memory:
     def save(self, slot: int, new_blocks: Sequence[tuple[int, int]]) -> None:
         self.saves.append((slot, list(new_blocks)))
 
+    def release(self, block_id: int) -> None:
+        self.releases.append(block_id)
+
     def set_block_tables(self, slot: int, tables: BlockTables) -> None:
         (self.tables[slot],) = (list(block_ids) for block_ids in tables)
 
 
 def slot_manager(memory: Memory) -> KVCacheManager:
-    return SlotManager(num_slots=4, max_model_len=128, num_prefix_blocks=8, copies=memory)
+    return SlotManager(num_slots=4, max_model_len=128, max_prefix_blocks=8, copies=memory)
 
 
 def paged_manager(memory: Memory) -> KVCacheManager:
