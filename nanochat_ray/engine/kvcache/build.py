@@ -27,6 +27,9 @@ from nanochat_ray.model.config import ModelConfig
 RESERVE_PARTS = 16
 """A CPU engine takes no more memory when only one of so many parts of the machine's is free. Ray
 ends processes when less than 1 / 20 is free."""
+PREFIX_RESERVE_PARTS = 4
+"""The same for its prefix cache, so that the caches of several engines leave memory for the
+sequences of each."""
 
 
 def choose_layout(config: EngineConfig, device: torch.device) -> Literal["slots", "paged"]:
@@ -78,13 +81,15 @@ def build_kv_cache(
         huge_pages=sizes.huge_pages,
     )
     per_token = bytes_per_token(model, dtype, model.n_layer)
-    reserve = min(free - sizes.limit, total_memory() // RESERVE_PARTS)
-    budget = MemoryBudget(sizes.limit, reserve, (lambda: free_memory(device)) if grows else None)
+    ask = (lambda: free_memory(device)) if grows else None
+    rest, total = free - sizes.limit, total_memory()
+    budget = MemoryBudget(sizes.limit, min(rest, total // RESERVE_PARTS), ask)
     tokens = page_tokens(model.head_dim * dtype.itemsize, sizes.huge_pages)
     length = slot_length(max_model_len, native is not None)
     pages = SlotPages(num_slots, length, per_token, tokens, budget, slots.release_slot)
     num_blocks = sizes.max_prefix_blocks
     copies = PrefixStore(slots, num_blocks) if num_blocks else None
-    return slots, SlotManager(
-        *(num_slots, max_model_len, num_blocks, copies, pages), caches_outputs=native is not None
-    )
+    prefix_reserve = min((free + rest) // 2, total // PREFIX_RESERVE_PARTS)
+    prefixes = MemoryBudget(num_blocks * BLOCK_SIZE * per_token, prefix_reserve, ask)
+    has_same_bits = native is not None
+    return slots, SlotManager(num_slots, max_model_len, copies, prefixes, pages, has_same_bits)

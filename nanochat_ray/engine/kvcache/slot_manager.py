@@ -39,22 +39,23 @@ class SlotManager(KVCacheManager):
         self,
         num_slots: int,
         max_model_len: int,
-        max_prefix_blocks: int = 0,
         copies: PrefixCopies | None = None,
+        prefix_budget: MemoryBudget | None = None,
         pages: SlotPages | None = None,
         caches_outputs: bool = False,
     ):
-        """``copies`` has room for ``max_prefix_blocks`` blocks; None: no prefix cache. ``pages``:
-        by default there is memory for all slots and blocks. ``caches_outputs``: the output of a
-        request can be a prefix of the next one, since outputs are computed to the same bits as
-        prompts."""
+        """``copies`` has room for ``prefix_budget.limit`` bytes; None: no prefix cache. ``pages``:
+        by default there is memory for all slots and blocks, of 1 byte a token. ``caches_outputs``:
+        the output of a request can be a prefix of the next one, since outputs are computed to the
+        same bits as prompts."""
+        prefix_budget = prefix_budget or MemoryBudget(0)
         if pages is None:
-            budget = MemoryBudget(num_slots * max_model_len + max_prefix_blocks * BLOCK_SIZE)
+            budget = MemoryBudget(num_slots * max_model_len + prefix_budget.limit)
             pages = SlotPages(num_slots, max_model_len, 1, 1, budget)
         self._pages, self._caches_outputs = pages, caches_outputs
         self._prefixes = BlockPool(0)
         self._allocator = BlockAllocator([self._prefixes])
-        self._copies, self._max_prefix_blocks = copies, max_prefix_blocks
+        self._copies, self._prefix_budget = copies, prefix_budget
         self._block_bytes = BLOCK_SIZE * pages.bytes_per_token
         self._num_lookup_tokens = self._num_hit_tokens = 0
 
@@ -114,7 +115,8 @@ class SlotManager(KVCacheManager):
         for block_id in block_ids:
             assert self._copies is not None
             self._copies.release(block_id)
-        self._pages.budget.give_back(len(block_ids) * self._block_bytes)
+        for budget in (self._pages.budget, self._prefix_budget):
+            budget.give_back(len(block_ids) * self._block_bytes)
         return bool(block_ids)
 
     def commit(self, sequence: Sequence) -> None:
@@ -130,11 +132,20 @@ class SlotManager(KVCacheManager):
             self._copies.save(sequence.slot, new_blocks)
 
     def _grow_prefixes(self, count: int) -> None:
-        count = min(count, self._max_prefix_blocks - self._prefixes.capacity)
-        while not self._pages.budget.take(count * self._block_bytes):
-            if not self._pages.release_idle():
-                count //= 2
+        prefixes = self._prefix_budget
+        count = min(count, (prefixes.limit - prefixes.num_bytes) // self._block_bytes)
+        while count and not self._take_for_prefixes(count * self._block_bytes):
+            count //= 2
         self._prefixes.grow(count)
+
+    def _take_for_prefixes(self, num_bytes: int) -> bool:
+        prefixes, pages = self._prefix_budget, self._pages
+        if not prefixes.can_hold(prefixes.num_bytes + num_bytes):
+            return False
+        while not pages.budget.take(num_bytes):
+            if not pages.release_idle():
+                return False
+        return prefixes.take(num_bytes)
 
     def free(self, sequence: Sequence) -> None:
         if self._caches_outputs:
@@ -154,4 +165,5 @@ class SlotManager(KVCacheManager):
     def check_integrity(self, running: SequenceOf[Sequence]) -> None:
         self._allocator.check_integrity([])
         prefix_bytes = self._prefixes.capacity * self._block_bytes
+        assert self._prefix_budget.num_bytes == prefix_bytes
         self._pages.check_integrity({s.slot for s in running}, prefix_bytes)

@@ -9,8 +9,10 @@ import pytest
 from nanochat_ray.engine.kvcache.base import KVCacheManager
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
 from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE, BlockPool
+from nanochat_ray.engine.kvcache.memory_budget import MemoryBudget
 from nanochat_ray.engine.kvcache.paged_manager import PagedManager
 from nanochat_ray.engine.kvcache.slot_manager import SlotManager
+from nanochat_ray.engine.kvcache.slot_pages import SlotPages
 from nanochat_ray.engine.request import Request
 from nanochat_ray.engine.sequence import Sequence as EngineSequence
 
@@ -38,7 +40,7 @@ class Memory:
 
 
 def slot_manager(memory: Memory) -> KVCacheManager:
-    return SlotManager(num_slots=4, max_model_len=128, max_prefix_blocks=8, copies=memory)
+    return SlotManager(4, 128, memory, MemoryBudget(8 * BLOCK_SIZE))
 
 
 def paged_manager(memory: Memory) -> KVCacheManager:
@@ -163,6 +165,35 @@ def test_slots_copy_prefixes() -> None:
     assert [(slot, [i for i, _ in blocks]) for slot, blocks in memory.saves] == [(0, [0, 1])]
     manager.match_prefix(sequence(3, 40))
     assert memory.loads == [([block_id for _, block_id in memory.saves[0][1]], 3)]
+
+
+def test_slots_take_memory_of_oldest_prefixes() -> None:
+    memory = Memory()
+    pages = SlotPages(4, 128, 1, 1, MemoryBudget(128))
+    manager = SlotManager(4, 128, memory, MemoryBudget(64), pages)
+    a, b = sequence(0, 33, first=1), sequence(1, 17, first=2)
+    for s in (a, b):
+        compute(manager, s)  # 50 bytes in slots, 48 in prefixes
+    manager.free(a)
+    manager.check_integrity([b])
+    assert manager.match_prefix(sequence(2, 17, first=2)) == BLOCK_SIZE
+    manager.check_integrity([b, sequence(2, 17)])
+    c = sequence(3, 100)
+    assert not manager.can_admit(c, [b, sequence(2, 17)])
+    assert not manager.allocate(c, 100)  # 33 bytes are in use by b and its copy
+    assert len(memory.releases) == 3
+    assert manager.allocate(c, 95)
+    manager.check_integrity([b, sequence(2, 17), c])
+
+
+def test_prefix_cache_has_a_limit_of_its_own() -> None:
+    memory = Memory()
+    manager = SlotManager(4, 128, memory, MemoryBudget(2 * BLOCK_SIZE))
+    compute(manager, sequence(0, 100, first=1))
+    assert [len(blocks) for _, blocks in memory.saves] == [2]
+    compute(manager, sequence(1, 20, first=2))  # evicts the end of the first
+    assert manager.match_prefix(sequence(2, 100, first=1)) == BLOCK_SIZE
+    assert manager.match_prefix(sequence(3, 20, first=2)) == BLOCK_SIZE
 
 
 def test_paged_sequences_share_blocks_until_exhausted() -> None:
