@@ -19,22 +19,16 @@ import torch
 
 from nanochat_ray.cli.flags import all_flags
 from nanochat_ray.storage import Store
+from tests.processes import run_job
 from tests.tiny import TOKENIZER, tiny_config, write_dataset
 
 REPO = Path(__file__).parents[1]
 
 
-def run(job: str, *flags: str, code: int = 0) -> str:
-    result = subprocess.run(
-        [sys.executable, str(REPO / "jobs" / f"{job}.py"), *flags],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"},
-        check=False,
-    )
-    assert result.returncode == code, result.stdout + result.stderr
-    return result.stderr if code else result.stdout
+def run(job: str, *flags: str) -> str:
+    result = run_job(job, *flags)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def refusal(job: str, *flags: str) -> str:
@@ -52,8 +46,10 @@ def refusal(job: str, *flags: str) -> str:
 
 
 def test_a_refusal_is_one_line_and_status_2(root: Store) -> None:
-    stderr = run("train", "--storage", root.uri, code=2)
-    assert stderr == refusal("train", "--storage", root.uri) + "\n"
+    command = [sys.executable, str(REPO / "jobs" / "train.py"), "--storage", root.uri]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == refusal("train", "--storage", root.uri) + "\n"
 
 
 def test_training_without_ray_and_out_to_hugging_face_and_back(root: Store, tmp_path: Path) -> None:

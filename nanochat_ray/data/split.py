@@ -180,7 +180,6 @@ class SplitRule:
             val_chars, hash_limit = val_chars + size, value + 1
         if val_chars < min_chars:
             return None
-        train_hashes = [value for value in train_hashes if value < hash_limit]
         return replace(self, hash_limit=hash_limit, train_hashes=tuple(train_hashes))
 
     def to_json(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 
 from nanochat_ray.data import map_tasks
 from nanochat_ray.data.map_tasks import TaskResult, map_in_processes, map_serially
+from tests.tiny import wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +38,12 @@ def fail_on_three(item: Any) -> TaskResult:
 
 
 def touch(folder: str, item: Any) -> TaskResult:
-    if item == 0:
-        raise ValueError("item 0")
-    time.sleep(0.1)
+    """Item 0 fails once another task runs; the others wait until its error has come out."""
     (Path(folder) / str(item)).touch()
+    if item == 0:
+        wait_for(lambda: len(os.listdir(folder)) > 1, what="another task")
+        raise ValueError("item 0")
+    wait_for((Path(folder) / "error").exists, what="the error")
     return {}
 
 
@@ -70,10 +73,19 @@ def test_a_dead_worker_is_an_error() -> None:
         list(map_in_processes([1, 2], die))
 
 
-def test_an_error_cancels_tasks_that_wait(tmp_path: Path) -> None:
+def test_an_error_cancels_tasks_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = functools.partial(touch, str(tmp_path))
+    cancel = ProcessPoolExecutor.shutdown
+
+    def shutdown(pool: ProcessPoolExecutor, *args: Any, **kwargs: Any) -> None:
+        cancel(pool, wait=False, cancel_futures=True)
+        (tmp_path / "error").touch()
+        cancel(pool, *args, **kwargs)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "shutdown", shutdown)
     with pytest.raises(ValueError, match="item 0"):
         list(map_in_processes(range(60), work))
+    # Those that run, and a few that the pool passes on before it cancels the others.
     assert len(list(tmp_path.iterdir())) < 30
 
 
@@ -81,29 +93,32 @@ def test_interrupted_workers_print_nothing(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         textwrap.dedent("""
-        import time
+        import pathlib, sys, time
         from nanochat_ray.data import map_tasks
 
         def work(item):
             print("started", flush=True)
-            time.sleep(1)
+            while not pathlib.Path(item).exists():
+                time.sleep(0.01)
             return {}
 
         if __name__ == "__main__":
             map_tasks._num_cores = lambda: 2
             try:
-                list(map_tasks.map_in_processes(range(100), work))
+                list(map_tasks.map_in_processes(sys.argv[1:] * 100, work))
             except KeyboardInterrupt:
                 raise SystemExit(130)
         """)
     )
-    command = [sys.executable, str(program)]
+    marker = tmp_path / "interrupted"
+    command = [sys.executable, str(program), str(marker)]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, start_new_session=True) as process:
         assert process.stdout is not None
         for _ in range(2):
             process.stdout.readline()
         os.killpg(process.pid, signal.SIGINT)
+        marker.touch()
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "")
 
@@ -112,12 +127,12 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         textwrap.dedent("""
-        import os, time
+        import os, threading
         from nanochat_ray.data import map_tasks
 
         def work(item):
             print(os.getpid(), flush=True)
-            time.sleep(600)
+            threading.Event().wait()
             return {}
 
         if __name__ == "__main__":
@@ -129,7 +144,4 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
         assert p.stdout is not None
         workers = [int(p.stdout.readline()) for _ in range(2)]
         p.kill()
-    deadline = time.monotonic() + 20
-    while any(psutil.pid_exists(worker) for worker in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not any(map(psutil.pid_exists, workers)), what="the workers' end")

@@ -31,6 +31,8 @@ def pack(documents: list[list[int]], length: int) -> tuple[list[list[int]], int,
         # The longest one that fits comes first, exactly full ones alone.
         ([[1], [2, 3, 4], [5, 6]], 4, [[B, 2, 3, 4], [B, 5, 6, B]], (6, 5)),
         ([[1, 2, 3], [], [4, 5, 6]], 4, [[B, 1, 2, 3], [B, 4, 5, 6]], (6, 6)),
+        # A chunk that fits goes before a longer one that does not.
+        ([[1, 2, 3, 4], [5, 6, 7], [8, 9]], 8, [[B, 1, 2, 3, 4, B, 8, 9]], (9, 6)),
         ([[1, 2]], 4, [], (2, 0)),
         ([], 4, [], (0, 0)),
     ],

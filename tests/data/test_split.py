@@ -123,7 +123,14 @@ def test_chunks_by_hand() -> None:
     assert split_document("aaaa\n\nbbbb cc\ndd", 8) == ["aaaa\n\n", "bbbb cc\n", "dd"]
     assert split_document("aa bb cc", 6) == ["aa bb ", "cc"]
     assert split_document("aaaaaaa", 3) == ["aaa", "aaa", "a"]
+    assert split_document("aaaa", 4) == ["aaaa"]
+    assert split_document("aaaaa", 4) == ["aaaa", "a"]
     assert split_document("", 3) == [""]
+    # A separator counts from half a chunk on.
+    assert split_document("aaa bbbbbbb", 6) == ["aaa ", "bbbbbb", "b"]
+    assert split_document("aa bbbbbbbb", 6) == ["aa bbb", "bbbbb"]
+    # The last of them, and blank lines before lines before words.
+    assert split_document("a\n\nb\nc d e", 6) == ["a\n\nb\n", "c d e"]
 
 
 def test_duplicates_by_hand() -> None:
@@ -153,6 +160,97 @@ def test_adjusted_rules_by_hand(
     assert (rule.hash_limit, rule.train_hashes) == (hash_limit, train_hashes)
     assert not rule.separates_copies
     assert rule.adjust(census, 10) is rule
+
+
+@pytest.mark.parametrize(
+    ("size", "sequence_len", "max_chunk_chars", "share"),
+    [
+        # 400 kB are less than 0.2%: the share is at its lower bound; a chunk is 1 / 512.
+        (1_000_000_000, 512, 64_000, 0.002),
+        (25_600_000, 512, 50_000, 400_000 / 25_600_000),
+        (1_000_000, 2048, 4 * 2048, 0.05),  # a sequence of four characters a token
+        (1_000_000_000, 32_768, 4 * 32_768, 0.002),  # of which one may exceed 64,000
+        (16_000, 512, 1000, 0.05),  # a sixteenth
+        (1000, 512, 200, 0.05),
+    ],
+)
+def test_rules_for_text_by_hand(
+    size: int, sequence_len: int, max_chunk_chars: int, share: float
+) -> None:
+    rule = SplitRule.for_text(size, sequence_len)
+    assert rule == SplitRule(max_chunk_chars=max_chunk_chars, hash_limit=int(share * 2**64))
+
+
+def test_copies_are_numbered_in_order() -> None:
+    """The nth copy of a chunk is for validation if the hash of "hash/n" is below the limit."""
+    value = content_hash("abc")
+    hashes = [content_hash(f"{value}/{n}") for n in range(6)]
+    limit = sorted(hashes)[2]
+    rule = SplitRule(max_chunk_chars=9, hash_limit=limit, separates_copies=True)
+    chunks = rule.split(["abc"] * 6)
+    assert len(chunks.val) == 2
+    for count in range(7):
+        expected_count = sum(each < limit for each in hashes[:count])
+        assert len(rule.split(["abc"] * count).val) == expected_count
+
+
+def test_hashes_that_train_do_not_validate() -> None:
+    """They are below the limit, but their copies are too much of the text."""
+    a, b = sorted(["abc", "x"], key=content_hash)
+    rule = SplitRule(max_chunk_chars=9, hash_limit=2**64, train_hashes=(content_hash(a),))
+    assert (rule.split([a, b, a]).train, rule.split([a, b, a]).val) == ([a, a], [b])
+
+
+def census_of(sizes: dict[int, list[int]]) -> Census:
+    """Of chunks by hash: the sizes of its copies."""
+    pairs = [(value, size) for value, each in sizes.items() for size in each]
+    hashes, lengths = zip(*pairs, strict=True) if pairs else ((), ())
+    return Census(np.asarray(hashes, np.uint64), np.asarray(lengths, np.int64))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "min_chars", "hash_limit", "by_copy"),
+    [
+        # Half of 100 would be for validation, at most a quarter may be: the limit is lower.
+        ({1: [25], 9: [25], 12: [50]}, 10, 2, False),
+        # Exactly a quarter, and exactly as much as is needed.
+        ({1: [25], 12: [75]}, 25, 10, False),
+        ({1: [24], 12: [72]}, 24, 10, False),
+        # At most a sixth is needed, whatever is asked for.
+        ({1: [16], 12: [84]}, 99, 10, False),
+        # One of two documents, though it is half of the text; half of it are copies.
+        ({1: [10], 12: [10]}, 9, 2, False),
+        ({1: [10, 10], 12: [10, 10]}, 9, int(0.125 * 2**64), True),
+        ({1: [11], 12: [10]}, 9, 13, False),  # less than half is found behind it
+        # Only one text: its copies are split, 5 to 12.5% of them.
+        ({11: [10] * 10}, 2, int(0.05 * 2**64), True),
+        ({11: [10] * 10}, 10, int(0.1 * 2**64), True),
+        ({11: [10] * 10}, 14, int(0.125 * 2**64), True),
+        ({11: [1]}, 1, 10, False),  # one character is for training
+        ({}, 1, 10, False),
+        ({11: [5]}, 1, 10, False),  # of less than 6 characters none are needed
+        ({11: [6]}, 1, int(0.125 * 2**64), True),
+    ],
+)
+def test_adjusted_limits_by_hand(
+    sizes: dict[int, list[int]], min_chars: int, hash_limit: int, by_copy: bool
+) -> None:
+    rule = SplitRule(max_chunk_chars=99, hash_limit=10).adjust(census_of(sizes), min_chars)
+    assert (rule.hash_limit, rule.separates_copies) == (hash_limit, by_copy)
+    assert rule.max_chunk_chars == 99
+
+
+def test_split_copies_stay_split() -> None:
+    rule = SplitRule(max_chunk_chars=9, hash_limit=8, separates_copies=True)
+    assert rule.adjust(census_of({1: [10], 12: [90]}), 10) is rule
+
+
+def test_censuses_by_hand() -> None:
+    one, two = census_of({5: [2, 2]}), census_of({9: [3]})
+    both = Census.concat(iter([one, two]))
+    assert (both.hashes.tolist(), both.sizes.tolist()) == ([5, 5, 9], [2, 2, 3])
+    assert Census.concat([]).duplicates() == (0, 1.0)
+    assert both.sample(9).sizes.tolist() == [3]
 
 
 def test_stored_rules_keep_their_names() -> None:

@@ -28,6 +28,7 @@ from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from nanochat_ray.train.data_loader import prefetch
 from nanochat_ray.train.step import Batch
 from nanochat_ray.train.stop import STOPPED
+from tests.processes import run_job
 from tests.tiny import TOKENIZER, tiny_config, wait_for, write_dataset
 from tests.train.run_trainer import run_trainer
 
@@ -74,9 +75,10 @@ def same_weights(root: Store, one: str, two: str) -> bool:
 
 def test_sigterm_saves_exits_75_and_resumes(root: Store) -> None:
     write_dataset(root, "base")
-    command = [sys.executable, str(REPO / "jobs" / "train.py"), "--no-ray", "--storage", root.uri]
-    command += ["--depth", "1", "--batch-tokens", "128", "--precision", "fp32"]
-    command += ["--sample-tokens", "0", "--print-every", "1", "--tokens", str(128 * 150)]
+    flags = ["--no-ray", "--storage", root.uri, "--depth", "1", "--batch-tokens", "128"]
+    flags += ["--precision", "fp32", "--sample-tokens", "0", "--print-every", "1"]
+    flags += ["--tokens", str(128 * 150)]
+    command = [sys.executable, str(REPO / "jobs" / "train.py"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
     with subprocess.Popen(
         [*command, "--run", "stopped"], env=environment, stdout=subprocess.PIPE, text=True
@@ -94,7 +96,7 @@ def test_sigterm_saves_exits_75_and_resumes(root: Store) -> None:
         checkpoint.step_of(checkpoint.latest(root.child("runs", "stopped")) or "") == last["step"]
     )
     for run in ("stopped", "whole"):
-        subprocess.run([*command, "--run", run], env=environment, check=True, capture_output=True)
+        assert run_job("train", *flags, "--run", run).returncode == 0
     assert same_weights(root, "stopped", "whole")
 
 
@@ -227,7 +229,7 @@ def test_spike_clip_is_equal_after_a_resume(root: Store, monkeypatch: pytest.Mon
 # --- the feed ------------------------------------------------------------------------------------
 
 
-def endless_batches(count: int, steps: list[int]) -> Iterator[Batch]:
+def numbered_batches(count: int, steps: list[int]) -> Iterator[Batch]:
     for n in range(count):
         steps.append(n)
         yield Batch(np.full((1, 3), n, dtype=np.uint16))
@@ -235,17 +237,28 @@ def endless_batches(count: int, steps: list[int]) -> Iterator[Batch]:
 
 def test_prefetch_keeps_order_and_depth() -> None:
     steps: list[int] = []
-    ready = prefetch(endless_batches(50, steps), pin=False, depth=2)
-    assert int(next(ready).ids[0, 0]) == 0
-    wait_for(lambda: len(steps) >= 4, 5, "reading ahead")
-    time.sleep(0.1)
-    assert len(steps) == 4  # one given, two waiting, one in hand
-    assert [int(b.ids[0, 0]) for b in ready] == list(range(1, 50))
+    requests: list[int] = []
+
+    def batches() -> Iterator[Batch]:
+        for batch in numbered_batches(50, steps):
+            # Two wait in the queue, and this one for room in it.
+            assert steps[-1] <= len(requests) + 2
+            yield batch
+
+    ready = prefetch(batches(), pin=False, depth=2)
+    for n in range(50):
+        requests.append(n)
+        assert int(next(ready).ids[0, 0]) == n
+        wait_for(lambda: len(steps) >= min(50, len(requests) + 3), what="reading ahead")
+    assert list(ready) == []
+
+
+def test_a_closed_prefetch_ends_its_thread() -> None:
     threads = threading.active_count()
-    ready = prefetch(endless_batches(50, steps), pin=False)
+    ready = prefetch(numbered_batches(50, []), pin=False)
     next(ready)
     ready.close()
-    wait_for(lambda: threading.active_count() <= threads, 5, "the thread's end")
+    wait_for(lambda: threading.active_count() <= threads, what="the thread's end")
 
 
 def test_prefetch_raises_the_loaders_error() -> None:

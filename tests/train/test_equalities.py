@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.model.gpt import GPT
@@ -19,7 +17,8 @@ from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
-from tests.tiny import free_ports, tiny_config, write_dataset
+from tests.processes import run_on_ranks
+from tests.tiny import tiny_config, write_dataset
 from tests.train.run_trainer import run_trainer
 
 CONFIG = TrainConfig(
@@ -65,33 +64,16 @@ def stop_after(steps: int) -> Callable[[], bool]:
     return lambda: next(calls) == steps
 
 
-def _rank(rank: int, world: int, port: int, values: dict[str, Any], out: Path, stop: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def _train(rank: int, values: dict[str, Any], out: Path, stop: int) -> None:
     # One rank's wish is enough.
     should_stop = stop_after(stop if rank == 1 else 0)
-    values = losses(TrainerConfig.from_json(values), should_stop=should_stop)
-    out.with_suffix(f".{rank}").write_text(repr(values))
-    dist.destroy_process_group()
+    rank_losses = losses(TrainerConfig.from_json(values), should_stop=should_stop)
+    out.with_suffix(f".{rank}").write_text(json.dumps(rank_losses))
 
 
-def on_ranks(world: int, job: TrainerConfig, out: Path, stop: int = 0) -> list[list[float]]:
-    context, (port,) = multiprocessing.get_context("spawn"), free_ports(1)
-    ranks = [
-        context.Process(target=_rank, args=(rank, world, port, job.to_json(), out, stop))
-        for rank in range(world)
-    ]
-    for process in ranks:
-        process.start()
-    try:
-        for process in ranks:
-            process.join(120)
-            assert process.exitcode == 0
-    finally:
-        for process in ranks:
-            process.kill()
-    return [eval(out.with_suffix(f".{rank}").read_text()) for rank in range(world)]
+def losses_on_ranks(world: int, job: TrainerConfig, out: Path, stop: int = 0) -> list[list[float]]:
+    run_on_ranks(_train, job.to_json(), out, stop, world=world)
+    return [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(world)]
 
 
 @pytest.mark.parametrize(("stage", "micro", "dropout"), [("base", 2, 0.1), ("sft", 4, 0.0)])
@@ -106,7 +88,7 @@ def test_two_ranks_equal_one(
         for run in ("alone", "both")
     ]
     alone = losses(jobs[0])
-    both = on_ranks(2, jobs[1], tmp_path / "losses")
+    both = losses_on_ranks(2, jobs[1], tmp_path / "losses")
     assert both[0] == both[1]
     assert both[0] == pytest.approx(alone, abs=1e-5)
     one, two = (checkpoint.load(root.child("runs", r), optimizer=True) for r in ("alone", "both"))
@@ -148,7 +130,7 @@ def test_stopped_on_two_ranks_resumes_on_one(root: Store, tmp_path: Path) -> Non
     write_dataset(root, "base")
     alone = losses(job(root, "alone"))
     continuation = job(root, "moved")
-    on_ranks(2, continuation, tmp_path / "losses", stop=5)
+    losses_on_ranks(2, continuation, tmp_path / "losses", stop=5)
     assert checkpoint.latest(root.child("runs", "moved")) == "step-000005"
     assert losses(continuation) == pytest.approx(alone[5:], abs=1e-5)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
+from tests.processes import FORKSERVER, run_job
 from tests.tiny import tiny_config, wait_for, write_dataset
 from tests.train.run_trainer import run_trainer
 
@@ -48,18 +49,11 @@ def train(values: dict[str, Any]) -> None:
     run_trainer(TrainerConfig.from_json(values))
 
 
-@pytest.fixture(scope="module")
-def spawn() -> Callable[[TrainerConfig], multiprocessing.Process]:
-    """Starts a process that trains; from a server with torch loaded, so in milliseconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanochat_ray.train.trainer"])
-
-    def start(job: TrainerConfig) -> multiprocessing.Process:
-        process = context.Process(target=train, args=(job.to_json(),))
-        process.start()
-        return process
-
-    return start
+def spawn(job: TrainerConfig) -> ForkServerProcess:
+    """Starts a process that trains."""
+    process = FORKSERVER.Process(target=train, args=(job.to_json(),))
+    process.start()
+    return process
 
 
 def job(root: Store, run: str) -> TrainerConfig:
@@ -87,9 +81,7 @@ def state(root: Store, run: str) -> dict[str, torch.Tensor]:
     return {**final.weights, **final.optimizer}
 
 
-def kill(
-    process: multiprocessing.Process, moment: Callable[[], bool], run: Store
-) -> tuple[str, str]:
+def kill(process: ForkServerProcess, moment: Callable[[], bool], run: Store) -> tuple[str, str]:
     """SIGKILL at ``moment``; where the run then stood: its latest checkpoint and what was begun."""
     wait_for(lambda: not process.is_alive() or moment(), 60, "the moment to kill", every=0.0005)
     process.kill()
@@ -98,9 +90,7 @@ def kill(
     return checkpoint.latest(run) or "nothing", ", ".join(torn) or "none"
 
 
-def test_killed_at_any_moment_ends_equal(
-    root: Store, s3: str, spawn: Callable[[TrainerConfig], multiprocessing.Process]
-) -> None:
+def test_killed_at_any_moment_ends_equal(root: Store, s3: str) -> None:
     remote = Store.at(s3).child(f"kills-{time.time_ns()}")
     for store in (root, remote):
         write_dataset(store, "base")
@@ -172,13 +162,8 @@ def test_two_killed_workers_resume_as_one(root: Store) -> None:
     last_step = checkpoint.step_of(checkpoint.latest(run) or "")
     losses = {}
     for name in ("killed", "whole"):
-        subprocess.run(
-            [sys.executable, script, "--no-ray", "--run", name, *flags],
-            env=environment,
-            check=True,
-            capture_output=True,
-            timeout=120,
-        )
+        result = run_job("train", "--no-ray", "--run", name, *flags)
+        assert result.returncode == 0, result.stderr
         text = root.child("runs", name).read_text("metrics.jsonl")
         records = map(json.loads, text.splitlines())
         losses[name] = [r["loss"] for r in records if r["kind"] == "train"]

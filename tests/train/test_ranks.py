@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import datetime
-import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train import checkpointer
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
-from tests.tiny import free_ports, tiny_config, write_dataset
+from tests.processes import run_on_ranks
+from tests.tiny import tiny_config, write_dataset
 from tests.train.run_trainer import run_trainer
 
-TIMEOUT = 3.0
+TIMEOUT = 2.0
 """Seconds of a collective; what is slow takes twice as long."""
 CONFIG = TrainConfig(
     steps=1,
@@ -53,22 +49,13 @@ def full_disk(rank: int) -> None:
     checkpointer.checkpoint.save = save  # type: ignore[assignment]
 
 
-def run_rank(
-    rank: int, port: int, values: dict[str, Any], fault: Callable[[int], None], out: Path
-) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=TIMEOUT)
-    # Processes start at different times: none waits for that in a collective with a short limit.
-    store = dist.TCPStore("127.0.0.1", port, 2, rank == 0)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store, timeout=limit)
+def train(rank: int, values: dict[str, Any], fault: Callable[[int], None], out: Path) -> None:
     fault(rank)
     try:
         result = str(run_trainer(TrainerConfig.from_json(values))["done"])
     except Exception as error:
         result = f"{type(error).__name__}: {error}"
     out.with_suffix(f".{rank}").write_text(result)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("fault", [slow_save, full_disk])
@@ -79,19 +66,7 @@ def test_ranks_wait_for_storage_and_fail_alike(
     job = TrainerConfig(
         storage=root.uri, dataset="base", run="run", model=tiny_config(), train=CONFIG
     )
-    context, (port,) = multiprocessing.get_context("spawn"), free_ports(1)
     out = tmp_path / "result"
-    ranks = [
-        context.Process(target=run_rank, args=(rank, port, job.to_json(), fault, out))
-        for rank in range(2)
-    ]
-    try:
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(100)
-    finally:
-        for process in ranks:
-            process.kill()
+    run_on_ranks(train, job.to_json(), fault, out, timeout_s=TIMEOUT)
     message = "OSError: no space left" if fault is full_disk else "True"
     assert [out.with_suffix(f".{rank}").read_text() for rank in range(2)] == [message] * 2
