@@ -11,12 +11,15 @@ export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0
 
 command -v "${CC:-cc}" >/dev/null || say "no C compiler (cc): tests of the compiled kernels are skipped"
-# The page is tested in a real browser, from the system's packages where they are to be had.
-if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
-  say "installing chromium"
-  { apt-get update && apt-get install -y --no-install-recommends chromium; } \
-    >"$VENV/chromium.log" 2>&1 || say "chromium is not to be had: its tests are skipped"
-fi
+# The page is tested in a real browser, alert rules with promtool: from the system's packages where
+# they are to be had.
+for program in chromium:chromium promtool:prometheus; do
+  if ! command -v "${program%:*}" >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    say "installing ${program#*:}"
+    { apt-get update && apt-get install -y --no-install-recommends "${program#*:}"; } \
+      >"$VENV/${program#*:}.log" 2>&1 || say "${program#*:} is not to be had: its tests are skipped"
+  fi
+done
 
 say "format and lint"
 ruff format --check .

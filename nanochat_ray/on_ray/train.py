@@ -12,6 +12,7 @@ import errno
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,6 +58,7 @@ GAUGES = {
     "grad_norm": "Global gradient norm before clipping.",
     "data_wait": "Seconds that the last step waited for data.",
     "stall": "Seconds that the last checkpoint stalled training.",
+    "checkpoint_timestamp_seconds": "Unix time of the last checkpoint.",
 }
 
 
@@ -132,6 +134,8 @@ class PrometheusLogger(Hooks):
     def on_record(self, record: dict[str, Any]) -> None:
         # A training step's own bits per byte would be drawn into the validation's curve.
         skip = {"bits_per_byte"} if record["kind"] == "train" else set()
+        if record["kind"] == "save":
+            record = {**record, "checkpoint_timestamp_seconds": time.time()}
         for name in (set(self._gauges) & set(record)) - skip:
             self._gauges[name].set(float(record[name]), tags={"run": self._run})
 

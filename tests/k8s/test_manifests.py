@@ -1,4 +1,4 @@
-"""The manifests against KubeRay's own schemas, Ray's, and the flags of the jobs they call."""
+"""The manifests against the schemas and rules of Kubernetes and KubeRay; the flags of the jobs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import importlib
 import json
 import re
 import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import celpy
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -20,9 +25,28 @@ from nanochat_ray.cli.flags import all_flags
 
 REPO = Path(__file__).parents[2]
 K8S = REPO / "k8s"
+KUBERNETES = "1.33"
 # The v1 schemas of KubeRay's CRDs (controller-gen 0.16.5), descriptions and defaults left out.
 SCHEMAS = json.loads(gzip.decompress((Path(__file__).parent / "kuberay-v1.json.gz").read_bytes()))
-RAY = sorted(K8S.glob("ray-*.yaml"))
+CUSTOM = {"RayJob", "RayService", "LocalQueue", "PodMonitor", "PrometheusRule"}
+"""Kinds that Kubernetes itself does not know."""
+FOLDERS = ("train", "train-two-nodes", "serve", "eval", "monitoring")
+
+
+@functools.cache
+def render(folder: str) -> str:
+    command = ["kubectl", "kustomize", str(K8S / folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def manifests(folder: str) -> list[dict[str, Any]]:
+    """What ``kubectl apply -k`` sends."""
+    return list(yaml.safe_load_all(render(folder)))
+
+
+def find(folder: str, kind: str) -> dict[str, Any]:
+    (manifest,) = (m for m in manifests(folder) if m["kind"] == kind)
+    return manifest
 
 
 def strict(schema: Any) -> Any:
@@ -49,41 +73,102 @@ def validator(kind: str) -> Any:
     return jsonschema.validators.validator_for(schema)(schema)
 
 
+def broken_rules(schema: Any, value: Any) -> Iterator[str]:
+    """Messages of the schema's CEL rules that ``value`` breaks; rules of updates see no change."""
+    if not isinstance(schema, dict):
+        return
+    for rule in schema.get("x-kubernetes-validations", ()):
+        environment = celpy.Environment()
+        program = environment.program(environment.compile(rule["rule"]))
+        cel = celpy.json_to_cel(value)
+        if not program.evaluate({"self": cel, "oldSelf": cel}):
+            yield rule["message"]
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from broken_rules(schema.get("properties", {}).get(name), inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from broken_rules(schema.get("items"), inner)
+
+
 def validate(manifest: dict[str, Any]) -> None:
     validator(manifest["kind"]).validate(manifest)
+    assert list(broken_rules(SCHEMAS[manifest["kind"]], manifest)) == []
 
 
-def load(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text())
+def cluster_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    spec = manifest["spec"]
+    return spec.get("rayClusterSpec") or spec["rayClusterConfig"]
 
 
-@pytest.mark.parametrize("path", RAY, ids=lambda path: path.name)
-def test_a_manifest_is_valid_and_a_typo_in_it_is_not(path: Path) -> None:
-    manifest = load(path)
+def pod_specs(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pods of a manifest, those of a Ray cluster too."""
+    spec = manifest["spec"]
+    if manifest["kind"] not in ("RayJob", "RayService"):
+        return [spec["template"]["spec"]] if "template" in spec else []
+    groups = [cluster_of(manifest)["headGroupSpec"], *cluster_of(manifest)["workerGroupSpecs"]]
+    submitter = [spec["submitterPodTemplate"]] if "submitterPodTemplate" in spec else []
+    return [template["spec"] for template in submitter + [g["template"] for g in groups]]
+
+
+PODS = [
+    pytest.param(pod, id=f"{folder}-{m['kind']}-{i}")
+    for folder in FOLDERS[:-1]
+    for m in manifests(folder)
+    if "spec" in m
+    for i, pod in enumerate(pod_specs(m))
+]
+RAY = [("train", "RayJob"), ("train-two-nodes", "RayJob"), ("serve", "RayService")]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_kubernetes_accepts_the_manifests(folder: str) -> None:
+    for manifest in manifests(folder):
+        assert manifest["kind"] == "Namespace" or manifest["metadata"]["namespace"] == "nanochat"
+        if manifest["kind"] not in CUSTOM:
+            kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize(("folder", "kind"), RAY)
+def test_kuberay_accepts_the_manifest_and_no_typo(folder: str, kind: str) -> None:
+    manifest = find(folder, kind)
     validate(manifest)
-    kind, variant = re.fullmatch(r"ray-(\w+)\.(\w+)\.yaml", path.name).groups()
-    assert (manifest["kind"].lower(), manifest["metadata"]["name"]) == (f"ray{kind}", variant)
-    cluster = "rayClusterSpec" if manifest["kind"] == "RayJob" else "rayClusterConfig"
     for change in (
-        lambda m: m["spec"][cluster].update(enableInTreeAutoscalling=True),
-        lambda m: m["spec"][cluster]["workerGroupSpecs"][0].update(maxReplicas="many"),
-        lambda m: m["spec"][cluster]["headGroupSpec"].pop("template"),
+        lambda m: cluster_of(m).update(enableInTreeAutoscalling=True),
+        lambda m: cluster_of(m)["workerGroupSpecs"][0].update(maxReplicas="many"),
+        lambda m: cluster_of(m)["headGroupSpec"].pop("template"),
+        lambda m: cluster_of(m)["authOptions"].update(mode="tokens"),
     ):
         broken = copy.deepcopy(manifest)
         change(broken)
         with pytest.raises(jsonschema.ValidationError):
             validate(broken)
+    broken = copy.deepcopy(manifest)
+    broken["spec"]["rayClusterSpec" if kind == "RayJob" else "rayClusterConfig"]["managedBy"] = "me"
+    assert list(broken_rules(SCHEMAS[kind], broken)) != []
 
 
-@pytest.mark.parametrize("path", RAY, ids=lambda path: path.name)
-def test_clusters_scale_and_have_gpus_and_storage(path: Path) -> None:
-    spec = load(path)["spec"]
-    cluster = spec.get("rayClusterSpec") or spec["rayClusterConfig"]
-    assert cluster["enableInTreeAutoscaling"]
-    assert (
-        f'"ray[default,data,train,serve]=={cluster["rayVersion"]}"'
-        in (REPO / "pyproject.toml").read_text()
-    )
+@pytest.mark.parametrize("pod", PODS)
+def test_pods_are_restricted(pod: dict[str, Any]) -> None:
+    """Pod security level "restricted", which the namespace enforces, and no needless token."""
+    template = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": pod}
+    kubernetes_validate.validate(template, KUBERNETES, strict=True)
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["serviceAccountName"] == "nanochat"
+    for container in pod["containers"]:
+        security = container["securityContext"]
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        assert container["resources"].keys() == {"requests", "limits"}
+
+
+@pytest.mark.parametrize(("folder", "kind"), RAY)
+def test_clusters_have_token_gpus_and_storage(folder: str, kind: str) -> None:
+    cluster = cluster_of(find(folder, kind))
+    version = f'"ray[default,data,train,serve]=={cluster["rayVersion"]}"'
+    assert version in (REPO / "pyproject.toml").read_text()
+    assert cluster["authOptions"] == {"mode": "token"}
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     containers = [group["template"]["spec"]["containers"][0] for group in groups]
     assert any("nvidia.com/gpu" in c["resources"]["limits"] for c in containers)
@@ -93,13 +178,59 @@ def test_clusters_scale_and_have_gpus_and_storage(path: Path) -> None:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
+def test_two_nodes_start_together() -> None:
+    job = find("train-two-nodes", "RayJob")
+    queue = find("train-two-nodes", "LocalQueue")["metadata"]["name"]
+    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": queue}
+    assert job["spec"]["suspend"] is True  # Kueue starts it
+    cluster = cluster_of(job)
+    assert "enableInTreeAutoscaling" not in cluster
+    gpu = cluster["workerGroupSpecs"][0]
+    assert gpu["groupName"] == "gpu"
+    (container,) = gpu["template"]["spec"]["containers"]
+    count = gpu["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
+    head = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert {e["value"] for e in (*head["env"], *container["env"])} == {str(count)} == {"16"}
+
+
+def test_serving_survives_its_head_and_drains() -> None:
+    from nanochat_ray.on_ray.serve.deployment import GRACEFUL_SHUTDOWN_S
+
+    cluster = cluster_of(find("serve", "RayService"))
+    service = next(m for m in manifests("serve") if m["kind"] == "Service")
+    redis = cluster["gcsFaultToleranceOptions"]
+    assert redis["redisAddress"] == f"{service['metadata']['name']}:6379"
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        variables = group["template"]["spec"]["containers"][0]["env"]
+        assert {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"} in variables
+    pod = cluster["workerGroupSpecs"][0]["template"]["spec"]
+    *_, seconds = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert GRACEFUL_SHUTDOWN_S < int(seconds) < pod["terminationGracePeriodSeconds"]
+    labels = cluster["workerGroupSpecs"][0]["template"]["metadata"]["labels"]
+    budget = find("serve", "PodDisruptionBudget")["spec"]["selector"]["matchLabels"]
+    assert budget.items() <= labels.items()
+    for constraint in pod["topologySpreadConstraints"]:
+        assert constraint["labelSelector"]["matchLabels"].items() <= labels.items()
+
+
+def test_one_tag_names_every_image(tmp_path: Path) -> None:
+    for folder in ("train", "serve", "eval"):
+        images = set(re.findall(r"image: (nanochat-ray\S*)", render(folder)))
+        version = re.search(r'^version = "(.*)"', (REPO / "pyproject.toml").read_text(), re.M)
+        assert version is not None
+        assert images == {f"nanochat-ray:{version[1]}"}
+
+
 def flags_of(job: str) -> set[str]:
     args = importlib.import_module(f"nanochat_ray.cli.{job}").Args
     return {flag.name for flag in all_flags(args)}
 
 
 def commands() -> list[list[str]]:
-    text = load(K8S / "ray-job.train.yaml")["spec"]["entrypoint"]
+    text = find("train", "RayJob")["spec"]["entrypoint"]
+    (container,) = find("eval", "Job")["spec"]["template"]["spec"]["containers"]
+    text += container["command"][-1] + "\n\n"
     text += (REPO / "cluster" / "gpu-cloud.yaml").read_text().replace("#", "").replace("\\\n", " ")
     matches = re.findall(
         r"python (?:/app/)?jobs/.*?(?=\n\s*python|\n\s*'|\n *ray |\n\n)", text, re.DOTALL
@@ -110,7 +241,7 @@ def commands() -> list[list[str]]:
 def test_the_flags_of_the_jobs_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(REPO))
     matches = commands()
-    assert len(matches) == 5
+    assert len(matches) == 6
     for command in matches:
         job = Path(command[1]).stem
         flags = {word for word in command if word.startswith("--")}
@@ -124,7 +255,7 @@ def test_the_serve_configurations_are_valid() -> None:
     from nanochat_ray.on_ray.config import ServeConfig
 
     for text in (
-        load(K8S / "ray-service.serve.yaml")["spec"]["serveConfigV2"],
+        find("serve", "RayService")["spec"]["serveConfigV2"],
         (REPO / "cluster" / "serve.yaml").read_text(),
     ):
         schema = ServeDeploySchema.model_validate(yaml.safe_load(text))
@@ -134,22 +265,24 @@ def test_the_serve_configurations_are_valid() -> None:
         assert from_json(ServeConfig, application.args).run == "chat"
 
 
-def test_the_bases_list_what_is_there() -> None:
-    later = {"kustomization.yaml", "ray-service.serve.yaml"}  # needs what the job makes
-    for folder in (K8S, K8S / "base"):
-        resources = load(folder / "kustomization.yaml")["resources"]
-        there = {p.name for p in folder.iterdir()} - later
-        assert set(resources) == there
-    policy = load(K8S / "base" / "network-policy.yaml")
+def test_only_the_endpoint_is_open_to_all() -> None:
+    policy = find("serve", "NetworkPolicy")
     open_ports = [rule["ports"] for rule in policy["spec"]["ingress"] if "from" not in rule]
     assert open_ports == [[{"port": 8000, "protocol": "TCP"}]]
+
+
+def test_every_file_is_in_a_kustomization() -> None:
+    for folder in (K8S, *(path for path in K8S.iterdir() if path.is_dir())):
+        resources = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
+        files = {p.name for p in folder.glob("*.yaml")} - {"kustomization.yaml"}
+        assert files == {name for name in resources if name.endswith(".yaml")}
 
 
 def test_the_launcher_file_is_valid() -> None:
     import ray
 
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
-    cluster = load(REPO / "cluster" / "gpu-cloud.yaml")
+    cluster = yaml.safe_load((REPO / "cluster" / "gpu-cloud.yaml").read_text())
     jsonschema.validate(cluster, schema)
     assert cluster["head_node_type"] in cluster["available_node_types"]
     cluster["providr"] = {}
@@ -161,3 +294,96 @@ def test_no_secret_is_in_a_file() -> None:
     files = [path for path in (REPO / "cluster").rglob("*") if path.is_file()]
     for path in [*K8S.rglob("*.yaml"), *files]:
         assert not re.search(r"AKIA[0-9A-Z]{16}|kind: Secret", path.read_text()), path
+
+
+# --- monitoring ---------------------------------------------------------------------------------
+
+
+def exported_names() -> set[str]:
+    """Names of all metrics as Prometheus has them, through Ray."""
+    from nanochat_ray.on_ray.train import GAUGES
+    from nanochat_ray.serve.reference import metric_rows
+
+    names = {f"ray_nanochat_train_{name}" for name in GAUGES}
+    for row in metric_rows():
+        name, kind = re.findall(r"[\w]+", row)[:2]
+        suffixes = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
+        names |= {f"ray_{name}{suffix}" for suffix in suffixes}
+    return names
+
+
+def test_rules_and_dashboards_name_real_metrics() -> None:
+    from ray.serve._private import replica
+
+    texts = [
+        r["expr"]
+        for g in find("monitoring", "PrometheusRule")["spec"]["groups"]
+        for r in g["rules"]
+    ]
+    boards = find("monitoring", "ConfigMap")["data"]
+    assert boards.keys() == {"serving.json", "training.json"}
+    for text in boards.values():
+        panels = json.loads(text)["panels"]
+        texts += [
+            t["expr"].replace("${prefix}", "ray_nanochat") for p in panels for t in p["targets"]
+        ]
+    names = {name for text in texts for name in re.findall(r"ray_\w+", text)}
+    (serve,) = {name for name in names if not name.startswith("ray_nanochat")}
+    starts = serve.removeprefix("ray_").removesuffix("_total")
+    assert f'"{starts}"' in Path(replica.__file__).read_text()
+    assert names - {serve} <= exported_names()
+
+
+RULE_TESTS = """
+evaluation_interval: 1m
+tests:
+  - interval: 1m
+    input_series:
+      - series: ray_nanochat_num_engines{model_name="m",kernels="amx"}
+        values: 1 1 0 0 0 0
+      - series: ray_nanochat_num_requests_waiting{model_name="m",engine="a"}
+        values: 0+0x3 9x9
+      - series: ray_nanochat_num_requests_running{model_name="m",engine="a"}
+        values: 4x12
+      - series: ray_nanochat_train_checkpoint_timestamp_seconds{run="r"}
+        values: 0+0x200
+    alert_rule_test:
+      - {eval_time: 1m, alertname: NanochatNoEngine}
+      - eval_time: 4m
+        alertname: NanochatNoEngine
+        exp_alerts: [{exp_labels: {severity: critical, model_name: m}}]
+      - {eval_time: 8m, alertname: NanochatQueueFull}
+      - eval_time: 10m
+        alertname: NanochatQueueFull
+        exp_alerts: [{exp_labels: {severity: warning, model_name: m}}]
+      - {eval_time: 100m, alertname: NanochatCheckpointTooOld}
+      - eval_time: 125m
+        alertname: NanochatCheckpointTooOld
+        exp_alerts: [{exp_labels: {severity: warning, run: r}}]
+      - {eval_time: 3m, alertname: NanochatReplicaRestarts}
+      - eval_time: 12m
+        alertname: NanochatReplicaRestarts
+        exp_alerts: [{exp_labels: {severity: warning, deployment: engine}}]
+"""
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Prometheus) is missing")
+def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
+    spec = find("monitoring", "PrometheusRule")["spec"]
+    annotations = {
+        rule["alert"]: rule["annotations"] for group in spec["groups"] for rule in group["rules"]
+    }
+    tests = yaml.safe_load(RULE_TESTS)
+    starts = 'ray_serve_deployment_replica_starts_total{application="nanochat",deployment="engine"'
+    tests["tests"][0]["input_series"] += [
+        {"series": f'{starts},replica="{i}"}}', "values": "1x4 stale" if i < 4 else "1x20"}
+        for i in range(6)
+    ]
+    for case in tests["tests"][0]["alert_rule_test"]:
+        for alert in case.get("exp_alerts", ()):
+            alert["exp_annotations"] = annotations[case["alertname"]]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(spec))
+    (tmp_path / "tests.yaml").write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], **tests}))
+    for command in (("check", "rules", "rules.yaml"), ("test", "rules", "tests.yaml")):
+        run = subprocess.run(["promtool", *command], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
