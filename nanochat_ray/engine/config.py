@@ -8,11 +8,11 @@ from typing import Literal, get_args
 
 from nanochat_ray.checks import require
 from nanochat_ray.config import require_finite
-from nanochat_ray.model.config import Precision
 
 KvLayout = Literal["auto", "slots", "paged"]
 AsyncScheduling = Literal["auto", "on", "off"]
-Kernels = Literal["auto", "amx", "avx512", "avx2", "generic", "torch"]
+Kernels = Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "generic", "torch"]
+EnginePrecision = Literal["fp32", "bf16"]
 
 
 def _default_kernels() -> Kernels:
@@ -42,8 +42,8 @@ class EngineConfig:
     """How keys and values are stored: in slots of ``max_model_len`` tokens, or in blocks that are
     allocated as sequences grow. "auto" is "paged" on a GPU and "slots" on a CPU."""
     kernels: Kernels = field(default_factory=_default_kernels)
-    """In fp32 on a CPU all but the sampling is in C, compiled for this processor where there is a
-    compiler. "auto" uses all that the processor has; "amx", "avx512", "avx2" or "generic" only
+    """On a CPU all but the sampling is in C, compiled for this processor where there is a compiler.
+    "auto" uses all that the processor has; "amx", "avx512_bf16", "avx512", "avx2" or "generic" only
     that, and "torch" no C. ``NANOCHAT_KERNELS`` is the default where the configuration is made."""
     kv_cache_memory_fraction: float = 0.8
     """Share of the free memory that keys and values may take, at most. On a CPU they take what
@@ -57,8 +57,9 @@ class EngineConfig:
     """Whether a step is planned and launched while the previous one runs. "auto": on a GPU. On a
     CPU, where a step is done when it is launched, tokens would only come a step later. Not while a
     step has room for draft tokens, which depend on the latest tokens."""
-    precision: Precision = "fp32"
-    """Precision of weights, activations, keys and values."""
+    precision: EnginePrecision = "fp32"
+    """Precision of the weights. On a CPU "bf16" rounds weights and the inputs of matmuls, all else
+    is fp32; on a GPU activations, keys and values have it too."""
     num_speculative_tokens: int = 3
     """Draft tokens of a sequence in one step, at most; 0: no speculative decoding. It changes no
     token."""
@@ -93,11 +94,11 @@ class EngineConfig:
             self.max_num_batched_tokens,
             f"more than max_num_seqs={self.max_num_seqs}, or prompts would starve",
         )
-        require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
         for name, kinds in (
             ("kv_layout", get_args(KvLayout)),
             ("async_scheduling", get_args(AsyncScheduling)),
             ("kernels", get_args(Kernels)),
+            ("precision", get_args(EnginePrecision)),
         ):
             require(getattr(self, name) in kinds, name, getattr(self, name), " or ".join(kinds))
         require(

@@ -22,6 +22,7 @@ from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.in_flight import ForwardOutput, InFlightStep, sample
 from nanochat_ray.engine.logprobs import PromptLogprobs
+from nanochat_ray.engine.precision import checkpoint_dtype
 from nanochat_ray.engine.prefill_cost import PrefillCostModel
 from nanochat_ray.engine.request import Request, RequestOutput, TokenLogprob
 from nanochat_ray.engine.runner import Runner
@@ -31,7 +32,6 @@ from nanochat_ray.engine.sequence import Sequence
 from nanochat_ray.engine.stats import Stats
 from nanochat_ray.engine.tools import Tool, calculator_tool
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -115,7 +115,7 @@ class Engine:
         ``machine.run_in_temporary_thread``.
         """
         name = checkpoint.resolve(run, checkpoint_name)
-        dtype = DTYPES[config.precision]
+        dtype = checkpoint_dtype(config.precision)
         # To the CPU: the memory of a GPU is for the engine's copy of the weights and its KV cache.
         model, tokenizer = checkpoint.load_model(run, name, dtype=dtype)
         if tokenizer_fingerprint not in ("", tokenizer.fingerprint):

@@ -40,18 +40,24 @@ OPTIONS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _WIDE = "-mprefer-vector-width=512"  # else clang uses 256 bits
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", _WIDE)
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
 LEVELS: dict[str, tuple[str, ...]] = {
-    "amx": (*_AVX512, "-mamx-tile", "-mamx-bf16"),
+    "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+    "avx512_bf16": _AVX512_BF16,
     "avx512": _AVX512,
     "avx2": _AVX2,
     "generic": (),
 }
 """Instruction sets that a configuration can name, best first, with the compiler's options.
 "generic" is the baseline of the architecture: SSE2 on x86-64, NEON on 64-bit ARM."""
+_AVX2_FEATURES = {"avx2", "fma", "f16c", "bmi2"}
+_AVX512_FEATURES = {*_AVX2_FEATURES, "avx512f", "avx512dq", "avx512bw", "avx512vl"}
+_AVX512_BF16_FEATURES = {*_AVX512_FEATURES, "avx512_bf16", "avx512_vnni"}
 _CPU_FEATURES = {
-    "amx": {"amx_tile", "amx_bf16", "avx512f", "avx512dq", "avx512bw", "avx512vl"},
-    "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx2", "fma", "bmi2"},
-    "avx2": {"avx2", "fma", "f16c", "bmi2"},
+    "amx": {*_AVX512_BF16_FEATURES, "amx_tile", "amx_bf16"},
+    "avx512_bf16": _AVX512_BF16_FEATURES,
+    "avx512": _AVX512_FEATURES,
+    "avx2": _AVX2_FEATURES,
     "generic": set(),
 }
 

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_ray.engine.native import K_BLOCK, PANEL_WIDTH, Native
+from nanochat_ray.engine.native import Native
+from nanochat_ray.engine.packed_linear import PackedLinear
 from nanochat_ray.machine import zeros
 
 MIN_PADDED_OUTPUTS = 32
@@ -41,7 +42,7 @@ class Linear(Protocol):
         ...
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``x [rows, K]`` → ``[rows, N]``, both in the layer's dtype."""
+        """``x [rows, K]`` → ``[rows, N]``, both in the dtype of activations."""
         ...
 
 
@@ -87,52 +88,22 @@ class PaddedLinear:
         return F.linear(x, self.weight)[:, : self.out_features]
 
 
-class PackedLinear:
-    """The C kernel, float32: the weight in panels of ``PANEL_WIDTH`` outputs (``csrc/gemm.c``)."""
-
-    def __init__(self, native: Native, shape: tuple[int, int], memory: Tensor | None = None):
-        """``memory`` is float32 ``[packed_size(shape)]``, by default memory of its own."""
-        self.out_features, self.in_features = shape
-        self._native = native
-        memory = torch.zeros(self.packed_size(shape)) if memory is None else memory
-        self.weight = memory.view(-(-shape[0] // PANEL_WIDTH), -1, PANEL_WIDTH)
-        """float32 ``[panels, K rounded up to K_BLOCK, PANEL_WIDTH]``; padding is 0."""
-
-    @staticmethod
-    def packed_size(shape: tuple[int, int]) -> int:
-        """Elements of the packed weight, padding included."""
-        N, K = shape
-        return -(-N // PANEL_WIDTH) * PANEL_WIDTH * -(-K // K_BLOCK) * K_BLOCK
-
-    def load(self, weight: Tensor) -> None:
-        N, K = weight.shape
-        full = N // PANEL_WIDTH
-        panels = weight[: full * PANEL_WIDTH].unflatten(0, (full, PANEL_WIDTH))
-        self.weight[:full, :K].copy_(panels.transpose(1, 2))
-        if rest := N % PANEL_WIDTH:
-            self.weight[full, :K, :rest].copy_(weight[-rest:].t())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self._native.linear(x, self.weight)
-        # A gate's few outputs are a slice, for the reason that ``PaddedLinear`` gives.
-        return y if y.size(-1) == self.out_features else y[:, : self.out_features]
-
-
 def make_linears(
     shapes: Sequence[tuple[int, int]],
     dtype: torch.dtype,
     device: torch.device,
     native: Native | None = None,
 ) -> list[Linear]:
-    """A layer for each weight shape ``(N, K)``, zeros so far.
+    """A layer for each weight shape ``(N, K)``, zeros so far, with weights in ``dtype``.
 
-    ``native`` is for float32 on a CPU; without, torch computes.
+    ``native`` is for a CPU; without, torch computes, with activations in ``dtype``.
     """
     if native is not None:
         # One range of huge pages for all weights.
         sizes = [PackedLinear.packed_size(shape) for shape in shapes]
-        memory = zeros([sum(sizes)], torch.float32, torch.device("cpu"), now=False).split(sizes)
-        return [PackedLinear(native, *pair) for pair in zip(shapes, memory, strict=True)]
+        memory = zeros([sum(sizes)], dtype, torch.device("cpu"), now=False).split(sizes)
+        pairs = zip(shapes, memory, strict=True)
+        return [PackedLinear(native, shape, dtype, own) for shape, own in pairs]
     if device.type != "cpu":
         return [DenseLinear(shape, dtype, device) for shape in shapes]
     return [

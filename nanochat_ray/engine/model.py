@@ -78,15 +78,18 @@ class InferenceModel:
         *,
         max_model_len: int = 0,
         dtype: torch.dtype = torch.float32,
+        weight_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         native: Native | None = None,
     ):
         """``weights`` is a state dict of ``GPT(config)``, in any floating dtype, on any device.
 
-        ``max_model_len`` bounds the positions, beside the model's own context. With ``native``,
-        which is for float32 on a CPU, the kernels in C compute, else torch does. ValueError as
+        ``max_model_len`` bounds the positions, beside the model's own context. Activations have
+        ``dtype``, weights ``weight_dtype``, by default the same. With ``native``, which is for a
+        CPU and float32 activations, the kernels in C compute, else torch does. ValueError as
         ``load_weights``.
         """
+        weight_dtype = weight_dtype or dtype
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.native = native
         with torch.device("meta"):
@@ -99,11 +102,11 @@ class InferenceModel:
             (sum(self._shapes[name][0] for name in sources), self._shapes[sources[0]][1])
             for sources in self._sources.values()
         ]
-        linears = make_linears(sizes, dtype, self.device, native)
+        linears = make_linears(sizes, weight_dtype, self.device, native)
         self._linears = dict(zip(self._sources, linears, strict=True))
         in_matmuls = {name for sources in self._sources.values() for name in sources}
         self._tensors = {
-            name: torch.zeros(shape, dtype=dtype, device=self.device)
+            name: torch.zeros(shape, dtype=weight_dtype, device=self.device)
             for name, shape in self._shapes.items()
             if name not in in_matmuls
         }
@@ -122,7 +125,7 @@ class InferenceModel:
         self._layers = [self._layer(i) for i in range(config.n_layer)]
         self._copy(weights)
         uses_mkl = self.device.type == "cpu" and native is None
-        self.min_num_tokens = min_num_tokens(sizes, dtype) if uses_mkl else 1
+        self.min_num_tokens = min_num_tokens(sizes, weight_dtype) if uses_mkl else 1
 
     def _layer(self, i: int) -> _Layer:
         config, at = self.config, f"transformer.h.{i}."
@@ -210,7 +213,8 @@ class InferenceModel:
         return self._ops.rms_norm(x, self.config.norm_eps)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return self._norm(F.embedding(ids, self._tensors["transformer.wte.weight"]))
+        embeddings = F.embedding(ids, self._tensors["transformer.wte.weight"])
+        return self._norm(embeddings.to(self.dtype))
 
     def _smear(self, x: Tensor, ids: Tensor, previous: Tensor) -> Tensor:
         """Adds a gated share of the previous token's embedding."""

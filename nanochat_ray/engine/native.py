@@ -19,9 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PANEL_WIDTH, K_BLOCK, MAX_AMX_ROWS = 32, 64, 128
-"""Outputs of a weight panel, the multiple that its inputs are padded to, and the rows that the AMX
-kernel multiplies with one panel: as in ``csrc/gemm.c``."""
+PANEL_WIDTH, K_BLOCK, MAX_PASS_ROWS = 32, 64, 128
+"""Outputs of a weight panel, the multiple that its inputs are padded to, and the rows that are
+converted for one pass over the panels: as in ``csrc/``."""
+SCRATCH_BYTES = 6
+"""Of each element of x in its converted form, at most."""
+WEIGHT_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+"""As in ``csrc/weight_formats.h``."""
 FLOAT_EPS = torch.finfo(torch.float32).eps
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
@@ -43,7 +47,7 @@ class Native:
             *(ctypes.c_float, ctypes.c_int),
         ]
         self._linear = library.linear
-        self._linear.argtypes = [*(_POINTER,) * 4, *(_INT,) * 3, ctypes.c_int]
+        self._linear.argtypes = [ctypes.c_int, *(_POINTER,) * 4, *(_INT,) * 3, ctypes.c_int]
         self.amx = bool(library.amx_available())
         """Matmuls use Intel's AMX."""
         library.isa_name.restype = ctypes.c_char_p
@@ -102,19 +106,20 @@ class Native:
         return torch.from_numpy(np.append(np.flatnonzero(starts), len(slots)))
 
     def linear(self, x: Tensor, panels: Tensor) -> Tensor:
-        """``x [N, K]`` times the packed weight ``panels [count, depth, PANEL_WIDTH]``.
+        """float32 ``x [N, K]`` times a weight of ``count`` panels, packed as ``PackedLinear`` does.
 
-        Returns ``[N, count * PANEL_WIDTH]``, all float32. A row depends bitwise on that row alone.
+        Returns float32 ``[N, count * PANEL_WIDTH]``. A row depends bitwise on that row alone.
         """
         x = x.contiguous()
-        (N, K), (count, depth, columns) = x.shape, panels.shape
-        y = torch.empty((N, count * columns))
-        threads = torch.get_num_threads()
-        # For each thread, three bfloat16 of each element of x.
-        scratch_size = 3 * depth * min(-(-N // 16) * 16, MAX_AMX_ROWS) if self.amx else 0
-        scratch = torch.empty(threads * scratch_size, dtype=torch.int16)  # if empty, a null pointer
+        (N, K), count = x.shape, panels.size(0)
+        y = torch.empty((N, count * PANEL_WIDTH))
+        threads, weight_format = torch.get_num_threads(), WEIGHT_FORMATS[panels.dtype]
+        elements = 0  # of x that a thread converts; if 0, scratch is a null pointer
+        if self.amx or panels.dtype != torch.float32:
+            elements = -(-K // K_BLOCK) * K_BLOCK * min(-(-N // 16) * 16, MAX_PASS_ROWS)
+        scratch = torch.empty(threads * elements * SCRATCH_BYTES, dtype=torch.uint8)
         pointers = (x.data_ptr(), panels.data_ptr(), y.data_ptr(), scratch.data_ptr())
-        self._linear(*pointers, N, K, count, threads)
+        self._linear(weight_format, *pointers, N, K, count, threads)
         return y
 
     def rms_norm(self, x: Tensor, eps: float | None) -> Tensor:

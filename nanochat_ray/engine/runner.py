@@ -14,12 +14,12 @@ from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.build import build_kv_cache, check_kv_cache
 from nanochat_ray.engine.model import InferenceModel
 from nanochat_ray.engine.native import Native
+from nanochat_ray.engine.precision import WEIGHT_DTYPES, activation_dtype
 from nanochat_ray.engine.sampler import insert
 from nanochat_ray.engine.scheduler import ScheduledChunk
 from nanochat_ray.engine.sequence import PLACEHOLDER
 from nanochat_ray.machine import send, use_triton
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.model.precision import DTYPES
 
 
 class StepInputs:
@@ -70,18 +70,18 @@ class Runner:
         device: torch.device | str | None = None,
     ):
         """``device`` is by default the model's, whose weights are copied."""
-        dtype = DTYPES[config.precision]
         # An empty tensor's device has an index, as those of weights and keys.
         self.device = torch.empty(0, device=device or model.wte.weight.device).device
         on_cpu, sizes = self.device.type == "cpu", model.config
         self.native: Native | None = None
-        if on_cpu and dtype == torch.float32 and config.kernels != "torch":
+        if on_cpu and config.kernels != "torch":
             group = sizes.n_head // sizes.n_kv_head
             self.native = load_kernels(sizes.head_dim, group, config.kernels)
         self.kernels = "triton" if use_triton(self.device) else "torch"
         """What computes: the instructions that the C kernels were compiled for, triton or torch."""
         if self.native is not None:
             self.kernels = self.native.level
+        dtype = activation_dtype(config.precision, self.native is not None)
         check_kv_cache(
             model.config, config, max_model_len, dtype, self.device, self.native is not None
         )
@@ -90,6 +90,7 @@ class Runner:
             model.state_dict(),
             max_model_len=max_model_len,
             dtype=dtype,
+            weight_dtype=WEIGHT_DTYPES[config.precision],
             device=self.device,
             native=self.native,
         )

@@ -161,7 +161,12 @@ SETTINGS: list[dict[str, Any]] = [
     {"kernels": kernels, "kv_layout": layout}
     for kernels in ("auto", "generic", "torch")
     for layout in ("slots", "paged")
-] + [{"kernels": "torch", "precision": "bf16"}, {"async_scheduling": "on"}]
+] + [
+    {"kernels": "torch", "precision": "bf16"},
+    {"precision": "bf16"},
+    {"precision": "bf16", "kv_layout": "paged"},
+    {"async_scheduling": "on"},
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

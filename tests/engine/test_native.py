@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_ray.engine.kernels import available, load_kernels
-from nanochat_ray.engine.linear import PackedLinear
 from nanochat_ray.engine.native import FLOAT_EPS, Native
 from nanochat_ray.engine.operators import TorchOperators
+from nanochat_ray.engine.packed_linear import PackedLinear
 from nanochat_ray.engine.scheduler import ScheduledChunk
 from nanochat_ray.engine.sequence import Sequence
 from nanochat_ray.model.fused import relu_squared, rms_norm

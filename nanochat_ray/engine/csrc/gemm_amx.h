@@ -10,7 +10,7 @@
 #pragma once
 
 /* The first macro is gcc's, the second one clang's. */
-#if defined(__linux__) && (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__AVX512F__)
+#if defined(__linux__) && (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__AVX512BF16__)
 #define HAVE_AMX
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -19,8 +19,9 @@
 #define TILE_K 32                           /* inputs of a tile */
 #define TILE_ROWS 16
 #define TILE_BYTES_PER_ROW 64
+#define CACHE_LINE 16                       /* floats */
 #define TILE_ELEMENTS (TILE_ROWS * TILE_K)  /* bfloat16, of one of the three parts */
-#define MAX_ROW_TILES 8 /* tiles of x that share a weight panel; they fit into the L2 cache */
+#define MAX_ROW_TILES (MAX_PASS_ROWS / TILE_ROWS)
 #define TILES_PER_K_BLOCK (K_BLOCK / TILE_K)
 #define TILES_PER_PANEL (PANEL_WIDTH / TILE_ROWS)
 #define ARCH_REQ_XCOMP_PERM 0x1023

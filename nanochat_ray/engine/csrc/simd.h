@@ -7,7 +7,11 @@
 
 #if defined(__AVX512F__)
 #define SIMD_WIDTH 16 /* floats */
+#ifdef __AVX512BF16__
+#define ISA_NAME "avx512_bf16"
+#else
 #define ISA_NAME "avx512"
+#endif
 #elif defined(__AVX2__)
 #define SIMD_WIDTH 8
 #define ISA_NAME "avx2"
@@ -29,3 +33,5 @@
 
 typedef float vec __attribute__((vector_size(4 * SIMD_WIDTH), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * SIMD_WIDTH)));
+typedef ivec unaligned_ivec __attribute__((aligned(4), may_alias));
+typedef int32_t may_alias_int __attribute__((may_alias));
