@@ -190,6 +190,11 @@ def load_trainer(run: Store, name: str | None = None) -> dict[str, Any]:
     return _reader(run, name).trainer()
 
 
+def load_tokenizer(run: Store, name: str | None = None) -> Tokenizer:
+    reader = _reader(run, name)
+    return reader.tokenizer(reader.config())
+
+
 def weights_digest(run: Store, name: str) -> str:
     """SHA-256 (hex) of a checkpoint's weights, as its manifest has it."""
     folder = run.child(name)

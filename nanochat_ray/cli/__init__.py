@@ -12,6 +12,7 @@ from typing import NoReturn
 COMMANDS = {
     "prepare": "make a dataset of text, or of conversations",
     "train": "train a base model, or fine-tune one to chat",
+    "rl": "let a chat model learn from answers that a program grades",
     "serve": "serve a run with OpenAI's API and a chat page",
     "chat": "chat with an endpoint in the terminal",
     "eval": "measure a run on tasks, and its bits per byte of text",

@@ -20,6 +20,7 @@ from nanochat_ray.train.hooks import Hooks
 from nanochat_ray.train.loggers import ProgressPrinter
 from nanochat_ray.train.metrics import duration
 from nanochat_ray.train.preflight import check, check_resume
+from nanochat_ray.train.source import Source
 from nanochat_ray.train.stop import STOPPED, StopOnSignal
 from nanochat_ray.train.trainer import Trainer
 
@@ -27,22 +28,33 @@ from nanochat_ray.train.trainer import Trainer
 def run_here(job: TrainerConfig, args: Args) -> dict[str, Any]:
     """Trains in this process, or as one rank of ``torchrun``."""
     torch.set_num_threads(args.threads)
-    rank = int(os.environ.get("RANK", 0))
     device = torch.device("cpu")
     if args.gpus:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return train_here(job, device=device, print_every=args.print_every)
 
+
+def train_here(
+    job: TrainerConfig,
+    *,
+    device: torch.device,
+    print_every: int,
+    source: Source | None = None,
+) -> dict[str, Any]:
+    """Claims the run and trains it; ``source`` replaces the reading of its dataset."""
+    rank = int(os.environ.get("RANK", 0))
     root = Store.at(job.storage)
     # Of torchrun's ranks the first claims the run for all.
     claim = hold_claim(root, "runs", job.run) if rank == 0 else contextlib.nullcontext()
     with claim as mine, StopOnSignal() as on_signal:
         hooks: list[Hooks] = [_ProcessHooks(on_signal, mine)]
         if rank == 0:
-            hooks.append(ProgressPrinter(args.print_every))
+            hooks.append(ProgressPrinter(print_every))
         trainer = Trainer(
             job,
             device=device,
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            source=source,
             hooks=hooks,
         )
         return trainer.run()

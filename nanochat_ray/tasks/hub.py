@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 import re
 from typing import Any
 
+from nanochat_ray.data import records
 from nanochat_ray.tasks.task import Split
 from nanochat_ray.text.chat import Message
 
@@ -92,12 +94,39 @@ def _is_val(messages: list[Message]) -> bool:
     return hashlib.sha256(first.encode("utf-8", "replace")).digest()[0] % VAL_STRIDE == 0
 
 
-class HubTask:
-    """A data set of the Hub, shuffled by ``seed``. Raises ValueError if it cannot be loaded."""
+def read_folder(path: str, split: str, seed: int) -> list[Any]:
+    """The rows of a split in a copy of a data set, shuffled: files such as ``test.jsonl``, or in
+    the Hub's layout ``main/test-00000-of-00001.parquet``. ValueError if there are none."""
+    names = re.compile(rf"{split}([-._].*)?\.(jsonl|json|parquet)(\.\w+)?")
+    sources = records.find_files(path, "path")
+    files = [s for s in sources if names.fullmatch(s.uri.partition("?")[0].rpartition("/")[2])]
+    if not files:
+        raise ValueError(f"path={path!r} has no file of the split {split}, such as {split}.jsonl")
+    rows = [row for file in files for _, row in records.read(file, "path")]
+    random.Random(seed).shuffle(rows)
+    return rows
 
-    def __init__(self, name: str, split: Split, size: int | None, seed: int, data: Any = None):
-        self.name = name
-        path, config, splits, self._convert = _SETS[name]
+
+class HubTask:
+    """A data set of the Hub, shuffled by ``seed``. Raises ValueError if it cannot be loaded.
+
+    ``path``: a folder or URI with a copy, to be read instead of the Hub.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: Split,
+        size: int | None,
+        seed: int,
+        data: Any = None,
+        *,
+        path: str = "",
+    ):
+        self.name = self._kind = name
+        hub_path, config, splits, self._convert = _SETS[name]
+        if path:
+            data = read_folder(path, splits[split], seed)
         if data is None:
             try:
                 import datasets
@@ -106,10 +135,10 @@ class HubTask:
                     f"task={name!r} needs the Hub client: pip install 'nanochat_ray[hub]'"
                 ) from None
             try:
-                data = datasets.load_dataset(path, config, split=splits[split])
+                data = datasets.load_dataset(hub_path, config, split=splits[split])
             except Exception as error:
                 raise ValueError(
-                    f"task={name!r} cannot be loaded from the Hub ({path}): {error}"
+                    f"task={name!r} cannot be loaded from the Hub ({hub_path}): {error}"
                 ) from None
             data = data.shuffle(seed=seed)
         self._data = data
@@ -131,4 +160,4 @@ class HubTask:
 
     def grade(self, index: int, answer: str) -> bool:
         answer_text = _text_of(self.example(index)[-1]["content"])
-        return final_answer(self.name, answer) == final_answer(self.name, answer_text)
+        return final_answer(self._kind, answer) == final_answer(self._kind, answer_text)

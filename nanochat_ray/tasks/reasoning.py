@@ -82,20 +82,31 @@ KINDS = {
 }
 
 
+def kind_of(name: str) -> Kind:
+    """The kind of a name; any other data set of reasoning-gym has its own defaults."""
+    return KINDS.get(name) or Kind(name)
+
+
 def _split_of(question: str) -> Split:
     """By the question's hash, so that no question can be in two splits."""
     bucket = hashlib.sha256(question.encode()).digest()[0] % 16
     return "test" if bucket == 0 else "val" if bucket == 1 else "train"
 
 
-@functools.lru_cache(maxsize=16)
-def _items(name: str, split: Split, size: int, seed: int) -> tuple[tuple[str, str], ...]:
+@functools.lru_cache(maxsize=64)
+def _items(
+    name: str, split: Split, size: int, seed: int, options: tuple[tuple[str, Any], ...]
+) -> tuple[tuple[str, str], ...]:
     """(question, answer); in "val" and "test" each question occurs once."""
     import reasoning_gym
 
-    kind = KINDS[name]
-    # More than are ever needed: an item is generated on access.
-    source = reasoning_gym.create_dataset(kind.dataset, seed=seed, size=size * 400, **kind.config)
+    kind = kind_of(name)
+    config = {**kind.config, **dict(options)}
+    try:
+        # More than are ever needed: an item is generated on access.
+        source = reasoning_gym.create_dataset(kind.dataset, seed=seed, size=size * 400, **config)
+    except AssertionError as error:
+        raise ValueError(f"task={name!r} cannot have the options {config}: {error}") from None
     items: list[tuple[str, str]] = []
     questions: set[str] = set()
     for number in range(size * 400):
@@ -111,12 +122,17 @@ def _items(name: str, split: Split, size: int, seed: int) -> tuple[tuple[str, st
 
 
 class ReasoningTask:
-    """One of ``KINDS``; the answer is exact, and computed by the calculator where possible."""
+    """One of ``KINDS``, or of reasoning-gym's data sets.
 
-    def __init__(self, name: str, split: Split, size: int | None, seed: int):
+    The answer is exact, and in examples computed by the calculator where possible. reasoning-gym's
+    own graders are not used, since some evaluate what a model wrote. ``options`` are those of the
+    data set's configuration, such as ``min_terms=4``.
+    """
+
+    def __init__(self, name: str, split: Split, size: int | None, seed: int, **options: Any):
         self.name = name
-        self._kind = KINDS[name]
-        self._items = _items(name, split, size or DEFAULT_SIZE, seed)
+        self._kind = kind_of(name)
+        self._items = _items(name, split, size or DEFAULT_SIZE, seed, tuple(options.items()))
 
     def __len__(self) -> int:
         return len(self._items)

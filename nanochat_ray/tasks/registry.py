@@ -1,9 +1,18 @@
-"""Tasks by name: a new task is one line in ``_FACTORIES``."""
+"""Tasks by name: a new task is one line in ``_FACTORIES``.
+
+A task's name may carry options: ``chain_sum,min_terms=4,max_terms=4``. Beside the names here it may
+be that of any data set of reasoning-gym, or the import path of a ``TaskFactory`` such as
+``my_package.my_tasks.Riddles``.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
+import json
+from typing import Any
 
+from nanochat_ray.checks import require
 from nanochat_ray.tasks import hub
 from nanochat_ray.tasks.identity import Identity
 from nanochat_ray.tasks.reasoning import KINDS, ReasoningTask, SpokenSums
@@ -29,8 +38,49 @@ def names() -> list[str]:
     return sorted(_FACTORIES)
 
 
+def parse_name(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of ``name,key=value,…``. Values that are JSON become what they say, others
+    strings. ValueError for an option without a value."""
+    name, *entries = text.split(",")
+    options: dict[str, Any] = {}
+    for entry in entries:
+        key, sign, value = entry.partition("=")
+        requirement = "options behind a name are key=value, such as chain_sum,min_terms=4"
+        require(bool(sign) and key.isidentifier(), "task", text, requirement)
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return name, options
+
+
 def make_task(name: str, split: Split, size: int | None = None, seed: int = 0) -> Task:
-    """The task of a name with at most ``size`` examples. ValueError for an unknown name."""
-    if name not in _FACTORIES:
-        raise ValueError(f"task={name!r} is not known: one of {', '.join(names())}")
-    return _FACTORIES[name](split, size, seed)
+    """The task of a name, with options, with at most ``size`` examples. ValueError for an unknown
+    name or option."""
+    base, options = parse_name(name)
+    factory = _FACTORIES.get(base) or (_import_factory(base) if "." in base else None)
+    if factory is None:
+        from reasoning_gym.factory import DATASETS
+
+        if base not in DATASETS:
+            raise ValueError(
+                f"task={base!r} is not known: one of {', '.join(names())}, a data set of "
+                "reasoning-gym, or the import path of a task of your own, package.module.Task"
+            )
+        factory = functools.partial(ReasoningTask, base)
+    try:
+        task = factory(split, size, seed, **options)
+    except TypeError as error:
+        if not options:
+            raise
+        raise ValueError(f"task={name!r} has an unknown option: {error}") from None
+    task.name = name
+    return task
+
+
+def _import_factory(path: str) -> TaskFactory:
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"task={path!r} cannot be imported: {error}") from None

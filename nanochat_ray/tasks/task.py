@@ -33,9 +33,9 @@ class Task(Protocol):
         ...
 
 
-TaskFactory = Callable[[Split, int | None, int], Task]
-"""(split, at most how many examples, seed) → task. None is all, or ``DEFAULT_SIZE`` of a task that
-generates its examples."""
+TaskFactory = Callable[..., Task]
+"""(split, at most how many examples, seed, and options by keyword) → task. None is all, or
+``DEFAULT_SIZE`` of a task that generates its examples."""
 DEFAULT_SIZE = 1000
 
 

@@ -16,7 +16,7 @@ from nanochat_ray.storage import absolute
 class TrainConfig:
     """One stage of training: how it steps, and when it is validated and saved."""
 
-    stage: Literal["base", "sft"] = "base"
+    stage: Literal["base", "sft", "rl"] = "base"
     steps: int
     """Optimizer steps of the whole run."""
     global_batch_size: int
@@ -62,7 +62,7 @@ class TrainConfig:
         for name in ("eval_every", "save_every", "eval_sequences", "sample_tokens"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
-        require(self.stage in ("base", "sft"), "stage", self.stage, "base or sft")
+        require(self.stage in ("base", "sft", "rl"), "stage", self.stage, "base, sft or rl")
         require(not self.fp8 or self.precision == "bf16", "fp8", self.fp8, "only in bf16")
         require(0 <= self.window_warmup <= 1, "window_warmup", self.window_warmup, "from 0 to 1")
         require(
@@ -88,6 +88,7 @@ class TrainerConfig:
 
     storage: str
     dataset: str
+    """Empty for reinforcement learning."""
     run: str
     model: ModelConfig
     train: TrainConfig
@@ -103,7 +104,8 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         # Ray Train's workers have a working directory of their own.
         object.__setattr__(self, "storage", absolute(self.storage))
-        check_name("dataset", self.dataset)
+        if self.train.stage != "rl":
+            check_name("dataset", self.dataset)
         check_name("run", self.run)
         if self.parent:
             check_name("parent", self.parent)

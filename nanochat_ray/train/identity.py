@@ -8,7 +8,7 @@ trainer.json.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nanochat_ray import config as configs
@@ -29,12 +29,18 @@ RESUMABLE_FIELDS = {
     "checkpoint_activations": "memory against time",
     "deterministic": "time against equal bits",
     "sample_tokens": "texts for a person to read",
+    "eval_questions": "on how much it is measured",
+    "eval_samples": "on how much it is measured",
+    "max_logprob_diff": "when the run fails",
 }
-"""Fields of TrainConfig that may change when a run is resumed, and why they do not shape its steps.
+"""Fields of TrainConfig, and of a stage's own configuration, that may change when a run is resumed,
+and why they do not shape its steps.
 
 So may what no checkpoint holds: workers, min_workers, threads, Ray or not, print_every, tensorboard
 and wandb.
 """
+STAGE_CONFIG = "stage_config"
+"""Field of ``about``: a stage's own configuration as JSON, whose fields are compared too."""
 _DIGEST = 16
 """Digits of a digest that a message shows."""
 
@@ -45,7 +51,16 @@ def describe(root: Store, dataset: str, manifest: Manifest, parent: str) -> dict
     A parent without a checkpoint (any more) has neither ``parent_checkpoint`` nor
     ``parent_digest``.
     """
-    about = {"dataset": dataset, "dataset_digest": manifest.digest, "parent": parent}
+    return {
+        "dataset": dataset,
+        "dataset_digest": manifest.digest,
+        **describe_parent(root, parent),
+    }
+
+
+def describe_parent(root: Store, parent: str) -> dict[str, str]:
+    """The parent's part of ``describe``."""
+    about = {"parent": parent}
     if parent:
         run = root.child("runs", parent)
         if (name := checkpoint.latest(run)) is not None:
@@ -81,15 +96,22 @@ def check_resumable(
         raise ValueError(f"checkpoint {run.child(name).uri}: trainer.json has no train_config")
     pairs = [*_fields(configs.to_json(config.model), configs.to_json(model), {})]
     pairs += _fields(before, configs.to_json(train), _defaults())
-    for field, old, new in pairs:
-        if field not in RESUMABLE_FIELDS and old != new:
-            raise ValueError(_refusal(where, field, old, new))
+    old_about = trainer.get("about")
+    old_about = old_about if isinstance(old_about, dict) else {}
+    pairs += _fields(old_about.get(STAGE_CONFIG, {}), about.get(STAGE_CONFIG, {}), {})
+    _compare_fields(where, pairs)
     if config.tokenizer != tokenizer:
         old, new = config.tokenizer[:_DIGEST], tokenizer[:_DIGEST]
         raise ValueError(_refusal(where, "tokenizer", old, new))
-    old_about = trainer.get("about")
-    old_about = old_about if isinstance(old_about, dict) else {}
     return list(_compare_about(where, old_about, about))
+
+
+def _compare_fields(where: str, pairs: Iterable[tuple[str, Any, Any]]) -> None:
+    for field, old, new in pairs:
+        # JSON has lists where a configuration has tuples.
+        old, new = (list(v) if isinstance(v, tuple) else v for v in (old, new))
+        if field not in RESUMABLE_FIELDS and old != new:
+            raise ValueError(_refusal(where, field, old, new))
 
 
 def _refusal(where: str, field: str, old: object, new: object) -> str:

@@ -106,26 +106,49 @@ def progress_line(record: dict[str, Any]) -> str:
     at = f"step {record['step']}"
     if record["kind"] == "eval":
         skip = ("kind", "step", "time", "seconds")
-        values = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k not in skip)
+        # Figures of single tasks, such as pass@1/chain_sum, are in the report.
+        figures = {k: v for k, v in record.items() if k not in skip and "/" not in k}
+        values = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
         return f"{at}  validation: {values}  ({record['seconds']:.1f} s)"
     if record["kind"] == "sample":
-        return f"{at}  {record['prompt']!r} → {record['text']!r}"
+        reward = f"  (reward {record['reward']:g})" if "reward" in record else ""
+        return f"{at}  {record['prompt']!r} → {record['text']!r}{reward}"
     if record["kind"] == "save":
         return f"{at}  checkpoint; training stood still for {record['stall']:.3f} s"
+    columns = [f"{at}/{record['steps']}"]
+    columns += _rollout_columns(record) if "reward" in record else _loss_columns(record)
+    if "mfu" in record:
+        columns.append(f"MFU {record['mfu']:.1%}")
     wait = record["data_wait"] / record["seconds"]
+    waits_for = "rollouts" if "reward" in record else "data wait"
+    columns += [f"{waits_for} {wait:.1%}", f"left {duration(record['eta_s'])}"]
+    if record["skipped"]:
+        empty = math.isfinite(record["grad_norm"])
+        columns.append("SKIPPED: nothing to train on" if empty else "SKIPPED: not finite")
+    return "  ".join(columns)
+
+
+def _loss_columns(record: dict[str, Any]) -> list[str]:
     columns = [
-        f"{at}/{record['steps']}",
         f"loss {record['loss']:.4f}",
         f"norm {record['grad_norm']:.2f}",
         f"lr ×{record['lr_factor']:.2f}",
         f"{record['tokens_per_s']:,.0f} tokens/s",
     ]
     if "bits_per_byte" in record:
-        columns.insert(2, f"bpb {record['bits_per_byte']:.4f}")
-    if "mfu" in record:
-        columns.append(f"MFU {record['mfu']:.1%}")
-    columns += [f"data wait {wait:.1%}", f"left {duration(record['eta_s'])}"]
-    if record["skipped"]:
-        empty = math.isfinite(record["grad_norm"])
-        columns.append("SKIPPED: nothing to train on" if empty else "SKIPPED: not finite")
-    return "  ".join(columns)
+        columns.insert(1, f"bpb {record['bits_per_byte']:.4f}")
+    return columns
+
+
+def _rollout_columns(record: dict[str, Any]) -> list[str]:
+    return [
+        f"reward {record['reward']:.3f}",
+        f"signal {record['groups_with_signal']:.0f}/{record['groups']:.0f}",
+        f"length {record['answer_tokens']:.1f}",
+        f"truncated {record['truncated_share']:.1%}",
+        f"entropy {record['entropy']:.3f}",
+        f"|Δlogp| {record['logprob_diff']:.1e}",
+        f"norm {record['grad_norm']:.2f}",
+        f"lr ×{record['lr_factor']:.2f}",
+        f"{record['rollout_tokens_per_s']:,.0f} rollout tokens/s",
+    ]

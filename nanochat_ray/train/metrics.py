@@ -182,7 +182,8 @@ class Metrics:
             for key in set(keys) - {"seconds"}:
                 summary[f"first_{key}"] = evals[0].get(key, math.nan)
                 summary[key] = evals[-1][key]
-                summary[f"best_{key}"] = min(r.get(key, math.inf) for r in evals)
+                if key in VAL_METRICS:
+                    summary[f"best_{key}"] = min(r.get(key, math.inf) for r in evals)
         saves = [r for r in self.records if r["kind"] == "save"]
         if saves:
             summary["saves"] = len(saves)

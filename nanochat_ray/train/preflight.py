@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -32,9 +33,27 @@ def check(config: TrainerConfig) -> TrainerConfig:
     loggers.check_installed(wandb=config.wandb)
     dataset, manifest, tokenizer = open_dataset(config.storage, config.dataset)
     _check_dataset(config, manifest, tokenizer)
+    about = identity.describe(Store.at(config.storage), config.dataset, manifest, config.parent)
+    if config.model.sequence_len < manifest.sequence_len:
+        raise ValueError(
+            f"sequence_len={config.model.sequence_len} is shorter than the sequences of dataset "
+            f"{config.dataset!r}, {manifest.sequence_len}"
+        )
+    config = check_run(config, tokenizer, about)
+    # Before the run, so that no worker finds a damaged shard in the middle of it.
+    SequenceReader(dataset, manifest, "val").check(VERIFY_BYTES)
+    SequenceReader(dataset, manifest, "train").check(VERIFY_BYTES)
+    return config
+
+
+def check_run(
+    config: TrainerConfig, tokenizer: Tokenizer, about: Mapping[str, Any]
+) -> TrainerConfig:
+    """The configuration with ``about`` added to its own. ValueError if the run's checkpoint, or
+    its parent, does not fit it."""
+    about = {**config.about, **about}
     root = Store.at(config.storage)
     run = root.child("runs", config.run)
-    about = {**config.about, **identity.describe(root, config.dataset, manifest, config.parent)}
     name = checkpoint.latest(run)
     if name is not None:
         identity.check_resumable(
@@ -45,20 +64,12 @@ def check(config: TrainerConfig) -> TrainerConfig:
             tokenizer=tokenizer.fingerprint,
             about=about,
         )
-    if config.model.sequence_len < manifest.sequence_len:
-        raise ValueError(
-            f"sequence_len={config.model.sequence_len} is shorter than the sequences of dataset "
-            f"{config.dataset!r}, {manifest.sequence_len}"
-        )
     if config.parent:
         parent_checkpoint = about.get("parent_checkpoint")
         if parent_checkpoint is not None:
             _check_parent(config, root, parent_checkpoint, tokenizer)
         elif name is None:
             raise ValueError(f"parent={config.parent!r} has no checkpoint in {config.storage}")
-    # Before the run, so that no worker finds a damaged shard in the middle of it.
-    SequenceReader(dataset, manifest, "val").check(VERIFY_BYTES)
-    SequenceReader(dataset, manifest, "train").check(VERIFY_BYTES)
     return replace(config, about=about)
 
 
@@ -80,8 +91,8 @@ def _check_parent(config: TrainerConfig, root: Store, name: str, tokenizer: Toke
     parent = checkpoint.load_config(root.child("runs", config.parent), name)
     if parent.tokenizer != tokenizer.fingerprint:
         raise ValueError(
-            f"parent={config.parent!r} was trained with another tokenizer than dataset "
-            f"{config.dataset!r}"
+            f"parent={config.parent!r} was trained with another tokenizer than "
+            + (f"dataset {config.dataset!r}" if config.dataset else f"run {config.run!r}")
         )
 
 

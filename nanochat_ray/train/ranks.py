@@ -53,6 +53,22 @@ class Ranks:
         """Rank 0 does ``work`` while the others wait. Collective; raises as ``run_together``."""
         self.run_together(work if self.rank == 0 else lambda: None)
 
+    def gather(self, data: bytes) -> list[bytes]:
+        """The ``data`` of each rank, in their order, on all ranks. Collective."""
+        if self._group is None:
+            return [data]
+        own = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(data)], device=self.device), group=self._group)
+        width = max(1, *(int(size) for size in sizes))
+        own = torch.nn.functional.pad(own, (0, width - len(own)))
+        tensors = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(tensors, own, group=self._group)
+        return [
+            tensor.cpu().numpy().tobytes()[: int(size)]
+            for tensor, size in zip(tensors, sizes, strict=True)
+        ]
+
     def _exchange(self, error: Exception | None) -> None:
         """Raises another rank's error, if there is one and this rank has none itself."""
         own = torch.zeros(_BYTES, dtype=torch.uint8)

@@ -197,6 +197,46 @@ def sft_config(
     )
 
 
+RL_LR_SCALE = 0.05
+"""Learning rates of reinforcement learning relative to those of the fine-tuning before (measured:
+rl/BENCHMARKS.md)."""
+RL_MICRO_BATCH_SIZE = 32
+"""Sampled answers are short."""
+
+
+def rl_config(
+    model: ModelConfig,
+    optim: OptimConfig | None,
+    *,
+    steps: int,
+    rollouts: int,
+    precision: Precision = "fp32",
+    micro_batch_size: int = 0,
+) -> TrainConfig:
+    """Reinforcement learning from a model whose fine-tuning used ``optim`` (None: unknown).
+
+    ``rollouts``: answers of a step, at most.
+    """
+    if optim is None:
+        optim = sft_config(model, 1000).optim
+    return TrainConfig(
+        stage="rl",
+        steps=steps,
+        global_batch_size=rollouts,
+        micro_batch_size=micro_batch_size or largest_micro(rollouts, 1, RL_MICRO_BATCH_SIZE),
+        precision=precision,
+        optim=dataclasses.replace(
+            optim.with_scaled_lr(RL_LR_SCALE),
+            weight_decay=0.0,
+            warmup_ratio=0.02,
+            warmdown_ratio=0.3,
+            final_lr_frac=0.1,
+        ),
+        eval_every=-(-steps // 4),
+        save_every=-(-steps // 4),
+    )
+
+
 def largest_micro(batch_size: int, workers: int, most: int) -> int:
     """The largest divisor of ``batch_size`` that is at most ``most`` and a worker's share.
 

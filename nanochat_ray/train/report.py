@@ -70,6 +70,14 @@ def curve(title: str, points: Sequence[tuple[float, float]], *, dots: bool = Fal
 
 
 CURVES = (
+    ("reward", "reward (mean over all sampled answers)"),
+    ("groups_with_signal", "groups with different rewards"),
+    ("answer_tokens", "tokens of an answer"),
+    ("truncated_share", "share of truncated answers"),
+    ("entropy", "entropy (nats per sampled token)"),
+    ("logprob_diff", "largest difference of log-probabilities, trainer to engine"),
+    ("kl", "divergence from the parent (nats per token)"),
+    ("rollout_tokens_per_s", "rollout tokens per second"),
     ("loss", "training loss (nats per token)"),
     ("lr_factor", "learning rate (share of the full one)"),
     ("grad_norm", "gradient norm"),
@@ -83,26 +91,36 @@ def _curves(records: Sequence[dict[str, Any]]) -> list[str]:
     """Validations first, then the training steps; only finite values can be drawn."""
 
     def points(kind: str, key: str) -> list[tuple[float, float]]:
-        matches = (r for r in records if r["kind"] == kind and key in r)
-        return [(r["step"], r[key]) for r in matches if math.isfinite(r[key])]
+        pairs = [(r["step"], r.get(key)) for r in records if r["kind"] == kind]
+        return [(x, y) for x, y in pairs if isinstance(y, int | float) and math.isfinite(y)]
 
     curves = [
         (f"validation, {key.replace('_', ' ')}", points("eval", key), True) for key in VAL_METRICS
     ]
+    per_task = sorted(
+        {k for r in records if r["kind"] == "eval" for k in r if k.startswith("pass@")}
+    )
+    curves += [(f"validation, {key}", points("eval", key), True) for key in per_task]
     curves += [(title, points("train", key), False) for key, title in CURVES]
     return [curve(title, pairs, dots=dots) for title, pairs, dots in curves if pairs]
+
+
+def _has_reward(sample: dict[str, Any]) -> bool:
+    return isinstance(sample.get("reward"), int | float)
 
 
 def _samples(records: Sequence[dict[str, Any]]) -> str:
     """What the model wrote at its last validation."""
     texts = [r for r in records if r["kind"] == "sample"]
     cells = "".join(
-        f"<tr><td>{html.escape(r['prompt'])}</td><td>{html.escape(r['text'])}</td></tr>"
+        f"<tr><td>{html.escape(r['prompt'])}</td><td>{html.escape(r['text'])}</td>"
+        + (f"<td>reward {r['reward']:g}</td></tr>" if _has_reward(r) else "</tr>")
         for r in texts
         if r["step"] == texts[-1]["step"]
     )
     return (
-        f"<h2>Greedy texts after step {texts[-1]['step']}</h2><table>{cells}</table>"
+        f"<h2>{'Sampled' if _has_reward(texts[-1]) else 'Greedy'} texts after step "
+        f"{texts[-1]['step']}</h2><table>{cells}</table>"
         if cells
         else ""
     )

@@ -42,7 +42,8 @@ class Batch:
     ids: np.ndarray
     mask: np.ndarray | None = None
     token_inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """What the objective needs of each token, by name: float32 ``[n, T + 1]``."""
+    """What the objective needs of each token, by name: float32 ``[n, T + 1]``. With these, columns
+    behind the last trained token of a micro-batch are left out."""
     denominator: float = 0.0
     """What the sum of the objective over the global batch is divided by; 0: the trained tokens."""
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -111,12 +112,23 @@ def split(batch: Batch, micro_batch_size: int, device: torch.device) -> Iterator
         part = slice(start, start + micro_batch_size)
         # Moved in the stored dtype and widened on the device: from pinned memory (data_loader.py)
         # the copy overlaps with the computation.
-        ids = move(batch.ids[part]).long()
+        width = _width(batch, part)
+        ids = move(batch.ids[part, :width]).long()
         inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         if batch.mask is not None:
-            targets = targets.masked_fill(move(batch.mask[part])[:, 1:] == 0, -1)
-        token_inputs = {k: move(array[part])[:, 1:] for k, array in batch.token_inputs.items()}
+            targets = targets.masked_fill(move(batch.mask[part, :width])[:, 1:] == 0, -1)
+        token_inputs = {
+            name: move(array[part, :width])[:, 1:] for name, array in batch.token_inputs.items()
+        }
         yield MicroBatch(inputs, targets, token_inputs)
+
+
+def _width(batch: Batch, part: slice) -> int:
+    """Columns of a micro-batch: of sampled answers, whose lengths differ, those up to its last
+    trained token. Prepared sequences are packed, and equal shapes suit a compiler."""
+    if batch.mask is None or not batch.token_inputs:
+        return batch.ids.shape[1]
+    return int(np.flatnonzero(batch.mask[part].any(axis=0)).max(initial=1)) + 1
 
 
 def _seed_dropout(seed: int, step: int, micro_batch: int) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import reasoning_gym
 
@@ -167,3 +172,54 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.Mon
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(ValueError, match=r"task='mmlu' cannot be loaded from the Hub .*no network"):
         make_task("mmlu", "train")
+
+
+def test_options_set_the_difficulty() -> None:
+    task = make_task("chain_sum,min_terms=4,max_terms=4", "test", size=5)
+    assert task.name == "chain_sum,min_terms=4,max_terms=4"
+    for index in range(5):
+        question, answer = task.example(index)
+        expression = answer["content"][0]["text"]
+        assert len(re.findall(r"[+-] ", expression)) == 3
+        assert expression in question["content"]
+    other = make_task("basic_arithmetic,min_terms=2,max_terms=2", "test", size=3)
+    assert other.grade(0, f" {other.example(0)[1]['content']}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("chain_sum,min_terms", "options behind a name are key=value"),
+        ("chain_sum,colour=3", "unknown option.*colour"),
+        ("chain_sum,min_terms=4,max_terms=2", "cannot have the options"),
+        ("no.such.Task", "cannot be imported"),
+        ("tests.rl.tiny_rl.EvenFirst,size=3", "unknown option"),
+    ],
+)
+def test_wrong_options_are_named(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_task(name, "train", size=3)
+
+
+def test_own_task_by_import_path() -> None:
+    task = make_task("tests.rl.tiny_rl.EvenFirst,extra=x", "val", size=3)
+    assert (len(task), task.question(1)[0]["content"]) == (3, "vax 1")
+
+
+@pytest.mark.parametrize("layout", ["{}.jsonl", "main/{}-00000-of-00001.parquet"])
+def test_gsm8k_from_a_folder(tmp_path: Path, layout: str) -> None:
+    for split in ("train", "test"):
+        rows = [_hub_row("gsm8k", split, number) for number in range(40)]
+        file = tmp_path / layout.format(split)
+        file.parent.mkdir(exist_ok=True)
+        if layout.endswith("jsonl"):
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), file)
+    task = make_task(f"gsm8k,path={tmp_path}", "test", seed=3)
+    texts = [task.question(i)[0]["content"] for i in range(len(task))]
+    assert sorted(texts) == sorted(f"test {n}?" for n in range(40))
+    assert task.grade(0, "so it is #### 1")
+    (tmp_path / layout.format("test")).unlink()
+    with pytest.raises(ValueError, match="has no file of the split test"):
+        make_task(f"gsm8k,path={tmp_path}", "test")

@@ -1,0 +1,168 @@
+"""Let a chat model learn from its own answers to questions that a program grades.
+
+    nanochat-ray rl --parent chat --run rl --steps 80
+    nanochat-ray rl --tasks chain_sum,min_terms=4 my_package.my_tasks.Riddles --rl.samples 8
+    nanochat-ray rl --tasks gsm8k,path=/data/gsm8k --rl.max-tokens 256
+
+A task is a name with options: those of nanochat-ray prepare, any data set of reasoning-gym, or the
+import path of your own. The last line is one JSON object. Exit status: as nanochat-ray train.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from nanochat_ray.checks import check_float, check_int, check_name, require
+from nanochat_ray.cli.flags import EVERYDAY, overrides
+from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.optim.config import OptimConfig
+from nanochat_ray.rl.config import DEFAULT_TASKS, RLConfig
+from nanochat_ray.storage import Store, absolute, default_root
+from nanochat_ray.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from nanochat_ray.train.config import TrainerConfig
+
+    RLFlags = dict[str, Any]
+    TrainFlags = dict[str, Any]
+    OptimFlags = dict[str, Any]
+    EngineFlags = dict[str, Any]
+else:
+    RLFlags = overrides(RLConfig, omit=("tasks",))
+    TrainFlags = overrides(
+        TrainConfig,
+        omit=("stage", "steps", "precision", "optim", "global_batch_size", "eval_sequences"),
+        derived_fields=("micro_batch_size", "eval_every", "save_every"),
+        prefix=False,
+    )
+    OptimFlags = overrides(
+        OptimConfig,
+        derived_fields=(
+            *("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "embedding_beta2"),
+            "momentum",
+        ),
+    )
+    EngineFlags = overrides(EngineConfig, omit=("precision", "max_model_len"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    storage: str = field(default_factory=default_root)
+    """Folder, s3:// or gs:// that holds the runs."""
+    parent: str = "chat"
+    """Run whose weights this one starts from: a chat model."""
+    run: str = "rl"
+    """Name of the run."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto resumes a run that exists, else starts one."""
+    tasks: tuple[str, ...] = DEFAULT_TASKS
+    """Tasks with options, such as chain_sum,min_terms=4."""
+    steps: int = 80
+    """Optimizer steps."""
+    lr_scale: float = 1.0
+    """Factor on every learning rate; 1 is a twentieth of the parent's."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of trainer and engine; in bf16 they differ by 0.1 and more in log-probability."""
+    threads: int = 0
+    """Torch threads on a CPU; 0 is all cores but one."""
+    gpus: bool = False
+    """Train and sample on a GPU."""
+    rl: RLFlags = field(
+        default_factory=dict,
+        metadata={EVERYDAY: ("questions", "samples", "max_tokens", "kl")},
+    )
+    train: TrainFlags = field(
+        default_factory=dict,
+        metadata={EVERYDAY: ("seed", "eval_every", "save_every")},
+    )
+    optim: OptimFlags = field(default_factory=dict)
+    engine: EngineFlags = field(default_factory=dict)
+    print_every: int = 1
+    """Steps between printed lines."""
+    tensorboard: str = ""
+    """Folder for TensorBoard's files."""
+    wandb: str = ""
+    """Project at Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "storage", absolute(self.storage))
+        check_name("run", self.run)
+        check_name("parent", self.parent)
+        require(self.run != self.parent, "run", self.run, "another run than --parent")
+        for name, least in (("steps", 1), ("threads", 0), ("print_every", 1)):
+            check_int(name, getattr(self, name), least, 1 << 30)
+        check_float("lr_scale", self.lr_scale, above=True)
+        self.rl_config()
+        OptimConfig(**self.optim)
+
+    def rl_config(self) -> RLConfig:
+        return RLConfig(tasks=self.tasks, **self.rl)
+
+
+def engine_config(args: Args) -> EngineConfig:
+    """Larger batches than for serving, where the first token must not wait."""
+    rollouts = args.rl_config().questions * args.rl_config().samples
+    defaults = {
+        "max_num_seqs": min(64, rollouts),
+        "max_num_batched_tokens": 512,
+        "prefill_chunk": 512,
+        "max_queue_size": 1024,
+    }
+    return EngineConfig(**{**defaults, **args.engine}, precision=args.precision)
+
+
+def build(args: Args) -> TrainerConfig:
+    """The job that the flags describe. ValueError if the parent or the run does not fit it."""
+    from nanochat_ray import config as configs
+    from nanochat_ray.checkpoint import checkpoint
+    from nanochat_ray.rl.source import describe, load_tokenizer
+    from nanochat_ray.train import preflight, recipe
+    from nanochat_ray.train.config import TrainerConfig
+
+    run = Store.at(args.storage).child("runs", args.parent)
+    if checkpoint.latest(run) is None:
+        raise ValueError(f"parent={args.parent!r} has no checkpoint in {args.storage}")
+    model, trainer = checkpoint.load_config(run).model, checkpoint.load_trainer(run)
+    before = trainer.get("train_config", {})
+    rl = args.rl_config()
+    train = recipe.rl_config(
+        model,
+        configs.from_json(OptimConfig, before["optim"]) if before.get("stage") == "sft" else None,
+        steps=args.steps,
+        rollouts=rl.questions * rl.samples * rl.max_rounds,
+        precision=args.precision,
+        micro_batch_size=args.train.get("micro_batch_size", 0),
+    )
+    optim = replace(train.optim.with_scaled_lr(args.lr_scale), **args.optim)
+    config = TrainerConfig(
+        storage=args.storage,
+        dataset="",
+        run=args.run,
+        model=model,
+        train=replace(train, **args.train, optim=optim),
+        parent=args.parent,
+        tensorboard=args.tensorboard,
+        wandb=args.wandb,
+    )
+    tokenizer = load_tokenizer(config)
+    preflight.check_resume(args.storage, args.run, args.resume)
+    return preflight.check_run(config, tokenizer, describe(config, rl))
+
+
+def main(args: Args) -> int:
+    import torch
+
+    from nanochat_ray.cli.train_run import train_here
+    from nanochat_ray.machine import engine_threads
+    from nanochat_ray.rl.source import RolloutSource
+    from nanochat_ray.train.stop import STOPPED
+
+    torch.set_num_threads(args.threads or engine_threads(sharing=1))
+    config = build(args)
+    source = RolloutSource(config, args.rl_config(), engine_config(args))
+    device = torch.device("cuda" if args.gpus else "cpu")
+    result = train_here(config, source=source, device=device, print_every=args.print_every)
+    print(json.dumps({"run": config.run, **result}))
+    return 0 if result["done"] else STOPPED

@@ -1,0 +1,1 @@
+"""Reinforcement learning: a chat model learns from answers that a program grades."""

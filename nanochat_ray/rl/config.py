@@ -1,0 +1,79 @@
+"""The configuration of reinforcement learning, beside that of training. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from nanochat_ray.checks import require
+from nanochat_ray.config import require_finite
+
+Loss = Literal["reinforce", "rloo", "grpo", "dapo", "dr_grpo", "gspo", "cispo"]
+Truncation = Literal["wrong", "mask", "grade"]
+DEFAULT_TASKS = (
+    "chain_sum,min_terms=4,max_terms=4",
+    "chain_sum,min_digits=3,max_digits=3",
+    "products,min_terms=3,max_terms=3",
+    "products,min_digits=3,max_digits=3",
+    "basic_arithmetic,min_terms=2,max_terms=3",
+)
+"""Harder than what the default fine-tuning shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig:
+    """What is asked, how answers are sampled, and what is learned from them."""
+
+    tasks: tuple[str, ...] = DEFAULT_TASKS
+    """Tasks with options, such as chain_sum,min_terms=4; also any data set of reasoning-gym, and
+    import paths of own tasks."""
+    pool: int = 2000
+    """Training questions of each task, at most."""
+    questions: int = 24
+    """Questions of one round."""
+    samples: int = 16
+    """Answers to each question: a group."""
+    min_groups: int = 8
+    """Further rounds are sampled until this many groups have answers with different rewards."""
+    max_rounds: int = 4
+    """Rounds of a step, at most."""
+    max_tokens: int = 96
+    """Tokens of an answer, at most; those of the calculator count."""
+    loss: Loss = "reinforce"
+    """Policy-gradient objective; see rl/losses.py for the formula and the source of each."""
+    clip_low: float = 0.2
+    """grpo, dapo, dr_grpo, gspo, cispo: the ratio is clipped below 1 minus this."""
+    clip_high: float = 0.2
+    """The same above 1 plus this; DAPO's clip-higher is 0.28."""
+    kl: float = 0.0
+    """Coefficient of the divergence from the parent's weights; 0: none."""
+    truncation: Truncation = "wrong"
+    """Answers that reach max_tokens: reward 0, or left out of the loss, or graded as they are."""
+    curriculum: bool = True
+    """Ask a task more often, the more of its groups have answers with different rewards."""
+    max_logprob_diff: float | None = None
+    """Largest difference between the trainer's and the engine's log-probability of a token before
+    the run fails; 0: never. By default 1e-4 in fp32 and 0 in bf16."""
+    eval_questions: int = 32
+    """Questions of each task's validation split."""
+    eval_samples: int = 4
+    """Answers to each of them, sampled as in training."""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        require(bool(self.tasks), "tasks", self.tasks, "one or more tasks")
+        for name in self.tasks:
+            require(self.tasks.count(name) == 1, "tasks", name, "each task once")
+        for name, least in (
+            *(("pool", 1), ("questions", 1), ("samples", 2), ("min_groups", 1)),
+            *(("max_rounds", 1), ("max_tokens", 1), ("eval_questions", 1), ("eval_samples", 1)),
+        ):
+            value = getattr(self, name)
+            require(value >= least, name, value, f"a whole number from {least}")
+        for name, kinds in (("loss", get_args(Loss)), ("truncation", get_args(Truncation))):
+            require(getattr(self, name) in kinds, name, getattr(self, name), " or ".join(kinds))
+        require(0 <= self.clip_low <= 1, "clip_low", self.clip_low, "from 0 to 1")
+        for name in ("clip_high", "kl"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        bound = self.max_logprob_diff
+        require(bound is None or bound >= 0, "max_logprob_diff", bound, "0 (never) or more")

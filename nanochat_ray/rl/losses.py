@@ -1,0 +1,115 @@
+"""Policy-gradient objectives on the tokens of sampled answers.
+
+For each token with advantage A and weight w (``advantages.py``), log-probability l under the policy
+and b under the engine that sampled it, and the ratio r = exp(l - b), a step minimises the sum of
+
+- reinforce, rloo:       -w · A · l
+- grpo, dapo, dr_grpo:   -w · min(r · A, clip(r, 1 - clip_low, 1 + clip_high) · A)
+- gspo: the same with the sequence's ratio exp(mean(l - b)), whose gradient is shared by its tokens
+- cispo:                 -w · stop_gradient(clip(r, 1 - clip_low, 1 + clip_high)) · A · l
+
+Rollouts are on-policy to rounding, so all ratios are 1 up to the engine's last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.rl.advantages import KINDS
+from nanochat_ray.rl.config import RLConfig
+from nanochat_ray.train.step import MicroBatch
+
+
+def surrogate(
+    config: RLConfig,
+    logprobs: Tensor,
+    sampling_logprobs: Tensor,
+    advantages: Tensor,
+    sequences: Tensor,
+) -> Tensor:
+    """What is maximised, before weights, for each of N tokens; all float32 ``[N]``.
+
+    ``logprobs`` has gradients, ``sampling_logprobs`` are the engine's; ``sequences`` int64 ``[N]``
+    numbers the tokens' sequences from 0.
+    """
+    ratio_kind = KINDS[config.loss].ratio
+    if ratio_kind == "none":
+        return advantages * logprobs
+    difference = logprobs - sampling_logprobs
+    if ratio_kind == "sequence_clip":
+        num_sequences = int(sequences.max()) + 1
+        sums = difference.new_zeros(num_sequences).index_add(0, sequences, difference)
+        difference = (sums / sequences.bincount(minlength=num_sequences))[sequences]
+    ratio = difference.exp()
+    clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    if ratio_kind == "weight":
+        return clipped_ratio.detach() * advantages * logprobs
+    return torch.minimum(ratio * advantages, clipped_ratio * advantages)
+
+
+def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """Schulman's k3 of KL(policy ‖ reference) for each sampled token: exp(d) - d - 1 with
+    d = reference - logprobs; never negative, and unbiased (joschu.net/blog/kl-approx.html)."""
+    difference = reference - logprobs
+    return difference.exp() - difference - 1
+
+
+class PolicyLoss:
+    """The objective of a run; asserts that engine and trainer agree."""
+
+    def __init__(
+        self,
+        config: RLConfig,
+        *,
+        max_diff: float,
+        device: torch.device,
+        reference: GPT | None = None,
+    ):
+        """``max_diff``: largest allowed difference of log-probabilities; 0: any."""
+        self.config, self.max_diff, self.reference = config, max_diff, reference
+        self.device = device
+        self._largest: list[Tensor] = []
+        self._sums: list[Tensor] = []
+
+    def loss(self, model: GPT, micro: MicroBatch) -> Tensor:
+        mask = micro.targets >= 0
+        weights, advantages, sampling_logprobs = (
+            micro.token_inputs[name][mask] for name in ("weights", "advantages", "logprobs")
+        )
+        logprobs = model.token_logprobs(micro.inputs, micro.targets)
+        gain = surrogate(self.config, logprobs, sampling_logprobs, advantages, mask.nonzero()[:, 0])
+        divergence = torch.zeros_like(logprobs)
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = self.reference.token_logprobs(micro.inputs, micro.targets)
+            divergence = kl_estimate(logprobs, reference)
+        with torch.no_grad():
+            self._largest.append((logprobs - sampling_logprobs).abs().max())
+            self._sums.append(torch.stack([(weights * divergence).sum(), weights.sum()]))
+        return (weights * (self.config.kl * divergence - gain)).sum()
+
+    def finish(self) -> Mapping[str, float]:
+        """``logprob_diff``: the largest difference between trainer and engine. FloatingPointError
+        if it is above the bound: then the engine sampled from another policy."""
+        largest = torch.stack([torch.zeros((), device=self.device), *self._largest]).max()
+        sums = torch.stack([torch.zeros(2, device=self.device), *self._sums]).sum(dim=0)
+        self._largest, self._sums = [], []
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+            dist.all_reduce(sums)
+        diff = float(largest)
+        if not diff <= (self.max_diff or float("inf")):
+            raise FloatingPointError(
+                f"logprob_diff={diff:.3g}: the engine's log-probabilities of its samples differ "
+                f"from the trainer's by more than max_logprob_diff={self.max_diff:g}, so the "
+                "answers are not those of the policy in training"
+            )
+        figures = {"logprob_diff": diff}
+        if self.reference is not None:
+            figures["kl"] = float(sums[0] / sums[1].clamp_min(1e-9))
+        return figures

@@ -1,0 +1,371 @@
+"""Batches of answers that the model in training has sampled: the source of an RL run.
+
+Step k asks the next questions, samples a group of answers to each with the weights of step k,
+grades them, and trains on the groups whose rewards differ. Ranks share the questions; every rank
+knows all rewards. Equal answers of a group are one sequence whose weight is their number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nanochat_ray import config as configs
+from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.rl import advantages as adv
+from nanochat_ray.rl.config import RLConfig
+from nanochat_ray.rl.losses import PolicyLoss
+from nanochat_ray.rl.questions import Curriculum, Question, content_digest, prompts
+from nanochat_ray.rl.rollout import (
+    EngineGenerator,
+    Generator,
+    Rollout,
+    answer_text,
+    make_requests,
+    rollout_seed,
+)
+from nanochat_ray.storage import Store
+from nanochat_ray.tasks.registry import make_task
+from nanochat_ray.tasks.task import Split, Task
+from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.train import identity
+from nanochat_ray.train.config import TrainerConfig
+from nanochat_ray.train.ranks import Ranks
+from nanochat_ray.train.step import Batch, Objective
+
+MAX_LOGPROB_DIFF = 1e-4
+"""Default bound in fp32; measured: 6e-5 at most (rl/BENCHMARKS.md)."""
+EVAL_STEP = -1
+"""Stands for the step in the seeds of validation, whose samples differ by the weights alone."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The answers to one question."""
+
+    question: Question
+    prompt: Sequence[int]
+    rollouts: Sequence[Rollout]
+    rewards: np.ndarray
+    """float64 ``[samples]``"""
+
+    @property
+    def has_signal(self) -> bool:
+        return bool(np.ptp(self.rewards) > 0)
+
+
+@dataclass(frozen=True)
+class TrainedAnswer:
+    """One distinct answer of a group."""
+
+    prompt: Sequence[int]
+    rollout: Rollout
+    advantage: float
+    count: int
+    """Samples of the group that are this answer."""
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.rollout.tokens)
+
+
+def load_tokenizer(config: TrainerConfig) -> Tokenizer:
+    """That of the run, or of its parent where the run has not begun."""
+    runs = Store.at(config.storage).child("runs")
+    run = runs.child(config.run)
+    return checkpoint.load_tokenizer(run if checkpoint.latest(run) else runs.child(config.parent))
+
+
+def make_tasks(config: RLConfig, split: Split, size: int, seed: int) -> list[Task]:
+    """ValueError for a task that is unknown or has no questions in the split."""
+    tasks = [make_task(name, split, size=size, seed=seed) for name in config.tasks]
+    for name, task in zip(config.tasks, tasks, strict=True):
+        if not len(task):
+            raise ValueError(f"tasks={name!r} has no questions in the split {split}")
+    return tasks
+
+
+def describe(config: TrainerConfig, rl: RLConfig) -> dict[str, Any]:
+    """What a checkpoint's ``about`` holds of an RL run: its questions by content, its parent, and
+    its configuration."""
+    tasks = make_tasks(rl, "train", rl.pool, config.train.seed)
+    return {
+        "dataset": "questions",
+        "dataset_digest": content_digest(tasks),
+        **identity.describe_parent(Store.at(config.storage), config.parent),
+        identity.STAGE_CONFIG: configs.to_json(rl),
+    }
+
+
+class RolloutSource:
+    """Implements ``train.source.Source``."""
+
+    on_policy = True
+    bytes_per_token = 0.0
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        rl: RLConfig,
+        engine: EngineConfig,
+        make_generator: Callable[[GPT, Tokenizer, EngineConfig], Generator] = (
+            EngineGenerator.of_model
+        ),
+    ):
+        """``make_generator`` is called once, when the model is there."""
+        self.config, self.rl, self.engine_config = config, rl, engine
+        self.kind = adv.KINDS[rl.loss]
+        self._make_generator = make_generator
+        seed = config.train.seed
+        self.tasks = make_tasks(rl, "train", rl.pool, seed)
+        self.val_tasks = make_tasks(rl, "val", rl.eval_questions, seed)
+        sizes = [len(task) for task in self.tasks]
+        self.curriculum = Curriculum(sizes, seed, adaptive=rl.curriculum)
+        self._version = 0
+        self._last_groups: list[Group] = []
+
+    def setup(self, model: GPT, ranks: Ranks) -> None:
+        self.model, self.ranks = model, ranks
+        self.tokenizer = load_tokenizer(self.config)
+        self.prompts = prompts(self.tasks, self.tokenizer)
+        self.val_prompts = prompts(self.val_tasks, self.tokenizer)
+        longest = max(len(p) for task in (*self.prompts, *self.val_prompts) for p in task)
+        room = model.config.sequence_len - longest
+        if room < self.rl.max_tokens:
+            raise ValueError(
+                f"max_tokens={self.rl.max_tokens} is not allowed: the longest question has "
+                f"{longest} tokens, which leaves {room} of sequence_len="
+                f"{model.config.sequence_len}"
+            )
+        self.ends = (self.tokenizer.special("<|assistant_end|>"), self.tokenizer.bos)
+        self.generator = self._make_generator(model, self.tokenizer, self.engine_config)
+        max_diff = self.rl.max_logprob_diff
+        if max_diff is None:
+            max_diff = MAX_LOGPROB_DIFF if self.config.train.precision == "fp32" else 0.0
+        reference = self._reference(model) if self.rl.kl else None
+        self.objective: Objective = PolicyLoss(
+            self.rl, max_diff=max_diff, device=ranks.device, reference=reference
+        )
+
+    def _reference(self, model: GPT) -> GPT:
+        """The parent, whose weights the policy started from."""
+        root, name = Store.at(self.config.storage), self.config.about.get("parent_checkpoint")
+        parent = checkpoint.load(root.child("runs", self.config.parent), name, optimizer=False)
+        reference = GPT(model.config, compute_dtype=model.compute_dtype).to(self.ranks.device)
+        reference.load_state_dict(parent.weights)
+        return reference.eval().requires_grad_(False)
+
+    def identity(self) -> Mapping[str, Any]:
+        return describe(self.config, self.rl)
+
+    def state(self) -> dict[str, Any]:
+        return self.curriculum.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.curriculum.load_state(state)
+
+    # --- training -------------------------------------------------------------------------------
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        self._version = start
+        for step in range(start, self.config.train.steps):
+            begin = time.perf_counter()
+            groups = self._sample_groups(step)
+            seconds = time.perf_counter() - begin
+            self._version = step + 1  # that of the weights when the next method is called
+            yield self._batch(groups, seconds)
+
+    def _sample_groups(self, step: int) -> list[Group]:
+        """Groups of all rounds of a step, the same on all ranks."""
+        self.generator.load(step, self.model.state_dict())
+        groups: list[Group] = []
+        for round_number in range(self.rl.max_rounds):
+            questions = self.curriculum.draw(self.rl.questions)
+            first = round_number * self.rl.questions
+            new = self._ask(self.tasks, self.prompts, questions, self.rl.samples, step, first)
+            self.curriculum.observe(questions, [group.has_signal for group in new])
+            groups += new
+            if sum(group.has_signal for group in groups) >= self.rl.min_groups:
+                break
+        if not any(group.has_signal for group in groups):
+            self._check_rewards(groups)
+        return groups
+
+    def _check_rewards(self, groups: Sequence[Group]) -> None:
+        rewards = np.concatenate([group.rewards for group in groups])
+        if rewards.max() <= 0:
+            raise ValueError(
+                f"tasks={list(self.rl.tasks)}: not one of {len(rewards)} answers is right, so "
+                "there is nothing to learn from; fine-tune on these tasks first, or choose easier "
+                "ones"
+            )
+
+    def _ask(
+        self,
+        tasks: Sequence[Task],
+        task_prompts: Sequence[Sequence[Sequence[int]]],
+        questions: Sequence[Question],
+        samples: int,
+        step: int,
+        first: int = 0,
+    ) -> list[Group]:
+        """A group for each question. Collective: each rank samples its share.
+
+        ``first`` is the number of the first question within the step.
+        """
+        requests, rank, world = [], self.ranks.rank, self.ranks.world
+        seed = self.config.train.seed
+        for number in range(rank, len(questions), world):
+            q = questions[number]
+            seeds = [
+                rollout_seed(seed, step, first + number, q.task, q.index, sample)
+                for sample in range(samples)
+            ]
+            prompt = task_prompts[q.task][q.index]
+            requests += make_requests(prompt, seeds, self.ends, self.rl.max_tokens, str(number))
+        rollouts = self.generator.generate(requests)
+        data = json.dumps([rollout.to_wire() for rollout in rollouts]).encode()
+        shares = [
+            [Rollout.from_wire(wire) for wire in json.loads(share)]
+            for share in self.ranks.gather(data)
+        ]
+        groups = []
+        for number, q in enumerate(questions):
+            start = number // world * samples
+            answers = shares[number % world][start : start + samples]
+            rewards = self._grade(tasks[q.task], q.index, answers)
+            groups.append(Group(q, task_prompts[q.task][q.index], answers, rewards))
+        return groups
+
+    def _grade(self, task: Task, index: int, rollouts: Sequence[Rollout]) -> np.ndarray:
+        by_tokens: dict[tuple[int, ...], float] = {}
+        rewards = []
+        for rollout in rollouts:
+            key = tuple(rollout.tokens)
+            if key not in by_tokens:
+                is_wrong = rollout.is_truncated and self.rl.truncation == "wrong"
+                text = answer_text(self.tokenizer, rollout)
+                reward = 0.0 if is_wrong else float(task.grade(index, text))
+                if not math.isfinite(reward):
+                    raise ValueError(f"task={task.name!r} gave the reward {reward}: a number")
+                by_tokens[key] = reward
+            rewards.append(by_tokens[key])
+        return np.array(rewards)
+
+    def _batch(self, groups: Sequence[Group], seconds: float) -> Batch:
+        answers = [a for group in groups if group.has_signal for a in self._answers(group)]
+        answers.sort(key=lambda answer: answer.length)  # stable: micro-batches of equal lengths
+        num_tokens = np.array(
+            [n for a in answers for n in [len(self._sampled_indices(a))] * a.count], dtype=np.int64
+        )
+        width = max((a.length for a in answers), default=2)
+        size = self.config.train.micro_batch_size
+        per_rank = -(-len(answers) // (size * self.ranks.world)) * size
+        own = answers[self.ranks.rank * per_rank : (self.ranks.rank + 1) * per_rank]
+        ids = np.zeros((len(own), width), dtype=np.int32)
+        mask = np.zeros(ids.shape, dtype=np.uint8)
+        inputs = {
+            name: np.zeros(ids.shape, dtype=np.float32)
+            for name in ("weights", "advantages", "logprobs")
+        }
+        for row, answer in enumerate(own):
+            first = len(answer.prompt)
+            ids[row, : answer.length] = [*answer.prompt, *answer.rollout.tokens]
+            indices = self._sampled_indices(answer)
+            columns = [first + i for i in indices]
+            mask[row, columns] = 1
+            weight = answer.count * adv.sequence_weight(self.kind, len(indices))
+            inputs["weights"][row, columns] = weight
+            inputs["advantages"][row, columns] = answer.advantage
+            inputs["logprobs"][row, columns] = [answer.rollout.logprobs[i] for i in indices]
+        denominator = adv.denominator(self.kind, num_tokens, self.rl.max_tokens) if answers else 1.0
+        figures = self._figures(groups, len(answers), seconds)
+        return Batch(ids, mask, inputs, denominator, figures)
+
+    def _answers(self, group: Group) -> list[TrainedAnswer]:
+        """The distinct answers that are trained on."""
+        counts: dict[tuple[int, ...], int] = {}
+        values: dict[tuple[int, ...], tuple[Rollout, float]] = {}
+        advantages = adv.advantages(group.rewards, self.kind)
+        for rollout, advantage in zip(group.rollouts, advantages, strict=True):
+            if rollout.is_truncated and self.rl.truncation == "mask":
+                continue
+            key = tuple(rollout.tokens)
+            counts[key] = counts.get(key, 0) + 1
+            values.setdefault(key, (rollout, float(advantage)))
+        return [TrainedAnswer(group.prompt, *values[key], count) for key, count in counts.items()]
+
+    @staticmethod
+    def _sampled_indices(answer: TrainedAnswer) -> list[int]:
+        """Indices of the tokens that the model sampled, as opposed to a tool's output."""
+        return [i for i, logprob in enumerate(answer.rollout.logprobs) if logprob is not None]
+
+    def _figures(
+        self, groups: Sequence[Group], num_sequences: int, seconds: float
+    ) -> dict[str, float]:
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        logprobs = [x for rollout in rollouts for x in rollout.logprobs if x is not None]
+        tokens = sum(len(rollout.tokens) for rollout in rollouts)
+        figures = {
+            "reward": float(np.mean([group.rewards.mean() for group in groups])),
+            "groups": len(groups),
+            "groups_with_signal": sum(group.has_signal for group in groups),
+            "sequences": num_sequences,
+            "answer_tokens": tokens / len(rollouts),
+            "truncated_share": sum(r.is_truncated for r in rollouts) / len(rollouts),
+            # An unbiased estimate: the mean of -log p over samples of p.
+            "entropy": -sum(logprobs) / max(len(logprobs), 1),
+            "rollout_seconds": seconds,
+            "rollout_tokens_per_s": tokens / seconds,
+        }
+        for number, name in enumerate(self.rl.tasks):
+            rewards = [g.rewards.mean() for g in groups if g.question.task == number]
+            if rewards:
+                figures[f"reward/{name}"] = float(np.mean(rewards))
+        return figures
+
+    # --- validation -----------------------------------------------------------------------------
+
+    def evaluate(self, model: GPT) -> dict[str, float]:
+        """``error_rate``, 1 - pass@1; pass@1 of each task and of all, and pass@k for k samples."""
+        self.generator.load(self._version, model.state_dict())
+        questions = [
+            Question(number, index)
+            for number, task in enumerate(self.val_tasks)
+            for index in range(len(task))
+        ]
+        samples = self.rl.eval_samples
+        groups = self._ask(self.val_tasks, self.val_prompts, questions, samples, EVAL_STEP)
+        self._last_groups = groups
+        by_task = [
+            np.stack([g.rewards for g in groups if g.question.task == number])
+            for number in range(len(self.val_tasks))
+        ]
+        mean = float(np.mean([rewards.mean() for rewards in by_task]))
+        figures = {"error_rate": 1 - mean, "pass@1": mean}
+        figures[f"pass@{samples}"] = float(np.mean([r.max(axis=1).mean() for r in by_task]))
+        for name, rewards in zip(self.rl.tasks, by_task, strict=True):
+            figures[f"pass@1/{name}"] = float(rewards.mean())
+        return figures
+
+    def samples(self, model: GPT) -> list[dict[str, Any]]:
+        """The first answer of the last validation to a question of each task, with its reward."""
+        result = []
+        for number, task in enumerate(self.val_tasks):
+            group = next(g for g in self._last_groups if g.question.task == number)
+            result.append(
+                {
+                    "prompt": str(task.question(group.question.index)[-1]["content"]),
+                    "text": answer_text(self.tokenizer, group.rollouts[0], shows_tools=True),
+                    "reward": float(group.rewards[0]),
+                }
+            )
+        return result

@@ -1,0 +1,59 @@
+"""SIGKILL at any moment of an RL run, then the same command: the same weights, bitwise.
+
+``NANOCHAT_KILLS=20 pytest tests/rl/test_kills_rl.py -s`` kills as often as it says.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import torch
+
+from nanochat_ray.storage import Store
+from tests.rl.tiny_rl import run_rl, save_parent, weights_digest
+from tests.tiny import wait_for
+
+KILLS = int(os.environ.get("NANOCHAT_KILLS", "2"))
+STEPS = 6
+
+
+def train(root_uri: str, run: str) -> None:
+    torch.set_num_threads(1)
+    run_rl(Store.at(root_uri), run, steps=STEPS, save_every=1, eval_every=3)
+
+
+def test_killed_at_any_moment_ends_equal(root: Store) -> None:
+    save_parent(root)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.rl.tiny_rl"])
+
+    def start(run: str) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=train, args=(root.uri, run))
+        process.start()
+        return process
+
+    for name in ("first", "whole"):  # the first also starts the server of processes
+        begin = time.monotonic()
+        start(name).join(60)
+        seconds = time.monotonic() - begin
+    reference = weights_digest(root, "whole")
+    rng, kills = random.Random(time.time_ns()), 0
+    while kills < KILLS:
+        run = f"killed-{kills}-{time.time_ns()}"
+        process = start(run)
+        end = time.monotonic() + rng.uniform(0.1, 0.9) * seconds
+        wait_for(lambda at=end: time.monotonic() > at, 60, "the moment to kill", every=0.001)
+        process.kill()
+        process.join(20)
+        if process.exitcode != -signal.SIGKILL:
+            continue  # it was faster than the moment
+        again = start(run)
+        again.join(60)
+        assert again.exitcode == 0
+        assert weights_digest(root, run) == reference
+        kills += 1
+    print(f"{kills} of {kills} killed runs ended with the bits of the uninterrupted one")

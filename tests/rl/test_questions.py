@@ -1,0 +1,42 @@
+"""The order of questions: every question once per epoch, turns by weight, a state that resumes."""
+
+from __future__ import annotations
+
+import json
+
+from nanochat_ray.rl.questions import Curriculum, Question
+
+
+def test_each_question_once_per_epoch() -> None:
+    curriculum = Curriculum([7], seed=3, adaptive=False)
+    epochs = [[q.index for q in curriculum.draw(7)] for _ in range(3)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_tasks_take_turns() -> None:
+    drawn_tasks = [q.task for q in Curriculum([50, 50, 50], 0, adaptive=False).draw(9)]
+    assert drawn_tasks == [0, 1, 2] * 3
+
+
+def test_turns_follow_the_share_with_signal() -> None:
+    curriculum = Curriculum([99, 99], 0, adaptive=True)
+    questions = [Question(0, 0), Question(0, 1), Question(1, 0), Question(1, 1)]
+    curriculum.observe(questions, [True, True, True, False])
+    # 1 + 0.2 · (1 - 1) = 1, and 1 + 0.2 · (0.5 - 1) = 0.9.
+    assert curriculum.weights() == [1.0, 0.9]
+    for _ in range(40):
+        curriculum.observe(questions, [True, True, False, False])
+    assert curriculum.weights() == [1.0, 0.1]  # the floor
+    tasks = [q.task for q in curriculum.draw(110)]
+    assert 99 <= tasks.count(0) <= 101
+
+
+def test_state_continues_the_order() -> None:
+    whole, first = (Curriculum([11, 5], 1, adaptive=True) for _ in range(2))
+    for curriculum in (whole, first):
+        questions = curriculum.draw(6)
+        curriculum.observe(questions, [q.index % 3 == 0 for q in questions])
+    second = Curriculum([11, 5], 1, adaptive=True)
+    second.load_state(json.loads(json.dumps(first.state())))
+    assert second.draw(20) == whole.draw(20)

@@ -1,0 +1,160 @@
+"""RL runs of a tiny policy: what changes no bit, what is learned, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanochat_ray.engine.request import Request
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.rl.rollout import EngineGenerator, Rollout, answer_text
+from nanochat_ray.rl.source import RolloutSource
+from nanochat_ray.storage import Store
+from nanochat_ray.text.chat import tool_delimiters
+from nanochat_ray.train.ranks import Ranks
+from nanochat_ray.train.step import Batch
+from tests.rl.tiny_rl import ENGINE, RL, TASK, job, run_rl, save_parent, weights_digest
+from tests.tiny import TOKENIZER, tiny_config
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[dict[str, Any]]]:
+    """A storage root with an uninterrupted run "whole", and its records."""
+    root = Store.at(str(tmp_path_factory.mktemp("rl")))
+    save_parent(root)
+    return root, run_rl(root, "whole")
+
+
+def test_stopped_and_resumed_ends_equal(whole: tuple[Store, Any]) -> None:
+    root, _ = whole
+    records = run_rl(root, "stopped", stop_after=3)
+    assert sum(r["kind"] == "train" for r in records) == 3
+    run_rl(root, "stopped")
+    assert weights_digest(root, "stopped") == weights_digest(root, "whole")
+
+
+def test_slots_of_the_engine_change_no_bit(whole: tuple[Store, Any]) -> None:
+    root, _ = whole
+    few = dataclasses.replace(ENGINE, max_num_seqs=3, max_num_batched_tokens=7, prefill_chunk=5)
+    run_rl(root, "few", engine=few)
+    assert weights_digest(root, "few") == weights_digest(root, "whole")
+
+
+def test_engine_and_trainer_agree(whole: tuple[Store, list[dict[str, Any]]]) -> None:
+    steps = [r for r in whole[1] if r["kind"] == "train"]
+    assert 0 < max(r["logprob_diff"] for r in steps) < 2e-5
+
+
+class StaleGenerator(EngineGenerator):
+    """Keeps the weights of step 0."""
+
+    def load(self, version: int, weights: Any) -> None:
+        if self.version < 0:
+            super().load(version, weights)
+
+
+def test_stale_weights_are_an_error(whole: tuple[Store, Any]) -> None:
+    def make_source(*args: Any) -> RolloutSource:
+        return RolloutSource(*args, make_generator=StaleGenerator.of_model)
+
+    with pytest.raises(FloatingPointError, match=r"logprob_diff=.*max_logprob_diff=0\.0001"):
+        run_rl(whole[0], "stale", make_source=make_source)
+
+
+def test_reward_rises(root: Store) -> None:
+    save_parent(root)
+    records = run_rl(root, "learns", steps=14)
+    rewards = [r["reward"] for r in records if r["kind"] == "train"]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2
+    evals = [r["pass@1"] for r in records if r["kind"] == "eval"]
+    assert evals[-1] > evals[0]
+    samples = [r for r in records if r["kind"] == "sample"]
+    assert {r["reward"] for r in samples} <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    "change", [{"samples": 5}, {"loss": "grpo"}, {"tasks": (f"{TASK},extra=x",)}]
+)
+def test_another_configuration_is_refused(whole: tuple[Store, Any], change: Any) -> None:
+    (field,) = change
+    with pytest.raises(ValueError, match=f"{field}=.* is not what this run was started with"):
+        job(whole[0], "whole", rl=dataclasses.replace(RL, **change))
+
+
+def test_no_right_answer_is_refused(whole: tuple[Store, Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr("tests.rl.tiny_rl.EvenFirst.grade", lambda *_: False)
+    with pytest.raises(ValueError, match="not one of 96 answers is right"):
+        run_rl(whole[0], "hopeless")
+
+
+def test_solved_tasks_keep_the_weights(whole: tuple[Store, Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr("tests.rl.tiny_rl.EvenFirst.grade", lambda *_: True)
+    records = run_rl(whole[0], "solved", steps=1)
+    (step,) = (r for r in records if r["kind"] == "train")
+    assert (step["skipped"], step["reward"], step["groups_with_signal"]) == (True, 1.0, 0)
+
+
+# --- a batch of known answers ---------------------------------------------------------------------
+
+RIGHT, WRONG = [66, 7], [67, 68, 69]  # "B" and a stop token; "CDE"
+
+
+class FixedGenerator:
+    """Two of three samples give ``RIGHT``, the third ``WRONG``, which is truncated."""
+
+    def load(self, version: int, weights: Any) -> None:
+        self.version = version
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        return [
+            Rollout(WRONG, [-1.0, None, -3.0], "length", self.version)
+            if request.id.endswith("/2")
+            else Rollout(RIGHT, [-0.5, -0.25], "stop", self.version)
+            for request in requests
+        ]
+
+
+def first_batch(root: Store, **changes: Any) -> Batch:
+    rl = dataclasses.replace(RL, questions=1, samples=3, min_groups=1, **changes)
+    config = job(root, "fixed", rl=rl)
+    source = RolloutSource(config, rl, ENGINE, lambda *_: FixedGenerator())
+    source.setup(GPT(tiny_config(sequence_len=48)), Ranks())
+    return next(source.batches(0))
+
+
+def test_equal_answers_are_one_sequence(whole: tuple[Store, Any]) -> None:
+    batch = first_batch(whole[0])
+    assert batch.ids.shape[0] == 2
+    assert batch.mask is not None
+    start = int(np.argmax(batch.mask[0]))
+    assert batch.ids[0, start : start + 2].tolist() == RIGHT
+    assert batch.mask[0].sum() == 2
+    # The token that a tool injected is not trained on.
+    assert batch.mask[1, start : start + 3].tolist() == [1, 0, 1]
+    assert batch.token_inputs["weights"][0, start] == 2.0  # two samples
+    assert batch.token_inputs["advantages"][0, start] == pytest.approx(1 / 3)
+    assert batch.token_inputs["advantages"][1, start] == pytest.approx(-2 / 3)
+    assert batch.token_inputs["logprobs"][1, start : start + 3].tolist() == [-1.0, 0.0, -3.0]
+    assert batch.denominator == 2 + 2 + 2  # sampled tokens of all three answers
+    figures = batch.metrics
+    assert figures["truncated_share"] == pytest.approx(1 / 3)
+    assert figures["entropy"] == pytest.approx((0.75 + 0.75 + 4.0) / 6)
+    assert figures["reward"] == pytest.approx(2 / 3)
+
+
+def test_masked_truncated_answers_are_left_out(whole: tuple[Store, Any]) -> None:
+    batch = first_batch(whole[0], truncation="mask")
+    assert batch.ids.shape[0] == 1
+    assert batch.denominator == 4
+
+
+def test_calls_are_shown_to_people_only() -> None:
+    ids = tool_delimiters(TOKENIZER)
+    tokens = [ids.call_start, *b"1+2", ids.call_end, ids.result_start, *b"3", ids.result_end]
+    rollout = Rollout([*tokens, *b"so 3"], [], "length", 0)
+    assert answer_text(TOKENIZER, rollout) == "so 3"
+    assert answer_text(TOKENIZER, rollout, shows_tools=True) == "[1+2 = 3] so 3"
