@@ -59,8 +59,9 @@ class PromptLogprobs:
             s, prompt = chunk.sequence, chunk.sequence.request.prompt
             if chunk.prompt_logprobs:
                 # The logits of a token are those of the token behind it.
-                for position in range(chunk.start + 1, min(chunk.end + 1, len(prompt))):
-                    row = first + position - 1 - chunk.start
+                offset = chunk.end - chunk.num_logits
+                for position in range(offset + 1, min(chunk.end + 1, len(prompt))):
+                    row = first + position - 1 - offset
                     tokens[row] = prompt[position]
                     tops[row] = s.request.params.prompt_logprobs or 0
                     self._positions.append((s, position))
@@ -72,5 +73,5 @@ class PromptLogprobs:
         preemption."""
         logprobs = [logprob for logprob in self.table.read() if logprob is not None]
         for (s, position), logprob in zip(self._positions, logprobs, strict=True):
-            if s.prompt_logprobs is not None and len(s.prompt_logprobs) == position - 1:
+            if s.prompt_logprobs is not None and s.next_scored_position == position:
                 s.prompt_logprobs.append(logprob)

@@ -86,8 +86,10 @@ class SamplingParams:
     logprobs: int | None = None
     """Report the log-probability of each sampled token and of this many likeliest ones."""
     prompt_logprobs: int | None = None
-    """The same for each token of the prompt but the first, with the first output that has tokens
-    or ``finish``."""
+    """The same for each token of the prompt from ``prompt_logprobs_start`` on, with the first
+    output that has tokens or ``finish``."""
+    prompt_logprobs_start: int = 1
+    """Index of the first token that is scored. Those before it may come from the prefix cache."""
 
     def __post_init__(self) -> None:
         req = _require
@@ -130,6 +132,8 @@ class SamplingParams:
             n = getattr(self, name)
             ok = n is None or (_is_int(n) and 0 <= n <= MAX_LOGPROBS)
             req(ok, name, n, f"0 to {MAX_LOGPROBS} or None")
+        first = self.prompt_logprobs_start
+        req(_is_int(first) and first >= 1, "prompt_logprobs_start", first, "from 1")
 
     @property
     def all_stop_ids(self) -> frozenset[int]:
@@ -252,7 +256,8 @@ class RequestOutput:
     logprobs: list[TokenLogprob | None] | None = None
     """One for each of ``tokens`` if requested; None for tool-output tokens."""
     prompt_logprobs: list[TokenLogprob] | None = None
-    """One for each token of the prompt but the first, if requested; reported once."""
+    """One for each token of the prompt from ``prompt_logprobs_start`` on, if requested; reported
+    once."""
     complete: bool = False
     """The grammar ended the output: with finish "stop", the last token is part of the text."""
     cached_tokens: int = 0

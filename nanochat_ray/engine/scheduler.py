@@ -13,7 +13,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nanochat_ray.engine.kvcache.base import KVCacheManager
+from nanochat_ray.engine.kvcache.base import KVCacheManager, num_reusable_tokens
 from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
 from nanochat_ray.engine.prefill_cost import PrefillCostModel
 from nanochat_ray.engine.request import EngineFull
@@ -59,11 +59,22 @@ class ScheduledChunk(NamedTuple):
         """The next ``num_tokens`` tokens of a sequence."""
         start = sequence.num_computed_tokens
         samples = start + num_tokens == sequence.num_tokens
-        prompt_logprobs = not is_decode and sequence.needs_prompt_logprobs
-        num_logits = num_tokens if prompt_logprobs else (1 + len(draft)) * samples
+        num_logits = (1 + len(draft)) * samples
+        num_scored = 0
+        if not is_decode and sequence.needs_prompt_logprobs:
+            first = sequence.request.params.prompt_logprobs_start - 1
+            num_scored = max(0, min(num_tokens, start + num_tokens - first))
         row = sequence.placeholder_row if sequence.num_placeholders else None
         return cls(
-            sequence, start, num_tokens, is_decode, draft, samples, num_logits, prompt_logprobs, row
+            sequence,
+            start,
+            num_tokens,
+            is_decode,
+            draft,
+            samples,
+            max(num_logits, num_scored),
+            num_scored > 0,
+            row,
         )
 
 
@@ -86,7 +97,7 @@ def _computes_prefix_of(chunk: ScheduledChunk, sequence: Sequence) -> bool:
     """Whether the chunk computes a block of the sequence's prompt, which the sequence can then
     match in the next step instead of computing it too."""
     end = chunk.start // BLOCK_SIZE * BLOCK_SIZE + BLOCK_SIZE
-    if sequence.needs_prompt_logprobs or end > min(chunk.end, len(sequence.request.prompt)):
+    if end > min(chunk.end, num_reusable_tokens(sequence)):
         return False
     other = chunk.sequence
     same_scope = other.request.cache_scope == sequence.request.cache_scope

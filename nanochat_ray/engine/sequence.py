@@ -36,8 +36,8 @@ class Sequence:
     stop_token_ids: frozenset[int] = frozenset()
     prompt_lookup: PromptLookup | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
-    """Those of the prompt's tokens from the second on, as far as they are computed; None if they
-    were not requested."""
+    """Those of the prompt's tokens from ``prompt_logprobs_start`` on, as far as they are computed;
+    None if they were not requested."""
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache had when the sequence was admitted last."""
@@ -57,10 +57,18 @@ class Sequence:
         return len(self.tokens) + self.num_placeholders
 
     @property
+    def next_scored_position(self) -> int:
+        """Index of the next prompt token whose log-probability is missing; the length of the prompt
+        if there is none. The logits of the token before it are needed."""
+        length = len(self.request.prompt)
+        if self.prompt_logprobs is None:
+            return length
+        return min(length, self.request.params.prompt_logprobs_start + len(self.prompt_logprobs))
+
+    @property
     def needs_prompt_logprobs(self) -> bool:
         """Whether log-probabilities of the prompt are still missing."""
-        logprobs = self.prompt_logprobs
-        return logprobs is not None and len(logprobs) < len(self.request.prompt) - 1
+        return self.next_scored_position < len(self.request.prompt)
 
     @property
     def is_decoding(self) -> bool:

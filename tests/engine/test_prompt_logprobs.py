@@ -47,6 +47,42 @@ def test_prompt_logprobs_equal_the_model(preset: str, budget: int) -> None:
         assert RequestOutput.from_wire(first.to_wire()) == first
 
 
+@pytest.mark.parametrize("layout", ["slots", "paged"])
+def test_scores_from_a_position_use_the_cache(layout: str) -> None:
+    """They equal those of the whole prompt, and only the tokens before them are reused."""
+    rng = random.Random(2)
+    prefix = [rng.randrange(VOCAB) for _ in range(70)]
+    prompts = [[*prefix, *(rng.randrange(VOCAB) for _ in range(n))] for n in (5, 9, 30)]
+    for budget in (16, 200):
+        model = make_model("modern")
+        engine = make_engine(model, kv_layout=layout, max_num_batched_tokens=budget)
+        whole: list[RequestOutput] = []
+        for prompt in prompts:
+            engine.add(ask("whole", prompt, max_tokens=0, prompt_logprobs=2))
+            whole += finish(engine)["whole"]
+        engine.runner.kv_manager.reset_prefix_cache()
+        for i, prompt in enumerate(prompts):
+            first = 1 if i == 0 else 70
+            engine.add(
+                ask(f"{i}", prompt, max_tokens=0, prompt_logprobs=2, prompt_logprobs_start=first)
+            )
+        outputs = finish(engine)
+        assert outputs["0"][0].cached_tokens == 0
+        for i, prompt in enumerate(prompts):
+            (output,) = outputs[f"{i}"]
+            assert output.prompt_logprobs is not None
+            expected = whole[i].prompt_logprobs
+            assert expected is not None
+            assert len(output.prompt_logprobs) == len(prompt) - (1 if i == 0 else 70)
+            for entry, want in zip(
+                output.prompt_logprobs, expected[-len(output.prompt_logprobs) :], strict=True
+            ):
+                assert entry.logprob == pytest.approx(want.logprob, abs=1e-4)
+            assert i == 0 or 48 <= output.cached_tokens <= 69
+    with pytest.raises(ValueError, match="prompt_logprobs_start=0"):
+        ask("r", [7], prompt_logprobs_start=0)
+
+
 def test_scoring_uses_the_whole_context() -> None:
     engine = make_engine(make_model("modern"))
     engine.add(ask("r", [7] * 128, max_tokens=0, prompt_logprobs=0))

@@ -95,14 +95,21 @@ class KVCacheManager(ABC):
         """AssertionError if memory is lost, or referenced by others than ``running``."""
 
 
+def num_reusable_tokens(sequence: Sequence) -> int:
+    """Tokens of the prompt that may come from a cache: those before the first one whose logits are
+    needed to score the prompt."""
+    if sequence.needs_prompt_logprobs:
+        return sequence.next_scored_position - 1
+    return len(sequence.request.prompt)
+
+
 def num_matchable_tokens(sequence: Sequence, with_output: bool = False) -> int:
     """How many tokens ``match_prefix`` may return: those of the prompt but the last token; with the
-    output, those of a sequence that was preempted. None if the prompt's log-probabilities are still
-    missing, since they need its logits."""
-    if sequence.needs_prompt_logprobs:
-        return 0
+    output, those of a sequence that was preempted."""
     limit = len(sequence.tokens) - 1
-    return limit if with_output else min(limit, len(sequence.request.prompt))
+    if with_output and not sequence.needs_prompt_logprobs:
+        return limit
+    return min(limit, num_reusable_tokens(sequence))
 
 
 def num_committable_tokens(sequence: Sequence) -> int:
