@@ -19,7 +19,9 @@ import torch.distributed as dist
 from tests.tiny import free_ports
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["nanochat_ray.train.trainer", "nanochat_ray.cli.train"])
+FORKSERVER.set_forkserver_preload(
+    ["nanochat_ray.train.trainer", "nanochat_ray.cli.train", "pytest", "tests.tiny"]
+)
 REPO = Path(__file__).parents[1]
 
 

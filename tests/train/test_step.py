@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,6 +244,29 @@ def test_window_warmup_reaches_the_model() -> None:
     for step, share in ((0, 0.25), (2, 0.5), (4, 0.75), (5, 1.0)):
         train_step(model, optimizer, random_batch(0, False), step, config)
         assert model.window_share == share
+
+
+@pytest.mark.parametrize(
+    ("sequences", "micro_batch_size", "count"), [(4, 1, 4), (4, 2, 2), (3, 2, 2), (4, 4, 1)]
+)
+def test_reductions_start_in_the_last_micro_batch(
+    sequences: int, micro_batch_size: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model()
+    optimizer = ShardedOptimizer(model, CONFIG.optim)
+    calls: list[str] = []
+    compute_loss = model.loss
+
+    def record_loss(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append("loss")
+        return compute_loss(*args, **kwargs)
+
+    monkeypatch.setattr(model, "loss", record_loss)
+    monkeypatch.setattr(optimizer, "last_backward", lambda: calls.append("last"))
+    config = dataclasses.replace(CONFIG, micro_batch_size=micro_batch_size)
+    train_step(model, optimizer, Batch(random_batch(0, False).ids[:sequences]), 0, config)
+    # Once more at the end, which starts what no backward pass has started.
+    assert calls == ["loss"] * count + ["last", "last"]
 
 
 def test_votes_come_back() -> None:

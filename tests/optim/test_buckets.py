@@ -1,0 +1,74 @@
+"""How a group's flat buffers are shared between ranks, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nanochat_ray.optim import sharded
+from nanochat_ray.optim.groups import Group
+from nanochat_ray.optim.sharded import FlatGroup, Span
+
+
+def flat_group(kind: str, shapes: list[tuple[int, ...]], rank: int, world: int) -> FlatGroup:
+    parameters = {
+        f"p{i}": nn.Parameter(torch.full(shape, float(i))) for i, shape in enumerate(shapes)
+    }
+    group = Group(kind=kind, names=tuple(parameters), lr=0.1)  # type: ignore[arg-type]
+    return FlatGroup(group, parameters, rank, world)
+
+
+@pytest.mark.parametrize(("rank", "share"), [(0, (0, 12)), (1, (12, 24))])
+def test_matrices_are_shared_whole(
+    rank: int, share: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of 2 × 3 on two ranks: two for each, the last of which is padding."""
+    monkeypatch.setattr(sharded, "BUCKET", 6)
+    flat = flat_group("muon", [(2, 3)] * 3, rank, 2)
+    assert (flat.own_share.start, flat.own_share.stop) == share
+    assert flat.weights.tolist() == [0.0] * 6 + [1.0] * 6 + [2.0] * 6 + [0.0] * 6
+    assert flat.spans[1] == Span("p1", torch.Size((2, 3)), 6, 12)
+    assert {name: len(state) for name, state in flat.state.items()} == {
+        "momentum": 12,
+        "second_moment": 2 * 3,  # wide matrices have one for each column
+    }
+    assert flat.state_sizes(flat.spans[1]) == {
+        "momentum": (6, 12, (2, 3)),
+        "second_moment": (3, 6, (1, 3)),
+    }
+    buckets = [(b.start, b.stop, b.owner, b.parameters) for b in flat.buckets()]
+    assert buckets == [(0, 6, 0, 1), (6, 12, 0, 1), (12, 18, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("size", "buckets"),
+    [
+        # A bucket takes matrices until it has at least so many elements, and ends with its owner.
+        (1, [(0, 6, 0, 1), (6, 12, 0, 1), (12, 18, 0, 1), (18, 24, 1, 1), (24, 30, 1, 1)]),
+        (7, [(0, 12, 0, 2), (12, 18, 0, 1), (18, 30, 1, 2)]),
+        (12, [(0, 12, 0, 2), (12, 18, 0, 1), (18, 30, 1, 2)]),
+        (13, [(0, 18, 0, 3), (18, 30, 1, 2)]),
+    ],
+)
+def test_buckets_by_hand(
+    size: int, buckets: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharded, "BUCKET", size)
+    flat = flat_group("muon", [(3, 2)] * 5, 1, 2)
+    assert [(b.start, b.stop, b.owner, b.parameters) for b in flat.buckets()] == buckets
+    assert flat.state_sizes(flat.spans[4])["second_moment"] == (12, 15, (3, 1))
+
+
+def test_other_parameters_are_split_anywhere() -> None:
+    """Seven elements on three ranks: three for each, and two of padding."""
+    flats = [flat_group("adamw", [(2, 2), (3,)], rank, 3) for rank in range(3)]
+    shares = [(flat.own_share.start, flat.own_share.stop) for flat in flats]
+    assert shares == [(0, 3), (3, 6), (6, 9)]
+    (bucket,) = flats[1].buckets()
+    assert (bucket.start, bucket.stop, bucket.owner, bucket.parameters) == (0, 9, -1, 2)
+    assert {len(state) for state in flats[1].state.values()} == {3}
+    assert flats[1].state_sizes(flats[1].spans[1]) == {
+        "momentum": (4, 7, (3,)),
+        "second_moment": (4, 7, (3,)),
+    }
