@@ -182,15 +182,48 @@ class Engine:
         their tokens are recomputed. ValueError names a tensor with a wrong name, shape or dtype;
         then nothing has changed.
         """
-        self.runner.model.check_weights(weights)
-        if self._in_flight is not None:
-            step, self._in_flight = self._in_flight, None
-            self._ready += self._commit(step)
+        self.check_weights(weights)
+        self._settle()
         for sequence in list(self.scheduler.running):
             self.scheduler.preempt(sequence)
         self.runner.kv_manager.reset_prefix_cache()
         self.runner.model.load_weights(weights)
         self.weight_version = version
+
+    def check_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """ValueError that names a tensor if ``load_weights`` cannot take these."""
+        self.runner.model.check_weights(weights)
+
+    def _settle(self) -> None:
+        """Commits the step that is in flight."""
+        if self._in_flight is not None:
+            step, self._in_flight = self._in_flight, None
+            self._ready += self._commit(step)
+
+    def withdraw_waiting(self) -> list[Request]:
+        """Removes and returns the requests that wait and have no output, in order of arrival.
+
+        They may begin on other weights; those with a ``weight_version`` may not, and stay.
+        """
+        return self._withdraw([s for s in self.scheduler.waiting if not s.request.weight_version])
+
+    def _withdraw(self, sequences: SequenceOf[Sequence]) -> list[Request]:
+        without_output = [s for s in sequences if len(s.tokens) == len(s.request.prompt)]
+        for s in without_output:
+            self.scheduler.remove(s)
+            del self._sequences[s.request.id]
+        return [s.request for s in sorted(without_output, key=lambda s: s.arrival)]
+
+    def interrupt(self, reason: str) -> tuple[list[Request], list[RequestOutput]]:
+        """Removes every request. Returns those that may begin again (``withdraw_waiting``), running
+        ones included, and the last outputs of the others, which end with the error ``reason``."""
+        self._settle()
+        requests = self._withdraw(
+            [s for s in self._sequences.values() if not s.request.weight_version]
+        )
+        outputs, self._ready = self._ready, []
+        outputs += [self._fail(s, reason) for s in list(self._sequences.values())]
+        return requests, outputs
 
     def reset(self) -> list[str]:
         """Removes every request; returns their ids."""

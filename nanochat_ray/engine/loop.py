@@ -5,18 +5,39 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
+from torch import Tensor
+
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.request import EngineFull, Request, RequestOutput
+from nanochat_ray.engine.request import (
+    WEIGHTS_REPLACED,
+    EngineFull,
+    Request,
+    RequestOutput,
+    WeightsReplacedError,
+)
 from nanochat_ray.engine.stats import Stats
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
 """Steps in a row that may raise before the loop gives up."""
+
+
+@dataclass(eq=False)
+class WeightSwap:
+    """New weights, until the engine has them."""
+
+    weights: Mapping[str, Tensor]
+    version: str
+    deadline: float
+    """When (``time.monotonic``) the requests that still run are ended."""
+    completion: Future[None] = field(default_factory=Future)
 
 
 class EngineLoop:
@@ -37,6 +58,9 @@ class EngineLoop:
         """Requests between the inbox and the scheduler, which count as waiting too."""
         self._aborts: list[str] = []
         self._ids: set[str] = set()
+        self._swap: WeightSwap | None = None
+        """While it waits, requests stay in the inbox unless they need the old weights."""
+        self._version = engine.weight_version
         self._stopping = self._dropping = False
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -51,15 +75,42 @@ class EngineLoop:
 
     @property
     def weight_version(self) -> str:
-        return self._engine.weight_version
+        """Of the weights that a new request gets (``Engine.weight_version``)."""
+        return self._version
+
+    @property
+    def is_swapping(self) -> bool:
+        """Whether new requests wait for new weights."""
+        return self._swap is not None
+
+    def swap_weights(
+        self, weights: Mapping[str, Tensor], version: str, drain_s: float
+    ) -> Future[None]:
+        """Replaces the weights (``Engine.load_weights``); the result is there when that is done.
+
+        Requests that have begun finish on the old weights; new ones wait. After ``drain_s`` seconds
+        those that still run end with an error (``WEIGHTS_REPLACED``), unless they have no output
+        yet: they begin again with the new weights. ValueError names a tensor that does not fit;
+        RuntimeError if another swap is not done or the loop has ended.
+        """
+        self._engine.check_weights(weights)
+        swap = WeightSwap(weights, version, time.monotonic() + drain_s)
+        with self._condition:
+            if self._failure is not None or self._stopping:
+                raise RuntimeError(f"the engine is {'stopping' if self._stopping else 'dead'}")
+            if self._swap is not None:
+                raise RuntimeError(f"the engine is still loading {self._swap.version}")
+            self._swap = swap
+            self._condition.notify()
+        return swap.completion
 
     def prepare(self, request: Request) -> Future[Any] | None:
         """What ``submit`` would wait for: the compilation of the grammar; None without one."""
         return self._engine.prepare(request)
 
     def submit(self, request: Request) -> None:
-        """Raises ValueError (the engine can never process it), EngineFull, or RuntimeError (the
-        loop has ended or is stopping)."""
+        """Raises ValueError (the engine can never process it), EngineFull, WeightsReplacedError, or
+        RuntimeError (the loop has ended or is stopping)."""
         preparation = self._engine.prepare(request)
         self._engine.validate(request)
         with self._condition:
@@ -67,6 +118,11 @@ class EngineLoop:
                 raise RuntimeError(f"the engine is dead: {self._failure}")
             if self._stopping:
                 raise RuntimeError("the engine is stopping")
+            if request.weight_version not in ("", self._version):
+                raise WeightsReplacedError(
+                    f"{WEIGHTS_REPLACED} {request.weight_version} is not served any more, but "
+                    f"{self._version}"
+                )
             if request.id in self._ids:
                 raise ValueError(f"id={request.id!r} is in use by another request")
             if self._engine.scheduler.queue_capacity - self._num_arriving - len(self._inbox) <= 0:
@@ -108,15 +164,21 @@ class EngineLoop:
         while True:
             with self._condition:
                 self._condition.wait_for(
-                    lambda: self._inbox or self._aborts or self._stopping or self._engine.has_work
+                    lambda: (
+                        self._inbox
+                        or self._aborts
+                        or self._stopping
+                        or self._swap
+                        or self._engine.has_work
+                    )
                 )
-                inbox, self._inbox = self._inbox, []
+                inbox = self._take_inbox()
                 self._num_arriving = len(inbox)
                 aborts, self._aborts = self._aborts, []
                 if self._dropping or (self._stopping and not self._ids):
                     break
             try:
-                outputs = self._apply(inbox, aborts) + self._engine.step()
+                outputs = self._apply(inbox, aborts) + self._advance_swap() + self._engine.step()
                 failures = 0
             except BaseException as error:  # a panic in Rust is not an Exception
                 logger.exception("a step of the engine failed")
@@ -127,11 +189,58 @@ class EngineLoop:
             self._deliver(outputs)
             if self._failure is not None:
                 self._deliver(self._fail(self._failure))
+                self._end_swap()
                 return
+        self._end_swap()
         self._engine.reset()
         with self._condition:
             request_ids = sorted(self._ids)
         self._deliver([RequestOutput(request_id=i, finish="abort") for i in request_ids])
+
+    def _take_inbox(self) -> list[tuple[Request, Future[Any] | None]]:
+        """The requests that the engine may have now, and those that are aborted."""
+        entries, self._inbox = self._inbox, []
+        if self._swap is None:
+            return entries
+        aborts = set(self._aborts)
+        waits = [not (r.weight_version or r.id in aborts) for r, _ in entries]
+        self._inbox = list(compress(entries, waits))
+        return [entry for entry, must_wait in zip(entries, waits, strict=True) if not must_wait]
+
+    def _advance_swap(self) -> list[RequestOutput]:
+        """Loads new weights once no request needs the old ones; returns the outputs of requests
+        that this ends."""
+        swap = self._swap
+        if swap is None:
+            return []
+        outputs: list[RequestOutput] = []
+        requests = self._engine.withdraw_waiting()
+        if self._engine.has_work and time.monotonic() >= swap.deadline:
+            others, outputs = self._engine.interrupt(
+                f"{WEIGHTS_REPLACED} {self._version} was replaced by {swap.version} before the "
+                "answer was complete: send the request again"
+            )
+            requests += others
+        with self._condition:
+            self._inbox[:0] = [(request, None) for request in requests]
+            needs_old = any(request.weight_version for request, _ in self._inbox)
+            if self._engine.has_work or needs_old:
+                return outputs
+            self._swap, self._version = None, swap.version
+        try:
+            self._engine.load_weights(swap.weights, swap.version)
+        except BaseException as error:
+            swap.completion.set_exception(error)
+            raise
+        swap.completion.set_result(None)
+        return outputs
+
+    def _end_swap(self) -> None:
+        """Ends a swap that the loop will not do."""
+        with self._condition:
+            swap, self._swap = self._swap, None
+        if swap is not None:
+            swap.completion.set_exception(RuntimeError("the engine has ended"))
 
     def _apply(
         self, inbox: list[tuple[Request, Future[Any] | None]], aborts: list[str]

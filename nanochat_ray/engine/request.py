@@ -24,6 +24,14 @@ class EngineFull(RuntimeError):  # noqa: N818 - a state of the engine, not a fau
     """The queue is full: try again later, or another engine."""
 
 
+class WeightsReplacedError(Exception):
+    """The weights that a request needs are not the engine's any more."""
+
+
+WEIGHTS_REPLACED = "weights:"
+"""Begins the error of a request whose weights were replaced before it was complete."""
+
+
 def _require(ok: bool, field: str, value: object, rule: str) -> None:
     if not ok:
         raise ValueError(f"{field}={value!r} is not allowed: {rule}")

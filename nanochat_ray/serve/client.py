@@ -83,7 +83,8 @@ class EngineClient(Protocol):
     async def submit(self, request: Request, stream: OutputStream) -> None:
         """Submits a request; its outputs come on the stream.
 
-        Raises EngineFull, UnavailableError, or ValueError for a request that the engine rejects.
+        Raises EngineFull, UnavailableError, WeightsReplacedError, or ValueError for a
+        request that the engine rejects.
         """
         ...
 

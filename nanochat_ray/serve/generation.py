@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from nanochat_ray.engine.detokenizer import (
@@ -13,14 +14,23 @@ from nanochat_ray.engine.detokenizer import (
     ToolCallEvent,
     ToolResultEvent,
 )
-from nanochat_ray.engine.request import EngineFull, Request, RequestOutput, TokenLogprob
-from nanochat_ray.serve.client import EngineClient, OutputStream
+from nanochat_ray.engine.request import (
+    WEIGHTS_REPLACED,
+    EngineFull,
+    Request,
+    RequestOutput,
+    TokenLogprob,
+    WeightsReplacedError,
+)
+from nanochat_ray.serve.client import EngineClient, OutputStream, UnavailableError
 from nanochat_ray.serve.metrics import RequestMetrics, Timer
 from nanochat_ray.text.chat import tool_delimiters
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.text.tool_calls import CallDelta, CallStream, ToolChoice
 
 FinishReason = Literal["stop", "length", "tool_calls"]
+SUBMISSIONS = 3
+"""Tries to submit the requests of an answer while weights are replaced."""
 LogprobPair = tuple[int, TokenLogprob]
 """A token of the answer and its log-probabilities."""
 
@@ -204,9 +214,9 @@ async def generate(
     stream = OutputStream()
     running: dict[str, tuple[Choice, Timer]] = {}
     try:
-        for i, request in enumerate(generation.requests):
-            timer = metrics.timer()
-            await client.submit(request, stream)
+        timers = [metrics.timer() for _ in generation.requests]
+        requests = await _submit_all(client, generation.requests, stream)
+        for i, (request, timer) in enumerate(zip(requests, timers, strict=True)):
             timer.accept(len(request.prompt))
             min_tokens = request.params.min_tokens
             choice = Choice(tokenizer, i, generation.stop, generation.tool_choice, min_tokens)
@@ -237,6 +247,28 @@ async def generate(
         stream.close()
 
 
+async def _submit_all(
+    client: EngineClient, requests: Sequence[Request], stream: OutputStream
+) -> Sequence[Request]:
+    """Submits the requests of one answer, all to engines with the same weights; returns them as
+    submitted. UnavailableError if the weights are replaced again and again meanwhile."""
+    if len(requests) == 1:
+        await client.submit(requests[0], stream)
+        return requests
+    for _ in range(SUBMISSIONS):
+        version = client.weight_version
+        # New ids, so that late outputs of an earlier try match no request.
+        batch = [replace(r, id=secrets.token_hex(8), weight_version=version) for r in requests]
+        try:
+            for request in batch:
+                await client.submit(request, stream)
+        except WeightsReplacedError:
+            stream.close()
+            continue
+        return batch
+    raise UnavailableError(f"{WEIGHTS_REPLACED} they were replaced {SUBMISSIONS} times in a row")
+
+
 def _error(output: RequestOutput, timeout_s: float) -> Exception:
     """The error that an engine's reason stands for: a reason begins with the field that failed."""
     reason = output.error or f"the engine ended the answer ({output.finish})"
@@ -244,6 +276,8 @@ def _error(output: RequestOutput, timeout_s: float) -> Exception:
         return GrammarError(reason)
     if reason.startswith("deadline:"):
         return DeadlineError(f"the answer was not ready after {timeout_s:g} s, the limit")
+    if reason.startswith(WEIGHTS_REPLACED):
+        return UnavailableError(reason)
     if reason.startswith("max_queue_size="):  # the queue filled up after the request was accepted
         return EngineFull(reason)
     return EngineFailedError(reason)

@@ -51,7 +51,7 @@ class LocalClient:
 
     @property
     def weight_version(self) -> str:
-        return self.engine.weight_version
+        return self._engine_loop.weight_version
 
     async def health(self) -> dict[str, Any]:
         if self._engine_loop.failure is not None:
