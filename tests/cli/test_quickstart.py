@@ -1,4 +1,4 @@
-"""README's first command on a folder of text, at its smallest, from beginning to end."""
+"""README's first command on a folder of text, at its smallest, until the model answers."""
 
 from __future__ import annotations
 

@@ -6,13 +6,12 @@ import json
 import logging
 import socket
 import threading
-import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
-from nanochat_ray.serve import access
+from nanochat_ray.serve import access, http_server
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.auth import check_origins
 from nanochat_ray.serve.generation import Limits
@@ -132,7 +131,15 @@ def connect(url: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=10)
 
 
-def test_an_offer_of_h2c_keeps_the_body(url: str) -> None:
+def test_an_offer_of_h2c_keeps_the_body(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Protocol(http_server._H11):
+        def data_received(self, data: bytes) -> None:
+            sizes.append(len(data))
+            super().data_received(data)
+
+    monkeypatch.setattr(http_server, "_H11", Protocol)
     body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
     head = (
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -143,7 +150,7 @@ def test_an_offer_of_h2c_keeps_the_body(url: str) -> None:
         for apart in (False, True):  # one connection, one write or two
             sock.sendall(head if apart else head + body)
             if apart:
-                time.sleep(0.05)
+                wait_for(lambda: sum(sizes) == 2 * len(head) + len(body), what="the head")
                 sock.sendall(body)
             answer = b""
             while b"usage" not in answer:

@@ -119,9 +119,11 @@ def test_free_twice_and_reset_leave_no_references(make: Make) -> None:
     manager.free(a)
     manager.free(a)
     manager.check_integrity([])
-    assert manager.match_prefix(sequence(1, 40)) == 2 * BLOCK_SIZE  # still cached
-    manager.free(sequence(1, 40))
+    b = sequence(1, 40)
+    assert manager.match_prefix(b) == 2 * BLOCK_SIZE  # still cached
+    manager.free(b)
     manager.reset_prefix_cache()
+    manager.check_integrity([])
     assert manager.match_prefix(sequence(2, 40)) == 0
 
 
@@ -156,6 +158,16 @@ def test_without_a_prefix_cache_nothing_is_matched() -> None:
     assert not manager.caches_prefixes
     assert manager.match_prefix(sequence(1, 40)) == 0
     assert not manager.frees_memory(sequence(1, 40))
+
+
+def test_a_second_match_replaces_the_first() -> None:
+    manager = paged_manager(Memory())
+    compute(manager, a := sequence(0, 40))
+    manager.free(a)
+    b = sequence(1, 40)
+    for _ in range(2):  # it was matched, and preempted before it ran
+        assert manager.match_prefix(b) == 2 * BLOCK_SIZE
+        manager.check_integrity([b])
 
 
 def test_slots_copy_prefixes() -> None:

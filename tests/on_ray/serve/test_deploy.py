@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +17,7 @@ from nanochat_ray.on_ray.serve import deploy
 def gcs(monkeypatch: pytest.MonkeyPatch) -> socket.socket:
     """A listener in place of Ray's control service."""
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(30)
     host, port = listener.getsockname()
     context = SimpleNamespace(gcs_address=f"{host}:{port}")
     monkeypatch.setattr(deploy.ray, "get_runtime_context", lambda: context)
@@ -34,7 +34,8 @@ def test_removal_waits_while_replicas_drain(
     deletions: list[str] = []
 
     def delete(app: str) -> None:
-        time.sleep(0.7)
+        for _ in range(2):  # meanwhile the cluster is looked at twice
+            gcs.accept()[0].close()
         deletions.append(app)
 
     replace_delete(monkeypatch, delete)
@@ -45,11 +46,14 @@ def test_removal_waits_while_replicas_drain(
 
 def test_removal_ends_with_the_cluster(gcs: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    replace_delete(monkeypatch, lambda app: release.wait(60))
-    threading.Timer(0.3, gcs.close).start()
-    start = time.monotonic()
+
+    def delete(app: str) -> None:
+        gcs.close()
+        release.wait(60)
+
+    replace_delete(monkeypatch, delete)
     assert not deploy.remove()
-    assert time.monotonic() - start < 5
+    assert not release.is_set()
     release.set()
 
 

@@ -114,7 +114,7 @@ def test_a_new_checkpoint_is_swapped_in_place(tiny_run: Store) -> None:
             texts[name] = []
             connection.send("submit", Request(id=name, prompt=[65], params=params).to_wire())
 
-        stranger = await connect("guess")
+        stranger = await connect("wrong secret")
         stranger.send("submit", Request(id="x", prompt=[65]).to_wire())
         await until(lambda: answers == ["lost"])
         assert not replica.owners
