@@ -65,10 +65,14 @@ class Args:
     """Factor on every learning rate; 1 is a twentieth of the parent's."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of trainer and engine; in bf16 they differ by 0.1 and more in log-probability."""
+    engines: int = 1
+    """Ray: engines that sample, each an actor."""
+    workers: int = 1
+    """Ray: processes that train, data-parallel."""
     threads: int = 0
-    """Torch threads on a CPU; 0 is all cores but one."""
+    """Torch threads of each engine and worker on a CPU; 0 is its share of all cores but one."""
     gpus: bool = False
-    """Train and sample on a GPU."""
+    """A GPU for each engine and each worker; with --no-ray one for both."""
     rl: RLFlags = field(
         default_factory=dict,
         metadata={EVERYDAY: ("questions", "samples", "max_tokens", "kl")},
@@ -85,13 +89,17 @@ class Args:
     """Folder for TensorBoard's files."""
     wandb: str = ""
     """Project at Weights & Biases."""
+    ray: bool = True
+    """Engines and trainer on Ray; --no-ray runs both in this process, in turns."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "storage", absolute(self.storage))
         check_name("run", self.run)
         check_name("parent", self.parent)
         require(self.run != self.parent, "run", self.run, "another run than --parent")
-        for name, least in (("steps", 1), ("threads", 0), ("print_every", 1)):
+        for name, least in (
+            *(("steps", 1), ("engines", 1), ("workers", 1), ("threads", 0), ("print_every", 1)),
+        ):
             check_int(name, getattr(self, name), least, 1 << 30)
         check_float("lr_scale", self.lr_scale, above=True)
         self.rl_config()
@@ -151,18 +159,43 @@ def build(args: Args) -> TrainerConfig:
     return preflight.check_run(config, tokenizer, describe(config, rl))
 
 
-def main(args: Args) -> int:
+def run_here(config: TrainerConfig, args: Args) -> dict[str, Any]:
     import torch
 
     from nanochat_ray.cli.train_run import train_here
     from nanochat_ray.machine import engine_threads
     from nanochat_ray.rl.source import RolloutSource
-    from nanochat_ray.train.stop import STOPPED
 
     torch.set_num_threads(args.threads or engine_threads(sharing=1))
-    config = build(args)
     source = RolloutSource(config, args.rl_config(), engine_config(args))
     device = torch.device("cuda" if args.gpus else "cpu")
-    result = train_here(config, source=source, device=device, print_every=args.print_every)
+    return train_here(config, source=source, device=device, print_every=args.print_every)
+
+
+def run_on_ray(config: TrainerConfig, args: Args) -> dict[str, Any]:
+    from nanochat_ray.machine import engine_threads
+    from nanochat_ray.on_ray import session
+    from nanochat_ray.on_ray.rl import fit_rl
+
+    session.connect()
+    session.check_gpus(args.workers + args.engines if args.gpus else 0)
+    return fit_rl(
+        config,
+        args.rl_config(),
+        engine_config(args),
+        engines=args.engines,
+        workers=args.workers,
+        gpus=args.gpus,
+        # Engines and workers take turns.
+        threads=args.threads or engine_threads(sharing=max(args.engines, args.workers)),
+        print_every=args.print_every,
+    )
+
+
+def main(args: Args) -> int:
+    from nanochat_ray.train.stop import STOPPED
+
+    config = build(args)
+    result = run_on_ray(config, args) if args.ray else run_here(config, args)
     print(json.dumps({"run": config.run, **result}))
     return 0 if result["done"] else STOPPED

@@ -40,7 +40,7 @@ from nanochat_ray.train.data_loader import open_dataset
 from nanochat_ray.train.hooks import Hooks
 from nanochat_ray.train.loggers import ProgressPrinter
 from nanochat_ray.train.preflight import check, check_workers
-from nanochat_ray.train.source import DatasetSource
+from nanochat_ray.train.source import DatasetSource, Source
 from nanochat_ray.train.stop import StopOnSignal
 from nanochat_ray.train.trainer import Trainer
 
@@ -58,6 +58,14 @@ GAUGES = {
     "grad_norm": "Global gradient norm before clipping.",
     "data_wait": "Seconds that the last step waited for data.",
     "stall": "Seconds that the last checkpoint stalled training.",
+    "reward": "Mean reward of the last step's answers.",
+    "groups_with_signal": "Groups of the last step whose answers have different rewards.",
+    "answer_tokens": "Mean tokens of an answer.",
+    "truncated_share": "Share of answers that reached their token limit.",
+    "entropy": "Nats per sampled token.",
+    "logprob_diff": "Largest difference of log-probabilities between trainer and engine.",
+    "rollout_tokens_per_s": "Sampled tokens per second of all engines.",
+    "error_rate": "1 - pass@1 of the validation questions.",
     "checkpoint_timestamp_seconds": "Unix time of the last checkpoint.",
 }
 
@@ -184,8 +192,10 @@ def _worker(values: dict[str, Any]) -> None:
     config = TrainerConfig.from_json(values["config"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    source = None
-    if values["ray_data"]:
+    source: Source | None = None
+    if values["make_source"] is not None:
+        source = values["make_source"](config)
+    elif values["ray_data"]:
         iterator = ray.train.get_dataset_shard("train")
         source = DatasetSource(config, RayDataLoader(iterator, config.train, rank, world))
     loggers: list[Hooks] = []
@@ -214,17 +224,21 @@ def fit(
     max_failures: int = 3,
     print_every: int = 10,
     ray_data: bool = True,
+    make_source: Callable[[TrainerConfig], Source] | None = None,
 ) -> dict[str, Any]:
     """Trains ``config`` on ``workers`` processes; returns the metrics of its latest checkpoint.
 
-    Without ``ray_data`` each worker reads the shards itself: the same batches.
+    Without ``ray_data`` each worker reads the shards itself: the same batches. ``make_source`` is
+    called on each worker and replaces the configuration's dataset, which is then not checked.
     With ``min_workers`` the group may be as small as that while machines are missing, and grows
     again when they are back; the batches stay the same. ``done`` is false in the result if the run
     was stopped by SIGTERM. Raises ValueError for a configuration that cannot run,
     FloatingPointError for a run that diverged, and what Ray Train raises if workers fail more than
     ``max_failures`` times (machines whose preemption was announced do not count).
     """
-    config = check(config)
+    if make_source is None:
+        config = check(config)
+    ray_data = ray_data and make_source is None
     check_workers(config, workers, min_workers)
     run = Store.at(config.storage).child("runs", config.run)
     if _completed_steps(run) < config.train.steps:
@@ -235,6 +249,7 @@ def fit(
                 "threads": threads,
                 "print_every": print_every,
                 "ray_data": ray_data,
+                "make_source": make_source,
                 "stop": flag,
                 "claim": claim.reference,
             }
@@ -270,18 +285,21 @@ def _torch_trainer(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     # Ray Train would print every line of a worker a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    dataset, manifest, _ = open_dataset(config.storage, config.dataset)
-    ray_folder, ray_data = run.child("ray"), values["ray_data"]
+    ray_folder = run.child("ray")
+    data: dict[str, Any] = {}
+    if values["ray_data"]:
+        dataset, manifest, _ = open_dataset(config.storage, config.dataset)
+        data = {
+            "datasets": {"train": lambda: ray.data.from_items([{"start": _completed_steps(run)}])},
+            "dataset_config": RankDataConfig(dataset.uri, manifest, config.train),
+        }
     return TorchTrainer(
         _worker,
         train_loop_config=values,
         # Long enough for data that stalls: a dead worker is noticed by its connections.
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
         scaling_config=scaling,
-        datasets={"train": lambda: ray.data.from_items([{"start": _completed_steps(run)}])}
-        if ray_data
-        else {},
-        dataset_config=RankDataConfig(dataset.uri, manifest, config.train) if ray_data else None,
+        **data,
         run_config=RunConfig(
             name="train",
             storage_path=ray_folder.root,

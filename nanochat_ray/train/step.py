@@ -201,23 +201,34 @@ def _accumulate(
 ) -> Tensor:
     """Leaves the gradient of objective / ``nominal`` in the optimizer's buffers.
 
-    Returns float64 ``[3]`` of this worker: the sum of the objective, trained tokens, all tokens.
+    In reinforcement learning, where the weights choose the next batch, one rank sums the gradient
+    in the two parts that two ranks would sum, so that both end with the same bits. Returns float64
+    ``[3]`` of this worker: the sum of the objective, trained tokens, all tokens.
     """
     device = optimizer.flats[0].weights.device
     optimizer.zero_grad()
     total = torch.zeros((), device=device)
     count = torch.zeros((), device=device)
     tokens = 0
+    num_micros = -(-len(batch.ids) // config.micro_batch_size)
     first_micro = optimizer.rank * len(batch.ids) // config.micro_batch_size
-    for index, micro in enumerate(split(batch, config.micro_batch_size, device), first_micro):
+    # The last micro-batch of the first of two ranks, where one rank must sum as two would.
+    boundary = -(-num_micros // 2) if config.stage == "rl" and optimizer.world == 1 else num_micros
+    first_sum: list[Tensor] = []
+    for index, micro in enumerate(split(batch, config.micro_batch_size, device)):
+        if index == boundary:
+            first_sum = [flat.grads.clone() for flat in optimizer.flats]
+            optimizer.zero_grad()
         if model.config.dropout:
-            _seed_dropout(config.seed, step, index)
+            _seed_dropout(config.seed, step, first_micro + index)
         loss = objective.loss(model, micro)
-        if (index - first_micro + 1) * config.micro_batch_size >= len(batch.ids):
+        if index + 1 == num_micros:
             optimizer.last_backward()
         (loss / nominal).backward()
         total += loss.detach()
         count += (micro.targets >= 0).sum()
         tokens += micro.inputs.numel()
+    for flat, grads in zip(optimizer.flats, first_sum, strict=bool(first_sum)):
+        flat.grads += grads
     # Without a copy from the host, for which a GPU would wait.
     return torch.stack([total.double(), count.double(), count.double() * 0 + tokens])

@@ -18,6 +18,7 @@ def test_two_steps_and_a_report(root: Store, capsys: pytest.CaptureFixture[str])
         storage=root.uri,
         tasks=(TASK,),
         steps=2,
+        ray=False,
         rl=flags,
         train={"seed": 1},
     )
@@ -51,7 +52,7 @@ def test_wrong_values_are_named(values: dict, message: str) -> None:
 
 def test_questions_that_do_not_fit(root: Store) -> None:
     save_parent(root)
-    args = rl.Args(storage=root.uri, tasks=(TASK,), rl={"max_tokens": 45})
+    args = rl.Args(storage=root.uri, tasks=(TASK,), ray=False, rl={"max_tokens": 45})
     with pytest.raises(ValueError, match="max_tokens=45 is not allowed: the longest question has"):
         rl.main(args)
     with pytest.raises(ValueError, match="parent='nobody' has no checkpoint"):

@@ -1,0 +1,68 @@
+"""Rollouts on actors: any number of engines, and engines that die, change no token and no bit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import ray
+
+from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.engine.request import Request, SamplingParams
+from nanochat_ray.on_ray.rl import Fleet, RolloutEngine, fit_rl
+from nanochat_ray.rl.rollout import EngineGenerator, Rollout
+from nanochat_ray.storage import Store
+from tests.rl.tiny_rl import ENGINE, RL, job, run_rl, save_parent, weights_digest
+from tests.tiny import TOKENIZER, wait_for
+
+pytestmark = pytest.mark.ray
+
+
+class SlowEngine(RolloutEngine):
+    """Takes a second for each call, so that a test can end it inside one."""
+
+    def generate(self, *args: Any) -> list[Any]:
+        time.sleep(1.0)
+        return super().generate(*args)
+
+
+def requests(count: int) -> list[Request]:
+    params = [SamplingParams(seed=i, max_tokens=12, logprobs=0) for i in range(count)]
+    return [Request(id=str(i), prompt=[1, i, 2], params=p) for i, p in enumerate(params)]
+
+
+def test_requests_of_a_dead_engine_run_elsewhere(root: Store, ray_session: None) -> None:
+    save_parent(root)
+    config = job(root, "fleet")
+    model, _ = checkpoint.load_model(root.child("runs", "chat"))
+    local = EngineGenerator.of_model(model, TOKENIZER, ENGINE)
+    local.load(7, model.state_dict())
+    reference = local.generate(requests(30))
+    actor = ray.remote(num_cpus=0, max_restarts=-1)(SlowEngine)
+    engines = [actor.remote(config, ENGINE, False, 1) for _ in range(2)]
+    ray.get([engine.ping.remote() for engine in engines])
+    fleet = Fleet(engines)
+    fleet.load(7, model.state_dict())
+    answers: list[list[Rollout]] = []
+    thread = threading.Thread(target=lambda: answers.append(fleet.generate(requests(30))))
+    thread.start()
+    time.sleep(0.5)
+    ray.kill(engines[0], no_restart=False)
+    wait_for(lambda: not thread.is_alive(), 60, "the rollouts")
+    assert fleet.num_lost_engines == 1
+    assert answers == [reference]
+    # The engine that was restarted takes the weights of the version that it is asked for.
+    ray.get(engines[0].ping.options(max_task_retries=-1).remote(), timeout=60)
+    assert fleet.generate(requests(30)) == reference
+    for engine in engines:
+        ray.kill(engine)
+
+
+def test_two_engines_and_two_ranks_change_no_bit(root: Store, ray_session: None) -> None:
+    save_parent(root)
+    run_rl(root, "here")
+    result = fit_rl(job(root, "there"), RL, ENGINE, engines=2, workers=2)
+    assert result["done"]
+    assert weights_digest(root, "there") == weights_digest(root, "here")

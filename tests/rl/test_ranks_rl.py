@@ -1,0 +1,18 @@
+"""Two ranks that share rollouts and training end with the bits of one."""
+
+from __future__ import annotations
+
+from nanochat_ray.storage import Store
+from tests.processes import run_on_ranks
+from tests.rl.tiny_rl import run_rl, save_parent, weights_digest
+
+
+def _train(rank: int, root_uri: str) -> None:
+    run_rl(Store.at(root_uri), "two")
+
+
+def test_two_ranks_end_with_the_bits_of_one(root: Store) -> None:
+    save_parent(root)
+    run_rl(root, "one")
+    run_on_ranks(_train, root.uri, world=2)
+    assert weights_digest(root, "two") == weights_digest(root, "one")
