@@ -1,7 +1,10 @@
-"""Measure a chat model on fresh questions of tasks, and any model's bits per byte of any text.
+"""Measure a chat model on fresh questions of tasks, a base model by CORE, any by bits per byte.
 
     nanochat-ray eval --storage DIR --run chat --tasks chain_sum products --count 200
     nanochat-ray eval --storage DIR --run base --text books/ news.jsonl
+    nanochat-ray eval --storage DIR --run base --core bundle    # or a folder or .zip with its files
+
+Figures of tasks and of CORE are stored beside the checkpoint (evals/step-000200.json of the run).
 
 The last line is one JSON object.
 """
@@ -16,9 +19,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nanochat_ray.checks import check_int, check_name, require
+from nanochat_ray.cli.eval_core import core_figures
 from nanochat_ray.cli.flags import EVERYDAY, overrides
 from nanochat_ray.data import corpus, sources
 from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.evals.core_data import TASKS
+from nanochat_ray.evals.results import Results, wilson_interval
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.tasks.task import Task
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
 else:
     EngineFlags = overrides(EngineConfig)
 
+MAX_SHOTS = max(task.num_shots for task in TASKS)
 CHAT_TASKS = ("chain_sum", "leg_counting", "products")
 
 
@@ -51,6 +58,11 @@ class Args:
     """Files, folders, globs, s3:// or hf:// to measure bits per byte on."""
     text_tokens: int = 1_000_000
     """Tokens of that text, at most; 0 is all."""
+    core: str = ""
+    """Measures CORE, 22 tasks for base models. A folder or .zip with their files, or "bundle":
+    those that nanochat publishes."""
+    core_count: int = 0
+    """Questions of each of its tasks, at most; 0 is all."""
     seed: int = 1
     """Seed of the questions."""
     device: str = "cpu"
@@ -72,6 +84,9 @@ class Args:
             check_int(name, getattr(self, name), least, 1 << 30)
         check_int("show_wrong", self.show_wrong, 0)
         check_int("text_tokens", self.text_tokens, 0)
+        enough = self.core_count == 0 or self.core_count > MAX_SHOTS
+        requirement = f"0, or more than {MAX_SHOTS}, the examples before a question"
+        require(enough, "core_count", self.core_count, requirement)
         require(all(self.text), "text", self.text, "files, folders, globs or URIs")
         check_device("device", self.device)
 
@@ -125,7 +140,7 @@ def text_figures(args: Args, model: GPT, tokenizer: Tokenizer) -> dict[str, floa
 
 
 def task_figures(
-    args: Args, engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task]
+    args: Args, engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task], results: Results
 ) -> dict[str, Any]:
     from nanochat_ray.evals.tasks import evaluate
 
@@ -139,11 +154,16 @@ def task_figures(
             notes += f"; the task has no more than {score.total} questions"
         if score.too_long:
             notes += f"; {score.too_long} do not fit into the context and count as wrong"
+        low, high = wilson_interval(score.correct, score.total)
         print(
-            f"{score.name:<18} {score.correct}/{score.total} right ({score.accuracy:.1%}) in "
-            f"{time.perf_counter() - start:.1f} s{notes}",
+            f"{score.name:<18} {score.correct}/{score.total} right ({score.accuracy:.1%}, 95% "
+            f"interval {low:.1%} to {high:.1%}) in {time.perf_counter() - start:.1f} s{notes}",
             flush=True,
         )
+        settings: dict[str, Any] = {"questions": args.count, "seed": args.seed}
+        settings["precision"] = engine.config.precision
+        figures = {"correct": score.correct, "total": score.total, "accuracy": score.accuracy}
+        results.store("tasks", score.name, settings, {**figures, "interval": [low, high]})
         for question, answer in score.wrong[: args.show_wrong]:
             print(f"    wrong: {question!r} → {answer!r}")
     engine.check_integrity()
@@ -166,7 +186,7 @@ def main(args: Args) -> None:
     name = checkpoint.resolve(store, args.checkpoint)
     trainer = checkpoint.load_trainer(store, name)
     is_base = trainer.get("train_config", {}).get("stage") == "base"
-    if args.tasks is None and not args.text and not is_base:
+    if args.tasks is None and not args.text and not args.core and not is_base:
         tasks = [make_task(n, "test", size=args.count, seed=args.seed) for n in CHAT_TASKS]
     dtype = DTYPES[config.precision]
     model, tokenizer = checkpoint.load_model(store, name, device=args.device, dtype=dtype)
@@ -177,7 +197,11 @@ def main(args: Args) -> None:
     }
     if args.text:
         result |= text_figures(args, model, tokenizer)
-    if tasks:
+    if tasks or args.core:
         engine = Engine.from_model(model, tokenizer, config)
-        result |= task_figures(args, engine, tokenizer, tasks)
+        results = Results(store, name, checkpoint.weight_version(store, name))
+        if tasks:
+            result |= task_figures(args, engine, tokenizer, tasks, results)
+        if args.core:
+            result |= core_figures(engine, tokenizer, args.core, args.core_count, results)
     print(json.dumps(result))
