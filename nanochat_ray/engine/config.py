@@ -42,7 +42,7 @@ class EngineConfig:
     """How keys and values are stored: in slots of ``max_model_len`` tokens, or in blocks that are
     allocated as sequences grow. "auto" is "paged" on a GPU and "slots" on a CPU."""
     kernels: Kernels = field(default_factory=_default_kernels)
-    """On a CPU all but the sampling is in C, compiled for this processor where there is a compiler.
+    """On a CPU everything is in C, compiled for this processor where there is a compiler.
     "auto" uses all that the processor has; "amx", "avx512_bf16", "avx512", "avx2" or "generic" only
     that, and "torch" no C. ``NANOCHAT_KERNELS`` is the default where the configuration is made."""
     kv_cache_memory_fraction: float = 0.8

@@ -65,7 +65,9 @@ class Engine:
         self.max_model_len = config.max_model_len or model.config.sequence_len
         self.vocab_size = model.config.vocab_size
         self.runner = Runner(model, config, self.max_model_len, device)
-        self._sampling = SamplingState(config.max_num_seqs, self.vocab_size, self.runner.device)
+        self._sampling = SamplingState(
+            config.max_num_seqs, self.vocab_size, self.runner.device, self.runner.native
+        )
         self.scheduler = Scheduler(
             kv_cache=self.runner.kv_manager,
             num_slots=config.max_num_seqs,

@@ -39,6 +39,7 @@ class Native:
     def __init__(self, head_dim: int, tile_tokens: int, library: ctypes.CDLL):
         """``tile_tokens``: how many tokens of a sequence read their keys together, at most."""
         self._scale, self._tile_tokens = head_dim**-0.5, tile_tokens
+        self.library = library
         self._attention = library.slot_attention
         self._attention.argtypes = [
             *(_POINTER, _INT) * 3,

@@ -14,40 +14,27 @@ import torch
 from torch import Tensor
 
 from nanochat_ray.engine import sampler
+from nanochat_ray.engine.native import Native
+from nanochat_ray.engine.native_sampler import NativeSampler
 from nanochat_ray.engine.sampler import Rows
 from nanochat_ray.engine.sequence import Sequence
+from nanochat_ray.engine.slot_parameters import BAN, BIAS, PENALTY, SlotParameters
 from nanochat_ray.machine import send, use_triton
-
-PENALTY, BIAS, BAN = 32, 64, 128
-"""Features beyond those of the sampler."""
 
 
 class SamplingState:
     """One row of parameters for each slot."""
 
-    def __init__(self, slots: int, vocab_size: int, device: torch.device):
+    def __init__(
+        self, slots: int, vocab_size: int, device: torch.device, native: Native | None = None
+    ):
+        """With ``native``, which is for a CPU, sampling is in C, else torch's or Triton's."""
         self.vocab_size, self.device, self.slots = vocab_size, device, slots
-
-        def column(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(slots, dtype=dtype, device=device)
-
-        self._rows = Rows(
-            temperature=column(torch.float32),
-            top_k=column(torch.int64),
-            top_p=column(torch.float64),
-            min_p=column(torch.float32),
-            seed=column(torch.int64),
-            widest=0,
-        )
-        self._top_k = [0] * slots
-        # repetition, presence, frequency
-        self._penalties = torch.zeros((slots, 3), device=device)
-        self._ban_before = column(torch.int64)
-        self._features = [0] * slots
-        self._in_text: Tensor | None = None
-        self._counts: Tensor | None = None
-        self._bias: Tensor | None = None
-        self._bans: Tensor | None = None
+        self._parameters = SlotParameters.zeros(slots, device)
+        self._features = self._parameters.features.numpy()
+        self._top_k = np.zeros(slots, dtype=np.int64)
+        """``top_k`` of slots that use it, else 0; on the host."""
+        self._native = None if native is None else NativeSampler(native.library, self._parameters)
 
     def admit(self, sequence: Sequence) -> None:
         """Sets the row of the sequence's slot."""
@@ -58,7 +45,7 @@ class SamplingState:
             if p.top_p < 1:
                 features |= sampler.TOP_P | (0 if features & sampler.TOP_K else sampler.NUCLEUS)
             features |= sampler.MIN_P if p.min_p > 0 else 0
-        rows = self._rows
+        rows = self._parameters
         self._top_k[slot] = p.top_k if features & sampler.TOP_K else 0
         # ``fill_``, since ``tensor[slot] = number`` waits for the GPU.
         hot = min(max(p.temperature, sampler.MIN_TEMPERATURE), sampler.MAX_TEMPERATURE)
@@ -73,28 +60,30 @@ class SamplingState:
             self._admit_penalties(sequence)
         if p.logit_bias:
             features |= BIAS
-            if self._bias is None:
-                self._bias = self._table(torch.float32)
+            if rows.bias is None:
+                rows.bias = self._table(torch.float32)
             values = send(torch.tensor(list(p.logit_bias.values())), self.device)
-            self._bias[slot].zero_().index_copy_(0, self._ids(list(p.logit_bias)), values)
+            rows.bias[slot].zero_().index_copy_(0, self._ids(list(p.logit_bias)), values)
         if p.min_tokens and sequence.stop_token_ids:
             features |= BAN
-            if self._bans is None:
-                self._bans = self._table(torch.bool)
-            self._bans[slot].zero_().index_fill_(0, self._ids(list(sequence.stop_token_ids)), True)
-            self._ban_before[slot].fill_(len(sequence.request.prompt) + p.min_tokens)
+            if rows.bans is None:
+                rows.bans = self._table(torch.bool)
+            rows.bans[slot].zero_().index_fill_(0, self._ids(list(sequence.stop_token_ids)), True)
+            rows.ban_before[slot].fill_(len(sequence.request.prompt) + p.min_tokens)
         self._features[slot] = features
+        if self._native is not None:
+            self._native.bind()
 
     def _admit_penalties(self, sequence: Sequence) -> None:
-        p, slot = sequence.request.params, sequence.slot
-        if self._in_text is None or self._counts is None:
-            self._in_text, self._counts = self._table(torch.bool), self._table(torch.float32)
-        self._in_text[slot].zero_().index_fill_(0, self._ids(sequence.tokens), True)
+        p, slot, rows = sequence.request.params, sequence.slot, self._parameters
+        if rows.in_text is None or rows.counts is None:
+            rows.in_text, rows.counts = self._table(torch.bool), self._table(torch.float32)
+        rows.in_text[slot].zero_().index_fill_(0, self._ids(sequence.tokens), True)
         output_ids = self._ids(sequence.tokens[len(sequence.request.prompt) :])
         ones = torch.ones(len(output_ids), device=self.device)
-        self._counts[slot].zero_().index_add_(0, output_ids, ones)
+        rows.counts[slot].zero_().index_add_(0, output_ids, ones)
         penalties = torch.tensor((p.repetition_penalty, p.presence_penalty, p.frequency_penalty))
-        self._penalties[slot].copy_(send(penalties, self.device))
+        rows.penalties[slot].copy_(send(penalties, self.device))
 
     def _table(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros((self.slots, self.vocab_size), dtype=dtype, device=self.device)
@@ -118,31 +107,34 @@ class SamplingState:
         ``count`` was called with. ``device_tokens``: what ``sampler.insert`` copies over the tokens
         of those pairs.
         """
+        if self._native is not None:
+            uncounted_pairs = self._uncounted_pairs(uncounted_tokens, device_tokens)
+            return self._native.choose(logits, slots, positions, grammar_masks, uncounted_pairs)
         if grammar_masks is not None:
             rows, mask = grammar_masks
             mask_GV = send(torch.from_numpy(mask), self.device)
             logits = sampler.mask_rows(logits, self._ids(list(rows)), mask_GV)
-        features = 0
-        for slot in slots:
-            features |= self._features[slot]
+        features = int(np.bitwise_or.reduce(self._features[list(slots)]))
         if not features:
             return sampler.greedy(logits)
         slots_S, positions_S = self._ids(list(slots)), self._ids(list(positions))
-        if features & BIAS and self._bias is not None:
-            logits = logits + self._uses(BIAS, slots) * self._bias[slots_S]
-        if features & PENALTY and self._in_text is not None and self._counts is not None:
-            logits = self._penalise(logits, slots, slots_S, uncounted_tokens, device_tokens)
-        if features & BAN and self._bans is not None:
-            is_early = (positions_S < self._ban_before[slots_S])[:, None]
+        parameters = self._parameters
+        if features & BIAS and parameters.bias is not None:
+            logits = logits + self._uses(BIAS, slots) * parameters.bias[slots_S]
+        if features & PENALTY:
+            uncounted_pairs = self._uncounted_pairs(uncounted_tokens, device_tokens)
+            logits = self._penalise(logits, slots, slots_S, uncounted_pairs)
+        if features & BAN and parameters.bans is not None:
+            is_early = (positions_S < parameters.ban_before[slots_S])[:, None]
             is_early &= self._uses(BAN, slots) > 0
-            ban_logits = logits.masked_fill(self._bans[slots_S] & is_early, -torch.inf)
+            ban_logits = logits.masked_fill(parameters.bans[slots_S] & is_early, -torch.inf)
             # Where a grammar allows only banned tokens, the grammar wins.
             is_empty = ban_logits.amax(dim=-1, keepdim=True) == -torch.inf
             logits = torch.where(is_empty, logits, ban_logits)
         columns = ("temperature", "top_k", "top_p", "min_p", "seed")
         step = Rows(
-            **{name: getattr(self._rows, name)[slots_S] for name in columns},
-            widest=max(self._top_k[slot] for slot in slots),
+            **{name: getattr(parameters, name)[slots_S] for name in columns},
+            widest=int(self._top_k[list(slots)].max()),
         )
         if use_triton(self.device) and features & sampler.SAMPLED:
             from nanochat_ray.engine import triton_sampler
@@ -151,38 +143,50 @@ class SamplingState:
                 return triton_sampler.choose(logits, step, positions_S)
         return sampler.choose(logits, step, positions_S, features)
 
+    def _uncounted_pairs(
+        self,
+        pairs: SequenceOf[tuple[int, int]],
+        device_tokens: tuple[SequenceOf[tuple[int, int]], Tensor] | None,
+    ) -> Tensor | None:
+        """The pairs int64 ``[A, 2]`` of a row and a token, with the tokens that only the device
+        knows."""
+        if not pairs:
+            return None
+        pairs_A2 = self._ids(list(pairs))  # type: ignore[arg-type]
+        if device_tokens is not None:
+            sampler.insert(pairs_A2[:, 1], *device_tokens)
+        return pairs_A2
+
     def _penalise(
         self,
         logits: Tensor,
         slots: SequenceOf[int],
         slots_S: Tensor,
-        uncounted_tokens: SequenceOf[tuple[int, int]],
-        device_tokens: tuple[SequenceOf[tuple[int, int]], Tensor] | None,
+        uncounted_pairs: Tensor | None,
     ) -> Tensor:
-        assert self._in_text is not None
-        assert self._counts is not None
+        rows = self._parameters
+        assert rows.in_text is not None
+        assert rows.counts is not None
         uses = self._uses(PENALTY, slots)
-        repetition, presence, frequency = self._penalties[slots_S].unbind(1)
-        in_text, counts = self._in_text[slots_S], self._counts[slots_S]
-        if uncounted_tokens:
-            pairs = self._ids(list(uncounted_tokens))  # type: ignore[arg-type]
-            if device_tokens is not None:
-                sampler.insert(pairs[:, 1], *device_tokens)
-            self._count(in_text, counts, pairs)
+        repetition, presence, frequency = rows.penalties[slots_S].unbind(1)
+        in_text, counts = rows.in_text[slots_S], rows.counts[slots_S]
+        if uncounted_pairs is not None:
+            self._count(in_text, counts, uncounted_pairs)
         penalties = (repetition, presence, frequency)
         return torch.where(uses > 0, sampler.penalise(logits, in_text, counts, *penalties), logits)
 
     def _uses(self, feature: int, slots: SequenceOf[int]) -> Tensor:
         """float32 ``[S, 1]``: 1 where the row uses the feature."""
-        flags = [float(bool(self._features[slot] & feature)) for slot in slots]
-        return send(torch.tensor(flags), self.device)[:, None]
+        flags = (self._features[list(slots)] & feature) > 0
+        return send(torch.from_numpy(flags).float(), self.device)[:, None]
 
     def count(self, slots: SequenceOf[int], tokens: SequenceOf[int]) -> None:
         """Counts new output tokens of the sequences in ``slots``, injected ones too."""
-        pairs = [(s, t) for s, t in zip(slots, tokens, strict=True) if self._features[s] & PENALTY]
-        if not pairs or self._in_text is None or self._counts is None:
-            return
-        self._count(self._in_text, self._counts, self._ids(pairs))  # type: ignore[arg-type]
+        pairs = np.array((slots, tokens), dtype=np.int64).T
+        pairs = pairs[self._features[pairs[:, 0]] & PENALTY > 0]
+        rows = self._parameters
+        if len(pairs) and rows.in_text is not None and rows.counts is not None:
+            self._count(rows.in_text, rows.counts, send(torch.from_numpy(pairs), self.device))
 
     def _count(self, in_text: Tensor, counts: Tensor, pairs: Tensor) -> None:
         """Adds ``pairs`` int64 ``[A, 2]`` (row, token) to ``in_text`` and ``counts [R, V]``.

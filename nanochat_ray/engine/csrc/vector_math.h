@@ -18,7 +18,7 @@ static inline vec select_less(vec x, vec y, vec a, vec b) {
 
 /* Combines the upper half of the lanes with the lower half, until one lane is left. */
 #define REDUCE_LANES(x, width, combine) \
-    union { __typeof__(x) all; float lane[width]; } u = {x}; \
+    union { __typeof__(x) all; __typeof__((x)[0]) lane[width]; } u = {x}; \
     for (int half = width / 2; half; half /= 2) \
         for (int i = 0; i < half; i++) u.lane[i] = combine(u.lane[i], u.lane[i + half]); \
     return u.lane[0];

@@ -6,12 +6,7 @@
 
 #include <stdint.h>
 
-#ifdef _OPENMP
-int omp_get_thread_num(void);
-#define THREAD_ID omp_get_thread_num()
-#else
-#define THREAD_ID 0
-#endif
+#include "threads.h"
 
 /* Panels [begin, end) that a thread has yet to multiply, in one word for atomic updates. */
 typedef union {
