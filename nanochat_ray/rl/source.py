@@ -43,6 +43,8 @@ from nanochat_ray.train.step import Batch, Objective
 
 MAX_LOGPROB_DIFF = 1e-4
 """Default bound in fp32; measured: 6e-5 at most (rl/BENCHMARKS.md)."""
+MAX_STEPS_WITHOUT_REWARD = 10
+"""Consecutive steps without one right answer before the run gives up."""
 EVAL_STEP = -1
 """Stands for the step in the seeds of validation, whose samples differ by the weights alone."""
 
@@ -129,7 +131,7 @@ class RolloutSource:
         self.val_tasks = make_tasks(rl, "val", rl.eval_questions, seed)
         sizes = [len(task) for task in self.tasks]
         self.curriculum = Curriculum(sizes, seed, adaptive=rl.curriculum)
-        self._version = 0
+        self._version = self._steps_without_reward = 0
         self._last_groups: list[Group] = []
 
     def setup(self, model: GPT, ranks: Ranks) -> None:
@@ -167,10 +169,14 @@ class RolloutSource:
         return describe(self.config, self.rl)
 
     def state(self) -> dict[str, Any]:
-        return self.curriculum.state()
+        return {
+            "curriculum": self.curriculum.state(),
+            "steps_without_reward": self._steps_without_reward,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.curriculum.load_state(state)
+        self.curriculum.load_state(state["curriculum"])
+        self._steps_without_reward = int(state["steps_without_reward"])
 
     # --- training -------------------------------------------------------------------------------
 
@@ -195,17 +201,18 @@ class RolloutSource:
             groups += new
             if sum(group.has_signal for group in groups) >= self.rl.min_groups:
                 break
-        if not any(group.has_signal for group in groups):
-            self._check_rewards(groups)
+        self._check_rewards(groups)
         return groups
 
     def _check_rewards(self, groups: Sequence[Group]) -> None:
-        rewards = np.concatenate([group.rewards for group in groups])
-        if rewards.max() <= 0:
+        """ValueError after too many steps without a right answer."""
+        is_hopeless = all(group.rewards.max() <= 0 for group in groups)
+        self._steps_without_reward = self._steps_without_reward + 1 if is_hopeless else 0
+        if self._steps_without_reward >= MAX_STEPS_WITHOUT_REWARD:
             raise ValueError(
-                f"tasks={list(self.rl.tasks)}: not one of {len(rewards)} answers is right, so "
-                "there is nothing to learn from; fine-tune on these tasks first, or choose easier "
-                "ones"
+                f"tasks={list(self.rl.tasks)}: no answer of the last {MAX_STEPS_WITHOUT_REWARD} "
+                "steps is right, so there is nothing to learn from; fine-tune on these tasks "
+                "first, or choose easier ones"
             )
 
     def _ask(

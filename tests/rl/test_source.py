@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.request import Request
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rl.rollout import EngineGenerator, Rollout, answer_text
@@ -85,10 +86,17 @@ def test_another_configuration_is_refused(whole: tuple[Store, Any], change: Any)
         job(whole[0], "whole", rl=dataclasses.replace(RL, **change))
 
 
-def test_no_right_answer_is_refused(whole: tuple[Store, Any], monkeypatch: Any) -> None:
+def test_gives_up_after_ten_steps_without_reward(
+    whole: tuple[Store, Any], monkeypatch: Any
+) -> None:
     monkeypatch.setattr("tests.rl.tiny_rl.EvenFirst.grade", lambda *_: False)
-    with pytest.raises(ValueError, match="not one of 96 answers is right"):
-        run_rl(whole[0], "hopeless")
+    rl = dataclasses.replace(RL, questions=1, samples=2, max_rounds=1)
+    run_rl(whole[0], "hopeless", rl=rl, steps=20, save_every=1, stop_after=4)
+    with pytest.raises(ValueError, match="no answer of the last 10 steps is right"):
+        run_rl(whole[0], "hopeless", rl=rl, steps=20, save_every=1)
+    trainer = checkpoint.load_trainer(whole[0].child("runs", "hopeless"))
+    assert 4 < trainer["step"] < 10
+    assert trainer["source"]["steps_without_reward"] == trainer["step"]  # also over the stop
 
 
 def test_solved_tasks_keep_the_weights(whole: tuple[Store, Any], monkeypatch: Any) -> None:
