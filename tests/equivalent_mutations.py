@@ -51,4 +51,20 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
         "arguments: self._both(self._one.histogram(*args), self._other.histogram(*args))  →  "
         "self._both(self._other.histogram(*args), self._one.histogram(*args))": ("", ORDER),
     },
+    "nanochat_ray/optim/sharded.py": {
+        "operator: 1 << 18  →  1 >> 18": ("", SPEED),
+        "constant: 18  →  19": ("1 << 18", SPEED),
+    },
+    "nanochat_ray/data/packing.py": {
+        "comparison: room > size  →  room >= size": ("", "a sequence without room fits none"),
+    },
+    "nanochat_ray/data/split.py": {
+        "comparison: end >= 0  →  end > 0": ("", "a separator at 0 ends a chunk of one character"),
+    },
+    "nanochat_ray/engine/kvcache/paged_manager.py": {
+        "comparison: len(tables[0]) > before  →  len(tables[0]) >= before": (
+            "",
+            "equal block tables are written again",
+        ),
+    },
 }

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,26 @@ def run_job(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
         code = process.exitcode
         assert code is not None
         return subprocess.CompletedProcess(argv, code, *(file.read_text() for file in outputs))
+
+
+def _send_result(connection: Connection, work: Callable[..., Any], args: Any) -> None:
+    torch.set_num_threads(1)
+    connection.send(work(*args))
+
+
+def call(work: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> Any:
+    """``work(*args)`` in a process of its own."""
+    receiver, sender = FORKSERVER.Pipe(duplex=False)
+    process = FORKSERVER.Process(target=_send_result, args=(sender, work, args))
+    process.start()
+    sender.close()
+    try:
+        assert receiver.poll(timeout_s), "no result"
+        return receiver.recv()
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
 
 
 def _run_rank(

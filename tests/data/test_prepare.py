@@ -22,6 +22,7 @@ from nanochat_ray.storage import Store
 from nanochat_ray.tasks.conversations import Entry
 from nanochat_ray.tasks.mixture import Mixture
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.processes import run_job
 
 REPO = Path(__file__).parents[2]
 
@@ -295,10 +296,7 @@ def test_the_command_runs_without_ray(
     ],
 )
 def test_the_command_names_a_wrong_flag(tmp_path: Path, arguments: list[str], error: str) -> None:
-    command = [sys.executable, str(REPO / "jobs" / "prepare.py"), "--storage", str(tmp_path)]
-    result = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=100, env={**os.environ}
-    )
+    result = run_job("prepare", "--storage", str(tmp_path), *arguments)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert error in result.stderr

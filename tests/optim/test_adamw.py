@@ -89,19 +89,20 @@ def test_matrices_have_their_group() -> None:
         assert group.eps == 1e-10
 
 
+@pytest.mark.parametrize("scale", [0.5, 0.001])
 @pytest.mark.parametrize(("clip", "share"), [(0.0, 1.0), (0.25, 0.25), (4.0, 1.0)])
-def test_gradient_is_scaled_then_clipped(clip: float, share: float) -> None:
+def test_gradient_is_scaled_then_clipped(clip: float, share: float, scale: float) -> None:
     """``clip`` in units of the norm; the first moments say what gradient has arrived."""
     model = random_model()
     optimizer = ShardedOptimizer(model, CONFIG)
     set_gradients(model, 7)
     before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    norm = 0.5 * math.sqrt(sum(grad.double().square().sum().item() for grad in before.values()))
-    total_norm = optimizer.step(0, lr_factor=1.0, momentum=0.75, scale=0.5, clip=clip * norm)
+    norm = scale * math.sqrt(sum(grad.double().square().sum().item() for grad in before.values()))
+    total_norm = optimizer.step(0, lr_factor=1.0, momentum=0.75, scale=scale, clip=clip * norm)
     assert total_norm.item() == pytest.approx(norm, rel=1e-6)
     state = optimizer.state_dict()
     for name, beta in (("lm_head.weight", 0.8), ("transformer.h.1.mlp.c_fc.weight", 0.75)):
-        moment = (1 - beta) * 0.5 * share * before[name]
+        moment = (1 - beta) * scale * share * before[name]
         torch.testing.assert_close(state[f"{name}/momentum"], moment, rtol=1e-5, atol=1e-7)
 
 

@@ -106,9 +106,11 @@ def shape(value: Any) -> Any:
     return "number" if isinstance(value, (int, float)) else "text"
 
 
-def answer(base: str, method: str, path: str, body: Any) -> tuple[int, dict[str, Any]]:
+def answer(
+    client: httpx.Client, base: str, method: str, path: str, body: Any
+) -> tuple[int, dict[str, Any]]:
     """Status, and the shape: of the body, or of the first, a middle and the last chunk."""
-    response = httpx.request(method, base + path, json=body, timeout=60)
+    response = client.request(method, base + path, json=body, timeout=60)
     kind = response.headers.get("content-type", "")
     if kind.startswith("text/event-stream"):
         lines = [x[6:] for x in response.text.split("\n\n") if x.startswith("data: ")]
@@ -138,12 +140,15 @@ def differences(ours: Any, theirs: Any, at: str = "") -> list[str]:
     return [] if ours == theirs else [f"{at}: {ours} here, {theirs} there"]
 
 
-def compare(ours: str, theirs: str) -> list[tuple[str, list[str]]]:
+def compare(client: httpx.Client, ours: str, theirs: str) -> list[tuple[str, list[str]]]:
     """For each request, in words, how the answers differ."""
-    names = [httpx.get(f"{u}/v1/models").json()["data"][0]["id"] for u in (ours, theirs)]
+    names = [client.get(f"{u}/v1/models").json()["data"][0]["id"] for u in (ours, theirs)]
     rows = []
     for one, other in zip(*map(requests, names), strict=True):
-        (status, here), (their_status, there) = answer(ours, *one), answer(theirs, *other)
+        (status, here), (their_status, there) = (
+            answer(client, ours, *one),
+            answer(client, theirs, *other),
+        )
         differ = [] if status == their_status else [f"status {status} here, {their_status} there"]
         if status == their_status:
             differ += differences(here, there)
@@ -154,5 +159,6 @@ def compare(ours: str, theirs: str) -> list[tuple[str, list[str]]]:
 
 
 if __name__ == "__main__":
-    for name, differ in compare(*sys.argv[1:3]):
-        print(name, *(f"\n    {one}" for one in differ), sep="")
+    with httpx.Client() as client:
+        for name, differ in compare(client, *sys.argv[1:3]):
+            print(name, *(f"\n    {one}" for one in differ), sep="")

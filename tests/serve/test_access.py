@@ -18,7 +18,7 @@ from nanochat_ray.serve.generation import Limits
 from nanochat_ray.serve.http_server import bind, server_of
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient
-from tests.serve.serving import get, post, serving
+from tests.serve.serving import get, head, post, serving
 from tests.tiny import wait_for
 
 TOK = Tokenizer.bytes_only()
@@ -119,11 +119,14 @@ def test_origins_are_checked(origin: str) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/health", "/version", "/v1/models", "/metrics"])
 def test_head_is_get_without_a_body(url: str, path: str) -> None:
-    head = httpx.head(f"{url}{path}", headers=AUTH)
-    assert head.status_code == 200
-    assert head.content == b""
-    assert head.headers["content-type"] == get(f"{url}{path}", headers=AUTH).headers["content-type"]
-    assert httpx.head(f"{url}/v1/completions", headers=AUTH).status_code == 405
+    response = head(f"{url}{path}", headers=AUTH)
+    assert response.status_code == 200
+    assert response.content == b""
+    assert (
+        response.headers["content-type"]
+        == get(f"{url}{path}", headers=AUTH).headers["content-type"]
+    )
+    assert head(f"{url}/v1/completions", headers=AUTH).status_code == 405
 
 
 def connect(url: str) -> socket.socket:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import httpx
+
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient
@@ -13,13 +15,14 @@ TOK = Tokenizer.bytes_only()
 
 def test_every_request_of_the_list_is_answered() -> None:
     engine = ScriptedClient(TOK.encode("hello you"))
-    with serving(build_app(engine, TOK, "tiny", 256)) as url:
+    app = build_app(engine, TOK, "tiny", 256)
+    with serving(app) as url, httpx.Client(verify=False) as client:
         cases = requests("tiny")
         assert len(cases) >= 60
-        statuses = [answer(url, *one)[0] for one in cases]
+        statuses = [answer(client, url, *one)[0] for one in cases]
         assert set(statuses) <= {200, 400, 404, 405, 415}
         assert statuses.count(200) > 35
-        assert all(not rows for _, rows in compare(url, url))
+        assert all(not rows for _, rows in compare(client, url, url))
 
 
 def test_differences_are_named() -> None:

@@ -32,10 +32,10 @@ from tests.train.run_trainer import run_trainer
 
 KILLS = int(os.environ.get("NANOCHAT_KILLS", "3"))
 CONFIG = TrainConfig(
-    steps=60,
+    steps=32,
     global_batch_size=8,
     micro_batch_size=4,
-    eval_every=25,
+    eval_every=13,
     eval_sequences=8,
     save_every=4,
     sample_tokens=0,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -19,6 +16,7 @@ from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.train import memory, recipe
 from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.step import Batch, train_step
+from tests.processes import call
 
 WIDE = recipe.model_config(4, 8192, sequence_len=512)
 
@@ -36,7 +34,6 @@ def train_config(**fields: Any) -> TrainConfig:
 
 def measure(model_values: dict[str, Any], train_values: dict[str, Any]) -> int:
     """Peak resident bytes of this process in a step beside the copies of a checkpoint."""
-    torch.set_num_threads(1)
     config = from_json(ModelConfig, model_values)
     train = from_json(TrainConfig, train_values)
     model = GPT(config, DTYPES[train.precision])
@@ -67,18 +64,7 @@ def measure(model_values: dict[str, Any], train_values: dict[str, Any]) -> int:
 )
 def test_estimate_is_near_the_measured_peak(shape: ModelConfig, changes: dict[str, Any]) -> None:
     train = train_config(global_batch_size=8, micro_batch_size=8, **changes)
-    code = (
-        "import sys, json; from tests.train import test_memory; "
-        "print(test_memory.measure(*json.loads(sys.argv[1])))"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", code, json.dumps([to_json(shape), to_json(train)])],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=800,
-    )
-    peak = int(process.stdout)
+    peak = call(measure, to_json(shape), to_json(train), timeout_s=800)
     estimate = memory.estimate(shape, train, world=1, on_gpu=False)
     print(f"measured {peak / 2**30:.2f} GiB, estimated {estimate.total / 2**30:.2f}", estimate)
     assert estimate.total == pytest.approx(peak, rel=0.25)

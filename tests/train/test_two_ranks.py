@@ -57,9 +57,20 @@ def check_optimizer(rank: int, file: Path, scatters: bool) -> None:
     optimizer = ShardedOptimizer(model, OPTIM)
     assert len(optimizer._buckets) > 12
     optimizer._scatters = scatters
+    reductions: list[torch.Tensor] = []
+    reduce = dist.reduce
+
+    def record(tensor: torch.Tensor, **kwargs: Any) -> Any:
+        reductions.append(tensor)
+        return reduce(tensor, **kwargs)
+
+    sharded.dist.reduce = record
     for step in range(STEPS):
         norm = update(optimizer, model, step, [rank])
         assert norm == pytest.approx(reference["norms"][step], rel=1e-5)
+    sharded.dist.reduce = reduce
+    num_matrix_buckets = sum(bucket.owner >= 0 for bucket in optimizer._buckets)
+    assert len(reductions) == STEPS * num_matrix_buckets * scatters
     assert_near(dict(model.named_parameters()), reference["weights"])
     state = optimizer.state_dict()
     assert_near(state, reference["state"])
@@ -93,6 +104,7 @@ def check_overlap(rank: int) -> None:
     ids = torch.from_numpy(random_batch(rank, False).ids.astype(np.int64))
     num_buckets = len(optimizer._buckets)
     for _ in range(2):
+        optimizer.last_backward()  # of a step that failed
         launched_buckets.clear()
         optimizer.zero_grad()
         for count in (0, num_buckets):
