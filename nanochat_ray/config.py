@@ -65,6 +65,10 @@ RENAMED_FIELDS: dict[str, dict[str, str]] = {
 still load; a flag with an old name fails and names the new one."""
 
 
+NULL_FIELDS: dict[str, tuple[str, ...]] = {"ModelConfig": ("norm_eps",)}
+"""Fields that older checkpoints may store as null, which is read as the default."""
+
+
 def with_new_names(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` of the configuration class ``kind``, with each old field name replaced."""
     table = RENAMED_FIELDS.get(kind, {})
@@ -119,6 +123,8 @@ def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
         raise ValueError(f"{kind.__name__} is {abbreviate(values)!r}, not an object")
     fields = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values = with_new_names(kind.__name__, values)
+    nullable_fields = NULL_FIELDS.get(kind.__name__, ())
+    values = {n: v for n, v in values.items() if not (v is None and n in nullable_fields)}
     unknown = sorted(set(values) - fields)
     if unknown:
         raise ValueError(

@@ -7,6 +7,9 @@ import importlib.util
 import math
 import mmap
 import os
+import shutil
+import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,6 +118,22 @@ def run_in_temporary_thread(make: Callable[P, T], *args: P.args, **kwargs: P.kwa
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(make, *args, **kwargs).result()
+
+
+def check_triton_toolchain() -> None:
+    """ValueError unless there is what Triton compiles the launchers of its kernels with: a C
+    compiler and Python's headers."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    compiler = compiler or shutil.which("clang")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    lacking = ["a C compiler (cc, gcc or clang; or CC)"] * (not compiler)
+    lacking += [f"Python's headers ({header})"] * (not header.exists())
+    if lacking:
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        raise ValueError(
+            f"training on a GPU needs {' and '.join(lacking)}, with which Triton compiles: on "
+            f"Debian or Ubuntu, apt install gcc {version}-dev"
+        )
 
 
 def use_triton(device: torch.device) -> bool:

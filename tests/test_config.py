@@ -24,6 +24,13 @@ def test_configurations_survive_json() -> None:
         from_json(TrainConfig, {"steps": 3})
 
 
+def test_old_null_epsilon_is_the_default() -> None:
+    old = {**to_json(tiny_config()), "norm_eps": None}
+    assert from_json(ModelConfig, old).norm_eps == 2**-23
+    with pytest.raises(ValueError, match="n_layer=None is not allowed: int"):
+        from_json(ModelConfig, {**old, "n_layer": None})
+
+
 def test_old_field_names_load_or_name_the_new() -> None:
     old = {"steps": 3, "batch_rows": 4, "micro_rows": 2, "keep": 7, "optim": {"warmup": 0.5}}
     train = from_json(TrainConfig, old)

@@ -83,7 +83,7 @@ def _is_classic(config: ModelConfig) -> bool:
     same = (
         value == getattr(config, f) for f, value in vars(classic).items() if f not in _NOT_EXPORTED
     )
-    return all(same) and config.norm_eps is not None
+    return all(same)
 
 
 def _check_exportable(config: ModelConfig) -> None:

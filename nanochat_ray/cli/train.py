@@ -12,6 +12,7 @@ The last line is one JSON object. Exit status: 0 the run is complete; 75 it was 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -134,10 +135,14 @@ class Args:
             from nanochat_ray.train import hardware
 
             hardware.by_name(self.hardware)
-        if self.gpus and not self.ray and not self.plan_only:
+        local_workers = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # torchrun's
+        if self.gpus and not self.plan_only and (local_workers or not self.ray):
             import torch
 
             require(torch.cuda.is_available(), "gpus", True, "this machine has no CUDA device")
+            devices = torch.cuda.device_count()
+            rule = f"this machine has {devices} CUDA devices for {local_workers} workers"
+            require(local_workers <= devices, "gpus", True, rule)
 
     def _check_stage(self) -> None:
         """Raises ValueError for a flag that does not go with the stage or with a parent."""

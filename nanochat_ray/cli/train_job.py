@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -32,14 +33,26 @@ def under_torchrun() -> bool:
 
 
 def planned_hardware(args: Args) -> hardware.Hardware:
-    """What --hardware names, or what this machine has. Raises ValueError."""
+    """What --hardware names, or what the machines have that will train. Raises ValueError."""
     if args.hardware:
         return hardware.by_name(args.hardware)
     if not args.gpus:
         return hardware.HARDWARE["cpu"]
-    gpu = hardware.detect(torch.device("cuda")) if torch.cuda.is_available() else None
-    # The machine that submits a job to a cluster may have no GPU itself.
-    return gpu or hardware.HARDWARE["h100"]
+    if torch.cuda.is_available():
+        return hardware.detect(torch.device("cuda"))
+    rule = "this machine has no CUDA device: name what to plan for with --hardware"
+    require(not args.plan_only, "gpus", True, rule)
+    return _cluster_gpu(args.workers)
+
+
+@functools.cache
+def _cluster_gpu(workers: int) -> hardware.Hardware:
+    """The GPU of a worker: the machine that submits a job to a cluster may have none itself."""
+    from nanochat_ray.on_ray import session
+
+    session.connect()
+    session.check_gpus(workers)
+    return session.detect_gpu()
 
 
 def base_model(args: Args, dataset: str) -> ModelConfig:
@@ -133,9 +146,6 @@ def base_train(args: Args, model: ModelConfig) -> tuple[TrainConfig, float]:
         workers=args.workers,
         precision="bf16" if precision == "auto" else precision,
     ).train
-    if "micro_batch_size" not in args.train:
-        gpu = planned_hardware(args)
-        train = plan.fit_micro_batch(model, train, workers=args.workers, hardware=gpu)
     return train, tokens_per_s
 
 
@@ -193,12 +203,18 @@ def build(args: Args) -> TrainerConfig:
         check_parent_flags(args, model)
     rest = {name: value for name, value in args.train.items() if name not in BATCH_FIELDS}
     optim = dataclasses.replace(train.optim.with_scaled_lr(args.lr_scale), **args.optim)
+    model = dataclasses.replace(model, **args.model)
+    train = dataclasses.replace(train, optim=optim, **rest)
+    if "micro_batch_size" not in args.train:
+        # With the flags that memory depends on, such as checkpoint_activations.
+        gpu = planned_hardware(args)
+        train = plan.fit_micro_batch(model, train, workers=args.workers, hardware=gpu)
     return TrainerConfig(
         storage=args.storage,
         dataset=dataset,
         run=run_name(args),
-        model=dataclasses.replace(model, **args.model),
-        train=dataclasses.replace(train, optim=optim, **rest),
+        model=model,
+        train=train,
         parent=parent,
         tensorboard=args.tensorboard,
         wandb=args.wandb,
@@ -224,9 +240,10 @@ def print_plan(job: TrainerConfig, args: Args) -> dict[str, Any]:
     print(f"{plan.render(plan_fields)}\nstorage   {job.storage}, run {job.run}", flush=True)
     # Workers on CPUs share this machine.
     free = machines.memory or machine.free_memory(torch.device("cpu"), args.workers)
-    on_gpu = bool(machines.memory)
     try:
-        memory.check_memory(job.model, job.train, world=args.workers, on_gpu=on_gpu, free=free)
+        memory.check_memory(
+            job.model, job.train, world=args.workers, on_gpu=machines.is_gpu, free=free
+        )
     except memory.DoesNotFitError as error:
         return {**plan_fields, "fits": False, "advice": str(error)}
     return {**plan_fields, "fits": True, "advice": ""}

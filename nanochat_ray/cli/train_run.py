@@ -125,7 +125,7 @@ def train(args: Args) -> int:
             print(f"memory    does not fit: {plan_fields['advice']}")
         print(json.dumps(plan_fields))
         return 0
-    job = check(job)
+    job = check(job, on_gpu=args.gpus)
     # A group that torchrun restarts continues the run that it started.
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         check_resume(job.storage, job.run, args.resume)

@@ -123,20 +123,18 @@ class Native:
         self._linear(weight_format, *pointers, N, K, count, threads)
         return y
 
-    def rms_norm(self, x: Tensor, eps: float | None) -> Tensor:
+    def rms_norm(self, x: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         y, (N, C) = torch.empty_like(x), x.shape
-        eps = FLOAT_EPS if eps is None else eps
         self._rms_norm(x.data_ptr(), y.data_ptr(), N, C, eps, torch.get_num_threads())
         return y
 
-    def rotary_qk_norm(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float | None) -> Tensor:
+    def rotary_qk_norm(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
         """In place; the elements of a token must be next to each other."""
         N, H, D = x.shape
         assert x.stride()[1:] == (D, 1)
         assert cos.is_contiguous()
         assert sin.is_contiguous()
-        eps = FLOAT_EPS if eps is None else eps
         pointers = (x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr())
         self._rotary_qk_norm(*pointers, N, H, eps, torch.get_num_threads())
         return x

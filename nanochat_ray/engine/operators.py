@@ -20,11 +20,11 @@ class Operators(Protocol):
     Legend: N tokens, C channels, H heads, D head size.
     """
 
-    def rms_norm(self, x: Tensor, eps: float | None) -> Tensor:
-        """RMSNorm without parameters of ``x [N, C]``; ``eps`` None is that of the dtype."""
+    def rms_norm(self, x: Tensor, eps: float) -> Tensor:
+        """RMSNorm without parameters of ``x [N, C]``."""
         ...
 
-    def rotary_qk_norm(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float | None) -> Tensor:
+    def rotary_qk_norm(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
         """Rotary embedding, then RMSNorm, of ``x [N, H, D]``; ``cos`` and ``sin [N, D / 2]``."""
         ...
 
@@ -40,10 +40,10 @@ class Operators(Protocol):
 class TorchOperators:
     """For every device and dtype."""
 
-    def rms_norm(self, x: Tensor, eps: float | None) -> Tensor:
+    def rms_norm(self, x: Tensor, eps: float) -> Tensor:
         return rms_norm(x, eps)
 
-    def rotary_qk_norm(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float | None) -> Tensor:
+    def rotary_qk_norm(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
         return rms_norm(rotate(x, cos[:, None], sin[:, None]), eps)
 
     def relu_squared(self, x: Tensor) -> Tensor:

@@ -102,18 +102,18 @@ def _store_kv_kernel(
 class TritonOperators:
     """Implements ``operators.Operators`` on a CUDA device."""
 
-    def rms_norm(self, x: Tensor, eps: float | None) -> Tensor:
+    def rms_norm(self, x: Tensor, eps: float) -> Tensor:
         assert x.stride(1) == 1
         N, C = x.shape
         out = torch.empty((N, C), dtype=x.dtype, device=x.device)
         block = triton.next_power_of_2(C)
         if N:
             _rms_norm_kernel[(N,)](
-                *(x, out, x.stride(0), C, _eps(x, eps)), BLOCK=block, num_warps=_warps(block)
+                *(x, out, x.stride(0), C, eps), BLOCK=block, num_warps=_warps(block)
             )
         return out
 
-    def rotary_qk_norm(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float | None) -> Tensor:
+    def rotary_qk_norm(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
         N, H, D = x.shape
         assert x.stride(2) == 1
         assert x.stride(1) == D
@@ -122,7 +122,7 @@ class TritonOperators:
         out = torch.empty((N, H, D), dtype=x.dtype, device=x.device)
         if N:
             _rotary_qk_norm_kernel[(N * H,)](
-                *(x, cos, sin, out, x.stride(0), H, _eps(x, eps)),
+                *(x, cos, sin, out, x.stride(0), H, eps),
                 HALF=D // 2,
                 BLOCK=triton.next_power_of_2(D // 2),
                 num_warps=1,
@@ -168,10 +168,6 @@ def store_kv(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slot_mapping: T
             BLOCK=block,
             num_warps=_warps(block),
         )
-
-
-def _eps(x: Tensor, eps: float | None) -> float:
-    return torch.finfo(x.dtype).eps if eps is None else eps
 
 
 def _warps(block: int) -> int:

@@ -55,8 +55,9 @@ class ModelConfig:
     rope_base: float = 100_000.0
     rope_factor: float = 1.0
     """Serve this many times ``sequence_len`` positions, by YaRN's interpolation of frequencies."""
-    norm_eps: float | None = None
-    """Epsilon of RMSNorm; None is the machine epsilon of the activations' dtype."""
+    norm_eps: float = 2.0**-23
+    """Epsilon of RMSNorm, in every precision. The default is float32's machine epsilon, as torch
+    takes it for bfloat16 too."""
     pad_vocab_to: int = 64
     """Embedding and head tables are padded to a multiple of this many rows."""
 
@@ -122,8 +123,7 @@ class ModelConfig:
         )
         require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 to below 1")
         require(self.rope_base > 0, "rope_base", self.rope_base, "above 0")
-        eps = self.norm_eps
-        require(eps is None or eps >= 0, "norm_eps", eps, "0 or more, or none for the dtype's")
+        require(self.norm_eps >= 0, "norm_eps", self.norm_eps, "0 or more")
         require(self.rope_factor >= 1, "rope_factor", self.rope_factor, "1 (off) or more")
         start = self.document_start
         require(-1 <= start < self.vocab_size, "document_start", start, "a token, or -1 for none")

@@ -44,15 +44,12 @@ class _SquaredReLU(torch.autograd.Function):
         return (positive * grads[0]).mul_(2)
 
 
-def rms_norm(x: Tensor, eps: float | None) -> Tensor:
-    """``x / sqrt(mean(x²) + eps)`` over the last axis, without parameters (arXiv 1910.07467).
-
-    ``eps`` None is the machine epsilon of the dtype of ``x``.
-    """
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x²) + eps)`` over the last axis, without parameters (arXiv 1910.07467)."""
     if not torch.is_grad_enabled():
         # Fewer kernel launches for the few rows of a decode step.
         return F.rms_norm(x, (x.size(-1),), eps=eps)
-    return _RMSNorm.apply(x, torch.finfo(x.dtype).eps if eps is None else eps)
+    return _RMSNorm.apply(x, eps)
 
 
 def relu_squared(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from typing import TYPE_CHECKING
 
 import grpc
 import ray
@@ -12,6 +13,9 @@ import ray.data
 from ray._private import services
 
 from nanochat_ray.checks import require
+
+if TYPE_CHECKING:
+    from nanochat_ray.train.hardware import Hardware
 
 REACHABLE_S = 5.0
 """How long the cluster of RAY_ADDRESS may take to answer."""
@@ -106,6 +110,17 @@ def check_gpus(number: float) -> None:
     """
     if number and _started_here and not ray.cluster_resources().get("GPU"):
         raise ValueError(f"gpus={number:g} is not allowed: this machine has no CUDA device")
+
+
+def detect_gpu() -> Hardware:
+    """The GPU of a worker of the cluster, which may first have to start one."""
+    import torch  # which only some commands need
+
+    from nanochat_ray.train import hardware
+
+    detect = ray.remote(num_cpus=0, num_gpus=1)(hardware.detect)
+    gpu: Hardware = ray.get(detect.remote(torch.device("cuda")))
+    return gpu
 
 
 def quiet_data() -> None:

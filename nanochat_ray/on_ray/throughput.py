@@ -55,6 +55,6 @@ def measure(probe: Probe, *, workers: int, cpus_per_worker: float = 1.0) -> Thro
         for worker in group:
             ray.kill(worker)
     for each in speeds:
-        if "refused" in each:
-            raise ValueError(each["refused"])
+        if "error" in each:
+            raise ValueError(each["error"])
     return Throughput(**speeds[0])

@@ -237,7 +237,7 @@ def fit(
     ``max_failures`` times (machines whose preemption was announced do not count).
     """
     if make_source is None:
-        config = check(config)
+        config = check(config, on_gpu=gpus)
     ray_data = ray_data and make_source is None
     check_workers(config, workers, min_workers)
     run = Store.at(config.storage).child("runs", config.run)

@@ -29,8 +29,8 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     fp8: bool = False
     """The blocks' large matmuls in 8-bit floating point (Hopper; bf16 for the rest)."""
-    compile: bool = False
-    """Compile the forward pass (torch.compile): pays on a GPU; on a CPU it gained nothing."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the layers (torch.compile). auto: on a GPU; on a CPU it gained nothing."""
     window_warmup: float = 0.0
     """Share of the steps in which attention windows grow, in three stages, to their full size."""
     eval_every: int = 0
@@ -64,6 +64,10 @@ class TrainConfig:
         require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
         require(self.stage in ("base", "sft", "rl"), "stage", self.stage, "base, sft or rl")
         require(not self.fp8 or self.precision == "bf16", "fp8", self.fp8, "only in bf16")
+        compiles = ("auto", "on", "off")
+        require(self.compile in compiles, "compile", self.compile, f"one of {compiles}")
+        # Uncompiled, the casts of a matrix take longer than its matmul saves.
+        require(not self.fp8 or self.compile != "off", "fp8", self.fp8, "not with compile=off")
         require(0 <= self.window_warmup <= 1, "window_warmup", self.window_warmup, "from 0 to 1")
         require(
             self.spike_clip == 0 or self.spike_clip > 1,

@@ -27,6 +27,7 @@ RESUMABLE_FIELDS = {
     "keep_latest_k": "which checkpoints stay",
     "keep_best": "which checkpoints stay",
     "checkpoint_activations": "memory against time",
+    "compile": "time against another order of rounding",
     "deterministic": "time against equal bits",
     "sample_tokens": "texts for a person to read",
     "eval_questions": "on how much it is measured",

@@ -119,6 +119,8 @@ def progress_line(record: dict[str, Any]) -> str:
     columns += _rollout_columns(record) if "reward" in record else _loss_columns(record)
     if "mfu" in record:
         columns.append(f"MFU {record['mfu']:.1%}")
+    elif "warmup" not in record and "reward" not in record:
+        columns.append("MFU unknown")
     wait = record["data_wait"] / record["seconds"]
     waits_for = "rollouts" if "reward" in record else "data wait"
     columns += [f"{waits_for} {wait:.1%}", f"left {duration(record['eta_s'])}"]

@@ -72,7 +72,7 @@ class Metrics:
         self.records = records or []
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.bytes_per_token = bytes_per_token
-        self._first = self._steps = 0
+        self._steps = 0
         self._timed_seconds = 0.0
         self._timed_steps = 0
         self._norms: list[float] = []
@@ -108,8 +108,8 @@ class Metrics:
         best = self.best()
         return {"grad_norms": self.grad_norms(NORM_WINDOW)[::-1], "best": list(best or ()) or None}
 
-    def start_clock(self, first: int, steps: int) -> None:
-        self._first, self._steps = first, steps
+    def start_clock(self, steps: int) -> None:
+        self._steps = steps
         self._timed_seconds, self._timed_steps = 0.0, 0
 
     def add(self, **record: Any) -> dict[str, Any]:
@@ -118,21 +118,28 @@ class Metrics:
         return record
 
     def step(
-        self, step: int, result: StepResult, *, seconds: float, data_wait: float, **figures: float
+        self,
+        step: int,
+        result: StepResult,
+        *,
+        seconds: float,
+        data_wait: float,
+        is_warmup: bool = False,
+        **figures: float,
     ) -> dict[str, Any]:
-        """``figures`` are the batch's own."""
-        # The first step after a start warms caches up and would spoil the rate.
-        if step > self._first + 1:
+        """``is_warmup``: the step compiled kernels or filled caches, and its time says nothing
+        of the others; it has no MFU. ``figures`` are the batch's own."""
+        if not is_warmup:
             self._timed_seconds += seconds
             self._timed_steps += 1
         tokens = result.tokens
         mean = self._timed_seconds / self._timed_steps if self._timed_steps else seconds
         if result.weights_updated and math.isfinite(result.grad_norm):
             self._norms = [*self._norms[1 - NORM_WINDOW :], result.grad_norm]
-        optional = {}
+        optional: dict[str, float] = {"warmup": True} if is_warmup else {}
         if self.bytes_per_token:
             optional["bits_per_byte"] = result.loss / (math.log(2) * self.bytes_per_token)
-        if self.peak_flops:
+        if self.peak_flops and not is_warmup:
             optional["mfu"] = tokens / seconds * self.flops_per_token / self.peak_flops
         return self.add(
             kind="train",
@@ -170,8 +177,10 @@ class Metrics:
         summary: dict[str, Any] = {"tokens": sum(r["tokens"] for r in steps)}
         if steps:
             seconds = sum(r["seconds"] for r in steps)
+            steady_steps = [r for r in steps if not r.get("warmup")] or steps
+            num_tokens = sum(r["tokens"] for r in steady_steps)
             summary["loss"] = sum(r["loss"] for r in steps[-20:]) / len(steps[-20:])
-            summary["tokens_per_s"] = summary["tokens"] / seconds
+            summary["tokens_per_s"] = num_tokens / sum(r["seconds"] for r in steady_steps)
             summary["data_wait_share"] = sum(r["data_wait"] for r in steps) / seconds
             summary["train_seconds"] = seconds
             if self.peak_flops:

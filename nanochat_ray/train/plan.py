@@ -10,6 +10,9 @@ from nanochat_ray.train import memory, recipe
 from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.hardware import Hardware
 
+GPU_SHARE = 0.8
+"""Share of a GPU's memory that a planned micro-batch may fill."""
+
 
 def describe(
     model: ModelConfig,
@@ -24,16 +27,18 @@ def describe(
 
     Hours follow from ``tokens_per_s``, measured of all workers together, or if that is 0 are
     training FLOPs over ``workers`` times the hardware's peak times its assumed MFU: without
-    validation, checkpoints and start-up. ``num_sequences`` is that of the dataset's training
-    split, 0 if it is not prepared.
+    validation, checkpoints and start-up; None if the peak is not known.
+    ``num_sequences`` is that of the dataset's training split, 0 if it is not prepared.
     """
     counts = count_parameters(model)
     size = train.global_batch_size * model.sequence_len
     tokens = train.steps * size
     flops = flops_per_token(model) * tokens
-    on_gpu = hardware.name != "cpu"
-    peak = memory.estimate(model, train, world=workers, on_gpu=on_gpu)
+    peak = memory.estimate(model, train, world=workers, on_gpu=hardware.is_gpu)
     rate = workers * hardware.peak(train.precision) * hardware.mfu
+    seconds = flops / rate if rate else None
+    if tokens_per_s:
+        seconds = tokens / tokens_per_s
     accumulation = -(-train.global_batch_size // (workers * train.micro_batch_size))
     passes = train.steps * train.global_batch_size / num_sequences if num_sequences else 0.0
     return {
@@ -67,7 +72,7 @@ def describe(
         },
         "memory": {"total": peak.total, **vars(peak)},
         "measured_tokens_per_s": tokens_per_s,
-        "hours": (tokens / tokens_per_s if tokens_per_s else flops / rate) / 3600,
+        "hours": seconds / 3600 if seconds is not None else None,
     }
 
 
@@ -76,19 +81,19 @@ def fit_micro_batch(
 ) -> TrainConfig:
     """``train`` with the largest micro-batch that a GPU has memory for, up to 2^16 tokens.
 
-    Below that its matmuls are too small to keep it busy. On a CPU a larger one gains nothing.
+    Below that its matmuls are too small to keep it busy. One sequence if nothing fits; on a CPU
+    ``train`` as it is, since a larger one gains nothing.
     """
-    if not hardware.memory:
+    if not hardware.is_gpu or not hardware.memory:
         return train
-    most = 2**16 // model.sequence_len
-    while most > train.micro_batch_size:
+    most = max(1, 2**16 // model.sequence_len)
+    while True:
         micro = recipe.largest_micro(train.global_batch_size, workers, most)
-        larger = dataclasses.replace(train, micro_batch_size=micro)
-        peak = memory.estimate(model, larger, world=workers, on_gpu=True)
-        if peak.total <= 0.8 * hardware.memory:
-            return larger
+        variant = dataclasses.replace(train, micro_batch_size=micro)
+        peak = memory.estimate(model, variant, world=workers, on_gpu=True)
+        if peak.total <= GPU_SHARE * hardware.memory or micro == 1:
+            return variant
         most = micro - 1
-    return train
 
 
 def render(plan: dict[str, Any]) -> str:
@@ -106,6 +111,8 @@ def render(plan: dict[str, Any]) -> str:
         f"{hardware['assumed_mfu']:.0%} of {hardware['peak_flops'] / 1e12:,.4g} TFLOP/s each "
         f"(assumed share of the peak in {plan['precision']}; {hardware['peak_source']})"
     )
+    if not hardware["peak_flops"]:
+        speed = f"a speed that is not known ({hardware['peak_source']})"
     if plan["measured_tokens_per_s"]:
         speed = f"{plan['measured_tokens_per_s']:,.0f} tokens/s of all workers (measured)"
     groups = ", ".join(f"{millions(counts[key])} {name}" for name, key in kinds.items())
@@ -150,7 +157,9 @@ def millions(count: float) -> str:
     return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
-def hours(value: float) -> str:
+def hours(value: float | None) -> str:
+    if value is None:
+        return "not known"
     if value < 1:
         return f"{value * 60:.1f} minutes"
     return f"{value:.1f} hours" if value < 72 else f"{value / 24:.1f} days"

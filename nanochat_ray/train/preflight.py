@@ -13,6 +13,7 @@ from nanochat_ray import machine
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import require
 from nanochat_ray.data.shards import Manifest, SequenceReader
+from nanochat_ray.model import fp8
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train import identity, loggers, memory
@@ -24,11 +25,12 @@ VERIFY_BYTES = 512 << 20
 Resume = Literal["auto", "never", "must"]
 
 
-def check(config: TrainerConfig) -> TrainerConfig:
+def check(config: TrainerConfig, *, on_gpu: bool = False) -> TrainerConfig:
     """Refuses what cannot train, before any worker starts. Raises ValueError.
 
-    Returns the configuration with the identity of its data and parent in ``about``: every worker,
-    however often it restarts, uses that.
+    ``on_gpu``: the workers will have GPUs, which this machine need not have. Returns
+    the configuration with the identity of its data and parent in ``about``: every worker, however
+    often it restarts, uses that.
     """
     loggers.check_installed(wandb=config.wandb)
     dataset, manifest, tokenizer = open_dataset(config.storage, config.dataset)
@@ -39,6 +41,8 @@ def check(config: TrainerConfig) -> TrainerConfig:
             f"sequence_len={config.model.sequence_len} is shorter than the sequences of dataset "
             f"{config.dataset!r}, {manifest.sequence_len}"
         )
+    if on_gpu:
+        _check_shapes(config, manifest.sequence_len)
     config = check_run(config, tokenizer, about)
     # Before the run, so that no worker finds a damaged shard in the middle of it.
     SequenceReader(dataset, manifest, "val").check(VERIFY_BYTES)
@@ -94,6 +98,42 @@ def _check_parent(config: TrainerConfig, root: Store, name: str, tokenizer: Toke
             f"parent={config.parent!r} was trained with another tokenizer than "
             + (f"dataset {config.dataset!r}" if config.dataset else f"run {config.run!r}")
         )
+
+
+def _check_shapes(config: TrainerConfig, sequence_len: int) -> None:
+    """ValueError for shapes that the kernels of a GPU cannot take."""
+    model, train = config.model, config.train
+    require(
+        train.precision != "bf16" or model.head_dim % 8 == 0,
+        "n_head",
+        model.n_head,
+        f"n_embd={model.n_embd} over n_head must be a multiple of 8 in bf16 on a GPU",
+    )
+    # Of any number of sequences: the last micro-batch of a worker may be a smaller one.
+    require(
+        not train.fp8 or sequence_len % fp8.MULTIPLE == 0,
+        "fp8",
+        train.fp8,
+        f"only with sequences of a multiple of {fp8.MULTIPLE} tokens; those of dataset "
+        f"{config.dataset!r} have {sequence_len}",
+    )
+
+
+def check_device(config: TrainerConfig, device: torch.device) -> None:
+    """ValueError if this worker's device cannot run the configuration."""
+    train = config.train
+    if device.type != "cuda":
+        require(not train.fp8, "fp8", train.fp8, "only on a GPU")
+        return
+    capability = torch.cuda.get_device_capability(device)
+    require(
+        not train.fp8 or capability >= (8, 9),
+        "fp8",
+        train.fp8,
+        f"compute capability 8.9 or higher, and {torch.cuda.get_device_name(device)} has "
+        f"{capability[0]}.{capability[1]}",
+    )
+    machine.check_triton_toolchain()
 
 
 def check_resume(storage: str, run: str, resume: Resume) -> None:

@@ -16,16 +16,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checkpoint.reader import load_weights
 from nanochat_ray.model.config import flops_per_token
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.precision import DTYPES
+from nanochat_ray.optim.schedule import window_share
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
-from nanochat_ray.train import hardware, identity, preflight
+from nanochat_ray.train import hardware, identity, memory, preflight
 from nanochat_ray.train.checkpointer import Checkpointer
 from nanochat_ray.train.config import TrainerConfig
 from nanochat_ray.train.data_loader import prefetch
@@ -75,6 +75,8 @@ class Trainer:
         self.store = Store.at(config.storage).child("runs", config.run)
         self.completed_steps = 0
         self.save_pending = False
+        self._window_share = 0.0
+        """Of the last step of this process."""
         self._last_poll = time.monotonic()
 
     def run(self) -> dict[str, Any]:
@@ -90,13 +92,20 @@ class Trainer:
             if self.completed_steps == 0:
                 self.evaluate()
             self.model.train()
-            self.metrics.start_clock(self.completed_steps, steps)
+            self.metrics.start_clock(steps)
             try:
                 if self.completed_steps < steps:
                     self._run_steps()
             except FloatingPointError:  # on every rank alike
                 self.checkpointer.finish(self.completed_steps, self.metrics)
                 raise
+            except torch.OutOfMemoryError as error:
+                # Not to be repeated by a restart, as other errors of a worker are.
+                raise memory.DoesNotFitError(
+                    f"micro_batch_size={self.train_config.micro_batch_size}: {self.device} ran out "
+                    f"of memory after {self.completed_steps} steps; lower it, or set "
+                    f"checkpoint_activations ({str(error).partition('. ')[0]})"
+                ) from error
             self.checkpointer.finish(self.completed_steps, self.metrics)
         finally:
             for hook in self.hooks:
@@ -107,12 +116,12 @@ class Trainer:
     def setup(self) -> None:
         """Model, data, validation, loggers; all state from the latest checkpoint, if any."""
         config = self.config
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.ranks = Ranks(self.device)
+        self.ranks.run_together(lambda: preflight.check_device(config, self.device))
         preflight.check_memory(config, local_world_size=self.local_world_size, device=self.device)
-        preflight.check_workers(config, world)
+        preflight.check_workers(config, self.ranks.world)
         if config.train.deterministic:
             use_deterministic_algorithms()
-        self.ranks = Ranks(self.device)
         self.model = build_model(config, Store.at(config.storage), self.device)
         self.source.setup(self.model, self.ranks)
         self.tokenizer = self.source.tokenizer
@@ -126,8 +135,7 @@ class Trainer:
     def _setup_state(self) -> None:
         """What holds state: metrics, optimizer, checkpointer."""
         config = self.train_config
-        entry = hardware.detect(self.device)
-        peak = entry.peak(config.precision) if entry else 0.0
+        peak = hardware.detect(self.device).peak(config.precision)
         self.metrics = Metrics(
             flops_per_token=flops_per_token(self.model.config),
             peak_flops=self.ranks.world * peak,
@@ -203,6 +211,9 @@ class Trainer:
     def step(self, batches: Iterator[Batch]) -> tuple[StepResult, Batch]:
         """Trains on the next batch, which it returns too, and records it."""
         config, start = self.train_config, time.perf_counter()
+        share = window_share(self.completed_steps, config.steps, config.window_warmup)
+        # Only the first step with a set of windows compiles.
+        is_warmup, self._window_share = share != self._window_share, share
         votes = self._votes()
         batch = next(batches)
         data_wait = time.perf_counter() - start
@@ -224,6 +235,7 @@ class Trainer:
             result,
             seconds=time.perf_counter() - start,
             data_wait=data_wait,
+            is_warmup=is_warmup,
             **batch.metrics,
         )
         self._record(record)
@@ -323,7 +335,8 @@ def build_model(config: TrainerConfig, root: Store, device: torch.device) -> GPT
         model.init_weights(torch.Generator().manual_seed(config.train.seed))
     if config.train.fp8:
         model.use_fp8()
-    if config.train.compile:
+    compile_mode = config.train.compile
+    if compile_mode == "on" or (compile_mode == "auto" and device.type == "cuda"):
         model.compile_hidden()
     model.checkpoint_activations = config.train.checkpoint_activations
     return model

@@ -249,6 +249,12 @@ def test_gpus_need_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "gpus=True" in refusal("train", "--no-ray", "--gpus")
+    assert "name what to plan for with --hardware" in refusal("train", "--gpus", "--plan-only")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # torchrun's
+    assert "this machine has no CUDA device" in refusal("train", "--gpus")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "has 2 CUDA devices for 3 workers" in refusal("train", "--gpus")
 
 
 @pytest.mark.parametrize(

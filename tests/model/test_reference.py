@@ -23,8 +23,8 @@ BOUND = 60 * EPS
 """Of the largest logit: roundings of some 15 operations in each of 4 layers."""
 
 
-def norm(x: Tensor, eps: float | None) -> Tensor:
-    return x / (x.square().mean(dim=-1, keepdim=True) + (EPS if eps is None else eps)).sqrt()
+def norm(x: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
 
 
 def rotate(x_THD: Tensor, base: float) -> Tensor:

@@ -26,7 +26,7 @@ def result(loss: float = 2.0, grad_norm: float = 1.0, **fields: Any) -> StepResu
 
 def metrics(**fields: float) -> Metrics:
     new = Metrics(**fields)
-    new.start_clock(0, 10)
+    new.start_clock(10)
     return new
 
 
@@ -37,11 +37,10 @@ def test_figures_of_a_step() -> None:
     assert record["tokens_per_s"] == 400
     assert record["mfu"] == pytest.approx(0.4)
     assert record["bits_per_byte"] == pytest.approx(2.0)
-    assert record["eta_s"] == pytest.approx(9 * 0.5)  # of the first step alone
+    assert record["eta_s"] == pytest.approx(9 * 0.5)
     m.step(2, result(), seconds=0.2, data_wait=0)
-    # The first step, which warms caches up, does not count any more.
     record = m.step(3, result(), seconds=0.4, data_wait=0)
-    assert record["eta_s"] == pytest.approx(7 * 0.3)
+    assert record["eta_s"] == pytest.approx(7 * 1.1 / 3)
     assert (record["kind"], record["step"], record["steps"]) == ("train", 3, 10)
     assert (record["trained_tokens"], record["lr_factor"], record["skipped"]) == (30, 0.5, False)
 
@@ -90,6 +89,20 @@ def test_the_summary_by_hand() -> None:
     assert metrics().summary() == {"tokens": 0}
 
 
+def test_warmup_steps_have_no_rate() -> None:
+    # The first step compiles for 100 s; the others train 10 tokens in half a second.
+    m = metrics(flops_per_token=2.0, peak_flops=400.0)
+    first = m.step(1, result(tokens=10), seconds=100.0, data_wait=0, is_warmup=True)
+    for step in (2, 3):
+        record = m.step(step, result(tokens=10), seconds=0.5, data_wait=0)
+    assert "mfu" not in first
+    assert "MFU" not in progress_line(first)
+    assert record["eta_s"] == pytest.approx(7 * 0.5)
+    summary = m.summary()
+    assert (summary["tokens_per_s"], summary["mfu"]) == (20.0, 0.1)
+    assert (summary["tokens"], summary["train_seconds"]) == (30, 101.0)
+
+
 def test_the_best_validation_is_the_lowest() -> None:
     m = metrics()
     assert m.best() is None
@@ -117,6 +130,10 @@ def test_a_log_is_read_up_to_the_checkpoint() -> None:
     (note,) = metrics().resume(text.replace('"kind": "train"', '"kind": 7', 1), {}, before=5)
     assert "1 damaged lines and 4 of 5 steps" in note
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3, 4, 5]
+
+
+def test_an_unknown_peak_is_said() -> None:
+    assert "MFU unknown" in progress_line(metrics().step(1, result(), seconds=1, data_wait=0))
 
 
 def test_the_progress_line() -> None:

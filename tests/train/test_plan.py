@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -106,6 +107,19 @@ def test_micro_batch_fills_the_gpus_memory() -> None:
             assert required_memory.total < HARDWARE[name].memory
     assert sizes["l4"] <= sizes["a100"] < sizes["b200"]
     assert sizes["cpu"] == train.micro_batch_size
+
+
+def test_micro_batch_shrinks_to_fit() -> None:
+    model = recipe.model_config(20, VOCABULARY)
+    train = recipe.base_plan(model, micro_batch_size=32).train
+    hardware = dataclasses.replace(HARDWARE["a100"], memory=24 << 30)
+    smaller = plan.fit_micro_batch(model, train, workers=1, hardware=hardware)
+    assert smaller.micro_batch_size < train.micro_batch_size
+    required_memory = memory.estimate(model, smaller, world=1, on_gpu=True)
+    assert required_memory.total <= 0.8 * hardware.memory
+    # What fits nowhere gets one sequence, and is refused later.
+    tiny = dataclasses.replace(hardware, memory=1 << 30)
+    assert plan.fit_micro_batch(model, train, workers=1, hardware=tiny).micro_batch_size == 1
 
 
 def test_unknown_hardware_is_refused() -> None:

@@ -25,7 +25,7 @@ class NanochatRayConfig(PretrainedConfig):
         qk_scale=1.2,
         softcap=15.0,
         rope_base=100_000.0,
-        norm_eps=None,
+        norm_eps=2**-23,
         **rest,
     ):
         self.vocab_size = vocab_size
