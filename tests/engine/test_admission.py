@@ -128,8 +128,8 @@ def test_grammars_go_without_tools() -> None:
     sequence = each.admit(request).sequence
     assert (sequence.tool, sequence.grammar is None) == (None, False)
     assert each.admit(ask("a", [1])).sequence.tool is not None
-    begun = ask("a", [1], [a], grammar={"regex": "ab"}, eos_ids=(TOK.bos,))
-    assert each.admit(begun).finish is None
+    one_token = ask("a", [1], [a], grammar={"regex": "ab"}, eos_ids=(TOK.bos,))
+    assert each.admit(one_token).finish is None
     full = ask("a", [1], [a, b], grammar={"regex": "ab"}, eos_ids=(TOK.bos,))
     assert (each.admit(full).finish, each.admit(full).completes_grammar) == ("stop", True)
 

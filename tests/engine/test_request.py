@@ -19,7 +19,7 @@ INF = math.inf
 
 
 @pytest.mark.parametrize(
-    ("field", "allowed", "others"),
+    ("field", "values", "others"),
     [
         ("temperature", [0, 1e-9, 1e300], [-1e-9, math.nan, INF, "1"]),
         ("top_k", [0, 1, 10**9], [-1, 1.0, True]),
@@ -40,8 +40,8 @@ INF = math.inf
         ("prompt_logprobs_start", [1, 99], [0, True]),
     ],
 )
-def test_ranges_to_their_bounds(field: str, allowed: list[Any], others: list[Any]) -> None:
-    for value in allowed:
+def test_ranges_to_their_bounds(field: str, values: list[Any], others: list[Any]) -> None:
+    for value in values:
         SamplingParams(**{field: value})
     for value in others:
         with pytest.raises(ValueError, match=f"^{field}="):
@@ -55,7 +55,7 @@ def test_no_output_needs_prompt_logprobs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "allowed", "others"),
+    ("kind", "values", "others"),
     [
         ("json_schema", [{}, {"type": "string"}, True, False], [None, "x", []]),
         ("json_object", [True], [False, None, {}]),
@@ -76,8 +76,8 @@ def test_no_output_needs_prompt_logprobs() -> None:
         ),
     ],
 )
-def test_shapes_of_grammars(kind: str, allowed: list[Any], others: list[Any]) -> None:
-    for value in allowed:
+def test_shapes_of_grammars(kind: str, values: list[Any], others: list[Any]) -> None:
+    for value in values:
         SamplingParams(grammar={kind: value})
     for value in others:
         with pytest.raises(ValueError, match=rf"^grammar\.{kind}="):
@@ -99,7 +99,7 @@ def test_stop_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "allowed", "others"),
+    ("field", "values", "others"),
     [
         ("deadline", [None, 0, 1e9], [INF, math.nan, "soon"]),
         ("priority", [-5, 0, 5], [0.5, True, None]),
@@ -107,8 +107,8 @@ def test_stop_tokens() -> None:
         ("weight_version", ["", "a"], [None, 1]),
     ],
 )
-def test_fields_of_requests(field: str, allowed: list[Any], others: list[Any]) -> None:
-    for value in allowed:
+def test_fields_of_requests(field: str, values: list[Any], others: list[Any]) -> None:
+    for value in values:
         Request(id="a", prompt=[1], **{field: value})
     for value in others:
         with pytest.raises(ValueError, match=f"^{field}="):
