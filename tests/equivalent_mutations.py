@@ -67,4 +67,7 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
             "equal block tables are written again",
         ),
     },
+    "nanochat_ray/model/gpt.py": {
+        "constant: 1.0  →  1.5": ("self.window_share = 1.0", "a share from 1 on is the whole"),
+    },
 }
