@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
+from nanochat_ray.config import to_json
 from nanochat_ray.model.attention import SelfAttention, _block_mask
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.fp8 import fp8_linear
@@ -171,3 +172,22 @@ def test_fp8_takes_the_large_matrices_only(fp8_on_any_cpu: None) -> None:
     near.backward()
     assert abs(near.item() - exact.item()) < 0.02
     assert block.attn.c_q.weight.grad is not None
+
+
+def test_presets_are_nanochats() -> None:
+    """July 2026, and October 2025 (transformers' NanoChatForCausalLM)."""
+    shape = {"vocab_size": 99, "n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 2}
+    modern, classic = (
+        to_json(ModelConfig.preset(name, sequence_len=8, **shape)) for name in ("modern", "classic")
+    )
+    names = ("value_embeds", "residual_scalars", "smear", "backout")
+    assert [modern[name] for name in names] == [True] * 4
+    assert [classic[name] for name in names] == [False] * 4
+    names = ("qk_scale", "softcap", "rope_base", "norm_eps", "pad_vocab_to")
+    assert [modern[name] for name in names] == [1.2, 15, 100_000, 2**-23, 64]
+    assert [classic[name] for name in names] == [1.0, 15, 10_000, 1e-6, 1]
+    for config in (modern, classic):
+        assert config["window_pattern"] == "L"
+        names = ("skips", "attention_gate", "residual_decay", "dropout")
+        assert not any(config[name] for name in names)
+        assert (config["rope_factor"], config["document_start"]) == (1, -1)

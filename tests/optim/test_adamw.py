@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.optim import sharded
 from nanochat_ray.optim.config import OptimConfig
+from nanochat_ray.optim.muon import MuonRule
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from tests.tiny import tiny_config
 
@@ -116,3 +120,28 @@ def test_gradient_that_is_not_finite_moves_nothing(value: float) -> None:
     assert not optimizer.step(0, lr_factor=1.0, momentum=0.9, clip=1.0).isfinite()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert not any(state.any() for state in optimizer.state_dict().values())
+
+
+def test_what_a_muon_step_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate and the decay follow the schedule, so the decay of a weight by its square."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(sharded, "muon_update_", lambda *tensors, **values: calls.append(values))
+    config = dataclasses.replace(
+        CONFIG, orthogonalizer="newton_schulz", normuon=False, row_normalize=True, cautious=True
+    )
+    model = random_model()
+    optimizer = ShardedOptimizer(model, config, torch.bfloat16)
+    optimizer.step(3, lr_factor=0.25, momentum=0.875)
+    assert len(calls) == sum(flat.group.kind == "muon" for flat in optimizer.flats)
+    rule = MuonRule(
+        orthogonalizer="newton_schulz", normuon=False, row_normalize=True, cautious=True
+    )
+    for call in calls:
+        assert call == {
+            "lr": 0.02 * 0.25,
+            "momentum": 0.875,
+            "beta2": 0.9,
+            "weight_decay": 0.1 * 0.25,
+            "rule": rule,
+            "dtype": torch.bfloat16,
+        }

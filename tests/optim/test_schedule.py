@@ -10,6 +10,20 @@ from nanochat_ray.optim.schedule import lr_factor, momentum, window_share
 CONFIG = OptimConfig(warmup_ratio=0.1, warmdown_ratio=0.4, final_lr_frac=0.2)
 
 
+def test_defaults_are_those_of_depth_12() -> None:
+    """nanochat's gpt.py and base_train.py (July 2026), before they are scaled for a run."""
+    config = OptimConfig()
+    assert config.learning_rates() == {
+        "matrix_lr": 0.02,
+        "embedding_lr": 0.3,
+        "unembedding_lr": 0.008,
+        "scalar_lr": 0.5,
+    }
+    assert (config.warmup_ratio, config.warmdown_ratio, config.final_lr_frac) == (0.02, 0.8, 0.05)
+    assert (config.momentum, config.embedding_beta2) == (0.95, 0.995)
+    assert (config.weight_decay, config.grad_clip) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("step", "factor"),
     # Of 20 steps 2 rise, 10 stay, 8 fall to 0.2 + 0.8 / 8.
