@@ -31,8 +31,9 @@ class EngineConfig:
     max_num_batched_tokens: int = 256
     """Tokens of one step: decodes first, the rest for prompts."""
     prefill_chunk: int = 64
-    """Prompt tokens of a step beside decodes: this many for each prompt, or 3 for each decode if
-    that is more; fewer late in long prompts. It bounds the delay of the decodes."""
+    """Prompt tokens of a step beside decodes: this many for each prompt, all of a prompt of up
+    to three times as many, or 3 for each decode if that is more; fewer late in long prompts. It
+    bounds the delay of the decodes."""
     prefix_cache_tokens: int | None = None
     """Tokens of prefixes that are cached beside the running sequences, so that a conversation's
     next turn computes only its new tokens; 0: no prefix cache; None: half of the memory for keys

@@ -179,7 +179,11 @@ class Scheduler:
         chunks: list[ScheduledChunk] = []
         budget = float(max_tokens)
         if num_decodes:
-            cost = self.prefill_cost.budget(self.prefill_chunk, len(prefills), num_decodes)
+            prompts = [
+                (s.num_tokens - s.num_cached_tokens, s.num_tokens - s.num_computed_tokens)
+                for s in prefills
+            ]
+            cost = self.prefill_cost.budget(self.prefill_chunk, prompts, num_decodes)
             budget = float(min(max_tokens, cost))
         for s in prefills:
             if budget < 1:

@@ -159,7 +159,8 @@ def test_prefill_costs_by_hand() -> None:
     cost = PrefillCostModel(doubling_tokens=100, tokens_per_decode=3)
     assert [cost.token_cost(position) for position in (0, 50, 100, 300)] == [1, 1.5, 2, 4]
     assert PrefillCostModel().token_cost(300) == 1
-    assert cost.budget(prefill_chunk=10, num_prefills=2, num_decodes=4) == 20
-    assert cost.budget(prefill_chunk=10, num_prefills=1, num_decodes=4) == 12
+    assert cost.budget(10, [(90, 90), (31, 1)], num_decodes=4) == 20
+    assert cost.budget(10, [(90, 90)], num_decodes=4) == 12
+    assert cost.budget(10, [(90, 90), (30, 30), (30, 5)], num_decodes=4) == 45
     # Measured: the benchmarks of the engine.
     assert PrefillCostModel.of_width(64) == PrefillCostModel(128, 3)

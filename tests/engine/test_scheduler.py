@@ -96,11 +96,25 @@ def test_prompt_budget_grows_with_prompts() -> None:
     s.add(sequence("first"))
     run(s)
     for name in "abcd":
-        s.add(sequence(name, 10))
-    assert run(s) == {"first": 1, "a": 10, "b": 6}  # 4 prompts: 4 times 4 tokens
-    assert run(s) == {"first": 1, "a": 1, "b": 4, "c": 8}  # 3
-    assert run(s) == {"first": 1, "a": 1, "b": 1, "c": 2, "d": 6}  # 2
+        s.add(sequence(name, 13))
+    assert run(s) == {"first": 1, "a": 13, "b": 3}  # 4 prompts: 4 times 4 tokens
+    assert run(s) == {"first": 1, "a": 1, "b": 10, "c": 2}  # 3
+    assert run(s) == {"first": 1, "a": 1, "b": 1, "c": 8}  # 2
+    assert run(s) == {"first": 1, "a": 1, "b": 1, "c": 3, "d": 5}  # 2
     assert run(s) == {"first": 1, "a": 1, "b": 1, "c": 1, "d": 4}  # 1
+
+
+def test_short_prompts_run_in_one_step() -> None:
+    s = scheduler(num_slots=9, max_num_batched_tokens=40)
+    s.add(sequence("first"))
+    run(s)
+    for name, length in (("a", 12), ("b", 13), ("c", 5)):  # up to 3 times 4 are short
+        s.add(sequence(name, length))
+    assert run(s) == {"first": 1, "a": 12, "b": 9}  # 12 + 4 + 5
+    assert run(s) == {"first": 1, "a": 1, "b": 4, "c": 5}
+    s.add(sequence("prefix", 40))
+    s.waiting[-1].num_cached_tokens = s.waiting[-1].num_computed_tokens = 29
+    assert run(s)["prefix"] == 11
 
 
 def test_several_prompts_share_a_step() -> None:
@@ -180,7 +194,7 @@ def test_draft_fits_budget_and_max_length() -> None:
     while any(not q.is_decoding for q in s.running) or s.waiting:
         run(s)
     s.running[1].max_length = len(s.running[1].tokens) + 3
-    s.add(sequence("d", 9))
+    s.add(sequence("d", 13))
     assert [(c.sequence.request.id, c.num_tokens, len(c.draft)) for c in s.plan().chunks] == [
         ("a", 1, 5),
         ("b", 1, 0),
