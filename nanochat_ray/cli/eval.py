@@ -18,13 +18,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nanochat_ray.checks import check_int, check_name, require
+from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.cli.eval_core import core_figures
 from nanochat_ray.cli.flags import EVERYDAY, overrides
 from nanochat_ray.data import corpus, sources
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.evals.core_data import TASKS
-from nanochat_ray.evals.results import Results, wilson_interval
+from nanochat_ray.evals.results import Results
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.tasks.task import Task
@@ -54,6 +54,10 @@ class Args:
     """Tasks; without --text, a chat model's are chain_sum leg_counting products."""
     count: int = 200
     """Questions of each task, none of them trained on. Fewer where a task has fewer."""
+    samples: int = 1
+    """Answers to each question; of k of them also pass@k."""
+    temperature: float | None = None
+    """Of the answers; by default 0, greedy, for one answer, and 1 for several."""
     text: tuple[str, ...] = ()
     """Files, folders, globs, s3:// or hf:// to measure bits per byte on."""
     text_tokens: int = 1_000_000
@@ -80,9 +84,12 @@ class Args:
         check_name("run", self.run)
         if self.checkpoint:
             check_name("checkpoint", self.checkpoint)
-        for name, least in (("count", 1), ("seed", 0), ("threads", 0)):
+        for name, least in (("count", 1), ("samples", 1), ("seed", 0), ("threads", 0)):
             check_int(name, getattr(self, name), least, 1 << 30)
         check_int("show_wrong", self.show_wrong, 0)
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", float(self.samples > 1))
+        check_float("temperature", self.temperature)
         check_int("text_tokens", self.text_tokens, 0)
         enough = self.core_count == 0 or self.core_count > MAX_SHOTS
         requirement = f"0, or more than {MAX_SHOTS}, the examples before a question"
@@ -144,30 +151,53 @@ def task_figures(
 ) -> dict[str, Any]:
     from nanochat_ray.evals.tasks import evaluate
 
-    accuracy, questions = {}, {}
+    accuracy, questions, pass_at_k = {}, {}, {}
     for task in tasks:
         start = time.perf_counter()
-        score = evaluate(engine, tokenizer, task, count=args.count)
+        score = evaluate(
+            engine,
+            tokenizer,
+            task,
+            count=args.count,
+            samples=args.samples,
+            temperature=args.temperature or 0.0,
+            seed=args.seed,
+        )
         accuracy[score.name], questions[score.name] = score.accuracy, score.total
+        pass_at_k[score.name] = score.pass_at(args.samples)
+        low, high = score.interval()
         notes = ""
+        if args.samples > 1:
+            notes += f"; pass@{args.samples} {pass_at_k[score.name]:.1%}"
         if score.total < args.count:
             notes += f"; the task has no more than {score.total} questions"
         if score.too_long:
             notes += f"; {score.too_long} do not fit into the context and count as wrong"
-        low, high = wilson_interval(score.correct, score.total)
         print(
-            f"{score.name:<18} {score.correct}/{score.total} right ({score.accuracy:.1%}, 95% "
-            f"interval {low:.1%} to {high:.1%}) in {time.perf_counter() - start:.1f} s{notes}",
+            f"{score.name:<18} {score.correct}/{score.total * args.samples} right "
+            f"({score.accuracy:.1%}, 95% interval {low:.1%} to {high:.1%}) in "
+            f"{time.perf_counter() - start:.1f} s{notes}",
             flush=True,
         )
-        settings: dict[str, Any] = {"questions": args.count, "seed": args.seed}
-        settings["precision"] = engine.config.precision
-        figures = {"correct": score.correct, "total": score.total, "accuracy": score.accuracy}
-        results.store("tasks", score.name, settings, {**figures, "interval": [low, high]})
+        settings = {
+            "questions": args.count,
+            "samples": args.samples,
+            "temperature": args.temperature,
+            "seed": args.seed,
+            "precision": engine.config.precision,
+        }
+        figures: dict[str, Any] = {
+            "correct": score.correct,
+            "total": score.total,
+            "accuracy": score.accuracy,
+        }
+        figures |= {f"pass@{args.samples}": pass_at_k[score.name], "interval": [low, high]}
+        results.store("tasks", score.name, settings, figures)
         for question, answer in score.wrong[: args.show_wrong]:
             print(f"    wrong: {question!r} → {answer!r}")
     engine.check_integrity()
-    return {"accuracy": accuracy, "questions": questions}
+    result: dict[str, Any] = {"accuracy": accuracy, "questions": questions}
+    return result | ({"pass_at_k": pass_at_k} if args.samples > 1 else {})
 
 
 def main(args: Args) -> None:

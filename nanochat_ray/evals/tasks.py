@@ -1,13 +1,15 @@
-"""Exact-match accuracy of a chat model on tasks, through the engine that serves it."""
+"""Accuracy of a chat model on tasks, through the engine that serves it: greedy, or pass@k."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanochat_ray.engine.detokenizer import IncrementalDetokenizer
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Request, SamplingParams
+from nanochat_ray.evals.results import Z, wilson_interval
 from nanochat_ray.tasks.task import Task
 from nanochat_ray.text.chat import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -16,16 +18,44 @@ from nanochat_ray.text.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class TaskScore:
     name: str
-    correct: int
-    total: int
+    num_right: list[int]
+    """Right answers of each question, of ``samples``."""
+    samples: int
     wrong: list[tuple[str, str]]
     """Up to ten (question, answer) that were not right."""
     too_long: int = 0
-    """Of ``total``, those that do not fit into the context: they count as wrong."""
+    """Questions that do not fit into the context: their answers count as wrong."""
+
+    @property
+    def total(self) -> int:
+        return len(self.num_right)
+
+    @property
+    def correct(self) -> int:
+        """Right answers of all questions."""
+        return sum(self.num_right)
 
     @property
     def accuracy(self) -> float:
-        return self.correct / max(self.total, 1)
+        """pass@1."""
+        return self.pass_at(1)
+
+    def pass_at(self, k: int) -> float:
+        """Probability that one of ``k`` answers is right, without bias: 1 - C(n - c, k) / C(n, k)
+        for c right of n (Chen et al., arXiv 2107.03374, equation 1)."""
+        n = self.samples
+        shares = [1 - math.comb(n - c, k) / math.comb(n, k) for c in self.num_right]
+        return sum(shares) / max(self.total, 1)
+
+    def interval(self) -> tuple[float, float]:
+        """95% confidence interval of the accuracy. The answers of one question are not independent,
+        so with several the spread is that of the questions."""
+        if self.samples == 1:
+            return wilson_interval(self.correct, self.total)
+        mean = self.accuracy
+        squares = sum((c / self.samples - mean) ** 2 for c in self.num_right)
+        spread = Z * math.sqrt(squares / max(self.total - 1, 1) / self.total)
+        return max(0.0, mean - spread), min(1.0, mean + spread)
 
 
 def evaluate(
@@ -34,33 +64,42 @@ def evaluate(
     task: Task,
     *,
     count: int,
+    samples: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
     max_tokens: int = 128,
     progress: Callable[[int, int], None] = lambda num_answered, total: None,
 ) -> TaskScore:
-    """Asks the first ``count`` questions of ``task``, greedily, and grades what is answered.
+    """Asks the first ``count`` questions of ``task``, each ``samples`` times, and grades answers.
 
     The engine is this function's alone while it runs. A question that does not fit into the
     context counts as wrong.
     """
     total = min(count, len(task))
     ends = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, eos_ids=ends)
     detokenizers: dict[str, IncrementalDetokenizer] = {}
     answers: dict[str, str] = {}
-    waiting = list(range(total))
-    num_answered = too_long = 0
+    waiting = [(index, i) for index in range(total) for i in range(samples)]
+    num_answered = 0
+    too_long: set[int] = set()
     while waiting or engine.has_work:
         # A full batch and as much again in the queue keeps every slot busy.
         while waiting and len(detokenizers) < 2 * engine.config.max_num_seqs:
-            index = waiting.pop(0)
+            index, i = waiting.pop(0)
+            params = SamplingParams(
+                temperature=temperature,
+                max_tokens=max_tokens,
+                eos_ids=ends,
+                seed=(seed * samples + i) % 2**63,
+            )
             prompt = render_prompt(tokenizer, task.question(index))
-            request = Request(id=str(index), prompt=prompt, params=params)
+            request = Request(id=f"{index}/{i}", prompt=prompt, params=params)
             answers[request.id] = ""
             try:
                 engine.add(request)
             except ValueError:
                 num_answered += 1
-                too_long += 1
+                too_long.add(index)
                 continue
             detokenizers[request.id] = IncrementalDetokenizer(tokenizer)
         for output in engine.step():
@@ -70,11 +109,13 @@ def evaluate(
                 answers[output.request_id] += detokenizer.flush()
                 del detokenizers[output.request_id]
                 num_answered += 1
-                progress(num_answered, total)
-    right = [task.grade(index, answers[str(index)]) for index in range(total)]
-    wrong = [
-        (str(task.question(index)[-1]["content"]), answers[str(index)])
-        for index, ok in enumerate(right)
-        if not ok
-    ]
-    return TaskScore(task.name, sum(right), total, wrong[:10], too_long)
+                progress(num_answered, total * samples)
+    num_right = []
+    wrong: list[tuple[str, str]] = []
+    for index in range(total):
+        texts = [answers[f"{index}/{i}"] for i in range(samples)]
+        grades = [task.grade(index, text) for text in texts]
+        num_right.append(sum(grades))
+        if not all(grades) and len(wrong) < 10:
+            wrong.append((str(task.question(index)[-1]["content"]), texts[grades.index(False)]))
+    return TaskScore(task.name, num_right, samples, wrong, len(too_long))

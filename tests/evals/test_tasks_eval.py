@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.evals.tasks import evaluate
+from nanochat_ray.evals.tasks import TaskScore, evaluate
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.chat import Message
 from tests.tiny import TOKENIZER, tiny_config
@@ -63,3 +64,34 @@ def test_accuracy_counts_all_questions() -> None:
     again = FirstLetter({1})
     evaluate(one_engine, TOKENIZER, again, count=5, max_tokens=12)
     assert all(again.answers[i] == task.answers[i] for i in range(5))
+
+
+def test_pass_at_k_by_hand() -> None:
+    """Of 4 answers 0, 1 and 4 are right: pass@2 is 0, 1 - C(3, 2) / C(4, 2) = 1/2, and 1."""
+    score = TaskScore("x", [0, 1, 4], 4, [])
+    assert score.accuracy == pytest.approx((0 + 1 / 4 + 1) / 3)
+    assert score.pass_at(2) == pytest.approx((0 + 1 / 2 + 1) / 3)
+    assert score.pass_at(4) == pytest.approx(2 / 3)
+    # The standard deviation of (1/4, 1/2, 3/4) is 1/4, and 1.96 / 4 / sqrt(3) is 0.2829.
+    interval = TaskScore("x", [1, 2, 3], 4, []).interval()
+    assert interval == pytest.approx((0.5 - 0.2829, 0.5 + 0.2829), abs=1e-4)
+
+
+def test_samples_differ_and_are_repeatable() -> None:
+    class Collect(FirstLetter):
+        def grade(self, index: int, answer: str) -> bool:
+            texts.append(answer)
+            return answer == texts[0]
+
+    runs = []
+    for seed in (0, 0, 1):
+        texts: list[str] = []
+        score = evaluate(
+            engine(), TOKENIZER, Collect(set()), count=3, samples=4, temperature=1.0, seed=seed
+        )
+        assert (score.total, len(texts)) == (3, 12)
+        assert score.num_right[0] >= 1
+        runs.append(texts)
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+    assert len(set(runs[0])) > 3
