@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nanochat_ray import config as configs
 from nanochat_ray.checkpoint.codec import write_tensors
+from nanochat_ray.checkpoint.lease import leased_checkpoints
 from nanochat_ray.checkpoint.reader import (
     FORMAT,
     CheckpointReader,
@@ -143,7 +144,7 @@ def latest(run: Store) -> str | None:
 
     The folders decide, not the file ``latest``, which a crash may have left behind or emptied.
     """
-    return next((name for name in _names(run) if _is_complete(run, name)), None)
+    return next((name for name in names(run) if _is_complete(run, name)), None)
 
 
 def _is_complete(run: Store, name: str) -> bool:
@@ -158,7 +159,7 @@ def resume_warnings(run: Store) -> list[str]:
     """One line for each folder or file that disagrees with ``latest``: newer but incomplete."""
     newest = latest(run)
     lines = []
-    for name in _names(run):
+    for name in names(run):
         if name == newest:
             break
         lines.append(f"{name} is incomplete (it has no manifest.json): skipped")
@@ -265,7 +266,7 @@ def _val_metrics(run: Store, names: Iterable[str]) -> dict[str, float]:
     return metrics
 
 
-def _names(run: Store) -> list[str]:
+def names(run: Store) -> list[str]:
     """Folders of checkpoints, complete or not, the newest first; not other names."""
     steps = []
     for name in run.list():
@@ -274,9 +275,19 @@ def _names(run: Store) -> list[str]:
     return [name for _, name in sorted(steps, reverse=True)]
 
 
+def val_metrics(run: Store) -> dict[str, float]:
+    """The validation metric, lower being better, of each complete checkpoint that has one."""
+    return _val_metrics(run, names(run))
+
+
+def val_metric(run: Store, name: str) -> float | None:
+    """That of one checkpoint."""
+    return _val_metrics(run, [name]).get(name)
+
+
 def best(run: Store) -> str | None:
     """Name of the checkpoint with the lowest validation metric; None without a validation."""
-    metrics = _val_metrics(run, _names(run))
+    metrics = val_metrics(run)
     return min(metrics, key=metrics.__getitem__) if metrics else None
 
 
@@ -288,7 +299,7 @@ def resolve(run: Store, name: str = "") -> str:
     match = latest(run) if not name else best(run) if name == "best" else name
     if match is not None and run.exists(match):  # whether it is complete shows when it is loaded
         return match
-    complete = [n for n in _names(run) if _is_complete(run, n)]
+    complete = [n for n in names(run) if _is_complete(run, n)]
     if not complete:
         raise ValueError(f"run {run.uri} has no checkpoint")
     if name == "best":
@@ -299,15 +310,15 @@ def resolve(run: Store, name: str = "") -> str:
 def prune(run: Store, keep_latest_k: int, *, keep_best: bool = False) -> None:
     """Deletes all but the ``keep_latest_k`` newest checkpoints, and incomplete ones before them.
 
-    The latest stays in any case, so does anything newer, and with ``keep_best`` the one with the
-    best validation.
+    The latest stays in any case, so does anything newer or leased (``lease``), and with
+    ``keep_best`` the one with the best validation.
     """
     newest = latest(run)
     if newest is None:
         return
-    older = [n for n in _names(run) if step_of(n) < step_of(newest)]
+    older = [n for n in names(run) if step_of(n) < step_of(newest)]
     complete = [n for n in older if _is_complete(run, n)]
-    keep = set(complete[: keep_latest_k - 1])
+    keep = set(complete[: keep_latest_k - 1]) | leased_checkpoints(run)
     if keep_best:
         metrics = _val_metrics(run, [newest, *complete])
         keep |= {min(metrics, key=metrics.__getitem__)} if metrics else set()

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a base model, or fine-tune one to chat",
     "rl": "let a chat model learn from answers that a program grades",
     "serve": "serve a run with OpenAI's API and a chat page",
+    "rollback": "return an endpoint that follows its run to an earlier checkpoint",
     "chat": "chat with an endpoint in the terminal",
     "eval": "measure a run on tasks, and its bits per byte of text",
     "export": "write or read Hugging Face's and nanochat's folders",

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
+import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,7 @@ from nanochat_ray.storage import Store
 
 if TYPE_CHECKING:
     from nanochat_ray.engine.engine import Engine
+    from nanochat_ray.serve.local import LocalClient
     from nanochat_ray.text.tokenizer import Tokenizer
 
     ServeFlags = dict[str, Any]
@@ -36,7 +40,8 @@ else:
 
 EVERYDAY_SERVE = (
     *("storage", "run", "checkpoint", "name", "num_replicas", "max_replicas", "gpus", "threads"),
-    *("num_ingress_replicas", "request_timeout_s", "key_file", "allowed_origins", "access_log"),
+    *("follow", "num_ingress_replicas", "request_timeout_s", "key_file", "allowed_origins"),
+    "access_log",
 )
 EVERYDAY_ENGINE = ("max_num_seqs", "max_model_len", "max_queue_size", "precision")
 
@@ -97,11 +102,14 @@ def serve_here(config: ServeConfig, args: Args) -> None:
     from nanochat_ray.serve.generation import Limits
     from nanochat_ray.serve.local import LocalClient
 
+    run = Store.at(config.storage).child("runs", config.run)
+    name = config.name or config.run
+    checkpoint_name = first_checkpoint(config, run)
+
     def load() -> tuple[Engine, Tokenizer]:
         torch.set_num_threads(config.threads or engine_threads(sharing=1))
-        run = Store.at(config.storage).child("runs", config.run)
         device = "cuda" if config.gpus else "cpu"
-        return Engine.from_run(run, config.engine, config.checkpoint, device)
+        return Engine.from_run(run, config.engine, checkpoint_name, device)
 
     http_server.bind(args.host, args.port).close()  # before the model is loaded
     engine, tokenizer = run_in_temporary_thread(load)
@@ -110,7 +118,7 @@ def serve_here(config: ServeConfig, args: Args) -> None:
     app = build_app(
         client,
         tokenizer,
-        config.name or config.run,
+        name,
         client.max_model_len,
         limits=Limits(request_timeout_s=config.request_timeout_s),
         keys=[*config.key_hashes, *key_file_hashes(config)],
@@ -123,12 +131,56 @@ def serve_here(config: ServeConfig, args: Args) -> None:
     freeze_gc()
     listener = http_server.bind(args.host, args.port)
     host = f"[{args.host}]" if ":" in args.host else args.host
-    name, port = config.name or config.run, listener.getsockname()[1]
+    port = listener.getsockname()[1]
     print(f"{name} is served at http://{host}:{port}", flush=True)
     try:
-        http_server.server_of(app).run(sockets=[listener])
+        with hold_checkpoint(config, run, client, checkpoint_name):
+            http_server.server_of(app).run(sockets=[listener])
     finally:
         client.close()
+
+
+def first_checkpoint(config: ServeConfig, run: Store) -> str:
+    """The checkpoint to begin with. Raises ValueError if there is none."""
+    from nanochat_ray.checkpoint import checkpoint, follow
+
+    if config.follow and not config.checkpoint:
+        return follow.first_checkpoint(run, config.name or config.run, config.follow)
+    return checkpoint.resolve(run, config.checkpoint)
+
+
+@contextlib.contextmanager
+def hold_checkpoint(
+    config: ServeConfig, run: Store, client: LocalClient, checkpoint_name: str
+) -> Iterator[None]:
+    """Leases the checkpoint of the engine while the block runs, and follows the run if the
+    configuration says so."""
+    from nanochat_ray.checkpoint.follow import CheckpointWatcher, NewCheckpoint, ServedCheckpoint
+    from nanochat_ray.checkpoint.lease import Lease
+    from nanochat_ray.serve.follow import Follower
+
+    name = config.name or config.run
+    if not config.follow:
+        lease = Lease(run, f"serve-{socket.gethostname()}-{os.getpid()}")
+        lease.hold([checkpoint_name])
+        try:
+            yield
+        finally:
+            lease.release()
+        return
+
+    def roll(new: NewCheckpoint) -> None:
+        client.swap_weights(new.weights, new.about.version, config.drain_s).result()
+
+    current = ServedCheckpoint.of(run, checkpoint_name)
+    watcher = CheckpointWatcher(run, name, config.follow, current, margin=config.follow_margin)
+    follower = Follower(watcher, roll)
+    client.follow_status = follower.status
+    follower.start()
+    try:
+        yield
+    finally:
+        follower.close()
 
 
 def main(args: Args) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from nanochat_ray.checks import check_float, check_int, check_name
+from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.serve import keys
 from nanochat_ray.serve.auth import check_origins
@@ -44,6 +45,16 @@ class ServeConfig:
     ingress_cpus: float = 0.1
     """Logical CPUs of each HTTP replica."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    follow: Literal["", "latest", "best"] = ""
+    """Serve each new checkpoint that is the latest, or best by validation."""
+    follow_margin: float = 0.05
+    """With follow, a checkpoint whose validation metric is worse than the served one's by more than
+    this is refused."""
+    swap: Literal["drain", "immediate"] = "drain"
+    """With drain, running requests finish on their weights before new ones are loaded; with
+    immediate those that have sent text end with an error, and others begin again."""
+    swap_drain_s: float = 30.0
+    """Seconds that running requests may take to finish before new weights replace theirs."""
     deadline_s: float = 60.0
     """Seconds that a request may wait for another engine replica after its own has died."""
     request_timeout_s: float = 0.0
@@ -68,14 +79,21 @@ class ServeConfig:
             raise ValueError(f"max_replicas={most!r} is not allowed: {requirement}")
         for name in ("upscale_delay_s", "downscale_delay_s", "deadline_s", "request_timeout_s"):
             check_float(name, getattr(self, name))
-        for name in ("gpus", "cpus", "ingress_cpus"):
+        for name in ("gpus", "cpus", "ingress_cpus", "follow_margin", "swap_drain_s"):
             check_float(name, getattr(self, name))
         object.__setattr__(self, "key_hashes", tuple(self.key_hashes))
         keys.check_hashes("key_hashes", self.key_hashes)
         object.__setattr__(self, "allowed_origins", tuple(self.allowed_origins))
         check_origins("allowed_origins", self.allowed_origins)
+        require(self.follow in ("", "latest", "best"), "follow", self.follow, "latest or best")
+        require(self.swap in ("drain", "immediate"), "swap", self.swap, "drain or immediate")
         check_name("run", self.run)
         if self.checkpoint:
             check_name("checkpoint", self.checkpoint)
         # The replicas' working directory is another one.
         object.__setattr__(self, "storage", absolute(self.storage))
+
+    @property
+    def drain_s(self) -> float:
+        """How long new weights wait for running requests."""
+        return self.swap_drain_s if self.swap == "drain" else 0.0

@@ -32,7 +32,14 @@ from nanochat_ray.serve.auth import AuthMiddleware, BodySizeLimit, client_of
 from nanochat_ray.serve.body import JsonRoute, from_validation
 from nanochat_ray.serve.client import EngineClient, UnavailableError
 from nanochat_ray.serve.generation import Limits
-from nanochat_ray.serve.metrics import EngineMetrics, PrometheusSink, RequestMetrics, Sink, Tee
+from nanochat_ray.serve.metrics import (
+    EngineMetrics,
+    FollowMetrics,
+    PrometheusSink,
+    RequestMetrics,
+    Sink,
+    Tee,
+)
 from nanochat_ray.serve.openai import errors
 from nanochat_ray.serve.openai.chat import ChatBuilder, chat_prompt, parse_chat
 from nanochat_ray.serve.openai.completions import CompletionBuilder, parse_completion
@@ -183,13 +190,15 @@ def _add_pages(app: FastAPI, serving: Serving) -> None:
 
 
 def _add_metrics(app: FastAPI, serving: Serving, prometheus: PrometheusSink) -> None:
-    engines = EngineMetrics(prometheus)
+    engines, follow = EngineMetrics(prometheus), FollowMetrics(prometheus)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus' text format."""
         with contextlib.suppress(UnavailableError):  # then the last values are repeated
-            stats = (await serving.client.health())["engines"]
+            health = await serving.client.health()
+            follow.update(health.get("follow", {}))
+            stats = health["engines"]
             engines.update_all({e.get("replica", str(i)): e for i, e in enumerate(stats)})
         return Response(prometheus.text(), media_type=CONTENT_TYPE_LATEST)
 

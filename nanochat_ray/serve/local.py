@@ -10,7 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
+
+from torch import Tensor
 
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.loop import EngineLoop
@@ -23,6 +27,8 @@ class LocalClient:
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self.follow_status: Callable[[], dict[str, Any]] | None = None
+        """Of the thread that swaps the weights, if there is one."""
         self.max_model_len = engine.max_model_len
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, OutputStream] = {}
@@ -57,7 +63,14 @@ class LocalClient:
         if self._engine_loop.failure is not None:
             raise UnavailableError(self._engine_loop.failure)
         stats = dataclasses.asdict(self._engine_loop.stats())
-        return {"engines": [{"weight_version": self.weight_version, **stats}]}
+        health = {"engines": [{"weight_version": self.weight_version, **stats}]}
+        return health if self.follow_status is None else {**health, "follow": self.follow_status()}
+
+    def swap_weights(
+        self, weights: Mapping[str, Tensor], version: str, drain_s: float
+    ) -> Future[None]:
+        """``EngineLoop.swap_weights``."""
+        return self._engine_loop.swap_weights(weights, version, drain_s)
 
     def close(self) -> None:
         self._engine_loop.stop()

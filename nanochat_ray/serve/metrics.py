@@ -279,3 +279,26 @@ class EngineMetrics:
             # A new engine under the same name starts from zero.
             record(now - before if now >= before else now, engine)
             self._totals[engine, field] = now
+
+
+class FollowMetrics:
+    """Counters of a follower, from its ``status``."""
+
+    def __init__(self, sink: Sink):
+        self._records = {
+            "num_swaps": sink.counter(
+                f"{PREFIX}checkpoint_swaps", "Checkpoints that were rolled out to the engines."
+            ),
+            "num_refusals": sink.counter(
+                f"{PREFIX}checkpoints_refused", "Checkpoints that were refused; the log says why."
+            ),
+        }
+        self._totals = dict.fromkeys(self._records, 0)
+
+    def update(self, status: Mapping[str, Any]) -> None:
+        for name, record in self._records.items():
+            now = int(status.get(name, 0))
+            before = self._totals[name]
+            # A follower that restarts begins with zero.
+            record(now - before if now >= before else now, "")
+            self._totals[name] = now

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.client import EngineClient
-from nanochat_ray.serve.metrics import EngineMetrics, Record, RequestMetrics
+from nanochat_ray.serve.metrics import EngineMetrics, FollowMetrics, Record, RequestMetrics
 from nanochat_ray.text.tokenizer import Tokenizer
 
 README = Path(__file__).with_name("README.md")
@@ -49,6 +49,7 @@ def metric_rows() -> list[str]:
     names = _Names()
     RequestMetrics(names)
     EngineMetrics(names)
+    FollowMetrics(names)
     return names.rows
 
 

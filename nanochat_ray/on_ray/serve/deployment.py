@@ -38,6 +38,8 @@ GRACEFUL_SHUTDOWN_S = 30.0
 
 def build_application(config: ServeConfig) -> Application:
     """The Serve application. Raises ValueError for a run or checkpoint that does not exist."""
+    if config.follow:
+        raise ValueError(f"follow={config.follow!r} is not allowed on Ray yet: use --no-ray")
     root = Store.at(config.storage)
     run = root.child("runs", config.run)
     if checkpoint.latest(run) is None:

@@ -226,6 +226,9 @@ class HealthResponse(TypedDict):
     status: Annotated[Literal["ok"], about("The server can generate; 503 otherwise.")]
     model: ModelName
     engines: Annotated[list[dict[str, Any]], about("Statistics of each engine.")]
+    follow: NotRequired[
+        Annotated[dict[str, Any], about("With --follow: what is served, and what is refused.")]
+    ]
 
 
 class ErrorObject(TypedDict):

@@ -1,0 +1,61 @@
+"""Follows a run: a thread looks for checkpoints (``checkpoint.follow``) and rolls them out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from nanochat_ray.checkpoint.follow import CheckpointWatcher, NewCheckpoint
+
+POLL_S = 0.5
+logger = logging.getLogger(__name__)
+
+
+class Follower:
+    """``roll`` makes the endpoint serve a checkpoint, and returns when every engine does.
+
+    It raises ValueError for one that the engines refuse, or RuntimeError if it cannot be done now.
+    """
+
+    def __init__(self, watcher: CheckpointWatcher, roll: Callable[[NewCheckpoint], None]):
+        self.watcher = watcher
+        self._roll = roll
+        self._end = threading.Event()
+        self._has_warned = False
+        self._thread = threading.Thread(target=self._run, name="follow", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+        self.watcher.close()
+
+    def status(self) -> dict[str, Any]:
+        return self.watcher.status()
+
+    def _run(self) -> None:
+        while not self._end.wait(POLL_S):
+            self.step()
+
+    def step(self) -> None:
+        """Rolls out the next checkpoint, if there is one."""
+        try:
+            new = self.watcher.poll()
+        except OSError as error:
+            if not self._has_warned:
+                logger.warning("run %s cannot be read: %s", self.watcher.run.uri, error)
+            self._has_warned = True
+            return
+        self._has_warned = False
+        if new is None:
+            return
+        try:
+            self._roll(new)
+        except (ValueError, RuntimeError) as error:
+            self.watcher.refuse(new.about.name, f"it cannot be rolled out: {error}")
+        else:
+            self.watcher.accept(new)
