@@ -26,13 +26,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def free_memory(device: torch.device, sharing: int = 1) -> int:
+def free_memory(device: torch.device, sharing: int = 1, gpu_share: float = 1.0) -> int:
     """Bytes that a process may use of its GPU, or its share of this machine or container.
 
-    ``sharing``: the number of processes that share this machine's memory.
+    ``sharing``: the number of processes that share this machine's memory. ``gpu_share``: the share
+    of its GPU, of which it may have some already, for processes that share one.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        free, total = torch.cuda.mem_get_info(device)
+        # Memory that torch has cached but does not use is free for its tensors.
+        allocated = torch.cuda.memory_allocated(device)
+        free += torch.cuda.memory_reserved(device) - allocated
+        return max(0, min(int(free), int(gpu_share * total) - allocated))
     free = int(psutil.virtual_memory().available)
     return min(free, _container_memory(CGROUP, free)) // max(1, sharing)
 

@@ -67,3 +67,21 @@ def test_zeros_are_those_of_torch(shape: tuple[int, ...]) -> None:
 def test_zeros_on_a_system_without_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.mmap, "MADV_HUGEPAGE", 10_000, raising=False)
     assert not machine.zeros((1 << 20,), torch.float32, torch.device("cpu")).any()
+
+
+def test_engines_share_a_gpu_by_their_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first engine has 30 of its 40 GiB; the second has the same 40, not the rest of a rest."""
+    gib, gpu = 1 << 30, torch.device("cuda")
+
+    def free(driver: int, torch_memory: int, tensors: int, share: float) -> int:
+        numbers = {"mem_get_info": (driver * gib, 80 * gib)}
+        numbers |= {"memory_reserved": torch_memory * gib, "memory_allocated": tensors * gib}
+        for name, number in numbers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda device, number=number: number)
+        return machine.free_memory(gpu, gpu_share=share) // gib
+
+    assert free(79, 0, 0, 0.5) == 40
+    assert free(79 - 30, 0, 0, 0.5) == 40
+    assert free(79 - 50, 0, 0, 0.5) == 29, "another process took more than its share"
+    assert free(40, 32, 2, 1.0) == 70, "what torch has cached is free"
+    assert free(30, 40, 40, 0.5) == 0

@@ -49,6 +49,9 @@ class EngineConfig:
     kv_cache_memory_fraction: float = 0.8
     """Share of the free memory that keys and values may take, at most. On a CPU they take what
     their tokens need, as sequences grow."""
+    gpu_memory_share: float = 1.0
+    """Share of a GPU's memory for this engine, weights included. Engines with a fraction of a GPU
+    get that fraction of its memory, whichever starts first."""
     kv_tokens: int = 0
     """Tokens of all sequences together, with the paged layout; 0: as many as they need at most, if
     ``kv_cache_memory_fraction`` allows it."""
@@ -56,8 +59,8 @@ class EngineConfig:
     """Requests that may wait for a slot; further ones are rejected."""
     async_scheduling: AsyncScheduling = "auto"
     """Whether a step is planned and launched while the previous one runs. "auto": on a GPU. On a
-    CPU, where a step is done when it is launched, tokens would only come a step later. Not while a
-    step has room for draft tokens, which depend on the latest tokens."""
+    CPU, where a step is done when it is launched, tokens would only come a step later. Not while
+    there are draft tokens, which depend on the latest tokens."""
     precision: EnginePrecision = "fp32"
     """Precision of the weights. On a CPU "bf16" rounds weights and the inputs of matmuls, all else
     is fp32; on a GPU activations, keys and values have it too."""
@@ -102,9 +105,5 @@ class EngineConfig:
             ("precision", get_args(EnginePrecision)),
         ):
             require(getattr(self, name) in kinds, name, getattr(self, name), " or ".join(kinds))
-        require(
-            0 < self.kv_cache_memory_fraction <= 1,
-            "kv_cache_memory_fraction",
-            self.kv_cache_memory_fraction,
-            "above 0, up to 1",
-        )
+        for name in ("kv_cache_memory_fraction", "gpu_memory_share"):
+            require(0 < getattr(self, name) <= 1, name, getattr(self, name), "above 0, up to 1")

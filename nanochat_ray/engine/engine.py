@@ -310,10 +310,15 @@ class Engine:
         return ForwardOutput(logits, sampling_chunks, prompt_logprobs)
 
     def _may_stay_in_flight(self, step: InFlightStep) -> bool:
-        """Whether the next step can be planned before the tokens of this one are known: every
-        sequence gets exactly one token, and no draft tokens, which depend on it, will be added."""
+        """Whether the next step is planned before the tokens of this one are known: every sequence
+        gets exactly one token, and no draft is expected.
+
+        Draft tokens depend on the latest token. Where the tokens before it have a draft, a text
+        repeats itself, so that the next step waits to have one too."""
+        if not self._async_scheduling or step.has_draft:
+            return False
         can_speculate = self.scheduler.can_speculate(len(step.chunks))
-        return self._async_scheduling and not step.has_draft and not can_speculate
+        return not (can_speculate and any(c.sequence.propose_draft(1) for c in step.chunks))
 
     def _keep_in_flight(self, step: InFlightStep) -> None:
         self._in_flight = step

@@ -168,6 +168,26 @@ def test_urgent_request_preempts_for_blocks() -> None:
     assert tokens(results["urgent"]) == uncached_greedy(model, [2] * 100, 5)
 
 
+@pytest.mark.parametrize(("common", "steps"), [(0, 1), (15, 1), (16, 2), (64, 2)])
+def test_prompts_with_a_common_prefix_wait_one_step(common: int, steps: int) -> None:
+    """One of them computes its blocks of 16 tokens, which all others find in the next step."""
+    engine = paged_engine(
+        make_model("modern", n_embd=16, n_head=1, n_kv_head=1),
+        max_num_seqs=32,
+        max_num_batched_tokens=8192,
+        prefill_chunk=512,
+        async_scheduling="off",
+    )
+    for i in range(32):
+        engine.add(ask(str(i), [*range(common), *[100 + i] * (80 - common)], max_tokens=40))
+    ids: set[str] = set()
+    for _ in range(steps):
+        assert len(ids) < 32
+        ids |= {output.request_id for output in engine.step()}
+    assert len(ids) == 32
+    assert engine.stats().num_hit_tokens == 31 * (common // 16 * 16)
+
+
 def test_shared_prefix_is_not_copied() -> None:
     model, start = make_model("modern"), [7 + i for i in range(64)]
     engine = paged_engine(model, max_num_seqs=4)

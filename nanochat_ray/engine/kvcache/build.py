@@ -47,7 +47,7 @@ def check_kv_cache(
     has_native: bool,
 ) -> None:
     """ValueError if the memory does not suffice; before a model is built for such a length."""
-    free = free_memory(device)
+    free = free_memory(device, gpu_share=config.gpu_memory_share)
     if choose_layout(config, device) == "paged":
         make_allocator(model, config, max_model_len, dtype, free, BLOCK_SIZE)
     else:
@@ -66,7 +66,8 @@ def build_kv_cache(
 ) -> tuple[KVCache, KVCacheManager]:
     """The memory and its manager. ``min_num_tokens``: the least number of tokens of a forward;
     ``native`` was compiled for the model's sizes. ValueError if the memory does not suffice."""
-    free, num_slots = free_memory(device), config.max_num_seqs
+    free = free_memory(device, gpu_share=config.gpu_memory_share)
+    num_slots = config.max_num_seqs
     caches_prefixes = config.prefix_cache_tokens is None or config.prefix_cache_tokens >= BLOCK_SIZE
     if choose_layout(config, device) == "paged":
         allocator = make_allocator(model, config, max_model_len, dtype, free, BLOCK_SIZE)

@@ -68,6 +68,9 @@ def build_application(config: ServeConfig) -> Application:
 
 
 def _engine_application(config: ServeConfig, checkpoint_name: str) -> Application:
+    # Replicas with half a GPU each share its memory.
+    share = min(config.engine.gpu_memory_share, config.gpus or 1.0)
+    engine = dataclasses.replace(config.engine, gpu_memory_share=share)
     deployment = serve.deployment(
         name="engine",
         **_replicas(config),
@@ -81,7 +84,7 @@ def _engine_application(config: ServeConfig, checkpoint_name: str) -> Applicatio
     return deployment.bind(
         storage=config.storage,
         run=config.run,
-        engine=to_json(config.engine),
+        engine=to_json(engine),
         device="cuda" if config.gpus else "cpu",
         threads=config.threads,
         sharing=max(config.num_replicas, config.max_replicas),
