@@ -50,7 +50,7 @@ class RLConfig:
     truncation: Truncation = "wrong"
     """Answers that reach max_tokens: reward 0, or left out of the loss, or graded as they are."""
     curriculum: bool = True
-    """Ask a task more often, the more of its groups have answers with different rewards."""
+    """Ask a task more often, the more of its answers are wrong."""
     max_logprob_diff: float | None = None
     """Largest difference between the trainer's and the engine's log-probability of a token before
     the run fails; 0: never. By default 1e-4 in fp32 and 0 in bf16."""

@@ -15,10 +15,10 @@ from nanochat_ray.tasks.task import Task
 from nanochat_ray.text.chat import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
 
-SIGNAL_DECAY = 0.8
-"""Weight of the past in the running share of a task's groups that have signal."""
+REWARD_DECAY = 0.8
+"""Weight of the past in the running mean reward of a task."""
 MIN_WEIGHT = 0.1
-"""Share of its turns that a task without signal keeps, so that a change is noticed."""
+"""Weight of a task that is solved, so that it is not forgotten."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ def prompts(tasks: Sequence[Task], tokenizer: Tokenizer) -> list[list[list[int]]
 
 
 class Curriculum:
-    """Chooses the next questions; ``observe`` tells it how many groups of a task had signal.
+    """Chooses the next questions; ``observe`` tells it their rewards.
 
     Each task walks through a permutation of its questions, and another one when it begins again.
-    Tasks take turns in proportion to their weights (smooth weighted round robin).
+    Tasks take turns in proportion to their weights (smooth weighted round robin): 1 minus the
+    running mean reward, so that effort goes where answers are wrong.
     """
 
     def __init__(self, sizes: Sequence[int], seed: int, *, adaptive: bool):
@@ -59,14 +60,14 @@ class Curriculum:
         equal weights."""
         self.sizes, self.seed, self.adaptive = list(sizes), seed, adaptive
         self.asked_counts = [0] * len(sizes)
-        self.signal = [1.0] * len(sizes)
-        """Running share of groups with signal."""
+        self.rewards = [0.0] * len(sizes)
+        """Running mean reward."""
         self._credits = [0.0] * len(sizes)
 
     def weights(self) -> list[float]:
         if not self.adaptive:
             return [1.0] * len(self.sizes)
-        return [max(MIN_WEIGHT, share) for share in self.signal]
+        return [max(MIN_WEIGHT, 1 - reward) for reward in self.rewards]
 
     def draw(self, count: int) -> list[Question]:
         weights, questions = self.weights(), []
@@ -83,22 +84,22 @@ class Curriculum:
         key = derive_key(self.seed, task, epoch)
         return int(permute(np.array([position]), self.sizes[task], key)[0])
 
-    def observe(self, questions: Sequence[Question], has_signal: Sequence[bool]) -> None:
-        """Which of the groups of ``questions`` had answers with different rewards."""
+    def observe(self, questions: Sequence[Question], rewards: Sequence[float]) -> None:
+        """The mean rewards of the groups of ``questions``."""
         for task in range(len(self.sizes)):
-            outcomes = [s for q, s in zip(questions, has_signal, strict=True) if q.task == task]
-            if outcomes:
-                share = sum(outcomes) / len(outcomes)
-                self.signal[task] += (1 - SIGNAL_DECAY) * (share - self.signal[task])
+            own = [r for q, r in zip(questions, rewards, strict=True) if q.task == task]
+            if own:
+                mean = sum(own) / len(own)
+                self.rewards[task] += (1 - REWARD_DECAY) * (mean - self.rewards[task])
 
     def state(self) -> dict[str, Any]:
         return {
             "asked_counts": list(self.asked_counts),
-            "signal": list(self.signal),
+            "rewards": list(self.rewards),
             "credits": list(self._credits),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.asked_counts = [int(n) for n in state["asked_counts"]]
-        self.signal = [float(x) for x in state["signal"]]
+        self.rewards = [float(x) for x in state["rewards"]]
         self._credits = [float(x) for x in state["credits"]]

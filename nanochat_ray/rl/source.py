@@ -197,7 +197,7 @@ class RolloutSource:
             questions = self.curriculum.draw(self.rl.questions)
             first = round_number * self.rl.questions
             new = self._ask(self.tasks, self.prompts, questions, self.rl.samples, step, first)
-            self.curriculum.observe(questions, [group.has_signal for group in new])
+            self.curriculum.observe(questions, [float(group.rewards.mean()) for group in new])
             groups += new
             if sum(group.has_signal for group in groups) >= self.rl.min_groups:
                 break

@@ -19,24 +19,24 @@ def test_tasks_take_turns() -> None:
     assert drawn_tasks == [0, 1, 2] * 3
 
 
-def test_turns_follow_the_share_with_signal() -> None:
+def test_turns_follow_wrong_answers() -> None:
     curriculum = Curriculum([99, 99], 0, adaptive=True)
     questions = [Question(0, 0), Question(0, 1), Question(1, 0), Question(1, 1)]
-    curriculum.observe(questions, [True, True, True, False])
-    # 1 + 0.2 · (1 - 1) = 1, and 1 + 0.2 · (0.5 - 1) = 0.9.
-    assert curriculum.weights() == [1.0, 0.9]
-    for _ in range(40):
-        curriculum.observe(questions, [True, True, False, False])
-    assert curriculum.weights() == [1.0, 0.1]  # the floor
+    curriculum.observe(questions, [1.0, 0.5, 0.0, 0.0])
+    # 1 - 0.2 · 0.75, and 1.
+    assert curriculum.weights() == [0.85, 1.0]
+    for _ in range(60):
+        curriculum.observe(questions, [1.0, 1.0, 0.0, 0.0])
+    assert curriculum.weights() == [0.1, 1.0]  # the floor
     tasks = [q.task for q in curriculum.draw(110)]
-    assert 99 <= tasks.count(0) <= 101
+    assert 9 <= tasks.count(0) <= 11
 
 
 def test_state_continues_the_order() -> None:
     whole, first = (Curriculum([11, 5], 1, adaptive=True) for _ in range(2))
     for curriculum in (whole, first):
         questions = curriculum.draw(6)
-        curriculum.observe(questions, [q.index % 3 == 0 for q in questions])
+        curriculum.observe(questions, [q.index / 11 for q in questions])
     second = Curriculum([11, 5], 1, adaptive=True)
     second.load_state(json.loads(json.dumps(first.state())))
     assert second.draw(20) == whole.draw(20)
