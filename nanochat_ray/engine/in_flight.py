@@ -105,6 +105,7 @@ def sample(
     slots: list[int] = []
     positions: list[int] = []
     top_logprobs: list[int | None] = []
+    processed_rows: list[bool] = []
     uncounted_tokens: list[
         tuple[int, int]
     ] = []  # row, and a token before it that penalties must count
@@ -121,7 +122,9 @@ def sample(
         rows += range(row, row + count)
         slots += [s.slot] * count
         positions += range(chunk.end, chunk.end + count)
-        top_logprobs += [s.request.params.logprobs] * count
+        params = s.request.params
+        top_logprobs += [params.logprobs] * count
+        processed_rows += [params.reports_processed_logprobs] * count
         if chunk.input_from_previous_step is not None and previous_ids is not None:
             in_flight.append((len(uncounted_tokens), chunk.input_from_previous_step))
             uncounted_tokens.append((first, PLACEHOLDER))
@@ -138,6 +141,10 @@ def sample(
         else None
     )
     device_tokens = None if previous_ids is None or not in_flight else (in_flight, previous_ids)
-    token_ids = sampling.choose(logits, slots, positions, masks, uncounted_tokens, device_tokens)
+    arguments = (slots, positions, masks, uncounted_tokens, device_tokens)
+    token_ids = sampling.choose(logits, *arguments)
+    if any(processed_rows):
+        is_processed = send(torch.tensor(processed_rows), logits.device)[:, None]
+        logits = torch.where(is_processed, sampling.distribution(logits, *arguments), logits)
     logprobs = LogprobTable(logits, token_ids, top_logprobs)
     return InFlightStep.launch(chunks, token_ids, logprobs, forward.prompt_logprobs)

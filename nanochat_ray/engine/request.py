@@ -11,9 +11,10 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 Finish = Literal["stop", "length", "abort", "error"]
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 GRAMMARS = ("json_schema", "json_object", "regex", "choice", "lark", "structures")
 """Kinds of grammar that an output may follow."""
 MAX_LOGPROBS = 20
@@ -93,6 +94,10 @@ class SamplingParams:
     ``stop_ids`` and ``eos_ids`` may end it."""
     logprobs: int | None = None
     """Report the log-probability of each sampled token and of this many likeliest ones."""
+    logprobs_mode: LogprobsMode = "raw_logprobs"
+    """``logprobs`` of the model's distribution, or "processed_logprobs" of the one that is sampled
+    from, after bias, penalties, temperature, min-p, top-k and top-p (vLLM's ``--logprobs-mode``).
+    There, tokens that cannot be sampled have -inf."""
     prompt_logprobs: int | None = None
     """The same for each token of the prompt from ``prompt_logprobs_start`` on, with the first
     output that has tokens or ``finish``."""
@@ -140,8 +145,14 @@ class SamplingParams:
             n = getattr(self, name)
             ok = n is None or (_is_int(n) and 0 <= n <= MAX_LOGPROBS)
             req(ok, name, n, f"0 to {MAX_LOGPROBS} or None")
+        modes = get_args(LogprobsMode)
+        req(self.logprobs_mode in modes, "logprobs_mode", self.logprobs_mode, " or ".join(modes))
         first = self.prompt_logprobs_start
         req(_is_int(first) and first >= 1, "prompt_logprobs_start", first, "from 1")
+
+    @property
+    def reports_processed_logprobs(self) -> bool:
+        return self.logprobs is not None and self.logprobs_mode == "processed_logprobs"
 
     @property
     def all_stop_ids(self) -> frozenset[int]:

@@ -83,20 +83,31 @@ def choose(logits: Tensor, rows: Rows, positions: Tensor, features: int) -> Tens
     if not features & SAMPLED:
         return _or_invalid(*best)
     hot = rows.temperature > 0
-    # The maximum is subtracted first: divided by a small temperature it could be infinite, and
-    # inf - inf is NaN.
-    x = (logits - peak[:, None]) / torch.where(hot, rows.temperature, 1.0)[:, None]
-    if features & MIN_P:
-        # Nguyen et al., arXiv 2407.01082: p >= min_p * p_max.
-        x = x.masked_fill(x < rows.min_p.log()[:, None], -torch.inf)
-    if features & (TOP_K | TOP_P):
-        x = x.masked_fill(x < _threshold(x, rows, features)[:, None], -torch.inf)
+    x = distribution(logits, rows, features)
     # Inverse of the cumulative distribution in the order of token ids: unlike one in the order of
     # probability, it does not depend on how a sort breaks ties.
     cumulative = x.exp_().cumsum(dim=-1, dtype=torch.float64)
     target = uniform(rows.seed, positions)[:, None] * cumulative[:, -1:]
     samples = torch.searchsorted(cumulative, target, right=True)[:, 0]
     return _or_invalid(peak, torch.where(hot, samples, best.indices))
+
+
+def distribution(logits: Tensor, rows: Rows, features: int) -> Tensor:
+    """Log-weights float32 ``[S, V]`` of what ``choose`` samples from: divided by the temperature,
+    the largest 0, -inf for tokens that top-k, top-p or min-p leave out. Those of a greedy row are
+    not divided."""
+    hot = rows.temperature > 0
+    # The maximum is subtracted first: divided by a small temperature it could be infinite, and
+    # inf - inf is NaN.
+    x = (logits - logits.amax(dim=-1, keepdim=True)) / torch.where(hot, rows.temperature, 1.0)[
+        :, None
+    ]
+    if features & MIN_P:
+        # Nguyen et al., arXiv 2407.01082: p >= min_p * p_max.
+        x = x.masked_fill(x < rows.min_p.log()[:, None], -torch.inf)
+    if features & (TOP_K | TOP_P):
+        x = x.masked_fill(x < _threshold(x, rows, features)[:, None], -torch.inf)
+    return x
 
 
 def greedy(logits: Tensor) -> Tensor:

@@ -110,13 +110,53 @@ class SamplingState:
         if self._native is not None:
             uncounted_pairs = self._uncounted_pairs(uncounted_tokens, device_tokens)
             return self._native.choose(logits, slots, positions, grammar_masks, uncounted_pairs)
+        if grammar_masks is None and not self._features[list(slots)].any():
+            return sampler.greedy(logits)
+        logits, step, features = self._adjust(
+            logits, slots, positions, grammar_masks, uncounted_tokens, device_tokens
+        )
+        if not features:
+            return sampler.greedy(logits)
+        positions_S = self._ids(list(positions))
+        if use_triton(self.device) and features & sampler.SAMPLED:
+            from nanochat_ray.engine import triton_sampler
+
+            if logits.size(1) <= triton_sampler.MAX_VOCAB:
+                return triton_sampler.choose(logits, step, positions_S)
+        return sampler.choose(logits, step, positions_S, features)
+
+    def distribution(
+        self,
+        logits: Tensor,
+        slots: SequenceOf[int],
+        positions: SequenceOf[int],
+        grammar_masks: tuple[SequenceOf[int], np.ndarray] | None = None,
+        uncounted_tokens: SequenceOf[tuple[int, int]] = (),
+        device_tokens: tuple[SequenceOf[tuple[int, int]], Tensor] | None = None,
+    ) -> Tensor:
+        """Log-weights float32 ``[S, V]`` of what ``choose`` samples from, for equal arguments:
+        after grammar, bias, penalties, bans, temperature, min-p, top-k and top-p."""
+        logits, step, features = self._adjust(
+            logits, slots, positions, grammar_masks, uncounted_tokens, device_tokens
+        )
+        return sampler.distribution(logits, step, features)
+
+    def _adjust(
+        self,
+        logits: Tensor,
+        slots: SequenceOf[int],
+        positions: SequenceOf[int],
+        grammar_masks: tuple[SequenceOf[int], np.ndarray] | None,
+        uncounted_tokens: SequenceOf[tuple[int, int]],
+        device_tokens: tuple[SequenceOf[tuple[int, int]], Tensor] | None,
+    ) -> tuple[Tensor, Rows, int]:
+        """Logits after grammar, bias, penalties and bans; the sampler's parameters; all features
+        that the rows use."""
         if grammar_masks is not None:
             rows, mask = grammar_masks
             mask_GV = send(torch.from_numpy(mask), self.device)
             logits = sampler.mask_rows(logits, self._ids(list(rows)), mask_GV)
         features = int(np.bitwise_or.reduce(self._features[list(slots)]))
-        if not features:
-            return sampler.greedy(logits)
         slots_S, positions_S = self._ids(list(slots)), self._ids(list(positions))
         parameters = self._parameters
         if features & BIAS and parameters.bias is not None:
@@ -134,14 +174,9 @@ class SamplingState:
         columns = ("temperature", "top_k", "top_p", "min_p", "seed")
         step = Rows(
             **{name: getattr(parameters, name)[slots_S] for name in columns},
-            widest=int(self._top_k[list(slots)].max()),
+            widest=int(self._top_k[list(slots)].max(initial=0)),
         )
-        if use_triton(self.device) and features & sampler.SAMPLED:
-            from nanochat_ray.engine import triton_sampler
-
-            if logits.size(1) <= triton_sampler.MAX_VOCAB:
-                return triton_sampler.choose(logits, step, positions_S)
-        return sampler.choose(logits, step, positions_S, features)
+        return logits, step, features
 
     def _uncounted_pairs(
         self,

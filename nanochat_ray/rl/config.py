@@ -39,6 +39,8 @@ class RLConfig:
     """Rounds of a step, at most."""
     max_tokens: int = 96
     """Tokens of an answer, at most; those of the calculator count."""
+    temperature: float = 1.0
+    """Of the policy: answers are sampled, and log-probabilities trained, at this temperature."""
     loss: Loss = "reinforce"
     """Policy-gradient objective; see rl/losses.py for the formula and the source of each."""
     clip_low: float = 0.2
@@ -72,6 +74,7 @@ class RLConfig:
             require(value >= least, name, value, f"a whole number from {least}")
         for name, kinds in (("loss", get_args(Loss)), ("truncation", get_args(Truncation))):
             require(getattr(self, name) in kinds, name, getattr(self, name), " or ".join(kinds))
+        require(0.2 <= self.temperature <= 5, "temperature", self.temperature, "from 0.2 to 5")
         require(0 <= self.clip_low <= 1, "clip_low", self.clip_low, "from 0 to 1")
         for name in ("clip_high", "kl"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")

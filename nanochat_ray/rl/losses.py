@@ -81,12 +81,14 @@ class PolicyLoss:
         weights, advantages, sampling_logprobs = (
             micro.token_inputs[name][mask] for name in ("weights", "advantages", "logprobs")
         )
-        logprobs = model.token_logprobs(micro.inputs, micro.targets)
+        logprobs = model.token_logprobs(micro.inputs, micro.targets, self.config.temperature)
         gain = surrogate(self.config, logprobs, sampling_logprobs, advantages, mask.nonzero()[:, 0])
         divergence = torch.zeros_like(logprobs)
         if self.reference is not None:
             with torch.no_grad():
-                reference = self.reference.token_logprobs(micro.inputs, micro.targets)
+                reference = self.reference.token_logprobs(
+                    micro.inputs, micro.targets, self.config.temperature
+                )
             divergence = kl_estimate(logprobs, reference)
         with torch.no_grad():
             self._largest.append((logprobs - sampling_logprobs).abs().max())

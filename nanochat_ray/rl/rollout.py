@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -59,15 +59,11 @@ def rollout_seed(*key: int) -> int:
 
 
 def make_requests(
-    prompt: Sequence[int], seeds: Sequence[int], ends: tuple[int, ...], max_tokens: int, name: str
+    prompt: Sequence[int], seeds: Sequence[int], params: SamplingParams, name: str
 ) -> list[Request]:
-    """A request for each seed; ids begin with ``name``."""
+    """A request for each seed, with ``params`` otherwise; ids begin with ``name``."""
     return [
-        Request(
-            id=f"{name}/{sample}",
-            prompt=prompt,
-            params=SamplingParams(seed=seed, max_tokens=max_tokens, eos_ids=ends, logprobs=0),
-        )
+        Request(id=f"{name}/{sample}", prompt=prompt, params=replace(params, seed=seed))
         for sample, seed in enumerate(seeds)
     ]
 

@@ -19,6 +19,7 @@ import numpy as np
 from nanochat_ray import config as configs
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.request import SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rl import advantages as adv
 from nanochat_ray.rl.config import RLConfig
@@ -147,7 +148,13 @@ class RolloutSource:
                 f"{longest} tokens, which leaves {room} of sequence_len="
                 f"{model.config.sequence_len}"
             )
-        self.ends = (self.tokenizer.special("<|assistant_end|>"), self.tokenizer.bos)
+        self.sampling_params = SamplingParams(
+            temperature=self.rl.temperature,
+            max_tokens=self.rl.max_tokens,
+            eos_ids=(self.tokenizer.special("<|assistant_end|>"), self.tokenizer.bos),
+            logprobs=0,
+            logprobs_mode="processed_logprobs",
+        )
         self.generator = self._make_generator(model, self.tokenizer, self.engine_config)
         max_diff = self.rl.max_logprob_diff
         if max_diff is None:
@@ -237,7 +244,7 @@ class RolloutSource:
                 for sample in range(samples)
             ]
             prompt = task_prompts[q.task][q.index]
-            requests += make_requests(prompt, seeds, self.ends, self.rl.max_tokens, str(number))
+            requests += make_requests(prompt, seeds, self.sampling_params, str(number))
         rollouts = self.generator.generate(requests)
         data = json.dumps([rollout.to_wire() for rollout in rollouts]).encode()
         shares = [

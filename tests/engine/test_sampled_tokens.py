@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.engine.engine_kit import (
     tokens,
     uncached_greedy,
 )
-from tests.engine.test_sampler import ALL, rows, slow_choice
+from tests.engine.test_sampler import ALL, rows, slow_choice, slow_weights
 
 PARAMS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -46,7 +47,7 @@ PARAMS: dict[str, dict[str, Any]] = {
 }
 
 
-def next_token(logits: Tensor, prompt: list[int], answer: list[int], params: SamplingParams) -> int:
+def adjust(logits: Tensor, prompt: list[int], answer: list[int], params: SamplingParams) -> Tensor:
     """Bias, then repetition, frequency and presence, then what may not end it yet."""
     logits = logits.double()
     for token, value in params.logit_bias.items():
@@ -59,6 +60,11 @@ def next_token(logits: Tensor, prompt: list[int], answer: list[int], params: Sam
         logits[token] -= params.presence_penalty
     if len(answer) < params.min_tokens:
         logits[list(params.all_stop_ids)] = -torch.inf
+    return logits
+
+
+def next_token(logits: Tensor, prompt: list[int], answer: list[int], params: SamplingParams) -> int:
+    logits = adjust(logits, prompt, answer, params)
     return slow_choice(logits, params, len(prompt) + len(answer))
 
 
@@ -87,6 +93,40 @@ def test_sampled_answers_are_the_references(preset: str) -> None:
     outputs = finish(engine)
     for r in requests:
         assert tokens(outputs[r.id]) == reference(model, list(r.prompt), r.params, 12), r.id
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_processed_logprobs_are_of_the_sampled_distribution(kernels: str) -> None:
+    """Beside requests with raw ones, which stay those of the model."""
+    model, rng = make_model("modern"), random.Random(0)
+    engine = make_engine(model, max_num_seqs=5, kernels=kernels)
+    requests = []
+    for mode in ("processed_logprobs", "raw_logprobs"):
+        for name, fields in PARAMS.items():
+            prompt = [rng.randrange(VOCAB) for _ in range(9)]
+            values = {"temperature": 1.0, "seed": rng.getrandbits(64), "max_tokens": 8} | fields
+            request = ask(f"{mode} {name}", prompt, logprobs=2, logprobs_mode=mode, **values)
+            requests.append(request)
+            engine.add(request)
+    outputs = finish(engine)
+    for r in requests:
+        answer: list[int] = []
+        for output in outputs[r.id]:
+            for token, entry in zip(output.tokens, output.logprobs or [], strict=True):
+                logits = model(torch.tensor([[*r.prompt, *answer]]))[0, -1]
+                weights = dict(enumerate(logits.double().softmax(-1).tolist()))
+                if r.params.reports_processed_logprobs:
+                    weights = slow_weights(
+                        adjust(logits, list(r.prompt), answer, r.params), r.params
+                    )
+                total = sum(weights.values())
+                assert entry is not None
+                assert entry.logprob == pytest.approx(math.log(weights[token] / total), abs=2e-4)
+                top, value = entry.top[0]
+                assert value == pytest.approx(math.log(max(weights.values()) / total), abs=2e-4)
+                assert top in weights
+                answer.append(token)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])

@@ -48,13 +48,14 @@ def slow_uniform(seed: int, position: int) -> float:
     return (splitmix(splitmix(seed) + position * 0x9E3779B97F4A7C15) >> 12) * 2.0**-52
 
 
-def slow_choice(logits: Tensor, p: SamplingParams, position: int) -> int:
-    """One row, by the book, in float64: temperature, min-p, top-k, top-p, inverse CDF."""
+def slow_weights(logits: Tensor, p: SamplingParams) -> dict[int, float]:
+    """Weight of each token that one row may sample, by the book, in float64: temperature, min-p,
+    top-k, top-p. Of a greedy row, the softmax of its logits."""
     values = logits.tolist()
-    if p.temperature == 0:
-        return values.index(max(values))
     top = max(values)
-    weights = {i: math.exp((v - top) / p.temperature) for i, v in enumerate(values)}
+    weights = {i: math.exp((v - top) / (p.temperature or 1.0)) for i, v in enumerate(values)}
+    if p.temperature == 0:
+        return weights
     weights = {i: w for i, w in weights.items() if w >= p.min_p}
     ranking = sorted(weights, key=lambda i: -weights[i])
     if p.top_k:
@@ -67,9 +68,17 @@ def slow_choice(logits: Tensor, p: SamplingParams, position: int) -> int:
             nucleus.append(i)
             cumulative += weights[i]
         ranking = nucleus
-    target = slow_uniform((p.seed or 0) & (2**64 - 1), position) * sum(weights[i] for i in ranking)
+    return {i: weights[i] for i in ranking}
+
+
+def slow_choice(logits: Tensor, p: SamplingParams, position: int) -> int:
+    """One row by the book: the inverse CDF of ``slow_weights`` in the order of token ids."""
+    weights = slow_weights(logits, p)
+    if p.temperature == 0:
+        return max(weights, key=lambda i: weights[i])
+    target = slow_uniform((p.seed or 0) & (2**64 - 1), position) * sum(weights.values())
     cumulative = 0.0
-    for i in sorted(ranking):
+    for i in sorted(weights):
         cumulative += weights[i]
         if cumulative > target:
             return i

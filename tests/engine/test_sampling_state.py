@@ -121,18 +121,19 @@ def test_a_grammar_masks_its_row_and_wins() -> None:
 def test_temperature_is_bounded(temperature: float, value: float) -> None:
     state = SamplingState(1, VOCAB, CPU)
     state.admit(sequence(0, [], temperature=temperature))
-    assert float(state._rows.temperature[0]) == pytest.approx(value)
+    assert float(state._parameters.temperature[0]) == pytest.approx(value)
 
 
 def test_only_what_is_used_is_computed() -> None:
     """Greedy rows need no table, and a top-k of the whole vocabulary is none."""
     state = SamplingState(1, VOCAB, CPU)
+    tables = state._parameters
     state.admit(sequence(0, [], temperature=0.0, top_k=5, top_p=0.5, min_p=0.5, min_tokens=3))
-    assert state._features == [0]
-    assert (state._in_text, state._counts, state._bias, state._bans) == (None,) * 4
+    assert state._features.tolist() == [0]
+    assert (tables.in_text, tables.counts, tables.bias, tables.bans) == (None,) * 4
     state.admit(sequence(0, [], top_k=VOCAB))
-    assert (state._features, state._top_k) == ([1], [0])
+    assert (state._features.tolist(), state._top_k.tolist()) == ([1], [0])
     state.admit(sequence(0, [], top_k=VOCAB - 1, top_p=0.5))
-    assert (state._features, state._top_k) == ([1 | 2 | 4], [VOCAB - 1])
+    assert (state._features.tolist(), state._top_k.tolist()) == ([1 | 2 | 4], [VOCAB - 1])
     state.admit(sequence(0, [], top_p=0.5, min_p=0.1))
-    assert (state._features, state._top_k) == ([1 | 4 | 8 | 16], [0])
+    assert (state._features.tolist(), state._top_k.tolist()) == ([1 | 4 | 8 | 16], [0])

@@ -50,6 +50,14 @@ def test_engine_and_trainer_agree(whole: tuple[Store, list[dict[str, Any]]]) -> 
     assert 0 < max(r["logprob_diff"] for r in steps) < 2e-5
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+def test_they_agree_at_other_temperatures(whole: tuple[Store, Any], temperature: float) -> None:
+    rl = dataclasses.replace(RL, temperature=temperature)
+    records = run_rl(whole[0], f"at-{temperature}", rl=rl, steps=1)
+    (diff,) = (r["logprob_diff"] for r in records if r["kind"] == "train")
+    assert 0 < diff < 2e-5
+
+
 class StaleGenerator(EngineGenerator):
     """Keeps the weights of step 0."""
 
@@ -95,7 +103,7 @@ def test_gives_up_after_ten_steps_without_reward(
     with pytest.raises(ValueError, match="no answer of the last 10 steps is right"):
         run_rl(whole[0], "hopeless", rl=rl, steps=20, save_every=1)
     trainer = checkpoint.load_trainer(whole[0].child("runs", "hopeless"))
-    assert 4 < trainer["step"] < 10
+    assert 4 <= trainer["step"] < 10
     assert trainer["source"]["steps_without_reward"] == trainer["step"]  # also over the stop
 
 
