@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import pytest
+
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
 from nanochat_ray.engine.kvcache.block_pool import BlockPool
 from nanochat_ray.engine.kvcache.paged_manager import PagedManager
 from nanochat_ray.engine.kvcache.slot_manager import SlotManager
 from nanochat_ray.engine.prefill_cost import PrefillCostModel
-from nanochat_ray.engine.request import Request
+from nanochat_ray.engine.request import EngineFull, Request
 from nanochat_ray.engine.scheduler import Scheduler
 from nanochat_ray.engine.sequence import Sequence
 
@@ -139,6 +141,22 @@ def test_lower_priority_number_preempts() -> None:
     assert run(s) == {"later": 4}
     (chunk,) = s.plan().chunks
     assert (chunk.start, chunk.num_tokens, chunk.is_decode) == (4, 2, True)
+
+
+def test_a_queue_is_full() -> None:
+    """Two wait, beside those for which a slot is free."""
+    s = scheduler(num_slots=1, max_queue_size=2)
+    capacities = []
+    for name in "abc":
+        capacities.append(s.queue_capacity)
+        s.add(sequence(name))
+    assert capacities == [3, 2, 1]
+    with pytest.raises(EngineFull, match="max_queue_size=2"):
+        s.add(sequence("d"))
+    run(s)
+    assert s.queue_capacity == 0
+    s.remove(s.running[0])
+    assert s.queue_capacity == 1
 
 
 def test_clients_take_turns() -> None:

@@ -1,0 +1,95 @@
+"""Which rows of a step are sampled, where, and with which tokens counted, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat_ray.engine.in_flight import ForwardOutput, sample
+from nanochat_ray.engine.request import Request, SamplingParams
+from nanochat_ray.engine.sampling_state import SamplingState
+from nanochat_ray.engine.scheduler import ScheduledChunk
+from nanochat_ray.engine.sequence import PLACEHOLDER, Sequence
+
+VOCAB = 8
+
+
+def sequence(slot: int, length: int, **fields: Any) -> Sequence:
+    request = Request(id="a", prompt=[1] * length, params=SamplingParams(**fields))
+    s = Sequence(request, [1] * length, seed=0, max_length=99, slot=slot)
+    s.prefill_spans, s.num_computed_tokens = [(0, length - 1)], length - 1
+    return s
+
+
+class Recorder(SamplingState):
+    """Chooses the row's own number."""
+
+    calls: list[tuple[Any, ...]]
+
+    def choose(self, logits: torch.Tensor, *args: Any) -> torch.Tensor:
+        self.calls = [logits[:, 0].tolist(), *args]
+        return torch.arange(len(logits))
+
+
+@pytest.fixture
+def state() -> Recorder:
+    return Recorder(9, VOCAB, torch.device("cpu"))
+
+
+def logits(rows: int) -> torch.Tensor:
+    return torch.arange(rows).float()[:, None].expand(-1, VOCAB)
+
+
+def test_drafts_are_counted_before_their_rows(state: Recorder) -> None:
+    plain, with_draft = sequence(3, 5), sequence(7, 9, logprobs=0)
+    chunks = [
+        (0, ScheduledChunk.of(plain, 1, True)),
+        (2, ScheduledChunk.of(with_draft, 1, True, (4, 5))),
+    ]
+    step = sample(ForwardOutput(logits(6), chunks), state, None)
+    rows, slots, positions, masks, pairs_to_count, device_tokens = state.calls
+    assert rows == [0, 2, 3, 4]
+    assert slots == [3, 7, 7, 7]
+    assert positions == [5, 9, 10, 11]
+    assert pairs_to_count == [(2, 4), (3, 4), (3, 5)]
+    assert (masks, device_tokens) == (None, None)
+    token_ids, logprobs = step.wait()
+    assert token_ids == [0, 1, 2, 3]
+    assert [entry is None for entry in logprobs] == [True, False, False, False]
+    assert step.has_draft
+    assert step.chunks == [chunk for _, chunk in chunks]
+
+
+def test_a_token_in_flight_is_counted_on_the_device(state: Recorder) -> None:
+    first, second = sequence(1, 4), sequence(2, 4)
+    second.num_placeholders, second.placeholder_row, second.num_computed_tokens = 1, 6, 4
+    chunks = [(i, ScheduledChunk.of(s, 1, True)) for i, s in enumerate((first, second))]
+    previous_ids = torch.arange(9)
+    step = sample(ForwardOutput(logits(2), chunks), state, None, previous_ids)
+    _, slots, positions, _, pairs_to_count, (pairs, source) = state.calls
+    assert (slots, positions) == ([1, 2], [4, 5])
+    assert pairs_to_count == [(1, PLACEHOLDER)]
+    assert pairs == [(0, 6)]
+    assert source is previous_ids
+    assert not step.has_draft
+
+
+def test_a_sequence_that_ended_is_left_out(state: Recorder) -> None:
+    complete, longer, runs = (sequence(slot, 4) for slot in (1, 2, 3))
+    chunks = [(i, ScheduledChunk.of(s, 1, True)) for i, s in enumerate((complete, longer, runs))]
+    complete.is_finished = True
+    longer.tokens += [5]  # a tool's output
+    step = sample(ForwardOutput(logits(3), chunks), state, None)
+    rows, slots, *_ = state.calls
+    assert (rows, slots) == ([2], [3])
+    assert [chunk.sequence for chunk in step.chunks] == [runs]
+
+
+def test_tokens_that_are_no_token_are_input_0() -> None:
+    state = Recorder(9, VOCAB, torch.device("cpu"))
+    step = sample(ForwardOutput(logits(0), []), state, None)
+    assert step.wait() == ([], [])
+    step.token_ids.resize_(2).copy_(torch.tensor([-1, 5]))
+    assert step.input_ids().tolist() == [0, 5]
