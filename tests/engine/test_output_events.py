@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from nanochat_ray.engine.detokenizer import (
     Event,
     OutputProcessor,
@@ -47,8 +49,10 @@ def test_a_forced_call_is_streamed() -> None:
     ]
 
 
-def test_a_stop_string_ends_the_text_after_min_tokens() -> None:
-    processor = OutputProcessor(TOK, ["cd"], min_tokens=3)
+@pytest.mark.parametrize("min_tokens", [2, 3])
+def test_a_stop_string_ends_the_text_after_min_tokens(min_tokens: int) -> None:
+    """The first is complete with token 2, the second with token 4."""
+    processor = OutputProcessor(TOK, ["cd"], min_tokens=min_tokens)
     assert events(processor, TOK.encode("cdcdx")) == [TextEvent(t) for t in ("", "cd", "", "", "")]
     assert processor.is_stopped
 
