@@ -66,6 +66,7 @@ class GenerationRequest:
     """Tokens at the start of each prompt that are not in its text."""
     n: int = 1
     """Choices of each prompt in the response."""
+    return_token_ids: bool = False
     candidates: int = 1
     """Choices of each prompt that are generated: more than ``n`` with ``best_of``."""
 
@@ -82,6 +83,9 @@ class Delta:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     """For each token of the prompt, in the first delta, if the request asks for these."""
     num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    """All ``num_tokens`` of them, if the request asks for these: special tokens, a tool's output
+    and the token that ended the answer too."""
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
     tool_calls: list[CallDelta] = field(default_factory=list)
@@ -99,6 +103,7 @@ class Delta:
             or self.logprobs
             or self.prompt_logprobs
             or self.tool_calls
+            or self.token_ids
             or self.finish_reason
         )
 
@@ -228,6 +233,8 @@ async def generate(
                     continue  # a stop string has ended it
                 choice, timer = running[output.request_id]
                 delta = choice.push(output)
+                if generation.return_token_ids:
+                    delta.token_ids = output.tokens[: delta.num_tokens]
                 if delta.num_tokens:
                     timer.tokens(delta.num_tokens)
                 if output.finish in ("stop", "length"):

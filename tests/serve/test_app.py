@@ -55,6 +55,40 @@ def client(url: str) -> openai.OpenAI:
 TEXT = "Grüße, 12+7 is 19! 🙂"
 
 
+ANSWER_IDS = ids("Grüße, 12+7 is [12+7=19]19! 🙂")
+"""Special tokens and the calculator's output are part of them."""
+
+
+def test_token_ids_in_and_out(client: openai.OpenAI, engine: ScriptedClient) -> None:
+    wish = {"return_token_ids": True}
+    whole = client.completions.create(model="tiny", prompt=[1, 2], max_tokens=99, extra_body=wish)
+    (choice,) = whole.choices
+    assert choice.prompt_token_ids == [1, 2]
+    assert choice.token_ids[: len(ANSWER_IDS)] == ANSWER_IDS
+    assert len(choice.token_ids) == whole.usage.completion_tokens
+    chat = client.chat.completions.create(model="tiny", messages=USER, extra_body=wish)
+    assert chat.choices[0].token_ids == choice.token_ids
+    assert chat.prompt_token_ids == list(engine.requests[-1].prompt)
+    plain = client.completions.create(model="tiny", prompt=[1, 2], max_tokens=99)
+    assert not hasattr(plain.choices[0], "token_ids")
+
+
+def test_token_ids_in_streams(client: openai.OpenAI, engine: ScriptedClient) -> None:
+    options = {"stream": True, "extra_body": {"return_token_ids": True}}
+    chunks = list(client.completions.create(model="tiny", prompt=[1, 2], echo=True, **options))
+    prompts = [getattr(c.choices[0], "prompt_token_ids", None) for c in chunks]
+    assert prompts == [[1, 2], *[None] * (len(chunks) - 1)]
+    streamed_ids = [token for c in chunks for token in c.choices[0].token_ids]
+    assert streamed_ids == ANSWER_IDS[: len(streamed_ids)]
+    assert len(streamed_ids) > 10
+    chats = list(client.chat.completions.create(model="tiny", messages=USER, **options))
+    assert chats[0].prompt_token_ids == list(engine.requests[-1].prompt)
+    assert not any(hasattr(chunk, "prompt_token_ids") for chunk in chats[1:])
+    ids_of_chunks = (getattr(chunk.choices[0], "token_ids", []) for chunk in chats)
+    answer_ids = [token for token_ids in ids_of_chunks for token in token_ids]
+    assert answer_ids[: len(ANSWER_IDS)] == ANSWER_IDS
+
+
 def test_models(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert model.id == "tiny"

@@ -28,6 +28,7 @@ class ChoiceState:
     call: AnswerToolCall | None = None
     logprobs: list[LogprobPair] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
 
@@ -99,6 +100,7 @@ class ResponseBuilder(ABC):
         choice.finish_reason = delta.finish_reason
         choice.logprobs += delta.logprobs
         choice.prompt_logprobs += delta.prompt_logprobs
+        choice.token_ids += delta.token_ids
 
     def ranking(self) -> list[int]:
         """Indices of the choices in the response: with ``best_of`` the likeliest of each prompt, by
@@ -127,8 +129,10 @@ class ResponseBuilder(ABC):
             },
         }
 
-    def chunk(self, choice: Mapping[str, Any]) -> str:
-        return f"{self._head}{json.dumps(choice)}{self._tail}"
+    def chunk(self, choice: Mapping[str, Any], fields: Mapping[str, Any] | None = None) -> str:
+        """A chunk with one choice, and with further ``fields`` of its own."""
+        more = f"], {json.dumps(fields)[1:-1]}{self._tail[1:]}" if fields else self._tail
+        return f"{self._head}{json.dumps(choice)}{more}"
 
     @abstractmethod
     def opening(self) -> str:

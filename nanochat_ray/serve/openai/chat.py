@@ -97,10 +97,20 @@ class ChatBuilder(ResponseBuilder):
         ]
         echoes = enumerate(self.generation.prefixes)
         deltas += [(i, {"content": echo}) for i, echo in echoes if echo]
-        return "".join(self._chunk(i, delta, None, None) for i, delta in deltas)
+        fields: dict[str, Any] = {}
+        if self.generation.return_token_ids:
+            fields["prompt_token_ids"] = list(self.generation.requests[0].prompt)
+        first = self._chunk(*deltas[0], None, None, fields=fields)
+        return first + "".join(self._chunk(i, delta, None, None) for i, delta in deltas[1:])
 
     def _chunk(
-        self, index: int, delta: ChatDelta, logprobs: ChatLogprobs | None, finish_reason: Any
+        self,
+        index: int,
+        delta: ChatDelta,
+        logprobs: ChatLogprobs | None,
+        finish_reason: Any,
+        token_ids: list[int] | None = None,
+        fields: dict[str, Any] | None = None,
     ) -> str:
         choice: ChatChunkChoice = {
             "index": index,
@@ -108,7 +118,9 @@ class ChatBuilder(ResponseBuilder):
             "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
-        return self.chunk(choice)
+        if token_ids is not None:
+            choice["token_ids"] = token_ids
+        return self.chunk(choice, fields)
 
     def chunks(self, delta: Delta) -> str:
         content: ChatDelta = {}
@@ -119,7 +131,8 @@ class ChatBuilder(ResponseBuilder):
         if delta.tool_calls:
             content["tool_calls"] = [self._tool_call(delta)]
         scores = self._logprobs(delta.logprobs)
-        return self._chunk(delta.index, content, scores, delta.finish_reason)
+        token_ids = delta.token_ids if self.generation.return_token_ids else None
+        return self._chunk(delta.index, content, scores, delta.finish_reason, token_ids)
 
     def _tool_call(self, delta: Delta) -> ToolCallDelta:
         call = self.choices[delta.index].call
@@ -135,7 +148,7 @@ class ChatBuilder(ResponseBuilder):
         }
 
     def response(self) -> ChatCompletionResponse:
-        return {
+        result: ChatCompletionResponse = {
             "id": self.id,
             "object": "chat.completion",
             "created": self.timestamp,
@@ -144,15 +157,21 @@ class ChatBuilder(ResponseBuilder):
             "usage": self.usage(),
             "system_fingerprint": self.system_fingerprint,
         }
+        if self.generation.return_token_ids:
+            result["prompt_token_ids"] = list(self.generation.requests[0].prompt)
+        return result
 
     def _choice(self, index: int, i: int) -> ChatChoice:
         choice = self.choices[i]
-        return {
+        result: ChatChoice = {
             "index": index,
             "message": _message(choice),
             "logprobs": self._logprobs(choice.logprobs),
             "finish_reason": choice.finish_reason,
         }
+        if self.generation.return_token_ids:
+            result["token_ids"] = choice.token_ids
+        return result
 
 
 def _message(choice: ChoiceState) -> AnswerMessage:

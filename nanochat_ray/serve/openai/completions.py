@@ -55,6 +55,8 @@ class CompletionBuilder(ResponseBuilder):
         super().__init__(serving, generation, id)
         self._offsets = [self._text_offsets(i) for i in range(len(self.choices))]
         """Of a stream: where the next token of each choice begins."""
+        self._has_prompt_ids: set[int] = set()
+        """Of a stream: choices of which a chunk had the prompt's token ids."""
 
     def _text_offsets(self, index: int) -> TextOffsets:
         num_hidden = self.generation.num_hidden if self.generation.prefixes[index] else 0
@@ -88,6 +90,11 @@ class CompletionBuilder(ResponseBuilder):
             "logprobs": scores,
             "finish_reason": delta.finish_reason,
         }
+        if self.generation.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+            if delta.index not in self._has_prompt_ids:
+                self._has_prompt_ids.add(delta.index)
+                choice["prompt_token_ids"] = list(self.generation.requests[delta.index].prompt)
         return self.chunk(choice)
 
     def response(self) -> CompletionResponse:
@@ -109,10 +116,14 @@ class CompletionBuilder(ResponseBuilder):
         if count is not None:
             pairs = self._prompt_logprobs(delta)
             prompt_logprobs = logprobs.for_prompt(self.serving.tokenizer, pairs, count)
-        return {
+        result: CompletionChoice = {
             "index": index,
             "text": choice.text,
             "logprobs": self._logprobs(delta, self._text_offsets(i)),
             "finish_reason": choice.finish_reason,
             "prompt_logprobs": prompt_logprobs,
         }
+        if self.generation.return_token_ids:
+            result["token_ids"] = choice.token_ids
+            result["prompt_token_ids"] = list(self.generation.requests[i].prompt)
+        return result

@@ -132,6 +132,7 @@ class Serving:
             prompt_logprobs=prompt_logprobs,
             num_hidden=num_hidden,
             n=body.n or 1,
+            return_token_ids=bool(body.return_token_ids),
             candidates=count,
         )
 

@@ -76,11 +76,23 @@ class PromptLogprob(TypedDict):
     decoded_token: Annotated[str, about("Text of the token.")]
 
 
+TokenIdList = Annotated[
+    list[Count],
+    about("vLLM's, with return_token_ids: the tokens of the text, special ones and tools' too."),
+]
+PromptTokenIds = Annotated[
+    list[Count],
+    about("vLLM's, with return_token_ids: the tokens of the prompt; in a stream, the first time."),
+]
+
+
 class CompletionChunkChoice(TypedDict):
     index: Index
     text: Annotated[str, about("Text; in a chunk, the new text.")]
     logprobs: Annotated[CompletionLogprobs | None, about("Log-probabilities of the tokens.")]
     finish_reason: Finish
+    token_ids: NotRequired[TokenIdList]
+    prompt_token_ids: NotRequired[PromptTokenIds]
 
 
 class CompletionChoice(CompletionChunkChoice):
@@ -151,12 +163,14 @@ class ChatChoice(TypedDict):
     message: Annotated[AnswerMessage, about("The answer.")]
     logprobs: Annotated[ChatLogprobs | None, about("Log-probabilities of the tokens.")]
     finish_reason: Finish
+    token_ids: NotRequired[TokenIdList]
 
 
 class ChatCompletionResponse(Answer):
     object: Annotated[Literal["chat.completion"], about("Kind of this object.")]
     choices: Annotated[list[ChatChoice], about("n choices.")]
     usage: Annotated[Usage, about("Token counts.")]
+    prompt_token_ids: NotRequired[PromptTokenIds]
 
 
 class FunctionCallDelta(TypedDict):
@@ -183,12 +197,14 @@ class ChatChunkChoice(TypedDict):
     delta: Annotated[ChatDelta, about("What this chunk adds.")]
     logprobs: Annotated[ChatLogprobs | None, about("Log-probabilities of the new tokens.")]
     finish_reason: Finish
+    token_ids: NotRequired[TokenIdList]
 
 
 class ChatCompletionChunk(Answer):
     object: Annotated[Literal["chat.completion.chunk"], about("Kind of this object.")]
     choices: Annotated[list[ChatChunkChoice], about("One choice; none with the usage.")]
     usage: NotRequired[ChunkUsage]
+    prompt_token_ids: NotRequired[PromptTokenIds]
 
 
 # --- everything else ----------------------------------------------------------------------------

@@ -92,6 +92,9 @@ class SamplingBody(ConstrainedBody):
     presence_penalty: Penalty | None = doc("Subtracted from the logit of each token in the answer.")
     frequency_penalty: Penalty | None = doc("Subtracted once for each occurrence in the answer.")
     logit_bias: dict[BiasKey, Bias] | None = doc("Added to the logits of these token ids.")
+    return_token_ids: StrictBool | None = doc(
+        "vLLM's: whether the answer has the token ids of its prompt and of its choices."
+    )
     cache_salt: Salt | None = doc("vLLM's: only prompts with the same salt share a prefix cache.")
 
     @model_validator(mode="before")
