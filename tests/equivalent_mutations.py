@@ -27,10 +27,6 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
         "sign or not: -1  →  1": ("default=-1", "admissions are counted from any number on"),
     },
     "nanochat_ray/model/attention.py": {
-        "condition: None if documents is None else B  →  None if not documents is None else B": (
-            "",
-            GPU,
-        ),
         "operator: T - 1  →  T + 1": ("", "the mask that hides nothing beyond the diagonal"),
     },
     "nanochat_ray/model/loss.py": {

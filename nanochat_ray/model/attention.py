@@ -1,14 +1,25 @@
-"""Causal self-attention of training, with grouped heads, windows and document masks."""
+"""Causal self-attention of training, with grouped heads, windows and document masks.
+
+A mask is built once for each window of a forward pass, outside the layers: these then have no side
+effects, which ``torch.compile`` and activation checkpointing both require.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+MASK_BLOCK = 128
+"""Positions on each side of the blocks that FlexAttention skips or leaves unmasked as a whole."""
+AttentionMask = Tensor | BlockMask | None
+"""None: all earlier tokens. A dense mask, bool ``[T, T]`` or ``[B, 1, T, T]``, where a query (row)
+may see a key; or FlexAttention's mask on CUDA."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -25,63 +36,108 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _block_mask(B: int, T: int, window: int, documents: Tensor | None, device: torch.device) -> Any:
-    def visible(b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        causal = (i >= j) & (i - j <= window)
-        return causal if documents is None else causal & (documents[b, i] == documents[b, j])
+def attention_mask(
+    ids: Tensor, window: int, documents: Tensor | None, *, flex: bool
+) -> AttentionMask:
+    """The mask of layers in which a token of ``ids [B, T]`` sees itself and the ``window`` tokens
+    before it; all of them if -1.
 
-    batch = None if documents is None else B
-    return create_block_mask(visible, batch, None, T, T, device=str(device))
-
-
-class SelfAttention:
-    """Self-attention inside sequences ``[B, T]`` that start at position 0.
-
-    One object serves all layers of a forward pass, so that a mask is built once for each window.
-    ``documents`` is int ``[B, T]``, the number of the document that a token belongs to: tokens
-    attend to their own document only. Without a mask torch's causal attention runs; with one,
-    FlexAttention on CUDA, which skips blocks that are all masked, and a dense mask elsewhere.
+    ``documents`` is int ``[B, T]``, the number of the document that a token belongs to, which
+    never falls: tokens attend to their own document only. ``flex``: for FlexAttention.
     """
+    T, device = ids.size(1), ids.device
+    window = T if window < 0 else min(window, T)
+    if documents is None and window >= T - 1:
+        return None
+    if documents is None:
+        return _windows(T, window, device) if flex else _band(T, window, device)
+    if flex:
+        return block_mask(T, window, documents, device)
+    same = documents[:, :, None] == documents[:, None, :]
+    return (_band(T, window, device) & same)[:, None]
 
-    def __init__(self, documents: Tensor | None = None):
-        self.documents = documents
-        self._masks: dict[int, Any] = {}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-        """``q [B, T, H, D]``, ``k`` and ``v [B, T, Hkv, D]`` → ``[B, T, H, D]``.
+@functools.lru_cache(maxsize=8)
+def _windows(length: int, window: int, device: torch.device) -> BlockMask:
+    return block_mask(length, window, None, device)
 
-        A token sees itself and the ``window`` tokens before it, all of them if -1. ``scale``
-        multiplies the attention scores.
-        """
-        B, T, H, _ = q.shape
-        is_grouped = k.size(2) != H
-        q_BHTD, k_BHTD, v_BHTD = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        window = T if window < 0 else min(window, T)
-        if self.documents is None and window >= T - 1:
-            y = F.scaled_dot_product_attention(
-                q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=scale, enable_gqa=is_grouped
-            )
-            return y.transpose(1, 2)
-        on_gpu = q.device.type == "cuda"
-        if window not in self._masks:
-            self._masks[window] = (
-                _block_mask(B, T, window, self.documents, q.device)
-                if on_gpu
-                else self._dense(T, window)
-            )
-        mask = self._masks[window]
-        if on_gpu:
-            y = _compiled_flex()(
-                q_BHTD, k_BHTD, v_BHTD, block_mask=mask, scale=scale, enable_gqa=is_grouped
-            )
-        else:
-            y = F.scaled_dot_product_attention(
-                q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, scale=scale, enable_gqa=is_grouped
-            )
-        return y.transpose(1, 2)
 
-    def _dense(self, T: int, window: int) -> Tensor:
-        if self.documents is None:
-            return _band(T, window, torch.device("cpu"))
-        same = self.documents[:, :, None] == self.documents[:, None, :]
-        return (_band(T, window, self.documents.device) & same)[:, None]
+def _visibility(window: Tensor, documents: Tensor | None) -> Callable[..., Tensor]:
+    # The window is a tensor: as a number it would be a constant of the compiled attention, and
+    # each window of a schedule would compile it again.
+    def in_window(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (i - j <= window)
+
+    if documents is None:
+        return in_window
+
+    def in_document(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return in_window(b, h, i, j) & (documents[b, i] == documents[b, j])
+
+    return in_document
+
+
+def block_mask(
+    length: int, window: int, documents: Tensor | None, device: torch.device
+) -> BlockMask:
+    """FlexAttention's mask, from the ends of its blocks alone.
+
+    ``create_block_mask`` evaluates the mask at all ``[B, T, T]`` pairs. Here document numbers never
+    fall, so the first and last token of a block tell whether it has a visible pair, and whether
+    all of its pairs are visible.
+    """
+    starts = torch.arange(0, length, MASK_BLOCK, device=device)
+    ends = (starts + MASK_BLOCK - 1).clamp_max(length - 1)
+    q_start, k_start = starts[:, None], starts[None, :]
+    q_end, k_end = ends[:, None], ends[None, :]
+    some = (k_start <= q_end) & (q_start - k_end <= window)
+    every = (k_end <= q_start) & (q_end - k_start <= window)
+    # A block that reaches beyond the sequence is never whole.
+    every = every & (q_start + MASK_BLOCK <= length) & (k_start + MASK_BLOCK <= length)
+    if documents is not None:
+        first, last = documents[:, starts], documents[:, ends]
+        q_first, k_first = first[:, None, :, None], first[:, None, None, :]
+        q_last, k_last = last[:, None, :, None], last[:, None, None, :]
+        some = some & (q_first <= k_last) & (k_first <= q_last)
+        every = every & (k_first == q_last)
+    partial, whole = (
+        _in_order(kind.view(-1, 1, len(starts), len(starts))) for kind in (some & ~every, every)
+    )
+    return BlockMask.from_kv_blocks(
+        *partial,
+        *whole,
+        BLOCK_SIZE=MASK_BLOCK,
+        mask_mod=_visibility(torch.full((), window, device=device), documents),
+        seq_lengths=(length, length),
+    )
+
+
+def _in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of True in each row of ``blocks [..., n]``, int32, and the indices ``[..., n]`` of
+    the row, those of True first."""
+    counts = blocks.sum(dim=-1, dtype=torch.int32)
+    return counts, blocks.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Tensor:
+    """``q [B, T, H, D]``, ``k`` and ``v [B, T, Hkv, D]`` → ``[B, T, H, D]``.
+
+    ``mask`` is that of ``attention_mask``; ``scale`` multiplies the attention scores.
+    """
+    is_grouped = k.size(2) != q.size(2)
+    q_BHTD, k_BHTD, v_BHTD = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if isinstance(mask, BlockMask):
+        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+        y = flex(q_BHTD, k_BHTD, v_BHTD, block_mask=mask, scale=scale, enable_gqa=is_grouped)
+    else:
+        y = F.scaled_dot_product_attention(
+            q_BHTD,
+            k_BHTD,
+            v_BHTD,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=is_grouped,
+        )
+    result: Tensor = y.transpose(1, 2)
+    return result

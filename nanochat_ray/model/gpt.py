@@ -6,15 +6,15 @@ C = n_embd, H heads, Hkv key/value heads, D = C / H.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal, cast
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanochat_ray.model.attention import SelfAttention
+from nanochat_ray.model.attention import AttentionMask, attend, attention_mask
 from nanochat_ray.model.config import ModelConfig, has_value_embedding, windows
 from nanochat_ray.model.fp8 import MULTIPLE
 from nanochat_ray.model.fused import relu_squared, rms_norm
@@ -50,8 +50,7 @@ class Attention(nn.Module):
         x: Tensor,
         value: Tensor | None,
         angles: tuple[Tensor, Tensor],
-        attend: SelfAttention,
-        window: int,
+        mask: AttentionMask,
     ) -> Tensor:
         B, T, _ = x.shape
         c = self.config
@@ -62,7 +61,7 @@ class Attention(nn.Module):
         if value is not None and self.ve_gate is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # [B, T, Hkv]
             v = v + gate.unsqueeze(-1) * value.view_as(v)
-        y = attend(q, k, v, window, self.scale)
+        y = attend(q, k, v, mask, self.scale)
         if self.head_gate is not None:
             y = y * torch.sigmoid(self.head_gate(x[..., : self.gate_channels])).unsqueeze(-1)
         return self.c_proj(y.reshape(B, T, -1))
@@ -78,11 +77,55 @@ class MLP(nn.Module):
         return self.c_proj(relu_squared(self.c_fc(x)))
 
 
+class Mix(NamedTuple):
+    """What a layer adds to the residual stream ``x [B, T, C]`` before it reads it."""
+
+    x0: Tensor
+    """The start of the stream ``[B, T, C]``."""
+    lambdas: tuple[Tensor, Tensor] | None
+    """0-d factors on ``x`` and on ``x0``."""
+    skip: Tensor | None
+    """Added, ``[B, T, C]``: a gated share of a layer of the first half."""
+
+
 class Block(nn.Module):
+    """One layer: a pure function of its arguments and parameters."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        self.config = config
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        mix: Mix,
+        ids: Tensor,
+        value_table: Tensor | None,
+        angles: tuple[Tensor, Tensor],
+        mask: AttentionMask,
+    ) -> Tensor:
+        """The residual stream ``x [B, T, C]`` after the layer."""
+        eps = self.config.norm_eps
+        if mix.lambdas is not None:
+            x = mix.lambdas[0] * x + mix.lambdas[1] * mix.x0
+        if mix.skip is not None:
+            x = x + mix.skip
+        value = None
+        if value_table is not None:
+            value = F.embedding(ids, value_table).to(x.dtype)
+        x = x + self._drop(self.attn(rms_norm(x, eps), value, angles, mask))
+        return x + self._drop(self.mlp(rms_norm(x, eps)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+
+def _run_block(block: Block, *args: Any, recompute: bool) -> Tensor:
+    """``block(*args)``; with ``recompute`` its activations are computed again for the gradients."""
+    output = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+    return cast(Tensor, output)
 
 
 def _embedding(vocab: int, width: int) -> nn.Embedding:
@@ -123,6 +166,7 @@ class GPT(nn.Module):
             layers = [i for i in range(n) if has_value_embedding(i, n)]
             self.value_embeds = nn.ModuleDict({str(i): _embedding(vocab, kv) for i in layers})
         self._angles: tuple[Tensor, Tensor] | None = None
+        self._run_block: Callable[..., Tensor] = _run_block
         self.window_share = 1.0
         """Share of the attention windows in training; a schedule may let it grow to 1."""
         self.checkpoint_activations = False
@@ -186,9 +230,18 @@ class GPT(nn.Module):
                 if isinstance(layer, Linear) and not any(s % MULTIPLE for s in layer.weight.shape):
                     layer.fp8 = True
 
-    def compile_hidden(self) -> None:
-        """Compiles the layers, for training and for validation."""
-        self.hidden = torch.compile(self.hidden)  # type: ignore[method-assign]
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compiles the layers, for training and for validation.
+
+        Each layer is a graph of its own, and layers of one kind share it: depth does not lengthen
+        the compilation, and the gradients of a layer are complete as soon as its backward has
+        run, so that their reduction overlaps with that of the layers before it. Shapes are
+        constants: each is compiled once, at its first use.
+        """
+        # Of kinds of layers times shapes. Beyond it torch would run uncompiled without a word.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        self._run_block = torch.compile(_run_block, dynamic=False, backend=backend)
 
     def _window(self, layer: Attention, T: int) -> int:
         """The layer's window at this time: while it grows, a multiple of 64."""
@@ -212,8 +265,9 @@ class GPT(nn.Module):
                     train_length=c.sequence_len,
                     factor=c.rope_factor,
                 )
-            angles = self._angles = (cos.to(device), sin.to(device))
-        cos, sin = (table.to(self.compute_dtype) for table in angles)
+            dtype = self.compute_dtype
+            angles = self._angles = (cos.to(device, dtype), sin.to(device, dtype))
+        cos, sin = angles
         return cos[None, :T, None], sin[None, :T, None]
 
     def _norm(self, x: Tensor) -> Tensor:
@@ -229,55 +283,32 @@ class GPT(nn.Module):
         x_rest = x_rest + self.smear_lambda.to(x.dtype) * gate * previous
         return torch.cat((x[:, :1], x_rest), dim=1)
 
-    def _block(
-        self,
-        i: int,
-        block: Block,
-        x: Tensor,
-        x0: Tensor,
-        skip: Tensor | None,
-        ids: Tensor,
-        angles: tuple[Tensor, Tensor],
-        attend: SelfAttention,
-    ) -> Tensor:
-        """Layer ``i`` on the residual stream ``x [B, T, C]``; ``x0`` is the stream's start."""
-        config = self.config
-        if config.residual_scalars:
-            # With float32 scalars the result would be promoted: cast them, not the stream.
-            resid, first = self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype)
-            x = resid * x + first * x0
-        if skip is not None:
-            x = x + self._skip(config.n_layer - 1 - i, x0) * skip
-        value = None
-        if config.value_embeds and str(i) in self.value_embeds:
-            value = self.value_embeds[str(i)](ids).to(x.dtype)
-        window = self._window(block.attn, ids.size(1))
-        x = x + self._drop(block.attn(self._norm(x), value, angles, attend, window))
-        return x + self._drop(block.mlp(self._norm(x)))
+    def hidden(self, ids: Tensor, *, eager: bool = False) -> Tensor:
+        """Final normalised activations ``[B, T, C]`` of ``ids [B, T]`` int64, from position 0.
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Final normalised activations ``[B, T, C]`` of ``ids [B, T]`` int64, from position 0."""
+        ``eager`` runs uncompiled layers, for shapes that come once.
+        """
         config = self.config
-        angles = self._rotary(ids.size(1))
-        documents = None
-        if config.document_start >= 0:
-            documents = (ids == config.document_start).cumsum(dim=1)
-        attend = SelfAttention(documents)
+        angles, masks = self._rotary(ids.size(1)), self._masks(ids)
+        run_block = _run_block if eager else self._run_block
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         x = self._norm(self.wte(ids).to(self.compute_dtype))
         if config.smear:
             x = self._smear(x, ids)
         x = self._drop(x)
-        x0, middle = x, None
+        # A view: where both arguments are one tensor, the first layer would be another graph.
+        x0, middle = x.view_as(x), None
+        lambdas = self._lambdas(x.dtype)
         skip_outputs: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             skip = None
             if config.skips and i >= config.n_layer - len(self.skip_gates):
-                skip = skip_outputs.pop()
-            args = (i, block, x, x0, skip, ids, angles, attend)
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(self._block, *args, use_reentrant=False)
-            else:
-                x = self._block(*args)
+                skip = self._skip(config.n_layer - 1 - i, x0) * skip_outputs.pop()
+            mix = Mix(x0, lambdas[i] if lambdas else None, skip)
+            table = None
+            if config.value_embeds and str(i) in self.value_embeds:
+                table = cast(nn.Embedding, self.value_embeds[str(i)]).weight
+            x = run_block(block, x, mix, ids, table, angles, masks[i], recompute=recompute)
             if config.skips and i < len(self.skip_gates):
                 skip_outputs.append(x)
             if config.backout and i == config.n_layer // 2:
@@ -285,6 +316,24 @@ class GPT(nn.Module):
         if middle is not None:
             x = x - self.backout_lambda.to(x.dtype) * middle
         return self._norm(x)
+
+    def _masks(self, ids: Tensor) -> list[AttentionMask]:
+        """Each layer's mask for ``ids [B, T]``; layers with one window share it."""
+        documents = None
+        if self.config.document_start >= 0:
+            documents = (ids == self.config.document_start).cumsum(dim=1)
+        spans = [self._window(block.attn, ids.size(1)) for block in self.blocks]
+        flex = ids.device.type == "cuda"
+        masks = {w: attention_mask(ids, w, documents, flex=flex) for w in set(spans)}
+        return [masks[window] for window in spans]
+
+    def _lambdas(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's 0-d factors on the residual stream and on its start; none without them."""
+        if not self.config.residual_scalars:
+            return []
+        # With float32 scalars the result would be promoted: cast them, not the stream.
+        resid, first = self.resid_lambdas.to(dtype).unbind(), self.x0_lambdas.to(dtype).unbind()
+        return list(zip(resid, first, strict=True))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x

@@ -37,8 +37,8 @@ def greedy(model: GPT, ids: Sequence[int], count: int, ends: Sequence[int]) -> l
     row = torch.zeros((1, length), dtype=torch.int64, device=model.lm_head.weight.device)
     row[0, :first] = torch.tensor(list(ids))
     for at in range(first, last):
-        # The class's own method: an instance's may be compiled, for the shapes of training.
-        best = int(model.logits(GPT.hidden(model, row)[:, at - 1]).argmax())
+        # Compiled layers are for the shapes of training.
+        best = int(model.logits(model.hidden(row, eager=True)[:, at - 1]).argmax())
         if best in ends:
             return row[0, first:at].tolist()
         row[0, at] = best

@@ -337,7 +337,7 @@ def build_model(config: TrainerConfig, root: Store, device: torch.device) -> GPT
         model.use_fp8()
     compile_mode = config.train.compile
     if compile_mode == "on" or (compile_mode == "auto" and device.type == "cuda"):
-        model.compile_hidden()
+        model.compile_blocks()
     model.checkpoint_activations = config.train.checkpoint_activations
     return model
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from nanochat_ray.config import to_json
-from nanochat_ray.model.attention import SelfAttention, _block_mask
+from nanochat_ray.model.attention import attend, attention_mask, block_mask
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.fp8 import fp8_linear
 from nanochat_ray.model.gpt import GPT
@@ -39,20 +39,41 @@ def test_documents_do_not_see_each_other() -> None:
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("window", [-1, 5])
+@pytest.mark.parametrize("window", [-1, 5, 128, 150])
 @pytest.mark.parametrize("has_documents", [True, False])
 def test_block_mask_equals_dense_mask(window: int, has_documents: bool) -> None:
     torch.manual_seed(0)
-    B, T, H, D = 2, 48, 4, 16
+    B, T, H, D = 2, 300, 4, 16  # two blocks of 128 positions, and a part of one
     q = torch.randn(B, T, H, D)
     k, v = torch.randn(B, T, 2, D), torch.randn(B, T, 2, D)
-    documents = (torch.rand(B, T) < 0.1).cumsum(dim=1) if has_documents else None
-    dense = SelfAttention(documents)(q, k, v, window, 0.3)
-    mask = _block_mask(B, T, T if window < 0 else window, documents, torch.device("cpu"))
+    documents = (torch.rand(B, T) < 0.01).cumsum(dim=1) if has_documents else None
+    ids = torch.zeros((B, T), dtype=torch.int64)
+    dense = attend(q, k, v, attention_mask(ids, window, documents, flex=False), 0.3)
+    mask = block_mask(T, T if window < 0 else window, documents, torch.device("cpu"))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     flex = flex_attention(q, k, v, block_mask=mask, scale=0.3, enable_gqa=True)
     assert isinstance(flex, torch.Tensor)
     torch.testing.assert_close(flex.transpose(1, 2), dense)
+
+
+def test_block_mask_skips_and_fills_blocks() -> None:
+    # Four blocks; a document ends with the second. Within a window of 128 a query's block sees
+    # itself and, where the document goes on, the block before it: all in part.
+    documents = torch.arange(512)[None] // 256
+    mask = block_mask(512, 128, documents, torch.device("cpu"))
+    assert mask.to_dense()[0, 0].tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 0, 1, 0],
+        [0, 0, 1, 1],
+    ]
+    assert mask.full_kv_num_blocks is not None
+    assert mask.full_kv_num_blocks.tolist() == [[[0, 0, 0, 0]]]
+    # Without a window all pairs of a block below the diagonal are visible.
+    whole = block_mask(512, 512, None, torch.device("cpu"))
+    assert whole.full_kv_num_blocks is not None
+    assert whole.full_kv_num_blocks.tolist() == [[[0, 1, 2, 3]]]
+    assert whole.kv_num_blocks.tolist() == [[[1, 1, 1, 1]]]
 
 
 @pytest.mark.parametrize("factor", [2.0, 4.0, 16.0])
