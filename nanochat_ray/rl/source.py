@@ -11,7 +11,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.request import SamplingParams
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.rl import advantages as adv
+from nanochat_ray.rl.batch import Group, make_batch
 from nanochat_ray.rl.config import RLConfig
 from nanochat_ray.rl.losses import PolicyLoss
 from nanochat_ray.rl.questions import Curriculum, Question, content_digest, prompts
@@ -48,36 +47,6 @@ MAX_STEPS_WITHOUT_REWARD = 10
 """Consecutive steps without one right answer before the run gives up."""
 EVAL_STEP = -1
 """Stands for the step in the seeds of validation, whose samples differ by the weights alone."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """The answers to one question."""
-
-    question: Question
-    prompt: Sequence[int]
-    rollouts: Sequence[Rollout]
-    rewards: np.ndarray
-    """float64 ``[samples]``"""
-
-    @property
-    def has_signal(self) -> bool:
-        return bool(np.ptp(self.rewards) > 0)
-
-
-@dataclass(frozen=True)
-class TrainedAnswer:
-    """One distinct answer of a group."""
-
-    prompt: Sequence[int]
-    rollout: Rollout
-    advantage: float
-    count: int
-    """Samples of the group that are this answer."""
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.rollout.tokens)
 
 
 def load_tokenizer(config: TrainerConfig) -> Tokenizer:
@@ -125,7 +94,6 @@ class RolloutSource:
     ):
         """``make_generator`` is called once, when the model is there."""
         self.config, self.rl, self.engine_config = config, rl, engine
-        self.kind = adv.KINDS[rl.loss]
         self._make_generator = make_generator
         seed = config.train.seed
         self.tasks = make_tasks(rl, "train", rl.pool, seed)
@@ -194,7 +162,14 @@ class RolloutSource:
             groups = self._sample_groups(step)
             seconds = time.perf_counter() - begin
             self._version = step + 1  # that of the weights when the next method is called
-            yield self._batch(groups, seconds)
+            size, rank, world = (
+                self.config.train.micro_batch_size,
+                self.ranks.rank,
+                self.ranks.world,
+            )
+            yield make_batch(
+                groups, self.rl, seconds, micro_batch_size=size, rank=rank, world=world
+            )
 
     def _sample_groups(self, step: int) -> list[Group]:
         """Groups of all rounds of a step, the same on all ranks."""
@@ -273,78 +248,6 @@ class RolloutSource:
                 by_tokens[key] = reward
             rewards.append(by_tokens[key])
         return np.array(rewards)
-
-    def _batch(self, groups: Sequence[Group], seconds: float) -> Batch:
-        answers = [a for group in groups if group.has_signal for a in self._answers(group)]
-        answers.sort(key=lambda answer: answer.length)  # stable: micro-batches of equal lengths
-        num_tokens = np.array(
-            [n for a in answers for n in [len(self._sampled_indices(a))] * a.count], dtype=np.int64
-        )
-        width = max((a.length for a in answers), default=2)
-        size = self.config.train.micro_batch_size
-        per_rank = -(-len(answers) // (size * self.ranks.world)) * size
-        own = answers[self.ranks.rank * per_rank : (self.ranks.rank + 1) * per_rank]
-        ids = np.zeros((len(own), width), dtype=np.int32)
-        mask = np.zeros(ids.shape, dtype=np.uint8)
-        inputs = {
-            name: np.zeros(ids.shape, dtype=np.float32)
-            for name in ("weights", "advantages", "logprobs")
-        }
-        for row, answer in enumerate(own):
-            first = len(answer.prompt)
-            ids[row, : answer.length] = [*answer.prompt, *answer.rollout.tokens]
-            indices = self._sampled_indices(answer)
-            columns = [first + i for i in indices]
-            mask[row, columns] = 1
-            weight = answer.count * adv.sequence_weight(self.kind, len(indices))
-            inputs["weights"][row, columns] = weight
-            inputs["advantages"][row, columns] = answer.advantage
-            inputs["logprobs"][row, columns] = [answer.rollout.logprobs[i] for i in indices]
-        denominator = adv.denominator(self.kind, num_tokens, self.rl.max_tokens) if answers else 1.0
-        figures = self._figures(groups, len(answers), seconds)
-        return Batch(ids, mask, inputs, denominator, figures)
-
-    def _answers(self, group: Group) -> list[TrainedAnswer]:
-        """The distinct answers that are trained on."""
-        counts: dict[tuple[int, ...], int] = {}
-        values: dict[tuple[int, ...], tuple[Rollout, float]] = {}
-        advantages = adv.advantages(group.rewards, self.kind)
-        for rollout, advantage in zip(group.rollouts, advantages, strict=True):
-            if rollout.is_truncated and self.rl.truncation == "mask":
-                continue
-            key = tuple(rollout.tokens)
-            counts[key] = counts.get(key, 0) + 1
-            values.setdefault(key, (rollout, float(advantage)))
-        return [TrainedAnswer(group.prompt, *values[key], count) for key, count in counts.items()]
-
-    @staticmethod
-    def _sampled_indices(answer: TrainedAnswer) -> list[int]:
-        """Indices of the tokens that the model sampled, as opposed to a tool's output."""
-        return [i for i, logprob in enumerate(answer.rollout.logprobs) if logprob is not None]
-
-    def _figures(
-        self, groups: Sequence[Group], num_sequences: int, seconds: float
-    ) -> dict[str, float]:
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        logprobs = [x for rollout in rollouts for x in rollout.logprobs if x is not None]
-        tokens = sum(len(rollout.tokens) for rollout in rollouts)
-        figures = {
-            "reward": float(np.mean([group.rewards.mean() for group in groups])),
-            "groups": len(groups),
-            "groups_with_signal": sum(group.has_signal for group in groups),
-            "sequences": num_sequences,
-            "answer_tokens": tokens / len(rollouts),
-            "truncated_share": sum(r.is_truncated for r in rollouts) / len(rollouts),
-            # An unbiased estimate: the mean of -log p over samples of p.
-            "entropy": -sum(logprobs) / max(len(logprobs), 1),
-            "rollout_seconds": seconds,
-            "rollout_tokens_per_s": tokens / seconds,
-        }
-        for number, name in enumerate(self.rl.tasks):
-            rewards = [g.rewards.mean() for g in groups if g.question.task == number]
-            if rewards:
-                figures[f"reward/{name}"] = float(np.mean(rewards))
-        return figures
 
     # --- validation -----------------------------------------------------------------------------
 
