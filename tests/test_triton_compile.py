@@ -13,12 +13,13 @@ pytest.importorskip("triton")
 PROGRAM = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from nanochat_ray.engine import triton_attention, triton_operators, triton_sampler
+from nanochat_ray.engine import triton_attention, triton_fused, triton_operators, triton_sampler
 from nanochat_ray.model import triton_loss
 
 def check(kernel, pointers, constants, num_warps=4):
     "Scalars are int32 or, by name, float32."
-    kinds = {n: "fp32" if n in ("cap", "eps", "scale") else "i32" for n in kernel.arg_names}
+    floats = {"cap", "eps", "scale", "q_scale"}
+    kinds = {n: "fp32" if n in floats else "i32" for n in kernel.arg_names}
     kinds |= {f"{name}_ptr": f"*{dtype}" for name, dtype in pointers.items()}
     kinds |= dict.fromkeys(constants, "constexpr")
     where = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
@@ -47,6 +48,17 @@ check(triton_operators._relu_squared_kernel, {"x": "bf16"}, {"BLOCK": 1024})
 check(triton_operators._softcap_kernel, {"x": "bf16", "out": "fp32"}, {"BLOCK": 1024})
 pages = dict.fromkeys(("k", "v", "keys", "values"), "bf16") | {"slot_mapping": "i64"}
 check(triton_operators._store_kv_kernel, pages, {"BLOCK": 512})
+names = "table gate factor out x y x0 scale scale_0 skip middle backout sum norm qkv cos sin q"
+fused = dict.fromkeys((names + " keys values").split(), "bf16")
+fused |= dict.fromkeys(("ids", "previous", "positions", "slots"), "i64")
+def pointers(kernel):
+    return {n[:-4]: fused[n[:-4]] for n in kernel.arg_names if n.endswith("_ptr")}
+smear = {"HAS_SMEAR": True, "BLOCK": 1024}
+check(triton_fused._embed_kernel, pointers(triton_fused._embed_kernel), smear)
+mix = {"HAS_Y": True, "HAS_SCALES": True, "SKIP": 1, "BACKOUT": 1, "KEEPS": True, "BLOCK": 1024}
+check(triton_fused._residual_norm_kernel, pointers(triton_fused._residual_norm_kernel), mix)
+heads = {"HAS_VALUES": True, "HALF": 64, "BLOCK": 64, "BLOCK_K": 16}
+check(triton_fused._qkv_kernel, pointers(triton_fused._qkv_kernel), heads, num_warps=1)
 print("compiled")
 """
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from nanochat_ray.machine import use_triton
 from nanochat_ray.model.config import ModelConfig, has_value_embedding, windows
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.rotary import rotary_tables, yarn_sharpening
+
+if TYPE_CHECKING:
+    from nanochat_ray.engine.triton_forward import PagedKeys, TritonForward
 
 PROJECTIONS = ("c_q", "c_k", "c_v")
 """Attention's projections, which are one matmul here."""
@@ -41,6 +44,11 @@ class AttentionCache(Protocol):
     positions: Tensor
     """int64 ``[N]``: the position of each new token in its sequence."""
 
+    @property
+    def pages(self) -> PagedKeys | None:
+        """The cache itself, if fused kernels may write to its pages."""
+        ...
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """``q [N, H, D]``, ``k`` and ``v [N, Hkv, D]`` → ``[N, H, D]``, with scores q·k / √D.
 
@@ -50,7 +58,7 @@ class AttentionCache(Protocol):
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """A transformer block's weights."""
 
     qkv: Linear
@@ -123,14 +131,15 @@ class InferenceModel:
         # The scales on q and on k only act through the product q·k.
         self._q_scale = config.qk_scale**2 * yarn_sharpening(config.rope_factor)
         self._layers = [self._layer(i) for i in range(config.n_layer)]
+        self._triton_forward = self._make_triton_forward() if use_triton(self.device) else None
         self._copy(weights)
         uses_mkl = self.device.type == "cpu" and native is None
         self.min_num_tokens = min_num_tokens(sizes, weight_dtype) if uses_mkl else 1
 
-    def _layer(self, i: int) -> _Layer:
+    def _layer(self, i: int) -> Layer:
         config, at = self.config, f"transformer.h.{i}."
         has_values = config.value_embeds and has_value_embedding(i, config.n_layer)
-        return _Layer(
+        return Layer(
             qkv=self._linears[at + "attn.c_qkv"],
             attention_output=self._linears[at + "attn.c_proj"],
             mlp_input=self._linears[at + "mlp.c_fc"],
@@ -139,6 +148,15 @@ class InferenceModel:
             head_gate=self._linears[at + "attn.head_gate"] if config.attention_gate else None,
             value_embedding=self._tensors[f"value_embeds.{i}.weight"] if has_values else None,
             window=windows(config)[i],
+        )
+
+    def _make_triton_forward(self) -> TritonForward:
+        from nanochat_ray.engine.triton_forward import TritonForward
+
+        layers, linears, tensors = self._layers, self._linears, self._tensors
+        rotary = self._cos, self._sin
+        return TritonForward(
+            self.config, layers, linears, tensors, rotary, self._q_scale, self.dtype
         )
 
     def check_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -181,6 +199,8 @@ class InferenceModel:
         that a layer needs of earlier tokens beside keys and values.
         """
         config = self.config
+        if self._triton_forward is not None and cache.pages is not None:
+            return self._triton_forward.hidden(ids_N, previous_N, cache.pages)
         cos, sin = self._cos[cache.positions], self._sin[cache.positions]
         x = self._embed(ids_N)
         if config.smear:
@@ -235,7 +255,7 @@ class InferenceModel:
     def _attention(
         self,
         i: int,
-        layer: _Layer,
+        layer: Layer,
         x: Tensor,
         ids: Tensor,
         angles: tuple[Tensor, Tensor],
@@ -257,7 +277,7 @@ class InferenceModel:
             y = y * gate.unsqueeze(-1)
         return layer.attention_output(y.reshape(N, -1))
 
-    def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
+    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
         return layer.mlp_output(self._ops.relu_squared(layer.mlp_input(x)))
 
 

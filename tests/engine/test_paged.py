@@ -175,11 +175,10 @@ def test_prompts_with_a_common_prefix_wait_one_step(common: int, steps: int) -> 
         make_model("modern", n_embd=16, n_head=1, n_kv_head=1),
         max_num_seqs=32,
         max_num_batched_tokens=8192,
-        prefill_chunk=512,
         async_scheduling="off",
     )
     for i in range(32):
-        engine.add(ask(str(i), [*range(common), *[100 + i] * (80 - common)], max_tokens=40))
+        engine.add(ask(str(i), [*range(common), *[100 + i] * (80 - common)], max_tokens=1))
     ids: set[str] = set()
     for _ in range(steps):
         assert len(ids) < 32

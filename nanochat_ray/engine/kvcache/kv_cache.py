@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from nanochat_ray.engine.cuda_graphs import DecodeGraphs
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.model import InferenceModel
+
+if TYPE_CHECKING:
+    from nanochat_ray.engine.triton_forward import PagedKeys
+
+
+class KVTarget(NamedTuple):
+    """Where the keys and values of a step are written."""
+
+    keys: Tensor
+    """``[pages, block size, Hkv, D]``, like ``values``"""
+    values: Tensor
+    slot_mapping: Tensor
+    """int64 ``[N]``: page times block size plus the index in the page."""
 
 
 class KVCache(ABC):
@@ -40,6 +54,11 @@ class KVCache(ABC):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """``q [N, H, D]``, ``k`` and ``v [N, Hkv, D]`` → ``[N, H, D]``. Writes the keys and values
         of the step first."""
+
+    @property
+    def pages(self) -> PagedKeys | None:
+        """See ``model.AttentionCache``."""
+        return None
 
     def decode_graphs(self, model: InferenceModel, max_num_tokens: int) -> DecodeGraphs | None:
         """CUDA graphs for steps of decodes alone, up to this many tokens, where there can be."""

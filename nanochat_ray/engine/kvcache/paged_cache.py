@@ -21,7 +21,7 @@ from nanochat_ray.engine.cuda_graphs import DecodeGraphs
 from nanochat_ray.engine.kvcache.attention_metadata import AttentionMetadata
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
-from nanochat_ray.engine.kvcache.kv_cache import KVCache
+from nanochat_ray.engine.kvcache.kv_cache import KVCache, KVTarget
 from nanochat_ray.engine.kvcache.memory import layer_windows
 from nanochat_ray.engine.kvcache.padding import padded_length, padded_queries
 from nanochat_ray.engine.model import InferenceModel
@@ -63,7 +63,8 @@ class PagedCache(KVCache):
         self._block_tables = np.zeros(shape, dtype=np.int32)
         self._attention: Callable[..., Tensor] = gathered_attention
         self._store: Callable[..., None] = store_by_index
-        if use_triton(device):
+        self._uses_triton = use_triton(device)
+        if self._uses_triton:
             from nanochat_ray.engine.triton_attention import paged_attention
             from nanochat_ray.engine.triton_operators import store_kv
 
@@ -117,9 +118,22 @@ class PagedCache(KVCache):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """``q [N, H, D]``, ``k`` and ``v [N, Hkv, D]`` → ``[N, H, D]``."""
+        self._store(k, v, *self.kv_target(layer))
+        return self.attend_pages(layer, q, window)
+
+    @property
+    def pages(self) -> PagedCache | None:
+        return self if self._uses_triton else None
+
+    def kv_target(self, layer: int) -> KVTarget:
+        """See ``triton_forward.PagedKeys``."""
+        pool, keys, values = self._pages[layer]
+        return KVTarget(keys, values, self.metadata.slot_mapping[pool])
+
+    def attend_pages(self, layer: int, q: Tensor, window: int) -> Tensor:
+        """See ``triton_forward.PagedKeys``."""
         pool, keys, values = self._pages[layer]
         step = self.metadata
-        self._store(k, v, keys, values, step.slot_mapping[pool])
         return self._attention(
             q,
             keys,
