@@ -1,0 +1,66 @@
+"""Rollouts by an engine whose weights change between them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanochat_ray.engine.request import SamplingParams
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.rl.rollout import EngineGenerator, Rollout, make_requests, rollout_seed
+from tests.rl.tiny_rl import ENGINE
+from tests.tiny import TOKENIZER, tiny_config
+
+PROMPT = list(b"a question that is long enough")
+PARAMS = SamplingParams(max_tokens=6, logprobs=0, logprobs_mode="processed_logprobs")
+
+
+def model(seed: int) -> GPT:
+    policy = GPT(tiny_config(sequence_len=48))
+    generator = torch.Generator().manual_seed(seed)
+    policy.init_weights(generator)
+    for p in policy.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    return policy.requires_grad_(False)
+
+
+def answers(generator: EngineGenerator, version: int, policy: GPT) -> list[Rollout]:
+    generator.load(version, policy.state_dict())
+    seeds = [rollout_seed(3, sample) for sample in range(5)]
+    return generator.generate(make_requests(PROMPT, seeds, PARAMS, "q"))
+
+
+def generator() -> EngineGenerator:
+    return EngineGenerator.of_model(model(0), TOKENIZER, ENGINE)
+
+
+@pytest.mark.parametrize("drops_cache", [True, False])
+def test_keys_and_values_of_old_weights_are_dropped(
+    monkeypatch: pytest.MonkeyPatch, drops_cache: bool
+) -> None:
+    reference = answers(generator(), 2, model(1))
+    reused = generator()
+    first = answers(reused, 1, model(0))
+    assert {rollout.version for rollout in first} == {1}
+    if not drops_cache:  # what this test would see
+        manager = reused.engine.runner.kv_manager
+        monkeypatch.setattr(manager, "reset_prefix_cache", lambda: None)
+    second = answers(reused, 2, model(1))
+    assert reused.engine.stats().num_hit_tokens > 0
+    assert (second == reference) == drops_cache
+
+
+def test_a_seed_for_each_sample() -> None:
+    seeds = [rollout_seed(seed, step, 0) for seed in range(3) for step in range(3)]
+    assert len(set(seeds)) == 9
+    assert all(0 <= seed < 2**64 for seed in seeds)
+    assert rollout_seed(1, 23) != rollout_seed(12, 3)
+
+
+def test_a_failed_request_is_an_error() -> None:
+    broken = generator()
+    nan = {name: torch.full_like(t, torch.nan) for name, t in model(0).state_dict().items()}
+    broken.engine.runner.model.load_weights(nan)
+    broken.version = 1
+    with pytest.raises(RuntimeError, match=r"rollout q/0 failed: error .*not finite"):
+        broken.generate(make_requests(PROMPT, [1], PARAMS, "q"))
