@@ -40,6 +40,14 @@ def test_only_the_whole_key_is_accepted(other: str) -> None:
     assert ring.name_of(other.encode()) is None
 
 
+@pytest.mark.parametrize("at", [0, 7, 8, 31, 32, 63])
+def test_the_whole_digest_counts(at: int) -> None:
+    prefix, salt, digest = keys.hash_key(KEY).split(":")
+    other = f"{(int(digest[at], 16) + 1) % 16:x}"
+    ring = keys.KeyRing([f"{prefix}:{salt}:{digest[:at]}{other}{digest[at + 1 :]}"])
+    assert ring.name_of(KEY.encode()) is None
+
+
 def test_recorded_hash_and_name() -> None:
     """sha256 of the salt's text followed by the key; the name is its first 16 digits."""
     salt = "00112233445566778899aabbccddeeff"
