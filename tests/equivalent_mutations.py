@@ -16,12 +16,16 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
         "comparison: cumulative[:, -1] < goal  →  cumulative[:, -1] <= goal": ("", SPEED),
         "operator: features & NUCLEUS  →  features | NUCLEUS": ("", SPEED),
         "comparison: logits > 0  →  logits >= 0": ("", "0 divided or multiplied is 0"),
+        "operator: features & MIN_P  →  features | MIN_P": ("", "a min-p of 0 masks nothing"),
     },
     "nanochat_ray/engine/sampling_state.py": {
         "operator: p.min_tokens and sequence.stop_token_ids  →  "
         "p.min_tokens or sequence.stop_token_ids": ("", "no tokens, or none early, are banned"),
         "condition: if logits.size(1) <= triton_sampler.MAX_VOCAB:  →  "
         "if not logits.size(1) <= triton_sampler.MAX_VOCAB:": ("", GPU),
+    },
+    "nanochat_ray/engine/logprobs.py": {
+        "constant: 0  →  1": ("tokens = [0]", "of rows whose log-probability nobody reads"),
     },
     "nanochat_ray/engine/scheduler.py": {
         "sign or not: -1  →  1": ("default=-1", "admissions are counted from any number on"),

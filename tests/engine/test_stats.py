@@ -41,6 +41,14 @@ def test_counters_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.stats().steps == 6  # nothing ran
 
 
+def test_without_a_prefix_cache_nothing_is_cached() -> None:
+    engine = make_engine(make_model("classic"), prefix_cache_tokens=0)
+    for name in "ab":
+        engine.add(ask(name, PROMPT, max_tokens=2))
+        assert [output.cached_tokens for output in finish(engine)[name]] == [0, 0]
+    assert (engine.stats().num_lookup_tokens, engine.stats().num_hit_tokens) == (0, 0)
+
+
 def test_an_idle_engine_counts_an_abort() -> None:
     engine = make_engine(make_model("classic"))
     engine.add(ask("a", [1]))
