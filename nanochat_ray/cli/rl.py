@@ -3,6 +3,7 @@
     nanochat-ray rl --parent chat --run rl --steps 80
     nanochat-ray rl --tasks chain_sum,min_terms=4 my_package.my_tasks.Riddles --rl.samples 8
     nanochat-ray rl --tasks gsm8k,path=/data/gsm8k --rl.max-tokens 256
+    torchrun --nproc-per-node 2 -m nanochat_ray rl ...            # without Ray; or --no-ray
 
 A task is a name with options: those of nanochat-ray prepare, any data set of reasoning-gym, or the
 import path of your own. The last line is one JSON object. Exit status: as nanochat-ray train.
@@ -11,6 +12,7 @@ import path of your own. The last line is one JSON object. Exit status: as nanoc
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -155,21 +157,24 @@ def build(args: Args) -> TrainerConfig:
         wandb=args.wandb,
     )
     tokenizer = load_tokenizer(config)
-    preflight.check_resume(args.storage, args.run, args.resume)
+    # A group that torchrun restarts continues the run that it started.
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        preflight.check_resume(args.storage, args.run, args.resume)
     return preflight.check_run(config, tokenizer, describe(config, rl))
 
 
 def run_here(config: TrainerConfig, args: Args) -> dict[str, Any]:
+    """In this process, or as one rank of ``torchrun``, each with an engine."""
     import torch
 
     from nanochat_ray.cli.train_run import train_here
     from nanochat_ray.machine import engine_threads
     from nanochat_ray.rl.source import RolloutSource
 
-    torch.set_num_threads(args.threads or engine_threads(sharing=1))
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(args.threads or engine_threads(sharing=sharing))
     source = RolloutSource(config, args.rl_config(), engine_config(args))
-    device = torch.device("cuda" if args.gpus else "cpu")
-    return train_here(config, source=source, device=device, print_every=args.print_every)
+    return train_here(config, source=source, gpus=args.gpus, print_every=args.print_every)
 
 
 def run_on_ray(config: TrainerConfig, args: Args) -> dict[str, Any]:
@@ -193,9 +198,14 @@ def run_on_ray(config: TrainerConfig, args: Args) -> dict[str, Any]:
 
 
 def main(args: Args) -> int:
+    from nanochat_ray.cli.train_job import under_torchrun
+    from nanochat_ray.cli.train_run import process_group
     from nanochat_ray.train.stop import STOPPED
 
-    config = build(args)
-    result = run_on_ray(config, args) if args.ray else run_here(config, args)
-    print(json.dumps({"run": config.run, **result}))
+    with process_group(gpus=args.gpus):
+        config = build(args)
+        here = under_torchrun() or not args.ray
+        result = run_here(config, args) if here else run_on_ray(config, args)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps({"run": config.run, **result}))
     return 0 if result["done"] else STOPPED

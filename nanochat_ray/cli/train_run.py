@@ -28,21 +28,17 @@ from nanochat_ray.train.trainer import Trainer
 def run_here(job: TrainerConfig, args: Args) -> dict[str, Any]:
     """Trains in this process, or as one rank of ``torchrun``."""
     torch.set_num_threads(args.threads)
-    device = torch.device("cpu")
-    if args.gpus:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return train_here(job, device=device, print_every=args.print_every)
+    return train_here(job, gpus=args.gpus, print_every=args.print_every)
 
 
 def train_here(
-    job: TrainerConfig,
-    *,
-    device: torch.device,
-    print_every: int,
-    source: Source | None = None,
+    job: TrainerConfig, *, gpus: bool, print_every: int, source: Source | None = None
 ) -> dict[str, Any]:
     """Claims the run and trains it; ``source`` replaces the reading of its dataset."""
     rank = int(os.environ.get("RANK", 0))
+    device = torch.device("cpu")
+    if gpus:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     root = Store.at(job.storage)
     # Of torchrun's ranks the first claims the run for all.
     claim = hold_claim(root, "runs", job.run) if rank == 0 else contextlib.nullcontext()
@@ -75,16 +71,16 @@ class _ProcessHooks(Hooks):
 
 
 @contextlib.contextmanager
-def process_group(args: Args) -> Iterator[None]:
+def process_group(*, gpus: bool) -> Iterator[None]:
     """torchrun's, if this is one of several ranks."""
     import torch.distributed as dist
 
-    if not under_torchrun() or args.plan_only or int(os.environ["WORLD_SIZE"]) == 1:
+    if not under_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
-    if args.gpus:
+    if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if args.gpus else "gloo")
+    dist.init_process_group("nccl" if gpus else "gloo")
     try:
         yield
     finally:
@@ -108,7 +104,7 @@ def run_on_ray(job: TrainerConfig, args: Args) -> dict[str, Any]:
 
 
 def run(args: Args) -> int:
-    with process_group(args):
+    with contextlib.nullcontext() if args.plan_only else process_group(gpus=args.gpus):
         return train(args)
 
 
