@@ -30,11 +30,11 @@ class RLConfig:
     pool: int = 2000
     """Training questions of each task, at most."""
     questions: int = 24
-    """Questions of one round."""
+    """Questions of a step's first round, and of a further one at most."""
     samples: int = 16
     """Answers to each question: a group."""
     min_groups: int = 8
-    """Further rounds are sampled until this many groups have answers with different rewards."""
+    """Rounds follow until this many groups have signal: answers with different rewards."""
     max_rounds: int = 4
     """Rounds of a step, at most."""
     max_tokens: int = 96

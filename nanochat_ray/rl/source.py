@@ -77,6 +77,16 @@ def describe(config: TrainerConfig, rl: RLConfig) -> dict[str, Any]:
     }
 
 
+def questions_needed(config: RLConfig, num_groups: int, num_with_signal: int) -> int:
+    """Questions of the next round: as many as will give the missing groups with signal, if as many
+    of them have it as of those so far."""
+    missing = config.min_groups - num_with_signal
+    if not num_groups or missing <= 0:
+        return 0 if num_groups else config.questions
+    share = max(1, num_with_signal) / num_groups
+    return min(config.questions, math.ceil(missing / share))
+
+
 class RolloutSource:
     """Implements ``train.source.Source``."""
 
@@ -175,14 +185,14 @@ class RolloutSource:
         """Groups of all rounds of a step, the same on all ranks."""
         self.generator.load(step, self.model.state_dict())
         groups: list[Group] = []
-        for round_number in range(self.rl.max_rounds):
-            questions = self.curriculum.draw(self.rl.questions)
-            first = round_number * self.rl.questions
+        for _ in range(self.rl.max_rounds):
+            count = questions_needed(self.rl, len(groups), sum(g.has_signal for g in groups))
+            if not count:
+                break
+            questions, first = self.curriculum.draw(count), len(groups)
             new = self._ask(self.tasks, self.prompts, questions, self.rl.samples, step, first)
             self.curriculum.observe(questions, [float(group.rewards.mean()) for group in new])
             groups += new
-            if sum(group.has_signal for group in groups) >= self.rl.min_groups:
-                break
         self._check_rewards(groups)
         return groups
 

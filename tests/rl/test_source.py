@@ -12,8 +12,9 @@ import pytest
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.request import Request
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.rl.config import RLConfig
 from nanochat_ray.rl.rollout import EngineGenerator, Rollout, answer_text
-from nanochat_ray.rl.source import RolloutSource
+from nanochat_ray.rl.source import RolloutSource, questions_needed
 from nanochat_ray.storage import Store
 from nanochat_ray.text.chat import tool_delimiters
 from nanochat_ray.train.ranks import Ranks
@@ -112,6 +113,22 @@ def test_solved_tasks_keep_the_weights(whole: tuple[Store, Any], monkeypatch: An
     records = run_rl(whole[0], "solved", steps=1)
     (step,) = (r for r in records if r["kind"] == "train")
     assert (step["skipped"], step["reward"], step["groups_with_signal"]) == (True, 1.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "num_with_signal", "count"),
+    [
+        (0, 0, 24),  # the first round
+        (24, 8, 0),  # enough
+        (24, 7, 4),  # one is missing, and 7 of 24 had signal: 24 / 7
+        (24, 1, 24),  # 7 · 24 are too many
+        (24, 0, 24),
+        (48, 6, 16),
+    ],
+)
+def test_rounds_are_as_large_as_needed(num_groups: int, num_with_signal: int, count: int) -> None:
+    config = RLConfig(questions=24, min_groups=8)
+    assert questions_needed(config, num_groups, num_with_signal) == count
 
 
 # --- a batch of known answers ---------------------------------------------------------------------
