@@ -18,6 +18,13 @@ NOTICES = re.compile(
     r"|(Tailing logs|Job submission|Running entrypoint|[- ]*$)"
 )
 """Ray's own lines, which stay in the log."""
+SUGGESTIONS = (
+    "Who are you?",
+    "What is 47 + 38 - 9?",
+    "How many legs do 3 spiders and 2 dogs have?",
+    "What can you do?",
+)
+"""What the chat page offers: questions of the kinds that the model learns."""
 WORKER = re.compile(r"^\(RayTrainWorker [^)]*\) (?=step \d)")
 """What Ray Train puts before a worker's progress."""
 
@@ -56,6 +63,7 @@ class Jobs:
     def serve(self, port: int) -> None:
         flags = ["--run", self.chat_run, "--name", self.chat_run, "--port", str(port)]
         flags += ["--gpus", "1"] if self.gpus else []
+        flags += ["--suggestions", *SUGGESTIONS]
         self._run("serve", "serve", "--no-block", *flags)
 
     def evaluate(self) -> None:

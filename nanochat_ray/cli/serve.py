@@ -41,7 +41,7 @@ else:
 EVERYDAY_SERVE = (
     *("storage", "run", "checkpoint", "name", "num_replicas", "max_replicas", "gpus", "threads"),
     *("follow", "num_ingress_replicas", "request_timeout_s", "key_file", "allowed_origins"),
-    "access_log",
+    *("access_log", "suggestions"),
 )
 EVERYDAY_ENGINE = ("max_num_seqs", "max_model_len", "max_queue_size", "precision")
 
@@ -123,6 +123,7 @@ def serve_here(config: ServeConfig, args: Args) -> None:
         limits=Limits(request_timeout_s=config.request_timeout_s),
         keys=[*config.key_hashes, *key_file_hashes(config)],
         allowed_origins=config.allowed_origins,
+        suggestions=config.suggestions,
     )
     if config.access_log:
         handler = logging.StreamHandler()

@@ -11,7 +11,7 @@ from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.request import Finish, Request
 from nanochat_ray.engine.sequence import Sequence
-from nanochat_ray.engine.tools import Tool, ToolState
+from nanochat_ray.text.tools import Tool, ToolState
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ from nanochat_ray.engine.sampling_state import SamplingState
 from nanochat_ray.engine.scheduler import ScheduledChunk, Scheduler
 from nanochat_ray.engine.sequence import Sequence
 from nanochat_ray.engine.stats import Stats
-from nanochat_ray.engine.tools import Tool, calculator_tool
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.text.tools import Tool, calculator_tool
 
 logger = logging.getLogger(__name__)
 

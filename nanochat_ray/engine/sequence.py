@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.request import Finish, Request, TokenLogprob
-from nanochat_ray.engine.tools import ToolState
+from nanochat_ray.text.tools import ToolState
 
 if TYPE_CHECKING:
     from nanochat_ray.engine.grammar import GrammarState

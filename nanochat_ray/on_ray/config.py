@@ -67,6 +67,8 @@ class ServeConfig:
     secret; it is read when a replica starts, which fails without it."""
     allowed_origins: tuple[str, ...] = ()
     """Origins whose pages may send requests (CORS): https://a.example or *."""
+    suggestions: tuple[str, ...] = ()
+    """Questions that the chat page offers in an empty conversation."""
     access_log: bool = True
     """Log a line for each request."""
 
@@ -87,6 +89,9 @@ class ServeConfig:
         check_origins("allowed_origins", self.allowed_origins)
         require(self.follow in ("", "latest", "best"), "follow", self.follow, "latest or best")
         require(self.swap in ("drain", "immediate"), "swap", self.swap, "drain or immediate")
+        object.__setattr__(self, "suggestions", tuple(self.suggestions))
+        ok = all(isinstance(text, str) and text.strip() for text in self.suggestions)
+        require(ok, "suggestions", self.suggestions, "texts that are not empty")
         check_name("run", self.run)
         if self.checkpoint:
             check_name("checkpoint", self.checkpoint)

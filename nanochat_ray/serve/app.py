@@ -11,7 +11,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import html
 import importlib.metadata
+import json
 import re
 import secrets
 import time
@@ -107,13 +109,14 @@ def build_app(
     keys: Sequence[str] = (),
     sink: Sink | None = None,
     allowed_origins: Sequence[str] = (),
+    suggestions: Sequence[str] = (),
 ) -> FastAPI:
     """The application.
 
     ``name``: the model's. ``max_model_len``: the engine's longest sequence, in tokens. ``keys``:
     API keys, one of which each request then needs. ``sink``: takes the metrics of requests, which
     ``/metrics`` has in any case. ``allowed_origins``: origins whose pages may send requests (CORS),
-    or "*".
+    or "*". ``suggestions``: questions that the chat page offers.
     """
     prometheus = PrometheusSink(name)
     metrics = RequestMetrics(Tee(prometheus, sink) if sink is not None else prometheus)
@@ -139,7 +142,7 @@ def build_app(
             expose_headers=["x-request-id", "x-checkpoint", "retry-after"],
         )
     app.add_middleware(AccessLog)
-    _add_pages(app, serving)
+    _add_pages(app, serving, suggestions)
     _add_metrics(app, serving, prometheus)
     _add_models(app, serving)
     _add_tokens(app, serving)
@@ -147,12 +150,15 @@ def build_app(
     return app
 
 
-def _page() -> tuple[str, dict[str, str]]:
+def _page(suggestions: Sequence[str]) -> tuple[str, dict[str, str]]:
     """The chat page, and headers that allow its own script and style and nothing else."""
-    html = resources.files(__package__).joinpath("chat.html").read_text(encoding="utf-8")
+    page = resources.files(__package__).joinpath("chat.html").read_text(encoding="utf-8")
+    place = '<meta name="suggestions" content="[]">'
+    assert place in page
+    page = page.replace(place, place.replace("[]", html.escape(json.dumps(list(suggestions)))))
 
     def source(tag: str) -> str:
-        (inside,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        (inside,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
         return f"'sha256-{digest}'"
 
@@ -161,7 +167,7 @@ def _page() -> tuple[str, dict[str, str]]:
         "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
-    return html, {
+    return page, {
         "Content-Security-Policy": policy,
         "Referrer-Policy": "no-referrer",
         "X-Content-Type-Options": "nosniff",
@@ -169,12 +175,12 @@ def _page() -> tuple[str, dict[str, str]]:
     }
 
 
-def _add_pages(app: FastAPI, serving: Serving) -> None:
-    html, headers = _page()
+def _add_pages(app: FastAPI, serving: Serving, suggestions: Sequence[str]) -> None:
+    text, headers = _page(suggestions)
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(html, headers=headers)
+        return HTMLResponse(text, headers=headers)
 
     @app.get("/health", response_model=HealthResponse)
     async def health_check() -> Response:

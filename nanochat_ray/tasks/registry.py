@@ -14,23 +14,33 @@ from typing import Any
 
 from nanochat_ray.checks import require
 from nanochat_ray.tasks import hub
+from nanochat_ray.tasks.dialogue import Dialogue
 from nanochat_ray.tasks.identity import Identity
-from nanochat_ray.tasks.reasoning import KINDS, ReasoningTask, SpokenSums
+from nanochat_ray.tasks.limits import Limits
+from nanochat_ray.tasks.reasoning import KINDS, ReasoningTask, SpokenArithmetic, SpokenLegs
 from nanochat_ray.tasks.task import Split, Task, TaskFactory
 
 DEFAULT_MIXTURE = (
-    "chain_sum:4500",
+    "chain_sum:3000",
     "spoken_sums:1500",
-    "leg_counting:3000",
+    "leg_counting:2000",
+    "spoken_legs:1000",
     "products:2000",
-    "identity:1500",
+    "spoken_products:700",
+    "identity:1000",
+    "limits:1500",
+    "dialogue:1500",
 )
 """Conversations of the default fine-tuning, as task:count; all are generated offline."""
 _FACTORIES: dict[str, TaskFactory] = {
     **{name: functools.partial(ReasoningTask, name) for name in KINDS},
     **{name: functools.partial(hub.HubTask, name) for name in hub.NAMES},
     "identity": Identity,
-    "spoken_sums": SpokenSums,
+    "limits": Limits,
+    "dialogue": Dialogue,
+    "spoken_legs": SpokenLegs,
+    "spoken_products": functools.partial(SpokenArithmetic, "products"),
+    "spoken_sums": functools.partial(SpokenArithmetic, "chain_sum"),
 }
 
 

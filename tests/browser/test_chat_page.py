@@ -225,3 +225,17 @@ def test_full_context_drops_oldest_turns(browser: Browser, engine: ScriptedClien
         page.get_by_role("button", name="New chat").click()
         expect(divider).to_have_count(0)
         page.close()
+
+
+def test_suggestions_are_asked_with_a_click(browser: Browser, engine: ScriptedClient) -> None:
+    texts = ["Who are you?", f"What is {ATTACK}?"]
+    with serving(build_app(engine, TOK, "tiny-d2", 2048, suggestions=texts)) as url:
+        page = browser.new_page()
+        page.goto(url)
+        expect(page.locator("#suggestions button")).to_have_text(texts)
+        page.get_by_role("button", name=texts[0]).click()
+        expect(page.locator(".turn.user")).to_have_text(texts[0])
+        expect(page.locator(".turn.assistant")).to_contain_text("Hello there.")
+        expect(page.locator("#suggestions")).to_have_count(0)
+        assert page.evaluate("window.hacked") is None
+        page.close()

@@ -15,9 +15,9 @@ import torch
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Request, RequestOutput, SamplingParams
-from nanochat_ray.engine.tools import Tool
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.text.tools import Tool
 
 VOCAB = 300
 

@@ -11,8 +11,8 @@ from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.request import Request, SamplingParams, TokenLogprob
 from nanochat_ray.engine.sequence import Sequence
-from nanochat_ray.engine.tools import Tool, ToolState
 from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.text.tools import Tool, ToolState
 
 PROMPT = [1, 2, 3]
 TOK = Tokenizer.bytes_only()

@@ -11,8 +11,8 @@ from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.prefill_cost import PrefillCostModel
-from nanochat_ray.engine.tools import Tool
 from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.text.tools import Tool
 from tests.engine.engine_kit import ask
 
 TOK = Tokenizer.bytes_only()

@@ -21,7 +21,7 @@ from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
 from nanochat_ray.engine.scheduler import ScheduledChunk
 from nanochat_ray.engine.sequence import Sequence
-from nanochat_ray.engine.tools import Tool
+from nanochat_ray.text.tools import Tool
 from tests.engine.engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nanochat_ray.engine.request import EngineFull, Request, RequestOutput, SamplingParams
-from nanochat_ray.engine.tools import Tool
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.text.tools import Tool
 from tests.engine.engine_kit import (
     PRESETS,
     VOCAB,

@@ -12,8 +12,8 @@ from nanochat_ray.engine import sampler
 from nanochat_ray.engine.grammar import MAX_CHARACTERS, Grammars, GrammarState
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Request, RequestOutput
-from nanochat_ray.engine.tools import Tool
 from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.text.tools import Tool
 from tests.engine.engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
 from tests.tiny import wait_for
 

@@ -16,8 +16,8 @@ from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Request, RequestOutput
 from nanochat_ray.engine.scheduler import ScheduledChunk, StepPlan
-from nanochat_ray.engine.tools import Tool
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.text.tools import Tool
 from tests.engine.engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
 
 COUNT = 500

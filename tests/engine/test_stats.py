@@ -9,7 +9,7 @@ import time
 import pytest
 
 from nanochat_ray.engine.request import RequestOutput
-from nanochat_ray.engine.tools import Tool
+from nanochat_ray.text.tools import Tool
 from tests.engine.engine_kit import ask, finish, make_engine, make_model, tokens
 
 PROMPT = [*range(1, 41)]

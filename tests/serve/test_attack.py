@@ -6,10 +6,10 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from nanochat_ray.engine.tools import calculator_tool
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.local import LocalClient
 from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.text.tools import calculator_tool
 from tests.engine.engine_kit import make_engine, make_model
 from tests.serve.serving import post, serving
 

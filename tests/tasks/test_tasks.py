@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import reasoning_gym
 
-from nanochat_ray.engine.tools import calculate
 from nanochat_ray.tasks import hub
 from nanochat_ray.tasks.reasoning import KINDS
 from nanochat_ray.tasks.registry import DEFAULT_MIXTURE, make_task, names
 from nanochat_ray.text.chat import render_conversation
 from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.text.tools import calculate
 
 OFFLINE = [name for name in names() if name not in hub.NAMES]
 TOK = Tokenizer.bytes_only()
@@ -56,7 +56,7 @@ def test_splits_never_share_a_question(name: str) -> None:
     other = make_task(name, "test", size=size, seed=1)
     other_questions = {other.question(i)[-1]["content"] for i in range(len(other))}
     assert not set(questions["train"]) & other_questions
-    if name != "identity":
+    if name not in ("identity", "limits", "dialogue"):
         assert len(other_questions) == len(other)
 
 
@@ -87,7 +87,9 @@ def test_reasoning_gym_itself_agrees(name: str) -> None:
 
 def test_the_default_mixture_is_offline_and_known() -> None:
     assert {entry.split(":")[0] for entry in DEFAULT_MIXTURE} <= set(OFFLINE) <= set(names())
-    with pytest.raises(ValueError, match=r"task='nothing' is not known: one of chain_sum, gsm8k"):
+    with pytest.raises(
+        ValueError, match=r"task='nothing' is not known: one of chain_sum, dialogue"
+    ):
         make_task("nothing", "train")
 
 
@@ -223,3 +225,44 @@ def test_gsm8k_from_a_folder(tmp_path: Path, layout: str) -> None:
     (tmp_path / layout.format("test")).unlink()
     with pytest.raises(ValueError, match="has no file of the split test"):
         make_task(f"gsm8k,path={tmp_path}", "test")
+
+
+def test_spoken_legs_by_hand() -> None:
+    task = make_task("spoken_legs", "train", size=8)
+    inner = make_task("leg_counting", "train", size=8, seed=1)
+    for index in range(8):
+        text = inner.question(index)[0]["content"].rsplit("if you have ", 1)[1][:-1]
+        animals = " and ".join(text.rsplit(", ", 1))
+        assert animals in task.question(index)[0]["content"]
+        assert task.example(index)[1] == inner.example(index)[1]
+
+
+def test_limits_admit_what_is_out_of_reach() -> None:
+    task = make_task("limits", "train", size=400)
+    questions = {task.question(i)[0]["content"] for i in range(400)}
+    assert len(questions) > 250
+    assert not any("{" in question or "\n" in question for question in questions)
+    for answer in (task.example(i)[1]["content"] for i in range(400)):
+        assert any(phrase in answer for phrase in ("do not know", "more than I", "cannot answer"))
+    assert not task.grade(0, "Paris.")
+
+
+def test_dialogues_mix_tasks() -> None:
+    task = make_task("dialogue", "train", size=200)
+    lengths = {len(task.example(i)) // 2 for i in range(200)}
+    assert lengths >= {2, 3, 4}
+    kinds = {type(m["content"]) for i in range(200) for m in task.example(i)[1::2]}
+    assert kinds == {str, list}
+
+
+def test_spoken_expressions_in_each_style() -> None:
+    task, inner = (
+        make_task(name, "train", size=28, seed=seed)
+        for name, seed in (("spoken_products", 4), ("products", 5))
+    )
+    for index in (0, 7, 14, 21):
+        expression = inner.example(index)[1]["content"][0]["text"]
+        texts = {7: expression.replace(" ", ""), 14: expression.replace("*", "times")}
+        text = f"What is {texts.get(index, expression)}?"
+        assert task.question(index) == [{"role": "user", "content": text}]
+        assert task.example(index)[1] == inner.example(index)[1]

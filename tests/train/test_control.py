@@ -350,3 +350,28 @@ def test_samples_fit_into_a_short_context(stage: str, length: int) -> None:
     model.init_weights(torch.Generator().manual_seed(0))
     texts = samples.make_sampler(TOKENIZER, stage, 48)(model)
     assert len(texts) == 3
+
+
+def test_samples_run_the_calculator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that always calls it: what follows the call is the result, as when it is served."""
+    call = [TOKENIZER.special("<|python_start|>"), *TOKENIZER.encode("12+7")]
+    call.append(TOKENIZER.special("<|python_end|>"))
+    end = TOKENIZER.special("<|assistant_end|>")
+    script = [*call, *TOKENIZER.encode("Yes"), end]
+    rows: list[list[int]] = []
+
+    def hidden(model: GPT, row: torch.Tensor, eager: bool = False) -> torch.Tensor:
+        rows.append(row[0].tolist())
+        return torch.zeros(1, row.shape[1], 1)
+
+    def logits(model: GPT, x: torch.Tensor) -> torch.Tensor:
+        token = script[(len(rows) - 1) % len(script)]
+        return torch.nn.functional.one_hot(torch.tensor([token]), TOKENIZER.vocab_size).float()
+
+    model = GPT(tiny_config(sequence_len=128))
+    monkeypatch.setattr(GPT, "hidden", hidden)
+    monkeypatch.setattr(GPT, "logits", logits)
+    for _, text in samples.make_sampler(TOKENIZER, "sft", 48)(model):
+        assert text == "[12+7 = 19] Yes"
+    # The model reads the result before it goes on.
+    assert [t for t in rows[-1] if t in TOKENIZER.encode("19")][-2:] == TOKENIZER.encode("19")

@@ -63,6 +63,7 @@ def build_application(config: ServeConfig) -> Application:
         deadline_s=config.deadline_s,
         request_timeout_s=config.request_timeout_s,
         allowed_origins=list(config.allowed_origins),
+        suggestions=list(config.suggestions),
         access_log=config.access_log,
     )
 

@@ -35,6 +35,7 @@ class Ingress:
         deadline_s: float,
         request_timeout_s: float,
         allowed_origins: list[str],
+        suggestions: list[str],
         access_log: bool,
     ):
         self.tokenizer = Tokenizer.load(Store.at(storage).child(*tokenizer.split("/")), fingerprint)
@@ -42,7 +43,7 @@ class Ingress:
         # From the deployment alone: the environment of a worker may be older.
         self.keys = [*key_hashes, *(keys.from_file(key_file) if key_file else [])]
         self.limits = Limits(request_timeout_s=request_timeout_s)
-        self.allowed_origins = allowed_origins
+        self.allowed_origins, self.suggestions = allowed_origins, suggestions
         if access_log:
             access.log_to(logging.getLogger("ray.serve").handlers)  # the log file of this replica
         self.client = RayEngineClient(engines, deadline_s=deadline_s)
@@ -59,6 +60,7 @@ class Ingress:
             keys=self.keys,
             sink=RaySink(self.name),
             allowed_origins=self.allowed_origins,
+            suggestions=self.suggestions,
         )
 
     async def __del__(self) -> None:

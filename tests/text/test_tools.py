@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from nanochat_ray.engine.tools import Tool, ToolState, calculate, calculator_tool
 from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.text.tools import Tool, ToolState, calculate, calculator_tool
 
 
 @pytest.mark.parametrize(
