@@ -26,7 +26,7 @@ class PromptLookup:
         n, total = self.ngram, len(tokens)
         for end in range(max(self._num_indexed, n), total):
             self._next_position[tuple(tokens[end - n : end])] = end
-        self._num_indexed = max(total, n)
+        self._num_indexed = total
         start = self._next_position.get(tuple(tokens[-n:])) if total >= n else None
         if start is None:
             return []

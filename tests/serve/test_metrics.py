@@ -130,6 +130,36 @@ def test_engine_figures_by_name() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("bounds", "numbers"),
+    # Recorded: histograms of two versions of a server are added bucket by bucket.
+    [
+        (
+            metrics.FIRST_TOKEN_S,
+            "0.005 0.01 0.02 0.04 0.06 0.1 0.25 0.5 0.75 1 2.5 5 10 20 40 80",
+        ),
+        (
+            metrics.BETWEEN_TOKENS_S,
+            "0.0025 0.005 0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.4 0.75 1 2.5 10",
+        ),
+        (metrics.END_TO_END_S, "0.1 0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 60 120 240 960"),
+    ],
+)
+def test_bucket_bounds_are_constant(bounds: tuple[float, ...], numbers: str) -> None:
+    assert bounds == tuple(map(float, numbers.split()))
+
+
+def test_a_follower_counts_swaps_and_refusals() -> None:
+    sink = PrometheusSink("tiny")
+    follower = metrics.FollowMetrics(sink)
+    assert values(sink) == {}
+    for status in ({}, {"num_swaps": 2}, {"num_swaps": 3, "num_refusals": 1}):
+        follower.update(status)
+    assert values(sink) == {"checkpoint_swaps_total": 3, "checkpoints_refused_total": 1}
+    follower.update({"num_swaps": 1, "num_refusals": 1})  # it has restarted
+    assert values(sink) == {"checkpoint_swaps_total": 4, "checkpoints_refused_total": 1}
+
+
 def test_two_sinks_get_the_same() -> None:
     sinks = PrometheusSink("tiny"), PrometheusSink("tiny")
     both = metrics.Tee(*sinks)
