@@ -111,9 +111,9 @@ class InferenceModel:
             for sources in self._sources.values()
         ]
         linears = make_linears(sizes, weight_dtype, self.device, native)
-        self._linears = dict(zip(self._sources, linears, strict=True))
+        self.linears = dict(zip(self._sources, linears, strict=True))
         in_matmuls = {name for sources in self._sources.values() for name in sources}
-        self._tensors = {
+        self.tensors = {
             name: torch.zeros(shape, dtype=weight_dtype, device=self.device)
             for name, shape in self._shapes.items()
             if name not in in_matmuls
@@ -127,10 +127,10 @@ class InferenceModel:
             train_length=config.sequence_len,
             factor=config.rope_factor,
         )
-        self._cos, self._sin = (table.to(self.device, dtype) for table in tables)
+        self.cos, self.sin = (table.to(self.device, dtype) for table in tables)
         # The scales on q and on k only act through the product q·k.
-        self._q_scale = config.qk_scale**2 * yarn_sharpening(config.rope_factor)
-        self._layers = [self._layer(i) for i in range(config.n_layer)]
+        self.q_scale = config.qk_scale**2 * yarn_sharpening(config.rope_factor)
+        self.layers = [self._layer(i) for i in range(config.n_layer)]
         self._triton_forward = self._make_triton_forward() if use_triton(self.device) else None
         self._copy(weights)
         uses_mkl = self.device.type == "cpu" and native is None
@@ -140,23 +140,23 @@ class InferenceModel:
         config, at = self.config, f"transformer.h.{i}."
         has_values = config.value_embeds and has_value_embedding(i, config.n_layer)
         return Layer(
-            qkv=self._linears[at + "attn.c_qkv"],
-            attention_output=self._linears[at + "attn.c_proj"],
-            mlp_input=self._linears[at + "mlp.c_fc"],
-            mlp_output=self._linears[at + "mlp.c_proj"],
-            value_gate=self._linears[at + "attn.ve_gate"] if has_values else None,
-            head_gate=self._linears[at + "attn.head_gate"] if config.attention_gate else None,
-            value_embedding=self._tensors[f"value_embeds.{i}.weight"] if has_values else None,
+            qkv=self.linears[at + "attn.c_qkv"],
+            attention_output=self.linears[at + "attn.c_proj"],
+            mlp_input=self.linears[at + "mlp.c_fc"],
+            mlp_output=self.linears[at + "mlp.c_proj"],
+            value_gate=self.linears[at + "attn.ve_gate"] if has_values else None,
+            head_gate=self.linears[at + "attn.head_gate"] if config.attention_gate else None,
+            value_embedding=self.tensors[f"value_embeds.{i}.weight"] if has_values else None,
             window=windows(config)[i],
         )
 
     def _make_triton_forward(self) -> TritonForward:
         from nanochat_ray.engine.triton_forward import TritonForward
 
-        layers, linears, tensors = self._layers, self._linears, self._tensors
-        rotary = self._cos, self._sin
+        layers, linears, tensors = self.layers, self.linears, self.tensors
+        rotary = self.cos, self.sin
         return TritonForward(
-            self.config, layers, linears, tensors, rotary, self._q_scale, self.dtype
+            self.config, layers, linears, tensors, rotary, self.q_scale, self.dtype
         )
 
     def check_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -188,8 +188,8 @@ class InferenceModel:
     def _copy(self, weights: Mapping[str, Tensor]) -> None:
         for name, sources in self._sources.items():
             parts = [weights[source].to(self.device) for source in sources]
-            self._linears[name].load(torch.cat(parts) if len(parts) > 1 else parts[0])
-        for name, tensor in self._tensors.items():
+            self.linears[name].load(torch.cat(parts) if len(parts) > 1 else parts[0])
+        for name, tensor in self.tensors.items():
             tensor.copy_(weights[name])
 
     def hidden(self, ids_N: Tensor, previous_N: Tensor, cache: AttentionCache) -> Tensor:
@@ -201,16 +201,16 @@ class InferenceModel:
         config = self.config
         if self._triton_forward is not None and cache.pages is not None:
             return self._triton_forward.hidden(ids_N, previous_N, cache.pages)
-        cos, sin = self._cos[cache.positions], self._sin[cache.positions]
+        cos, sin = self.cos[cache.positions], self.sin[cache.positions]
         x = self._embed(ids_N)
         if config.smear:
             x = self._smear(x, ids_N, previous_N)
         x0, middle = x, None
         skip_outputs: list[Tensor] = []
         pairs = config.n_layer // 2 if config.skips else 0
-        for i, layer in enumerate(self._layers):
+        for i, layer in enumerate(self.layers):
             if config.residual_scalars:
-                scale, scale_0 = self._tensors["resid_lambdas"][i], self._tensors["x0_lambdas"][i]
+                scale, scale_0 = self.tensors["resid_lambdas"][i], self.tensors["x0_lambdas"][i]
                 x = scale * x + scale_0 * x0
             if pairs and i >= config.n_layer - pairs:
                 x = x + self._skip(config.n_layer - 1 - i, x0) * skip_outputs.pop()
@@ -221,36 +221,36 @@ class InferenceModel:
             if config.backout and i == config.n_layer // 2:
                 middle = x
         if middle is not None:
-            x = x - self._tensors["backout_lambda"] * middle
+            x = x - self.tensors["backout_lambda"] * middle
         return self._norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``[..., V]`` from ``hidden [N, C]``, soft-capped (Gemma 2)."""
-        logits = self._linears["lm_head"](hidden)[:, : self.config.vocab_size].float()
+        logits = self.linears["lm_head"](hidden)[:, : self.config.vocab_size].float()
         return self._ops.softcap(logits, self.config.softcap)
 
     def _norm(self, x: Tensor) -> Tensor:
         return self._ops.rms_norm(x, self.config.norm_eps)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        embeddings = F.embedding(ids, self._tensors["transformer.wte.weight"])
+        embeddings = F.embedding(ids, self.tensors["transformer.wte.weight"])
         return self._norm(embeddings.to(self.dtype))
 
     def _smear(self, x: Tensor, ids: Tensor, previous: Tensor) -> Tensor:
         """Adds a gated share of the previous token's embedding."""
         before = self._embed(previous.clamp_min(0)) * (previous >= 0).to(x.dtype)[:, None]
-        smear_gate = self._linears["smear_gate"]
-        gate = torch.sigmoid(smear_gate(x[:, : smear_gate.in_features]))  # [N, 1]
+        smear_gate = self.linears["smear_gate"]
+        gate = self._ops.sigmoid(smear_gate(x[:, : smear_gate.in_features]))  # [N, 1]
         if self.config.document_start >= 0:
             starts = ids == self.config.document_start
             gate = gate.masked_fill(starts[:, None], 0.0)
-        return x + self._tensors["smear_lambda"] * gate * before
+        return x + self.tensors["smear_lambda"] * gate * before
 
     def _skip(self, pair: int, x0: Tensor) -> Tensor:
         """Factor ``[N, 1]`` on the first-half layer ``pair``'s output."""
-        skip_gate = self._linears[f"skip_gates.{pair}"]
-        gate = torch.sigmoid(skip_gate(x0[:, : skip_gate.in_features]))
-        return self._tensors["skip_lambdas"][pair] * gate
+        skip_gate = self.linears[f"skip_gates.{pair}"]
+        gate = self._ops.sigmoid(skip_gate(x0[:, : skip_gate.in_features]))
+        return self.tensors["skip_lambdas"][pair] * gate
 
     def _attention(
         self,
@@ -267,13 +267,13 @@ class InferenceModel:
         qk = self._ops.rotary_qk_norm(qkv[:, : H + Hkv], *angles, c.norm_eps)
         q, k, v = qk[:, :H], qk[:, H:], qkv[:, H + Hkv :]
         if layer.value_gate is not None and layer.value_embedding is not None:
-            gate = 3 * torch.sigmoid(layer.value_gate(x[:, : layer.value_gate.in_features]))
+            gate = 3 * self._ops.sigmoid(layer.value_gate(x[:, : layer.value_gate.in_features]))
             v = v + gate.unsqueeze(-1) * F.embedding(ids, layer.value_embedding).view_as(v)
-        if self._q_scale != 1:
-            q = q * self._q_scale
+        if self.q_scale != 1:
+            q = q * self.q_scale
         y = cache.attend(i, q, k, v, layer.window)
         if layer.head_gate is not None:
-            gate = torch.sigmoid(layer.head_gate(x[:, : layer.head_gate.in_features]))  # [N, H]
+            gate = self._ops.sigmoid(layer.head_gate(x[:, : layer.head_gate.in_features]))  # [N, H]
             y = y * gate.unsqueeze(-1)
         return layer.attention_output(y.reshape(N, -1))
 

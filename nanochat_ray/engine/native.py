@@ -38,7 +38,7 @@ class Native:
 
     def __init__(self, head_dim: int, tile_tokens: int, library: ctypes.CDLL):
         """``tile_tokens``: how many tokens of a sequence read their keys together, at most."""
-        self._scale, self._tile_tokens = head_dim**-0.5, tile_tokens
+        self.attention_scale, self._tile_tokens = head_dim**-0.5, tile_tokens
         self.library = library
         self._attention = library.slot_attention
         self._attention.argtypes = [
@@ -65,8 +65,10 @@ class Native:
         self._relu_squared.argtypes = [_POINTER, _INT, ctypes.c_int]
         self._softcap = library.softcap
         self._softcap.argtypes = [_POINTER, _INT, ctypes.c_float, ctypes.c_int]
-        rowwise = (self._rotary_qk_norm, self._rms_norm, self._relu_squared, self._softcap)
-        for function in (self._attention, self._linear, *rowwise):
+        self._sigmoid = library.sigmoid
+        self._sigmoid.argtypes = [_POINTER, _INT]
+        rowwise = (self._rotary_qk_norm, self._rms_norm, self._relu_squared, self._sigmoid)
+        for function in (self._attention, self._linear, *rowwise, self._softcap):
             function.restype = None
 
     def attention(
@@ -93,7 +95,7 @@ class Native:
             *(keys.data_ptr(), values.data_ptr()),
             *(slot_mapping[0].data_ptr(), slot_mapping[1].data_ptr()),
             *(tile_starts.data_ptr(), y.data_ptr(), tile_starts.size(0) - 1, q.size(0)),
-            *(keys.size(1), keys.size(2), window, self._scale, torch.get_num_threads()),
+            *(keys.size(1), keys.size(2), window, self.attention_scale, torch.get_num_threads()),
         )
         return y
 
@@ -115,13 +117,17 @@ class Native:
         (N, K), count = x.shape, panels.size(0)
         y = torch.empty((N, count * PANEL_WIDTH))
         threads, weight_format = torch.get_num_threads(), WEIGHT_FORMATS[panels.dtype]
-        elements = 0  # of x that a thread converts; if 0, scratch is a null pointer
-        if self.amx or panels.dtype != torch.float32:
-            elements = -(-K // K_BLOCK) * K_BLOCK * min(-(-N // 16) * 16, MAX_PASS_ROWS)
-        scratch = torch.empty(threads * elements * SCRATCH_BYTES, dtype=torch.uint8)
+        scratch = torch.empty(threads * self.scratch_size(N, K, panels.dtype), dtype=torch.uint8)
         pointers = (x.data_ptr(), panels.data_ptr(), y.data_ptr(), scratch.data_ptr())
         self._linear(weight_format, *pointers, N, K, count, threads)
         return y
+
+    def scratch_size(self, N: int, K: int, dtype: torch.dtype) -> int:
+        """Bytes that a thread needs to convert ``x [N, K]`` for a weight of this dtype; if 0, the
+        scratch is a null pointer."""
+        if not self.amx and dtype == torch.float32:
+            return 0
+        return -(-K // K_BLOCK) * K_BLOCK * min(-(-N // 16) * 16, MAX_PASS_ROWS) * SCRATCH_BYTES
 
     def rms_norm(self, x: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
@@ -143,6 +149,11 @@ class Native:
         """In place."""
         assert x.is_contiguous()
         self._relu_squared(x.data_ptr(), x.numel(), torch.get_num_threads())
+        return x
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        self._sigmoid(x.data_ptr(), x.numel())
         return x
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:

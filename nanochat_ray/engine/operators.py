@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from nanochat_ray.model.fused import relu_squared, rms_norm
@@ -32,6 +33,10 @@ class Operators(Protocol):
         """max(x, 0)² of contiguous ``x``."""
         ...
 
+    def sigmoid(self, x: Tensor) -> Tensor:
+        """Of the gates ``x [N, H]``, a slice of a matmul's result."""
+        ...
+
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
         """``cap`` tanh(logits / ``cap``) of ``[N, V]``; 0 leaves them as they are."""
         ...
@@ -48,6 +53,9 @@ class TorchOperators:
 
     def relu_squared(self, x: Tensor) -> Tensor:
         return relu_squared(x)
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
         return softcap(logits, cap)

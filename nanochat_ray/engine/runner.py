@@ -108,6 +108,7 @@ class Runner:
         if limit := config.speculative_disable_by_batch_size:
             max_decodes = min(max_decodes, max(config.max_num_seqs, limit))
         self._graphs = self.cache.decode_graphs(self.model, max_decodes)
+        self._plan = self.cache.step_plan(self.model)
 
     @torch.inference_mode()
     def run(
@@ -131,6 +132,8 @@ class Runner:
         if graphs and graph_size:
             logits = graphs.run(tokens_2N, step.spans)
             return logits[:count] if len(indices) == count else logits[self._index(indices)]
+        if self._plan is not None:
+            return self._plan.run(table, indices)
         ids_N, previous_N = tokens_2N
         states_NC = self.model.hidden(ids_N, previous_N, self.cache)
         if not indices:

@@ -137,6 +137,9 @@ class TritonOperators:
             _relu_squared_kernel[grid](x, x.numel(), BLOCK=block, num_warps=_warps(block))
         return x
 
+    def sigmoid(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
+
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
         """From any floating dtype to contiguous float32."""
         N, V = logits.shape

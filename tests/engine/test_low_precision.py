@@ -113,8 +113,8 @@ def test_loading_packs_into_the_same_memory(kernels: Native, dtype: torch.dtype)
 
 def nbytes(model: GPT, precision: str) -> int:
     inference = make_engine(model, precision=precision).runner.model
-    matmuls = [layer.weight for layer in inference._linears.values()]
-    return sum(t.nbytes for t in (*matmuls, *inference._tensors.values()))
+    matmuls = [layer.weight for layer in inference.linears.values()]
+    return sum(t.nbytes for t in (*matmuls, *inference.tensors.values()))
 
 
 @pytest.mark.parametrize(("precision", "ratio"), [("bf16", 0.5)])

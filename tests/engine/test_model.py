@@ -208,8 +208,8 @@ def test_loading_keeps_addresses() -> None:
 
 
 def addresses(model: InferenceModel) -> list[int]:
-    matmuls = [layer.weight for layer in model._linears.values()]
-    return [tensor.data_ptr() for tensor in (*matmuls, *model._tensors.values())]
+    matmuls = [layer.weight for layer in model.linears.values()]
+    return [tensor.data_ptr() for tensor in (*matmuls, *model.tensors.values())]
 
 
 WRONG: dict[str, Any] = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from nanochat_ray.engine.cuda_graphs import DecodeGraphs
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.model import InferenceModel
+from nanochat_ray.engine.step_plan import StepPlan
 
 if TYPE_CHECKING:
     from nanochat_ray.engine.triton_forward import PagedKeys
@@ -62,4 +63,8 @@ class KVCache(ABC):
 
     def decode_graphs(self, model: InferenceModel, max_num_tokens: int) -> DecodeGraphs | None:
         """CUDA graphs for steps of decodes alone, up to this many tokens, where there can be."""
+        return None
+
+    def step_plan(self, model: InferenceModel) -> StepPlan | None:
+        """The forward as one call in C, where there can be one."""
         return None

@@ -24,7 +24,9 @@ from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.kv_cache import KVCache
 from nanochat_ray.engine.kvcache.lazy_memory import LazyMemory
 from nanochat_ray.engine.kvcache.padding import padded_length, padded_queries, slot_length
+from nanochat_ray.engine.model import InferenceModel
 from nanochat_ray.engine.native import Native
+from nanochat_ray.engine.step_plan import StepPlan
 from nanochat_ray.machine import send
 from nanochat_ray.model.config import ModelConfig
 
@@ -77,11 +79,14 @@ class SlotCache(KVCache):
         self._runs: list[_Run] = []
         self._prefills: list[Span] = []
         self._masks: dict[tuple[int, int], Tensor] = {}
-        self._slot_mapping = self._slots_and_positions = self._tile_starts = self.positions
+        self._slot_mapping = self.slots_and_positions = self.tile_starts = self.positions
 
     @property
     def nbytes(self) -> int:
         return self.keys_values.nbytes
+
+    def step_plan(self, model: InferenceModel) -> StepPlan | None:
+        return StepPlan(model, self, self._native) if self._native is not None else None
 
     def release_slot(self, slot: int) -> None:
         """Gives the memory of a slot back to the system."""
@@ -104,8 +109,8 @@ class SlotCache(KVCache):
         device = self.keys.device
         self.positions = send(torch.from_numpy(positions_N), device)
         if self._native is not None:
-            self._slots_and_positions = torch.from_numpy(np.stack([slots, positions]))
-            self._tile_starts = self._native.tile_starts(slots, positions)
+            self.slots_and_positions = torch.from_numpy(np.stack([slots, positions]))
+            self.tile_starts = self._native.tile_starts(slots, positions)
             return num_tokens
         self._num_decodes = sum(span.is_decode for span in spans)
         self._prefills = list(spans[self._num_decodes :])
@@ -155,7 +160,7 @@ class SlotCache(KVCache):
         N, H, D = q.shape
         keys, values = self.keys[layer], self.values[layer]  # [slots, Hkv, max_model_len, D]
         if self._native is not None:
-            step = (self._slots_and_positions, self._tile_starts)
+            step = (self.slots_and_positions, self.tile_starts)
             return self._native.attention(q, k, v, keys, values, *step, window)
         Hkv, first = keys.size(1), self._num_decodes
         q_NhgD = q.view(N, Hkv, H // Hkv, D)
