@@ -24,6 +24,9 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
         "condition: if logits.size(1) <= triton_sampler.MAX_VOCAB:  →  "
         "if not logits.size(1) <= triton_sampler.MAX_VOCAB:": ("", GPU),
     },
+    "nanochat_ray/engine/draft.py": {
+        "statement: self._num_indexed = total  →  pass": ("", "n-grams are indexed again"),
+    },
     "nanochat_ray/engine/logprobs.py": {
         "constant: 0  →  1": ("tokens = [0]", "of rows whose log-probability nobody reads"),
     },
