@@ -93,6 +93,21 @@ def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
+def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in this machine's memory. From a GPU it goes to page-locked memory and is valid from
+    ``finish_copies`` on: several copies follow each other without a pause."""
+    if tensor.device.type != "cuda":
+        return tensor.detach().clone()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor.detach(), non_blocking=True)
+
+
+def finish_copies(device: torch.device) -> None:
+    """Waits for the copies of ``copy_to_host``."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def cores(folder: Path = CGROUP) -> int:
     """Cores that this process may use: of the machine, or as the container's limit (cgroup v2)
     allows."""

@@ -63,14 +63,15 @@ def muon_update_(
     momentum_buffer: Tensor,
     second_moment: Tensor,
     *,
-    lr: float,
-    momentum: float,
-    beta2: float,
-    weight_decay: float,
+    lr: float | Tensor,
+    momentum: float | Tensor,
+    beta2: float | Tensor,
+    weight_decay: float | Tensor,
     rule: MuonRule = MuonRule(),
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """One step on a stack of matrices, in place.
+    """One step on a stack of matrices, in place. Numbers may be 0-d tensors, but for a
+    ``weight_decay`` of 0.
 
     ``weights``, ``grads`` and ``momentum_buffer`` are ``[K, m, n]`` float32, ``second_moment`` is
     ``[K, m, 1]`` (or ``[K, 1, n]`` for wide matrices) float32. The step of an m×n matrix is
@@ -94,7 +95,15 @@ def muon_update_(
         update *= scale * (before / after.clamp_min(1e-20)).sqrt()
 
     lr = lr * max(1.0, weights.size(-2) / weights.size(-1)) ** 0.5
-    if weight_decay:
+    if isinstance(weight_decay, Tensor) or weight_decay:
         decay = weights * ((update * weights) > 0) if rule.cautious else weights
-        weights.sub_(decay, alpha=lr * weight_decay)
-    weights.sub_(update, alpha=lr)
+        _subtract_(weights, decay, lr * weight_decay)
+    _subtract_(weights, update, lr)
+
+
+def _subtract_(weights: Tensor, update: Tensor, lr: float | Tensor) -> None:
+    """``weights -= lr * update``."""
+    if isinstance(lr, Tensor):
+        weights.sub_(update * lr)
+    else:
+        weights.sub_(update, alpha=lr)

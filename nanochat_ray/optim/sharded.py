@@ -17,140 +17,32 @@ of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nanochat_ray import machine
 from nanochat_ray.optim.config import OptimConfig
+from nanochat_ray.optim.device_update import DeviceUpdate
+from nanochat_ray.optim.flat import Bucket, FlatGroup
 from nanochat_ray.optim.groups import Group, build_groups
-from nanochat_ray.optim.muon import MuonRule, muon_update_
+from nanochat_ray.optim.muon import MuonRule
 
-BUCKET = 1 << 18
-"""Elements that one reduction of a Muon group carries, at least: small ones cost latency."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """The range of one parameter in its group's buffer, in elements."""
-
-    name: str
-    shape: torch.Size
-    start: int
-    stop: int
+LARGE_TABLE = 1 << 20
+"""Elements of a table from which on its reduction is one of its own."""
 
 
-@dataclass
-class Bucket:
-    """A run of a group's gradients that is reduced by one call."""
-
-    flat: FlatGroup
-    start: int
-    stop: int
-    owner: int
-    """The rank that updates it; -1 if it is split over all of them."""
-    parameters: int
-    missing: int = 0
-    """Parameters whose gradient is still to come in this backward pass."""
-    work: dist.Work | None = None
-    in_flight: bool = False
-
-
-class FlatGroup:
-    """One group's buffers. ``weights`` and ``grads`` are whole, the rest is this rank's share."""
-
-    def __init__(
-        self,
-        group: Group,
-        parameters: Mapping[str, nn.Parameter],
-        rank: int,
-        world: int,
-        rule: MuonRule = MuonRule(),  # noqa: B008 (frozen)
-    ):
-        self.group, self.rule = group, rule
-        members = [parameters[name] for name in group.names]
-        self.spans: list[Span] = []
-        at = 0
-        for name, parameter in zip(group.names, members, strict=True):
-            self.spans.append(Span(name, parameter.shape, at, at + parameter.numel()))
-            at += parameter.numel()
-        unit = members[0].numel() if group.kind == "muon" else 1
-        share = -(-(at // unit) // world) * unit
-        self.own_share = slice(rank * share, (rank + 1) * share)
-        device = members[0].device
-        self.weights = torch.zeros(share * world, device=device)
-        self.grads = torch.zeros(share * world, device=device)
-        for span, parameter in zip(self.spans, members, strict=True):
-            view = self.weights[span.start : span.stop].view(span.shape)
-            view.copy_(parameter.data)
-            parameter.data = view
-            parameter.grad = self.grads[span.start : span.stop].view(span.shape)
-        self.state = {"momentum": torch.zeros(share, device=device)}
-        if group.kind == "adamw":
-            self.state["second_moment"] = torch.zeros(share, device=device)
-        else:
-            m, n = members[0].shape
-            self.matrix_shape = (m, n)
-            self.second_shape = (m, 1) if m >= n else (1, n)
-            self.state["second_moment"] = torch.zeros(share // unit * max(m, n), device=device)
-
-    def buckets(self) -> list[Bucket]:
-        """The group's gradients in reductions, none of which crosses the share of a rank."""
-        if self.group.kind == "adamw":
-            return [Bucket(self, 0, self.grads.numel(), -1, len(self.spans))]
-        share = self.own_share.stop - self.own_share.start
-        buckets: list[Bucket] = []
-        for span in self.spans:
-            last = buckets[-1] if buckets else None
-            owner = span.start // share
-            if last and last.owner == owner and last.stop - last.start < BUCKET:
-                last.stop, last.parameters = span.stop, last.parameters + 1
-            else:
-                buckets.append(Bucket(self, span.start, span.stop, owner, 1))
-        return buckets
-
-    def state_sizes(self, span: Span) -> dict[str, tuple[int, int, tuple[int, ...]]]:
-        """For each kind of state: the parameter's range in the whole, and its shape."""
-        if self.group.kind == "adamw":
-            return dict.fromkeys(self.state, (span.start, span.stop, tuple(span.shape)))
-        index = span.start // (self.matrix_shape[0] * self.matrix_shape[1])
-        width = max(self.matrix_shape)
-        return {
-            "momentum": (span.start, span.stop, tuple(span.shape)),
-            "second_moment": (index * width, (index + 1) * width, self.second_shape),
-        }
-
-    @torch.no_grad()
-    def update(
-        self, step: int, lr_factor: float, momentum: float, dtype: torch.dtype = torch.float32
-    ) -> None:
-        """Updates this rank's weights from its reduced gradients."""
-        group, lr = self.group, self.group.lr * lr_factor
-        weights, grads = self.weights[self.own_share], self.grads[self.own_share]
-        first, second = self.state["momentum"], self.state["second_moment"]
-        if group.kind == "muon":
-            muon_update_(
-                weights.view(-1, *self.matrix_shape),
-                grads.view(-1, *self.matrix_shape),
-                first.view(-1, *self.matrix_shape),
-                second.view(-1, *self.second_shape),
-                lr=lr,
-                momentum=momentum,
-                beta2=group.beta2,
-                weight_decay=group.weight_decay * lr_factor,
-                rule=self.rule,
-                dtype=dtype,
-            )
-            return
-        # AdamW: Loshchilov and Hutter, arXiv 1711.05101.
-        weights.mul_(1 - lr * group.weight_decay)
-        first.lerp_(grads, 1 - group.beta1)
-        second.mul_(group.beta2).addcmul_(grads, grads, value=1 - group.beta2)
-        correction1 = 1 - group.beta1 ** (step + 1)
-        correction2 = 1 - group.beta2 ** (step + 1)
-        denominator = second.sqrt().div_(correction2**0.5).add_(group.eps)
-        weights.addcdiv_(first, denominator, value=-lr / correction1)
+def _parts(group: Group, parameters: Mapping[str, nn.Parameter]) -> list[Group]:
+    """An AdamW group with each large table by itself: the reduction of its gradient starts as soon
+    as that is there, and not with the last gradient of the group."""
+    if group.kind == "muon":
+        return [group]
+    large = [name for name in group.names if parameters[name].numel() >= LARGE_TABLE]
+    rest = tuple(name for name in group.names if name not in large)
+    parts = [(name,) for name in large] + ([rest] if rest else [])
+    return [replace(group, names=names) for names in parts]
 
 
 class ShardedOptimizer:
@@ -163,8 +55,14 @@ class ShardedOptimizer:
     """
 
     def __init__(
-        self, model: nn.Module, config: OptimConfig, compute_dtype: torch.dtype = torch.float32
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        compute_dtype: torch.dtype = torch.float32,
+        *,
+        compile_update: bool = False,
     ):
+        """``compile_update`` compiles what Muon does on a GPU."""
         in_group = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if in_group else 0
         self.world = dist.get_world_size() if in_group else 1
@@ -178,7 +76,13 @@ class ShardedOptimizer:
             row_normalize=config.row_normalize,
             cautious=config.cautious,
         )
-        self.flats = [FlatGroup(group, parameters, self.rank, self.world, rule) for group in groups]
+        self.flats = [
+            FlatGroup(part, parameters, self.rank, self.world, rule)
+            for group in groups
+            for part in _parts(group, parameters)
+        ]
+        device = self.flats[0].weights.device
+        self.device_update = DeviceUpdate(compile_update) if device.type == "cuda" else None
         self._buckets: list[Bucket] = []
         self._last_backward = False
         if self.world > 1:
@@ -248,28 +152,36 @@ class ShardedOptimizer:
         momentum: float,
         scale: float | Tensor = 1.0,
         clip: float = 0.0,
+        active: bool | Tensor = True,
     ) -> Tensor:
         """One step; returns the global gradient norm (0-d tensor) after scaling, before clipping.
 
-        Gradients are summed over ranks and multiplied by ``scale``. If the norm is not finite,
-        weights and state stay untouched on every rank.
+        Gradients are summed over ranks and multiplied by ``scale``. If the norm is not finite, or
+        ``active`` is false (on every rank alike), weights and state stay untouched on every rank.
+        On a GPU nothing here waits for the device.
         """
         self._finish_reductions()
-        squares = torch.zeros((), device=self.flats[0].weights.device)
-        for flat in self.flats:
-            share = flat.grads[flat.own_share]
-            squares += share.mul_(scale).square().sum()
-        if self.world > 1:
-            dist.all_reduce(squares)
-        norm = squares.sqrt()
-        if not torch.isfinite(norm):
-            return norm
-        if clip > 0 and norm > clip:
+        update = self.device_update
+        if update is not None:
+            norm = self._sum_over_ranks(update.squares(self.flats)).sqrt() * scale
+            update.start(step, norm, lr_factor, momentum, scale, clip, active)
+        else:
+            squares = torch.zeros(())
+            scale = float(scale)
             for flat in self.flats:
-                flat.grads[flat.own_share].mul_(clip / norm)
+                squares += flat.grads[flat.own_share].mul_(scale).square().sum()
+            norm = self._sum_over_ranks(squares).sqrt()
+            if not active or not torch.isfinite(norm):
+                return norm
+            if clip > 0 and norm > clip:
+                for flat in self.flats:
+                    flat.grads[flat.own_share].mul_(clip / norm)
         gathers = []
         for flat in self.flats:
-            flat.update(step, lr_factor, momentum, self.compute_dtype)
+            if update is not None:
+                update.apply(flat, self.compute_dtype)
+            else:
+                flat.update(step, lr_factor, momentum, self.compute_dtype)
             if self.world > 1:
                 share = flat.weights[flat.own_share]
                 source = share if self._scatters else share.clone()
@@ -279,9 +191,17 @@ class ShardedOptimizer:
                 work.wait()
         return norm
 
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
     @torch.no_grad()
-    def state_dict(self) -> dict[str, Tensor]:
-        """``{"<parameter>/<kind>": full tensor}`` in host memory; the same on every rank."""
+    def state_dict(self, on_rank: int | None = None) -> dict[str, Tensor]:
+        """``{"<parameter>/<kind>": full tensor}`` in host memory; the same on every rank.
+
+        With ``on_rank`` only that rank copies them to its host; others return nothing.
+        """
         tensors: dict[str, Tensor] = {}
         for flat in self.flats:
             for kind, share in flat.state.items():
@@ -289,10 +209,13 @@ class ShardedOptimizer:
                 if self.world > 1:
                     whole = share.new_empty(share.numel() * self.world)
                     dist.all_gather_single(whole, share)
+                if on_rank not in (None, self.rank):
+                    continue
                 for span in flat.spans:
                     start, stop, shape = flat.state_sizes(span)[kind]
                     view = whole[start:stop].view(shape)
-                    tensors[f"{span.name}/{kind}"] = view.to("cpu", copy=True)
+                    tensors[f"{span.name}/{kind}"] = machine.copy_to_host(view)
+        machine.finish_copies(self.flats[0].weights.device)
         return tensors
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nanochat_ray import config as configs
+from nanochat_ray import machine
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
@@ -66,12 +67,11 @@ class Checkpointer:
         """
         start = time.perf_counter()
         self.wait()
-        optimizer_state = self.optimizer.state_dict()
+        optimizer_state = self.optimizer.state_dict(on_rank=0)
         if self.optimizer.rank != 0:
             return time.perf_counter() - start
-        weights = {
-            name: t.detach().to("cpu", copy=True) for name, t in self.model.named_parameters()
-        }
+        weights = {n: machine.copy_to_host(p) for n, p in self.model.named_parameters()}
+        machine.finish_copies(self.ranks.device)
         records = list(metrics.records)
         trainer_state = self._trainer_state(step, metrics) | metrics.state()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanochat_ray import machine
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.schedule import lr_factor, momentum, window_share
 from nanochat_ray.optim.sharded import ShardedOptimizer
@@ -162,28 +164,29 @@ def train_step(
     nominal = config.global_batch_size * (batch.ids.shape[1] - 1)
     model.window_share = window_share(step, config.steps, config.window_warmup)
     totals = _accumulate(model, optimizer, batch, step, config, objective, nominal)
-    totals = torch.cat([totals, totals.new_tensor(votes)])
+    own_votes = machine.send(torch.tensor(votes, dtype=torch.float64), totals.device)
+    totals = torch.cat([totals, own_votes])
     if optimizer.world > 1:
         dist.all_reduce(totals)
-    loss, trained_tokens, tokens, *vote_counts = totals.tolist()
     metrics = objective.finish()
     factor = lr_factor(step, config.steps, config.optim)
-    denominator = batch.denominator or max(trained_tokens, 1.0)
-    norm = torch.zeros(())
-    if tokens:
-        norm = optimizer.step(
-            step,
-            lr_factor=factor,
-            momentum=momentum(step, config.steps, config.optim),
-            scale=nominal / denominator,
-            clip=min((c for c in (clip, config.optim.grad_clip) if c > 0), default=0.0),
-        )
+    norm = optimizer.step(
+        step,
+        lr_factor=factor,
+        momentum=momentum(step, config.steps, config.optim),
+        scale=nominal / (batch.denominator or totals[1].clamp_min(1.0)),
+        clip=min((c for c in (clip, config.optim.grad_clip) if c > 0), default=0.0),
+        active=totals[2] > 0,
+    )
+    # The step's only wait for a GPU, when all of it has been queued.
+    results = torch.cat([totals, norm.double()[None]]).tolist()
+    loss, trained_tokens, tokens, *vote_counts, grad_norm = results
     return StepResult(
-        loss=loss / denominator,
-        grad_norm=float(norm),
+        loss=loss / (batch.denominator or max(trained_tokens, 1.0)),
+        grad_norm=grad_norm,
         trained_tokens=int(trained_tokens),
         lr_factor=factor,
-        weights_updated=tokens > 0 and bool(torch.isfinite(norm)),
+        weights_updated=tokens > 0 and math.isfinite(grad_norm),
         votes=RankVotes(*(count > 0 for count in vote_counts)),
         tokens=int(tokens),
         metrics=metrics,

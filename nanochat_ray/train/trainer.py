@@ -161,7 +161,12 @@ class Trainer:
         """The optimizer, and all state as the latest checkpoint has it, if there is one."""
         # Ranks load at different speeds; run_together waits for all of them.
         latest = self.ranks.run_together(self._load_latest)
-        optimizer = ShardedOptimizer(self.model, self.train_config.optim, self.model.compute_dtype)
+        optimizer = ShardedOptimizer(
+            self.model,
+            self.train_config.optim,
+            self.model.compute_dtype,
+            compile_update=compiles(self.config, self.device),
+        )
         if latest is not None and latest.optimizer is not None:
             state, source_state = latest.optimizer, latest.trainer.get("source", {})
             self.ranks.run_together(lambda: optimizer.load_state_dict(state))
@@ -335,11 +340,16 @@ def build_model(config: TrainerConfig, root: Store, device: torch.device) -> GPT
         model.init_weights(torch.Generator().manual_seed(config.train.seed))
     if config.train.fp8:
         model.use_fp8()
-    compile_mode = config.train.compile
-    if compile_mode == "on" or (compile_mode == "auto" and device.type == "cuda"):
+    if compiles(config, device):
         model.compile_blocks()
     model.checkpoint_activations = config.train.checkpoint_activations
     return model
+
+
+def compiles(config: TrainerConfig, device: torch.device) -> bool:
+    """Whether training on ``device`` is compiled."""
+    mode = config.train.compile
+    return mode == "on" or (mode == "auto" and device.type == "cuda")
 
 
 def use_deterministic_algorithms() -> None:

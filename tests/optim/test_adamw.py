@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.optim import sharded
+from nanochat_ray.optim import flat
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.optim.muon import MuonRule
 from nanochat_ray.optim.sharded import ShardedOptimizer
@@ -125,7 +125,7 @@ def test_gradient_that_is_not_finite_moves_nothing(value: float) -> None:
 def test_what_a_muon_step_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rate and the decay follow the schedule, so the decay of a weight by its square."""
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(sharded, "muon_update_", lambda *tensors, **values: calls.append(values))
+    monkeypatch.setattr(flat, "muon_update_", lambda *tensors, **values: calls.append(values))
     config = dataclasses.replace(
         CONFIG, orthogonalizer="newton_schulz", normuon=False, row_normalize=True, cautious=True
     )

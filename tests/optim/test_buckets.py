@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from nanochat_ray.optim import sharded
+from nanochat_ray.optim import flat as flat_module
+from nanochat_ray.optim.flat import FlatGroup, Span
 from nanochat_ray.optim.groups import Group
-from nanochat_ray.optim.sharded import FlatGroup, Span
 
 
 def flat_group(kind: str, shapes: list[tuple[int, ...]], rank: int, world: int) -> FlatGroup:
@@ -24,7 +24,7 @@ def test_matrices_are_shared_whole(
     rank: int, share: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three of 2 × 3 on two ranks: two for each, the last of which is padding."""
-    monkeypatch.setattr(sharded, "BUCKET", 6)
+    monkeypatch.setattr(flat_module, "BUCKET", 6)
     flat = flat_group("muon", [(2, 3)] * 3, rank, 2)
     assert (flat.own_share.start, flat.own_share.stop) == share
     assert flat.weights.tolist() == [0.0] * 6 + [1.0] * 6 + [2.0] * 6 + [0.0] * 6
@@ -54,7 +54,7 @@ def test_matrices_are_shared_whole(
 def test_buckets_by_hand(
     size: int, buckets: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharded, "BUCKET", size)
+    monkeypatch.setattr(flat_module, "BUCKET", size)
     flat = flat_group("muon", [(3, 2)] * 5, 1, 2)
     assert [(b.start, b.stop, b.owner, b.parameters) for b in flat.buckets()] == buckets
     assert flat.state_sizes(flat.spans[4])["second_moment"] == (12, 15, (3, 1))

@@ -191,15 +191,15 @@ def test_preemption_notice_saves_and_continues(
 def test_infinite_weights_are_not_written(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(root, "base")
     run_trainer(job(root, "run"), should_stop=iter([False, False, True]).__next__)
-    from nanochat_ray.optim import sharded
+    from nanochat_ray.optim import flat
 
-    real = sharded.FlatGroup.update
+    real = flat.FlatGroup.update
 
     def with_nan(self: Any, *args: Any, **kwargs: Any) -> None:
         real(self, *args, **kwargs)
         self.weights[-1] = float("inf")
 
-    monkeypatch.setattr(sharded.FlatGroup, "update", with_nan)
+    monkeypatch.setattr(flat.FlatGroup, "update", with_nan)
     with pytest.raises(FloatingPointError, match=r"not finite|diverged"):
         run_trainer(job(root, "run", save_every=1))
     assert checkpoint.latest(root.child("runs", "run")) == "step-000003"

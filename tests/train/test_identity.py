@@ -139,9 +139,9 @@ def test_older_checkpoints_resume_with_note(
 def test_last_step_divergence_saves_nothing(
     half_run: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nanochat_ray.optim import sharded
+    from nanochat_ray.optim import flat
 
-    real = sharded.FlatGroup.update
+    real = flat.FlatGroup.update
     calls = []
 
     def nan_loss(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -150,7 +150,7 @@ def test_last_step_divergence_saves_nothing(
         if len(calls) > len({id(group) for group in calls}):  # the second and last step
             self.weights.fill_(math.nan)
 
-    monkeypatch.setattr(sharded.FlatGroup, "update", nan_loss)
+    monkeypatch.setattr(flat.FlatGroup, "update", nan_loss)
     with pytest.raises(FloatingPointError, match=r"diverged at step 4: .* nan.*step-000002"):
         run_trainer(check(job(half_run)))
     run = half_run.child("runs", "run")

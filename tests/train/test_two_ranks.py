@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nanochat_ray.data.shards import Manifest
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.optim import sharded
+from nanochat_ray.optim import flat, sharded
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
@@ -51,7 +51,7 @@ def assert_near(actual: dict[str, torch.Tensor], reference: dict[str, torch.Tens
 
 
 def check_optimizer(rank: int, file: Path, scatters: bool) -> None:
-    sharded.BUCKET = 3000  # several for each rank
+    flat.BUCKET = 3000  # several for each rank
     reference: dict[str, Any] = torch.load(file)
     model = random_model(seed=rank, n_layer=4)  # rank 0 sends its weights to the others
     optimizer = ShardedOptimizer(model, OPTIM)
@@ -96,7 +96,7 @@ def check_overlap(rank: int) -> None:
     launched_buckets: list[int] = []
     launch = optimizer._launch
 
-    def record(bucket: sharded.Bucket) -> None:
+    def record(bucket: flat.Bucket) -> None:
         launched_buckets.append(bucket.start)
         launch(bucket)
 

@@ -1,0 +1,147 @@
+"""The flat buffers of a group of parameters, and the buckets that their gradients travel in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nanochat_ray.optim.groups import Group
+from nanochat_ray.optim.muon import MuonRule, muon_update_
+
+BUCKET = 1 << 18
+"""Elements that one reduction of a Muon group carries, at least: small ones cost latency."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The range of one parameter in its group's buffer, in elements."""
+
+    name: str
+    shape: torch.Size
+    start: int
+    stop: int
+
+
+@dataclass
+class Bucket:
+    """A run of a group's gradients that is reduced by one call."""
+
+    flat: FlatGroup
+    start: int
+    stop: int
+    owner: int
+    """The rank that updates it; -1 if it is split over all of them."""
+    parameters: int
+    missing: int = 0
+    """Parameters whose gradient is still to come in this backward pass."""
+    work: dist.Work | None = None
+    in_flight: bool = False
+
+
+class FlatGroup:
+    """One group's buffers. ``weights`` and ``grads`` are whole, the rest is this rank's share."""
+
+    def __init__(
+        self,
+        group: Group,
+        parameters: Mapping[str, nn.Parameter],
+        rank: int,
+        world: int,
+        rule: MuonRule = MuonRule(),  # noqa: B008 (frozen)
+    ):
+        self.group, self.rule = group, rule
+        members = [parameters[name] for name in group.names]
+        self.spans: list[Span] = []
+        at = 0
+        for name, parameter in zip(group.names, members, strict=True):
+            self.spans.append(Span(name, parameter.shape, at, at + parameter.numel()))
+            at += parameter.numel()
+        unit = members[0].numel() if group.kind == "muon" else 1
+        share = -(-(at // unit) // world) * unit
+        self.own_share = slice(rank * share, (rank + 1) * share)
+        device = members[0].device
+        self.weights = torch.zeros(share * world, device=device)
+        self.grads = torch.zeros(share * world, device=device)
+        for span, parameter in zip(self.spans, members, strict=True):
+            view = self.weights[span.start : span.stop].view(span.shape)
+            view.copy_(parameter.data)
+            parameter.data = view
+            parameter.grad = self.grads[span.start : span.stop].view(span.shape)
+        self.state = {"momentum": torch.zeros(share, device=device)}
+        if group.kind == "adamw":
+            self.state["second_moment"] = torch.zeros(share, device=device)
+        else:
+            m, n = members[0].shape
+            self.matrix_shape = (m, n)
+            self.second_shape = (m, 1) if m >= n else (1, n)
+            self.state["second_moment"] = torch.zeros(share // unit * max(m, n), device=device)
+
+    def buckets(self) -> list[Bucket]:
+        """The group's gradients in reductions, none of which crosses the share of a rank."""
+        if self.group.kind == "adamw":
+            return [Bucket(self, 0, self.grads.numel(), -1, len(self.spans))]
+        share = self.own_share.stop - self.own_share.start
+        buckets: list[Bucket] = []
+        for span in self.spans:
+            last = buckets[-1] if buckets else None
+            owner = span.start // share
+            if last and last.owner == owner and last.stop - last.start < BUCKET:
+                last.stop, last.parameters = span.stop, last.parameters + 1
+            else:
+                buckets.append(Bucket(self, span.start, span.stop, owner, 1))
+        return buckets
+
+    def state_sizes(self, span: Span) -> dict[str, tuple[int, int, tuple[int, ...]]]:
+        """For each kind of state: the parameter's range in the whole, and its shape."""
+        if self.group.kind == "adamw":
+            return dict.fromkeys(self.state, (span.start, span.stop, tuple(span.shape)))
+        index = span.start // (self.matrix_shape[0] * self.matrix_shape[1])
+        width = max(self.matrix_shape)
+        return {
+            "momentum": (span.start, span.stop, tuple(span.shape)),
+            "second_moment": (index * width, (index + 1) * width, self.second_shape),
+        }
+
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This rank's weights, gradients, momentum and second moment, as the update takes them."""
+        tensors = (
+            self.weights[self.own_share],
+            self.grads[self.own_share],
+            self.state["momentum"],
+            self.state["second_moment"],
+        )
+        if self.group.kind == "adamw":
+            return tensors
+        weights, grads, first = (t.view(-1, *self.matrix_shape) for t in tensors[:3])
+        return weights, grads, first, tensors[3].view(-1, *self.second_shape)
+
+    @torch.no_grad()
+    def update(
+        self, step: int, lr_factor: float, momentum: float, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Updates this rank's weights from its reduced gradients."""
+        group, lr = self.group, self.group.lr * lr_factor
+        weights, grads, first, second = self.buffers()
+        if group.kind == "muon":
+            muon_update_(
+                *(weights, grads, first, second),
+                lr=lr,
+                momentum=momentum,
+                beta2=group.beta2,
+                weight_decay=group.weight_decay * lr_factor,
+                rule=self.rule,
+                dtype=dtype,
+            )
+            return
+        # AdamW: Loshchilov and Hutter, arXiv 1711.05101.
+        weights.mul_(1 - lr * group.weight_decay)
+        first.lerp_(grads, 1 - group.beta1)
+        second.mul_(group.beta2).addcmul_(grads, grads, value=1 - group.beta2)
+        correction1 = 1 - group.beta1 ** (step + 1)
+        correction2 = 1 - group.beta2 ** (step + 1)
+        denominator = second.sqrt().div_(correction2**0.5).add_(group.eps)
+        weights.addcdiv_(first, denominator, value=-lr / correction1)
