@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat_ray import cli
 from nanochat_ray.cli import entry
 
 REPO = Path(__file__).parent.parent
@@ -48,13 +49,13 @@ def test_a_command_of_a_readme_is_valid(words: list[str]) -> None:
         if name == "bench":
             assert importlib.import_module(f"nanochat_ray.bench.{flags[0].replace('-', '_')}")
             return
-        module = importlib.import_module(f"nanochat_ray.cli.{name}")
+        module = importlib.import_module(cli.module_of(name))
         entry.parse(module.Args, None, flags)
     elif program == "bash":
         script, *flags = arguments
         text = (REPO / script).read_text()
         if command := re.search(r"-m nanochat_ray (\w+)", text):
-            module = importlib.import_module(f"nanochat_ray.cli.{command[1]}")
+            module = importlib.import_module(cli.module_of(command[1]))
             entry.parse(module.Args, None, flags)
             return
         for flag in (word for word in flags if word.startswith("--")):

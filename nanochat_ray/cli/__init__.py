@@ -19,10 +19,18 @@ COMMANDS = {
     "eval": "measure a run on tasks, and its bits per byte of text",
     "export": "write or read Hugging Face's and nanochat's folders",
     "bench": "measure training and serving",
+    "drill": "kill parts of a cluster under load, and report what clients saw",
     "quickstart": "from raw text to a chat answer over HTTP, all of the above",
     "stop": "end what quickstart started",
 }
 """Command → what it does."""
+
+
+def module_of(command: str) -> str:
+    """Path of the module of a command."""
+    # It needs the load generator.
+    package = "nanochat_ray.bench" if command == "drill" else __name__
+    return f"{package}.{command.replace('-', '_')}"
 
 
 def main(command: str = "") -> NoReturn:
@@ -30,4 +38,4 @@ def main(command: str = "") -> NoReturn:
     from nanochat_ray.cli import entry
 
     argv = [command, *sys.argv[1:]] if command else sys.argv[1:]
-    entry.dispatch("nanochat-ray", __name__, COMMANDS, argv)
+    entry.dispatch("nanochat-ray", COMMANDS, argv, module_of)

@@ -1,6 +1,5 @@
 """Benchmarks: ``nanochat-ray bench NAME``, one file per program in ``nanochat_ray/bench/``."""
 
-PACKAGE = "nanochat_ray.bench"
 COMMANDS = {
     "offline": "decoding, by batch size, beside vLLM and transformers",
     "serve": "HTTP under load, beside other servers",
@@ -10,3 +9,8 @@ COMMANDS = {
     "replay": "broken requests beside steady streams: no stream may suffer",
 }
 """Program → what it measures."""
+
+
+def module_of(command: str) -> str:
+    """Path of the module of a program."""
+    return f"nanochat_ray.bench.{command.replace('-', '_')}"

@@ -23,10 +23,13 @@ MAX_MESSAGE = 2000
 """Characters of the line on stderr."""
 
 
-def dispatch(prog: str, package: str, commands: Mapping[str, str], argv: Sequence[str]) -> NoReturn:
-    """Runs the command that ``argv`` begins with: the module of that name in ``package``.
+def dispatch(
+    prog: str, commands: Mapping[str, str], argv: Sequence[str], module_of: Callable[[str], str]
+) -> NoReturn:
+    """Runs the command that ``argv`` begins with.
 
-    ``commands`` is command → what it does. A module with ``COMMANDS`` of its own has subcommands.
+    ``commands`` is command → what it does, ``module_of`` gives the path of a command's module. A
+    module with ``COMMANDS`` of its own has subcommands.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage(prog, commands))
@@ -35,10 +38,10 @@ def dispatch(prog: str, package: str, commands: Mapping[str, str], argv: Sequenc
     if name not in commands:
         _log(f"error: {prog} has no command {name!r:.80}: one of {', '.join(commands)}")
         sys.exit(USAGE)
-    module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
+    module = importlib.import_module(module_of(name))
     prog = f"{prog} {name}"
     if hasattr(module, "COMMANDS"):
-        dispatch(prog, module.PACKAGE, module.COMMANDS, argv[1:])
+        dispatch(prog, module.COMMANDS, argv[1:], module.module_of)
     run(module.main, module.Args, module.__doc__, argv[1:], prog)
 
 

@@ -410,7 +410,7 @@ COMMANDS_WITH_FLAGS = [c for c in cli.COMMANDS if c != "bench"]
 
 @pytest.mark.parametrize("command", COMMANDS_WITH_FLAGS)
 def test_help_fits_one_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    module = importlib.import_module(f"nanochat_ray.cli.{command}")
+    module = importlib.import_module(cli.module_of(command))
     for word in ("--help", "-h"):
         with pytest.raises(SystemExit) as exit_:
             entry.run(_raise(KeyError()), module.Args, module.__doc__, [word])
@@ -425,7 +425,7 @@ def test_help_fits_one_screen(command: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_help_all_has_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     for command in COMMANDS_WITH_FLAGS:
-        module = importlib.import_module(f"nanochat_ray.cli.{command}")
+        module = importlib.import_module(cli.module_of(command))
         with pytest.raises(SystemExit) as exit_:
             entry.run(_raise(KeyError()), module.Args, module.__doc__, ["--help-all"])
         assert exit_.value.code == 0
@@ -439,7 +439,7 @@ def test_help_needs_neither_torch_nor_ray() -> None:
         "import importlib, sys\n"
         "from nanochat_ray import cli\n"
         "for command in cli.COMMANDS:\n"
-        "    importlib.import_module(f'nanochat_ray.cli.{command}')\n"
+        "    importlib.import_module(cli.module_of(command))\n"
         "    assert not {'torch', 'ray'} & set(sys.modules), command\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=REPO)
@@ -452,7 +452,7 @@ def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
         (["chat", "--colour"], "error: unknown argument '--colour': see --help"),
     ):
         with pytest.raises(SystemExit) as exit_:
-            entry.dispatch("nanochat-ray", "nanochat_ray.cli", cli.COMMANDS, argv)
+            entry.dispatch("nanochat-ray", cli.COMMANDS, argv, cli.module_of)
         assert exit_.value.code == 2
         assert capsys.readouterr().err.startswith(line)
 

@@ -1,0 +1,302 @@
+"""Kill or stop parts of a Ray cluster on this host while it streams, and report what clients saw.
+
+    nanochat-ray drill --url http://127.0.0.1:8000                      # every part, one round each
+    nanochat-ray drill --parts engine --rounds 30 --streams 32
+    nanochat-ray drill --parts engine --signal stop --stop-s 30         # a hung process
+
+Parts are engine, ingress, haproxy, proxy, controller, agent, dashboard, gcs and raylet; the last
+two are left out by default, since a cluster of one node ends with them. The drill sends signals to
+processes of the cluster: use it on one that may be disturbed. Every answer is
+greedy, and its text is compared with that of an undisturbed one. Status 1 if a stream breaks or
+changes that should not have: those of an ingress, of HAProxy and of a raylet may break.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import random
+import re
+import signal
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from nanochat_ray.bench import load
+from nanochat_ray.checks import check_float, check_int, require
+
+PARTS: Mapping[str, str] = {
+    "engine": r"ray::ServeReplica:[^:]+:engine",
+    "ingress": r"ray::ServeReplica:[^:]+:ingress",
+    "haproxy": r"(\S*/)?haproxy ",
+    "proxy": r"ray::(HAProxyManager|ProxyActor)",
+    "controller": r"ray::ServeController",
+    "agent": r".*dashboard/agent\.py",
+    "dashboard": r".*dashboard/dashboard\.py",
+    "gcs": r"\S*gcs_server ",
+    "raylet": r"\S*/raylet ",
+}
+"""Part → what the command line of its processes begins with."""
+DEFAULT_PARTS = ("engine", "ingress", "haproxy", "proxy", "controller", "agent", "dashboard")
+"""Without gcs and raylet, whose loss ends a cluster of one node that has no store for its state."""
+MAY_BREAK = {"ingress", "haproxy", "raylet"}
+"""Streams run through these, so theirs end with them."""
+STEADY_S = 2.0
+"""Without a broken stream before a signal is sent."""
+VOCAB = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    url: str = "http://127.0.0.1:8000"
+    """Endpoint, whose cluster is on this host."""
+    key: str = ""
+    """API key."""
+    parts: tuple[str, ...] = DEFAULT_PARTS
+    """What to disturb, of the parts above."""
+    rounds: int = 1
+    """Signals to each part. Each goes to a random process of it at a random moment."""
+    signal: str = "kill"
+    """Kill, or stop: SIGSTOP, and SIGCONT later."""
+    stop_s: float = 20.0
+    """Seconds from SIGSTOP to SIGCONT."""
+    streams: int = 8
+    """Answers at a time."""
+    tokens: int = 200
+    """Of each answer."""
+    recover_s: float = 120.0
+    """How long a part may take to be back."""
+    session: str = ""
+    """Name of the Ray session, where this host has several clusters."""
+    seed: int = 0
+    """Of moments, processes and prompts."""
+
+    def __post_init__(self) -> None:
+        for name in self.parts:
+            require(name in PARTS, "parts", name, f"of {', '.join(PARTS)}")
+        require(self.signal in ("kill", "stop"), "signal", self.signal, "kill or stop")
+        for name, least in (("rounds", 1), ("streams", 1), ("tokens", 2), ("seed", 0)):
+            check_int(name, getattr(self, name), least)
+        for name in ("stop_s", "recover_s"):
+            check_float(name, getattr(self, name), above=True)
+
+
+@dataclass
+class Round:
+    """What one signal did."""
+
+    part: str
+    process_id: int
+    broken_streams: int = 0
+    """Streams that ended with an error after their first token."""
+    changed_answers: int = 0
+    """Answers with another text than the undisturbed one."""
+    refused_requests: int = 0
+    """Requests that got no first token."""
+    answers: int = 0
+    longest_gap_s: float = 0.0
+    """Between two tokens of a stream."""
+    recovery_s: float | None = None
+    """Until an answer begins again and the part has as many processes as before; None: not within
+    the time."""
+
+
+class Cluster:
+    """The processes of one Ray session on this host."""
+
+    def __init__(self, session: str = ""):
+        sessions = set(_sessions())
+        if session:
+            sessions &= {session}
+        require(len(sessions) == 1, "session", session, f"one of {', '.join(sorted(sessions))}")
+        (self.session,) = sessions
+
+    def processes(self, part: str) -> list[psutil.Process]:
+        return [
+            process
+            for process in psutil.process_iter()
+            if re.match(PARTS[part], _command(process)) and self._owns(process)
+        ]
+
+    def _owns(self, process: psutil.Process) -> bool:
+        """Ray's own programs name the session, and its workers are their children."""
+        try:
+            return any(self.session in _command(p) for p in (process, *process.parents()))
+        except psutil.Error:
+            return False
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()) + " "
+    except psutil.Error:
+        return ""
+
+
+def _sessions() -> Iterator[str]:
+    for process in psutil.process_iter():
+        command = _command(process)
+        if re.match(PARTS["gcs"], command) and (match := re.search(r"session_[\w-]+", command)):
+            yield match[0]
+
+
+@dataclass
+class Streams:
+    """Answers without a pause, and what happened to them since ``begin``."""
+
+    args: Args
+    model: str
+    prompts: Sequence[load.Prompt]
+    texts: Sequence[str]
+    """What undisturbed answers are."""
+    round: Round | None = None
+    last_break: float = 0.0
+    last_answer: float = 0.0
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(self._stream(i)) for i in range(self.args.streams)]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _stream(self, number: int) -> None:
+        index = number
+        while True:
+            index = (index + 1) % len(self.prompts)
+            prompt = self.prompts[index]
+            result = await load.complete(self.args.url, self.model, prompt, self.args.key)
+            self._count(result, self.texts[index])
+            if result.error:
+                await asyncio.sleep(0.2)
+
+    def _count(self, result: load.Result, text: str) -> None:
+        now = time.perf_counter()
+        if result.error:
+            self.last_break = now
+        else:
+            self.last_answer = now
+        if (counts := self.round) is None:
+            return
+        counts.longest_gap_s = max([counts.longest_gap_s, *result.gaps_s])
+        if result.error:
+            counts.broken_streams += bool(result.first_s)
+            counts.refused_requests += not result.first_s
+        else:
+            counts.answers += 1
+            counts.changed_answers += result.text != text
+
+    async def steady(self) -> None:
+        """Returns when no stream has broken for a while."""
+        began = time.perf_counter()
+        while time.perf_counter() < max(began, self.last_break) + STEADY_S:
+            await asyncio.sleep(0.05)
+
+
+async def disturb(args: Args, cluster: Cluster, streams: Streams, part: str, rng: Any) -> Round:
+    await streams.steady()
+    await asyncio.sleep(rng.uniform(0.0, 1.0))
+    processes = cluster.processes(part)
+    require(bool(processes), "parts", part, f"session {cluster.session} has no such process here")
+    victim = rng.choice(processes)
+    counts = streams.round = Round(part, victim.pid)
+    began = time.perf_counter()
+    if args.signal == "stop":
+        victim.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(args.stop_s)
+        if victim.is_running():
+            victim.send_signal(signal.SIGCONT)
+    else:
+        victim.kill()
+    while (now := time.perf_counter()) < began + args.recover_s:
+        is_back = len(cluster.processes(part)) >= len(processes)
+        if is_back and streams.last_answer > max(began, streams.last_break):
+            counts.recovery_s = now - began
+            break
+        await asyncio.sleep(0.2)
+    # What was under way at the signal is judged too.
+    await streams.steady()
+    streams.round = None
+    return counts
+
+
+def _model(args: Args) -> str:
+    headers = {"authorization": f"Bearer {args.key}"} if args.key else {}
+    request = urllib.request.Request(f"{args.url}/v1/models", headers=headers)
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return str(json.load(response)["data"][0]["id"])
+
+
+async def drill(args: Args) -> list[Round]:
+    """Rounds in the order in which they happened."""
+    cluster, model = Cluster(args.session), _model(args)
+    prompts = load.random_prompts(
+        args.streams, vocab=VOCAB, prompt=24, output=args.tokens, seed=args.seed
+    )
+    texts = []
+    for prompt in prompts:
+        result = await load.complete(args.url, model, prompt, args.key)
+        require(not result.error, "url", args.url, f"an endpoint that answers: {result.error}")
+        texts.append(result.text)
+    streams, rng = Streams(args, model, prompts, texts), random.Random(args.seed)
+    streams.start()
+    rounds = []
+    try:
+        for number in range(args.rounds):
+            for part in args.parts:
+                rounds.append(await disturb(args, cluster, streams, part, rng))
+                print(f"round {number + 1}: {_row(part, rounds[-1:])}", file=sys.stderr, flush=True)
+    finally:
+        await streams.stop()
+    return rounds
+
+
+def _row(part: str, rounds: Sequence[Round]) -> str:
+    gaps = sorted(r.longest_gap_s for r in rounds)
+    times = [r.recovery_s for r in rounds if r.recovery_s is not None]
+    names = ("answers", "broken_streams", "changed_answers", "refused_requests")
+    sums = (sum(getattr(r, name) for r in rounds) for name in names)
+    slowest = f"{max(times):.1f}" if len(times) == len(rounds) else "never"
+    cells = [part, str(len(rounds)), *map(str, sums)]
+    cells += [f"{gaps[len(gaps) // 2]:.2f}", f"{gaps[-1]:.2f}", slowest]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(rounds: Sequence[Round]) -> str:
+    head = ["part", "signals", "answers", "broken", "changed", "refused"]
+    head += ["median gap (s)", "longest gap (s)", "slowest recovery (s)"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for part in dict.fromkeys(r.part for r in rounds):
+        lines.append(_row(part, [r for r in rounds if r.part == part]))
+    return "\n".join(lines)
+
+
+def failures(rounds: Sequence[Round]) -> list[str]:
+    """What should not have happened."""
+    texts = []
+    for r in rounds:
+        if r.changed_answers:
+            texts.append(f"{r.part}: {r.changed_answers} answers changed")
+        if r.broken_streams and r.part not in MAY_BREAK:
+            texts.append(f"{r.part}: {r.broken_streams} streams broke")
+        if r.recovery_s is None:
+            texts.append(f"{r.part}: it was not back in time")
+    return texts
+
+
+def main(args: Args) -> int:
+    rounds = asyncio.run(drill(args))
+    print(table(rounds))
+    problems = failures(rounds)
+    for problem in problems:
+        print(problem)
+    print(json.dumps({"rounds": [dataclasses.asdict(r) for r in rounds], "failures": problems}))
+    return 1 if problems else 0

@@ -1,0 +1,126 @@
+"""What a drill counts, over scripted answers and real processes that stand in for Ray's."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from nanochat_ray.bench import drill, load
+from nanochat_ray.bench.drill import Args, Cluster, Round, Streams
+from tests.tiny import wait_for
+
+SESSION = "session_2026-01-01_00-00-00_000000_1"
+PROGRAM = """
+import subprocess, sys
+command = ["bash", "-c", 'exec -a "$0" sleep 1000']
+children = [subprocess.Popen([*command, title]) for title in sys.argv[2:]]
+print("ready", flush=True)
+sys.stdin.read()
+for child in children:
+    child.kill()
+    child.wait()
+"""
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A gcs_server that names its session, and a raylet whose children are replicas."""
+    gcs = [sys.executable, "-c", PROGRAM, f"--session={SESSION}"]
+    titles = ["ray::ServeReplica:nanochat:engine", "ray::ServeReplica:nanochat:ingress"]
+    command = [*gcs, *titles, titles[0]]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(drill, "_sessions", lambda: iter([SESSION]))
+            one = Cluster()
+            wait_for(lambda: len(one.processes("engine")) == 2)
+            yield one
+        process.communicate(b"")
+
+
+def test_parts_are_the_processes_of_one_session(cluster: Cluster) -> None:
+    assert len(cluster.processes("engine")) == 2
+    assert len(cluster.processes("ingress")) == 1
+    assert cluster.processes("gcs") == []
+    cluster.session = "session_of_another"
+    assert cluster.processes("engine") == []
+
+
+def test_several_clusters_must_be_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drill, "_sessions", lambda: iter(["session_a", "session_b"]))
+    with pytest.raises(ValueError, match="session='' is not allowed: one of session_a, session_b"):
+        Cluster()
+    assert Cluster("session_b").session == "session_b"
+    with pytest.raises(ValueError, match="session='session_c'"):
+        Cluster("session_c")
+
+
+def result(text: str = "abc", error: str = "", gaps: tuple[float, ...] = (), first: float = 0.1):
+    return load.Result(0.0, first_s=first, gaps_s=list(gaps), text=text, error=error)
+
+
+def test_counts_by_hand() -> None:
+    streams = Streams(Args(), "m", [], [])
+    streams._count(result("other"), "abc")  # before the signal: not of a round
+    counts = streams.round = Round("engine", 1)
+    for one in (
+        result(gaps=(0.1, 2.5)),
+        result("abd", gaps=(0.2,)),
+        result(error="the connection ended", gaps=(3.0,)),
+        result(error="status 503", first=0.0),
+    ):
+        streams._count(one, "abc")
+    assert (counts.answers, counts.changed_answers) == (2, 1)
+    assert (counts.broken_streams, counts.refused_requests) == (1, 1)
+    assert counts.longest_gap_s == 3.0
+
+
+def test_table_and_failures_by_hand() -> None:
+    rounds = [
+        Round("engine", 1, 0, 0, 1, 10, 0.5, 3.0),
+        Round("engine", 2, 0, 0, 0, 10, 1.5, 9.0),
+        Round("ingress", 3, 4, 0, 2, 5, 0.1, 2.0),
+    ]
+    lines = drill.table(rounds).splitlines()
+    assert lines[2] == "| engine | 2 | 20 | 0 | 0 | 1 | 1.50 | 1.50 | 9.0 |"
+    assert lines[3] == "| ingress | 1 | 5 | 4 | 0 | 2 | 0.10 | 0.10 | 2.0 |"
+    assert drill.failures(rounds) == []  # the streams of an ingress end with it
+    bad = [Round("engine", 1, 1, 2, recovery_s=1.0), Round("controller", 2)]
+    assert drill.failures(bad) == [
+        "engine: 2 answers changed",
+        "engine: 1 streams broke",
+        "controller: it was not back in time",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["kill", "stop"])
+def test_a_signal_reaches_one_process(
+    cluster: Cluster, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drill, "STEADY_S", 0.0)
+    args = Args(signal=kind, stop_s=0.2, recover_s=0.5)
+    streams = Streams(args, "m", [], [])
+    before = cluster.processes("engine")
+    signals: list[int] = []
+    monkeypatch.setattr(psutil.Process, "send_signal", lambda self, number: signals.append(number))
+    rng = random.Random(0)
+    monkeypatch.setattr(rng, "uniform", lambda low, high: 0.0)
+    counts = asyncio.run(drill.disturb(args, cluster, streams, "engine", rng))
+    assert counts.process_id in {process.pid for process in before}
+    assert counts.recovery_s is None  # nobody answers here
+    assert signals == ([signal.SIGSTOP, signal.SIGCONT] if kind == "stop" else [])
+    assert len(cluster.processes("engine")) == (1 if kind == "kill" else 2)
+
+
+def test_bad_flags_are_refused() -> None:
+    for bad in ({"parts": ("engine", "moon")}, {"signal": "hug"}, {"rounds": 0}, {"stop_s": 0.0}):
+        with pytest.raises(ValueError, match=r"is not allowed"):
+            Args(**bad)
