@@ -30,7 +30,7 @@ class RLConfig:
     pool: int = 2000
     """Training questions of each task, at most."""
     questions: int = 24
-    """Questions of a step's first round, and of a further one at most."""
+    """Questions of a step's first round."""
     samples: int = 16
     """Answers to each question: a group."""
     min_groups: int = 8
