@@ -80,6 +80,8 @@ class Engine:
         )
         self._grammars = Grammars(token_bytes, self.vocab_size) if token_bytes else None
         self._admitter = Admitter(config, self.max_model_len, self.vocab_size, tool, self._grammars)
+        self.num_step_tokens = 0
+        """Tokens that the current step computes, or that the last one did."""
         self._async_scheduling = config.async_scheduling == "on" or (
             config.async_scheduling == "auto" and self.runner.device.type == "cuda"
         )
@@ -249,6 +251,7 @@ class Engine:
         if previous is None:
             outputs += self._expire(time.time())
         plan = self.scheduler.plan()
+        self.num_step_tokens = sum(chunk.num_tokens for chunk in plan.chunks)
         if not plan.chunks and previous is None and self.scheduler.running:
             outputs.append(self._fail_for_memory())
         for sequence in plan.admissions:

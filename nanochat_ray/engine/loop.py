@@ -22,6 +22,7 @@ from nanochat_ray.engine.request import (
     WeightsReplacedError,
 )
 from nanochat_ray.engine.stats import Stats
+from nanochat_ray.engine.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class EngineLoop:
         self._swap: WeightSwap | None = None
         """While it waits, requests stay in the inbox unless they need the old weights."""
         self._version = engine.weight_version
+        self._clock = StepClock()
         self._stopping = self._dropping = False
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -82,6 +84,10 @@ class EngineLoop:
     def is_swapping(self) -> bool:
         """Whether new requests wait for new weights."""
         return self._swap is not None
+
+    def is_hung(self, limit_s: float) -> bool:
+        """Whether a step takes longer than ``limit_s`` and than a sound one may (``StepClock``)."""
+        return self._clock.is_hung(limit_s, self._engine.num_step_tokens)
 
     def swap_weights(
         self, weights: Mapping[str, Tensor], version: str, drain_s: float
@@ -178,7 +184,10 @@ class EngineLoop:
                 if self._dropping or (self._stopping and not self._ids):
                     break
             try:
-                outputs = self._apply(inbox, aborts) + self._advance_swap() + self._engine.step()
+                outputs = self._apply(inbox, aborts) + self._advance_swap()
+                self._clock.begin()
+                outputs += self._engine.step()
+                self._clock.end(self._engine.num_step_tokens)
                 failures = 0
             except BaseException as error:  # a panic in Rust is not an Exception
                 logger.exception("a step of the engine failed")

@@ -57,6 +57,9 @@ class ServeConfig:
     """Seconds that running requests may take to finish before new weights replace theirs."""
     deadline_s: float = 60.0
     """Seconds that a request may wait for another engine replica after its own has died."""
+    liveness_timeout_s: float = 10.0
+    """Seconds after which an engine replica that sends nothing, or hangs in a step, counts as lost:
+    its requests continue on another one."""
     request_timeout_s: float = 0.0
     """Seconds that a request may take, waiting and running; 0 is no limit."""
     key_hashes: tuple[str, ...] = ()
@@ -81,6 +84,7 @@ class ServeConfig:
             raise ValueError(f"max_replicas={most!r} is not allowed: {requirement}")
         for name in ("upscale_delay_s", "downscale_delay_s", "deadline_s", "request_timeout_s"):
             check_float(name, getattr(self, name))
+        check_float("liveness_timeout_s", self.liveness_timeout_s, 1.0)
         for name in ("gpus", "cpus", "ingress_cpus", "follow_margin", "swap_drain_s"):
             check_float(name, getattr(self, name))
         object.__setattr__(self, "key_hashes", tuple(self.key_hashes))

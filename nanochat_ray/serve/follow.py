@@ -19,9 +19,15 @@ class Follower:
     It raises ValueError for one that the engines refuse, or RuntimeError if it cannot be done now.
     """
 
-    def __init__(self, watcher: CheckpointWatcher, roll: Callable[[NewCheckpoint], None]):
+    def __init__(
+        self,
+        watcher: CheckpointWatcher,
+        roll: Callable[[NewCheckpoint], None],
+        check: Callable[[], None] = lambda: None,
+    ):
+        """``check`` is called when there is nothing to roll out."""
         self.watcher = watcher
-        self._roll = roll
+        self._roll, self._check = roll, check
         self._end = threading.Event()
         self._has_warned = False
         self._thread = threading.Thread(target=self._run, name="follow", daemon=True)
@@ -52,6 +58,7 @@ class Follower:
             return
         self._has_warned = False
         if new is None:
+            self._check()
             return
         try:
             self._roll(new)

@@ -83,7 +83,9 @@ def stream(url: str, n: int) -> tuple[set[str], list[str]]:
 
 
 def checkpoint_of(url: str) -> str:
-    return str(get(f"{url}/v1/models").json()["data"][0]["checkpoint"])[:11]
+    name = get(f"{url}/v1/models").json()["data"][0]["checkpoint"][:11]
+    status = get(f"{url}/health").json()["follow"]
+    return str(name) if status["checkpoint"] == name else ""
 
 
 def test_no_answer_has_two_checkpoints(run: Store, url: str) -> None:

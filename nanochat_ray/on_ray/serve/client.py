@@ -22,12 +22,20 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from nanochat_ray.engine.request import EngineFull, Request, RequestOutput
+from nanochat_ray.engine.request import (
+    WEIGHTS_REPLACED,
+    EngineFull,
+    Request,
+    RequestOutput,
+    WeightsReplacedError,
+)
 from nanochat_ray.on_ray.serve.connection import (
     ACCEPTED,
+    HEARTBEAT_S,
+    LIVENESS_TIMEOUT_S,
     NOT_HERE,
+    OTHER_WEIGHTS,
     QUEUE_FULL,
-    SILENCE_S,
     Connection,
 )
 from nanochat_ray.on_ray.serve.routing import PrefixRouter
@@ -50,6 +58,8 @@ class InFlightRequest:
     stream: OutputStream
     tokens: list[int] = field(default_factory=list)
     """Generated so far, on any replica."""
+    weight_version: str = ""
+    """The weights that generated them: only a replica that has these may continue."""
     num_dispatches: int = 0
     replica: ReplicaHandle | None = None
     is_dispatching: bool = True
@@ -88,13 +98,32 @@ class ReplicaHandle:
     def is_usable(self) -> bool:
         return self.is_ready and self.is_listed and not self.is_draining
 
+    @property
+    def weight_version(self) -> str:
+        return str(self.status.get("weight_version", ""))
+
+    @property
+    def is_swapping(self) -> bool:
+        """Whether new requests wait there for new weights."""
+        return bool(self.status.get("is_swapping"))
+
 
 class RayEngineClient:
-    """``deadline_s``: how long a request may be without a replica before it fails."""
+    """``deadline_s``: how long a request may be without a replica before it fails.
+    ``liveness_timeout_s``: how long a replica may be silent. ``follower``: the deployment that
+    swaps the weights of the replicas, if there is one."""
 
-    def __init__(self, handle: DeploymentHandle, *, deadline_s: float = 60.0):
-        self.handle = handle
-        self.deadline_s = deadline_s
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        *,
+        deadline_s: float = 60.0,
+        liveness_timeout_s: float = LIVENESS_TIMEOUT_S,
+        follower: DeploymentHandle | None = None,
+    ):
+        self.handle, self.follower = handle, follower
+        self.deadline_s, self.liveness_timeout_s = deadline_s, liveness_timeout_s
+        self.follow_status: dict[str, Any] = {}
         self.name = secrets.token_hex(6)
         self.replicas: dict[str, ReplicaHandle] = {}
         self.router = PrefixRouter()
@@ -104,7 +133,7 @@ class RayEngineClient:
 
     def start(self) -> None:
         self._spawn(self._poll())
-        self._spawn(self._abort_silent_connections())
+        self._spawn(self._watch_connections())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -123,7 +152,12 @@ class RayEngineClient:
     # ---- the EngineClient
 
     async def submit(self, request: Request, stream: OutputStream) -> None:
-        entry = InFlightRequest(request, stream, tokens=list(request.output_token_ids))
+        entry = InFlightRequest(
+            request,
+            stream,
+            tokens=list(request.output_token_ids),
+            weight_version=request.weight_version,
+        )
         stream.take(request.id, lambda: self._abort(entry))
         try:
             await self._dispatch(entry)
@@ -135,14 +169,15 @@ class RayEngineClient:
     @property
     def weight_version(self) -> str:
         usable = [replica for replica in self.replicas.values() if replica.is_usable]
-        best = min(usable, key=lambda replica: replica.load, default=None)
-        return best.status.get("weight_version", "") if best is not None else ""
+        best = min(usable, key=lambda r: (r.is_swapping, r.load), default=None)
+        return best.weight_version if best is not None else ""
 
     async def health(self) -> dict[str, Any]:
         statuses = [replica.status for replica in self.replicas.values() if replica.is_ready]
         if not statuses:
             raise UnavailableError("no engine is running")
-        return {"engines": statuses}
+        health: dict[str, Any] = {"engines": statuses}
+        return health if self.follower is None else {**health, "follow": self.follow_status}
 
     # ---- discovery of replicas
 
@@ -156,6 +191,9 @@ class RayEngineClient:
                 await self._update_replicas(
                     [e for e in endpoints if isinstance(e, dict) and e["address"]]
                 )
+                if self.follower is not None:
+                    call = self.follower.status.remote()
+                    self.follow_status = await asyncio.wait_for(call, CALL_TIMEOUT_S)
                 has_warned = False
             except CALL_ERRORS as error:
                 # Normal at the start, while the replicas load their model.
@@ -165,7 +203,9 @@ class RayEngineClient:
             any_ready = any(replica.is_ready for replica in self.replicas.values())
             period = POLL_S if any_ready else POLL_UNREADY_S
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._poll_now.wait(), period)
+                # Not wait_for, which in Python 3.11 may lose a cancellation.
+                async with asyncio.timeout(period):
+                    await self._poll_now.wait()
             self._poll_now.clear()
 
     async def _update_replicas(self, endpoints: list[dict[str, Any]]) -> None:
@@ -198,14 +238,18 @@ class RayEngineClient:
         replica.connection = connection
         connection.send("handshake", secret, self.name)
 
-    async def _abort_silent_connections(self) -> None:
-        """Migrates the requests of a host that vanishes, which closes no connection."""
+    async def _watch_connections(self) -> None:
+        """Sends heartbeats. Migrates the requests of a replica that is silent, since it hangs or
+        its host has vanished, which closes no connection."""
         while True:
-            await asyncio.sleep(SILENCE_S / 10)
-            oldest = time.monotonic() - SILENCE_S
+            await asyncio.sleep(min(HEARTBEAT_S, self.liveness_timeout_s / 10))
+            oldest = time.monotonic() - self.liveness_timeout_s
             for replica in list(self.replicas.values()):
                 connection = replica.connection
-                if connection is not None and connection.last_received < oldest:
+                if connection is None:
+                    continue
+                connection.send("heartbeat")
+                if connection.last_received < oldest:
                     logger.warning("engine replica %s is silent", replica.name)
                     connection.abort()
 
@@ -222,7 +266,9 @@ class RayEngineClient:
                 replica.is_draining = True
                 self._poll_now.set()
             case "handshake" | "heartbeat":
-                replica.status = message[1]
+                was_swapping, replica.status = replica.is_swapping, message[1]
+                if replica.is_swapping and not was_swapping:
+                    self._leave_swapping(replica)
                 others = message[1]["requests"] - len(replica.in_flight)
                 replica.num_other_requests = max(0, others)
                 if not replica.is_ready:
@@ -256,7 +302,13 @@ class RayEngineClient:
             return  # aborted or migrated
         # The stream knows the request by its own id.
         output = RequestOutput.from_wire({**wire, "id": entry.request.id})
+        if output.finish == "error" and (output.error or "").startswith(WEIGHTS_REPLACED):
+            self._detach(entry)
+            if not entry.is_dispatching:
+                self._spawn(self._migrate(entry))
+            return
         entry.tokens += output.tokens
+        entry.weight_version = entry.weight_version or output.weight_version
         if output.finish is not None:
             del replica.in_flight[wire["id"]]
             entry.replica = None
@@ -265,11 +317,34 @@ class RayEngineClient:
 
     # ---- dispatch of requests
 
+    def _may_leave(self, entry: InFlightRequest, replica: ReplicaHandle) -> bool:
+        """Whether the request has not begun and another replica would not make it wait for new
+        weights, as this one does."""
+        return (
+            replica.is_swapping
+            and not entry.tokens
+            and not entry.weight_version
+            and any(r.is_usable and not r.is_swapping for r in self.replicas.values())
+        )
+
+    def _withdraw(self, entry: InFlightRequest, replica: ReplicaHandle) -> None:
+        assert replica.connection is not None
+        replica.connection.send("abort", [entry.wire_id])
+        self._detach(entry)
+
+    def _leave_swapping(self, replica: ReplicaHandle) -> None:
+        for entry in list(replica.in_flight.values()):
+            if not entry.is_dispatching and self._may_leave(entry, replica):
+                self._withdraw(entry, replica)
+                self._spawn(self._migrate(entry))
+
     async def _migrate(self, entry: InFlightRequest) -> None:
         entry.num_dispatches += 1
         entry.is_dispatching = True
         try:
             await self._dispatch(entry, wait_for_capacity=True)
+        except WeightsReplacedError as error:
+            entry.stream.fail(entry.request.id, UnavailableError(str(error)))
         except (UnavailableError, EngineFull) as error:
             reason = f"the engine was lost and no other took over: {error}"
             entry.stream.fail(entry.request.id, UnavailableError(reason))
@@ -281,7 +356,8 @@ class RayEngineClient:
     async def _dispatch(self, entry: InFlightRequest, wait_for_capacity: bool = False) -> None:
         """Submits a request to a replica, to another if that one fails, until the deadline.
 
-        Raises UnavailableError, ValueError, or EngineFull when every queue is full. With
+        Raises UnavailableError, ValueError, WeightsReplacedError if no replica has the weights
+        that it has begun with, or EngineFull when every queue is full. With
         ``wait_for_capacity``, for a request that has sent tokens to the client, it waits instead.
         """
         timeout = self.deadline_s
@@ -293,12 +369,20 @@ class RayEngineClient:
             replica = await self._choose_replica(entry, full, deadline, wait_for_capacity)
             reply = await self._try_submit(entry, replica)
             if reply == ACCEPTED and (entry.replica is replica or entry.is_closed):
+                if entry.replica is replica and self._may_leave(entry, replica):
+                    self._withdraw(entry, replica)
+                    entry.num_dispatches += 1
+                    continue
                 entry.is_dispatching = False
                 return
             self._detach(entry)
             entry.num_dispatches += 1
             if reply == QUEUE_FULL:
                 full.add(replica.name)
+            elif reply == OTHER_WEIGHTS or (reply == ACCEPTED and replica.is_usable):
+                if time.monotonic() > deadline:
+                    raise UnavailableError(f"engine replica {replica.name} changes its weights")
+                await asyncio.sleep(0.02)  # its next heartbeat names them
             elif reply not in (ACCEPTED, NOT_HERE):
                 raise ValueError(reply)
             elif not entry.is_closed:
@@ -313,7 +397,10 @@ class RayEngineClient:
         wire_id = entry.wire_id
         replica.in_flight[wire_id] = entry
         request = dataclasses.replace(
-            entry.request, id=wire_id, output_token_ids=tuple(entry.tokens)
+            entry.request,
+            id=wire_id,
+            output_token_ids=tuple(entry.tokens),
+            weight_version=entry.weight_version,
         )
         future = replica.replies[wire_id] = asyncio.get_running_loop().create_future()
         try:
@@ -332,10 +419,12 @@ class RayEngineClient:
         self, entry: InFlightRequest, full: set[str], deadline: float, wait_for_capacity: bool
     ) -> ReplicaHandle:
         while True:
-            usable_replicas = [r for r in self.replicas.values() if r.is_usable]
+            usable_replicas = self._usable_replicas(entry)
             if usable_replicas:
-                loads = {r.name: r.load for r in usable_replicas if r.name not in full}
-                if loads:
+                available = [r for r in usable_replicas if r.name not in full]
+                if not entry.weight_version:
+                    available = [r for r in available if not r.is_swapping] or available
+                if loads := {r.name: r.load for r in available}:
                     prompt, scope = entry.request.prompt, entry.request.cache_scope
                     return self.replicas[self.router.choose(prompt, loads, scope)]
                 if not wait_for_capacity or time.monotonic() > deadline:
@@ -350,6 +439,20 @@ class RayEngineClient:
             async with self._change:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._change.wait(), min(remaining, 0.5))
+
+    def _usable_replicas(self, entry: InFlightRequest) -> list[ReplicaHandle]:
+        """Raises WeightsReplacedError if all have other weights than the request has begun with."""
+        usable_replicas = [r for r in self.replicas.values() if r.is_usable]
+        if not entry.weight_version or not usable_replicas:
+            return usable_replicas
+        same = [r for r in usable_replicas if r.weight_version == entry.weight_version]
+        if not same:
+            versions = ", ".join(sorted({r.weight_version for r in usable_replicas}))
+            raise WeightsReplacedError(
+                f"{WEIGHTS_REPLACED} the answer began with {entry.weight_version}, which no engine "
+                f"serves any more, but {versions}: send the request again"
+            )
+        return same
 
     def _detach(self, entry: InFlightRequest) -> None:
         if entry.replica is not None:

@@ -7,8 +7,12 @@ a message of a Ray stream costs about 1 ms of processor time, a call through a S
 Every message is a list whose first element names it:
 
     ingress → engine    handshake(secret, ingress)   submit(request)   abort(ids)
+                        heartbeat(), every second
     engine → ingress    handshake(status)   reply(id, text)   outputs([output, …])
                         heartbeat(status), every second   draining()
+
+A request that belongs to an answer which has begun names its weights, and so does the first output
+of every answer: other weights never continue it.
 """
 
 from __future__ import annotations
@@ -25,14 +29,17 @@ MAX_MESSAGE_BYTES = 64 << 20
 MAX_HANDSHAKE_BYTES = 1 << 10
 MAX_HANDSHAKES = 128
 HANDSHAKE_S = 5.0
-SILENCE_S = 10.0
-"""A connection without messages for this long counts as broken, since the host of the peer may have
-vanished. An engine replica sends a heartbeat every second."""
+HEARTBEAT_S = 1.0
+LIVENESS_TIMEOUT_S = 10.0
+"""A connection without messages for this long counts as broken, since the peer may hang or its host
+have vanished: each side sends a heartbeat every second."""
 # An engine's reply to a request; any other reply is the reason of a refusal.
 ACCEPTED = "accepted"
 QUEUE_FULL = "queue full"
 NOT_HERE = "not here"
 """The engine is dead or stopping; another replica may accept the request."""
+OTHER_WEIGHTS = "other weights"
+"""The engine has other weights than those that the request names."""
 
 
 class Connection(asyncio.Protocol):
@@ -64,7 +71,7 @@ class Connection(asyncio.Protocol):
         # Keep-alive probes are not sent while data is unacknowledged: that is TCP_USER_TIMEOUT.
         for option, value in (
             *(("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)),
-            ("TCP_USER_TIMEOUT", int(1000 * SILENCE_S)),
+            ("TCP_USER_TIMEOUT", int(1000 * LIVENESS_TIMEOUT_S)),
         ):
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -20,11 +20,12 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import LoggingConfig
 
-from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.checkpoint import checkpoint, follow
 from nanochat_ray.config import from_json, to_json
 from nanochat_ray.on_ray import ports
 from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.on_ray.serve import autoscaling
+from nanochat_ray.on_ray.serve.follow import FollowDeployment
 from nanochat_ray.on_ray.serve.ingress import Ingress
 from nanochat_ray.on_ray.serve.replica import EngineReplica
 from nanochat_ray.serve import keys
@@ -38,21 +39,24 @@ GRACEFUL_SHUTDOWN_S = 30.0
 
 def build_application(config: ServeConfig) -> Application:
     """The Serve application. Raises ValueError for a run or checkpoint that does not exist."""
-    if config.follow:
-        raise ValueError(f"follow={config.follow!r} is not allowed on Ray yet: use --no-ray")
     root = Store.at(config.storage)
     run = root.child("runs", config.run)
     if checkpoint.latest(run) is None:
         raise ValueError(f"run={config.run!r} has no checkpoint in {config.storage}")
-    name = checkpoint.resolve(run, config.checkpoint)
+    if config.follow and not config.checkpoint:
+        name = follow.first_checkpoint(run, config.name or config.run, config.follow)
+    else:
+        name = checkpoint.resolve(run, config.checkpoint)
     run_config = checkpoint.load_config(run, name)
     # Serve restarts an ingress whose arguments change. With a path that does not depend on the
     # checkpoint, new weights need no restart.
     tokenizer = f"tokenizers/{run_config.tokenizer[:16]}"
     if not root.exists(f"{tokenizer}/tokenizer.json"):
         tokenizer = f"runs/{config.run}/{name}"
+    engines = _engine_application(config, name)
     return _ingress_deployment(config).bind(
-        _engine_application(config, name),
+        engines,
+        follower=_follow_application(config, engines) if config.follow else None,
         storage=config.storage,
         tokenizer=tokenizer,
         fingerprint=run_config.tokenizer,
@@ -61,6 +65,7 @@ def build_application(config: ServeConfig) -> Application:
         key_hashes=list(config.key_hashes),
         key_file=config.key_file,
         deadline_s=config.deadline_s,
+        liveness_timeout_s=config.liveness_timeout_s,
         request_timeout_s=config.request_timeout_s,
         allowed_origins=list(config.allowed_origins),
         suggestions=list(config.suggestions),
@@ -75,8 +80,9 @@ def _engine_application(config: ServeConfig, checkpoint_name: str) -> Applicatio
     deployment = serve.deployment(
         name="engine",
         **_replicas(config),
-        user_config={"checkpoint": checkpoint_name},
+        user_config={"follow": config.follow} if config.follow else {"checkpoint": checkpoint_name},
         health_check_period_s=5,
+        health_check_timeout_s=config.liveness_timeout_s,
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         # Ingresses ask every few seconds for the address.
         logging_config=LoggingConfig(enable_access_log=False),
@@ -90,6 +96,26 @@ def _engine_application(config: ServeConfig, checkpoint_name: str) -> Applicatio
         threads=config.threads,
         sharing=max(config.num_replicas, config.max_replicas),
         model=config.name or config.run,
+        drain_s=config.drain_s,
+        liveness_timeout_s=config.liveness_timeout_s,
+    )
+
+
+def _follow_application(config: ServeConfig, engines: Application) -> Application:
+    """What swaps the checkpoint of the engines."""
+    deployment = serve.deployment(
+        name="follow",
+        num_replicas=1,
+        user_config={"target": config.follow, "margin": config.follow_margin},
+        logging_config=LoggingConfig(enable_access_log=False),
+        ray_actor_options={"num_cpus": config.ingress_cpus},
+    )(FollowDeployment)
+    return deployment.bind(
+        engines,
+        storage=config.storage,
+        run=config.run,
+        name=config.name or config.run,
+        drain_s=config.drain_s,
     )
 
 

@@ -33,10 +33,12 @@ class Ingress:
         key_hashes: list[str],
         key_file: str,
         deadline_s: float,
+        liveness_timeout_s: float,
         request_timeout_s: float,
         allowed_origins: list[str],
         suggestions: list[str],
         access_log: bool,
+        follower: DeploymentHandle | None = None,
     ):
         self.tokenizer = Tokenizer.load(Store.at(storage).child(*tokenizer.split("/")), fingerprint)
         self.name, self.max_model_len = name, max_model_len
@@ -46,7 +48,12 @@ class Ingress:
         self.allowed_origins, self.suggestions = allowed_origins, suggestions
         if access_log:
             access.log_to(logging.getLogger("ray.serve").handlers)  # the log file of this replica
-        self.client = RayEngineClient(engines, deadline_s=deadline_s)
+        self.client = RayEngineClient(
+            engines,
+            deadline_s=deadline_s,
+            liveness_timeout_s=liveness_timeout_s,
+            follower=follower,
+        )
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         self.client.start()

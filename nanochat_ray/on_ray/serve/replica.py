@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hmac
+import logging
 import secrets
 import time
 from collections.abc import Coroutine, Sequence
@@ -18,15 +19,27 @@ from typing import Any
 import ray.util
 from ray import serve
 
+from nanochat_ray.checkpoint.checkpoint import load, load_config, weight_version
+from nanochat_ray.checkpoint.follow import first_checkpoint
+from nanochat_ray.checkpoint.lease import Lease
 from nanochat_ray.config import from_json
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.loop import EngineLoop
-from nanochat_ray.engine.request import EngineFull, Request, RequestOutput
+from nanochat_ray.engine.request import (
+    EngineFull,
+    Request,
+    RequestOutput,
+    WeightsReplacedError,
+)
 from nanochat_ray.machine import engine_threads, run_in_temporary_thread
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.on_ray.serve.connection import (
     ACCEPTED,
+    HEARTBEAT_S,
+    LIVENESS_TIMEOUT_S,
     NOT_HERE,
+    OTHER_WEIGHTS,
     QUEUE_FULL,
     Connection,
     Handshakes,
@@ -36,8 +49,8 @@ from nanochat_ray.serve.collector import freeze_gc
 from nanochat_ray.serve.metrics import EngineMetrics
 from nanochat_ray.storage import Store
 
-HEARTBEAT_S = 1.0
-"""How often the status is sent to the ingresses and to Ray's metrics."""
+logger = logging.getLogger(__name__)
+
 DRAIN_S = 25.0
 """How long a replica that Serve stops may finish its requests; less than
 ``graceful_shutdown_timeout_s`` of the deployment."""
@@ -46,8 +59,11 @@ DRAIN_S = 25.0
 class EngineReplica:
     """One model in one process.
 
-    ``user_config`` names the checkpoint, so that another is swapped in place: the old engine
-    finishes its requests while the new one takes new ones.
+    ``user_config`` names the ``checkpoint``; another of the same architecture is swapped in place
+    when the requests that run are complete (``drain_s``). For one of another architecture an engine
+    is started beside the old one, which finishes its requests. With ``follow`` ("latest" or "best")
+    the checkpoint is that of the endpoint, and ``follow.FollowDeployment`` swaps it. A step that
+    takes longer than ``liveness_timeout_s`` counts as hung (``engine.step_clock``).
     """
 
     def __init__(
@@ -61,15 +77,22 @@ class EngineReplica:
         name: str = "",
         model: str = "",
         host: str = "",
+        drain_s: float = 30.0,
+        liveness_timeout_s: float = LIVENESS_TIMEOUT_S,
     ):
         self.run = Store.at(storage).child("runs", run)
+        self.drain_s, self.liveness_timeout_s = drain_s, liveness_timeout_s
         self.config = from_json(EngineConfig, engine)
         self.device = device
         self.threads, self.sharing = threads, sharing
         self.name = name or serve.get_replica_context().replica_tag
+        self.model = model or self.name
         self.host = host or ray.util.get_node_ip_address()
         self.checkpoint = ""
         self.tokenizer = ""
+        self.architecture: ModelConfig | None = None
+        self.lease = Lease(self.run, self.name)
+        self._swap_lock = asyncio.Lock()
         self.engine: EngineLoop | None = None
         self.secret = secrets.token_hex(32)
         self.server: asyncio.Server | None = None
@@ -78,21 +101,57 @@ class EngineReplica:
         self.owners: dict[str, tuple[Connection, EngineLoop]] = {}
         """The connection and the engine of each request, by request id."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._metrics = EngineMetrics(RaySink(model or self.name))
+        self._metrics = EngineMetrics(RaySink(self.model))
         freeze_gc()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        name = user_config["checkpoint"]
-        if name == self.checkpoint:
+        name, target = user_config.get("checkpoint", ""), user_config.get("follow")
+        if target and self.engine is not None:
             return
-        loop = asyncio.get_running_loop()
+        if target:
+            name = await asyncio.to_thread(first_checkpoint, self.run, self.model, target)
         await self.listen()
-        new_engine = await asyncio.to_thread(
-            run_in_temporary_thread, self._start_engine, name, loop
-        )
-        old_engine, self.engine, self.checkpoint = self.engine, new_engine, name
-        if old_engine is not None:
-            self._spawn(self._retire(old_engine))
+        await self._serve(name)
+
+    async def swap(self, replica: str, name: str) -> str | None:
+        """Serves another checkpoint, if ``replica`` is this one. "" when it does, else the reason
+        why not; None for another replica."""
+        if replica != self.name:
+            return None
+        try:
+            await self._serve(name)
+        except (ValueError, RuntimeError) as error:
+            return str(error)
+        return ""
+
+    async def _serve(self, name: str) -> None:
+        """Raises ValueError if the checkpoint cannot be served; then nothing has changed."""
+        async with self._swap_lock:
+            loop, old = asyncio.get_running_loop(), self.engine
+            if old is None or not await self._swap_in_place(old, name):
+                self.engine = await asyncio.to_thread(
+                    run_in_temporary_thread, self._start_engine, name, loop
+                )
+                if old is not None:
+                    self._spawn(self._retire(old))
+            self.checkpoint = name
+            self._send_status()
+            await asyncio.to_thread(self.lease.hold, [name])
+
+    async def _swap_in_place(self, engine: EngineLoop, name: str) -> bool:
+        """False if the architecture is another one."""
+        if await asyncio.to_thread(weight_version, self.run, name) == engine.weight_version:
+            return True
+        new = await asyncio.to_thread(load, self.run, name, optimizer=False)
+        if new.tokenizer.fingerprint != self.tokenizer:
+            raise ValueError(f"checkpoint={name!r} has another tokenizer than the one in use")
+        if new.model_config != self.architecture:
+            return False
+        version = await asyncio.to_thread(weight_version, self.run, name)
+        swap = engine.swap_weights(new.weights, version, self.drain_s)
+        self._send_status()  # the ingresses prefer other replicas now
+        await asyncio.wrap_future(swap)
+        return True
 
     async def listen(self) -> None:
         """Starts to accept connections of ingresses."""
@@ -123,6 +182,7 @@ class EngineReplica:
             self.run, self.config, name, self.device, self.tokenizer
         )
         self.tokenizer = tokenizer.fingerprint
+        self.architecture = load_config(self.run, name).model
 
         def on_step(outputs: list[RequestOutput]) -> None:  # in the engine's thread
             loop.call_soon_threadsafe(self._deliver, outputs)
@@ -162,6 +222,7 @@ class EngineReplica:
             self._submit(connection, message[1])
         elif message[0] == "abort":
             self._abort(message[1])
+        # A heartbeat is noted by ``Connection.last_received``.
 
     def _on_disconnected(self, connection: Connection) -> None:
         """Aborts the requests of an ingress that is gone."""
@@ -189,6 +250,8 @@ class EngineReplica:
             engine.submit(request)
         except EngineFull:
             reply = QUEUE_FULL
+        except WeightsReplacedError:
+            reply = OTHER_WEIGHTS
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reply = str(error) or type(error).__name__
         except (
@@ -209,8 +272,18 @@ class EngineReplica:
 
     async def endpoint(self) -> dict[str, Any]:
         """The address for ingresses, and the secret that they must send."""
-        address = self.server.sockets[0].getsockname()[:2] if self.server else None
-        return {"replica": self.name, "address": address, "secret": self.secret}
+        is_listening = self.server is not None and not self.is_hung
+        address = self.server.sockets[0].getsockname()[:2] if self.server and is_listening else None
+        return {
+            "replica": self.name,
+            "address": address,
+            "secret": self.secret,
+            "weight_version": self.engine.weight_version if self.engine is not None else "",
+        }
+
+    @property
+    def is_hung(self) -> bool:
+        return self.engine is not None and self.engine.is_hung(self.liveness_timeout_s)
 
     def status(self) -> dict[str, Any]:
         """Name, checkpoint and load."""
@@ -218,6 +291,7 @@ class EngineReplica:
             "replica": self.name,
             "checkpoint": self.checkpoint,
             "weight_version": self.engine.weight_version if self.engine is not None else "",
+            "is_swapping": self.engine is not None and self.engine.is_swapping,
             "requests": len(self.owners),
             **(dataclasses.asdict(self.engine.stats()) if self.engine is not None else {}),
         }
@@ -233,14 +307,30 @@ class EngineReplica:
 
     async def _send_heartbeats(self) -> None:
         while True:
-            status = self.status()
-            self._metrics.update(self.name, status)
-            for connection in self.connections:
-                connection.send("heartbeat", status)
-            await asyncio.sleep(HEARTBEAT_S)
+            self._metrics.update(self.name, self.status())
+            self._send_status()
+            self._abort_dead_connections()
+            await asyncio.sleep(min(HEARTBEAT_S, self.liveness_timeout_s / 10))
+
+    def _send_status(self) -> None:
+        status = self.status()
+        for connection in self.connections:
+            connection.send("heartbeat", status)
+
+    def _abort_dead_connections(self) -> None:
+        """Aborts those of ingresses that are silent; all, if the engine hangs, so that its requests
+        are migrated."""
+        oldest = time.monotonic() - self.liveness_timeout_s
+        if self.is_hung and self.connections:
+            logger.error("a step of the engine hangs: its requests are migrated")
+        for connection in list(self.connections):
+            if connection.last_received < oldest or self.is_hung:
+                connection.abort()
 
     async def check_health(self) -> None:
-        """Serve replaces a replica whose engine thread has died."""
+        """Serve replaces a replica whose engine thread has died or hangs."""
+        if self.is_hung:
+            raise RuntimeError("a step of the engine hangs")
         if self.engine is None or self.engine.failure is not None:
             reason = "not started" if self.engine is None else self.engine.failure
             raise RuntimeError(f"the engine is dead: {reason}")
@@ -260,3 +350,4 @@ class EngineReplica:
         if self.engine is not None:
             with contextlib.suppress(RuntimeError):
                 await asyncio.to_thread(self.engine.stop)
+        await asyncio.to_thread(self.lease.release)

@@ -1,0 +1,115 @@
+"""Two replicas follow their run while clients stream: no answer fails or mixes checkpoints."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+
+from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.request import Request, SamplingParams
+from nanochat_ray.on_ray.config import ServeConfig
+from nanochat_ray.on_ray.serve.deployment import build, settings
+from nanochat_ray.serve.keys import hash_key
+from nanochat_ray.storage import Store
+from tests.engine.engine_kit import answer
+from tests.on_ray.serve.tiny_run import KEY, TOK, engines, write_checkpoint
+from tests.tiny import wait_for
+
+pytestmark = pytest.mark.ray
+
+ENGINE = EngineConfig(max_num_seqs=8, max_num_batched_tokens=64, max_queue_size=64)
+TOKENS = 200
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+PROMPT = [65, 66, 67]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Store:
+    root = Store.at(str(tmp_path))
+    write_checkpoint(root, 0)
+    TOK.save(root.child("tokenizers", TOK.fingerprint[:16]))
+    return root
+
+
+@pytest.fixture
+def followed_url(url: str, run: Store) -> Iterator[str]:
+    config = ServeConfig(
+        storage=run.uri,
+        run="tiny",
+        num_replicas=2,
+        cpus=0.5,
+        follow="latest",
+        key_hashes=(hash_key(KEY),),
+        engine=ENGINE,
+    )
+    serve.run(build(settings(config)), name="follow", route_prefix="/follow")
+    wait_for(lambda: len(engines(f"{url}/follow")) == 2, 60)
+    yield f"{url}/follow"
+    serve.delete("follow")
+
+
+def stream(url: str) -> tuple[str, str]:
+    """Fingerprint and text of one answer."""
+    body = {"prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    fingerprints, text = set(), ""
+    with httpx.stream(
+        "POST",
+        f"{url}/v1/completions",
+        json={**body, "stream": True},
+        headers=HEADERS,
+        timeout=60,
+    ) as response:
+        assert response.status_code == 200, response.read()
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                chunk: dict[str, Any] = json.loads(line[6:])
+                assert "error" not in chunk, chunk
+                fingerprints.add(chunk["system_fingerprint"])
+                text += chunk["choices"][0]["text"]
+    (fingerprint,) = fingerprints
+    return fingerprint, text
+
+
+def reference(run: Store, name: str) -> str:
+    engine, tokenizer = Engine.from_run(run, ENGINE, name)
+    params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+    return tokenizer.decode(answer(engine, Request(id="r", prompt=PROMPT, params=params)))
+
+
+def test_streams_outlive_three_rolls(followed_url: str, run: Store) -> None:
+    end = threading.Event()
+
+    def client() -> list[tuple[str, str]]:
+        return [stream(followed_url) for _ in iter(end.is_set, True)]
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(client) for _ in range(4)]
+        try:
+            for seed in (1, 2, 3):
+                write_checkpoint(run, seed)
+                name = f"step-{100 + seed:06d}"
+                wait_for(
+                    lambda name=name: (
+                        [e["checkpoint"] for e in engines(followed_url)] == [name] * 2
+                    ),
+                    60,
+                )
+        finally:
+            end.set()
+        answers = [each for c in clients for each in c.result()]
+    store = run.child("runs", "tiny")
+    names = [f"step-{100 + seed:06d}" for seed in range(4)]
+    texts = {checkpoint.weight_version(store, n): reference(store, n) for n in names}
+    assert len(set(texts.values())) == 4
+    assert all(text == texts[fingerprint] for fingerprint, text in answers)
+    assert len({fingerprint for fingerprint, _ in answers}) > 1
