@@ -79,7 +79,7 @@ class Handle:
 
 
 @contextlib.asynccontextmanager
-async def connected(*replicas: Replica) -> AsyncIterator[RayEngineClient]:
+async def connected_client(*replicas: Replica) -> AsyncIterator[RayEngineClient]:
     """A client that is connected to all of them."""
     for replica in replicas:
         await replica.start()
@@ -106,7 +106,7 @@ def test_requests_leave_a_host_that_vanished() -> None:
 
     async def run() -> None:
         vanishing, healthy = Replica("a", True), Replica("b", False)
-        async with connected(vanishing, healthy) as client:
+        async with connected_client(vanishing, healthy) as client:
             assert await tokens_of(client) == [[7], [8]]
         assert len(vanishing.requests) == 1
         assert list(healthy.requests[0].output_token_ids) == [7]
@@ -119,7 +119,7 @@ def test_other_weights_continue_no_answer() -> None:
 
     async def run() -> None:
         vanishing, healthy = Replica("a", True), Replica("b", False, version="v2")
-        async with connected(vanishing, healthy) as client:
+        async with connected_client(vanishing, healthy) as client:
             with pytest.raises(UnavailableError, match=r"began with v1, .* but v2: send"):
                 await tokens_of(client)
         assert not healthy.requests
@@ -130,7 +130,7 @@ def test_other_weights_continue_no_answer() -> None:
 def test_the_replica_with_its_weights_continues() -> None:
     async def run() -> None:
         replicas = Replica("a", True), Replica("b", False, version="v2"), Replica("c", False)
-        async with connected(*replicas) as client:
+        async with connected_client(*replicas) as client:
             assert await tokens_of(client) == [[7], [8]]
         assert not replicas[1].requests
         assert list(replicas[2].requests[0].output_token_ids) == [7]
@@ -142,7 +142,7 @@ def test_new_requests_avoid_a_swapping_replica() -> None:
     async def run() -> None:
         swapping, other = Replica("a", True), Replica("b", False)
         swapping.is_swapping = True
-        async with connected(swapping, other) as client:
+        async with connected_client(swapping, other) as client:
             assert await tokens_of(client) == [[7]]
         assert not swapping.requests
 
@@ -154,7 +154,7 @@ def test_requests_without_tokens_leave_a_swap() -> None:
 
     async def run() -> None:
         swapping, other = Replica("a", True), Replica("b", False)
-        async with connected(swapping, other) as client:
+        async with connected_client(swapping, other) as client:
             swapping.is_swapping = True  # the client has not been told
             assert await tokens_of(client) == [[7]]
         assert (len(swapping.requests), len(other.requests)) == (1, 1)
