@@ -33,6 +33,13 @@ def test_learning_rate_factor(step: int, factor: float) -> None:
     assert lr_factor(step, 20, CONFIG) == pytest.approx(factor, abs=1e-12)
 
 
+def test_factor_where_warmdown_follows_at_once() -> None:
+    """Of 4 steps 2 rise, and all would fall: from 0.2 + 0.8 / 2 on."""
+    config = OptimConfig(warmup_ratio=0.5, warmdown_ratio=1.0, final_lr_frac=0.2)
+    factors = [lr_factor(step, 4, config) for step in range(4)]
+    assert factors == pytest.approx([1 / 3, 2 / 3, 0.6, 0.4], abs=1e-12)
+
+
 def test_factor_without_warmup_or_warmdown() -> None:
     config = OptimConfig(warmup_ratio=0, warmdown_ratio=0)
     assert [lr_factor(step, 5, config) for step in range(5)] == [1.0] * 5
