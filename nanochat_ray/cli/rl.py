@@ -1,6 +1,6 @@
 """Let a chat model learn from its own answers to questions that a program grades.
 
-    nanochat-ray rl --parent chat --run rl --steps 80
+    nanochat-ray rl --parent chat --run rl --steps 100
     nanochat-ray rl --tasks chain_sum,min_terms=4 my_package.my_tasks.Riddles --rl.samples 8
     nanochat-ray rl --tasks gsm8k,path=/data/gsm8k --rl.max-tokens 256
     torchrun --nproc-per-node 2 -m nanochat_ray rl ...            # without Ray; or --no-ray
@@ -61,10 +61,10 @@ class Args:
     """auto resumes a run that exists, else starts one."""
     tasks: tuple[str, ...] = DEFAULT_TASKS
     """Tasks with options, such as chain_sum,min_terms=4."""
-    steps: int = 80
+    steps: int = 100
     """Optimizer steps."""
     lr_scale: float = 1.0
-    """Factor on every learning rate; 1 is a twentieth of the parent's."""
+    """Factor on every learning rate; 1 is a tenth of the parent's."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of trainer and engine; in bf16 they differ by 0.1 and more in log-probability."""
     engines: int = 1

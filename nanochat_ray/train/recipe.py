@@ -197,7 +197,7 @@ def sft_config(
     )
 
 
-RL_LR_SCALE = 0.05
+RL_LR_SCALE = 0.1
 """Learning rates of reinforcement learning relative to those of the fine-tuning before (measured:
 rl/BENCHMARKS.md)."""
 RL_MICRO_BATCH_SIZE = 32
@@ -229,7 +229,7 @@ def rl_config(
             optim.with_scaled_lr(RL_LR_SCALE),
             weight_decay=0.0,
             warmup_ratio=0.02,
-            warmdown_ratio=0.3,
+            warmdown_ratio=0.6,
             final_lr_frac=0.1,
         ),
         eval_every=-(-steps // 4),
