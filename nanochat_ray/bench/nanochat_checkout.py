@@ -9,14 +9,15 @@ import types
 from typing import Any
 
 
-def load(checkout: str, dtype: str) -> Any:
+def load(checkout: str, dtype: str, compiles: bool = False) -> Any:
     """Its module ``nanochat.gpt``, computing in ``dtype``. Once a process: it reads that at import.
 
-    Packages that only its other parts need are left empty, and nothing is compiled, which took
-    longer than it gave.
+    Packages that only its other parts need are left empty. Nothing is compiled unless ``compiles``:
+    on a CPU that took longer than it gave.
     """
     os.environ["NANOCHAT_DTYPE"] = dtype
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if not compiles:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     sys.path.insert(0, checkout)
     for name in ("wandb", "kernels", "filelock"):
         try:

@@ -6,6 +6,7 @@ COMMANDS = {
     "train": "the training step, two workers, Ray's share, the data loader",
     "learn": "tokens and seconds to AdamW's bits per byte, and ablations",
     "learning-rates": "the best factor on the learning rates at each batch size",
+    "gpu": "a GPU against the CPU: equal results; training and decoding speed",
     "replay": "broken requests beside steady streams: no stream may suffer",
 }
 """Program → what it measures."""

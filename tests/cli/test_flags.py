@@ -213,6 +213,7 @@ BAD_FLAGS = {
     ],
     "stop": [("--port 0", "port=0"), ("--port x", "--port='x'"), ("8000", "unknown argument")],
     "bench train": [("--only nothing", "only='nothing'"), ("--steps 0", "steps=0")],
+    "bench gpu": [("--part x", "part='x'"), ("--part nanochat", "checkout=''")],
     "bench learn": [("--depth 0", "depth=0"), ("--datasets ../x", "datasets='../x'")],
     "bench learning-rates": [
         ("--scales 0", "scales=0.0"),
@@ -229,6 +230,7 @@ WITHOUT_STORAGE = (
     "stop",
     "quickstart",
     "chat",
+    "bench gpu",
     "bench train",
     "bench learn",
     "bench serve",

@@ -1,0 +1,77 @@
+"""Whether a GPU computes what the CPU does, and how fast: ``nanochat-ray bench gpu``.
+
+    nanochat-ray bench gpu --part check                        # equalities
+    nanochat-ray bench gpu --part train                        # ms of a step, MFU, memory
+    nanochat-ray bench gpu --part serve                        # decode, prefill, weight swaps
+    nanochat-ray bench gpu --part nanochat --checkout FOLDER   # nanochat's step beside ours
+    python -m nanochat_ray.bench.gpu check                     # the same, with torch and numpy only
+
+Each part is meant to take less than 10 minutes on an H100, its most valuable figures first. An
+error ends only its own line. The status is 1 if a check failed; ``--out`` gets all figures as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from nanochat_ray.bench.gpu_report import Report, replace_missing_packages
+from nanochat_ray.checks import require
+
+Part = Literal["check", "train", "serve", "nanochat"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    part: Part = "check"
+    """What to run."""
+    checkout: str = ""
+    """Folder of nanochat, for the part of that name."""
+    quick: bool = False
+    """Sizes that only show whether it runs; the figures mean nothing."""
+    out: str = ""
+    """File for the figures, as JSON."""
+
+    def __post_init__(self) -> None:
+        require(self.part in get_args(Part), "part", self.part, " or ".join(get_args(Part)))
+        if self.part == "nanochat":
+            is_checkout = (Path(self.checkout) / "nanochat" / "gpt.py").exists()
+            require(is_checkout, "checkout", self.checkout, "a folder with nanochat/gpt.py")
+
+
+def main(args: Args) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("bench gpu: this machine has no CUDA device")
+        return 2
+    from nanochat_ray.bench import gpu_checks, gpu_serve, gpu_train
+
+    report = Report()
+    capability = torch.cuda.get_device_capability()
+    report.note("torch", torch.__version__)
+    report.note("device", f"{torch.cuda.get_device_name()}, capability {capability}")
+    if args.part == "check":
+        gpu_checks.run(report)
+    elif args.part == "train":
+        gpu_train.run(report, args.quick)
+    elif args.part == "serve":
+        gpu_serve.run(report, args.quick)
+    else:
+        gpu_train.compare(report, args.checkout, args.quick)
+    if args.out:
+        report.write(Path(args.out))
+    print(f"{len(report.failures)} failures: {', '.join(report.failures) or 'none'}")
+    return 1 if report.failures else 0
+
+
+if __name__ == "__main__":
+    replace_missing_packages()
+    parser = argparse.ArgumentParser(prog="python -m nanochat_ray.bench.gpu")
+    parser.add_argument("part", choices=get_args(Part))
+    parser.add_argument("--checkout", default="", help="folder of nanochat")
+    parser.add_argument("--quick", action="store_true", help="sizes that only show whether it runs")
+    parser.add_argument("--out", default="", help="file for the figures, as JSON")
+    raise SystemExit(main(Args(**vars(parser.parse_args()))))

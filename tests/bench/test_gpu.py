@@ -1,0 +1,86 @@
+"""The checks of ``bench gpu``: as they are on a GPU; what a machine without one can show."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat_ray.bench import gpu_checks
+from nanochat_ray.bench.gpu_report import Report, relative_error
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+PROGRAM = """
+import importlib.abc, runpy, sys
+
+class Refusal(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        missing = "ray tyro rustbpe llguidance pyarrow psutil msgpack tiktoken regex fastapi httpx"
+        if name.split(".")[0] in missing.split():
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refusal())
+from nanochat_ray.bench.gpu_report import replace_missing_packages
+replace_missing_packages()
+from nanochat_ray.bench import gpu_checks, gpu_serve, gpu_train
+sys.argv = ["gpu", "check"]
+runpy.run_module("nanochat_ray.bench.gpu", run_name="__main__")
+"""
+
+
+def test_torch_and_numpy_are_enough() -> None:
+    """It gets as far as to miss the GPU."""
+    root = Path(__file__).parents[2]
+    environment = {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment
+    )
+    assert result.stdout == "bench gpu: this machine has no CUDA device\n", result.stderr[-2000:]
+    assert result.returncode == 2
+
+
+def test_report_counts_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    report = Report()
+    report.check("small", 1e-3, 1e-2)
+    report.check("large", 2e-2, 1e-2)
+    report.check("nan", float("nan"), 1.0)
+    report.check_equal("equal", 3, 3)
+    report.check_equal("unequal", 2, 3)
+    with report.part("crash"):
+        raise KeyError("x")
+    assert report.failures == ["large", "nan", "unequal", "crash"]
+    report.write(tmp_path / "figures.json")
+    assert '"CRASH crash"' in (tmp_path / "figures.json").read_text()
+    assert relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == 0.2
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    "check",
+    [
+        gpu_checks.check_forward,
+        gpu_checks.check_engine,
+        gpu_checks.check_sampler,
+        gpu_checks.check_training,
+        gpu_checks.check_fp8,
+    ],
+)
+def test_gpu_computes_what_the_cpu_does(check: object) -> None:
+    report = Report()
+    check(report)  # type: ignore[operator]
+    assert not report.failures
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", gpu_checks.MODELS)
+def test_gradients_are_those_of_the_cpu(name: str) -> None:
+    report = Report()
+    config = gpu_checks.small_config(**gpu_checks.MODELS[name])
+    gpu_checks.check_gradients(report, name, config)
+    assert not report.failures
