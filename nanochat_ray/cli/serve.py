@@ -23,7 +23,7 @@ from nanochat_ray.checks import check_port, require
 from nanochat_ray.cli.flags import EVERYDAY, overrides
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.on_ray.config import ServeConfig
-from nanochat_ray.serve import keys
+from nanochat_ray.serve import hosts, keys
 from nanochat_ray.storage import Store
 
 if TYPE_CHECKING:
@@ -77,8 +77,9 @@ def config_of(args: Args) -> ServeConfig:
         "precision": "bf16" if args.config.get("gpus") else "fp32",
         "max_num_batched_tokens": max(EngineConfig.max_num_batched_tokens, 2 * most),
     }
+    local_hosts = hosts.LOOPBACK if hosts.is_loopback(args.host) else ()
     return ServeConfig(
-        **args.config,
+        **{"allowed_hosts": local_hosts, **args.config},
         # Those of this command's environment, also where the cluster has been up for long.
         key_hashes=tuple(keys.hash_key(key) for key in keys.from_environment()),
         engine=EngineConfig(**{**derived_fields, **args.engine}),
@@ -123,6 +124,7 @@ def serve_here(config: ServeConfig, args: Args) -> None:
         limits=Limits(request_timeout_s=config.request_timeout_s),
         keys=[*config.key_hashes, *key_file_hashes(config)],
         allowed_origins=config.allowed_origins,
+        allowed_hosts=config.allowed_hosts,
         suggestions=config.suggestions,
     )
     if config.access_log:

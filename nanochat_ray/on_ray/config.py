@@ -9,6 +9,7 @@ from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.serve import keys
 from nanochat_ray.serve.auth import check_origins
+from nanochat_ray.serve.hosts import check_hosts
 from nanochat_ray.storage import absolute, default_root
 
 
@@ -72,6 +73,9 @@ class ServeConfig:
     """Origins whose pages may send requests (CORS): https://a.example or *."""
     suggestions: tuple[str, ...] = ()
     """Questions that the chat page offers in an empty conversation."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that a request's Host may have, beside addresses; by default localhost where the
+    endpoint is bound to loopback, any elsewhere."""
     access_log: bool = True
     """Log a line for each request."""
 
@@ -91,6 +95,8 @@ class ServeConfig:
         keys.check_hashes("key_hashes", self.key_hashes)
         object.__setattr__(self, "allowed_origins", tuple(self.allowed_origins))
         check_origins("allowed_origins", self.allowed_origins)
+        object.__setattr__(self, "allowed_hosts", tuple(self.allowed_hosts))
+        check_hosts("allowed_hosts", self.allowed_hosts)
         require(self.follow in ("", "latest", "best"), "follow", self.follow, "latest or best")
         require(self.swap in ("drain", "immediate"), "swap", self.swap, "drain or immediate")
         object.__setattr__(self, "suggestions", tuple(self.suggestions))

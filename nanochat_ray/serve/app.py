@@ -34,6 +34,7 @@ from nanochat_ray.serve.auth import AuthMiddleware, BodySizeLimit, client_of
 from nanochat_ray.serve.body import JsonRoute, from_validation
 from nanochat_ray.serve.client import EngineClient, UnavailableError
 from nanochat_ray.serve.generation import Limits
+from nanochat_ray.serve.hosts import HostCheck
 from nanochat_ray.serve.metrics import (
     EngineMetrics,
     FollowMetrics,
@@ -110,13 +111,15 @@ def build_app(
     sink: Sink | None = None,
     allowed_origins: Sequence[str] = (),
     suggestions: Sequence[str] = (),
+    allowed_hosts: Sequence[str] = (),
 ) -> FastAPI:
     """The application.
 
     ``name``: the model's. ``max_model_len``: the engine's longest sequence, in tokens. ``keys``:
     API keys, one of which each request then needs. ``sink``: takes the metrics of requests, which
     ``/metrics`` has in any case. ``allowed_origins``: origins whose pages may send requests (CORS),
-    or "*". ``suggestions``: questions that the chat page offers.
+    or "*". ``suggestions``: questions that the chat page offers. ``allowed_hosts``:
+    names that ``Host`` may have (``hosts``); none: any.
     """
     prometheus = PrometheusSink(name)
     metrics = RequestMetrics(Tee(prometheus, sink) if sink is not None else prometheus)
@@ -141,6 +144,8 @@ def build_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-checkpoint", "retry-after"],
         )
+    if allowed_hosts:
+        app.add_middleware(HostCheck, hosts=allowed_hosts)
     app.add_middleware(AccessLog)
     _add_pages(app, serving, suggestions)
     _add_metrics(app, serving, prometheus)

@@ -68,6 +68,7 @@ def build_application(config: ServeConfig) -> Application:
         liveness_timeout_s=config.liveness_timeout_s,
         request_timeout_s=config.request_timeout_s,
         allowed_origins=list(config.allowed_origins),
+        allowed_hosts=list(config.allowed_hosts),
         suggestions=list(config.suggestions),
         access_log=config.access_log,
     )

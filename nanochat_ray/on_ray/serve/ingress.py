@@ -37,6 +37,7 @@ class Ingress:
         request_timeout_s: float,
         allowed_origins: list[str],
         suggestions: list[str],
+        allowed_hosts: list[str],
         access_log: bool,
         follower: DeploymentHandle | None = None,
     ):
@@ -46,6 +47,7 @@ class Ingress:
         self.keys = [*key_hashes, *(keys.from_file(key_file) if key_file else [])]
         self.limits = Limits(request_timeout_s=request_timeout_s)
         self.allowed_origins, self.suggestions = allowed_origins, suggestions
+        self.allowed_hosts = allowed_hosts
         if access_log:
             access.log_to(logging.getLogger("ray.serve").handlers)  # the log file of this replica
         self.client = RayEngineClient(
@@ -67,6 +69,7 @@ class Ingress:
             keys=self.keys,
             sink=RaySink(self.name),
             allowed_origins=self.allowed_origins,
+            allowed_hosts=self.allowed_hosts,
             suggestions=self.suggestions,
         )
 

@@ -1,0 +1,58 @@
+"""Requests for another host are refused: DNS rebinding cannot reach a loopback endpoint."""
+
+from __future__ import annotations
+
+import pytest
+
+from nanochat_ray.cli.serve import Args, config_of
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.serve.hosts import LOOPBACK, is_allowed, is_loopback
+from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.scripted import ScriptedClient
+from tests.serve.serving import get, serving
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "localhost",
+        "localhost:8000",
+        "LOCALHOST.:80",
+        "a.localhost:1",
+        "127.0.0.1:8000",
+        "[::1]:8000",
+    ],
+)
+def test_loopback_names_are_allowed(header: str) -> None:
+    assert is_allowed(header, LOOPBACK)
+
+
+@pytest.mark.parametrize(
+    "header", ["evil.example:8000", "localhost.evil.example", "", "127.0.0.1.x"]
+)
+def test_other_names_are_not_allowed(header: str) -> None:
+    assert not is_allowed(header, LOOPBACK)
+    assert is_allowed("evil.example:8000", ("evil.example",))
+
+
+def test_another_host_gets_421() -> None:
+    app = build_app(ScriptedClient([65]), Tokenizer.bytes_only(), "m", 64, allowed_hosts=LOOPBACK)
+    with serving(app) as url:
+        assert get(f"{url}/health").status_code == 200
+        response = get(f"{url}/health", headers={"Host": "evil.example"})
+    assert response.status_code == 421
+    assert response.json()["error"]["code"] == "host_not_allowed"
+
+
+def test_a_loopback_endpoint_checks_by_default() -> None:
+    assert config_of(Args()).allowed_hosts == LOOPBACK
+    assert config_of(Args(host="0.0.0.0")).allowed_hosts == ()
+    assert config_of(Args(config={"allowed_hosts": ("a.example",)})).allowed_hosts == ("a.example",)
+    with pytest.raises(ValueError, match=r"allowed_hosts='a\.example:80' is not allowed"):
+        config_of(Args(config={"allowed_hosts": ("a.example:80",)}))
+    assert [is_loopback(h) for h in ("::1", "127.0.0.9", "0.0.0.0", "x")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
