@@ -282,6 +282,7 @@ def part_feed(args: Args) -> dict[str, float | None]:
     from nanochat_ray.on_ray.data_loader import RayDataLoader, rank_dataset
 
     session.connect()
+    session.quiet_data()
     rates: dict[str, list[float]] = {"plain": [], "Ray Data": []}
     with tempfile.TemporaryDirectory() as folder:
         job = dataset(dataclasses.replace(args, length=1024, batch=2048), Path(folder), rows=32768)

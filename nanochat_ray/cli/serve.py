@@ -10,12 +10,14 @@ API keys, if clients shall need one: NANOCHAT_API_KEYS=key1,key2 in the environm
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -186,26 +188,50 @@ def hold_checkpoint(
         follower.close()
 
 
+def deploy_app(config: ServeConfig, args: Args) -> None:
+    """Joins or starts a cluster and deploys the application. ValueError without such a run.
+
+    What need not wait does not: Serve is imported while Ray starts, torch while Serve does, and the
+    replicas start while the proxies do.
+    """
+    from nanochat_ray.on_ray import session
+
+    if not Store.at(config.storage).child("runs", config.run).exists():
+        raise ValueError(f"run={config.run!r} has no checkpoint in {config.storage}")
+    with ThreadPoolExecutor(1) as thread:
+        importing = thread.submit(importlib.import_module, "ray.serve")
+        session.connect()
+        session.check_gpus(config.gpus)
+        serve = importing.result()
+
+        from nanochat_ray.on_ray.serve import deploy
+
+        deploy.check_port_is_free(args.host, args.port)
+        http_options = {"host": args.host, "port": args.port}
+        serve_start = thread.submit(serve.start, http_options=http_options)
+
+        from nanochat_ray.on_ray.serve.deployment import build_application
+
+        application = build_application(config)
+        deploy.wait_for_controller(serve_start)
+        deploy.deploy(application)
+        serve_start.result()
+
+
 def main(args: Args) -> None:
     config = config_of(args)
     if not args.ray:
         serve_here(config, args)
         return
-    from ray import serve
+    from nanochat_ray.on_ray import ports, session
 
-    from nanochat_ray.on_ray import session
-    from nanochat_ray.on_ray.serve import deploy
-    from nanochat_ray.on_ray.serve.deployment import build_application, prefer_haproxy
-
-    app = build_application(config)
     if args.haproxy and not session.joins_cluster():
-        prefer_haproxy()
+        ports.prefer_haproxy()
     name = config.name or config.run
-    session.connect()
-    session.check_gpus(config.gpus)
-    deploy.check_port_is_free(args.host, args.port)
-    serve.start(http_options={"host": args.host, "port": args.port})
-    deploy.deploy(app)
+    deploy_app(config, args)
+
+    from nanochat_ray.on_ray.serve import deploy
+
     url = f"http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}"
     deploy.wait_until_up(url, name)
     print(f"{name} is served\n  chat page:     {url}\n  OpenAI client: base_url={url}/v1")

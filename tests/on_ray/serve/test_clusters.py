@@ -23,7 +23,7 @@ import os, signal, sys, time
 from ray import serve
 from nanochat_ray.on_ray import session
 from nanochat_ray.on_ray.serve import deploy
-from nanochat_ray.on_ray.serve.deployment import prefer_haproxy
+from nanochat_ray.on_ray.ports import prefer_haproxy
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1})
 class Ingress:
