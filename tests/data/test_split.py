@@ -148,6 +148,8 @@ def test_duplicates_by_hand() -> None:
         ([1, 2, 3], [12, 40, 48], 2, ()),
         # The lowest hash is too much of the text; the two after it have 12.
         ([1, 2, 3, 4], [60, 6, 6, 28], 4, (1,)),
+        # Exactly a quarter.
+        ([1, 2], [25, 75], 2, ()),
         # The first one suffices: none that is too much is named beyond it.
         ([1, 2, 3], [10, 45, 45], 2, ()),
     ],
@@ -228,7 +230,8 @@ def census_of(sizes: dict[int, list[int]]) -> Census:
         ({11: [10] * 10}, 14, int(0.125 * 2**64), True),
         ({11: [1]}, 1, 10, False),  # one character is for training
         ({}, 1, 10, False),
-        ({11: [5]}, 1, 10, False),  # of less than 6 characters none are needed
+        ({11: [5]}, 1, 10, False),  # of less than 6 characters none are needed,
+        ({1: [5]}, 1, 0, False),  # and more than a quarter is too much
         ({11: [6]}, 1, int(0.125 * 2**64), True),
     ],
 )

@@ -137,6 +137,17 @@ def test_no_gradient_is_left_from_the_step_before() -> None:
     assert result.grad_norm == pytest.approx(norm, rel=1e-4)
 
 
+def test_one_trained_token_is_the_mean() -> None:
+    model, ids = random_model(), random_batch(0, False).ids
+    mask = np.zeros(ids.shape, np.uint8)
+    mask[2, 5] = 1
+    batch = Batch(ids, mask)
+    loss = mean_loss(model, batch).item()
+    result = train_step(model, ShardedOptimizer(model, CONFIG.optim), batch, 0, CONFIG)
+    assert result.trained_tokens == 1
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+
+
 def test_micro_batches_shift_the_mask() -> None:
     ids = np.array([[10, 11, 12, 13], [20, 21, 22, 23]], dtype=np.uint16)
     mask = np.array([[0, 1, 0, 1], [1, 0, 1, 1]], dtype=np.uint8)
