@@ -93,6 +93,14 @@ def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
+def use_expandable_segments() -> None:
+    """Lets the memory that torch takes from a GPU grow in place, so that micro-batches of several
+    sizes do not fragment it. To be called before the first allocation; what the user has set for
+    the allocator stays."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in this machine's memory. From a GPU it goes to page-locked memory and is valid from
     ``finish_copies`` on: several copies follow each other without a pause."""

@@ -85,3 +85,18 @@ def test_engines_share_a_gpu_by_their_fraction(monkeypatch: pytest.MonkeyPatch) 
     assert free(79 - 50, 0, 0, 0.5) == 29, "another process took more than its share"
     assert free(40, 32, 2, 1.0) == 70, "what torch has cached is free"
     assert free(30, 40, 40, 0.5) == 0
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_users_allocator_settings_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(variable, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setenv(name, "garbage_collection_threshold:0.8")
+        before = dict(os.environ)
+        machine.use_expandable_segments()
+        assert dict(os.environ) == before
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    machine.use_expandable_segments()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"

@@ -161,6 +161,7 @@ def sft_train(args: Args, parent: Store, dataset: str) -> tuple[TrainConfig, flo
         "batch": batch_tokens(args, model),
         "micro_batch_size": args.train.get("micro_batch_size", 0),
         "workers": args.workers,
+        "on_gpu": args.gpus,
     }
     epochs = args.epochs or 1.0
     train = recipe.sft_config(model, num_sequences, epochs=epochs, precision=precision, **sizes)

@@ -7,6 +7,7 @@ effects, which ``torch.compile`` and activation checkpointing both require.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,17 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 def _compiled_flex() -> Any:
     # Uncompiled, it would keep all attention scores in memory.
     return torch.compile(flex_attention, dynamic=False)
+
+
+def use_flash_attention_3(device: torch.device) -> bool:
+    """Whether torch's attention without a mask runs on FlashAttention 3 from here on: on Hopper,
+    with the package ``flash_attn_interface`` installed (Shah et al., arXiv 2407.08608)."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return False
+    torch.nn.attention.activate_flash_attention_impl("FA3")
+    return True
 
 
 def attention_mask(

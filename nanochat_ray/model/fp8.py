@@ -25,9 +25,22 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 
-def _matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a [m, k] @ b [n, k]ᵀ``: the summed axis is last in both, as tensor cores need it."""
-    return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype)
+def _matmul(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    *,
+    fast: bool = False,
+) -> Tensor:
+    """``a [m, k] @ b [n, k]ᵀ``: the summed axis is last in both, as tensor cores need it.
+
+    ``fast`` sums inside the tensor cores, in fewer bits than float32.
+    """
+    return torch._scaled_mm(
+        a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast
+    )
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -37,7 +50,8 @@ class _Fp8Linear(torch.autograd.Function):
         w8, w_scale = quantize(weight, FORWARD)
         ctx.save_for_backward(x8, x_scale, w8, w_scale)
         ctx.weight_dtype = weight.dtype
-        return _matmul(x8, w8, x_scale, w_scale, x.dtype)
+        # Fast in the forward pass alone, as in torchao and nanochat: gradients need the bits.
+        return _matmul(x8, w8, x_scale, w_scale, x.dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

@@ -156,6 +156,22 @@ def base_plan(
     )
 
 
+SFT_BATCH, SFT_GPU_BATCH = 2**14, 2**17
+"""Tokens of a batch of fine-tuning: at most on a CPU (measured), at least on a GPU, where 2^14
+tokens on each of 8 keep matmuls large. nanochat takes 2^19."""
+SFT_STEPS = 200
+"""Steps an epoch below which a GPU's batch does not grow, or there would be nothing to schedule."""
+
+
+def sft_batch_tokens(tokens: int, *, on_gpu: bool) -> int:
+    """Tokens of a global batch for fine-tuning on ``tokens``: a power of two."""
+    size = batch_tokens(tokens)
+    if not on_gpu:
+        return min(SFT_BATCH, size)
+    largest = int(2 ** math.floor(math.log2(max(tokens / SFT_STEPS, 2**11))))
+    return max(min(SFT_BATCH, size), min(max(SFT_GPU_BATCH, size), largest))
+
+
 def sft_config(
     model: ModelConfig,
     num_sequences: int,
@@ -165,6 +181,7 @@ def sft_config(
     micro_batch_size: int = 0,
     workers: int = 1,
     precision: Precision = "bf16",
+    on_gpu: bool = False,
     seed: int = 0,
 ) -> TrainConfig:
     """Fine-tuning: learning rates of a base run, halved, that fall linearly to zero.
@@ -172,7 +189,7 @@ def sft_config(
     ``batch`` is in tokens; 0 follows the rule.
     """
     length = model.sequence_len
-    size = batch or min(2**14, batch_tokens(num_sequences * length))
+    size = batch or sft_batch_tokens(num_sequences * length, on_gpu=on_gpu)
     global_batch_size = max(workers, size // length)
     steps = max(1, round(epochs * num_sequences / global_batch_size))
     optim = optim_config(model, global_batch_size * length, num_sequences * length)

@@ -8,6 +8,7 @@ since the last checkpoint, and these are repeated bitwise identically on the sam
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -17,8 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nanochat_ray import machine
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checkpoint.reader import load_weights
+from nanochat_ray.model.attention import use_flash_attention_3
 from nanochat_ray.model.config import flops_per_token
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.precision import DTYPES
@@ -69,6 +72,8 @@ class Trainer:
         plain reading of the configuration's dataset."""
         self.config, self.train_config = config, config.train
         self.device = device or torch.device("cpu")
+        if self.device.type == "cuda":
+            machine.use_expandable_segments()
         self.local_world_size = local_world_size
         self.hooks = list(hooks)
         self.source: Source = source or DatasetSource(config)
@@ -207,6 +212,7 @@ class Trainer:
             if not self.source.on_policy:
                 prefetching = prefetch(batches, pin=self.device.type == "cuda")
                 batches = stack.enter_context(contextlib.closing(prefetching))
+            stack.enter_context(_frozen_gc())
             while self.completed_steps < self.train_config.steps:
                 result, batch = self.step(batches)
                 self._evaluate_and_save(result, batch)
@@ -340,10 +346,23 @@ def build_model(config: TrainerConfig, root: Store, device: torch.device) -> GPT
         model.init_weights(torch.Generator().manual_seed(config.train.seed))
     if config.train.fp8:
         model.use_fp8()
+    use_flash_attention_3(device)
     if compiles(config, device):
         model.compile_blocks()
     model.checkpoint_activations = config.train.checkpoint_activations
     return model
+
+
+@contextlib.contextmanager
+def _frozen_gc() -> Iterator[None]:
+    """What exists at the start is not searched for garbage: a search of torch and the model takes
+    0.1 s, while a GPU runs out of work."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def compiles(config: TrainerConfig, device: torch.device) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from nanochat_ray.config import to_json
+from nanochat_ray.model import attention
 from nanochat_ray.model.attention import attend, attention_mask, block_mask
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.fp8 import fp8_linear
@@ -150,6 +152,7 @@ def fp8_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
             scale_a: torch.Tensor,
             scale_b: torch.Tensor,
             out_dtype: torch.dtype,
+            use_fast_accum: bool,
         ) -> torch.Tensor:
             return (a.float() * scale_a @ (b.float() * scale_b)).to(out_dtype)
 
@@ -176,6 +179,19 @@ def test_fp8_matmuls_are_near_exact(fp8_on_any_cpu: None) -> None:
         (ours[1], theirs[1], 0.08),
     ):
         assert (a.float() - b).norm() < bound * b.norm()
+
+
+def test_fp8_sums_fast_in_the_forward_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast: list[bool] = []
+
+    def record(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
+        fast.append(options["use_fast_accum"])
+        return torch.zeros((a.size(0), b.size(1)), dtype=options["out_dtype"])
+
+    monkeypatch.setattr(torch, "_scaled_mm", record)
+    x = torch.zeros((16, 32), dtype=torch.bfloat16, requires_grad=True)
+    fp8_linear(x, torch.zeros((16, 32), requires_grad=True)).sum().backward()
+    assert fast == [True, False, False]
 
 
 def test_fp8_takes_the_large_matrices_only(fp8_on_any_cpu: None) -> None:
@@ -212,3 +228,19 @@ def test_presets_are_nanochats() -> None:
         names = ("skips", "attention_gate", "residual_decay", "dropout")
         assert not any(config[name] for name in names)
         assert (config["rope_factor"], config["document_start"]) == (1, -1)
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_installed", "uses"),
+    [((9, 0), True, True), ((9, 0), False, False), ((8, 0), True, False), ((10, 0), True, False)],
+)
+def test_flash_attention_3_is_for_hopper(
+    capability: tuple[int, int], is_installed: bool, uses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: is_installed or None)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", names.append)
+    assert attention.use_flash_attention_3(torch.device("cuda")) is uses
+    assert names == ["FA3"] * uses
+    assert not attention.use_flash_attention_3(torch.device("cpu"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,25 @@ def test_missing_headers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         machine.check_triton_toolchain()
     monkeypatch.setenv("CC", "/opt/cc")
     machine.check_triton_toolchain()
+
+
+def test_garbage_collection_is_frozen_in_steps(
+    root: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(root, "base")
+    counts: list[int] = []
+    step = trainer.train_step
+
+    def count_frozen(*args: Any, **kwargs: Any) -> Any:
+        counts.append(gc.get_freeze_count())
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "train_step", count_frozen)
+    before = gc.get_freeze_count()
+    run_trainer(config(root, precision="fp32"))
+    assert len(counts) == 2
+    assert min(counts) > 10_000
+    assert gc.get_freeze_count() <= before
 
 
 def test_out_of_memory_is_not_retried(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,3 +152,20 @@ def test_scaled_learning_rates() -> None:
     rates = (half.matrix_lr, half.embedding_lr, half.unembedding_lr, half.scalar_lr)
     assert rates == (0.5, 1, 1.5, 2)
     assert half.weight_decay == 0.5
+
+
+@pytest.mark.parametrize(
+    ("millions", "cpu", "gpu"),
+    [
+        # Up to 2^14 on a CPU. On a GPU 2^17 where an epoch has 200 steps of that, the base run's
+        # rule where it gives more (2^18 from 270 M tokens on), and never less than on a CPU.
+        (1, 2**12, 2**12),
+        (8, 2**14, 2**15),
+        (100, 2**14, 2**17),
+        (500, 2**14, 2**18),
+    ],
+)
+def test_sft_batches_fill_a_gpu(millions: int, cpu: int, gpu: int) -> None:
+    tokens = millions * 10**6
+    assert recipe.sft_batch_tokens(tokens, on_gpu=False) == cpu
+    assert recipe.sft_batch_tokens(tokens, on_gpu=True) == gpu
