@@ -66,7 +66,7 @@ class Args:
     lr_scale: float = 1.0
     """Factor on every learning rate; 1 is a tenth of the parent's."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of trainer and engine; in bf16 they differ by 0.1 and more in log-probability."""
+    """Of trainer and engine; that their log-probabilities agree is asserted in fp32 alone."""
     engines: int = 1
     """Ray: engines that sample, each an actor."""
     workers: int = 1
