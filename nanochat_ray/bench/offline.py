@@ -5,11 +5,13 @@
 Each system is a process of its own, one for each number of threads, with the same exported folder
 of weights; they take turns, so that what else the machine does falls on all alike. The first round
 warms up and is thrown away; each figure is the median of the others. What is compared in the end is
-each system's best number of threads. The last line is one JSON object.
+each system's best number of threads. Tokens are greedy, then sampled. The last line is one JSON
+object. ``--baseline CHECKOUT`` adds the engine of another checkout of this repository.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from nanochat_ray.checkpoint import hf
-from nanochat_ray.checks import check_int
+from nanochat_ray.checks import check_int, require
 from nanochat_ray.cli.flags import overrides
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.model.config import ModelConfig
@@ -36,6 +38,9 @@ from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 OURS = "nanochat_ray"
 PEERS = (OURS, "vllm", "transformers")
+BASELINE = "baseline"
+SAMPLING = {"greedy": (0.0, 1.0), "sampled": (0.8, 0.95)}
+"""Temperature and top_p."""
 START_SECONDS, JOB_SECONDS = 300, 300
 Prompts = list[list[int]]
 
@@ -93,10 +98,14 @@ class System:
         python: str,
         options: Mapping[str, Any],
         log: Path,
+        checkout: str = "",
     ) -> Self:
+        """``checkout``: where the engine is imported from, by default this repository."""
         # One thread has nobody to wait for; more wait for each other at every operation, and OpenMP
         # has them spin then, as long as there are cores for all.
         settings = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        if checkout:
+            settings["PYTHONPATH"] = checkout
         if kind == "vllm":
             settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
         if kind == "vllm" and threads > 1:
@@ -105,7 +114,10 @@ class System:
         script = Path(__file__).with_name("offline_peer.py")
         with log.open("w") as errors:
             process = subprocess.Popen(
-                [python, str(script), kind, str(folder), json.dumps(dict(options))],
+                [
+                    *(python, str(script), OURS if kind == BASELINE else kind),
+                    *(str(folder), json.dumps(dict(options))),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -128,10 +140,15 @@ class System:
             raise RuntimeError(f"{self.name} {why}; its log: {self.log.read_text()[-2000:]}")
         return json.loads(line)
 
-    def run(self, prompts: Prompts, max_tokens: int) -> tuple[float, Prompts]:
+    def run(
+        self, prompts: Prompts, max_tokens: int, sampling: str = "greedy"
+    ) -> tuple[float, Prompts]:
         """Seconds and the tokens of each answer."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
+        temperature, top_p = SAMPLING[sampling]
+        job = {"prompts": prompts, "max_tokens": max_tokens}
+        job |= {"temperature": temperature, "top_p": top_p}
+        self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         answer = self._read(JOB_SECONDS)
         return answer["seconds"], answer["tokens"]
@@ -156,14 +173,14 @@ def agreement(ours: Prompts, theirs: Prompts) -> float:
 
 
 def measure(
-    systems: Sequence[System], prompts: Prompts, max_tokens: int, repeats: int
+    systems: Sequence[System], prompts: Prompts, max_tokens: int, repeats: int, sampling: str
 ) -> tuple[dict[str, float], dict[str, Prompts]]:
     """Median generated tokens a second, and the answers, by system; the systems take turns."""
     seconds: dict[str, list[float]] = {system.name: [] for system in systems}
     answers: dict[str, Prompts] = {}
     for turn in range(repeats + 1):
         for system in systems:
-            took, answers[system.name] = system.run(prompts, max_tokens)
+            took, answers[system.name] = system.run(prompts, max_tokens, sampling)
             if turn:
                 seconds[system.name].append(took)
     num_tokens = len(prompts) * max_tokens
@@ -178,24 +195,27 @@ def compare(
     max_tokens: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """Tokens a second by batch size and system, the ratios of the best of ours to the best of each
-    peer, and how many answers of each system equal those of the first one."""
+    """Tokens a second by batch size with sampling and by system, the ratios of the best of ours to
+    the best of each peer, and how many answers of each system equal those of the first one."""
     rates: dict[str, dict[str, float]] = {}
     ratios: dict[str, dict[str, float]] = {f"decode_vs_{system.kind}": {} for system in systems}
     equal: dict[str, list[float]] = {system.name: [] for system in systems[1:]}
-    for batch in batches:
+    for batch, sampling in itertools.product(batches, SAMPLING):
         prompts = random_prompts(random.Random(batch), batch, prompt_len, vocab)
-        rates_of_system, answers = measure(systems, prompts, max_tokens, repeats)
+        rates_of_system, answers = measure(systems, prompts, max_tokens, repeats, sampling)
         for system in systems[1:]:
-            same = agreement(answers[systems[0].name], answers[system.name])
-            equal[system.name] += [same] * batch
-        print(f"B={batch}", {k: round(v) for k, v in rates_of_system.items()}, flush=True)
+            # Other engines have other random numbers.
+            if sampling == "greedy" or system.kind in (OURS, BASELINE):
+                same = agreement(answers[systems[0].name], answers[system.name])
+                equal[system.name] += [same] * batch
+        key = f"{batch} {sampling}"
+        print(f"B={key}", {k: round(v) for k, v in rates_of_system.items()}, flush=True)
         best: dict[str, float] = {}
         for system in systems:
             best[system.kind] = max(best.get(system.kind, 0.0), rates_of_system[system.name])
         for kind, rate in best.items():
-            ratios[f"decode_vs_{kind}"][str(batch)] = best[OURS] / rate
-        rates[str(batch)] = rates_of_system
+            ratios[f"decode_vs_{kind}"][key] = best[OURS] / rate
+        rates[key] = rates_of_system
     del ratios[f"decode_vs_{OURS}"]
     return {"rates": rates, "equal": {k: statistics.mean(v) for k, v in equal.items()}, **ratios}
 
@@ -236,6 +256,8 @@ else:
 class Args:
     peer_python: tuple[str, ...] = ()
     """NAME=PATH: a peer (vllm, transformers) and the Python that has it installed."""
+    baseline: str = ""
+    """Another checkout of this repository, whose engine runs too."""
     batches: tuple[int, ...] = (1, 16, 64)
     prompt_len: int = 256
     max_tokens: int = 128
@@ -252,6 +274,9 @@ class Args:
         for name in ("batches", "threads"):
             for value in getattr(self, name):
                 check_int(name, value, 1)
+        if self.baseline:
+            package = Path(self.baseline) / "nanochat_ray"
+            require(package.is_dir(), "baseline", self.baseline, "a checkout of this repository")
 
 
 def pythons(pairs: Sequence[str]) -> dict[str, str]:
@@ -276,14 +301,18 @@ def run(args: Args) -> dict[str, Any]:
         systems: list[System] = []
         vocab = write_model(folder)
 
-        def start(kind: str, threads: int, python: str, options: Mapping[str, Any]) -> System:
+        def start(
+            kind: str, threads: int, python: str, options: Mapping[str, Any], checkout: str = ""
+        ) -> System:
             log = Path(work) / f"{len(systems)}.log"
-            systems.append(System.start(kind, threads, folder, python, options, log))
+            systems.append(System.start(kind, threads, folder, python, options, log, checkout))
             return systems[-1]
 
         try:
             for threads in args.threads:
                 start(OURS, threads, sys.executable, args.engine)
+                if args.baseline:
+                    start(BASELINE, threads, sys.executable, args.engine, args.baseline)
             for kind, python in peers.items():
                 for threads in args.threads:
                     start(kind, threads, python, {})

@@ -1,9 +1,9 @@
 """One system of ``bench offline``: a program of its own, run by that system's own Python.
 
 It imports neither nanochat_ray (unless it is that system) nor anything that the peers' environments
-lack. Each line on standard input is a job, {"prompts": [[id]], "max_tokens": n}; the answer is one
-line, {"seconds": s, "tokens": [[id]]}, on what was standard output when it began. Greedy, no
-end-of-sequence token: every prompt gets exactly n tokens.
+lack. Each line on standard input is a job, {"prompts": [[id]], "max_tokens": n, "temperature": t,
+"top_p": p}; the answer is one line, {"seconds": s, "tokens": [[id]]}, on what was standard output
+when it began. No end-of-sequence token: every prompt gets exactly n tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-Generate = Callable[[list[list[int]], int], list[list[int]]]
+Generate = Callable[[list[list[int]], int, float, float], list[list[int]]]
+"""Of prompts, max_tokens, temperature and top_p."""
 
 
 def ours(folder: str, options: dict[str, Any]) -> Generate:
@@ -40,11 +41,15 @@ def ours(folder: str, options: dict[str, Any]) -> Generate:
     settings |= {key: value for key, value in options.items() if key in fields}
     engine = Engine(model, EngineConfig(**settings))
 
-    def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    def generate(
+        prompts: list[list[int]], max_tokens: int, temperature: float, top_p: float
+    ) -> list[list[int]]:
         completions: dict[str, list[int]] = {}
         for i, prompt in enumerate(prompts):
             completions[str(i)] = []
+            params = SamplingParams(
+                temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=i
+            )
             engine.add(Request(id=str(i), prompt=prompt, params=params))
         while engine.has_work:
             for output in engine.step():
@@ -65,8 +70,12 @@ def vllm(folder: str, options: dict[str, Any]) -> Generate:
         disable_log_stats=True,
     )
 
-    def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    def generate(
+        prompts: list[list[int]], max_tokens: int, temperature: float, top_p: float
+    ) -> list[list[int]]:
+        params = SamplingParams(
+            temperature=temperature, top_p=top_p, max_tokens=max_tokens, ignore_eos=True
+        )
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         answers = llm.generate(inputs, params, use_tqdm=False)
         return [list(answer.outputs[0].token_ids) for answer in answers]
@@ -84,12 +93,17 @@ def transformers(folder: str, options: dict[str, Any]) -> Generate:
     model.generation_config.pad_token_id = 0
 
     @torch.inference_mode()
-    def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    def generate(
+        prompts: list[list[int]], max_tokens: int, temperature: float, top_p: float
+    ) -> list[list[int]]:
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         ids = torch.tensor(prompts)  # equal lengths, so that no padding is needed
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            do_sample=False,
+            **sampling,
             max_new_tokens=max_tokens,
             min_new_tokens=max_tokens,
         )
@@ -116,7 +130,8 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         began = time.perf_counter()
-        tokens = generate(job["prompts"], job["max_tokens"])
+        sampling = job.get("temperature", 0.0), job.get("top_p", 1.0)
+        tokens = generate(job["prompts"], job["max_tokens"], *sampling)
         seconds = time.perf_counter() - began
         print(json.dumps({"seconds": seconds, "tokens": tokens}), file=answers)
 
