@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from nanochat_ray.engine.grammar import GrammarState
 from nanochat_ray.engine.request import Finish
 from nanochat_ray.engine.sequence import Sequence
 
 
-@dataclass
+@dataclass(slots=True)
 class Acceptance:
     """What one step adds to one sequence."""
 
@@ -38,7 +39,9 @@ def accept_tokens(
             break
         sequence.tokens.append(token)
         result.tokens.append(token)
-        _advance_grammar(sequence, token, result)
+        result.finish = sequence.finish_after(token)
+        if sequence.grammar is not None and result.finish != "stop":
+            _advance_grammar(sequence.grammar, token, result)
         if result.finish is None and sequence.tool is not None:
             _inject_tool_output(sequence, token, result)
         if result.tool_tokens or i == len(draft) or draft[i] != token:
@@ -47,11 +50,7 @@ def accept_tokens(
     return result
 
 
-def _advance_grammar(sequence: Sequence, token: int, result: Acceptance) -> None:
-    result.finish = sequence.finish_after(token)
-    grammar = sequence.grammar
-    if result.finish == "stop" or grammar is None:
-        return
+def _advance_grammar(grammar: GrammarState, token: int, result: Acceptance) -> None:
     grammar.feed([token])
     if (error := grammar.error) is not None:
         result.error, result.finish = error, "error"

@@ -360,8 +360,9 @@ class Engine:
         s = chunk.sequence
         is_first = len(s.tokens) == len(s.request.prompt)
         result = accept_tokens(s, chunk.draft, sampled_ids, self.vocab_size)
-        self._stats.num_draft_tokens += len(chunk.draft)
-        self._stats.num_accepted_tokens += max(0, len(result.tokens) - 1)
+        if chunk.draft:
+            self._stats.num_draft_tokens += len(chunk.draft)
+            self._stats.num_accepted_tokens += max(0, len(result.tokens) - 1)
         if result.finish is not None:
             self.scheduler.remove(s)
             del self._sequences[s.request.id]
@@ -371,20 +372,23 @@ class Engine:
     def _make_output(
         self, s: Sequence, result: Acceptance, is_first: bool, logprobs: list[TokenLogprob | None]
     ) -> RequestOutput:
-        count, num_tool_tokens = len(result.tokens), len(result.tool_tokens)
-        needs_logprobs = s.request.params.logprobs is not None
-        return RequestOutput(
+        output = RequestOutput(
             request_id=s.request.id,
-            tokens=result.tokens + result.tool_tokens,
-            tool_token_indices=list(range(count, count + num_tool_tokens)),
+            tokens=result.tokens,
             finish=result.finish,
             error=result.error,
             complete=result.completes_grammar,
-            cached_tokens=s.num_cached_tokens if is_first else 0,
-            weight_version=self.weight_version if is_first else "",
-            logprobs=[*logprobs[:count], *[None] * num_tool_tokens] if needs_logprobs else None,
-            prompt_logprobs=s.prompt_logprobs if is_first and result.error is None else None,
         )
+        count, num_tool_tokens = len(result.tokens), len(result.tool_tokens)
+        if num_tool_tokens:
+            output.tokens = result.tokens + result.tool_tokens
+            output.tool_token_indices = list(range(count, count + num_tool_tokens))
+        if s.request.params.logprobs is not None:
+            output.logprobs = [*logprobs[:count], *[None] * num_tool_tokens]
+        if is_first:
+            output.cached_tokens, output.weight_version = s.num_cached_tokens, self.weight_version
+            output.prompt_logprobs = s.prompt_logprobs if result.error is None else None
+        return output
 
     def _fail(self, sequence: Sequence, reason: str) -> RequestOutput:
         """Finishes one request with an error."""

@@ -115,23 +115,27 @@ def sample(
     grammar_states: list[tuple[GrammarState, tuple[int, ...]]] = []
     grammar_rows: list[int] = []
     for row, chunk in forward.sampling_chunks:
-        s, first, count = chunk.sequence, len(slots), 1 + len(chunk.draft)
-        if not s.needs_token_at(chunk.end):
+        s, first, end, draft = chunk.sequence, len(slots), chunk.end, chunk.draft
+        if not s.needs_token_at(end):
             continue  # the previous step, which has been committed since, ended it
         chunks.append(chunk)
-        rows += range(row, row + count)
-        slots += [s.slot] * count
-        positions += range(chunk.end, chunk.end + count)
         params = s.request.params
-        top_logprobs += [params.logprobs] * count
-        processed_rows += [params.reports_processed_logprobs] * count
+        for i in range(1 + len(draft)):
+            rows.append(row + i)
+            slots.append(s.slot)
+            positions.append(end + i)
+            top_logprobs.append(params.logprobs)
+            processed_rows.append(params.reports_processed_logprobs)
         if chunk.input_from_previous_step is not None and previous_ids is not None:
             in_flight.append((len(uncounted_tokens), chunk.input_from_previous_step))
             uncounted_tokens.append((first, PLACEHOLDER))
-        uncounted_tokens += [(first + i, t) for i in range(1, count) for t in chunk.draft[:i]]
+        if draft:
+            uncounted_tokens += [
+                (first + i + 1, t) for i in range(len(draft)) for t in draft[: i + 1]
+            ]
         if s.grammar is not None:
-            grammar_rows += range(first, first + count)
-            grammar_states.append((s.grammar, chunk.draft))
+            grammar_rows += range(first, len(slots))
+            grammar_states.append((s.grammar, draft))
     logits = forward.logits
     if len(rows) < len(logits):
         logits = logits[send(torch.tensor(rows, dtype=torch.int64), logits.device)]

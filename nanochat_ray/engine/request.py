@@ -260,9 +260,13 @@ class TokenLogprob:
     top: list[tuple[int, float]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class RequestOutput:
-    """What one step adds to one request."""
+    """What one step adds to one request.
+
+    Nothing changes it once it is returned. (It is not a frozen dataclass, since that takes three
+    times as long to make, and a step makes one for each sequence.)
+    """
 
     request_id: str
     tokens: list[int] = field(default_factory=list)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from nanochat_ray.engine.sequence import Sequence
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Tokens ``[start, start + num_tokens)`` of the sequence in ``slot``, run in one step."""
 
     slot: int
