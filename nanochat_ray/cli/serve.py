@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanochat_ray.checks import check_port, require
 from nanochat_ray.cli.flags import EVERYDAY, overrides
-from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.config import GPU_DEFAULTS, EngineConfig
 from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.serve import hosts, keys
 from nanochat_ray.storage import Store
@@ -73,12 +73,14 @@ class Args:
 
 def config_of(args: Args) -> ServeConfig:
     """What the flags describe, with this command's API keys. Raises ValueError."""
+    defaults: dict[str, Any] = {
+        "max_num_seqs": EngineConfig.max_num_seqs,
+        "max_num_batched_tokens": EngineConfig.max_num_batched_tokens,
+    } | (GPU_DEFAULTS if args.config.get("gpus") else {})
+    most = args.engine.get("max_num_seqs", defaults["max_num_seqs"])
     # Twice the sequences, so that prompts advance beside a full batch of decodes.
-    most = args.engine.get("max_num_seqs", EngineConfig.max_num_seqs)
-    derived_fields = {
-        "precision": "bf16" if args.config.get("gpus") else "fp32",
-        "max_num_batched_tokens": max(EngineConfig.max_num_batched_tokens, 2 * most),
-    }
+    most_tokens = max(defaults["max_num_batched_tokens"], 2 * most)
+    derived_fields = defaults | {"max_num_batched_tokens": most_tokens}
     local_hosts = hosts.LOOPBACK if hosts.is_loopback(args.host) else ()
     return ServeConfig(
         **{"allowed_hosts": local_hosts, **args.config},

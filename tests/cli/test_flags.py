@@ -478,6 +478,8 @@ def test_flags_override_what_is_derived() -> None:
     argv = ["--gpus", "1", "--num-replicas", "2", "--allowed-origins", "https://a.example"]
     config = serve.config_of(entry.parse(serve.Args, None, argv))
     assert (config.engine.precision, config.num_replicas) == ("bf16", 2)
+    assert (config.engine.max_num_seqs, config.engine.max_num_batched_tokens) == (256, 8192)
+    assert config.engine.prefill_chunk == 512
     assert config.allowed_origins == ("https://a.example",)
 
 
