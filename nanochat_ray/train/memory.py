@@ -15,8 +15,9 @@ GIB = 1 << 30
 CPU_RUNTIME, CUDA_RUNTIME = int(0.45 * GIB), int(1.0 * GIB)
 """Python with torch (0.32 GiB after a step of a tiny model) and the scratch of its matmuls
 (measured); a CUDA context with cuBLAS's workspaces."""
-FRAGMENTED = 1.12
-"""Activations come and go in many sizes, and an allocator leaves gaps (measured on a CPU)."""
+FRAGMENTED, GPU_FRAGMENTED = 1.12, 1.05
+"""Activations come and go in many sizes, and an allocator leaves gaps. The first is measured on a
+CPU; the second is that of torch's allocator for CUDA (train/BENCHMARKS.md)."""
 MARGIN = 0.92
 """Share of the free memory that an estimate may fill: allocators fragment, counts are not exact."""
 
@@ -63,14 +64,14 @@ def estimate(
         weights=4 * counts.total,
         gradients=4 * counts.total,
         optimizer=state,
-        activations=_activations(model, train, size),
+        activations=_activations(model, train, size, on_gpu),
         logits=_logits(model, train, size, on_gpu),
         update=_update(model, world, size) + (0 if world == 1 or on_gpu else 4 * share),
         checkpoint=copies,
     )
 
 
-def _activations(model: ModelConfig, train: TrainConfig, size: int) -> int:
+def _activations(model: ModelConfig, train: TrainConfig, size: int, on_gpu: bool) -> int:
     """What a forward pass keeps for its backward, and the temporaries of one layer."""
     tokens = train.micro_batch_size * model.sequence_len
     c, kv = model.n_embd, model.n_kv_head * model.head_dim
@@ -80,6 +81,9 @@ def _activations(model: ModelConfig, train: TrainConfig, size: int) -> int:
     gate = 2 * kv * model.value_embeds // 2  # value embeddings: in every other layer
     # Temporaries of the current block: its hidden layer's gradients beside their inputs.
     working = 12 * c
+    if on_gpu:
+        # Sums keep no input there, and attention needs no second layout of its output.
+        block, gate, working = block - 2 * c, gate // 2, 20 * c
     if train.checkpoint_activations:
         channels = model.n_layer * c + block + 2 * gate + working
     else:
@@ -92,7 +96,8 @@ def _activations(model: ModelConfig, train: TrainConfig, size: int) -> int:
         cast //= model.n_layer
     # Gradients of one embedding table, dense, before they are added up.
     table = 4 * model.padded_vocab_size * c
-    return int(FRAGMENTED * size * tokens * channels) + size * cast + table
+    gaps = GPU_FRAGMENTED if on_gpu else FRAGMENTED
+    return int(gaps * size * tokens * channels) + size * cast + table
 
 
 def _logits(model: ModelConfig, train: TrainConfig, size: int, on_gpu: bool) -> int:

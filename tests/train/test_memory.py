@@ -70,6 +70,21 @@ def test_estimate_is_near_the_measured_peak(shape: ModelConfig, changes: dict[st
     assert estimate.total == pytest.approx(peak, rel=0.25)
 
 
+@pytest.mark.parametrize(
+    ("depth", "micro", "recompute", "gib"),
+    # Without a CUDA context; train/BENCHMARKS.md.
+    [(12, 32, False, 23.29), (12, 8, False, 10.0), (20, 16, False, 41.01), (12, 32, True, 9.29)],
+)
+def test_estimate_is_near_cudas_allocator(
+    depth: int, micro: int, recompute: bool, gib: float
+) -> None:
+    train = train_config(
+        global_batch_size=micro, micro_batch_size=micro, checkpoint_activations=recompute
+    )
+    estimate = memory.estimate(recipe.model_config(depth, 32_768), train, world=1, on_gpu=True)
+    assert (estimate.total - estimate.runtime) / 2**30 == pytest.approx(gib, rel=0.1)
+
+
 def test_refusal_names_what_would_fit() -> None:
     model = recipe.model_config(12, 32_768)
     train = train_config(global_batch_size=256, micro_batch_size=32)
@@ -78,7 +93,7 @@ def test_refusal_names_what_would_fit() -> None:
     with pytest.raises(memory.DoesNotFitError) as error:
         memory.check_memory(model, train, world=1, on_gpu=True, free=24 << 30)
     text = str(error.value)
-    assert "micro_batch_size=32 needs about 29" in text
+    assert "micro_batch_size=32 needs about 25" in text
     assert (
         "24.0 GiB are free: what would fit: micro_batch_size=16 or checkpoint_activations" in text
     )
