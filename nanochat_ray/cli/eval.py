@@ -205,8 +205,8 @@ def main(args: Args) -> None:
 
     from nanochat_ray.checkpoint import checkpoint
     from nanochat_ray.engine.engine import Engine
+    from nanochat_ray.engine.precision import checkpoint_dtype
     from nanochat_ray.machine import engine_threads
-    from nanochat_ray.model.precision import DTYPES
 
     config = EngineConfig(**args.engine)
     torch.set_num_threads(args.threads or engine_threads(sharing=1))
@@ -218,7 +218,7 @@ def main(args: Args) -> None:
     is_base = trainer.get("train_config", {}).get("stage") == "base"
     if args.tasks is None and not args.text and not args.core and not is_base:
         tasks = [make_task(n, "test", size=args.count, seed=args.seed) for n in CHAT_TASKS]
-    dtype = DTYPES[config.precision]
+    dtype = checkpoint_dtype(config.precision)
     model, tokenizer = checkpoint.load_model(store, name, device=args.device, dtype=dtype)
     result: dict[str, Any] = {
         "run": args.run,

@@ -11,8 +11,8 @@ from nanochat_ray.config import require_finite
 
 KvLayout = Literal["auto", "slots", "paged"]
 AsyncScheduling = Literal["auto", "on", "off"]
-Kernels = Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "generic", "torch"]
-EnginePrecision = Literal["fp32", "bf16"]
+Kernels = Literal["auto", "amx", "avx512_bf16", "avx512", "avx_vnni", "avx2", "generic", "torch"]
+EnginePrecision = Literal["fp32", "bf16", "int8"]
 
 
 def _default_kernels() -> Kernels:
@@ -54,8 +54,9 @@ class EngineConfig:
     allocated as sequences grow. "auto" is "paged" on a GPU and "slots" on a CPU."""
     kernels: Kernels = field(default_factory=_default_kernels)
     """On a CPU everything is in C, compiled for this processor where there is a compiler.
-    "auto" uses all that the processor has; "amx", "avx512_bf16", "avx512", "avx2" or "generic" only
-    that, and "torch" no C. ``NANOCHAT_KERNELS`` is the default where the configuration is made."""
+    "auto" uses all that the processor has; "amx", "avx512_bf16", "avx512", "avx_vnni", "avx2" or
+    "generic" only that, and "torch" no C. ``NANOCHAT_KERNELS`` is the default where the
+    configuration is made."""
     kv_cache_memory_fraction: float = 0.8
     """Share of the free memory that keys and values may take, at most. On a CPU they take what
     their tokens need, as sequences grow."""
@@ -72,8 +73,9 @@ class EngineConfig:
     CPU, where a step is done when it is launched, tokens would only come a step later. Not while
     there are draft tokens, which depend on the latest tokens."""
     precision: EnginePrecision = "fp32"
-    """Precision of the weights. On a CPU "bf16" rounds weights and the inputs of matmuls, all else
-    is fp32; on a GPU activations, keys and values have it too."""
+    """Precision of the weights. On a CPU "bf16" rounds weights and the inputs of matmuls, and
+    "int8" quantizes them in blocks of 32 with one scale each (llama.cpp's Q8_0); all else is fp32.
+    On a GPU activations, keys and values are bf16 too, and there is no int8."""
     num_speculative_tokens: int = 3
     """Draft tokens of a sequence in one step, at most; 0: no speculative decoding. It changes no
     token."""

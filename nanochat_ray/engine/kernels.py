@@ -45,6 +45,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
     "avx512_bf16": _AVX512_BF16,
     "avx512": _AVX512,
+    "avx_vnni": (*_AVX2, "-mavxvnni"),
     "avx2": _AVX2,
     "generic": (),
 }
@@ -57,6 +58,7 @@ _CPU_FEATURES = {
     "amx": {*_AVX512_BF16_FEATURES, "amx_tile", "amx_bf16"},
     "avx512_bf16": _AVX512_BF16_FEATURES,
     "avx512": _AVX512_FEATURES,
+    "avx_vnni": {*_AVX2_FEATURES, "avx_vnni"},
     "avx2": _AVX2_FEATURES,
     "generic": set(),
 }

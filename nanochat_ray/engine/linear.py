@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_ray.engine.native import Native
-from nanochat_ray.engine.packed_linear import PackedLinear
-from nanochat_ray.machine import zeros
+from nanochat_ray.engine.packed_linear import INT8_BLOCK, make_packed_linears, quantize
+from nanochat_ray.engine.precision import activation_dtype
 
 MIN_PADDED_OUTPUTS = 32
 """On a CPU a layer with fewer outputs is computed as a slice of a wider one."""
@@ -88,6 +88,28 @@ class PaddedLinear:
         return F.linear(x, self.weight)[:, : self.out_features]
 
 
+class QuantizedLinear:
+    """torch's matmul with an int8 weight, made float32 for each call: as little memory as the C
+    kernel needs, where that is missing, but slow."""
+
+    def __init__(self, shape: tuple[int, int]):
+        self.out_features, self.in_features = shape
+        blocks = -(-self.in_features // INT8_BLOCK)
+        # Padded and column-major, for the reasons of the two layouts above.
+        outputs = self.out_features // 8 * 8 + 8
+        self.weight = torch.zeros((blocks, INT8_BLOCK, outputs), dtype=torch.int8)
+        self._scales = torch.zeros((blocks, 1, outputs), dtype=torch.bfloat16)
+
+    def load(self, weight: Tensor) -> None:
+        numbers, scales = quantize(weight)
+        self.weight[..., : self.out_features].copy_(numbers.permute(1, 2, 0))
+        self._scales[..., : self.out_features].copy_(scales.permute(1, 2, 0))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight = (self.weight * self._scales.float()).flatten(0, 1)[: self.in_features]
+        return F.linear(x, weight.t())[:, : self.out_features]
+
+
 def make_linears(
     shapes: Sequence[tuple[int, int]],
     dtype: torch.dtype,
@@ -96,14 +118,12 @@ def make_linears(
 ) -> list[Linear]:
     """A layer for each weight shape ``(N, K)``, zeros so far, with weights in ``dtype``.
 
-    ``native`` is for a CPU; without, torch computes, with activations in ``dtype``.
+    ``native`` and int8 are for a CPU. Activations: ``precision.activation_dtype``.
     """
     if native is not None:
-        # One range of huge pages for all weights.
-        sizes = [PackedLinear.packed_size(shape) for shape in shapes]
-        memory = zeros([sum(sizes)], dtype, torch.device("cpu"), now=False).split(sizes)
-        pairs = zip(shapes, memory, strict=True)
-        return [PackedLinear(native, shape, dtype, own) for shape, own in pairs]
+        return list(make_packed_linears(native, shapes, dtype))
+    if dtype == torch.int8:
+        return [QuantizedLinear(shape) for shape in shapes]
     if device.type != "cpu":
         return [DenseLinear(shape, dtype, device) for shape in shapes]
     return [
@@ -123,7 +143,9 @@ def min_num_tokens(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int
     num_tokens = 1
     for shape, layer in zip(distinct, layers, strict=True):
         layer.load(torch.randn(shape, generator=noise) / shape[1] ** 0.5)
-        num_tokens = max(num_tokens, min_invariant_rows(layer, dtype) or ROW_THRESHOLDS[-1])
+        num_tokens = max(
+            num_tokens, min_invariant_rows(layer, activation_dtype(dtype)) or ROW_THRESHOLDS[-1]
+        )
     return num_tokens
 
 

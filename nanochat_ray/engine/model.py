@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nanochat_ray.engine.linear import Linear, make_linears, min_num_tokens
 from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.operators import Operators, TorchOperators
+from nanochat_ray.engine.precision import table_dtype
 from nanochat_ray.machine import use_triton
 from nanochat_ray.model.config import ModelConfig, has_value_embedding, windows
 from nanochat_ray.model.gpt import GPT
@@ -93,9 +94,9 @@ class InferenceModel:
         """``weights`` is a state dict of ``GPT(config)``, in any floating dtype, on any device.
 
         ``max_model_len`` bounds the positions, beside the model's own context. Activations have
-        ``dtype``, weights ``weight_dtype``, by default the same. With ``native``, which is for a
-        CPU and float32 activations, the kernels in C compute, else torch does. ValueError as
-        ``load_weights``.
+        ``dtype``, weights ``weight_dtype``, by default the same (see ``precision``). With
+        ``native``, which is for a CPU and float32 activations, the kernels in C compute, else torch
+        does. ValueError as ``load_weights``.
         """
         weight_dtype = weight_dtype or dtype
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
@@ -114,7 +115,7 @@ class InferenceModel:
         self.linears = dict(zip(self._sources, linears, strict=True))
         in_matmuls = {name for sources in self._sources.values() for name in sources}
         self.tensors = {
-            name: torch.zeros(shape, dtype=weight_dtype, device=self.device)
+            name: torch.zeros(shape, dtype=table_dtype(weight_dtype), device=self.device)
             for name, shape in self._shapes.items()
             if name not in in_matmuls
         }

@@ -24,8 +24,8 @@ PANEL_WIDTH, K_BLOCK, MAX_PASS_ROWS = 32, 64, 128
 converted for one pass over the panels: as in ``csrc/``."""
 SCRATCH_BYTES = 6
 """Of each element of x in its converted form, at most."""
-WEIGHT_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
-"""As in ``csrc/weight_formats.h``."""
+WEIGHT_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+"""By the dtype of the packed weight, as in ``csrc/weight_formats.h``."""
 FLOAT_EPS = torch.finfo(torch.float32).eps
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 

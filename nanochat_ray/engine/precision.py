@@ -11,16 +11,22 @@ from nanochat_ray.engine.config import EnginePrecision
 WEIGHT_DTYPES: Final[dict[EnginePrecision, torch.dtype]] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
+    "int8": torch.int8,
 }
 """Of the matmuls' weights."""
 
 
-def activation_dtype(precision: EnginePrecision, has_native: bool) -> torch.dtype:
+def table_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """Of embedding tables and scalars, where matmuls have weights in ``weight_dtype``."""
+    return torch.bfloat16 if weight_dtype == torch.int8 else weight_dtype
+
+
+def activation_dtype(weight_dtype: torch.dtype, has_native: bool = False) -> torch.dtype:
     """Of activations, keys and values. The C kernels (``has_native``) compute in float32 and round
-    a matmul's input only; torch computes in the precision of the weights."""
-    return torch.float32 if has_native else WEIGHT_DTYPES[precision]
+    a matmul's input only; torch computes in the precision of the weights, if that is a float."""
+    return torch.float32 if has_native or weight_dtype == torch.int8 else weight_dtype
 
 
 def checkpoint_dtype(precision: EnginePrecision) -> torch.dtype:
     """In which a checkpoint is loaded, before the engine packs its weights."""
-    return WEIGHT_DTYPES[precision]
+    return activation_dtype(WEIGHT_DTYPES[precision])

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat_ray.checks import require
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.kernels import load_kernels
 from nanochat_ray.engine.kvcache.base import Span
@@ -73,6 +74,8 @@ class Runner:
         # An empty tensor's device has an index, as those of weights and keys.
         self.device = torch.empty(0, device=device or model.wte.weight.device).device
         on_cpu, sizes = self.device.type == "cpu", model.config
+        is_supported = on_cpu or config.precision != "int8"
+        require(is_supported, "precision", config.precision, f"fp32 or bf16 on {self.device}")
         self.native: Native | None = None
         if on_cpu and config.kernels != "torch":
             group = sizes.n_head // sizes.n_kv_head
@@ -81,7 +84,8 @@ class Runner:
         """What computes: the instructions that the C kernels were compiled for, triton or torch."""
         if self.native is not None:
             self.kernels = self.native.level
-        dtype = activation_dtype(config.precision, self.native is not None)
+        weight_dtype = WEIGHT_DTYPES[config.precision]
+        dtype = activation_dtype(weight_dtype, self.native is not None)
         check_kv_cache(
             model.config, config, max_model_len, dtype, self.device, self.native is not None
         )
@@ -90,7 +94,7 @@ class Runner:
             model.state_dict(),
             max_model_len=max_model_len,
             dtype=dtype,
-            weight_dtype=WEIGHT_DTYPES[config.precision],
+            weight_dtype=weight_dtype,
             device=self.device,
             native=self.native,
         )

@@ -91,6 +91,9 @@ class ServeConfig:
         check_float("liveness_timeout_s", self.liveness_timeout_s, 1.0)
         for name in ("gpus", "cpus", "ingress_cpus", "follow_margin", "swap_drain_s"):
             check_float(name, getattr(self, name))
+        if self.gpus:
+            precision = self.engine.precision
+            require(precision != "int8", "precision", precision, "fp32 or bf16 with gpus")
         object.__setattr__(self, "key_hashes", tuple(self.key_hashes))
         keys.check_hashes("key_hashes", self.key_hashes)
         object.__setattr__(self, "allowed_origins", tuple(self.allowed_origins))

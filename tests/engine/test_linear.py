@@ -14,6 +14,7 @@ from nanochat_ray.engine.linear import (
     min_invariant_rows,
     min_num_tokens,
 )
+from nanochat_ray.engine.precision import activation_dtype
 
 CPU = torch.device("cpu")
 
@@ -23,12 +24,12 @@ def weight(outputs: int, inputs: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("outputs", [1, 6, 40, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_layouts_compute_the_same(outputs: int, dtype: torch.dtype) -> None:
     (layer,) = make_linears([(outputs, 96)], dtype, CPU)
     layer.load(weight(outputs, 96))
-    x = torch.randn((5, 96)).to(dtype)
-    reference = F.linear(x.double(), weight(outputs, 96).to(dtype).double())
+    x = torch.randn((5, 96)).to(activation_dtype(dtype))
+    reference = F.linear(x.double(), weight(outputs, 96).double())
     assert layer(x).shape == (5, outputs)
     torch.testing.assert_close(layer(x).double(), reference, atol=0.2, rtol=2e-2)
 
@@ -64,7 +65,7 @@ def test_trial_finds_unstable_rows(unstable_below: int, reference: int | None) -
 
 def test_layers_need_at_most_four_tokens() -> None:
     shapes = [(96, 64), (6, 12), (64, 96), (96, 64)]
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
         counts = [min_num_tokens([shape], dtype) for shape in shapes]
         assert set(counts) <= {2, 4}
         assert min_num_tokens(shapes, dtype) == max(counts)

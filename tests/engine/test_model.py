@@ -163,7 +163,9 @@ SETTINGS: list[dict[str, Any]] = [
     for layout in ("slots", "paged")
 ] + [
     {"kernels": "torch", "precision": "bf16"},
+    {"kernels": "torch", "precision": "int8"},
     {"precision": "bf16"},
+    {"precision": "int8"},
     {"precision": "bf16", "kv_layout": "paged"},
     {"async_scheduling": "on"},
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from nanochat_ray.engine.kernels import available, load_kernels
 from nanochat_ray.engine.native import FLOAT_EPS, Native
 from nanochat_ray.engine.operators import TorchOperators
-from nanochat_ray.engine.packed_linear import PackedLinear
+from nanochat_ray.engine.packed_linear import PackedLinear, make_packed_linears
 from nanochat_ray.engine.scheduler import ScheduledChunk
 from nanochat_ray.engine.sequence import Sequence
 from nanochat_ray.model.fused import relu_squared, rms_norm
@@ -175,7 +175,7 @@ def test_rms_norm(shape: tuple[int, ...], level: str) -> None:
 
 
 def packed_linear(kernels: Native, weight: Tensor) -> PackedLinear:
-    layer = PackedLinear(kernels, (weight.size(0), weight.size(1)))
+    (layer,) = make_packed_linears(kernels, [(weight.size(0), weight.size(1))], torch.float32)
     layer.load(weight)
     return layer
 

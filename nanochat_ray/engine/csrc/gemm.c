@@ -22,20 +22,21 @@
 /* All rows of x times `vectors` registers' width of a panel. */
 ALWAYS_INLINE void multiply_panel(
     const int format, const int vectors, const char *x, int64_t x_stride, int64_t rows,
-    int64_t inputs, const char *w, float *y, int64_t y_stride
+    int64_t inputs, const char *w, int64_t first, float *y, int64_t y_stride
 ) {
-    const int max_rows = ACCUMULATORS / vectors;
+    const int max_rows = (format == INT8 ? INT8_ACCUMULATORS : ACCUMULATORS) / vectors;
     for (int64_t r = 0; r < rows; r += max_rows) {
         const char *x_rows = x + r * x_stride;
         float *y_rows = y + r * y_stride;
 /* A constant number of rows, so that the compiler unrolls the microkernel. */
+#define ARGUMENTS(count) \
+    count < max_rows ? count : max_rows, vectors, x_rows, x_stride, inputs, w, first, y_rows, y_stride
 #define CASE(count) \
-    case count: { \
-        const int n = count < max_rows ? count : max_rows; \
-        if (format == FP32) multiply_fp32(n, vectors, x_rows, x_stride, inputs, w, y_rows, y_stride); \
-        if (format == BF16) multiply_bf16(n, vectors, x_rows, x_stride, inputs, w, y_rows, y_stride); \
-        break; \
-    }
+    case count: \
+        if (format == FP32) multiply_fp32(ARGUMENTS(count)); \
+        if (format == BF16) multiply_bf16(ARGUMENTS(count)); \
+        if (format == INT8) multiply_int8(ARGUMENTS(count)); \
+        break;
         switch (rows - r < max_rows ? rows - r : max_rows) {
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
             CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
@@ -50,8 +51,12 @@ ALWAYS_INLINE void linear_simd(
     int64_t inputs, int64_t panels, int threads
 ) {
     const int64_t depth = (inputs + K_BLOCK - 1) / K_BLOCK * K_BLOCK, y_stride = panels * PANEL_WIDTH;
-    const int64_t panel_bytes = depth * PANEL_WIDTH * (format == FP32 ? 4 : 2);
-    const int64_t x_stride = format == FP32 ? inputs * 4 : depth * (int64_t)sizeof(Bf16Input);
+    const int64_t panel_bytes = format == INT8 ? depth / INT8_BLOCK * INT8_BLOCK_BYTES
+                                               : depth * PANEL_WIDTH * (format == FP32 ? 4 : 2);
+    const int64_t x_stride = format == FP32   ? inputs * (int64_t)sizeof(float)
+                             : format == BF16 ? depth * (int64_t)sizeof(Bf16Input)
+                                              : depth / INT8_BLOCK * (int64_t)sizeof(Int8Input);
+    const int accumulators = format == INT8 ? INT8_ACCUMULATORS : ACCUMULATORS;
     const int64_t pass_rows = format == FP32 ? rows : MAX_PASS_ROWS;
     for (int64_t first = 0, count; first < rows; first += count) {
         count = rows - first < pass_rows ? rows - first : pass_rows;
@@ -60,21 +65,20 @@ ALWAYS_INLINE void linear_simd(
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
             const float *x_floats = x + first * inputs;
-            const char *x_rows = (const char *)x_floats;
-            if (format == BF16) {
-                char *converted = scratch + THREAD_ID * count * x_stride;
-                convert_rows_bf16(x_floats, count, inputs, depth, (Bf16Input *)converted);
-                x_rows = converted;
-            }
+            char *x_rows = format == FP32 ? (char *)x_floats : scratch + THREAD_ID * count * x_stride;
+            if (format == BF16)
+                convert_rows_bf16(x_floats, count, inputs, depth, (Bf16Input *)x_rows);
+            if (format == INT8)
+                convert_rows_int8(x_floats, count, inputs, depth, (Int8Input *)x_rows);
             for (int64_t n; (n = next_panel(ranges, THREAD_ID, threads)) >= 0;) {
                 const char *panel = w + n * panel_bytes;
                 float *y_panel = y + first * y_stride + n * PANEL_WIDTH;
-                if (count * PANEL_WIDTH <= ACCUMULATORS * SIMD_WIDTH)
-                    multiply_panel(format, MAX_VECTORS, x_rows, x_stride, count, inputs, panel,
+                if (count * PANEL_WIDTH <= accumulators * SIMD_WIDTH)
+                    multiply_panel(format, MAX_VECTORS, x_rows, x_stride, count, inputs, panel, 0,
                                    y_panel, y_stride);
                 else
                     for (int64_t i = 0; i < PANEL_WIDTH; i += 2 * SIMD_WIDTH)
-                        multiply_panel(format, 2, x_rows, x_stride, count, inputs, panel + 4 * i,
+                        multiply_panel(format, 2, x_rows, x_stride, count, inputs, panel, i,
                                        y_panel + i, y_stride);
             }
         }
@@ -95,4 +99,5 @@ void linear(
     if (format == FP32) linear_simd(FP32, x, w, y, scratch, rows, inputs, panels, threads);
     if (format == BF16) linear_simd(BF16, x, w, y, scratch, rows, inputs, panels, threads);
 #endif
+    if (format == INT8) linear_simd(INT8, x, w, y, scratch, rows, inputs, panels, threads);
 }

@@ -14,7 +14,11 @@
 #endif
 #elif defined(__AVX2__)
 #define SIMD_WIDTH 8
+#ifdef __AVXVNNI__
+#define ISA_NAME "avx_vnni"
+#else
 #define ISA_NAME "avx2"
+#endif
 #elif defined(__AVX__)
 #define SIMD_WIDTH 8
 #define ISA_NAME "avx"
