@@ -172,7 +172,10 @@ BAD_FLAGS = {
         ("--num-replicas 3 --max-replicas 2", "max_replicas=2"),
         ("--num-ingress-replicas 0", "num_ingress_replicas=0"),
         ("--gpus nan", "gpus=nan"),
-        ("--gpus 1 --engine.precision int8", "precision='int8' is not allowed: fp32 or bf16 with gpus"),
+        (
+            "--gpus 1 --engine.precision int8",
+            "precision='int8' is not allowed: fp32 or bf16 with gpus",
+        ),
         ("--gpus -1", "gpus=-1.0"),
         ("--threads -1", "threads=-1"),
         ("--engine.max-num-seqs 0", "max_num_seqs=0"),
