@@ -21,9 +21,9 @@ from ray.exceptions import RayActorError
 from torch import Tensor
 
 from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.precision import checkpoint_dtype
 from nanochat_ray.engine.request import Request
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.model.precision import DTYPES
 from nanochat_ray.on_ray.train import fit
 from nanochat_ray.rl.config import RLConfig
 from nanochat_ray.rl.rollout import EngineGenerator, Rollout
@@ -41,7 +41,7 @@ class RolloutEngine:
 
     def __init__(self, config: TrainerConfig, engine: EngineConfig, gpu: bool, threads: int):
         torch.set_num_threads(threads)
-        model = GPT(config.model, compute_dtype=DTYPES[engine.precision])
+        model = GPT(config.model, compute_dtype=checkpoint_dtype(engine.precision))
         model.to("cuda" if gpu else "cpu").eval().requires_grad_(False)
         self._generator = EngineGenerator.of_model(model, load_tokenizer(config), engine)
 
