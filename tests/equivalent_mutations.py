@@ -21,6 +21,7 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
     "nanochat_ray/engine/sampling_state.py": {
         "operator: p.min_tokens and sequence.stop_token_ids  →  "
         "p.min_tokens or sequence.stop_token_ids": ("", "no tokens, or none early, are banned"),
+        "constant: 1  →  2": ("triton_sampler.MAX_VOCAB", GPU),
         "condition: if logits.size(1) <= triton_sampler.MAX_VOCAB:  →  "
         "if not logits.size(1) <= triton_sampler.MAX_VOCAB:": ("", GPU),
     },
@@ -32,6 +33,9 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
     },
     "nanochat_ray/engine/scheduler.py": {
         "sign or not: -1  →  1": ("default=-1", "admissions are counted from any number on"),
+    },
+    "nanochat_ray/engine/sequence.py": {
+        "constant: 1  →  2": ("PLACEHOLDER = -1", "any id that is no token"),
     },
     "nanochat_ray/model/attention.py": {
         "operator: T - 1  →  T + 1": ("", "the mask that hides nothing beyond the diagonal"),

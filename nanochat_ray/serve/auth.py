@@ -74,7 +74,7 @@ class BodySizeLimit:
     """Answers 413 to a body above ``max_bytes``, and 408 to one that takes longer than
     ``timeout_s``. A chunked body declares no length, so its bytes are counted as they come."""
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float = 60.0):
+    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float):
         self.app = app
         self.max_bytes, self.timeout_s = max_bytes, timeout_s
 

@@ -86,7 +86,10 @@ def test_open_paths_need_no_key(path: str) -> None:
 @pytest.mark.parametrize("kind", ["lifespan", "websocket"])
 def test_other_scopes_pass(kind: str) -> None:
     app = App()
-    for middleware in (AuthMiddleware(app, keys=[KEY]), BodySizeLimit(app, max_bytes=0)):
+    for middleware in (
+        AuthMiddleware(app, keys=[KEY]),
+        BodySizeLimit(app, max_bytes=0, timeout_s=60),
+    ):
         assert call(middleware, {"type": kind}, b"") == PASSED
     assert app.scopes == [{"type": kind}] * 2
 
@@ -94,7 +97,7 @@ def test_other_scopes_pass(kind: str) -> None:
 @pytest.mark.parametrize("parts", [(b"1234567890",), (b"12345", b"67890"), (b"", b"1234567890")])
 def test_a_body_of_the_limit_passes(parts: tuple[bytes, ...]) -> None:
     app = App()
-    limit = BodySizeLimit(app, max_bytes=10)
+    limit = BodySizeLimit(app, max_bytes=10, timeout_s=60)
     for scope in (http(content_length="10"), http(), http(content_length="x")):
         assert call(limit, scope, *parts) == PASSED
     assert app.bodies == [b"1234567890"] * 3
@@ -103,7 +106,7 @@ def test_a_body_of_the_limit_passes(parts: tuple[bytes, ...]) -> None:
 @pytest.mark.parametrize("parts", [(b"12345678901",), (b"12345", b"678901"), (b"1" * 9, b"23")])
 def test_a_chunked_body_above_it_is_413(parts: tuple[bytes, ...]) -> None:
     with pytest.raises(HTTPException) as caught:
-        call(BodySizeLimit(App(), max_bytes=10), http(), *parts)
+        call(BodySizeLimit(App(), max_bytes=10, timeout_s=60), http(), *parts)
     assert (caught.value.status_code, caught.value.detail) == (
         413,
         "The body is larger than 10 bytes.",
@@ -113,7 +116,7 @@ def test_a_chunked_body_above_it_is_413(parts: tuple[bytes, ...]) -> None:
 @pytest.mark.parametrize("length", ["11", "9" * 30])
 def test_a_declared_length_above_it_is_413(length: str) -> None:
     app = App()
-    start, body = call(BodySizeLimit(app, max_bytes=10), http(content_length=length))
+    start, body = call(BodySizeLimit(app, max_bytes=10, timeout_s=60), http(content_length=length))
     assert start["status"] == 413
     assert "larger than 10 bytes" in json.loads(body["body"])["error"]["message"]
     assert not app.scopes
