@@ -35,9 +35,9 @@ def free_memory(device: torch.device, sharing: int = 1, gpu_share: float = 1.0) 
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         # Memory that torch has cached but does not use is free for its tensors.
-        allocated = torch.cuda.memory_allocated(device)
-        free += torch.cuda.memory_reserved(device) - allocated
-        return max(0, min(int(free), int(gpu_share * total) - allocated))
+        allocation = torch.cuda.memory_allocated(device)
+        free += torch.cuda.memory_reserved(device) - allocation
+        return max(0, min(int(free), int(gpu_share * total) - allocation))
     free = int(psutil.virtual_memory().available)
     return min(free, _container_memory(CGROUP, free)) // max(1, sharing)
 

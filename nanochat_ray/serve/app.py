@@ -158,9 +158,11 @@ def build_app(
 def _page(suggestions: Sequence[str]) -> tuple[str, dict[str, str]]:
     """The chat page, and headers that allow its own script and style and nothing else."""
     page = resources.files(__package__).joinpath("chat.html").read_text(encoding="utf-8")
-    place = '<meta name="suggestions" content="[]">'
-    assert place in page
-    page = page.replace(place, place.replace("[]", html.escape(json.dumps(list(suggestions)))))
+    meta_tag = '<meta name="suggestions" content="[]">'
+    assert meta_tag in page
+    page = page.replace(
+        meta_tag, meta_tag.replace("[]", html.escape(json.dumps(list(suggestions))))
+    )
 
     def source(tag: str) -> str:
         (inside,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

@@ -71,11 +71,11 @@ def test_scores_from_a_position_use_the_cache(layout: str) -> None:
         for i, prompt in enumerate(prompts):
             (output,) = outputs[f"{i}"]
             assert output.prompt_logprobs is not None
-            expected = whole[i].prompt_logprobs
-            assert expected is not None
+            reference = whole[i].prompt_logprobs
+            assert reference is not None
             assert len(output.prompt_logprobs) == len(prompt) - (1 if i == 0 else 70)
             for entry, want in zip(
-                output.prompt_logprobs, expected[-len(output.prompt_logprobs) :], strict=True
+                output.prompt_logprobs, reference[-len(output.prompt_logprobs) :], strict=True
             ):
                 assert entry.logprob == pytest.approx(want.logprob, abs=1e-4)
             assert i == 0 or 48 <= output.cached_tokens <= 69

@@ -39,14 +39,14 @@ def test_keys_and_values_of_old_weights_are_dropped(
     monkeypatch: pytest.MonkeyPatch, drops_cache: bool
 ) -> None:
     reference = answers(generator(), 2, model(1))
-    reused = generator()
-    first = answers(reused, 1, model(0))
+    reuse = generator()
+    first = answers(reuse, 1, model(0))
     assert {rollout.version for rollout in first} == {1}
     if not drops_cache:  # what this test would see
-        manager = reused.engine.runner.kv_manager
+        manager = reuse.engine.runner.kv_manager
         monkeypatch.setattr(manager, "reset_prefix_cache", lambda: None)
-    second = answers(reused, 2, model(1))
-    assert reused.engine.stats().num_hit_tokens > 0
+    second = answers(reuse, 2, model(1))
+    assert reuse.engine.stats().num_hit_tokens > 0
     assert (second == reference) == drops_cache
 
 

@@ -169,6 +169,6 @@ def test_second_round_finds_its_prefix() -> None:
     second = finish(engine)
     num_hits = [second[name][0].cached_tokens for name in prompts]
     assert min(num_hits) >= 0.9 * (251 + 150)
-    uncached = make_engine(model, prefix_cache_tokens=0, max_num_batched_tokens=256)
+    no_cache = make_engine(model, prefix_cache_tokens=0, max_num_batched_tokens=256)
     request = ask("3", [*prompts["3"], *answers["3"], 7, 8, 9], max_tokens=5)
-    assert answer(uncached, request) == tokens(second["3"])
+    assert answer(no_cache, request) == tokens(second["3"])
