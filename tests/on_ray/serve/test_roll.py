@@ -16,20 +16,19 @@ from ray import serve
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.on_ray.serve.deployment import build, settings
-from nanochat_ray.serve.keys import hash_key
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.serve.local import LocalClient
 from nanochat_ray.storage import Store
-from tests.engine.engine_kit import answer
-from tests.on_ray.serve.tiny_run import KEY, TOK, engines, write_checkpoint
+from tests.on_ray.serve.tiny_run import TOK, engines, write_checkpoint
+from tests.serve.serving import serving
 from tests.tiny import wait_for
 
 pytestmark = pytest.mark.ray
 
 ENGINE = EngineConfig(max_num_seqs=8, max_num_batched_tokens=64, max_queue_size=64)
 TOKENS = 200
-HEADERS = {"Authorization": f"Bearer {KEY}"}
 PROMPT = [65, 66, 67]
 
 
@@ -49,7 +48,6 @@ def followed_url(url: str, run: Store) -> Iterator[str]:
         num_replicas=2,
         cpus=0.5,
         follow="latest",
-        key_hashes=(hash_key(KEY),),
         engine=ENGINE,
     )
     serve.run(build(settings(config)), name="follow", route_prefix="/follow")
@@ -66,7 +64,6 @@ def stream(url: str) -> tuple[str, str]:
         "POST",
         f"{url}/v1/completions",
         json={**body, "stream": True},
-        headers=HEADERS,
         timeout=60,
     ) as response:
         assert response.status_code == 200, response.read()
@@ -81,9 +78,13 @@ def stream(url: str) -> tuple[str, str]:
 
 
 def reference(run: Store, name: str) -> str:
+    """The text of an engine that has served no other checkpoint."""
     engine, tokenizer = Engine.from_run(run, ENGINE, name)
-    params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
-    return tokenizer.decode(answer(engine, Request(id="r", prompt=PROMPT, params=params)))
+    client = LocalClient(engine)
+    with serving(build_app(client, tokenizer, "tiny", client.max_model_len)) as url:
+        text = stream(url)[1]
+    client.close()
+    return text
 
 
 def test_streams_outlive_three_rolls(followed_url: str, run: Store) -> None:
