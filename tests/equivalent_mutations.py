@@ -27,6 +27,7 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
     },
     "nanochat_ray/engine/draft.py": {
         "statement: self._num_indexed = total  →  pass": ("", "n-grams are indexed again"),
+        "constant: 0  →  1": ("_num_indexed", "no n-gram ends before 1"),
     },
     "nanochat_ray/engine/logprobs.py": {
         "constant: 0  →  1": ("tokens = [0]", "of rows whose log-probability nobody reads"),
