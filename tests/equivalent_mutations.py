@@ -29,6 +29,9 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
         "statement: self._num_indexed = total  →  pass": ("", "n-grams are indexed again"),
         "constant: 0  →  1": ("_num_indexed", "no n-gram ends before 1"),
     },
+    "nanochat_ray/engine/in_flight.py": {
+        "statement: logprobs.fetch()  →  pass": ("logprobs.fetch()", GPU),
+    },
     "nanochat_ray/engine/logprobs.py": {
         "constant: 0  →  1": ("tokens = [0]", "of rows whose log-probability nobody reads"),
     },
@@ -39,6 +42,10 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
         "constant: 1  →  2": ("PLACEHOLDER = -1", "any id that is no token"),
     },
     "nanochat_ray/model/attention.py": {
+        "operator: k_start + MASK_BLOCK  →  k_start - MASK_BLOCK": (
+            "k_start + MASK_BLOCK <= length",
+            "visible keys are not behind the queries, which are within the sequence",
+        ),
         "operator: T - 1  →  T + 1": ("", "the mask that hides nothing beyond the diagonal"),
     },
     "nanochat_ray/model/loss.py": {

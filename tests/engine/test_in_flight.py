@@ -62,6 +62,29 @@ def test_drafts_are_counted_before_their_rows(state: Recorder) -> None:
     assert step.chunks == [chunk for _, chunk in chunks]
 
 
+def test_a_grammar_masks_its_rows(state: Recorder) -> None:
+    """One row behind the chunk and one behind each draft token."""
+    plain, with_grammar = sequence(3, 5), sequence(7, 9)
+    with_grammar.grammar = object()  # type: ignore[assignment]
+    calls: list[Any] = []
+
+    class Masks:
+        def next_token_mask(self, rows: list[Any]) -> str:
+            calls.append(rows)
+            return "mask"
+
+    chunks = [
+        (0, ScheduledChunk.of(plain, 1, True)),
+        (1, ScheduledChunk.of(with_grammar, 1, True, (4, 5))),
+    ]
+    forward = ForwardOutput(logits(4), chunks)
+    sample(forward, state, Masks())  # type: ignore[arg-type]
+    assert state.calls[3] == ([1, 2, 3], "mask")
+    assert calls == [[(with_grammar.grammar, (4, 5))]]
+    assert forward.needs_previous_tokens
+    assert not ForwardOutput(logits(1), chunks[:1]).needs_previous_tokens
+
+
 def test_a_token_in_flight_is_counted_on_the_device(state: Recorder) -> None:
     first, second = sequence(1, 4), sequence(2, 4)
     second.num_placeholders, second.placeholder_row, second.num_computed_tokens = 1, 6, 4
