@@ -30,7 +30,7 @@ KUBERNETES = "1.33"
 SCHEMAS = json.loads(gzip.decompress((Path(__file__).parent / "kuberay-v1.json.gz").read_bytes()))
 CUSTOM = {"RayJob", "RayService", "LocalQueue", "PodMonitor", "PrometheusRule"}
 """Kinds that Kubernetes itself does not know."""
-FOLDERS = ("train", "train-two-nodes", "serve", "eval", "monitoring")
+FOLDERS = ("train", "train-two-nodes", "rl", "serve", "eval", "monitoring")
 
 
 @functools.cache
@@ -118,7 +118,8 @@ PODS = [
     if "spec" in m
     for i, pod in enumerate(pod_specs(m))
 ]
-RAY = [("train", "RayJob"), ("train-two-nodes", "RayJob"), ("serve", "RayService")]
+JOBS = ("train", "train-two-nodes", "rl")
+RAY = [*((folder, "RayJob") for folder in JOBS), ("serve", "RayService")]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -228,7 +229,9 @@ def flags_of(job: str) -> set[str]:
 
 
 def commands() -> list[list[str]]:
-    text = find("train", "RayJob")["spec"]["entrypoint"]
+    text = (
+        find("train", "RayJob")["spec"]["entrypoint"] + find("rl", "RayJob")["spec"]["entrypoint"]
+    )
     (container,) = find("eval", "Job")["spec"]["template"]["spec"]["containers"]
     text += container["command"][-1] + "\n\n"
     text += (REPO / "cluster" / "gpu-cloud.yaml").read_text().replace("#", "").replace("\\\n", " ")
@@ -241,7 +244,7 @@ def commands() -> list[list[str]]:
 def test_the_flags_of_the_jobs_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(REPO))
     matches = commands()
-    assert len(matches) == 6
+    assert len(matches) == 7
     for command in matches:
         job = Path(command[1]).stem
         flags = {word for word in command if word.startswith("--")}
