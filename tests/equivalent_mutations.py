@@ -83,6 +83,7 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "nanochat_ray/model/gpt.py": {
+        "function: max(T, c.context_len)  →  min(T, c.context_len)": ("", SPEED),
         "constant: 1.0  →  1.5": ("self.window_share = 1.0", "a share from 1 on is the whole"),
     },
 }

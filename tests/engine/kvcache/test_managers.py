@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import pytest
 
-from nanochat_ray.engine.kvcache.base import KVCacheManager
+from nanochat_ray.engine.kvcache.base import (
+    KVCacheManager,
+    num_committable_tokens,
+    num_matchable_tokens,
+)
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
 from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE, BlockPool
 from nanochat_ray.engine.kvcache.memory_budget import MemoryBudget
 from nanochat_ray.engine.kvcache.paged_manager import PagedManager
 from nanochat_ray.engine.kvcache.slot_manager import SlotManager
 from nanochat_ray.engine.kvcache.slot_pages import SlotPages
-from nanochat_ray.engine.request import Request
+from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.engine.sequence import Sequence as EngineSequence
 
 
@@ -228,3 +233,28 @@ def test_paged_sequences_share_blocks_until_exhausted() -> None:
     manager.check_integrity([b])
     with pytest.raises(AssertionError):
         manager.check_integrity([])
+
+
+@pytest.mark.parametrize(
+    ("num_output", "first_logprob", "matchable", "with_output"),
+    [
+        (0, None, 9, 9),  # of ten tokens the last one's logits are needed
+        (3, None, 10, 12),
+        (0, 5, 4, 4),  # the token at 5 has the logits of the one at 4
+        (3, 5, 4, 4),
+        (3, 10, 10, 12),  # no token of the prompt is scored
+    ],
+)
+def test_tokens_that_may_come_from_a_cache(
+    num_output: int, first_logprob: int | None, matchable: int, with_output: int
+) -> None:
+    s = sequence(0, 10)
+    s.tokens += range(num_output)
+    if first_logprob is not None:
+        params = SamplingParams(prompt_logprobs=0, prompt_logprobs_start=first_logprob)
+        s.request = dataclasses.replace(s.request, params=params)
+        s.prompt_logprobs = []
+    assert num_matchable_tokens(s) == matchable
+    assert num_matchable_tokens(s, with_output=True) == with_output
+    for s.num_computed_tokens, count in ((4, 4), (10, 10), (12, 10)):
+        assert num_committable_tokens(s) == count
