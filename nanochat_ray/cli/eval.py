@@ -59,8 +59,8 @@ class Args:
     temperature: float | None = None
     """Of the answers; by default 0, greedy, for one answer, and 1 for several."""
     text: tuple[str, ...] = ()
-    """Files, folders, globs, s3:// or hf:// to measure bits per byte on, by the training model, so
-    that int8 has no effect here."""
+    """Files, folders, globs, s3:// or hf:// to measure bits per byte on.
+    The training model does it, so that int8 has no effect here."""
     text_tokens: int = 1_000_000
     """Tokens of that text, at most; 0 is all."""
     core: str = ""

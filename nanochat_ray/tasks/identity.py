@@ -51,7 +51,6 @@ _TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
                 "How can you help?",
             ),
             *("What are you good at?", "Can you do math?", "Can you calculate?"),
-            *("What are you able to do?", "What do you know?", "what can I ask you?"),
         ),
         (
             "I can add and multiply with a calculator and chat a little. I am small, so please "
