@@ -61,3 +61,9 @@ def test_pending_text_comes_with_flush() -> None:
     processor = OutputProcessor(TOK, ["stop"])
     assert events(processor, TOK.encode("st")) == [TextEvent(""), TextEvent("")]
     assert processor.flush() == [TextEvent("st")]
+
+
+def test_an_unfinished_call_comes_with_flush() -> None:
+    processor = OutputProcessor(TOK, begins_in_call=True, streams_call=True)
+    assert events(processor, TOK.encode("é")[:1]) == [ToolCallEvent("", is_complete=False)]
+    assert processor.flush() == [TextEvent(""), ToolCallEvent("�", is_complete=False)]

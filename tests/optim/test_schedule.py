@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from nanochat_ray.optim.config import OptimConfig
@@ -70,3 +72,23 @@ def test_window_share_in_three_stages(step: int, share: float) -> None:
 
 def test_windows_are_whole_without_warmup() -> None:
     assert window_share(0, 9, 0.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "others"),
+    [
+        (("matrix_lr", "scalar_lr", "weight_decay", "grad_clip"), [0, 9], [-1e-9]),
+        (("warmup_ratio", "warmdown_ratio", "final_lr_frac"), [0, 1], [-1e-9, 1.001]),
+        (("momentum", "embedding_beta2"), [0, 0.999], [-1e-9, 1]),
+        (("orthogonalizer",), ["polar_express", "newton_schulz"], ["svd"]),
+    ],
+)
+def test_ranges_to_their_bounds(
+    names: tuple[str, ...], values: list[Any], others: list[Any]
+) -> None:
+    for name in names:
+        for value in values:
+            OptimConfig(**{name: value})
+        for value in others:
+            with pytest.raises(ValueError, match=f"^{name}={value!r} is not allowed: "):
+                OptimConfig(**{name: value})
