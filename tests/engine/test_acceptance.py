@@ -81,8 +81,9 @@ def calculator() -> ToolState:
     return ToolState(Tool(20, 21, 22, 23, lambda ids: ids))
 
 
-def test_a_tools_output_is_computed_as_a_prompt() -> None:
-    s = sequence([20, 8], tool=calculator())
+@pytest.mark.parametrize("num_computed_tokens", [5, 6])
+def test_a_tools_output_is_computed_as_a_prompt(num_computed_tokens: int) -> None:
+    s = sequence([20, 8], tool=calculator(), num_computed_tokens=num_computed_tokens)
     assert s.tool is not None
     for token in s.tokens[3:]:
         s.tool.feed(token)

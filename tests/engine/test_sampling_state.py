@@ -137,3 +137,11 @@ def test_only_what_is_used_is_computed() -> None:
     assert (state._features.tolist(), state._top_k.tolist()) == ([1 | 2 | 4], [VOCAB - 1])
     state.admit(sequence(0, [], top_p=0.5, min_p=0.1))
     assert (state._features.tolist(), state._top_k.tolist()) == ([1 | 4 | 8 | 16], [0])
+
+
+def test_a_cpu_samples_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_sampler = pytest.importorskip("nanochat_ray.engine.triton_sampler")
+    monkeypatch.setattr(triton_sampler, "choose", None)
+    state = SamplingState(1, VOCAB, CPU)
+    state.admit(sequence(0, []))
+    assert len(state.choose(logits(1), [0], [4])) == 1
