@@ -42,6 +42,7 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
         "constant: 1  →  2": ("PLACEHOLDER = -1", "any id that is no token"),
     },
     "nanochat_ray/model/attention.py": {
+        "constant: 2  →  3": ("is_grouped", "heads that are not grouped are groups of one"),
         "operator: k_start + MASK_BLOCK  →  k_start - MASK_BLOCK": (
             "k_start + MASK_BLOCK <= length",
             "visible keys are not behind the queries, which are within the sequence",
