@@ -66,7 +66,7 @@ from nanochat_ray.serve.openai.schema.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from nanochat_ray.serve.openai.serving import Serving
+from nanochat_ray.serve.serving import Serving
 from nanochat_ray.serve.openai.stream import respond
 from nanochat_ray.serve.openapi import add_stream_schemas
 from nanochat_ray.serve.responses.builder import ResponsesBuilder

@@ -15,7 +15,7 @@ from nanochat_ray.engine.request import TokenLogprob
 from nanochat_ray.serve.generation import Delta, FinishReason, GenerationRequest, LogprobPair
 from nanochat_ray.serve.openai.errors import ApiError
 from nanochat_ray.serve.openai.schema.outputs import AnswerToolCall, Calculation, Usage
-from nanochat_ray.serve.openai.serving import Serving
+from nanochat_ray.serve.serving import Serving
 from nanochat_ray.serve.sse import DONE, event
 
 

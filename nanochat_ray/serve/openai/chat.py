@@ -18,7 +18,7 @@ from nanochat_ray.serve.openai.schema.outputs import (
     ToolCallDelta,
 )
 from nanochat_ray.serve.openai.schema.requests import ChatMessage, ChatRequest
-from nanochat_ray.serve.openai.serving import THREAD_CHARACTERS, Prompt, Serving, readable
+from nanochat_ray.serve.serving import THREAD_CHARACTERS, Prompt, Serving, readable
 from nanochat_ray.text.chat import content_text, from_openai, render_prompt, tool_delimiters
 
 

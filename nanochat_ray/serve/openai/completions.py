@@ -13,7 +13,7 @@ from nanochat_ray.serve.openai.schema.outputs import (
     CompletionResponse,
 )
 from nanochat_ray.serve.openai.schema.requests import CompletionRequest
-from nanochat_ray.serve.openai.serving import Prompt, Serving, readable
+from nanochat_ray.serve.serving import Prompt, Serving, readable
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""

@@ -12,7 +12,7 @@ from nanochat_ray.serve.openai import logprobs
 from nanochat_ray.serve.openai.builder import ResponseBuilder
 from nanochat_ray.serve.openai.errors import ApiError
 from nanochat_ray.serve.openai.schema.outputs import TokenLogprob
-from nanochat_ray.serve.openai.serving import Serving
+from nanochat_ray.serve.serving import Serving
 from nanochat_ray.serve.responses.schema import (
     FunctionCallItem,
     FunctionChoice,
