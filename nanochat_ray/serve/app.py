@@ -66,7 +66,6 @@ from nanochat_ray.serve.openai.schema.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from nanochat_ray.serve.serving import Serving
 from nanochat_ray.serve.openai.stream import respond
 from nanochat_ray.serve.openapi import add_stream_schemas
 from nanochat_ray.serve.responses.builder import ResponsesBuilder
@@ -76,6 +75,7 @@ from nanochat_ray.serve.responses.schema import (
     ResponsesRequest,
     ResponsesResponse,
 )
+from nanochat_ray.serve.serving import Serving
 from nanochat_ray.text.tokenizer import Tokenizer
 
 FAILURES: dict[int | str, dict[str, Any]] = {

@@ -12,7 +12,6 @@ from nanochat_ray.serve.openai import logprobs
 from nanochat_ray.serve.openai.builder import ResponseBuilder
 from nanochat_ray.serve.openai.errors import ApiError
 from nanochat_ray.serve.openai.schema.outputs import TokenLogprob
-from nanochat_ray.serve.serving import Serving
 from nanochat_ray.serve.responses.schema import (
     FunctionCallItem,
     FunctionChoice,
@@ -24,6 +23,7 @@ from nanochat_ray.serve.responses.schema import (
     ResponsesResponse,
     ResponsesUsage,
 )
+from nanochat_ray.serve.serving import Serving
 from nanochat_ray.serve.sse import event
 
 

@@ -20,7 +20,6 @@ from nanochat_ray.serve.openai.schema.requests import (
     ToolCall,
 )
 from nanochat_ray.serve.openai.schema.structured_outputs import JsonSchema, ResponseFormat
-from nanochat_ray.serve.serving import Serving
 from nanochat_ray.serve.openai.tools import NamedFunction, NamedTool, ToolSpec
 from nanochat_ray.serve.responses.schema import (
     FunctionChoice,
@@ -28,6 +27,7 @@ from nanochat_ray.serve.responses.schema import (
     ResponsesRequest,
     TextPart,
 )
+from nanochat_ray.serve.serving import Serving
 
 LOGPROBS = "message.output_text.logprobs"
 CHAT_NAMES = {
