@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Checks everything: format, lint, types, import contracts, tests. The same by hand and in CI.
 #
-#   bash cluster/check.sh [pytest arguments]    for example: -n 2 -m "not ray and not browser"
+#   bash cluster/check.sh [pytest arguments]
+#   bash cluster/check.sh -n 2 -m "not ray and not browser and not slow"    # the quick round
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$REPO"
@@ -38,8 +39,8 @@ say "kernels for this $(uname -m): $(python -m nanochat_ray.engine.kernels)"
 status=0
 say "tests without Ray and browser"
 pytest -n 2 --durations=12 --cov --cov-report=term -m "not ray and not browser" || status=1
-# What rests on the kernels again with less than this processor has, as other CPUs will run it.
-KERNELS=(tests/engine/test_{engine,kernels,linear,model,native,prompt_logprobs}.py)
+# The kernels are tested at every level above; here the engine on each, as other CPUs will run it.
+KERNELS=(tests/engine/test_{engine,model,prompt_logprobs}.py)
 for level in $(python -m nanochat_ray.engine.kernels | cut -d" " -f2-) torch; do
   say "tests of the engine, with NANOCHAT_KERNELS=$level"
   NANOCHAT_KERNELS="$level" pytest -n 2 "${KERNELS[@]}" || status=1

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat_ray import cli
 from nanochat_ray.cli.flags import all_flags
 from nanochat_ray.storage import Store
 from tests.processes import run_job
@@ -45,6 +46,7 @@ def refusal(job: str, *flags: str) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_a_refusal_is_one_line_and_status_2(root: Store) -> None:
     command = [sys.executable, str(REPO / "jobs" / "train.py"), "--storage", root.uri]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -52,6 +54,7 @@ def test_a_refusal_is_one_line_and_status_2(root: Store) -> None:
     assert result.stderr == refusal("train", "--storage", root.uri) + "\n"
 
 
+@pytest.mark.slow
 def test_training_without_ray_and_out_to_hugging_face_and_back(root: Store, tmp_path: Path) -> None:
     write_dataset(root, "base")
     train = ("--no-ray", "--storage", root.uri, "--depth", "1", "--tokens", "640")
@@ -83,6 +86,7 @@ def test_training_without_ray_and_out_to_hugging_face_and_back(root: Store, tmp_
     assert find_tokenizer(root, "back")[0].fingerprint == TOKENIZER.fingerprint
 
 
+@pytest.mark.slow
 def test_torchrun_gives_what_one_process_gives(root: Store) -> None:
     write_dataset(root, "base")
     flags = ("--storage", root.uri, "--depth", "1", "--tokens", "640", "--batch-tokens", "128")
@@ -112,6 +116,7 @@ def test_torchrun_gives_what_one_process_gives(root: Store) -> None:
         assert a == pytest.approx(b, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_jobs_on_s3(s3: str, tmp_path: Path) -> None:
     root = Store.at(s3).child("jobs")
     for stage in ("base", "sft"):
@@ -188,11 +193,11 @@ def command_args(command: list[str]) -> type:
     """The flags of `nanochat-ray [bench] NAME`, `python jobs/NAME.py`, `bash cluster/NAME.sh`."""
     if command[0] in ("python", "bash"):
         assert (REPO / command[1]).exists()
-        module = f"nanochat_ray.cli.{Path(command[1]).stem}"
+        module = cli.module_of(Path(command[1]).stem)
     elif command[1] == "bench":
         module = f"nanochat_ray.bench.{command[2].replace('-', '_')}"
     else:
-        module = f"nanochat_ray.cli.{command[1]}"
+        module = cli.module_of(command[1])
     return importlib.import_module(module).Args
 
 
@@ -227,6 +232,7 @@ def test_a_plan_needs_no_dataset_and_ends_in_one_object(root: Store) -> None:
     )
 
 
+@pytest.mark.slow
 def test_resume_and_workers_are_checked_before_anything_starts(root: Store) -> None:
     write_dataset(root, "base")
     flags = ("--no-ray", "--storage", root.uri, "--depth", "1", "--tokens", "640")

@@ -245,5 +245,5 @@ def main(args: Args) -> None:
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 time.sleep(3600)
-        if not deploy.remove():
+        if not deploy.remove() or session.has_started_ray():
             deploy.exit_without_ray()

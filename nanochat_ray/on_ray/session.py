@@ -55,6 +55,11 @@ def connect() -> None:
             _started_here = True
 
 
+def has_started_ray() -> bool:
+    """Whether ``connect`` has started a cluster, which ends with this process."""
+    return _started_here
+
+
 def _is_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 

@@ -32,6 +32,7 @@ runpy.run_module("nanochat_ray.bench.gpu", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_torch_and_numpy_are_enough() -> None:
     """It gets as far as to miss the GPU."""
     root = Path(__file__).parents[2]

@@ -79,6 +79,7 @@ async def fuzz(url: str, count: int, seed: int) -> dict[int, int]:
     return statuses
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60 + COUNT // 10)
 def test_broken_requests_break_nothing() -> None:
     local = server()
@@ -104,6 +105,7 @@ def test_broken_requests_break_nothing() -> None:
     assert statuses[400] > COUNT // 5
 
 
+@pytest.mark.slow
 def test_steady_streams_outlive_broken_requests() -> None:
     local = server()
     with serving(build_app(local, TOK, "tiny", local.max_model_len)) as url:

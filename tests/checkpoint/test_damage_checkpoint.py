@@ -70,6 +70,7 @@ def test_no_damage_loads_or_hangs(run: Path) -> None:
     assert outcomes["refused"] > 200
 
 
+@pytest.mark.slow
 def test_damage_behind_checksums_is_named(run: Path) -> None:
     """What a wrong tool wrote may load if it is valid, but never crashes and never hangs."""
     check_damage(run / STEP, load, same=lambda _: True, count=260, seed=1, reseal=reseal)

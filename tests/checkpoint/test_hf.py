@@ -47,6 +47,7 @@ def model_for(tokenizer: Tokenizer, **fields: object) -> GPT:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad", [1, 64])
 def test_transformers_gives_the_same_logits(tokenizer: Tokenizer, tmp_path: Path, pad: int) -> None:
     from transformers import AutoModelForCausalLM
@@ -228,6 +229,7 @@ def test_a_wrong_config_is_named(
     assert str(folder) in str(caught.value)
 
 
+@pytest.mark.slow
 def test_damaged_folders_are_refused_by_name(export: Path) -> None:
     reference, tokenizer = hf.import_folder(export)
     shapes = {name: p.shape for name, p in reference.named_parameters()}

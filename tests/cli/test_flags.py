@@ -242,6 +242,7 @@ WITHOUT_STORAGE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", BAD_FLAGS)
 def test_a_wrong_flag_is_one_line(job: str, root: Store) -> None:
     storage = () if job in WITHOUT_STORAGE else ("--storage", root.uri)

@@ -11,6 +11,7 @@ from nanochat_ray.storage import Store
 from tests.rl.tiny_rl import TASK, save_parent
 
 
+@pytest.mark.slow
 def test_two_steps_and_a_report(root: Store, capsys: pytest.CaptureFixture[str]) -> None:
     save_parent(root)
     flags = {"questions": 3, "samples": 4, "max_tokens": 4, "truncation": "grade", "pool": 9}

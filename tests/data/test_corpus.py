@@ -414,6 +414,7 @@ def test_documentation_of_a_module(tmp_path: Path) -> None:
     assert documentation.docstrings(tmp_path / "bad.py") == []
 
 
+@pytest.mark.slow
 def test_the_default_corpus_is_of_the_needed_packages() -> None:
     names = dict(documentation.packages())
     assert {"torch", "ray", "numpy", "pyarrow"} <= set(names)

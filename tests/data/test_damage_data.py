@@ -37,6 +37,7 @@ def reseal(folder: Path) -> None:
         path.write_text(json.dumps(values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["base", "sft"])
 def test_no_damaged_dataset_loads(root: Store, kind: str) -> None:
     write_dataset(root, "data", kind, rows=12, length=16)
@@ -48,6 +49,7 @@ def test_no_damaged_dataset_loads(root: Store, kind: str) -> None:
     assert outcomes["refused"] > 200
 
 
+@pytest.mark.slow
 def test_an_old_manifest_is_read_strictly(root: Store) -> None:
     """Without a checksum, damage that leaves a valid dataset may load; no other does."""
     write_dataset(root, "data", "sft", rows=12, length=16)

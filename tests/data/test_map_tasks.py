@@ -60,6 +60,7 @@ def test_processes_give_the_results_of_all_items() -> None:
     assert list(map_in_processes([], square)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapping", [map_serially, map_in_processes])
 def test_errors_of_tasks_keep_type_and_message(mapping: map_tasks.MapTasks) -> None:
     with pytest.raises(ValueError, match=r"^text file late\.txt is not text$"):
@@ -123,6 +124,7 @@ def test_interrupted_workers_print_nothing(tmp_path: Path) -> None:
     assert (process.returncode, errors) == (130, "")
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(

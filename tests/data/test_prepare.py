@@ -268,6 +268,7 @@ def no_ray(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{tmp_path / 'path'}:{REPO}"}
 
 
+@pytest.mark.slow
 def test_the_command_runs_without_ray(
     root: Store, text: Path, tmp_path: Path, no_ray: dict[str, str]
 ) -> None:
@@ -287,6 +288,7 @@ def test_the_command_runs_without_ray(
     assert Manifest.load(root.child("datasets", "sft")).kind == "sft"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [

@@ -54,6 +54,7 @@ def test_copies_stay_in_one_split() -> None:
     assert RULE.split(documents * 7).census.duplicates() == (1200, pytest.approx(6 / 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1_000, 300_000])
 def test_equal_lines_still_train(size: int) -> None:
     """Once it was 2 sequences to train on and 1,563 to validate."""

@@ -143,6 +143,7 @@ def babbling(**fields: Any) -> Engine:
     )
 
 
+@pytest.mark.slow
 def test_weak_model_outputs_are_valid_json() -> None:
     schema: dict[str, Any] = {
         "type": "object",

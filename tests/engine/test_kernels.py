@@ -63,6 +63,7 @@ def libraries(folder: Path) -> list[Path]:
 # --- levels ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", available())
 def test_each_level_is_used(level: str) -> None:
     loaded_kernels = ANEW(64, 1, level)
@@ -73,6 +74,7 @@ def test_each_level_is_used(level: str) -> None:
     assert loaded_kernels.amx == (level == "amx")
 
 
+@pytest.mark.slow
 def test_auto_is_the_best_level() -> None:
     loaded_kernels = ANEW(64, 1)
     assert loaded_kernels is not None
@@ -178,6 +180,7 @@ def test_unsupported_head_size_uses_torch(caplog: pytest.LogCaptureFixture) -> N
     assert "heads of 40" in caplog.text
 
 
+@pytest.mark.slow
 def test_old_compiler_uses_the_baseline(
     compiler: MakeCompiler, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -210,6 +213,7 @@ def test_hanging_compiler_is_killed(
 # --- the cache -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_once(compilations: Callable[[], int], home: Path) -> None:
     one, again = ANEW(64, 1), ANEW(64, 1)
     assert one is not None
@@ -222,6 +226,7 @@ def test_kernels_are_compiled_once(compilations: Callable[[], int], home: Path) 
     assert compilations() == 2
 
 
+@pytest.mark.slow
 def test_cache_key_covers_cpu_and_source(
     compilations: Callable[[], int],
     compiler: MakeCompiler,
@@ -242,6 +247,7 @@ def test_cache_key_covers_cpu_and_source(
     assert len({p.name.partition("-")[0] for p in libraries(home)}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "link", "fifo", "folder"])
 def test_damaged_library_is_recompiled(
     damage: str, compilations: Callable[[], int], home: Path, tmp_path: Path
@@ -270,6 +276,7 @@ def test_damaged_library_is_recompiled(
     assert compilations() == (3 if damage == "folder" else 2)  # a folder in its place stays there
 
 
+@pytest.mark.slow
 def test_what_another_user_planted_is_not_loaded(
     compilations: Callable[[], int], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +290,7 @@ def test_what_another_user_planted_is_not_loaded(
     assert compilations() == 2
 
 
+@pytest.mark.slow
 def test_writable_library_is_not_loaded(compilations: Callable[[], int], home: Path) -> None:
     assert ANEW(64, 1) is not None
     (library,) = libraries(home)
@@ -291,6 +299,7 @@ def test_writable_library_is_not_loaded(compilations: Callable[[], int], home: P
     assert compilations() == 2
 
 
+@pytest.mark.slow
 def test_replaceable_folder_is_not_used(compilations: Callable[[], int], home: Path) -> None:
     cache = home.parents[1]
     cache.mkdir()
@@ -312,6 +321,7 @@ def test_cache_folder_becomes_private(home: Path) -> None:
     assert home.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.slow
 def test_unwritable_home_is_tolerated(
     compilations: Callable[[], int], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

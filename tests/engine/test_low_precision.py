@@ -202,6 +202,7 @@ def workload(count: int) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("preset", ["modern", "classic"])
 @pytest.mark.parametrize("precision", PRECISIONS)

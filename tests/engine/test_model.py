@@ -243,6 +243,7 @@ def test_wrong_weights_change_nothing(message: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_startup_does_not_import_compile() -> None:
     """Importing it takes seconds, which a start on a CPU need not wait for."""
     code = (

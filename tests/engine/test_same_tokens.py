@@ -112,6 +112,7 @@ def assert_same(
     assert differ <= (0 if exact else max(1, len(want) // 100))
 
 
+@pytest.mark.slow
 def test_the_requests_are_a_mixture() -> None:
     results = alone()
     assert len(results) == COUNT
@@ -125,6 +126,7 @@ def test_in_a_batch_of_64() -> None:
     assert_same(together(batch_engine), alone(), batch_engine)
 
 
+@pytest.mark.slow
 def test_without_c() -> None:
     model = make_model.__wrapped__("modern")  # an engine lays out its model for good
     single = engine(model, max_num_seqs=1, prefix_cache_tokens=0, kernels="torch")
@@ -145,6 +147,7 @@ def test_after_preemption_in_small_chunks() -> None:
     assert shaken.stats().preemptions > 100
 
 
+@pytest.mark.slow
 def test_after_prefix_hits() -> None:
     warm = engine()
     assert_same(together(warm, REQUESTS[::-1]), alone(), warm)
@@ -175,6 +178,7 @@ def test_with_speculation(num_draft_tokens: int, ngram: int, preempt: float) -> 
     assert 50 < stats.num_accepted_tokens < stats.num_draft_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -239,6 +239,7 @@ def test_long_prompt_delays_no_decode() -> None:
     assert steps == 30  # 1900 / 64: and the prompt is not starved
 
 
+@pytest.mark.slow
 def test_all_finish_with_blocks_for_one_sequence() -> None:
     rng, preemptions = random.Random(0), 0
     for trial in range(40):

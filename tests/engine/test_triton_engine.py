@@ -13,6 +13,7 @@ from nanochat_ray.engine.triton_operators import TritonOperators
 from tests.engine.engine_kit import PRESETS, ask, finish, make_engine, make_model, tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_engine_on_triton_gives_the_tokens_of_torch(
     preset: str, monkeypatch: pytest.MonkeyPatch

@@ -50,6 +50,7 @@ def forward(model: GPT, dtype: torch.dtype, is_fused: bool) -> tuple[list[Tensor
     return results, torch.cat([torch.cat((k.flatten(), v.flatten())) for _, k, v in cache._pages])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "fields"),
     [

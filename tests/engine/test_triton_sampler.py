@@ -27,6 +27,7 @@ def rows_of(values: list[tuple[float, int, float, float]]) -> sampler.Rows:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [50, 1000])
 def test_kernel_chooses_as_torch_does(vocab: int) -> None:
     settings = [

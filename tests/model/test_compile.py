@@ -64,6 +64,7 @@ def step(model: GPT) -> torch.Tensor:
     return loss.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_compiled_layers_equal_eager_ones(recompute: bool) -> None:
     eager_model, model = (build(window_pattern="SL", document_start=3) for _ in range(2))
@@ -80,6 +81,7 @@ def test_compiled_layers_equal_eager_ones(recompute: bool) -> None:
     assert not counters["unimplemented"]
 
 
+@pytest.mark.slow
 def test_depth_adds_no_graphs() -> None:
     backend = Counter()
     model = build(6, window_pattern="SL")
@@ -93,6 +95,7 @@ def test_depth_adds_no_graphs() -> None:
     assert backend.graphs == 4  # validation has no gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [-1, 3])
 def test_a_window_schedule_adds_no_graphs(documents: int) -> None:
     backend = Counter()

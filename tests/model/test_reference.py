@@ -106,6 +106,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_logits_are_the_references(option: str) -> None:
     model, weights = random_model(**OPTIONS[option])

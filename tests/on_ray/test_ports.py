@@ -46,6 +46,7 @@ def test_every_fixed_port_and_path_of_serve_is_set() -> None:
     assert names <= set(variables)
 
 
+@pytest.mark.slow
 def test_two_clusters_share_nothing() -> None:
     """What HAProxy's configuration is made from, as Ray reads it in two environments."""
     clusters = []

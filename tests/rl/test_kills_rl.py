@@ -11,6 +11,7 @@ import random
 import signal
 import time
 
+import pytest
 import torch
 
 from nanochat_ray.storage import Store
@@ -26,6 +27,7 @@ def train(root_uri: str, run: str) -> None:
     run_rl(Store.at(root_uri), run, steps=STEPS, save_every=1, eval_every=3)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_ends_equal(root: Store) -> None:
     save_parent(root)
     context = multiprocessing.get_context("forkserver")

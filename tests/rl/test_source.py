@@ -75,6 +75,7 @@ def test_stale_weights_are_an_error(whole: tuple[Store, Any]) -> None:
         run_rl(whole[0], "stale", make_source=make_source)
 
 
+@pytest.mark.slow
 def test_reward_rises(root: Store) -> None:
     save_parent(root)
     records = run_rl(root, "learns", steps=14)

@@ -173,6 +173,7 @@ def test_a_body_that_never_ends_is_408(url: str) -> None:
         assert sock.recv(65536).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_ends() -> None:
     engine = ScriptedClient([65] * 100_000)
     server, listener = server_of(build_app(engine, TOK, "tiny", 200_000)), bind("127.0.0.1", 0)

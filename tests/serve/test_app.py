@@ -345,6 +345,7 @@ def test_keys(engine: ScriptedClient) -> None:
         assert get(url).status_code == 200
 
 
+@pytest.mark.slow
 def test_keys_and_salts_scope_the_cache(engine: ScriptedClient) -> None:
     def scopes(keys: list[str], pairs: list[tuple[str, str | None]]) -> list[str]:
         engine.requests.clear()

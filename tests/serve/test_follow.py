@@ -88,6 +88,7 @@ def checkpoint_of(url: str) -> str:
     return str(name) if status["checkpoint"] == name else ""
 
 
+@pytest.mark.slow
 def test_no_answer_has_two_checkpoints(run: Store, url: str) -> None:
     end = threading.Event()
 

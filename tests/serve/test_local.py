@@ -290,6 +290,7 @@ def test_an_answer_that_takes_too_long_is_ended(hurried_url: str, n: int) -> Non
     assert json.loads(end.removeprefix("data: "))["error"]["code"] == "request_timeout"
 
 
+@pytest.mark.slow
 def test_an_answer_that_waits_too_long_is_refused(
     hurried_url: str, url: str, local: LocalClient
 ) -> None:

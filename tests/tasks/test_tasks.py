@@ -42,6 +42,7 @@ def test_examples_are_right_and_calculated(name: str) -> None:
         render_conversation(TOK, [*question, answer])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OFFLINE)
 def test_splits_never_share_a_question(name: str) -> None:
     questions = {}

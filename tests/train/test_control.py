@@ -73,6 +73,7 @@ def same_weights(root: Store, one: str, two: str) -> bool:
 # --- the process -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_saves_exits_75_and_resumes(root: Store) -> None:
     write_dataset(root, "base")
     flags = ["--no-ray", "--storage", root.uri, "--depth", "1", "--batch-tokens", "128"]
@@ -128,6 +129,7 @@ def test_too_little_memory_is_refused(root: Store, monkeypatch: pytest.MonkeyPat
 # --- checkpoints -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_newest_and_best_checkpoints_stay(root: Store, s3: str) -> None:
     for store in (root, Store.at(s3).child(f"kept-{time.time_ns()}")):
         write_dataset(store, "base")
@@ -151,6 +153,7 @@ def test_newest_and_best_checkpoints_stay(root: Store, s3: str) -> None:
         checkpoint.load(run, checkpoint.best(run), optimizer=True)
 
 
+@pytest.mark.slow
 def test_slow_storage_does_not_stall(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(root, "base")
     real, last_step = checkpoint.save, 0
@@ -188,6 +191,7 @@ def test_preemption_notice_saves_and_continues(
     assert checkpoints(root.child("runs", "run")) == ["step-000005", "step-000012"]
 
 
+@pytest.mark.slow
 def test_infinite_weights_are_not_written(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(root, "base")
     run_trainer(job(root, "run"), should_stop=iter([False, False, True]).__next__)
@@ -205,6 +209,7 @@ def test_infinite_weights_are_not_written(root: Store, monkeypatch: pytest.Monke
     assert checkpoint.latest(root.child("runs", "run")) == "step-000003"
 
 
+@pytest.mark.slow
 def test_spike_clip_is_equal_after_a_resume(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(root, "base")
     real, clips = trainer.train_step, []
@@ -236,6 +241,7 @@ def numbered_batches(count: int, steps: list[int]) -> Iterator[Batch]:
         yield Batch(np.full((1, 3), n, dtype=np.uint16))
 
 
+@pytest.mark.slow
 def test_prefetch_keeps_order_and_depth() -> None:
     steps: list[int] = []
     requests: list[int] = []

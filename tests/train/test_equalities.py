@@ -49,6 +49,7 @@ def losses(job: TrainerConfig, **kwargs: Any) -> list[float]:
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["base", "sft"])
 def test_accumulation_equals_one_big_batch(root: Store, stage: str) -> None:
     write_dataset(root, stage, stage)
@@ -76,6 +77,7 @@ def losses_on_ranks(world: int, job: TrainerConfig, out: Path, stop: int = 0) ->
     return [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(world)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "micro", "dropout"), [("base", 2, 0.1), ("sft", 4, 0.0)])
 def test_two_ranks_equal_one(
     root: Store, tmp_path: Path, stage: str, micro: int, dropout: float
@@ -106,6 +108,7 @@ def test_two_ranks_equal_one(
         assert two.trainer["metrics"][name] == pytest.approx(figure, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 3, 5, 7])
 def test_resumed_equals_uninterrupted(root: Store, stop: int) -> None:
     write_dataset(root, "base")
@@ -126,6 +129,7 @@ def test_resumed_equals_uninterrupted(root: Store, stop: int) -> None:
         assert torch.equal(state, halves.optimizer[name]), name
 
 
+@pytest.mark.slow
 def test_stopped_on_two_ranks_resumes_on_one(root: Store, tmp_path: Path) -> None:
     write_dataset(root, "base")
     alone = losses(job(root, "alone"))
@@ -135,6 +139,7 @@ def test_stopped_on_two_ranks_resumes_on_one(root: Store, tmp_path: Path) -> Non
     assert losses(continuation) == pytest.approx(alone[5:], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused(root: Store) -> None:
     write_dataset(root, "base")
     run_trainer(job(root, "run", steps=2))
@@ -182,6 +187,7 @@ def test_checkpointed_activations_equal_plain(precision: str) -> None:
         assert torch.equal(grad, again[name]), name
 
 
+@pytest.mark.slow
 def test_activation_checkpoints_may_start_late(root: Store) -> None:
     write_dataset(root, "base")
     run_trainer(job(root, "whole"))

@@ -108,6 +108,7 @@ def test_other_data_is_refused_by_content(half_run: Store) -> None:
         check(job(half_run))
 
 
+@pytest.mark.slow
 def test_other_parent_content_is_refused(root: Store) -> None:
     write_dataset(root, "base")
     write_dataset(root, "sft", "sft")
@@ -184,6 +185,7 @@ def test_lost_claim_publishes_nothing(half_run: Store) -> None:
     assert checkpoint.latest(half_run.child("runs", "run")) == "step-000002"
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted(half_run: Store) -> None:
     run_trainer(check(job(half_run)))
     run_trainer(check(job(half_run, run="whole")))

@@ -90,6 +90,7 @@ def kill(process: ForkServerProcess, moment: Callable[[], bool], run: Store) -> 
     return checkpoint.latest(run) or "nothing", ", ".join(torn) or "none"
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_ends_equal(root: Store, s3: str) -> None:
     remote = Store.at(s3).child(f"kills-{time.time_ns()}")
     for store in (root, remote):
@@ -133,6 +134,7 @@ def test_killed_at_any_moment_ends_equal(root: Store, s3: str) -> None:
     print(f"{kills} of {kills} runs ended with the bits of the uninterrupted one: {hit}")
 
 
+@pytest.mark.slow
 def test_two_killed_workers_resume_as_one(root: Store) -> None:
     write_dataset(root, "base")
     flags = ["--storage", root.uri, "--depth", "1", "--tokens", "5120", "--batch-tokens", "256"]

@@ -52,6 +52,7 @@ def measure(model_values: dict[str, Any], train_values: dict[str, Any]) -> int:
     return int(peak.split()[1]) << 10
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # bf16 takes a CPU with AVX2 alone a minute
 @pytest.mark.parametrize(
     ("shape", "changes"),

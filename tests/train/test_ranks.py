@@ -58,6 +58,7 @@ def train(rank: int, values: dict[str, Any], fault: Callable[[int], None], out: 
     out.with_suffix(f".{rank}").write_text(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [slow_save, full_disk])
 def test_ranks_wait_for_storage_and_fail_alike(
     root: Store, tmp_path: Path, fault: Callable[[int], None]

@@ -16,6 +16,7 @@ from tests.tiny import tiny_config, write_dataset
 from tests.train.run_trainer import run_trainer
 
 
+@pytest.mark.slow
 def test_bound_is_a_multiple_of_the_median(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """None before 50 norms, then 1.5 times the median of the last 100, also after a resume."""
     write_dataset(root, "base", length=8)

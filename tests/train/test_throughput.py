@@ -108,6 +108,7 @@ def train(root: Store, **flags: Any) -> TrainerConfig:
     return train_job.build(Args(**{**settings, **flags}))
 
 
+@pytest.mark.slow
 def test_a_begun_run_keeps_its_plan(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(root, "base")
     rate = 16.0

@@ -122,6 +122,7 @@ def check_ranks(rank: int, file: Path) -> None:
     check_overlap(rank)
 
 
+@pytest.mark.slow
 def test_an_update_is_that_of_the_summed_gradients(tmp_path: Path) -> None:
     model = random_model(seed=0, n_layer=4)
     optimizer = ShardedOptimizer(model, OPTIM)

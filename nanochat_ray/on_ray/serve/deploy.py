@@ -124,10 +124,11 @@ def remove() -> bool:
 
 
 def exit_without_ray() -> NoReturn:
-    """Ends this process with status 0 although its cluster is gone.
+    """Ends this process with status 0 although its cluster is gone or about to go.
 
     ``ray.shutdown`` would wait a minute for the GCS, and without it the interpreter crashes at its
-    end in Ray's threads. Ray's processes end with this one.
+    end in Ray's threads, as it does if the cluster ends meanwhile. The processes of a Ray that this
+    one has started end with it.
     """
     atexit.unregister(ray.shutdown)
     atexit._run_exitfuncs()

@@ -38,7 +38,8 @@ signal.signal(signal.SIGTERM, signal.default_int_handler)
 try:
     time.sleep(600)
 except KeyboardInterrupt:
-    deploy.remove() or deploy.exit_without_ray()
+    deploy.remove()
+    deploy.exit_without_ray()
 """
 
 

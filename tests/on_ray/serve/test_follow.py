@@ -101,6 +101,7 @@ def reference(root: Store, name: str) -> list[int]:
     return answer(engine, Request(id="r", prompt=PROMPT, params=PARAMS))
 
 
+@pytest.mark.slow
 def test_answers_outlive_three_rolls(tiny_run: Store) -> None:
     """Twelve clients, more than one replica has slots for."""
 
@@ -144,6 +145,7 @@ def test_a_replica_that_restarts_is_swapped(tiny_run: Store) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_hung_engine_counts_as_lost(tiny_run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its event loop answers, but its thread makes no step: the other one continues."""
 
