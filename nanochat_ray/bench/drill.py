@@ -4,11 +4,12 @@
     nanochat-ray drill --parts engine --rounds 30 --streams 32
     nanochat-ray drill --parts engine --signal stop --stop-s 30         # a hung process
 
-Parts are engine, ingress, haproxy, proxy, controller, agent, dashboard, gcs and raylet; the last
-two are left out by default, since a cluster of one node ends with them. The drill sends signals to
-processes of the cluster: use it on one that may be disturbed. Every answer is
-greedy, and its text is compared with that of an undisturbed one. Status 1 if a stream breaks or
-changes that should not have: those of an ingress, of HAProxy and of a raylet may break.
+Parts are engine, ingress, haproxy, proxy, controller, dashboard, agent, gcs and raylet. The last
+three are left out by default: a node ends with its agent and its raylet, and a cluster that does
+not store its state with its gcs. The drill sends signals to processes of the cluster: use it on one
+that may be disturbed. Every answer is greedy, and its text is compared with that of an undisturbed
+one. Status 1 if a stream breaks or changes that should not have: those of an ingress, of HAProxy,
+its manager (proxy) and a node may break.
 """
 
 from __future__ import annotations
@@ -43,9 +44,8 @@ PARTS: Mapping[str, str] = {
     "raylet": r"\S*/raylet ",
 }
 """Part → what the command line of its processes begins with."""
-DEFAULT_PARTS = ("engine", "ingress", "haproxy", "proxy", "controller", "agent", "dashboard")
-"""Without gcs and raylet, whose loss ends a cluster of one node that has no store for its state."""
-MAY_BREAK = {"ingress", "haproxy", "raylet"}
+DEFAULT_PARTS = ("engine", "ingress", "haproxy", "proxy", "controller", "dashboard")
+MAY_BREAK = {"ingress", "haproxy", "proxy", "agent", "raylet"}
 """Streams run through these, so theirs end with them."""
 STEADY_S = 2.0
 """Without a broken stream before a signal is sent."""
@@ -241,6 +241,9 @@ async def drill(args: Args) -> list[Round]:
     prompts = load.random_prompts(
         args.streams, vocab=VOCAB, prompt=24, output=args.tokens, seed=args.seed
     )
+    parts = args.parts
+    if parts == DEFAULT_PARTS:  # a cluster may have no dashboard, or no HAProxy
+        parts = tuple(part for part in parts if cluster.processes(part))
     texts = []
     for prompt in prompts:
         result = await load.complete(args.url, model, prompt, args.key)
@@ -251,7 +254,7 @@ async def drill(args: Args) -> list[Round]:
     rounds = []
     try:
         for number in range(args.rounds):
-            for part in args.parts:
+            for part in parts:
                 rounds.append(await disturb(args, cluster, streams, part, rng))
                 print(f"round {number + 1}: {_row(part, rounds[-1:])}", file=sys.stderr, flush=True)
     finally:

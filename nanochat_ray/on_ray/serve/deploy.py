@@ -22,6 +22,8 @@ from ray.serve.exceptions import RayServeException
 
 APP = "nanochat"
 POLL_S = 0.2
+REMOVE_S = 90.0
+"""How long the deletion of an application may take, replicas that drain included."""
 CONTROLLER_POLL_S = 0.05
 GCS_END_S = 5.0
 """How long a cluster that ends may take to end its control service (GCS)."""
@@ -94,8 +96,9 @@ def wait_until_up(url: str, name: str, seconds: float = 60.0) -> None:
 def remove() -> bool:
     """Deletes the application; its replicas finish their requests first.
 
-    False if the cluster ends meanwhile: a signal to a process group also ends a Ray that this
-    command has started, and nothing can be drained then. Call ``exit_without_ray`` in this case.
+    False if the cluster ends meanwhile, or is too slow: a signal to a process group also
+    ends a Ray that this command has started, and nothing can be drained then. Call
+    ``exit_without_ray`` in this case.
     """
     gcs_address = ray.get_runtime_context().gcs_address
     deletion: futures.Future[None] = futures.Future()
@@ -107,8 +110,9 @@ def remove() -> bool:
             deletion.set_exception(error)
 
     threading.Thread(target=delete, name="delete-application", daemon=True).start()
+    until = time.monotonic() + REMOVE_S
     while not futures.wait([deletion], POLL_S).done:
-        if not _is_listening(gcs_address):
+        if not _is_listening(gcs_address) or time.monotonic() > until:
             return False
     try:
         deletion.result()
