@@ -42,7 +42,7 @@ class CoreScore:
     total: int
     baseline: float
     num_cropped: int = 0
-    """Of ``total``, those that lost tokens at their beginning to fit into the context."""
+    """Of ``total``, those that lost their first tokens to fit into the context."""
 
     @property
     def accuracy(self) -> float:

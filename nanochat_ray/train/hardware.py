@@ -110,7 +110,7 @@ def by_name(name: str) -> Hardware:
 def from_driver(name: str, *, memory: int, multiprocessors: int, clock_khz: int) -> Hardware:
     """A GPU as its driver describes it; its peak is 0 if the card is not in the table.
 
-    ``memory`` is in bytes. No peak is guessed from ``multiprocessors`` and ``clock_khz``: the
+    ``memory`` is in bytes. No peak is derived from ``multiprocessors`` and ``clock_khz``: the
     FLOPs of a tensor core in a cycle differ between cards of one architecture.
     """
     short_name = name.removeprefix("NVIDIA ").strip()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
-import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +21,16 @@ from tests.tiny import TOKENIZER, wait_for
 pytestmark = pytest.mark.ray
 
 
-class SlowEngine(RolloutEngine):
-    """Takes a second for each call, so that a test can end it inside one."""
+class GatedEngine(RolloutEngine):
+    """Waits in each call for the file ``gate``, so that a test can end it inside one."""
+
+    def set_folder(self, folder: Path) -> None:
+        self.folder = folder
 
     def generate(self, *args: Any) -> list[Any]:
-        time.sleep(1.0)
+        if (folder := getattr(self, "folder", None)) is not None:  # it has not been restarted
+            (folder / f"call-{os.getpid()}").touch()
+            wait_for((folder / "gate").exists, 60, "the gate")
         return super().generate(*args)
 
 
@@ -33,27 +39,30 @@ def requests(count: int) -> list[Request]:
     return [Request(id=str(i), prompt=[1, i, 2], params=p) for i, p in enumerate(params)]
 
 
-def test_requests_of_a_dead_engine_run_elsewhere(root: Store, ray_session: None) -> None:
+def test_requests_of_a_dead_engine_run_elsewhere(
+    root: Store, tmp_path: Path, ray_session: None
+) -> None:
     save_parent(root)
     config = job(root, "fleet")
     model, _ = checkpoint.load_model(root.child("runs", "chat"))
     local = EngineGenerator.of_model(model, TOKENIZER, ENGINE)
     local.load(7, model.state_dict())
     reference = local.generate(requests(30))
-    actor = ray.remote(num_cpus=0, max_restarts=-1)(SlowEngine)
+    actor = ray.remote(num_cpus=0, max_restarts=-1)(GatedEngine)
     engines = [actor.remote(config, ENGINE, False, 1) for _ in range(2)]
-    ray.get([engine.ping.remote() for engine in engines])
+    ray.get([engine.set_folder.remote(tmp_path) for engine in engines])
     fleet = Fleet(engines)
     fleet.load(7, model.state_dict())
     answers: list[list[Rollout]] = []
     thread = threading.Thread(target=lambda: answers.append(fleet.generate(requests(30))))
     thread.start()
-    time.sleep(0.5)
+    wait_for(lambda: len(list(tmp_path.glob("call-*"))) == 2, 60, "a call of each engine")
     ray.kill(engines[0], no_restart=False)
+    (tmp_path / "gate").touch()
     wait_for(lambda: not thread.is_alive(), 60, "the rollouts")
     assert fleet.num_lost_engines == 1
     assert answers == [reference]
-    # The engine that was restarted takes the weights of the version that it is asked for.
+    # The engine that was restarted takes the weights of the version that a call names.
     ray.get(engines[0].ping.options(max_task_retries=-1).remote(), timeout=60)
     assert fleet.generate(requests(30)) == reference
     for engine in engines:
