@@ -31,6 +31,8 @@ class Args:
     """Folder of nanochat, for the part of that name."""
     quick: bool = False
     """Sizes that only show whether it runs; the figures mean nothing."""
+    match: str = ""
+    """Only what has this in its name, such as "d12", "swap" or "gradients"."""
     out: str = ""
     """File for the figures, as JSON."""
 
@@ -49,7 +51,7 @@ def main(args: Args) -> int:
         return 2
     from nanochat_ray.bench import gpu_checks, gpu_serve, gpu_train
 
-    report = Report()
+    report = Report(match=args.match)
     capability = torch.cuda.get_device_capability()
     report.note("torch", torch.__version__)
     report.note("device", f"{torch.cuda.get_device_name()}, capability {capability}")
@@ -73,5 +75,6 @@ if __name__ == "__main__":
     parser.add_argument("part", choices=get_args(Part))
     parser.add_argument("--checkout", default="", help="folder of nanochat")
     parser.add_argument("--quick", action="store_true", help="sizes that only show whether it runs")
+    parser.add_argument("--match", default="", help="only what has this in its name")
     parser.add_argument("--out", default="", help="file for the figures, as JSON")
     raise SystemExit(main(Args(**vars(parser.parse_args()))))

@@ -62,11 +62,9 @@ def run(report: Report) -> None:
         "fp8": check_fp8,
     }
     for name, check in checks.items():
-        with report.part(name):
-            check(report)
+        report.part(name, check, report)
     for name, fields in MODELS.items():
-        with report.part(f"gradients, {name}"):
-            check_gradients(report, name, small_config(**fields))
+        report.part(f"gradients, {name}", check_gradients, report, name, small_config(**fields))
 
 
 def check_gradients(report: Report, name: str, config: ModelConfig) -> None:

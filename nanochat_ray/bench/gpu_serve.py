@@ -32,20 +32,18 @@ def make_engine(config: ModelConfig, **fields: Any) -> Engine:
 def run(report: Report, quick: bool) -> None:
     for depth in (2,) if quick else (12, 20):
         config = recipe.model_config(depth, 32768, sequence_len=2048)
-        with report.part(f"d{depth} graphs"):
-            _graphs(report, depth, config)
+        report.part(f"d{depth} graphs", _graphs, report, depth, config)
         for count in (2,) if quick else (1, 2, 4, 8, 16, 32, 64, 128, 256):
-            with report.part(f"d{depth} decode {count}"):
-                _decode(report, f"d{depth} B={count} greedy", config, count)
+            name = f"d{depth} B={count} greedy"
+            report.part(name, _decode, report, name, config, count)
         for params in ({"temperature": 0.8}, {"temperature": 0.8, "top_p": 0.95}):
-            with report.part(f"d{depth} sampling"):
-                count = 2 if quick else 256
-                _decode(report, f"d{depth} B={count} {params}", config, count, **params)
+            count = 2 if quick else 256
+            name = f"d{depth} B={count} {params}"
+            report.part(name, _decode, report, name, config, count, **params)
         for budget in (512,) if quick else (512, 2048, 8192):
-            with report.part(f"d{depth} prefill {budget}"):
-                _prefill(report, f"d{depth}", config, budget)
-        with report.part(f"d{depth} swap"):
-            _swap(report, f"d{depth}", config)
+            name = f"d{depth} prefill, max_num_batched_tokens={budget}"
+            report.part(name, _prefill, report, name, config, budget)
+        report.part(f"d{depth} swap", _swap, report, f"d{depth}", config)
 
 
 def _graphs(report: Report, depth: int, config: ModelConfig) -> None:
@@ -98,7 +96,7 @@ def _prefill(report: Report, name: str, config: ModelConfig, budget: int) -> Non
     start = time.perf_counter()
     answers(engine, requests)
     rate = 64 * 1024 / (time.perf_counter() - start)
-    report.note(f"{name}: prefill, max_num_batched_tokens={budget}", f"{rate:,.0f} tokens/s")
+    report.note(name, f"{rate:,.0f} tokens/s")
 
 
 def _swap(report: Report, name: str, config: ModelConfig) -> None:

@@ -64,18 +64,20 @@ class Setup:
 
 
 def run(report: Report, quick: bool) -> None:
-    with report.part("ceilings"):
-        _ceilings(report, 256 if quick else 8192)
+    report.part("ceilings", _ceilings, report, 256 if quick else 8192)
     for depth, size, modes in ((2, 2, ()), (2, 2, ("compile",))) if quick else RUNS:
         name = f"d{depth} × {size} {' '.join(modes) or 'eager'}"
-        with report.part(name):
-            torch.cuda.reset_peak_memory_stats()
-            setup = Setup(depth, size, modes)
-            _time(report, name, setup.config, size, setup.step)
-            estimate = memory.estimate(setup.config, setup.train, world=1, on_gpu=True).total
-            report.note(f"{name}: estimated GiB", f"{estimate / GIB:.1f}")
-            if modes == ("compile",):
-                _share_of_loss_and_optimizer(report, name, setup, size)
+        report.part(name, _measure, report, name, depth, size, modes)
+
+
+def _measure(report: Report, name: str, depth: int, size: int, modes: tuple[str, ...]) -> None:
+    torch.cuda.reset_peak_memory_stats()
+    setup = Setup(depth, size, modes)
+    _time(report, name, setup.config, size, setup.step)
+    estimate = memory.estimate(setup.config, setup.train, world=1, on_gpu=True).total
+    report.note(f"{name}: estimated GiB", f"{estimate / GIB:.1f}")
+    if modes == ("compile",):
+        _share_of_loss_and_optimizer(report, name, setup, size)
 
 
 def _ceilings(report: Report, n: int) -> None:
@@ -138,18 +140,20 @@ def compare(report: Report, checkout: str, quick: bool) -> None:
     for depth, size in ((2, 2),) if quick else ((12, 32), (20, 16)):
         for side in ("ours", "nanochat") * 2:
             name = f"d{depth} × {size}, full attention, {side}"
-            with report.part(name):
-                torch.cuda.reset_peak_memory_stats()
-                if side == "ours":
-                    setup = Setup(depth, size, ("compile",), window_pattern="L")
-                    _time(report, name, setup.config, size, setup.step)
-                else:
-                    _time_nanochat(report, name, depth, size, checkout)
+            run_side = _time_ours if side == "ours" else _time_nanochat
+            report.part(name, run_side, report, name, depth, size, checkout)
+
+
+def _time_ours(report: Report, name: str, depth: int, size: int, _: str) -> None:
+    torch.cuda.reset_peak_memory_stats()
+    setup = Setup(depth, size, ("compile",), window_pattern="L")
+    _time(report, name, setup.config, size, setup.step)
 
 
 def _time_nanochat(report: Report, name: str, depth: int, size: int, checkout: str) -> None:
     from nanochat_ray.bench import nanochat_checkout
 
+    torch.cuda.reset_peak_memory_stats()
     module = nanochat_checkout.load(checkout, "bfloat16", compiles=True)
     config = recipe.model_config(depth, 32768, sequence_len=2048, window_pattern="L")
     names = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len")

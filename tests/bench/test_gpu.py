@@ -45,17 +45,17 @@ def test_torch_and_numpy_are_enough() -> None:
 
 
 def test_report_counts_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    report = Report()
+    report = Report(match="crash")
     report.check("small", 1e-3, 1e-2)
     report.check("large", 2e-2, 1e-2)
     report.check("nan", float("nan"), 1.0)
     report.check_equal("equal", 3, 3)
     report.check_equal("unequal", 2, 3)
-    with report.part("crash"):
-        raise KeyError("x")
-    assert report.failures == ["large", "nan", "unequal", "crash"]
+    report.part("a crash", {}.__getitem__, "x")
+    report.part("not selected", report.check_equal, "equal", 2, 3)
+    assert report.failures == ["large", "nan", "unequal", "a crash"]
     report.write(tmp_path / "figures.json")
-    assert '"CRASH crash"' in (tmp_path / "figures.json").read_text()
+    assert '"CRASH a crash"' in (tmp_path / "figures.json").read_text()
     assert relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == 0.2
 
 
