@@ -16,12 +16,17 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.parse import urlsplit
 
+SAMPLING = {"greedy": (0.0, 1.0), "sampled": (0.8, 0.95)}
+"""Temperature and top_p."""
+
 
 @dataclass(frozen=True)
 class Prompt:
     ids: list[int]
     output: int
     """Tokens of the answer; the end of a turn is ignored."""
+    temperature: float = 0.0
+    top_p: float = 1.0
 
 
 @dataclass
@@ -43,18 +48,37 @@ class Result:
 
 
 def random_prompts(
-    count: int, *, vocab: int, prompt: int, output: int, spread: float = 0.0, seed: int = 0
+    count: int,
+    *,
+    vocab: int,
+    prompt: int,
+    output: int,
+    spread: float = 0.0,
+    seed: int = 0,
+    sampling: str = "greedy",
+    text: Sequence[int] = (),
 ) -> list[Prompt]:
-    """Random ids; lengths uniform within ``spread`` (a share) around ``prompt`` and ``output``."""
+    """Prompts of random ids below ``vocab``, or random spans of ``text`` if that is given.
+
+    Lengths are uniform within ``spread`` (a share) around ``prompt`` and ``output``. ValueError if
+    the text is shorter than the longest prompt.
+    """
     rng = random.Random(seed)
+    longest = round(prompt * (1 + spread))
+    if 0 < len(text) <= longest:
+        raise ValueError(f"text has {len(text)} tokens: more than prompt={longest} are needed")
 
     def length(middle: int) -> int:
         return max(1, rng.randint(round(middle * (1 - spread)), round(middle * (1 + spread))))
 
-    return [
-        Prompt([rng.randrange(vocab) for _ in range(length(prompt))], length(output))
-        for _ in range(count)
-    ]
+    def ids() -> list[int]:
+        count = length(prompt)
+        if not text:
+            return [rng.randrange(vocab) for _ in range(count)]
+        start = rng.randrange(len(text) - count)
+        return list(text[start : start + count])
+
+    return [Prompt(ids(), length(output), *SAMPLING[sampling]) for _ in range(count)]
 
 
 def shared_prefix_prompts(
@@ -165,7 +189,8 @@ async def complete(url: str, model: str, prompt: Prompt, key: str = "") -> Resul
             "model": model,
             "prompt": prompt.ids,
             "max_tokens": prompt.output,
-            "temperature": 0,
+            "temperature": prompt.temperature,
+            "top_p": prompt.top_p,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},

@@ -1,9 +1,10 @@
 """One system of ``bench offline``: a program of its own, run by that system's own Python.
 
 It imports neither nanochat_ray (unless it is that system) nor anything that the peers' environments
-lack. Each line on standard input is a job, {"prompts": [[id]], "max_tokens": n, "temperature": t,
-"top_p": p}; the answer is one line, {"seconds": s, "tokens": [[id]]}, on what was standard output
-when it began. No end-of-sequence token: every prompt gets exactly n tokens.
+lack. Its first line, on what was standard output when it began, is {"about": text}. Each line on
+standard input is a job, {"prompts": [[id]], "max_tokens": n, "temperature": t, "top_p": p}; the
+answer is one line, {"seconds": s, "tokens": [[id]]}. No end-of-sequence token: every prompt gets
+exactly n tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
+import runpy
 import sys
 import time
 from collections.abc import Callable
@@ -19,9 +21,14 @@ from typing import Any
 
 Generate = Callable[[list[list[int]], int, float, float], list[list[int]]]
 """Of prompts, max_tokens, temperature and top_p."""
+TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-def ours(folder: str, options: dict[str, Any]) -> Generate:
+def threads() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
+def ours(folder: str, options: dict[str, Any]) -> tuple[Generate, str]:
     from pathlib import Path
 
     from nanochat_ray.checkpoint import hf
@@ -56,15 +63,18 @@ def ours(folder: str, options: dict[str, Any]) -> Generate:
                 completions[output.request_id] += output.tokens
         return list(completions.values())
 
-    return generate
+    drafts = engine.config.num_speculative_tokens
+    return generate, f"kernels {engine.runner.kernels}, {drafts} draft tokens, KV cache float32"
 
 
-def vllm(folder: str, options: dict[str, Any]) -> Generate:
+def vllm(folder: str, options: dict[str, Any]) -> tuple[Generate, str]:
+    import vllm
     from vllm import LLM, SamplingParams
 
+    dtype = TORCH_DTYPES[options.get("precision", "fp32")]
     llm = LLM(
         model=folder,
-        dtype="float32",
+        dtype=dtype,
         max_num_seqs=64,
         enable_prefix_caching=bool(options.get("prefix_cache_tokens")),
         disable_log_stats=True,
@@ -80,15 +90,17 @@ def vllm(folder: str, options: dict[str, Any]) -> Generate:
         answers = llm.generate(inputs, params, use_tqdm=False)
         return [list(answer.outputs[0].token_ids) for answer in answers]
 
-    return generate
+    return generate, f"version {vllm.__version__}, no draft tokens, KV cache {dtype}"
 
 
-def transformers(folder: str, options: dict[str, Any]) -> Generate:
+def transformers(folder: str, options: dict[str, Any]) -> tuple[Generate, str]:
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    torch.set_num_threads(threads())
+    dtype = TORCH_DTYPES[options.get("precision", "fp32")]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
 
@@ -109,10 +121,17 @@ def transformers(folder: str, options: dict[str, Any]) -> Generate:
         )
         return out[:, ids.size(1) :].tolist()
 
-    return generate
+    about = f"version {transformers.__version__}, no draft tokens, KV cache {dtype}"
+    return generate, about
 
 
-SYSTEMS = {"nanochat_ray": ours, "vllm": vllm, "transformers": transformers}
+def llama_cpp(folder: str, options: dict[str, Any]) -> tuple[Generate, str]:
+    """A llama of the same sizes: see ``llama_cpp_peer``."""
+    file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "llama_cpp_peer.py")
+    return runpy.run_path(file)["load"](folder, options.get("precision", "fp32"), threads())
+
+
+SYSTEMS = {"nanochat_ray": ours, "vllm": vllm, "transformers": transformers, "llama.cpp": llama_cpp}
 
 
 def main() -> None:
@@ -125,8 +144,8 @@ def main() -> None:
     # Libraries print where they like: what they write goes to standard error.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    generate = SYSTEMS[args.system](args.folder, args.options)
-    print(json.dumps({"ready": args.system}), file=answers)
+    generate, about = SYSTEMS[args.system](args.folder, args.options)
+    print(json.dumps({"about": about}), file=answers)
     for line in sys.stdin:
         job = json.loads(line)
         began = time.perf_counter()
