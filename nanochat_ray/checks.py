@@ -9,12 +9,17 @@ from typing import Any
 
 MAX_SHOWN = 120
 """Characters of a value that a message repeats."""
+MAX_BITS = 200
+"""Bits of an int that a message repeats."""
 MAX_NAME = 128
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def short_repr(value: object) -> str:
     """``repr`` of a value, shortened in the middle if it is long."""
+    # The repr of an int of thousands of digits is an error of its own.
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        return f"an int of {value.bit_length()} bits"
     text = repr(value[: 4 * MAX_SHOWN]) if isinstance(value, str | bytes) else repr(value)
     half = MAX_SHOWN // 2
     return text if len(text) <= MAX_SHOWN else f"{text[:half]}…{text[-half:]}"

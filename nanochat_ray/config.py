@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from nanochat_ray.checks import require
+from nanochat_ray.checks import require, short_repr
 
 T = TypeVar("T")
 
@@ -93,25 +93,17 @@ def _check_type(kind: Any, name: str, value: Any) -> Any:
     """
     choices = get_args(kind)
     if get_origin(kind) is Literal:
-        require(value in choices, name, abbreviate(value), f"one of {choices}")
+        require(value in choices, name, value, f"one of {choices}")
     elif get_origin(kind) is UnionType or kind in (bool, int, float, str):
         kinds = choices or (kind,)
         if float in kinds and type(value) is int and abs(value) < 1 << 53:
             return float(value)
         names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-        require(type(value) in kinds, name, abbreviate(value), names)
+        require(type(value) in kinds, name, value, names)
         sound = math.isfinite(value) if type(value) is float else True
         sound = abs(value) < 1 << 63 if type(value) is int else sound
-        require(sound, name, abbreviate(value), "a finite number of at most 64 bits")
+        require(sound, name, value, "a finite number of at most 64 bits")
     return value
-
-
-def abbreviate(value: object, limit: int = 60) -> object:
-    """``value``, or something with a short repr if its own is longer than ``limit``."""
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"an int of {value.bit_length()} bits"
-    text = repr(value)
-    return value if len(text) <= limit else text[:limit] + "…"
 
 
 def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
@@ -120,7 +112,7 @@ def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
     ValueError names a missing or unknown field, or one of the wrong type.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{kind.__name__} is {abbreviate(values)!r}, not an object")
+        raise ValueError(f"{kind.__name__} is {short_repr(values)}, not an object")
     fields = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values = with_new_names(kind.__name__, values)
     nullable_fields = NULL_FIELDS.get(kind.__name__, ())
@@ -128,7 +120,7 @@ def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
     unknown = sorted(set(values) - fields)
     if unknown:
         raise ValueError(
-            f"{kind.__name__} has no field {abbreviate(unknown[0])!r}; it has {sorted(fields)}"
+            f"{kind.__name__} has no field {short_repr(unknown[0])}; it has {sorted(fields)}"
         )
     types = get_type_hints(kind)
     arguments = {

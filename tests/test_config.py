@@ -51,6 +51,12 @@ def test_old_field_names_load_or_name_the_new() -> None:
         (lambda: tiny_config(window_pattern="LX"), r"window_pattern='LX'"),
         (lambda: TrainConfig(steps=0, global_batch_size=1, micro_batch_size=1), "steps=0"),
         (
+            lambda: TrainConfig(steps=2.5, global_batch_size=1, micro_batch_size=1),  # type: ignore[arg-type]
+            r"steps=2\.5 is not allowed: a whole number from 1",
+        ),
+        (lambda: EngineConfig(max_num_seqs=True), "max_num_seqs=True is not allowed"),
+        (lambda: EngineConfig(kv_tokens=-(10**5000)), "kv_tokens=an int of 16610 bits"),
+        (
             lambda: TrainConfig(steps=1, global_batch_size=5, micro_batch_size=2),
             "global_batch_size=5 .*micro_batch_size=2",
         ),

@@ -33,6 +33,7 @@ from nanochat_ray.checkpoint.reader import (
     parse_object,
     read_manifest,
 )
+from nanochat_ray.checks import short_repr
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
@@ -63,8 +64,8 @@ def step_of(name: str) -> int:
     if not (digits.isascii() and digits.isdigit() and len(digits) <= 12):
         digits = ""
     if not digits or name_of(int(digits)) != name:
-        text = configs.abbreviate(name)
-        raise ValueError(f"checkpoint={text!r} is not allowed: a name such as {name_of(100)}")
+        text = short_repr(name)
+        raise ValueError(f"checkpoint={text} is not allowed: a name such as {name_of(100)}")
     return int(digits)
 
 
@@ -167,7 +168,7 @@ def resume_warnings(run: Store) -> list[str]:
     with contextlib.suppress(OSError):
         pointer = run.read_bytes("latest").decode(errors="replace").strip()
     if newest is not None and pointer != newest:
-        state = f"names {configs.abbreviate(pointer)!r}" if pointer else "is missing or empty"
+        state = f"names {short_repr(pointer)}" if pointer else "is missing or empty"
         lines.append(f"the file latest {state}; the newest complete checkpoint is {newest}")
     return lines
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanochat_ray import config as configs
 from nanochat_ray.checkpoint.codec import read_tensors
+from nanochat_ray.checks import short_repr
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
@@ -56,9 +57,9 @@ def parse_object(where: str, data: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"{where} is damaged: it is nested too deep") from None
     except ValueError as error:
-        raise ValueError(f"{where} is damaged: {configs.abbreviate(str(error), 200)}") from None
+        raise ValueError(f"{where} is damaged: {str(error)[:200]}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is damaged: it is {configs.abbreviate(value)!r}, not an object")
+        raise ValueError(f"{where} is damaged: it is {short_repr(value)}, not an object")
     return value
 
 
@@ -74,14 +75,14 @@ def read_manifest(folder: Store, step: int) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{where} is missing: it is incomplete") from None
     manifest = parse_object(where, data)
     if manifest.get("format") != FORMAT:
-        text = configs.abbreviate(manifest.get("format"))
-        raise ValueError(f"{where} is damaged: format={text!r}")
+        text = short_repr(manifest.get("format"))
+        raise ValueError(f"{where} is damaged: format={text}")
     if manifest.get("step") != step:
-        text = configs.abbreviate(manifest.get("step"))
-        raise ValueError(f"{where} is of step {text!r}, not {step}")
+        text = short_repr(manifest.get("step"))
+        raise ValueError(f"{where} is of step {text}, not {step}")
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
-        raise ValueError(f"{where} is damaged: files={configs.abbreviate(files)!r}")
+        raise ValueError(f"{where} is damaged: files={short_repr(files)}")
     return files
 
 
@@ -105,7 +106,7 @@ class CheckpointReader:
         entry = self.files[file]
         if size != entry["size"] or (sha256 and sha256 != entry["sha256"]):
             digest = f", SHA-256 {sha256[:16]}…" if sha256 else ""
-            by_manifest = f"{configs.abbreviate(entry['size'])}, {entry['sha256'][:16]}…"
+            by_manifest = f"{short_repr(entry['size'])}, {entry['sha256'][:16]}…"
             raise ValueError(
                 f"{self._where(file)} is damaged ({size} bytes{digest}; the manifest says "
                 f"{by_manifest}); a copy, or another checkpoint of the run, is needed"
@@ -162,7 +163,7 @@ class CheckpointReader:
             model = configs.from_json(ModelConfig, values["model"])
             tokenizer = values["tokenizer"]
             if not isinstance(tokenizer, str):
-                raise ValueError(f"tokenizer={configs.abbreviate(tokenizer)!r} is no fingerprint")
+                raise ValueError(f"tokenizer={short_repr(tokenizer)} is no fingerprint")
         except KeyError as error:
             raise ValueError(f"{self._where('config.json')} has no field {error}") from None
         except ValueError as error:
@@ -244,7 +245,6 @@ def load_weights(model: GPT, weights: Mapping[str, Tensor], where: str) -> None:
         need = list(parameters[name].shape) if name in parameters else "nothing"
         if have != need:
             raise ValueError(
-                f"{where} does not fit the model: {configs.abbreviate(name)} is {have}, expected "
-                f"{need}"
+                f"{where} does not fit the model: {short_repr(name)} is {have}, expected {need}"
             )
     model.load_state_dict(dict(weights))

@@ -6,8 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from nanochat_ray.checks import require
-from nanochat_ray.config import require_finite
+from nanochat_ray.checks import check_float, check_int, require
 
 KvLayout = Literal["auto", "slots", "paged"]
 AsyncScheduling = Literal["auto", "on", "off"]
@@ -86,7 +85,6 @@ class EngineConfig:
     """Length of the n-grams of the lookup: the last tokens must have occurred before."""
 
     def __post_init__(self) -> None:
-        require_finite(self)
         for name in (
             "prompt_lookup_max",
             "max_num_seqs",
@@ -94,16 +92,16 @@ class EngineConfig:
             "prefill_chunk",
             "max_queue_size",
         ):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
+            check_int(name, getattr(self, name), 1)
         for name in (
             "max_model_len",
             "kv_tokens",
             "num_speculative_tokens",
             "speculative_disable_by_batch_size",
         ):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        tokens = self.prefix_cache_tokens
-        require(tokens is None or tokens >= 0, "prefix_cache_tokens", tokens, "None, or 0 or more")
+            check_int(name, getattr(self, name), 0)
+        if self.prefix_cache_tokens is not None:
+            check_int("prefix_cache_tokens", self.prefix_cache_tokens, 0)
         require(
             self.max_num_batched_tokens > self.max_num_seqs,
             "max_num_batched_tokens",
@@ -118,4 +116,4 @@ class EngineConfig:
         ):
             require(getattr(self, name) in kinds, name, getattr(self, name), " or ".join(kinds))
         for name in ("kv_cache_memory_fraction", "gpu_memory_share"):
-            require(0 < getattr(self, name) <= 1, name, getattr(self, name), "above 0, up to 1")
+            check_float(name, getattr(self, name), 0, 1, above=True)

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
+from nanochat_ray.checks import require
+
 Finish = Literal["stop", "length", "abort", "error"]
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 GRAMMARS = ("json_schema", "json_object", "regex", "choice", "lark", "structures")
@@ -31,11 +33,6 @@ class WeightsReplacedError(Exception):
 
 WEIGHTS_REPLACED = "weights:"
 """Begins the error of a request whose weights were replaced before it was complete."""
-
-
-def _require(ok: bool, field: str, value: object, rule: str) -> None:
-    if not ok:
-        raise ValueError(f"{field}={value!r} is not allowed: {rule}")
 
 
 def _is_int(value: object) -> bool:
@@ -105,7 +102,7 @@ class SamplingParams:
     """Index of the first token that is scored. Those before it may come from the prefix cache."""
 
     def __post_init__(self) -> None:
-        req = _require
+        req = require
         for name in ("stop", "stop_ids", "eos_ids"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         bias = {int(k): float(v) for k, v in self.logit_bias.items()}
@@ -165,7 +162,7 @@ def check_grammar(grammar: object) -> None:
     if grammar is None:
         return
     one = isinstance(grammar, Mapping) and len(grammar) == 1 and next(iter(grammar)) in GRAMMARS
-    _require(one, "grammar", grammar, f"one of {', '.join(GRAMMARS)} with its value, or None")
+    require(one, "grammar", grammar, f"one of {', '.join(GRAMMARS)} with its value, or None")
     assert isinstance(grammar, Mapping)
     ((kind, value),) = grammar.items()
     words = isinstance(value, list | tuple) and all(isinstance(s, str) and s for s in value)
@@ -175,7 +172,7 @@ def check_grammar(grammar: object) -> None:
         "structures": (_structures(value), "a list of objects with begin, schema and end"),
         "choice": (words and len(value) > 0, "texts, at least one, none of them empty"),
     }.get(kind, (isinstance(value, str) and value != "", "a text that is not empty"))
-    _require(is_valid, f"grammar.{kind}", value, what)
+    require(is_valid, f"grammar.{kind}", value, what)
 
 
 def _structures(value: object) -> bool:
@@ -221,10 +218,10 @@ class Request:
 
     def __post_init__(self) -> None:
         ok = self.deadline is None or _is_finite(self.deadline)
-        _require(ok, "deadline", self.deadline, "seconds since the epoch, or None")
-        _require(_is_int(self.priority), "priority", self.priority, "a whole number")
+        require(ok, "deadline", self.deadline, "seconds since the epoch, or None")
+        require(_is_int(self.priority), "priority", self.priority, "a whole number")
         for name in ("cache_scope", "weight_version"):
-            _require(isinstance(getattr(self, name), str), name, getattr(self, name), "a string")
+            require(isinstance(getattr(self, name), str), name, getattr(self, name), "a string")
 
     def with_seed(self) -> Self:
         """The request with a random seed if it has none. A request that another engine may have to

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from nanochat_ray.checks import require
+from nanochat_ray.checks import check_int, require
 from nanochat_ray.config import require_finite
 
 Precision = Literal["fp32", "bf16"]
@@ -93,8 +93,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require_finite(self)
         for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
-        require(self.pad_vocab_to >= 1, "pad_vocab_to", self.pad_vocab_to, "from 1")
+            check_int(name, getattr(self, name), 1)
+        check_int("pad_vocab_to", self.pad_vocab_to, 1)
         require(
             self.n_embd % (2 * self.n_head) == 0,
             "n_embd",

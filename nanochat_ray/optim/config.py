@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from nanochat_ray.checks import require
 from nanochat_ray.config import require_finite
@@ -55,9 +55,9 @@ class OptimConfig:
         require_finite(self)
         for name in (*self.learning_rates(), "weight_decay", "grad_clip"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        iterations = ("polar_express", "newton_schulz")
-        rule = f"one of {iterations}"
-        require(self.orthogonalizer in iterations, "orthogonalizer", self.orthogonalizer, rule)
+        kinds = get_args(Orthogonalizer)
+        method = self.orthogonalizer
+        require(method in kinds, "orthogonalizer", method, " or ".join(kinds))
         for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
         for name in ("momentum", "embedding_beta2"):

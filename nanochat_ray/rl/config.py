@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from nanochat_ray.checks import require
+from nanochat_ray.checks import check_int, require
 from nanochat_ray.config import require_finite
 
 Loss = Literal["reinforce", "rloo", "grpo", "dapo", "dr_grpo", "gspo", "cispo"]
@@ -70,8 +70,7 @@ class RLConfig:
             *(("pool", 1), ("questions", 1), ("samples", 2), ("min_groups", 1)),
             *(("max_rounds", 1), ("max_tokens", 1), ("eval_questions", 1), ("eval_samples", 1)),
         ):
-            value = getattr(self, name)
-            require(value >= least, name, value, f"a whole number from {least}")
+            check_int(name, getattr(self, name), least)
         for name, kinds in (("loss", get_args(Loss)), ("truncation", get_args(Truncation))):
             require(getattr(self, name) in kinds, name, getattr(self, name), " or ".join(kinds))
         require(0.2 <= self.temperature <= 5, "temperature", self.temperature, "from 0.2 to 5")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from nanochat_ray.checks import check_name, require
+from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.config import from_json, require_finite, to_json
 from nanochat_ray.model.config import ModelConfig, Precision
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import absolute
+
+Stage = Literal["base", "sft", "rl"]
+Compile = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One stage of training: how it steps, and when it is validated and saved."""
 
-    stage: Literal["base", "sft", "rl"] = "base"
+    stage: Stage = "base"
     steps: int
     """Optimizer steps of the whole run."""
     global_batch_size: int
@@ -29,7 +32,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     fp8: bool = False
     """The blocks' large matmuls in 8-bit floating point (Hopper; bf16 for the rest)."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Compile = "auto"
     """Compile the layers (torch.compile). auto: on a GPU; on a CPU it gained nothing."""
     window_warmup: float = 0.0
     """Share of the steps in which attention windows grow, in three stages, to their full size."""
@@ -58,17 +61,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_finite(self)
         for name in ("steps", "global_batch_size", "micro_batch_size", "keep_latest_k"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
+            check_int(name, getattr(self, name), 1)
         for name in ("eval_every", "save_every", "eval_sequences", "sample_tokens"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(self.precision in ("fp32", "bf16"), "precision", self.precision, "fp32 or bf16")
-        require(self.stage in ("base", "sft", "rl"), "stage", self.stage, "base, sft or rl")
+            check_int(name, getattr(self, name), 0)
+        for name, kinds in (
+            ("precision", get_args(Precision)),
+            ("stage", get_args(Stage)),
+            ("compile", get_args(Compile)),
+        ):
+            require(getattr(self, name) in kinds, name, getattr(self, name), " or ".join(kinds))
         require(not self.fp8 or self.precision == "bf16", "fp8", self.fp8, "only in bf16")
-        compiles = ("auto", "on", "off")
-        require(self.compile in compiles, "compile", self.compile, f"one of {compiles}")
         # Uncompiled, the casts of a matrix take longer than its matmul saves.
         require(not self.fp8 or self.compile != "off", "fp8", self.fp8, "not with compile=off")
-        require(0 <= self.window_warmup <= 1, "window_warmup", self.window_warmup, "from 0 to 1")
+        check_float("window_warmup", self.window_warmup, 0, 1)
         require(
             self.spike_clip == 0 or self.spike_clip > 1,
             "spike_clip",

@@ -13,6 +13,7 @@ from typing import Any
 
 from nanochat_ray import config as configs
 from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.checks import short_repr
 from nanochat_ray.data.shards import Manifest
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.optim.config import OptimConfig
@@ -117,8 +118,8 @@ def _compare_fields(where: str, pairs: Iterable[tuple[str, Any, Any]]) -> None:
 
 def _refusal(where: str, field: str, old: object, new: object) -> str:
     return (
-        f"{field}={configs.abbreviate(new)!r} is not what this run was started with "
-        f"({configs.abbreviate(old)!r}): give {where} the same value, or train another run"
+        f"{field}={short_repr(new)} is not what this run was started with "
+        f"({short_repr(old)}): give {where} the same value, or train another run"
     )
 
 
