@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import torch
 
 from nanochat_ray.cli import entry
 from nanochat_ray.config import from_json, to_json
@@ -75,12 +78,15 @@ def test_what_is_not_allowed_is_named(make, error: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("preset", ["modern", "classic"])
-@pytest.mark.parametrize("depth", [1, 2, 4, 12])
-def test_parameters_are_counted_right(preset: str, depth: int) -> None:
-    import torch
+OPTIONS = [f.name for f in dataclasses.fields(ModelConfig) if f.default is False]
 
+
+@pytest.mark.parametrize("option", ["", *OPTIONS])
+@pytest.mark.parametrize("preset", ["modern", "classic"])
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_parameters_are_counted_right(preset: str, depth: int, option: str) -> None:
     config = recipe.model_config(depth, 1000, preset=preset, sequence_len=256)
+    config = dataclasses.replace(config, **({option: True} if option else {}))
     with torch.device("meta"):
         model = GPT(config)
     assert count_parameters(config).total == sum(p.numel() for p in model.parameters())

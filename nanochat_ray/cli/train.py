@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.cli.flags import EVERYDAY, overrides
-from nanochat_ray.model.config import ModelConfig
+from nanochat_ray.model.config import ModelConfig, Preset
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import absolute, default_root
 from nanochat_ray.train.config import TrainConfig
@@ -48,7 +48,6 @@ BASE_FLAGS = ("depth", "preset", "tokens_per_param", "tokens")
 SFT_FLAGS = ("epochs",)
 MODEL_FLAGS = ("depth", "preset")
 """What a parent has already."""
-PRESETS = ("modern", "classic")
 MAX_INT = 2**62
 LEAST = {
     "depth": 1,
@@ -155,8 +154,8 @@ class Args:
             value, flag = getattr(self, name), f"--{name}"
             require(value is None, flag, value, "not with --parent, which has its own model")
         if self.preset is not None:
-            requirement = f"one of {', '.join(PRESETS)}"
-            require(self.preset in PRESETS, "preset", self.preset, requirement)
+            presets = get_args(Preset)
+            require(self.preset in presets, "preset", self.preset, " or ".join(presets))
 
     def _check_numbers(self) -> None:
         for name, least in LEAST.items():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from nanochat_ray.checks import check_int, require
 from nanochat_ray.config import require_finite
 
 Precision = Literal["fp32", "bf16"]
 """Of activations; ``model.precision.DTYPES`` has the torch dtype of each."""
+Preset = Literal["modern", "classic"]
+"""The architectures that ``ModelConfig.preset`` knows."""
+GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
+"""Leading channels of the residual stream that gates read (modded-nanogpt, nanochat)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,7 @@ class ModelConfig:
     @classmethod
     def preset(cls, name: str, **fields: Any) -> Self:
         makers = {"modern": cls.modern, "classic": cls.classic}
-        require(name in makers, "preset", name, f"one of {sorted(makers)}")
+        require(name in get_args(Preset), "preset", name, " or ".join(get_args(Preset)))
         return makers[name](**fields)
 
     @property
@@ -131,7 +135,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters by what they do."""
+    """Numbers of parameters by what they do. ``scalars`` are all the small ones: factors of the
+    residual stream, and the gates of smear, skips and heads."""
 
     embedding: int
     value_embedding: int
@@ -151,12 +156,15 @@ def has_value_embedding(layer: int, n_layer: int) -> bool:
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     c, kv = config.n_embd, config.n_kv_head * config.head_dim
+    gate = min(GATE_CHANNELS, c)
     with_ve = sum(has_value_embedding(i, config.n_layer) for i in range(config.n_layer))
     with_ve *= config.value_embeds
     block = 2 * c * c + 2 * c * kv + 8 * c * c
-    gates = with_ve * min(12, c) * config.n_kv_head
+    gates = with_ve * gate * config.n_kv_head
     scalars = 2 * config.n_layer * config.residual_scalars
-    scalars += (min(24, c) + 1) * config.smear + config.backout
+    scalars += (min(SMEAR_GATE_CHANNELS, c) + 1) * config.smear + config.backout
+    scalars += config.n_layer // 2 * (gate + 1) * config.skips
+    scalars += config.n_layer * gate * config.n_head * config.attention_gate
     return ParameterCounts(
         embedding=config.padded_vocab_size * c,
         value_embedding=with_ve * config.padded_vocab_size * kv,

@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochat_ray.model.attention import AttentionMask, attend, attention_mask
-from nanochat_ray.model.config import ModelConfig, has_value_embedding, windows
+from nanochat_ray.model.config import (
+    GATE_CHANNELS,
+    SMEAR_GATE_CHANNELS,
+    ModelConfig,
+    has_value_embedding,
+    windows,
+)
 from nanochat_ray.model.fp8 import MULTIPLE
 from nanochat_ray.model.fused import relu_squared, rms_norm
 from nanochat_ray.model.linear import Linear
 from nanochat_ray.model.loss import softcap, softcap_cross_entropy, token_logprobs
 from nanochat_ray.model.rotary import rotary_tables, rotate, yarn_sharpening
-
-GATE_CHANNELS, SMEAR_GATE_CHANNELS = 12, 24
-"""Leading channels of the residual stream that gates read (modded-nanogpt, nanochat)."""
 
 
 class Attention(nn.Module):
