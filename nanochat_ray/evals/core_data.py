@@ -7,6 +7,7 @@ which nanochat uses too.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import shutil
 import tempfile
@@ -106,14 +107,21 @@ def _download(cache: Path) -> Path:
     if path.exists():
         return path
     cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    try:
-        with urllib.request.urlopen(BUNDLE_URL, timeout=60) as response, partial.open("wb") as out:
-            shutil.copyfileobj(response, out)
-    except OSError as error:
-        reason = f"{BUNDLE_URL} cannot be downloaded ({error}); name a folder or .zip"
-        raise ValueError(f"core='bundle' is not allowed: {reason}") from None
-    partial.rename(path)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        partial = Path(temporary) / path.name
+        try:
+            with (
+                urllib.request.urlopen(BUNDLE_URL, timeout=60) as response,
+                partial.open("wb") as out,
+            ):
+                shutil.copyfileobj(response, out)
+            # The end of a cut connection looks like the end of the file; a zip's index is there.
+            if not zipfile.is_zipfile(partial):
+                raise OSError("what came is no whole .zip")
+        except (OSError, http.client.HTTPException) as error:
+            reason = f"{BUNDLE_URL} cannot be downloaded ({error}); name a folder or .zip"
+            raise ValueError(f"core='bundle' is not allowed: {reason}") from None
+        partial.rename(path)
     return path
 
 
@@ -126,16 +134,23 @@ def _unpack(archive: Path, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     names = {task.file for task in TASKS}
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        unpacked = Path(temporary) / "files"
+        unpacked.mkdir()
         try:
             with zipfile.ZipFile(archive) as file:
                 for entry in file.infolist():
                     # Only the last part of a name is used, so none leads out of the folder.
                     name = entry.filename.rsplit("/", 1)[-1]
                     if name in names:
-                        (Path(temporary) / name).write_bytes(file.read(entry))
+                        (unpacked / name).write_bytes(file.read(entry))
         except (zipfile.BadZipFile, RuntimeError, EOFError) as error:
             raise ValueError(f"core={str(archive)!r} is not allowed: {error}") from None
-        shutil.copytree(temporary, folder, dirs_exist_ok=True)
+        # In one step: a folder with a part of the files would be taken for all of them.
+        try:
+            unpacked.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
     return folder
 
 

@@ -204,6 +204,37 @@ def test_files_are_found_in_folder_and_zip(tmp_path: Path) -> None:
         core_data.find_files(str(archive), tmp_path / "c")
 
 
+def test_a_part_of_the_files_is_not_taken_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published, cache = tmp_path / "published.zip", tmp_path / "cache"
+    files = ("copa.jsonl", "squad.jsonl")
+    with zipfile.ZipFile(published, "w") as file:
+        for name in files:
+            file.writestr(name, "{}" * 1000)
+    monkeypatch.setattr(core_data, "BUNDLE_URL", published.as_uri())
+    whole = published.read_bytes()
+    published.write_bytes(whole[: len(whole) // 2])  # the connection is cut
+    with pytest.raises(ValueError, match=r"core='bundle' is not allowed: .* no whole .zip"):
+        core_data.find_files("bundle", cache)
+    published.write_bytes(whole)
+
+    read = zipfile.ZipFile.read
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            zipfile.ZipFile,
+            "read",
+            lambda file, entry: 1 / 0 if entry.filename == files[1] else read(file, entry),
+        )
+        with pytest.raises(ZeroDivisionError):  # as if the process were stopped
+            core_data.find_files("bundle", cache)
+    assert core_data.find_files("bundle", cache).keys() == set(files)
+    assert sorted(path.name.partition("-")[0] for path in cache.iterdir()) == [
+        "core",
+        "eval_bundle.zip",
+    ]
+
+
 @pytest.mark.parametrize(
     ("line", "match"),
     [
