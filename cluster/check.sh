@@ -3,6 +3,7 @@
 #
 #   bash cluster/check.sh [pytest arguments]
 #   bash cluster/check.sh -n 2 -m "not ray and not browser and not slow"    # the quick round
+#   bash cluster/check.sh --cluster    # the tests on several nodes, in network namespaces: as root
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$REPO"
@@ -30,6 +31,10 @@ say "types"
 mypy
 say "import contracts"
 lint-imports --no-cache
+if [ "${1:-}" = --cluster ]; then
+  say "tests on several nodes"
+  exec pytest -ra --durations=12 -m cluster "${@:2}"
+fi
 if [ $# -gt 0 ]; then
   say "tests"
   exec pytest "$@"
