@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     OptimFlags = dict[str, Any]
     EngineFlags = dict[str, Any]
 else:
-    RLFlags = overrides(RLConfig, omit=("tasks",))
+    RLFlags = overrides(RLConfig, omit=("tasks", "stale"))
     TrainFlags = overrides(
         TrainConfig,
         omit=("stage", "steps", "precision", "optim", "global_batch_size", "eval_sequences"),
@@ -63,6 +63,8 @@ class Args:
     """Tasks with options, such as chain_sum,min_terms=4."""
     steps: int = 100
     """Optimizer steps."""
+    stale: Literal[0, 1] = 0
+    """1: a step's answers are sampled while the step before trains; 0: by its own weights."""
     lr_scale: float = 1.0
     """Factor on every learning rate; 1 is a tenth of the parent's."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -108,7 +110,7 @@ class Args:
         OptimConfig(**self.optim)
 
     def rl_config(self) -> RLConfig:
-        return RLConfig(tasks=self.tasks, **self.rl)
+        return RLConfig(tasks=self.tasks, stale=self.stale, **self.rl)
 
 
 def engine_config(args: Args) -> EngineConfig:
@@ -171,6 +173,9 @@ def run_here(config: TrainerConfig, args: Args) -> dict[str, Any]:
     from nanochat_ray.machine import engine_threads
     from nanochat_ray.rl.source import RolloutSource
 
+    require(
+        not (args.gpus and args.stale), "stale", 1, "only on Ray: one GPU has nothing to overlap"
+    )
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(args.threads or engine_threads(sharing=sharing))
     source = RolloutSource(config, args.rl_config(), engine_config(args))

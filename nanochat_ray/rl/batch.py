@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,18 @@ class Group:
     @property
     def has_signal(self) -> bool:
         return bool(np.ptp(self.rewards) > 0)
+
+    def to_wire(self) -> list[Any]:
+        """JSON values, without the prompt."""
+        rollouts = [rollout.to_wire() for rollout in self.rollouts]
+        return [self.question.task, self.question.index, rollouts, self.rewards.tolist()]
+
+    @classmethod
+    def from_wire(cls, wire: Sequence[Any], prompts: Sequence[Sequence[Sequence[int]]]) -> Group:
+        """``prompts``: token ids of each question of each task."""
+        task, index, rollouts, rewards = wire
+        answers = [Rollout.from_wire(rollout) for rollout in rollouts]
+        return cls(Question(task, index), prompts[task][index], answers, np.array(rewards))
 
 
 @dataclass(frozen=True)

@@ -49,13 +49,16 @@ class RLConfig:
     """The same above 1 plus this; DAPO's clip-higher is 0.28."""
     kl: float = 0.0
     """Coefficient of the divergence from the parent's weights; 0: none."""
+    stale: int = 0
+    """1: the answers of a step are sampled while the step before trains, so with weights that are
+    one step old, and the loss has the ratio of both policies; 0: with the step's own weights."""
     truncation: Truncation = "wrong"
     """Answers that reach max_tokens: reward 0, or left out of the loss, or graded as they are."""
     curriculum: bool = True
     """Ask a task more often, the more of its answers are wrong."""
     max_logprob_diff: float | None = None
     """Largest difference between the trainer's and the engine's log-probability of a token before
-    the run fails; 0: never. By default 1e-4 in fp32 and 0 in bf16."""
+    the run fails; 0: never. By default 1e-4 in fp32, and 0 in bf16 and with stale weights."""
     eval_questions: int = 32
     """Questions of each task's validation split."""
     eval_samples: int = 4
@@ -74,6 +77,7 @@ class RLConfig:
         for name, kinds in (("loss", get_args(Loss)), ("truncation", get_args(Truncation))):
             require(getattr(self, name) in kinds, name, getattr(self, name), " or ".join(kinds))
         require(0.2 <= self.temperature <= 5, "temperature", self.temperature, "from 0.2 to 5")
+        require(self.stale in (0, 1), "stale", self.stale, "0 or 1")
         require(0 <= self.clip_low <= 1, "clip_low", self.clip_low, "from 0 to 1")
         for name in ("clip_high", "kl"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")

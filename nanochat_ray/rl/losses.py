@@ -8,7 +8,9 @@ and b under the engine that sampled it, and the ratio r = exp(l - b), a step min
 - gspo: the same with the sequence's ratio exp(mean(l - b)), whose gradient is shared by its tokens
 - cispo:                 -w · stop_gradient(clip(r, 1 - clip_low, 1 + clip_high)) · A · l
 
-Rollouts are on-policy to rounding, so all ratios are 1 up to the engine's last bits.
+Rollouts are on-policy to rounding, so all ratios are 1 up to the engine's last bits. With
+``RLConfig.stale`` they are those of the step before: then reinforce and rloo minimise -w · r · A,
+with the exact ratio, which is not clipped (importance sampling; its gradient is r · A · grad l).
 """
 
 from __future__ import annotations
@@ -38,9 +40,11 @@ def surrogate(
     numbers the tokens' sequences from 0.
     """
     ratio_kind = KINDS[config.loss].ratio
-    if ratio_kind == "none":
+    if ratio_kind == "none" and not config.stale:
         return advantages * logprobs
     difference = logprobs - sampling_logprobs
+    if ratio_kind == "none":
+        return advantages * difference.exp()
     if ratio_kind == "sequence_clip":
         num_sequences = int(sequences.max()) + 1
         sums = difference.new_zeros(num_sequences).index_add(0, sequences, difference)

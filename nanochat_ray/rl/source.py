@@ -3,6 +3,10 @@
 Step k asks the next questions, samples a group of answers to each with the weights of step k,
 grades them, and trains on the groups whose rewards differ. Ranks share the questions; every rank
 knows all rewards. Equal answers of a group are one sequence whose weight is their number.
+
+With ``RLConfig.stale`` a thread samples for step k + 1, with the weights of step k, while step k
+trains. A checkpoint waits for these answers and holds them, so a run that resumes has the same
+schedule of versions as one that was never stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -87,6 +92,21 @@ def questions_needed(config: RLConfig, num_groups: int, num_with_signal: int) ->
     return min(config.questions, math.ceil(missing / share))
 
 
+class StepRollouts(NamedTuple):
+    """All groups of a step, the same on all ranks, and the seconds that this rank sampled them."""
+
+    groups: list[Group]
+    seconds: float
+
+    def to_wire(self) -> list[Any]:
+        return [[group.to_wire() for group in self.groups], self.seconds]
+
+    @classmethod
+    def from_wire(cls, wire: Sequence[Any], prompts: Sequence[Sequence[Sequence[int]]]) -> Self:
+        groups, seconds = wire
+        return cls([Group.from_wire(group, prompts) for group in groups], seconds)
+
+
 class RolloutSource:
     """Implements ``train.source.Source``."""
 
@@ -112,9 +132,13 @@ class RolloutSource:
         self.curriculum = Curriculum(sizes, seed, adaptive=rl.curriculum)
         self._version = self._steps_without_reward = 0
         self._last_groups: list[Group] = []
+        self._ahead: Future[StepRollouts] | None = None
+        """Stale: the rollouts of the step after the one that trains."""
 
     def setup(self, model: GPT, ranks: Ranks) -> None:
-        self.model, self.ranks = model, ranks
+        self.model = model
+        # Answers are exchanged while a step trains: not in the order of its collectives.
+        self.ranks = Ranks() if self.rl.stale else ranks
         self.tokenizer = load_tokenizer(self.config)
         self.prompts = prompts(self.tasks, self.tokenizer)
         self.val_prompts = prompts(self.val_tasks, self.tokenizer)
@@ -136,8 +160,9 @@ class RolloutSource:
         self.generator = self._make_generator(model, self.tokenizer, self.engine_config)
         max_diff = self.rl.max_logprob_diff
         if max_diff is None:
-            max_diff = MAX_LOGPROB_DIFF if self.config.train.precision == "fp32" else 0.0
-        reference = self._reference(model) if self.rl.kl else None
+            on_policy = not self.rl.stale and self.config.train.precision == "fp32"
+            max_diff = MAX_LOGPROB_DIFF if on_policy else 0.0
+        reference = self._reference(model).to(ranks.device) if self.rl.kl else None
         self.objective: Objective = PolicyLoss(
             self.rl, max_diff=max_diff, device=ranks.device, reference=reference
         )
@@ -146,7 +171,7 @@ class RolloutSource:
         """The parent, whose weights the policy started from."""
         root, name = Store.at(self.config.storage), self.config.about.get("parent_checkpoint")
         parent = checkpoint.load(root.child("runs", self.config.parent), name, optimizer=False)
-        reference = GPT(model.config, compute_dtype=model.compute_dtype).to(self.ranks.device)
+        reference = GPT(model.config, compute_dtype=model.compute_dtype)
         reference.load_state_dict(parent.weights)
         return reference.eval().requires_grad_(False)
 
@@ -154,36 +179,53 @@ class RolloutSource:
         return describe(self.config, self.rl)
 
     def state(self) -> dict[str, Any]:
+        """Waits for rollouts that are in flight, which later steps depend on."""
+        ahead = None if self._ahead is None else self._ahead.result().to_wire()
         return {
             "curriculum": self.curriculum.state(),
             "steps_without_reward": self._steps_without_reward,
+            "ahead": ahead,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.curriculum.load_state(state["curriculum"])
         self._steps_without_reward = int(state["steps_without_reward"])
+        if (wire := state.get("ahead")) is not None:
+            self._ahead = Future()
+            self._ahead.set_result(StepRollouts.from_wire(wire, self.prompts))
 
     # --- training -------------------------------------------------------------------------------
 
     def batches(self, start: int) -> Iterator[Batch]:
         self._version = start
-        for step in range(start, self.config.train.steps):
-            begin = time.perf_counter()
-            groups = self._sample_groups(step)
-            seconds = time.perf_counter() - begin
-            self._version = step + 1  # that of the weights when the next method is called
-            size, rank, world = (
-                self.config.train.micro_batch_size,
-                self.ranks.rank,
-                self.ranks.world,
-            )
-            yield make_batch(
-                groups, self.rl, seconds, micro_batch_size=size, rank=rank, world=world
-            )
+        train, ranks = self.config.train, self.ranks
+        with ThreadPoolExecutor(1, thread_name_prefix="rollouts") as thread:
+            for step in range(start, train.steps):
+                rollouts = self._take(step)
+                if self.rl.stale and step + 1 < train.steps:
+                    self.generator.load(step, self.model.state_dict())
+                    self._ahead = thread.submit(self._sample, step + 1)
+                self._version = step + 1  # that of the weights when the next method is called
+                yield make_batch(
+                    rollouts.groups,
+                    self.rl,
+                    rollouts.seconds,
+                    micro_batch_size=train.micro_batch_size,
+                    rank=ranks.rank,
+                    world=ranks.world,
+                )
 
-    def _sample_groups(self, step: int) -> list[Group]:
-        """Groups of all rounds of a step, the same on all ranks."""
+    def _take(self, step: int) -> StepRollouts:
+        """The rollouts that ``step`` trains on; step 0 is always on-policy."""
+        if self._ahead is not None:
+            rollouts, self._ahead = self._ahead.result(), None
+            return rollouts
         self.generator.load(step, self.model.state_dict())
+        return self._sample(step)
+
+    def _sample(self, step: int) -> StepRollouts:
+        """All rounds of a step."""
+        begin = time.perf_counter()
         groups: list[Group] = []
         for _ in range(self.rl.max_rounds):
             count = questions_needed(self.rl, len(groups), sum(g.has_signal for g in groups))
@@ -193,8 +235,10 @@ class RolloutSource:
             new = self._ask(self.tasks, self.prompts, questions, self.rl.samples, step, first)
             self.curriculum.observe(questions, [float(group.rewards.mean()) for group in new])
             groups += new
+        version = max(0, step - self.rl.stale)
+        assert all(r.version == version for group in groups for r in group.rollouts)
         self._check_rewards(groups)
-        return groups
+        return StepRollouts(groups, time.perf_counter() - begin)
 
     def _check_rewards(self, groups: Sequence[Group]) -> None:
         """ValueError after too many steps without a right answer."""
@@ -263,6 +307,8 @@ class RolloutSource:
 
     def evaluate(self, model: GPT) -> dict[str, float]:
         """``error_rate``, 1 - pass@1; pass@1 of each task and of all, and pass@k for k samples."""
+        if self._ahead is not None:
+            self._ahead.result()  # the engines sample with other weights
         self.generator.load(self._version, model.state_dict())
         questions = [
             Question(number, index)

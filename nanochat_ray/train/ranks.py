@@ -31,7 +31,8 @@ class Ranks:
         self.rank = dist.get_rank() if in_group else 0
         self.world = dist.get_world_size() if in_group else 1
         self.device = device or torch.device("cpu")
-        self._group = dist.new_group(timeout=PATIENCE) if self.world > 1 else None
+        backend = "gloo" if self.device.type == "cpu" else None
+        self._group = dist.new_group(timeout=PATIENCE, backend=backend) if self.world > 1 else None
 
     def run_together(self, work: Callable[[], T]) -> T:
         """The result of this rank's ``work``, when every rank has done its own. Collective.

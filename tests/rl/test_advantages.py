@@ -58,10 +58,10 @@ SAMPLED = torch.tensor([-1.0, -2.0, -0.5])
 SEQUENCES = torch.tensor([0, 0, 1])
 
 
-def gains(loss: str, advantage: float) -> tuple[list[float], list[float]]:
+def gains(loss: str, advantage: float, stale: int = 0) -> tuple[list[float], list[float]]:
     """Surrogates of the three tokens, and their gradients by the log-probabilities."""
     logprobs = (SAMPLED + torch.tensor(RATIOS).log()).requires_grad_()
-    config = RLConfig(loss=loss, clip_low=0.2, clip_high=0.3)  # type: ignore[arg-type]
+    config = RLConfig(loss=loss, stale=stale, clip_low=0.2, clip_high=0.3)  # type: ignore[arg-type]
     gain = surrogate(config, logprobs, SAMPLED, torch.full((3,), advantage), SEQUENCES)
     (grad,) = torch.autograd.grad(gain.sum(), logprobs)
     return gain.tolist(), grad.tolist()
@@ -97,6 +97,13 @@ def test_gspo_has_one_ratio_per_sequence() -> None:
 def test_cispo_keeps_the_gradient_of_clipped_tokens() -> None:
     _, grad = gains("cispo", 2.0)
     assert grad == pytest.approx([2 * 1.3, 2 * 0.8, 2 * 1.3])
+
+
+def test_stale_answers_have_the_exact_ratio() -> None:
+    # No ratio is clipped; gain = gradient = advantage · ratio.
+    gain, grad = gains("reinforce", 2.0, stale=1)
+    assert gain == pytest.approx([3.0, 1.0, 4.0])
+    assert grad == pytest.approx([3.0, 1.0, 4.0])
 
 
 def test_kl_estimate() -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import random
@@ -15,26 +16,28 @@ import pytest
 import torch
 
 from nanochat_ray.storage import Store
-from tests.rl.tiny_rl import run_rl, save_parent, weights_digest
+from tests.rl.tiny_rl import RL, run_rl, save_parent, weights_digest
 from tests.tiny import wait_for
 
 KILLS = int(os.environ.get("NANOCHAT_KILLS", "2"))
 STEPS = 6
 
 
-def train(root_uri: str, run: str) -> None:
+def train(root_uri: str, run: str, stale: int) -> None:
     torch.set_num_threads(1)
-    run_rl(Store.at(root_uri), run, steps=STEPS, save_every=1, eval_every=3)
+    rl = dataclasses.replace(RL, stale=stale)
+    run_rl(Store.at(root_uri), run, rl=rl, steps=STEPS, save_every=1, eval_every=3)
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_ends_equal(root: Store) -> None:
+@pytest.mark.parametrize("stale", [0, 1])
+def test_killed_at_any_moment_ends_equal(root: Store, stale: int) -> None:
     save_parent(root)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.rl.tiny_rl"])
 
     def start(run: str) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=train, args=(root.uri, run))
+        process = context.Process(target=train, args=(root.uri, run, stale))
         process.start()
         return process
 
