@@ -46,6 +46,11 @@ def make_run(run: Store) -> None:
     )
 
 
+def is_trained(run: Store) -> bool:
+    """Whether the run has more than the random weights that it began with."""
+    return checkpoint.load_trainer(run)["step"] > 0
+
+
 def make_engine(run: Store, threads: int, config: EngineConfig) -> Engine:
     torch.set_num_threads(threads)
     engine, _ = Engine.from_run(run, config)
@@ -61,7 +66,12 @@ def drive(engine: Engine, prompts: Sequence[Prompt], concurrency: int) -> list[R
     while waiting or running:
         while waiting and running < concurrency:
             i, prompt = waiting.pop()
-            params = SamplingParams(temperature=0, max_tokens=prompt.output, ignore_eos=True)
+            params = SamplingParams(
+                temperature=prompt.temperature,
+                top_p=prompt.top_p,
+                max_tokens=prompt.output,
+                ignore_eos=True,
+            )
             results[str(i)] = Result(time.perf_counter(), prompt_tokens=len(prompt.ids))
             engine.add(Request(id=str(i), prompt=prompt.ids, params=params))
             running += 1

@@ -282,11 +282,8 @@ def pythons(pairs: Sequence[str], names: Sequence[str] = PEERS) -> dict[str, str
     return paths
 
 
-def export_model(folder: Path, args: Args) -> Tokenizer:
-    """Writes the trained run, or a model of random weights; returns its tokenizer."""
-    if not args.run:
-        return write_model(folder)
-    run = Store.at(args.storage).child("runs", args.run)
+def export_run(folder: Path, run: Store) -> Tokenizer:
+    """Writes the latest checkpoint for the peers; returns its tokenizer."""
     model, tokenizer = checkpoint.load_model(run, checkpoint.resolve(run, ""))
     hf.export(model, tokenizer, folder, dtype=torch.float32)
     return tokenizer
@@ -323,7 +320,10 @@ def run(args: Args) -> dict[str, Any]:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
         folder = Path(work) / "model"
-        tokenizer = export_model(folder, args)
+        if args.run:
+            tokenizer = export_run(folder, Store.at(args.storage).child("runs", args.run))
+        else:
+            tokenizer = write_model(folder)
         text = text_tokens(args.text, tokenizer) if args.text else []
         source = PromptSource(tokenizer.vocab_size, text)
         about = {"machine": machine(), "model": args.run or "random weights"}

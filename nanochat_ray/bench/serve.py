@@ -3,13 +3,17 @@
     nanochat-ray bench serve                                     # a fresh model of 14 M weights
     nanochat-ray bench serve --peer vllm=http://127.0.0.1:8001   # the same load, another server
     nanochat-ray bench serve --only http --systems ray --rate 4    # open loop, Poisson arrivals
-    nanochat-ray bench serve --only offline --peer-python vllm=/envs/vllm/bin/python
+    nanochat-ray bench serve --only http --systems local --concurrency 32 \\
+        --storage DIR --run c6 --text README.md --sampling greedy sampled \\
+        --precisions fp32 bf16 int8 --peer-python vllm=/envs/vllm/bin/python
 
-The protocol is that of ``vllm bench serve`` (see ``bench.load``): random ids of random lengths, the
-end of a turn ignored, greedy. Systems take turns within each repeat; figures are medians over the
-repeats. A peer must serve the same weights: ``nanochat-ray export`` writes them; --storage and
---run name the run, which is made if it does not exist. The last line is one JSON object, with null
-for what was not measured.
+The protocol is that of ``vllm bench serve`` (see ``bench.load``): random ids, or spans of a text,
+of random lengths; the end of a turn is ignored. Systems take turns within each repeat; figures are
+medians over the repeats. Ratios to a peer that this program starts compare equal precisions, and,
+as "best", the precisions with the most tokens/s. A peer that runs already must serve the same
+weights: ``nanochat-ray export`` writes them. --storage and --run name the run; if it does not
+exist, it is made with random weights and served without draft tokens. The last line is one JSON
+object, with null for what was not measured.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import signal
 import statistics
@@ -27,14 +32,22 @@ from typing import Any
 
 from nanochat_ray.bench import load, load_engine, offline
 from nanochat_ray.bench.chart import lines_svg
-from nanochat_ray.bench.systems import STREAMS, System, goals, run_engine, systems
-from nanochat_ray.checks import check_float, check_int, check_name, check_port
+from nanochat_ray.bench.environment import machine, text_tokens
+from nanochat_ray.bench.serve_figures import load_name, medians, ratios, table
+from nanochat_ray.bench.systems import (
+    STREAMS,
+    SYSTEMS,
+    System,
+    goals,
+    run_engine,
+    systems,
+)
+from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.checks import check_float, check_int, check_name, check_port, require
+from nanochat_ray.engine.config import EnginePrecision
 from nanochat_ray.storage import Store
 
-KEYS = (
-    *("decode_vs_vllm", "decode_vs_transformers", "http_vs_vllm", "prefix_speedup"),
-    *("serve_first_token_ms", "serve_throughput_share"),
-)
+KEYS = ("prefix_speedup", "serve_first_token_ms", "serve_throughput_share")
 VOCAB = 2000
 """Ids below it are in every model's vocabulary and are no special ones."""
 
@@ -49,14 +62,21 @@ class Args:
     ours: str = ""
     """URL of a server of ours, in place of "ray"."""
     peer: list[str] = field(default_factory=list)
-    """NAME=URL of other servers of the same weights; "vllm" fills the key http_vs_vllm."""
+    """NAME=URL of other servers of the same weights."""
     peer_python: list[str] = field(default_factory=list)
-    """NAME=PATH of the Python of an offline peer: see nanochat-ray bench offline."""
+    """vllm=PATH of the Python that has vLLM: its server is started in each precision that it has,
+    with the run exported. For the part "offline" see nanochat-ray bench offline."""
     key: str = ""
     """API key for all servers."""
     storage: str = ""
     """Where the run is; by default a temporary folder."""
     run: str = "bench"
+    text: tuple[str, ...] = ()
+    """Files, folders, globs or URIs whose text gives the prompts; by default random ids."""
+    precisions: tuple[EnginePrecision, ...] = ("fp32",)
+    """Each system that is started runs once in each of these that it has."""
+    sampling: tuple[str, ...] = ("greedy",)
+    """greedy, and sampled: temperature 0.8, top_p 0.95."""
     concurrency: tuple[int, ...] = (1, 16, STREAMS)
     rate: float = 0.0
     """Requests per second; 0 is a closed loop."""
@@ -74,9 +94,9 @@ class Args:
     """Goodput: ttft:MS, tpot:MS or e2e:MS."""
     repeats: int = 3
     threads: int = 1
-    """Torch threads of each of our engines."""
+    """Threads of each engine, the peers' included."""
     port: int = 8390
-    """Of the servers that are started: this one and the next."""
+    """Of the servers that are started: this one and the next ones."""
     chart: Path | None = None
     """Where to write tokens/s by streams as an SVG."""
     out: Path | None = None
@@ -92,20 +112,20 @@ class Args:
         check_int("shared_prefix", self.shared_prefix, 0)
         for streams in self.concurrency:
             check_int("concurrency", streams, 1)
+        for name in self.sampling:
+            require(name in load.SAMPLING, "sampling", name, " or ".join(load.SAMPLING))
         check_float("rate", self.rate)
         check_float("spread", self.spread, 0, 1)
 
 
-def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    numbers = [k for k, v in runs[0].items() if isinstance(v, (int, float))]
-    return {name: statistics.median(run[name] for run in runs) for name in numbers}
-
-
-def measure_http(args: Args, open_systems: list[System]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Median figures by system and streams."""
-    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+def measure_http(
+    args: Args, open_systems: list[System], text: list[int]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Median figures by system and load ("32 sampled")."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    loads = list(itertools.product(args.concurrency, args.sampling))
     for repeat in range(-1, args.repeats):  # the first one warms up
-        for streams in args.concurrency:
+        for streams, sampling in loads:
             count = max(8, args.requests * streams) if repeat >= 0 else min(8, streams)
             prompts = load.random_prompts(
                 count,
@@ -114,14 +134,18 @@ def measure_http(args: Args, open_systems: list[System]) -> dict[str, dict[int, 
                 output=args.output,
                 spread=args.spread,
                 seed=1000 * repeat + streams,
+                sampling=sampling,
+                text=text,
             )
             first = repeat % len(open_systems)
             for system in open_systems[first:] + open_systems[:first]:
                 figures = system.run(args, prompts, streams)
                 if repeat >= 0:
-                    runs.setdefault((system.name, streams), []).append(figures)
+                    key = system.name, load_name(streams, sampling)
+                    runs.setdefault(key, []).append(figures)
+    names = [load_name(*of) for of in loads]
     return {
-        system.name: {streams: medians(runs[system.name, streams]) for streams in args.concurrency}
+        system.name: {name: medians(runs[system.name, name]) for name in names}
         for system in open_systems
     }
 
@@ -159,48 +183,43 @@ def measure_long(args: Args, open_systems: list[System]) -> dict[str, float]:
     return {name: statistics.median(of) for name, of in waits.items()}
 
 
-def table(figures: dict[str, dict[int, dict[str, Any]]]) -> str:
-    columns = ("requests_per_s", "tokens_per_s", "all_tokens_per_s")
-    times = [f"{name}_p{share}_ms" for name in ("ttft", "tpot", "itl", "e2e") for share in (50, 99)]
-    extra = ("ttft_p90_ms", "itl_p90_ms", "goodput_per_s", "failed")
-    lines = []
-    for system, by_streams in figures.items():
-        for streams, metrics in by_streams.items():
-            cells = [f"{metrics[c]:9.1f}" for c in (*columns, *times, *extra) if c in metrics]
-            lines.append(f"{system:>10} {streams:>7} " + " ".join(cells))
-    some = next(iter(next(iter(figures.values())).values()))
-    names = [c for c in (*columns, *times, *extra) if c in some]
-    short = [
-        c.removesuffix("_ms").replace("tokens_per_s", "tok/s").replace("_per_s", "/s")
-        for c in names
-    ]
-    head = f"{'':>10} {'streams':>7} " + " ".join(f"{name:>9}" for name in short)
-    return "\n".join([head, *lines])
-
-
-def http_part(args: Args, open_systems: list[System]) -> dict[str, Any]:
-    figures = measure_http(args, open_systems)
+def http_part(args: Args, open_systems: list[System], text: list[int]) -> dict[str, Any]:
+    figures = measure_http(args, open_systems, text)
     print(table(figures), flush=True)
     if args.chart is not None:
         curves = {
-            system: [(float(n), f["tokens_per_s"]) for n, f in by_streams.items()]
-            for system, by_streams in figures.items()
+            system: [
+                (float(n), by_load[load_name(n, args.sampling[0])]["tokens_per_s"])
+                for n in args.concurrency
+            ]
+            for system, by_load in figures.items()
         }
         args.chart.write_text(lines_svg("tokens/s by streams", curves))
-    result: dict[str, Any] = {}
-    most, least = max(args.concurrency), min(args.concurrency)
-    if "engine" in figures and "ray" in figures:
-        ours, engine = figures["ray"], figures["engine"]
-        result["serve_first_token_ms"] = ours[least]["ttft_p50_ms"] - engine[least]["ttft_p50_ms"]
-        result["serve_throughput_share"] = ours[most]["tokens_per_s"] / engine[most]["tokens_per_s"]
-    best = next((name for name in ("ray", "local") if name in figures), None)
-    if best and "vllm" in figures:
-        theirs = figures["vllm"][most]
-        result["http_vs_vllm"] = figures[best][most]["tokens_per_s"] / theirs["tokens_per_s"]
-        result["itl_p99_vs_vllm"] = figures[best][most]["itl_p99_ms"] / theirs["itl_p99_ms"]
     if args.out is not None:
         args.out.write_text(json.dumps(figures, indent=1))
+    result: dict[str, Any] = {"systems": {system.name: system.about for system in open_systems}}
+    result |= overhead_of_ray(args, figures)
+    names = {(system.kind, system.precision): system.name for system in open_systems}
+    for peer in dict.fromkeys(kind for kind, _ in names if kind not in SYSTEMS):
+        result[f"ours_vs_{peer}"] = ratios(figures, names, peer)
+        for load_of, by_precision in result[f"ours_vs_{peer}"].items():
+            for label, values in by_precision.items():
+                line = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+                print(f"{load_of}, {label}, ours / {peer}: {line}", flush=True)
     return result
+
+
+def overhead_of_ray(args: Args, figures: dict[str, dict[str, dict[str, Any]]]) -> dict[str, float]:
+    """What Ray Serve adds to the first token, and its share of the engine's throughput."""
+    precision, sampling = args.precisions[0], args.sampling[0]
+    ours, engine = figures.get(f"ray {precision}"), figures.get(f"engine {precision}")
+    if ours is None or engine is None:
+        return {}
+    least, most = (load_name(of(args.concurrency), sampling) for of in (min, max))
+    return {
+        "serve_first_token_ms": ours[least]["ttft_p50_ms"] - engine[least]["ttft_p50_ms"],
+        "serve_throughput_share": ours[most]["tokens_per_s"] / engine[most]["tokens_per_s"],
+    }
 
 
 def round_values(value: Any) -> Any:
@@ -223,23 +242,34 @@ def main(args: Args) -> None:
         if not args.storage:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             args = dataclasses.replace(args, storage=folder)
-        load_engine.make_run(Store.at(args.storage).child("runs", args.run))
+        run = Store.at(args.storage).child("runs", args.run)
+        load_engine.make_run(run)
+        weights = "trained" if load_engine.is_trained(run) else "random"
+        print(f"machine: {machine()}; run {args.run}, {weights} weights", flush=True)
+        tokenizer = checkpoint.load_tokenizer(run)
+        text = text_tokens(args.text, tokenizer) if args.text else []
         if {"http", "long"} & set(parts):
             with systems(args) as open_systems:
-                result.update(http_part(args, open_systems) if "http" in parts else {})
+                result.update(http_part(args, open_systems, text) if "http" in parts else {})
                 result["long_prompt_delay"] = (
                     measure_long(args, open_systems) if "long" in parts else None
                 )
         if "prefix" in parts:
-            with systems(dataclasses.replace(args, systems="engine", peer=[])) as open_systems:
+            alone = dataclasses.replace(
+                args, systems="engine", peer=[], peer_python=[], precisions=args.precisions[:1]
+            )
+            with systems(alone) as open_systems:
                 speedup, equal = measure_prefix(args, open_systems[0])
             print(f"shared prefix: {speedup:.2f} times the throughput, answers equal: {equal}")
             result.update(prefix_speedup=speedup, prefix_equal=equal)
         if "offline" in parts:
             peers = tuple(args.peer_python)
-            figures = offline.run(
-                offline.Args(peer_python=peers, repeats=args.repeats, prefix=False)
+            result["offline"] = offline.run(
+                offline.Args(
+                    peer_python=peers,
+                    repeats=args.repeats,
+                    prefix=False,
+                    precisions=args.precisions,
+                )
             )
-            result["offline"] = {k: figures[k] for k in ("rates", "equal") if k in figures}
-            result.update({k: v for k, v in figures.items() if k in KEYS})
     print(json.dumps(round_values(result)))

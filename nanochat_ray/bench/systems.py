@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from nanochat_ray.bench import load, load_engine
+from nanochat_ray.bench.offline import export_run, pythons
+from nanochat_ray.bench.offline_system import PRECISIONS
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.storage import Store
 
@@ -39,7 +47,12 @@ def run_engine(args: Args) -> None:
         task = json.loads(line)
         if task["prefix"] not in engines:
             cache_tokens = EngineConfig.prefix_cache_tokens if task["prefix"] else 0
-            config = EngineConfig(max_num_seqs=STREAMS, prefix_cache_tokens=cache_tokens)
+            config = EngineConfig(
+                max_num_seqs=STREAMS,
+                prefix_cache_tokens=cache_tokens,
+                precision=args.precisions[0],
+                num_speculative_tokens=num_drafts(run),
+            )
             engines[task["prefix"]] = load_engine.make_engine(run, args.threads, config)
         prompts = [load.Prompt(*prompt) for prompt in task["prompts"]]
         began = time.perf_counter()
@@ -48,44 +61,22 @@ def run_engine(args: Args) -> None:
         print(json.dumps({**figures, "texts": [r.text for r in results]}), flush=True)
 
 
-@contextlib.contextmanager
-def _child(args: Args, system: str) -> Iterator[subprocess.Popen[str]]:
-    if system == "engine":
-        command = ["bench", "serve", "--child", system]
-        for goal in args.goal:
-            command += ["--goal", goal]
-    else:
-        command = ["serve", "--engine.max-num-seqs", str(STREAMS)]
-        command += ["--port", str(args.port + (system == "ray"))]
-        command += ["--no-ray"] if system == "local" else []
-    command += ["--storage", args.storage, "--run", args.run, "--threads", str(args.threads)]
-    environment = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        **os.environ,
-        "OMP_NUM_THREADS": str(args.threads),
-        **({"OMP_WAIT_POLICY": "passive"} if args.threads == 1 else {}),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nanochat_ray", *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE if system == "engine" else subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        process.kill()
-
-
+@dataclass
 class System:
     """Something that takes a load and gives its figures."""
 
-    def __init__(self, name: str, *, url: str = "", model: str = "", process: Any = None):
-        self.name, self.url, self.model, self.process = name, url, model, process
+    kind: str
+    precision: str
+    """Empty if it runs already, with weights that this program does not know."""
+    process: Any = None
+    url: str = ""
+    model: str = ""
+    about: str = ""
+    """Kernels, draft tokens and version, as far as it says."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.precision}".strip()
 
     def run(
         self, args: Args, prompts: list[load.Prompt], concurrency: int, prefix: bool = True
@@ -104,7 +95,8 @@ class System:
             for error in {r.error for r in results if r.error}:
                 print(f"{self.name}: {error}", file=sys.stderr)
             return load.summary(results, seconds, goals(args))
-        task = {"prompts": [[p.ids, p.output] for p in prompts], "concurrency": concurrency}
+        rows = [[p.ids, p.output, p.temperature, p.top_p] for p in prompts]
+        task = {"prompts": rows, "concurrency": concurrency}
         self.process.stdin.write(json.dumps({**task, "prefix": prefix}) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -130,40 +122,143 @@ def pairs(values: list[str], flag: str) -> dict[str, str]:
     return {name: rest for name, _, rest in (value.partition("=") for value in values)}
 
 
-def model_at(url: str, key: str, seconds: float = 90.0) -> str:
-    """The name of the model at ``url``, once it answers."""
+def fetch(url: str, key: str) -> str:
+    """The body of a GET; OSError if there is no answer."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=5) as response:
+        return response.read().decode()
+
+
+def model_at(url: str, key: str, seconds: float = 600.0, process: Any = None) -> str:
+    """The name of the model at ``url``, once it answers. ValueError if it does not, or if the
+    process that shall serve it ends."""
     until = time.monotonic() + seconds
-    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
     while True:
         try:
-            with urllib.request.urlopen(request, timeout=5) as response:
-                return json.load(response)["data"][0]["id"]
+            return json.loads(fetch(f"{url}/v1/models", key))["data"][0]["id"]
         except (OSError, ValueError) as error:
-            if time.monotonic() > until:
+            is_over = process is not None and process.poll() is not None
+            if is_over or time.monotonic() > until:
                 raise ValueError(f"{url} does not answer: {error}") from None
             time.sleep(0.3)
+
+
+def num_drafts(run: Store) -> int:
+    """Draft tokens of our engines: none with random weights, which repeat themselves."""
+    return EngineConfig.num_speculative_tokens if load_engine.is_trained(run) else 0
+
+
+def our_command(args: Args, kind: str, precision: str, port: int) -> list[str]:
+    if kind == "engine":
+        command = ["bench", "serve", "--child", kind, "--precisions", precision]
+        for goal in args.goal:
+            command += ["--goal", goal]
+    else:
+        run = Store.at(args.storage).child("runs", args.run)
+        command = ["serve", "--engine.max-num-seqs", str(STREAMS), "--port", str(port)]
+        command += ["--engine.precision", precision]
+        command += ["--engine.num-speculative-tokens", str(num_drafts(run))]
+        command += ["--no-ray"] if kind == "local" else []
+    command += ["--storage", args.storage, "--run", args.run, "--threads", str(args.threads)]
+    return [sys.executable, "-m", "nanochat_ray", *command]
+
+
+def vllm_command(python: str, folder: Path, precision: str, port: int) -> list[str]:
+    module = "vllm.entrypoints.openai.api_server"
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    flags = ["--model", str(folder), "--served-model-name", "bench", "--dtype", dtype]
+    flags += ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", str(STREAMS)]
+    return [python, "-m", module, *flags, "--disable-log-stats"]
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Variables of a system: one thread waits for nobody, so that it need not spin."""
+    settings = {"OMP_NUM_THREADS": str(threads), "RAY_USAGE_STATS_ENABLED": "0"}
+    settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    passive = {"OMP_WAIT_POLICY": "passive"} if threads == 1 else {}
+    return {**os.environ, **settings, **passive}
+
+
+@contextlib.contextmanager
+def child(command: list[str], threads: int, log: Path, pipe: bool) -> Iterator[Any]:
+    """A process of its own; with ``pipe`` it answers on standard output, else that is logged."""
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE if pipe else out,
+            stderr=None if pipe else out,
+            text=True,
+            env=environment(threads),
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        process.kill()
+
+
+def kinds_to_start(args: Args) -> list[str]:
+    """Ours, then the peers whose server this program can start. Raises ValueError."""
+    kinds = args.systems.split(",") if args.systems else []
+    for kind in kinds:
+        if kind not in SYSTEMS:
+            raise ValueError(f"systems={kind!r} is not allowed: {', '.join(SYSTEMS)}")
+    if args.ours and "ray" in kinds:
+        kinds.remove("ray")
+    return kinds + [kind for kind in pythons(args.peer_python) if kind == "vllm"]
 
 
 @contextlib.contextmanager
 def systems(args: Args) -> Iterator[list[System]]:
     """Ours and the peers', all up at once, so that they can take turns."""
+    run = Store.at(args.storage).child("runs", args.run)
     with contextlib.ExitStack() as stack:
-        open_systems = []
-        for name in args.systems.split(",") if args.systems else []:
-            if name not in SYSTEMS:
-                raise ValueError(f"systems={name!r} is not allowed: {', '.join(SYSTEMS)}")
-            if name == "ray" and args.ours:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        kinds = kinds_to_start(args)
+        open_systems: list[System] = []
+        if "vllm" in kinds:
+            export_run(work / "model", run)
+        for kind, precision in itertools.product(kinds, args.precisions):
+            if precision not in PRECISIONS.get(kind, args.precisions):
                 continue
-            process = stack.enter_context(_child(args, name))
-            if name == "engine":
-                assert process.stdout is not None
-                process.stdout.readline()
-                open_systems.append(System(name, process=process))
+            port = args.port + len(open_systems)
+            if kind == "vllm":
+                python = pythons(args.peer_python)[kind]
+                command = vllm_command(python, work / "model", precision, port)
             else:
-                url = f"http://127.0.0.1:{args.port + (name == 'ray')}"
-                open_systems.append(System(name, url=url, model=model_at(url, args.key)))
+                command = our_command(args, kind, precision, port)
+            log, pipe = work / f"{port}.log", kind == "engine"
+            process = stack.enter_context(child(command, args.threads, log, pipe))
+            url = "" if pipe else f"http://127.0.0.1:{port}"
+            open_systems.append(System(kind, precision, process, url))
         urls = {**({"ray": args.ours} if args.ours else {}), **pairs(args.peer, "peer")}
-        for name, url in urls.items():
-            url = url.rstrip("/").removesuffix("/v1")
-            open_systems.append(System(name, url=url, model=model_at(url, args.key)))
+        for kind, url in urls.items():
+            open_systems.append(System(kind, "", url=url.rstrip("/").removesuffix("/v1")))
+        for system in open_systems:
+            wait_for(system, args, work)
+            print(f"{system.name}: {system.about}, {args.threads} threads", flush=True)
         yield open_systems
+
+
+def wait_for(system: System, args: Args, work: Path) -> None:
+    """Waits until a system answers, and sets what is known of it."""
+    drafts = num_drafts(Store.at(args.storage).child("runs", args.run))
+    if not system.url:
+        system.process.stdout.readline()
+        system.about = f"{drafts} draft tokens"
+        return
+    try:
+        system.model = model_at(system.url, args.key, process=system.process)
+    except ValueError as error:
+        log = work / f"{urlsplit(system.url).port}.log"
+        text = log.read_text()[-2000:] if log.exists() else ""
+        raise ValueError(f"{error}\n{text}") from None
+    if system.kind == "vllm":
+        version = json.loads(fetch(f"{system.url}/version", args.key))["version"]
+        system.about = f"version {version}, no draft tokens"
+    else:
+        kernels = re.search(r'kernels="(\w+)"', fetch(f"{system.url}/metrics", args.key))
+        system.about = f"kernels {kernels[1] if kernels else 'unknown'}, {drafts} draft tokens"
