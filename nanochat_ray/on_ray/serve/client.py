@@ -15,11 +15,8 @@ import logging
 import secrets
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from nanochat_ray.engine.request import (
@@ -38,7 +35,8 @@ from nanochat_ray.on_ray.serve.connection import (
     QUEUE_FULL,
     Connection,
 )
-from nanochat_ray.on_ray.serve.routing import PrefixRouter
+from nanochat_ray.on_ray.serve.endpoints import CALL_ERRORS, list_endpoints
+from nanochat_ray.on_ray.serve.replica_set import InFlightRequest, ReplicaHandle, ReplicaSet
 from nanochat_ray.serve.client import OutputStream, UnavailableError
 
 logger = logging.getLogger(__name__)
@@ -47,65 +45,6 @@ POLL_S = 5.0
 """How often replicas are listed. One that disconnects or drains is noticed at once."""
 POLL_UNREADY_S = 0.2
 CALL_TIMEOUT_S = 10.0
-CALL_ERRORS = (RayError, RayServeException, TimeoutError)
-
-
-@dataclass
-class InFlightRequest:
-    """A request that is not complete."""
-
-    request: Request
-    stream: OutputStream
-    tokens: list[int] = field(default_factory=list)
-    """Generated so far, on any replica."""
-    weight_version: str = ""
-    """The weights that generated them: only a replica that has these may continue."""
-    num_dispatches: int = 0
-    replica: ReplicaHandle | None = None
-    is_dispatching: bool = True
-    is_closed: bool = False
-
-    @property
-    def wire_id(self) -> str:
-        # A new id for each dispatch, so that late messages of an earlier one match no request.
-        return f"{self.request.id}.{self.num_dispatches}"
-
-
-@dataclass(eq=False)
-class ReplicaHandle:
-    """An engine replica as this ingress sees it."""
-
-    name: str
-    connection: Connection | None = None
-    in_flight: dict[str, InFlightRequest] = field(default_factory=dict)
-    """By their ``wire_id``."""
-    replies: dict[str, asyncio.Future[str]] = field(default_factory=dict)
-    """Submitted requests that the replica has not replied to."""
-    is_ready: bool = False
-    is_listed: bool = True
-    """Whether the controller lists it; one that shuts down gets no new requests."""
-    is_draining: bool = False
-    status: dict[str, Any] = field(default_factory=dict)
-    """Its last heartbeat."""
-    num_other_requests: int = 0
-    """Requests of other ingresses there, as of that heartbeat."""
-
-    @property
-    def load(self) -> int:
-        return len(self.in_flight) + self.num_other_requests
-
-    @property
-    def is_usable(self) -> bool:
-        return self.is_ready and self.is_listed and not self.is_draining
-
-    @property
-    def weight_version(self) -> str:
-        return str(self.status.get("weight_version", ""))
-
-    @property
-    def is_swapping(self) -> bool:
-        """Whether new requests wait there for new weights."""
-        return bool(self.status.get("is_swapping"))
 
 
 class RayEngineClient:
@@ -125,10 +64,7 @@ class RayEngineClient:
         self.deadline_s, self.liveness_timeout_s = deadline_s, liveness_timeout_s
         self.follow_status: dict[str, Any] = {}
         self.name = secrets.token_hex(6)
-        self.replicas: dict[str, ReplicaHandle] = {}
-        self.router = PrefixRouter()
-        self._change = asyncio.Condition()
-        self._poll_now = asyncio.Event()
+        self.replicas = ReplicaSet()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -144,7 +80,7 @@ class RayEngineClient:
     async def close(self) -> None:
         for task in list(self._tasks):
             task.cancel()
-        for replica in self.replicas.values():
+        for replica in self.replicas.by_name.values():
             if replica.connection is not None:
                 replica.connection.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -168,12 +104,10 @@ class RayEngineClient:
 
     @property
     def weight_version(self) -> str:
-        usable = [replica for replica in self.replicas.values() if replica.is_usable]
-        best = min(usable, key=lambda r: (r.is_swapping, r.load), default=None)
-        return best.weight_version if best is not None else ""
+        return self.replicas.weight_version
 
     async def health(self) -> dict[str, Any]:
-        statuses = [replica.status for replica in self.replicas.values() if replica.is_ready]
+        statuses = [r.status for r in self.replicas.by_name.values() if r.is_ready]
         if not statuses:
             raise UnavailableError("no engine is running")
         health: dict[str, Any] = {"engines": statuses}
@@ -185,12 +119,8 @@ class RayEngineClient:
         has_warned = False
         while True:
             try:
-                endpoints = await self.handle.broadcast("endpoint").results_async(
-                    timeout_s=CALL_TIMEOUT_S, return_exceptions=True
-                )
-                await self._update_replicas(
-                    [e for e in endpoints if isinstance(e, dict) and e["address"]]
-                )
+                endpoints = await list_endpoints(self.handle)
+                await self._update_replicas([e for e in endpoints if e["address"]])
                 if self.follower is not None:
                     call = self.follower.status.remote()
                     self.follow_status = await asyncio.wait_for(call, CALL_TIMEOUT_S)
@@ -200,22 +130,22 @@ class RayEngineClient:
                 if not has_warned:
                     logger.info("the engine replicas cannot be listed: %s", error)
                 has_warned = True
-            any_ready = any(replica.is_ready for replica in self.replicas.values())
+            any_ready = any(r.is_ready for r in self.replicas.by_name.values())
             period = POLL_S if any_ready else POLL_UNREADY_S
             with contextlib.suppress(TimeoutError):
                 # Not wait_for, which in Python 3.11 may lose a cancellation.
                 async with asyncio.timeout(period):
-                    await self._poll_now.wait()
-            self._poll_now.clear()
+                    await self.replicas.list_now.wait()
+            self.replicas.list_now.clear()
 
     async def _update_replicas(self, endpoints: list[dict[str, Any]]) -> None:
         addresses = {e["replica"]: (e["address"], e["secret"]) for e in endpoints}
-        for replica in self.replicas.values():
+        for replica in self.replicas.by_name.values():
             replica.is_listed = replica.name in addresses
             if not replica.is_listed and not replica.in_flight and replica.connection is not None:
                 replica.connection.close()
         for name, address_and_secret in addresses.items():
-            replica = self.replicas.setdefault(name, ReplicaHandle(name))
+            replica = self.replicas.by_name.setdefault(name, ReplicaHandle(name))
             if replica.connection is None:
                 await self._connect(replica, *address_and_secret)
 
@@ -233,7 +163,7 @@ class RayEngineClient:
             )
         except (OSError, TimeoutError) as error:
             logger.warning("engine replica %s cannot be reached: %s", replica.name, error)
-            self.replicas.pop(replica.name, None)
+            self.replicas.remove(replica)
             return
         replica.connection = connection
         connection.send("handshake", secret, self.name)
@@ -244,7 +174,7 @@ class RayEngineClient:
         while True:
             await asyncio.sleep(min(HEARTBEAT_S, self.liveness_timeout_s / 10))
             oldest = time.monotonic() - self.liveness_timeout_s
-            for replica in list(self.replicas.values()):
+            for replica in list(self.replicas.by_name.values()):
                 connection = replica.connection
                 if connection is None:
                     continue
@@ -264,7 +194,7 @@ class RayEngineClient:
                     reply.set_result(message[2])
             case "draining":
                 replica.is_draining = True
-                self._poll_now.set()
+                self.replicas.list_now.set()
             case "handshake" | "heartbeat":
                 was_swapping, replica.status = replica.is_swapping, message[1]
                 if replica.is_swapping and not was_swapping:
@@ -273,16 +203,15 @@ class RayEngineClient:
                 replica.num_other_requests = max(0, others)
                 if not replica.is_ready:
                     replica.is_ready = True
-                    self._spawn(self._notify())
+                    self._spawn(self.replicas.notify_ready())
 
     def _on_disconnected(self, replica: ReplicaHandle) -> None:
         """Migrates its requests to other replicas."""
         if replica.is_listed and not replica.is_draining:
             logger.warning("engine replica %s disconnected", replica.name)
         replica.is_ready = False
-        self.replicas.pop(replica.name, None)
-        self.router.forget(replica.name)
-        self._poll_now.set()
+        self.replicas.remove(replica)
+        self.replicas.list_now.set()
         for reply in replica.replies.values():
             if not reply.done():
                 reply.set_result(NOT_HERE)
@@ -292,10 +221,6 @@ class RayEngineClient:
             if not entry.is_dispatching:  # else the task that dispatches it chooses another
                 self._spawn(self._migrate(entry))
 
-    async def _notify(self) -> None:
-        async with self._change:
-            self._change.notify_all()
-
     def _on_output(self, replica: ReplicaHandle, wire: dict[str, Any]) -> None:
         entry = replica.in_flight.get(wire["id"])
         if entry is None:
@@ -303,7 +228,7 @@ class RayEngineClient:
         # The stream knows the request by its own id.
         output = RequestOutput.from_wire({**wire, "id": entry.request.id})
         if output.finish == "error" and (output.error or "").startswith(WEIGHTS_REPLACED):
-            self._detach(entry)
+            entry.detach()
             if not entry.is_dispatching:
                 self._spawn(self._migrate(entry))
             return
@@ -317,24 +242,14 @@ class RayEngineClient:
 
     # ---- dispatch of requests
 
-    def _may_leave(self, entry: InFlightRequest, replica: ReplicaHandle) -> bool:
-        """Whether the request has not begun and another replica would not make it wait for new
-        weights, as this one does."""
-        return (
-            replica.is_swapping
-            and not entry.tokens
-            and not entry.weight_version
-            and any(r.is_usable and not r.is_swapping for r in self.replicas.values())
-        )
-
     def _withdraw(self, entry: InFlightRequest, replica: ReplicaHandle) -> None:
         assert replica.connection is not None
         replica.connection.send("abort", [entry.wire_id])
-        self._detach(entry)
+        entry.detach()
 
     def _leave_swapping(self, replica: ReplicaHandle) -> None:
         for entry in list(replica.in_flight.values()):
-            if not entry.is_dispatching and self._may_leave(entry, replica):
+            if not entry.is_dispatching and self.replicas.may_leave(entry, replica):
                 self._withdraw(entry, replica)
                 self._spawn(self._migrate(entry))
 
@@ -366,16 +281,16 @@ class RayEngineClient:
         deadline = time.monotonic() + timeout
         full: set[str] = set()
         while not entry.is_closed:
-            replica = await self._choose_replica(entry, full, deadline, wait_for_capacity)
+            replica = await self.replicas.choose(entry, full, deadline, wait_for_capacity)
             reply = await self._try_submit(entry, replica)
             if reply == ACCEPTED and (entry.replica is replica or entry.is_closed):
-                if entry.replica is replica and self._may_leave(entry, replica):
+                if entry.replica is replica and self.replicas.may_leave(entry, replica):
                     self._withdraw(entry, replica)
                     entry.num_dispatches += 1
                     continue
                 entry.is_dispatching = False
                 return
-            self._detach(entry)
+            entry.detach()
             entry.num_dispatches += 1
             if reply == QUEUE_FULL:
                 full.add(replica.name)
@@ -412,58 +327,16 @@ class RayEngineClient:
         finally:
             replica.replies.pop(wire_id, None)
         if reply == ACCEPTED:
-            self.router.record(replica.name, entry.request.prompt, entry.request.cache_scope)
-        return reply
-
-    async def _choose_replica(
-        self, entry: InFlightRequest, full: set[str], deadline: float, wait_for_capacity: bool
-    ) -> ReplicaHandle:
-        while True:
-            usable_replicas = self._usable_replicas(entry)
-            if usable_replicas:
-                available = [r for r in usable_replicas if r.name not in full]
-                if not entry.weight_version:
-                    available = [r for r in available if not r.is_swapping] or available
-                if loads := {r.name: r.load for r in available}:
-                    prompt, scope = entry.request.prompt, entry.request.cache_scope
-                    return self.replicas[self.router.choose(prompt, loads, scope)]
-                if not wait_for_capacity or time.monotonic() > deadline:
-                    raise EngineFull("every engine's queue is full")
-                full.clear()
-                await asyncio.sleep(0.2)
-                continue
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise UnavailableError("no engine was found in time")
-            self._poll_now.set()
-            async with self._change:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._change.wait(), min(remaining, 0.5))
-
-    def _usable_replicas(self, entry: InFlightRequest) -> list[ReplicaHandle]:
-        """Raises WeightsReplacedError if all have other weights than the request has begun with."""
-        usable_replicas = [r for r in self.replicas.values() if r.is_usable]
-        if not entry.weight_version or not usable_replicas:
-            return usable_replicas
-        same = [r for r in usable_replicas if r.weight_version == entry.weight_version]
-        if not same:
-            versions = ", ".join(sorted({r.weight_version for r in usable_replicas}))
-            raise WeightsReplacedError(
-                f"{WEIGHTS_REPLACED} the answer began with {entry.weight_version}, which no engine "
-                f"serves any more, but {versions}: send the request again"
+            self.replicas.router.record(
+                replica.name, entry.request.prompt, entry.request.cache_scope
             )
-        return same
-
-    def _detach(self, entry: InFlightRequest) -> None:
-        if entry.replica is not None:
-            entry.replica.in_flight.pop(entry.wire_id, None)
-            entry.replica = None
+        return reply
 
     def _abort(self, entry: InFlightRequest) -> None:
         entry.is_closed = True
         replica = entry.replica
         if replica is None:
             return
-        self._detach(entry)
+        entry.detach()
         if replica.connection is not None:
             replica.connection.send("abort", [entry.wire_id])

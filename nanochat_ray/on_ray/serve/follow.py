@@ -12,21 +12,18 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from nanochat_ray.checkpoint import follow
 from nanochat_ray.checkpoint.follow import CheckpointWatcher, NewCheckpoint, ServedCheckpoint
+from nanochat_ray.on_ray.serve.endpoints import CALL_ERRORS, list_endpoints
 from nanochat_ray.on_ray.serve.metrics import RaySink
 from nanochat_ray.serve.follow import Follower
 from nanochat_ray.serve.metrics import FollowMetrics
 from nanochat_ray.storage import Store
 
-LIST_TIMEOUT_S = 10.0
 SWAP_TIMEOUT_S = 120.0
 """How long a replica may take to read and load a checkpoint, beside its drain."""
-CALL_ERRORS = (RayError, RayServeException, TimeoutError)
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -99,12 +96,10 @@ class FollowDeployment:
     async def _versions(self) -> dict[str, str]:
         """The weights of each replica that serves."""
         try:
-            endpoints = await self.engines.broadcast("endpoint").results_async(
-                timeout_s=LIST_TIMEOUT_S, return_exceptions=True
-            )
+            endpoints = await list_endpoints(self.engines)
         except CALL_ERRORS as error:
             raise RuntimeError(f"the engine replicas cannot be listed: {error}") from None
-        return {e["replica"]: e["weight_version"] for e in endpoints if isinstance(e, dict)}
+        return {e["replica"]: e["weight_version"] for e in endpoints}
 
     async def _swap(self, replica: str, target: ServedCheckpoint) -> None:
         """One replica; the others ignore the call. A replica that dies meanwhile is no error: its

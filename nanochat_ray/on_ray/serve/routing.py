@@ -1,7 +1,7 @@
 """Which replica gets a request: the one that has its prefix cached, unless that one is busy.
 
-Engines cache blocks of 16 prompt tokens (``engine.kvcache.block_pool``); an ingress remembers which
-blocks it sent where, as hashes of everything up to their end. Policy only: no Ray, no clock.
+Engines cache prompts in blocks of tokens (``engine.kvcache.block_pool``); an ingress remembers
+which blocks it sent where, as hashes of everything up to their end. Policy only: no Ray, no clock.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
-BLOCK_SIZE = 16
+from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
+
 MAX_BLOCKS = 4096
 """Blocks that are remembered for each replica. One that the replica has evicted meanwhile costs a
 worse choice, no more."""

@@ -86,7 +86,7 @@ async def connected_client(*replicas: Replica) -> AsyncIterator[RayEngineClient]
     client = RayEngineClient(Handle(replicas), deadline_s=30, liveness_timeout_s=0.5)  # type: ignore[arg-type]
     client.start()
     async with asyncio.timeout(30):
-        while sum(r.is_usable for r in client.replicas.values()) < len(replicas):
+        while sum(r.is_usable for r in client.replicas.by_name.values()) < len(replicas):
             await asyncio.sleep(0.01)
         yield client
     await client.close()

@@ -76,7 +76,7 @@ async def endpoint(root: Store) -> AsyncIterator[tuple[list[LocalReplica], RayEn
     await deployment.reconfigure({"target": "latest", "margin": 0.1})
     client = RayEngineClient(handle)
     client.start()
-    await until(lambda: sum(r.is_usable for r in client.replicas.values()) == 2)
+    await until(lambda: sum(r.is_usable for r in client.replicas.by_name.values()) == 2)
     yield replicas, client
     await client.close()
     await FollowDeployment.__del__(deployment)
@@ -153,7 +153,7 @@ def test_a_hung_engine_counts_as_lost(tiny_run: Store, monkeypatch: pytest.Monke
         async with endpoint(tiny_run) as (replicas, client):
             hanging = replicas[0]
             monkeypatch.setattr(type(hanging), "is_hung", property(lambda r: r is hanging))
-            await until(lambda: list(client.replicas) == ["b"])
+            await until(lambda: list(client.replicas.by_name) == ["b"])
             with pytest.raises(RuntimeError, match="hangs"):
                 await hanging.check_health()
             assert (await hanging.endpoint())["address"] is None
