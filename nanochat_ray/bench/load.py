@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,10 @@ class Result:
     tokens: int = 0
     text: str = ""
     error: str = ""
+    status: int = 0
+    """Of the response; 0 without one."""
+    retry_after_s: int | None = None
+    """What the header Retry-After says."""
 
     @property
     def per_token_s(self) -> float:
@@ -117,8 +122,10 @@ class _Stream(asyncio.Protocol):
             head, mark, data = self._head.partition(b"\r\n\r\n")
             if not mark:
                 return
-            self._status = int(head.split(b" ", 2)[1])
+            self._status = self.result.status = int(head.split(b" ", 2)[1])
             self._is_chunked = b"transfer-encoding: chunked" in head.lower()
+            if match := re.search(rb"\r\nretry-after: *(\d+)", head, re.IGNORECASE):
+                self.result.retry_after_s = int(match[1])
         body = self._decode_chunks(data) if self._is_chunked else data
         if self._status != 200:
             self._body += body
@@ -178,6 +185,7 @@ class _Stream(asyncio.Protocol):
         if not self.end.done():
             what = self._body.decode(errors="replace")[:300] if self._body else str(error or "")
             self.result.error = f"status {self._status}, the connection ended: {what}"
+            self.result.total_s = time.perf_counter() - self.result.began
             self.end.set_result(None)
 
 

@@ -7,6 +7,7 @@ COMMANDS = {
     "learn": "tokens and seconds to AdamW's bits per byte, and ablations",
     "learning-rates": "the best factor on the learning rates at each batch size",
     "gpu": "a GPU against the CPU: equal results; training and decoding speed",
+    "overload": "more requests than a server can answer, and clients that hold it up",
     "replay": "broken requests beside steady streams: no stream may suffer",
 }
 """Program → what it measures."""

@@ -121,6 +121,7 @@ def engine_config(args: Args) -> EngineConfig:
         "max_num_batched_tokens": 512,
         "prefill_chunk": 512,
         "max_queue_size": 1024,
+        "max_queue_s": 0.0,
     }
     return EngineConfig(**{**defaults, **args.engine}, precision=args.precision)
 

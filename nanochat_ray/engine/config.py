@@ -67,6 +67,9 @@ class EngineConfig:
     ``kv_cache_memory_fraction`` allows it."""
     max_queue_size: int = 256
     """Requests that may wait for a slot; further ones are rejected."""
+    max_queue_s: float = 30.0
+    """Seconds for which a request may have to wait for a slot, as estimated from the speed of the
+    engine; one that would wait longer is rejected at once. 0: no limit but max_queue_size."""
     async_scheduling: AsyncScheduling = "auto"
     """Whether a step is planned and launched while the previous one runs. "auto": on a GPU. On a
     CPU, where a step is done when it is launched, tokens would only come a step later. Not while
@@ -102,6 +105,7 @@ class EngineConfig:
             check_int(name, getattr(self, name), 0)
         if self.prefix_cache_tokens is not None:
             check_int("prefix_cache_tokens", self.prefix_cache_tokens, 0)
+        check_float("max_queue_s", self.max_queue_s)
         require(
             self.max_num_batched_tokens > self.max_num_seqs,
             "max_num_batched_tokens",

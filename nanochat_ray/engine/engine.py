@@ -24,6 +24,7 @@ from nanochat_ray.engine.in_flight import ForwardOutput, InFlightStep, sample
 from nanochat_ray.engine.logprobs import PromptLogprobs
 from nanochat_ray.engine.precision import checkpoint_dtype
 from nanochat_ray.engine.prefill_cost import PrefillCostModel
+from nanochat_ray.engine.queue_time import QueueTime
 from nanochat_ray.engine.request import Request, RequestOutput, TokenLogprob
 from nanochat_ray.engine.runner import Runner
 from nanochat_ray.engine.sampling_state import SamplingState
@@ -78,6 +79,7 @@ class Engine:
             num_speculative_tokens=config.num_speculative_tokens,
             speculative_disable_by_batch_size=config.speculative_disable_by_batch_size,
         )
+        self.queue_time = QueueTime(config.max_num_seqs)
         self._grammars = Grammars(token_bytes, self.vocab_size) if token_bytes else None
         self._admitter = Admitter(config, self.max_model_len, self.vocab_size, tool, self._grammars)
         self.num_step_tokens = 0
@@ -274,7 +276,11 @@ class Engine:
                 outputs += self._commit(step)
         if plan.chunks or previous:
             self._stats.steps += bool(plan.chunks)
-            self._stats.step_seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._stats.step_seconds += seconds
+            if plan.chunks:
+                prompt_chunks = [c.num_tokens for c in plan.chunks if not c.is_decode]
+                self.queue_time.record_step(seconds, len(plan.chunks), prompt_chunks)
         return outputs
 
     def _fail_for_memory(self) -> RequestOutput:
@@ -367,6 +373,7 @@ class Engine:
             self.scheduler.remove(s)
             del self._sequences[s.request.id]
             self._stats.num_finished += 1
+            self.queue_time.record_output(len(s.tokens) - len(s.request.prompt))
         return self._make_output(s, result, is_first, logprobs)
 
     def _make_output(

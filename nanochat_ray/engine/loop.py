@@ -41,6 +41,14 @@ class WeightSwap:
     completion: Future[None] = field(default_factory=Future)
 
 
+@dataclass(frozen=True)
+class ExpectedWait:
+    """Of a request that has no output."""
+
+    submit_time: float
+    first_token_s: float
+
+
 class EngineLoop:
     """Owns an engine and the one thread that touches it.
 
@@ -58,7 +66,8 @@ class EngineLoop:
         self._num_arriving = 0
         """Requests between the inbox and the scheduler, which count as waiting too."""
         self._aborts: list[str] = []
-        self._ids: set[str] = set()
+        self._requests: dict[str, ExpectedWait | None] = {}
+        """By id, until the last output; with what is expected until the first, if it must wait."""
         self._swap: WeightSwap | None = None
         """While it waits, requests stay in the inbox unless they need the old weights."""
         self._version = engine.weight_version
@@ -111,13 +120,17 @@ class EngineLoop:
         return swap.completion
 
     def prepare(self, request: Request) -> Future[Any] | None:
-        """What ``submit`` would wait for: the compilation of the grammar; None without one."""
+        """What ``submit`` would wait for: the compilation of the grammar; None without one.
+        EngineFull if the request would be refused then."""
+        if request.params.grammar is None:
+            return None
+        self._check_queue(request)
         return self._engine.prepare(request)
 
     def submit(self, request: Request) -> None:
         """Raises ValueError (the engine can never process it), EngineFull, WeightsReplacedError, or
         RuntimeError (the loop has ended or is stopping)."""
-        preparation = self._engine.prepare(request)
+        preparation = self.prepare(request)
         self._engine.validate(request)
         with self._condition:
             if self._failure is not None:
@@ -129,14 +142,35 @@ class EngineLoop:
                     f"{WEIGHTS_REPLACED} {request.weight_version} is not served any more, but "
                     f"{self._version}"
                 )
-            if request.id in self._ids:
+            if request.id in self._requests:
                 raise ValueError(f"id={request.id!r} is in use by another request")
-            if self._engine.scheduler.queue_capacity - self._num_arriving - len(self._inbox) <= 0:
-                waiting = self._engine.config.max_queue_size
-                raise EngineFull(f"max_queue_size={waiting} requests are waiting already")
-            self._ids.add(request.id)
+            wait_s = self._check_queue(request)
+            self._requests[request.id] = self._expect(request, wait_s) if wait_s else None
             self._inbox.append((request, preparation))
             self._condition.notify()
+
+    def _check_queue(self, request: Request) -> float:
+        """For how long it must wait, as estimated. EngineFull if too many wait or it would take too
+        long (``max_queue_s``). A request that has output is never refused: its client reads
+        already."""
+        if request.output_token_ids:
+            return 0.0
+        scheduler, config = self._engine.scheduler, self._engine.config
+        arrivals = [r for r, _ in list(self._inbox)]
+        wait_s = self._engine.queue_time.wait_s(
+            request, list(scheduler.running), list(scheduler.waiting), arrivals
+        )
+        if scheduler.queue_capacity - self._num_arriving - len(arrivals) <= 0:
+            reason = f"max_queue_size={config.max_queue_size} requests are waiting already"
+            raise EngineFull(reason, wait_s)
+        if 0 < config.max_queue_s < wait_s:
+            reason = f"max_queue_s={config.max_queue_s:g}: a request would wait {wait_s:.1f} s"
+            raise EngineFull(reason, wait_s)
+        return wait_s
+
+    def _expect(self, request: Request, wait_s: float) -> ExpectedWait:
+        first_token_s = self._engine.queue_time.first_token_s(request, wait_s)
+        return ExpectedWait(time.monotonic(), first_token_s)
 
     def abort(self, request_id: str) -> None:
         """Its slot is free before the next step; an unknown id is ignored."""
@@ -157,7 +191,7 @@ class EngineLoop:
         with self._condition:
             self._stopping = True
             self._condition.notify_all()
-            self._condition.wait_for(lambda: not self._ids, timeout=deadline)
+            self._condition.wait_for(lambda: not self._requests, timeout=deadline)
             self._dropping = True
             self._condition.notify_all()
         if self._thread.ident is not None:
@@ -181,7 +215,7 @@ class EngineLoop:
                 inbox = self._take_inbox()
                 self._num_arriving = len(inbox)
                 aborts, self._aborts = self._aborts, []
-                if self._dropping or (self._stopping and not self._ids):
+                if self._dropping or (self._stopping and not self._requests):
                     break
             try:
                 outputs = self._apply(inbox, aborts) + self._advance_swap()
@@ -203,7 +237,7 @@ class EngineLoop:
         self._end_swap()
         self._engine.reset()
         with self._condition:
-            request_ids = sorted(self._ids)
+            request_ids = sorted(self._requests)
         self._deliver([RequestOutput(request_id=i, finish="abort") for i in request_ids])
 
     def _take_inbox(self) -> list[tuple[Request, Future[Any] | None]]:
@@ -278,18 +312,29 @@ class EngineLoop:
         """Finishes every request with an error."""
         self._engine.reset()
         with self._condition:
-            request_ids, self._inbox = sorted(self._ids), []
+            request_ids, self._inbox = sorted(self._requests), []
         return [RequestOutput(request_id=i, finish="error", error=reason) for i in request_ids]
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         if not outputs:
             return
         with self._condition:
-            self._ids.difference_update(o.request_id for o in outputs if o.finish)
-            if not self._ids:
+            for output in outputs:
+                self._note_output(output)
+            if not self._requests:
                 self._condition.notify_all()
         try:
             self._on_step(outputs)
         except Exception as error:
             logger.exception("the receiver of the engine's outputs failed")
             self._failure = f"its receiver failed with {error!r}"
+
+    def _note_output(self, output: RequestOutput) -> None:
+        """Measures how long a request had to wait; forgets one that is complete."""
+        expectation = self._requests.get(output.request_id)
+        if expectation is not None and output.tokens:
+            seconds = time.monotonic() - expectation.submit_time
+            self._engine.queue_time.record_wait(expectation.first_token_s, seconds)
+            self._requests[output.request_id] = None
+        if output.finish is not None:
+            self._requests.pop(output.request_id, None)

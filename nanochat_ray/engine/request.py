@@ -24,7 +24,11 @@ MAX_LOGPROBS = 20
 
 
 class EngineFull(RuntimeError):  # noqa: N818 - a state of the engine, not a fault
-    """The queue is full: try again later, or another engine."""
+    """The queue is full: try again in ``retry_after_s`` seconds, or another engine."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class WeightsReplacedError(Exception):

@@ -145,8 +145,9 @@ class Scheduler:
         return self.max_queue_size + len(self._free_slots) - len(self.waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Raises EngineFull if the queue is full."""
-        if self.queue_capacity <= 0:
+        """Raises EngineFull if the queue is full; not for a request that has output, since its
+        client reads that already."""
+        if self.queue_capacity <= 0 and not sequence.request.output_token_ids:
             raise EngineFull(f"max_queue_size={self.max_queue_size} requests are waiting already")
         sequence.arrival = self._num_arrivals
         self._num_arrivals += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fastapi.responses import JSONResponse
 
 from nanochat_ray.serve.openai.schema.outputs import ErrorResponse
@@ -9,6 +11,8 @@ from nanochat_ray.serve.openai.schema.outputs import ErrorResponse
 INVALID = "invalid_request_error"
 MAX_MESSAGE = 500
 """Characters."""
+MAX_RETRY_AFTER_S = 60
+"""OpenAI's clients wait no longer for ``Retry-After``: beyond it they use a delay of their own."""
 
 
 class ApiError(Exception):
@@ -61,8 +65,11 @@ def unknown_model(name: str, model: str) -> ApiError:
     return ApiError(404, message, param="model", code="model_not_found")
 
 
-def queue_full(message: str) -> ApiError:
-    return ApiError(429, message, kind="rate_limit_error", code="queue_full", retry_after=1)
+def queue_full(message: str, retry_after_s: float = 1.0) -> ApiError:
+    retry_after = min(MAX_RETRY_AFTER_S, max(1, math.ceil(retry_after_s)))
+    return ApiError(
+        429, message, kind="rate_limit_error", code="queue_full", retry_after=retry_after
+    )
 
 
 def unavailable(message: str) -> ApiError:

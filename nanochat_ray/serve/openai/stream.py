@@ -47,7 +47,7 @@ async def _next(deltas: Deltas) -> list[Delta]:
     try:
         return await anext(deltas)
     except EngineFull as error:
-        raise errors.queue_full(str(error)) from error
+        raise errors.queue_full(str(error), error.retry_after_s) from error
     except UnavailableError as error:
         raise errors.unavailable(str(error)) from error
     except DeadlineError as error:
