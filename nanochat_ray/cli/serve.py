@@ -45,7 +45,7 @@ EVERYDAY_SERVE = (
     *("follow", "num_ingress_replicas", "request_timeout_s", "key_file", "allowed_origins"),
     *("access_log", "suggestions"),
 )
-EVERYDAY_ENGINE = ("max_num_seqs", "max_model_len", "max_queue_size", "max_queue_s", "precision")
+EVERYDAY_ENGINE = ("max_num_seqs", "max_model_len", "max_queue_size", "precision")
 
 
 @dataclass(frozen=True, kw_only=True)
