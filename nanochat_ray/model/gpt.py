@@ -104,20 +104,17 @@ class Block(nn.Module):
         self,
         x: Tensor,
         mix: Mix,
-        ids: Tensor,
-        value_table: Tensor | None,
+        value: Tensor | None,
         angles: tuple[Tensor, Tensor],
         mask: AttentionMask,
     ) -> Tensor:
-        """The residual stream ``x [B, T, C]`` after the layer."""
+        """The residual stream ``x [B, T, C]`` after the layer; ``value [B, T, Hkv D]`` is the
+        tokens' value embedding."""
         eps = self.config.norm_eps
         if mix.lambdas is not None:
             x = mix.lambdas[0] * x + mix.lambdas[1] * mix.x0
         if mix.skip is not None:
             x = x + mix.skip
-        value = None
-        if value_table is not None:
-            value = F.embedding(ids, value_table).to(x.dtype)
         x = x + self._drop(self.attn(rms_norm(x, eps), value, angles, mask))
         return x + self._drop(self.mlp(rms_norm(x, eps)))
 
@@ -308,10 +305,12 @@ class GPT(nn.Module):
             if config.skips and i >= config.n_layer - len(self.skip_gates):
                 skip = self._skip(config.n_layer - 1 - i, x0) * skip_outputs.pop()
             mix = Mix(x0, lambdas[i] if lambdas else None, skip)
-            table = None
+            value = None
             if config.value_embeds and str(i) in self.value_embeds:
-                table = cast(nn.Embedding, self.value_embeds[str(i)]).weight
-            x = run_block(block, x, mix, ids, table, angles, masks[i], recompute=recompute)
+                # Not in the compiled layer, whose gradient of a table would be sums of atomic
+                # additions, in another order each time.
+                value = self.value_embeds[str(i)](ids).to(x.dtype)
+            x = run_block(block, x, mix, value, angles, masks[i], recompute=recompute)
             if config.skips and i < len(self.skip_gates):
                 skip_outputs.append(x)
             if config.backout and i == config.n_layer // 2:

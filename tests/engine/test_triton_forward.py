@@ -27,14 +27,16 @@ STEPS = [
 """Prompts, of which one crosses a block (behind keys of zeros); decodes."""
 
 
-def forward(model: GPT, dtype: torch.dtype, is_fused: bool) -> tuple[list[Tensor], Tensor]:
+def forward(
+    model: GPT, dtype: torch.dtype, device: torch.device, is_fused: bool
+) -> tuple[list[Tensor], Tensor]:
     """Hidden states of ``STEPS``, and all pages of the cache."""
     config = model.config
-    engine = InferenceModel(config, model.state_dict(), dtype=dtype, device=DEVICE)
+    engine = InferenceModel(config, model.state_dict(), dtype=dtype, device=device)
     assert (engine._triton_forward is not None) == is_fused
     settings = EngineConfig(max_num_seqs=4)
     blocks = make_allocator(config, settings, 64, dtype, 1 << 30, 16)
-    cache = PagedCache(config, blocks, 4, 64, dtype, DEVICE)
+    cache = PagedCache(config, blocks, 4, 64, dtype, device)
     for slot in range(2):
         tables = blocks.empty_tables()
         assert blocks.extend(tables, 0, 32)
@@ -46,8 +48,9 @@ def forward(model: GPT, dtype: torch.dtype, is_fused: bool) -> tuple[list[Tensor
         ids[0, 1] = 7  # starts a document, where the model knows that
         ids[1, 0] = -1
         with torch.inference_mode():
-            results.append(engine.hidden(*ids.to(DEVICE), cache))
-    return results, torch.cat([torch.cat((k.flatten(), v.flatten())) for _, k, v in cache._pages])
+            results.append(engine.hidden(*ids.to(device), cache).cpu())
+    pages = [torch.cat((k.flatten(), v.flatten())) for _, k, v in cache._pages]
+    return results, torch.cat(pages).cpu()
 
 
 @pytest.mark.slow
@@ -66,10 +69,10 @@ def test_fused_forward_equals_the_operators(
     preset: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(preset, **{"n_embd": 32, "n_head": 2, "n_kv_head": 1} | fields)
-    exact, exact_pages = forward(model, torch.float64, False)
+    exact, exact_pages = forward(model, torch.float64, torch.device("cpu"), False)
     for module in (inference, paged_cache):
         monkeypatch.setattr(module, "use_triton", lambda device: True)
-    results, pages = forward(model, torch.float32, True)
+    results, pages = forward(model, torch.float32, DEVICE, True)
     # Roundings accumulate over the layers' sums of n_embd products.
     bound = 2.0**-24 * model.config.n_layer * model.config.n_embd * 8
     for result, reference in zip(results, exact, strict=True):
