@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,7 +116,8 @@ class CheckpointWatcher:
             "weight_version": self.current.version,
             "previous": self.previous,
             "pinned": self.pin_name,
-            "refused": {name: refusal.reason for name, refusal in self.refusals.items()},
+            # Another thread may poll meanwhile.
+            "refused": {name: refusal.reason for name, refusal in list(self.refusals.items())},
             "num_refusals": self.num_refusals,
             "num_swaps": self.num_swaps,
         }
@@ -126,7 +127,8 @@ class CheckpointWatcher:
         cannot be read."""
         self._lease.hold(filter(None, (self.current.name, self.previous)))
         self.pin_name = read_pin(self.run, self._name)
-        names = [self.pin_name] if self.pin_name else self._candidates()
+        names = [self.pin_name] if self.pin_name else list(self._candidates())
+        self._forget_all_but(names)
         for name in names:
             manifest = self._manifest(name)
             if manifest is None or self._is_refused(name, manifest):
@@ -159,6 +161,11 @@ class CheckpointWatcher:
             delay = min(2 * before.delay, LAST_RETRY_S)
         data = (self._manifest(name) or b"") if manifest is None else manifest
         self.refusals[name] = Refusal(reason, data, self._clock() + delay, delay)
+
+    def _forget_all_but(self, names: Collection[str]) -> None:
+        """Those that were pruned, or are behind the served one, will not be asked for again."""
+        self.refusals = {k: v for k, v in self.refusals.items() if k in names}
+        self._first_seen = {k: v for k, v in self._first_seen.items() if k in names}
 
     def close(self) -> None:
         """Ends the lease."""

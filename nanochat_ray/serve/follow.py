@@ -10,6 +10,8 @@ from typing import Any
 from nanochat_ray.checkpoint.follow import CheckpointWatcher, NewCheckpoint
 
 POLL_S = 0.5
+RETRY_S = 10.0
+"""After an error that nobody expected."""
 logger = logging.getLogger(__name__)
 
 
@@ -44,8 +46,15 @@ class Follower:
         return self.watcher.status()
 
     def _run(self) -> None:
-        while not self._end.wait(POLL_S):
-            self.step()
+        wait_s = POLL_S
+        while not self._end.wait(wait_s):
+            wait_s = POLL_S
+            try:
+                self.step()
+            except Exception:
+                # Without this thread the endpoint would stay with its weights and not say so.
+                logger.exception("run %s cannot be followed", self.watcher.run.uri)
+                wait_s = RETRY_S
 
     def step(self) -> None:
         """Rolls out the next checkpoint, if there is one."""

@@ -172,6 +172,13 @@ def test_an_older_sound_one_is_served_instead(run: Store) -> None:
     assert new is not None
     assert new.about.name == "step-000002"
     assert "step-000003" in watcher.refusals
+    save(run, 4, 1.8)
+    newest = watcher.poll()
+    assert newest is not None
+    watcher.accept(newest)
+    watcher.poll()
+    assert not watcher.status()["refused"]  # it is older than what is served
+    assert watcher.num_refusals == 1
 
 
 def test_a_mended_one_is_served(run: Store) -> None:

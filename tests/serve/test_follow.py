@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.checkpoint.follow import CheckpointWatcher, ServedCheckpoint
+from nanochat_ray.checkpoint.follow import CheckpointWatcher, NewCheckpoint, ServedCheckpoint
 from nanochat_ray.cli import rollback
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
@@ -125,6 +125,28 @@ def test_refusals_are_in_health_and_metrics(run: Store, url: str) -> None:
     assert "weights.msgpack is damaged" in refusals()["step-000002"]
     assert 'nanochat_checkpoints_refused_total{model_name="r"} 1.0' in get(f"{url}/metrics").text
     assert checkpoint_of(url) == "step-000001"
+
+
+def test_an_unexpected_error_does_not_end_the_following(
+    run: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors: list[Exception] = [ZeroDivisionError(), OSError("the disk is gone")]
+    rolled = threading.Event()
+
+    def roll(_: NewCheckpoint) -> None:
+        if errors:
+            raise errors.pop()
+        rolled.set()
+
+    monkeypatch.setattr(follow, "RETRY_S", 0.01)
+    current = ServedCheckpoint.of(run, "step-000001")
+    follower = Follower(CheckpointWatcher(run, "r", "latest", current, margin=0.1), roll)
+    save(run, 2, 1.5)
+    follower.start()
+    assert rolled.wait(30)
+    follower.close()
+    assert follower.watcher.current.name == "step-000002"
+    assert caplog.text.count("cannot be followed") == 2
 
 
 def test_rollback_pins_until_it_is_resumed(root: Store, run: Store, url: str) -> None:
