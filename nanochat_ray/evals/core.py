@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.offline import run_requests
 from nanochat_ray.engine.request import Request, SamplingParams, TokenLogprob
 from nanochat_ray.evals.core_data import CoreTask, Example
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -183,23 +184,17 @@ def _scores_of(
 ) -> Iterator[tuple[Question, list[list[TokenLogprob]], bool]]:
     """Each question, in order, with the scores of its options, and whether it was cropped.
 
-    Twice as many options as the engine runs at a time are submitted, in order, so that the options
-    of a question share its prefix.
+    The options of a question are submitted one after the other, so that they share its prefix.
     """
-    limit = 2 * engine.config.max_num_seqs
     pending: dict[int, tuple[Question, bool]] = {}
     scores: dict[str, list[TokenLogprob]] = {}
-    num_submitted = num_taken = num_running = 0
-    is_complete = False
-    while not is_complete or pending:
-        while not is_complete and num_running < limit:
-            item = next(questions, None)
-            if item is None:
-                is_complete = True
-                break
+    num_taken = 0
+
+    def requests() -> Iterator[Request]:
+        for number, item in enumerate(questions):
             options = [_crop(option, engine.max_model_len) for option in item.options]
             is_cropped = any(o != c for o, c in zip(item.options, options, strict=True))
-            pending[num_submitted] = Question(options, item.answer), is_cropped
+            pending[number] = Question(options, item.answer), is_cropped
             for i, option in enumerate(options):
                 # A token more than the prompt has would not fit, and none is needed.
                 params = SamplingParams(
@@ -208,15 +203,12 @@ def _scores_of(
                     prompt_logprobs=int(item.answer is None),
                     prompt_logprobs_start=option.start,
                 )
-                id = f"{num_submitted}/{i}"
-                engine.add(Request(id=id, prompt=option.token_ids, params=params))
-            num_running += len(options)
-            num_submitted += 1
-        for output in engine.step():
-            if output.finish == "error":
-                raise RuntimeError(f"question {output.request_id}: {output.error}")
-            scores[output.request_id] = output.prompt_logprobs or []
-            num_running -= 1
+                yield Request(id=f"{number}/{i}", prompt=option.token_ids, params=params)
+
+    for output in run_requests(engine, requests()):
+        if output.finish == "error":
+            raise RuntimeError(f"question {output.request_id}: {output.error}")
+        scores[output.request_id] = output.prompt_logprobs or []
         while num_taken in pending:
             item, is_cropped = pending[num_taken]
             ids = [f"{num_taken}/{i}" for i in range(len(item.options))]

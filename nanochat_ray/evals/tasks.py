@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from nanochat_ray.engine.detokenizer import IncrementalDetokenizer
 from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.offline import run_requests
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.evals.results import Z, wilson_interval
 from nanochat_ray.tasks.task import Task
@@ -79,37 +80,39 @@ def evaluate(
     ends = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
     detokenizers: dict[str, IncrementalDetokenizer] = {}
     answers: dict[str, str] = {}
-    waiting = [(index, i) for index in range(total) for i in range(samples)]
-    num_answered = 0
     too_long: set[int] = set()
-    while waiting or engine.has_work:
-        # A full batch and as much again in the queue keeps every slot busy.
-        while waiting and len(detokenizers) < 2 * engine.config.max_num_seqs:
-            index, i = waiting.pop(0)
-            params = SamplingParams(
-                temperature=temperature,
-                max_tokens=max_tokens,
-                eos_ids=ends,
-                seed=(seed * samples + i) % 2**63,
-            )
+
+    def requests() -> Iterator[Request]:
+        for index in range(total):
             prompt = render_prompt(tokenizer, task.question(index))
-            request = Request(id=f"{index}/{i}", prompt=prompt, params=params)
-            answers[request.id] = ""
-            try:
-                engine.add(request)
-            except ValueError:
-                num_answered += 1
-                too_long.add(index)
-                continue
-            detokenizers[request.id] = IncrementalDetokenizer(tokenizer)
-        for output in engine.step():
-            detokenizer = detokenizers[output.request_id]
-            answers[output.request_id] += detokenizer.add(output)
-            if output.finish is not None:
-                answers[output.request_id] += detokenizer.flush()
-                del detokenizers[output.request_id]
-                num_answered += 1
-                progress(num_answered, total * samples)
+            for i in range(samples):
+                params = SamplingParams(
+                    temperature=temperature,
+                    max_tokens=max_tokens,
+                    eos_ids=ends,
+                    seed=(seed * samples + i) % 2**63,
+                )
+                request = Request(id=f"{index}/{i}", prompt=prompt, params=params)
+                answers[request.id] = ""
+                try:
+                    engine.validate(request)
+                except ValueError:
+                    too_long.add(index)
+                    continue
+                detokenizers[request.id] = IncrementalDetokenizer(tokenizer)
+                yield request
+
+    num_answered = 0
+    for output in run_requests(engine, requests()):
+        if output.finish == "error":
+            raise RuntimeError(f"question {output.request_id}: {output.error}")
+        detokenizer = detokenizers[output.request_id]
+        answers[output.request_id] += detokenizer.add(output)
+        if output.finish is not None:
+            answers[output.request_id] += detokenizer.flush()
+            del detokenizers[output.request_id]
+            num_answered += 1
+            progress(num_answered + samples * len(too_long), total * samples)
     num_right = []
     wrong: list[tuple[str, str]] = []
     for index in range(total):

@@ -12,6 +12,7 @@ from torch import Tensor
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.detokenizer import OutputProcessor, TextEvent, ToolResultEvent
 from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.offline import run_requests
 from nanochat_ray.engine.request import Finish, Request, RequestOutput, SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -86,12 +87,8 @@ class EngineGenerator:
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         outputs: dict[str, list[RequestOutput]] = {request.id: [] for request in requests}
-        waiting = list(reversed(requests))
-        while waiting or self.engine.has_work:
-            while waiting and self.engine.scheduler.queue_capacity > 0:
-                self.engine.add(waiting.pop())
-            for output in self.engine.step():
-                outputs[output.request_id].append(output)
+        for output in run_requests(self.engine, requests):
+            outputs[output.request_id].append(output)
         return [self._join(outputs[request.id]) for request in requests]
 
     def _join(self, outputs: Sequence[RequestOutput]) -> Rollout:

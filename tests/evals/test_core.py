@@ -164,7 +164,8 @@ def test_decisions_equal_a_forward_pass(kind: core_data.Kind, layout: str) -> No
     for parameter in gpt.parameters():
         torch.nn.init.normal_(parameter, 0, 0.3, generator=torch.Generator().manual_seed(1))
     gpt.eval().requires_grad_(False)
-    config = EngineConfig(max_num_seqs=4, kv_layout=layout)  # type: ignore[arg-type]
+    # A queue that holds less than the options of one question.
+    config = EngineConfig(max_num_seqs=4, max_queue_size=2, kv_layout=layout)  # type: ignore[arg-type]
     engine = Engine.from_model(gpt, TOKENIZER, config)
     calls: list[tuple[int, int]] = []
     score, decisions = core.evaluate(

@@ -41,7 +41,7 @@ def engine() -> Engine:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    return Engine.from_model(model, TOKENIZER, EngineConfig(max_num_seqs=4))
+    return Engine.from_model(model, TOKENIZER, EngineConfig(max_num_seqs=4, max_queue_size=2))
 
 
 def test_accuracy_counts_all_questions() -> None:
