@@ -59,8 +59,7 @@ class Args:
     temperature: float | None = None
     """Of the answers; by default 0, greedy, for one answer, and 1 for several."""
     text: tuple[str, ...] = ()
-    """Files, folders, globs, s3:// or hf:// to measure bits per byte on.
-    The training model does it, so that int8 has no effect here."""
+    """Files, folders, globs, s3:// or hf:// to measure bits per byte on."""
     text_tokens: int = 1_000_000
     """Tokens of that text, at most; 0 is all."""
     core: str = ""
@@ -133,15 +132,20 @@ def documents(text: Sequence[str]) -> Iterator[str]:
         yield from corpus.read(unit)
 
 
-def text_figures(args: Args, model: GPT, tokenizer: Tokenizer) -> dict[str, float]:
+def text_figures(
+    args: Args, model: GPT, tokenizer: Tokenizer, config: EngineConfig
+) -> dict[str, float]:
     """Bits per byte of --text."""
-    from nanochat_ray.evals.bpb import evaluate_text
+    from nanochat_ray.evals.bpb import evaluate_text, scoring_engine
 
     start = time.perf_counter()
-    score = evaluate_text(model, tokenizer, documents(args.text), max_tokens=args.text_tokens)
+    engine = scoring_engine(model, tokenizer, config)
+    score = evaluate_text(engine, tokenizer, documents(args.text), max_tokens=args.text_tokens)
+    engine.check_integrity()
     print(
         f"text: {score.bits_per_byte:.4f} bits per byte of {score.bytes:,} bytes ({score.tokens:,} "
-        f"tokens of {score.documents:,} documents) in {time.perf_counter() - start:.1f} s",
+        f"tokens of {score.documents:,} documents) in {time.perf_counter() - start:.1f} s, "
+        f"{config.precision}",
         flush=True,
     )
     return {"text_bits_per_byte": score.bits_per_byte, "text_bytes": score.bytes}
@@ -227,7 +231,7 @@ def main(args: Args) -> None:
         **training_figures(args, trainer),
     }
     if args.text:
-        result |= text_figures(args, model, tokenizer)
+        result |= text_figures(args, model, tokenizer, config)
     if tasks or args.core:
         engine = Engine.from_model(model, tokenizer, config)
         results = Results(store, name, checkpoint.weight_version(store, name))

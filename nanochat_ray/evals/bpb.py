@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
-
+from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import Tokenizer
-from nanochat_ray.train.validation import bits_per_byte
-
-BATCH = 8
-"""Sequences of one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -23,46 +21,66 @@ class TextScore:
     documents: int
 
 
+def scoring_engine(model: GPT, tokenizer: Tokenizer, config: EngineConfig) -> Engine:
+    """An engine for ``evaluate_text``: its context has one token more than the model's, so that the
+    last token of a span is predicted from a full context. ``config.max_model_len`` may shorten it.
+    """
+    length = config.max_model_len or model.config.sequence_len + 1
+    # Spans have no common prefixes.
+    config = replace(config, max_model_len=length, prefix_cache_tokens=0)
+    return Engine.from_model(model, tokenizer, config)
+
+
 def evaluate_text(
-    model: GPT, tokenizer: Tokenizer, documents: Iterable[str], *, max_tokens: int = 0
+    engine: Engine, tokenizer: Tokenizer, documents: Iterable[str], *, max_tokens: int = 0
 ) -> TextScore:
     """Bits per byte over the documents, each from its own beginning, in spans of the context.
 
-    Every byte is predicted once. ``max_tokens`` stops after about that many; 0 takes all.
-    Raises ValueError if there is no text.
+    Every byte is predicted once. ``max_tokens`` stops after about that many; 0 takes all. The
+    engine is this function's alone while it runs. Raises ValueError if there is no text.
     """
     lengths = tokenizer.byte_lengths()
-    length = model.config.sequence_len + 1
-    bits, size, tokens, count = 0.0, 0, 0, 0
+    nats, size, tokens, count = 0.0, 0, 0, 0
 
-    def spans() -> Iterator[np.ndarray]:
+    def spans() -> Iterator[list[int]]:
         nonlocal tokens, count
         for document in documents:
-            ids = np.asarray([tokenizer.bos, *tokenizer.encode(document)], dtype=np.int64)
+            ids = [tokenizer.bos, *tokenizer.encode(document)]
             count += 1
-            for start in range(0, len(ids) - 1, length - 1):
-                span = ids[start : start + length]
+            for start in range(0, len(ids) - 1, engine.max_model_len - 1):
+                span = ids[start : start + engine.max_model_len]
                 tokens += len(span) - 1
-                # Special tokens have no bytes, so what is filled up counts for nothing.
-                yield np.pad(span, (0, length - len(span)), constant_values=tokenizer.bos)
+                yield span
                 if 0 < max_tokens <= tokens:
                     return
 
-    def add(spans_of_batch: list[np.ndarray]) -> None:
-        nonlocal bits, size
-        ids = np.stack(spans_of_batch)
-        num_bytes = int(lengths[ids[:, 1:]].sum())
-        bits += bits_per_byte(model, ids, lengths, micro_batch_size=BATCH) * num_bytes
-        size += num_bytes
-
-    batch: list[np.ndarray] = []
-    for span in spans():
-        batch.append(span)
-        if len(batch) == BATCH:
-            add(batch)
-            batch = []
-    if batch:
-        add(batch)
+    for span, logprobs in _score(engine, spans()):
+        for token, logprob in zip(span[1:], logprobs, strict=True):
+            # Special tokens have no bytes and are not counted.
+            if lengths[token]:
+                nats -= logprob
+                size += int(lengths[token])
     if not size:
         raise ValueError("text is empty: there is nothing to measure")
-    return TextScore(bits / size, size, tokens, count)
+    return TextScore(nats / math.log(2) / size, size, tokens, count)
+
+
+def _score(engine: Engine, spans: Iterator[list[int]]) -> Iterator[tuple[list[int], list[float]]]:
+    """Each span with the log-probabilities of its tokens behind the first, in any order."""
+    running: dict[str, list[int]] = {}
+    params = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=0)
+    num_submitted, is_complete = 0, False
+    while not is_complete or running:
+        while not is_complete and len(running) < engine.config.max_num_seqs:
+            span = next(spans, None)
+            if span is None:
+                is_complete = True
+                break
+            running[str(num_submitted)] = span
+            engine.add(Request(id=str(num_submitted), prompt=span, params=params))
+            num_submitted += 1
+        for output in engine.step():
+            if output.finish == "error":
+                raise RuntimeError(f"span {output.request_id}: {output.error}")
+            scores = output.prompt_logprobs or []
+            yield running.pop(output.request_id), [s.logprob for s in scores]

@@ -12,7 +12,9 @@ import torch
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import eval as job
-from nanochat_ray.evals.bpb import evaluate_text
+from nanochat_ray.engine.config import EngineConfig, EnginePrecision
+from nanochat_ray.engine.engine import Engine
+from nanochat_ray.evals.bpb import evaluate_text, scoring_engine
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from tests.tiny import TOKENIZER, tiny_config
@@ -25,10 +27,15 @@ def model() -> GPT:
     return gpt.eval().requires_grad_(False)
 
 
+def engine_of(gpt: GPT, precision: EnginePrecision = "fp32") -> Engine:
+    # 3 sequences at a time: some wait for others.
+    return scoring_engine(gpt, TOKENIZER, EngineConfig(max_num_seqs=3, precision=precision))
+
+
 def test_every_byte_counts_once() -> None:
     """Against the sum of log-probabilities, a document and a span of the context at a time."""
     texts, gpt = ["a" * 40 + "bc", "", "héllo"], model()
-    score = evaluate_text(gpt, TOKENIZER, texts)
+    score = evaluate_text(engine_of(gpt), TOKENIZER, texts)
     nats = 0.0
     for text in texts:
         ids = [TOKENIZER.bos, *TOKENIZER.encode(text)]
@@ -40,9 +47,23 @@ def test_every_byte_counts_once() -> None:
     assert score.bytes == size
     assert score.documents == 3
     assert score.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
-    assert evaluate_text(gpt, TOKENIZER, ["a" * 1000], max_tokens=50).tokens == 64
+    assert evaluate_text(engine_of(gpt), TOKENIZER, ["a" * 1000], max_tokens=50).tokens == 64
     with pytest.raises(ValueError, match="text is empty"):
-        evaluate_text(gpt, TOKENIZER, ["", ""])
+        evaluate_text(engine_of(gpt), TOKENIZER, ["", ""])
+
+
+def test_precision_changes_bits_per_byte_slightly() -> None:
+    gpt = model()
+    bits = {
+        precision: evaluate_text(
+            engine_of(gpt, precision), TOKENIZER, ["some text, " * 9]
+        ).bits_per_byte
+        for precision in ("fp32", "bf16", "int8")
+    }
+    # bfloat16 has 8 bits, int8 in blocks of 32 about 7: each sum is off by a share of a percent.
+    assert 0 < abs(bits["bf16"] / bits["fp32"] - 1) < 0.05
+    assert 0 < abs(bits["int8"] / bits["fp32"] - 1) < 0.05
+    assert bits["bf16"] != bits["int8"]
 
 
 def save(root: Store, run: str, stage: str, **trainer: Any) -> None:
@@ -70,7 +91,7 @@ def test_a_base_model_is_measured_on_text(
     save(root, "base", "base", metrics=figures)
     (tmp_path / "x.txt").write_text("some text")
     result = evaluate_run(root, capsys, run="base", text=(str(tmp_path / "x.txt"),))
-    reference = evaluate_text(model(), TOKENIZER, ["some text"])
+    reference = evaluate_text(engine_of(model()), TOKENIZER, ["some text"])
     assert result["text_bits_per_byte"] == pytest.approx(reference.bits_per_byte, rel=1e-5)
     assert result["text_bytes"] == 9
     assert result["bits_per_byte"] == 3.0
