@@ -1,35 +1,164 @@
-"""uvicorn with a socket that is bound in advance, bounded shutdown, and support for h2c offers."""
+"""uvicorn with a socket that is bound in advance, bounded connections and shutdown, and support for
+h2c offers.
+
+What uvicorn refuses by itself (no valid head, one that is too long or too slow) is answered in
+OpenAI's form too.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import socket
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from nanochat_ray.serve.connections import ConnectionGuard, raise_file_limit
+from nanochat_ray.serve.openai.errors import ApiError, invalid
+
 SHUTDOWN_S = 5.0
 """How long answers may continue after SIGTERM."""
 MAX_HEAD_BYTES = 1 << 16
+"""Of a request's line and headers."""
+SWEEP_TICKS = 5
+"""The guard looks at the connections after this many tenths of a second."""
 
 
-class _H11(H11Protocol):
+class _Config(uvicorn.Config):
+    def __init__(self, app: FastAPI, guard: ConnectionGuard, **options: Any):
+        super().__init__(app, **options)
+        self.guard = guard
+
+
+class _Server(uvicorn.Server):
+    async def on_tick(self, counter: int) -> bool:
+        if counter % SWEEP_TICKS == 0:
+            cast(_Config, self.config).guard.sweep()
+        return await super().on_tick(counter)
+
+
+# The two protocols of uvicorn have these methods and attributes in common, but no base.
+if TYPE_CHECKING:
+    _Base = HttpToolsProtocol
+else:
+    _Base = object
+
+
+class _Guarded(_Base):
+    """Tells the guard when the connection waits for its client."""
+
+    @property
+    def guard(self) -> ConnectionGuard:
+        return cast(_Config, self.config).guard
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if self.guard.make_room(len(self.connections)):
+            self.guard.await_request(self)
+        else:
+            busy = ApiError(503, "Too many connections are open.", kind="server_error")
+            self.refuse(busy, retry_after_s=1)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.guard.forget(self)
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle is None or self.cycle.response_complete:  # no other is in the pipeline
+            self.guard.await_request(self)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.guard.begin_stall(self)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.guard.end_stall(self)
+
+    def expire(self) -> None:
+        self.transport.close()
+        if self.transport.get_write_buffer_size():  # closed once the client has read the rest
+            self.guard.begin_stall(self)
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def refuse(self, error: ApiError, retry_after_s: int | None = None) -> None:
+        """Answers what is no request yet, and closes."""
+        body = json.dumps(error.body()).encode()
+        lines = [
+            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            "connection: close",
+            *([f"retry-after: {retry_after_s}"] if retry_after_s is not None else []),
+        ]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        self.refuse(invalid(msg))
+
+
+class _H11(_Guarded, H11Protocol):  # type: ignore[misc]
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.guard.begin_request(self)
+
     def _unsupported_upgrade_warning(self) -> None:
         """The client continues with HTTP/1.1, as it must without an upgrade (RFC 9110, 7.8)."""
 
 
-class _Protocol(HttpToolsProtocol):
+class _Protocol(_Guarded, HttpToolsProtocol):
     """httptools; h11, which is slower, for a connection whose requests offer an upgrade.
 
     httptools stops parsing at ``Upgrade`` and loses the body. Java's HttpClient offers ``h2c`` with
-    every request.
+    every request. Nor does it bound a head, or the trailers of a chunked body.
     """
 
+    _is_in_head = False
+    _num_head_bytes = 0
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_head, self._num_head_bytes = True, 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_head:  # a trailer is dropped
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head = False
+        self.guard.begin_request(self)
+        super().on_headers_complete()
+
+    def expire(self) -> None:
+        if self._is_in_head:
+            self.refuse(ApiError(408, "The head of the request came too slowly."))
+        else:
+            super().expire()
+
     def data_received(self, data: bytes) -> None:
+        was_in_head = self._is_in_head
+        self._feed(data)
+        if was_in_head and self._is_in_head and not self.transport.is_closing():
+            self._num_head_bytes += len(data)
+            if self._num_head_bytes > MAX_HEAD_BYTES:
+                text = f"The head of the request is longer than {MAX_HEAD_BYTES:,} bytes."
+                self.refuse(ApiError(431, text))
+
+    def _feed(self, data: bytes) -> None:
         if (self.cycle is None or self.cycle.response_complete) and _offers_upgrade(data):
             self.connections.discard(self)
+            self.guard.forget(self)
             self._unset_keepalive_if_required()
             other = _H11(self.config, self.server_state, self.app_state, _loop=self.loop)
             other.connection_made(self.transport)
@@ -44,19 +173,21 @@ def _offers_upgrade(data: bytes) -> bool:
     return b"\r\nupgrade:" in head.lower()
 
 
-def server_of(app: FastAPI) -> uvicorn.Server:
-    """A server whose ``run`` takes the sockets of ``bind``."""
+def server_of(app: FastAPI, guard: ConnectionGuard | None = None) -> uvicorn.Server:
+    """A server whose ``run`` takes the sockets of ``bind``. Without a ``guard`` it raises this
+    process's limit on open files."""
     # uvicorn may not set up logging: the access log is the application's own.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    config = uvicorn.Config(
+    config = _Config(
         app,
+        guard or ConnectionGuard(raise_file_limit()),
         http=_Protocol,
         ws="none",
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=SHUTDOWN_S,  # type: ignore[arg-type]
+        timeout_graceful_shutdown=SHUTDOWN_S,
     )
-    return uvicorn.Server(config)
+    return _Server(config)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from nanochat_ray.serve.connections import ConnectionGuard
 from nanochat_ray.serve.http_server import bind, server_of
 from tests.tiny import wait_for
 
@@ -21,9 +22,9 @@ head = functools.partial(httpx.head, timeout=60, verify=False)
 
 
 @contextlib.contextmanager
-def serving(app: Any) -> Iterator[str]:
+def serving(app: Any, guard: ConnectionGuard | None = None) -> Iterator[str]:
     """The URL at which ``app`` answers while the block runs."""
-    server, listener = server_of(app), bind("127.0.0.1", 0)
+    server, listener = server_of(app, guard), bind("127.0.0.1", 0)
     server.config.timeout_graceful_shutdown = 1
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

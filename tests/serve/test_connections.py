@@ -1,0 +1,218 @@
+"""Connections that hold a server up: by a clock of the test's own, and over sockets."""
+
+from __future__ import annotations
+
+import json
+import resource
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from nanochat_ray.serve import connections
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.serve.connections import ConnectionGuard
+from nanochat_ray.serve.http_server import MAX_HEAD_BYTES
+from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.scripted import ScriptedClient
+from tests.serve.serving import post, serving
+from tests.tiny import wait_for
+
+TOK = Tokenizer.bytes_only()
+
+
+class Ends:
+    """A connection, and how it was ended."""
+
+    def __init__(self) -> None:
+        self.end = ""
+
+    def expire(self) -> None:
+        self.end = "expired"
+
+    def abort(self) -> None:
+        self.end = "aborted"
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def guard(clock: Clock) -> ConnectionGuard:
+    return ConnectionGuard(2, head_timeout_s=10, stall_timeout_s=60, clock=clock)
+
+
+def test_a_head_has_a_time_limit(guard: ConnectionGuard, clock: Clock) -> None:
+    idle, late, served = Ends(), Ends(), Ends()
+    guard.await_request(idle)
+    guard.await_request(served)
+    clock.now = 1
+    guard.await_request(late)
+    guard.begin_request(served)
+    clock.now = 9.9
+    guard.sweep()
+    assert idle.end == ""
+    clock.now = 10
+    guard.sweep()
+    assert (idle.end, late.end, served.end) == ("expired", "", "")
+    guard.await_request(served)  # its response is complete
+    clock.now = 11
+    guard.sweep()
+    assert (late.end, served.end) == ("expired", "")
+    clock.now = 20
+    guard.sweep()
+    assert served.end == "expired"
+
+
+def test_a_client_must_read(guard: ConnectionGuard, clock: Clock) -> None:
+    slow, stalled, gone = Ends(), Ends(), Ends()
+    for one in (slow, stalled, gone):
+        guard.begin_stall(one)
+    clock.now = 59
+    guard.end_stall(slow)
+    guard.begin_stall(slow)
+    guard.begin_stall(stalled)  # it has not begun anew
+    guard.forget(gone)
+    clock.now = 60
+    guard.sweep()
+    assert (slow.end, stalled.end, gone.end) == ("", "aborted", "")
+
+
+def test_the_oldest_idle_connection_makes_room(guard: ConnectionGuard) -> None:
+    first, second = Ends(), Ends()
+    guard.await_request(first)
+    guard.await_request(second)
+    assert guard.make_room(2)
+    assert guard.make_room(3)
+    assert (first.end, second.end) == ("aborted", "")
+    guard.begin_request(second)
+    assert not guard.make_room(3)
+    assert second.end == ""
+
+
+def test_the_limit_on_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [1024, 4096]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.__setitem__(0, pair[0]))
+    assert connections.raise_file_limit() == 4096 - connections.SPARE_FILES
+    limits[:] = [1024, resource.RLIM_INFINITY]
+    assert connections.raise_file_limit() == connections.MAX_CONNECTIONS
+    limits[:] = [resource.RLIM_INFINITY] * 2
+    assert connections.raise_file_limit() == connections.MAX_CONNECTIONS
+
+
+# --- over sockets -------------------------------------------------------------------------------
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+BODY = json.dumps({"prompt": "x", "max_tokens": 2}).encode()
+UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
+
+
+@pytest.fixture
+def connect(guard: ConnectionGuard) -> Iterator[Callable[[], socket.socket]]:
+    guard.max_connections = 3
+    with serving(build_app(ScriptedClient([65] * 20), TOK, "tiny", 256), guard) as url:
+        address = url.removeprefix("http://").split(":")
+        sockets: list[socket.socket] = []
+
+        def new() -> socket.socket:
+            sockets.append(socket.create_connection((address[0], int(address[1])), timeout=20))
+            return sockets[-1]
+
+        yield new
+        for one in sockets:
+            one.close()
+
+
+def read(connection: socket.socket) -> bytes:
+    """All until the server closes."""
+    answer = b""
+    while data := connection.recv(65536):
+        answer += data
+    return answer
+
+
+@pytest.mark.parametrize("begin", [b"", HEAD, HEAD + UPGRADE])
+def test_an_incomplete_head_ends(
+    connect: Callable[[], socket.socket], guard: ConnectionGuard, clock: Clock, begin: bytes
+) -> None:
+    connection = connect()
+    connection.sendall(begin)
+    wait_for(lambda: bool(guard._waiting))
+    if begin == HEAD:
+        wait_for(lambda: any(getattr(one, "_is_in_head", False) for one in list(guard._waiting)))
+    clock.now = 10.0
+    answer = read(connection)
+    if begin == HEAD:
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+        assert error["message"] == "The head of the request came too slowly."
+    else:
+        assert answer == b""
+
+
+@pytest.mark.parametrize("extra", [b"", UPGRADE])
+def test_a_request_is_no_longer_timed(
+    connect: Callable[[], socket.socket], guard: ConnectionGuard, extra: bytes
+) -> None:
+    connection = connect()
+    connection.sendall(HEAD + extra + b"Content-Length: %d\r\n\r\n" % len(BODY))
+    wait_for(lambda: not guard._waiting)
+    connection.sendall(BODY)
+    assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    wait_for(lambda: len(guard._waiting) == 1)  # for the next request
+
+
+def test_an_endless_head_is_431(
+    connect: Callable[[], socket.socket], guard: ConnectionGuard
+) -> None:
+    connection = connect()
+    connection.sendall(HEAD)
+    wait_for(lambda: any(getattr(one, "_is_in_head", False) for one in list(guard._waiting)))
+    # Not a byte more: the server would answer unread data by a reset.
+    connection.sendall(b"X-Long: ".ljust(MAX_HEAD_BYTES + 1, b"x"))
+    assert read(connection).startswith(b"HTTP/1.1 431 ")
+
+
+def test_trailers_are_dropped(connect: Callable[[], socket.socket]) -> None:
+    connection = connect()
+    chunk = b"%x\r\n%s\r\n" % (len(BODY), BODY)
+    trailers = b"0\r\n" + b"X-Trailer: 1\r\n" * 1000 + b"\r\n"
+    connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk + trailers)
+    assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_no_http_is_an_openai_error(connect: Callable[[], socket.socket]) -> None:
+    connection = connect()
+    connection.sendall(b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n")
+    answer = read(connection)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+def test_idle_connections_leave_room(connect: Callable[[], socket.socket]) -> None:
+    idle = [connect() for _ in range(8)]
+    url = "http://{}:{}".format(*idle[0].getpeername())
+    assert post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 2}).is_success
+    assert read(idle[0]) == b""  # the oldest were closed
+
+
+def test_busy_connections_are_503(
+    connect: Callable[[], socket.socket], guard: ConnectionGuard
+) -> None:
+    busy = [connect() for _ in range(3)]
+    for one in busy:
+        one.sendall(HEAD + b"Content-Length: 5\r\n\r\n")
+    wait_for(lambda: not guard._waiting)
+    answer = read(connect())
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nretry-after: 1\r\n" in answer
