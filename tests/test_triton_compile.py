@@ -31,13 +31,15 @@ flags = {"HAS_CAP": True, "HAS_GRAD": True, "BLOCK": 1024}
 logits = {"logits": "bf16", "targets": "i64", "loss": "fp32"}
 check(triton_loss._softcap_loss_kernel, logits, flags)
 shape = {"G": 4, "D": 128, "BLOCK_D": 128}
-data = {name: "bf16" for name in ("q", "k", "v", "out")} | {"partial": "fp32"}
+data = {name: "bf16" for name in ("q", "k", "v", "out")} 
+data |= {"sums": "fp32", "tops": "fp32"}
 data |= {name: "i32" for name in ("cu_seqlens_q", "seqused_k", "block_table")}
-for split, block_t, block_m in ((512, 1, 16), (0, 16, 64)):
-    tile = {"BLOCK_SIZE": 16, "BLOCK_T": block_t, "BLOCK_M": block_m, "BLOCK_N": 64}
+for split, block_t, block_m, block_n in ((128, 1, 16, 128), (0, 16, 64, 64)):
+    tile = {"BLOCK_SIZE": 16, "BLOCK_T": block_t, "BLOCK_M": block_m, "BLOCK_N": block_n}
     check(triton_attention._attention_kernel, data, shape | tile | {"SPLIT": split})
-merge = {"partial": "fp32", "out": "bf16", "seqused_k": "i32"}
-check(triton_attention._merge_kernel, merge, shape | {"BLOCK_M": 16, "SPLIT": 512})
+merge = {"sums": "fp32", "tops": "fp32", "out": "bf16", "seqused_k": "i32"}
+splits = {"D": 128, "BLOCK_D": 128, "SPLIT": 128, "MERGE": 16}
+check(triton_attention._merge_kernel, merge, splits)
 columns = {"logits": "fp32", "tokens": "i64", "temperature": "fp32", "top_k": "i64"}
 columns |= {"top_p": "fp64", "min_p": "fp32", "seed": "i64", "position": "i64"}
 check(triton_sampler._sample_kernel, columns, {"INVALID_TOKEN": -1, "BLOCK": 4096}, num_warps=4)

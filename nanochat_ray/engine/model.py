@@ -191,7 +191,8 @@ class InferenceModel:
             parts = [weights[source].to(self.device) for source in sources]
             self.linears[name].load(torch.cat(parts) if len(parts) > 1 else parts[0])
         for name, tensor in self.tensors.items():
-            tensor.copy_(weights[name])
+            # Converted on the device: the host would take longer than the copy.
+            tensor.copy_(weights[name].to(self.device))
 
     def hidden(self, ids_N: Tensor, previous_N: Tensor, cache: AttentionCache) -> Tensor:
         """Final normalised activations ``[N, C]`` of the tokens ``ids_N`` (int64).

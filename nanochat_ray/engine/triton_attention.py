@@ -6,7 +6,8 @@ one key/value head are packed into one tile, so that keys and values are read on
 
 The order in which a row is reduced depends on its own position alone: tiles of BLOCK_N keys from
 key 0 on, and for a decode splits of SPLIT keys that are merged from the first on. So a row has the
-same bits in any batch, which a split that fills the GPU would not give.
+same bits in any batch, which a split that fills the GPU would not give. Splits are short, since a
+decode waits for memory: more of them read at the same time.
 
 Legend: N tokens of the step, S sequences, T tokens of a tile, M blocks of the longest sequence, H
 query heads, Hkv key/value heads, G = H / Hkv, D head size.
@@ -22,8 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SPLIT = 512
+SPLIT = 128
 """Keys of one split of a decode."""
+MERGE = 16
+"""Splits that are merged at a time."""
 BLOCK_N = 64
 """Keys of a tile."""
 MIN_ROWS = 16
@@ -78,15 +81,16 @@ def _attend(
 
 @triton.jit
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, cu_seqlens_q_ptr, seqused_k_ptr, block_table_ptr,
-    q_stride, kv_stride, table_stride, tiles, num_splits, window, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, sums_ptr, tops_ptr, cu_seqlens_q_ptr, seqused_k_ptr,
+    block_table_ptr, q_stride, kv_stride, table_stride, tiles, num_splits, window, scale,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_T tokens of one sequence, for one key/value head and one split of keys.
 
-    Row r of the tile is token r // G and head r % G. SPLIT 0 is all keys. ``partial`` is float32
-    ``[tiles, Hkv, splits, BLOCK_M, BLOCK_D + 2]``: sums, largest score, sum of weights.
+    Row r of the tile is token r // G and head r % G. SPLIT 0 is all keys; else a tile is a
+    sequence, whose splits write float32 ``sums [S, H, splits, D]`` and ``tops [S, H, splits, 2]``:
+    the largest score and the sum of weights.
     """
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = tile // tiles
@@ -111,16 +115,18 @@ def _attention_kernel(
     if SPLIT > 0:
         start = tl.maximum(start, split * SPLIT)
         end = tl.minimum(end, (split + 1) * SPLIT)
+        if start >= end:  # which the merge leaves out
+            return
     top, total, sums_MD = _attend(
         q_MD, positions, k_ptr, v_ptr, block_table_ptr + sequence * table_stride, kv_stride,
         kv_head * D, start, end, window, scale, D, d, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     if SPLIT > 0:
-        base = ((tile * tl.num_programs(1) + kv_head) * num_splits + split).to(tl.int64)
-        line = partial_ptr + (base * BLOCK_M + rows) * (BLOCK_D + 2)
-        tl.store(line[:, None] + d[None, :], sums_MD)
-        tl.store(line + BLOCK_D, top)
-        tl.store(line + BLOCK_D + 1, total)
+        heads = (sequence * tl.num_programs(1) + kv_head).to(tl.int64) * G + rows
+        line = heads * num_splits + split
+        tl.store(sums_ptr + line[:, None] * D + d[None, :], sums_MD, mask=q_mask)
+        tl.store(tops_ptr + line * 2, top, mask=inside)
+        tl.store(tops_ptr + line * 2 + 1, total, mask=inside)
     else:
         out = (sums_MD / tl.where(total == 0.0, 1.0, total)[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + q_offsets[:, None] + d[None, :], out, mask=q_mask)
@@ -128,41 +134,48 @@ def _attention_kernel(
 
 @triton.jit
 def _merge_kernel(
-    partial_ptr,
+    sums_ptr,
+    tops_ptr,
     out_ptr,
     seqused_k_ptr,
     q_stride,
     num_splits,
-    G: tl.constexpr,
+    window,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     SPLIT: tl.constexpr,
+    MERGE: tl.constexpr,
 ):
-    """The output of one decode token and key/value head, from its splits in order."""
-    sequence = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    rows = tl.arange(0, BLOCK_M)
+    """The output of one decode token and head, from its splits in order."""
+    sequence, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     length = tl.load(seqused_k_ptr + sequence)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    sums_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    base = (sequence * tl.num_programs(1) + kv_head).to(tl.int64) * num_splits
-    for split in range(tl.cdiv(length, SPLIT)):
-        line = partial_ptr + (base + split) * BLOCK_M * (BLOCK_D + 2) + rows * (BLOCK_D + 2)
-        split_top = tl.load(line + BLOCK_D)
-        new_top = tl.maximum(top, split_top)
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        decay = tl.exp(top - shift)
-        weight = tl.exp(split_top - shift)
-        total = total * decay + tl.load(line + BLOCK_D + 1) * weight
-        sums_MD = sums_MD * decay[:, None] + tl.load(line[:, None] + d[None, :]) * weight[:, None]
+    last = tl.cdiv(length, SPLIT)
+    first = 0
+    if window >= 0:
+        first = tl.maximum(0, length - 1 - window) // SPLIT
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    sums_D = tl.zeros((BLOCK_D,), tl.float32)
+    base = (sequence * tl.num_programs(1) + head).to(tl.int64) * num_splits
+    for at in range(first // MERGE * MERGE, last, MERGE):
+        splits = at + tl.arange(0, MERGE)
+        present = (splits >= first) & (splits < last)
+        line = base + splits
+        tops = tl.load(tops_ptr + line * 2, mask=present, other=float("-inf"))
+        totals = tl.load(tops_ptr + line * 2 + 1, mask=present, other=0.0)
+        mask = present[:, None] & (d < D)[None, :]
+        split_sums = tl.load(sums_ptr + line[:, None] * D + d[None, :], mask=mask, other=0.0)
+        new_top = tl.maximum(top, tl.max(tops, axis=0))
+        decay = tl.exp(top - new_top)
+        weights = tl.exp(tops - new_top)
+        total = total * decay + tl.sum(totals * weights, axis=0)
+        sums_D = sums_D * decay + tl.sum(split_sums * weights[:, None], axis=0)
         top = new_top
-    out = sums_MD / tl.where(total == 0.0, 1.0, total)[:, None]
-    offsets = sequence.to(tl.int64) * q_stride + (kv_head * G + rows) * D
-    mask = (rows < G)[:, None] & (d < D)[None, :]
-    tl.store(out_ptr + offsets[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    offsets = sequence.to(tl.int64) * q_stride + head * D + d
+    # The sequences that only fill a graph have no keys.
+    out = sums_D / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 def paged_attention(
@@ -199,24 +212,33 @@ def paged_attention(
     block_d = max(16, triton.next_power_of_2(D))
     tiles = triton.cdiv(max_seqlen_q, block_t)
     num_splits = triton.cdiv(max_seqlen_k, SPLIT) if is_decode else 1
-    shape = (S * tiles, Hkv, num_splits, block_m, block_d + 2) if is_decode else (0,)
-    partial = torch.empty(shape, dtype=torch.float32, device=q.device)
+    shape = (S, H, num_splits) if is_decode else (0,)
+    sums = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
+    tops = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
     # ``out`` is addressed like ``q``, of which only the token stride may differ.
     q = q if q.stride(0) == H * D else q.contiguous()
-    sizes = {"G": G, "D": D, "BLOCK_D": block_d, "BLOCK_M": block_m}
-    split = SPLIT if is_decode else 0
+    # A split in half precision is one tile; in float32 it would take all of the shared memory.
+    block_n = SPLIT if is_decode and q.element_size() == 2 else BLOCK_N
     _attention_kernel[(S * tiles, Hkv, num_splits)](
-        *(q, keys, values, out, partial, cu_seqlens_q, seqused_k, block_table),
+        *(q, keys, values, out, sums, tops, cu_seqlens_q, seqused_k, block_table),
         *(q.stride(0), keys.stride(1), block_table.stride(0), tiles, num_splits, window, D**-0.5),
-        **sizes,
+        G=G,
+        D=D,
+        BLOCK_D=block_d,
         BLOCK_SIZE=block_size,
         BLOCK_T=block_t,
-        BLOCK_N=BLOCK_N,
-        SPLIT=split,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        SPLIT=SPLIT if is_decode else 0,
         num_warps=4,
     )
     if is_decode:
-        _merge_kernel[(S, Hkv)](
-            partial, out, seqused_k, q.stride(0), num_splits, **sizes, SPLIT=SPLIT, num_warps=4
+        _merge_kernel[(S, H)](
+            *(sums, tops, out, seqused_k, q.stride(0), num_splits, window),
+            D=D,
+            BLOCK_D=block_d,
+            SPLIT=SPLIT,
+            MERGE=MERGE,
+            num_warps=4,
         )
     return out

@@ -83,6 +83,7 @@ CASES = {
     "decode": ([1, 1, 1], [1, 40, 97]),
     "prefill": ([5, 33], [5, 70]),
     "mixed": ([1, 20, 1], [50, 20, 3]),
+    "many splits": ([1, 1], [300, 1]),
 }
 
 
@@ -93,10 +94,11 @@ def test_paged_attention_equals_float64(
     case: str, heads: int, kv_heads: int, D: int, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton_attention, "SPLIT", 64)
+    monkeypatch.setattr(triton_attention, "MERGE", 2)
     step = Step(*CASES[case], heads, kv_heads, D, dtype=torch.float32)
     error = (step.run(window).double() - step.exact(window)).abs().max()
-    # Scores of D terms and weights of up to 97 keys, of values of about 4 at most.
-    assert error <= 97 * torch.finfo(torch.float32).eps * 4
+    # Scores of D terms and weights of up to 300 keys, of values of about 4 at most.
+    assert error <= 300 * torch.finfo(torch.float32).eps * 4
 
 
 def test_paged_attention_in_half_precision() -> None:
@@ -108,7 +110,7 @@ def test_paged_attention_in_half_precision() -> None:
     assert error <= 3 * torch.finfo(dtype).eps * 4
 
 
-@pytest.mark.parametrize("case", ["decode", "prefill"])
+@pytest.mark.parametrize("case", ["decode", "prefill", "many splits"])
 def test_company_does_not_change_a_row(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_attention, "SPLIT", 64)
     step = Step(*CASES[case], 6, 2, 16, dtype=torch.float32)
