@@ -9,6 +9,8 @@ key, if the server asks for one.
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import urllib.error
@@ -105,7 +107,9 @@ def deltas(args: Args, model: str, messages: list[dict[str, str]]) -> Iterator[d
         body["max_tokens"] = args.max_tokens
     if args.seed is not None:
         body["seed"] = args.seed
-    with call(args, "/v1/chat/completions", body) as response:
+    # A connection that breaks may be an error, or look like the end of the answer.
+    broken = contextlib.suppress(OSError, http.client.HTTPException)
+    with call(args, "/v1/chat/completions", body) as response, broken:
         for line in response:
             if not line.startswith(b"data: "):
                 continue

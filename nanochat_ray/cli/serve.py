@@ -101,7 +101,7 @@ def serve_here(config: ServeConfig, args: Args) -> None:
 
     from nanochat_ray.engine.engine import Engine
     from nanochat_ray.machine import engine_threads, run_in_temporary_thread
-    from nanochat_ray.serve import access, http_server
+    from nanochat_ray.serve import access, hosts, http_server
     from nanochat_ray.serve.app import build_app
     from nanochat_ray.serve.collector import freeze_gc
     from nanochat_ray.serve.generation import Limits
@@ -137,9 +137,8 @@ def serve_here(config: ServeConfig, args: Args) -> None:
         access.log_to([handler])
     freeze_gc()
     listener = http_server.bind(args.host, args.port)
-    host = f"[{args.host}]" if ":" in args.host else args.host
     port = listener.getsockname()[1]
-    print(f"{name} is served at http://{host}:{port}", flush=True)
+    print(f"{name} is served at {hosts.url_of(args.host, port)}", flush=True)
     try:
         with hold_checkpoint(config, run, client, checkpoint_name):
             http_server.server_of(app).run(sockets=[listener])
@@ -233,8 +232,9 @@ def main(args: Args) -> None:
     deploy_app(config, args)
 
     from nanochat_ray.on_ray.serve import deploy
+    from nanochat_ray.serve import hosts
 
-    url = f"http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}"
+    url = hosts.url_of(args.host, args.port)
     deploy.wait_until_up(url, name)
     print(f"{name} is served\n  chat page:     {url}\n  OpenAI client: base_url={url}/v1")
     print(f"  terminal:      nanochat-ray chat --url {url}", flush=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from nanochat_ray.engine.grammar import GrammarState
-from nanochat_ray.engine.request import Finish
+from nanochat_ray.engine.request import Finish, RequestOutput, TokenLogprob
 from nanochat_ray.engine.sequence import Sequence
 
 
@@ -23,6 +23,26 @@ class Acceptance:
     """Why, if ``finish`` is "error"."""
     completes_grammar: bool = False
     """Whether the grammar allows nothing behind the last token."""
+
+    def to_output(
+        self, sequence: Sequence, logprobs: SequenceOf[TokenLogprob | None]
+    ) -> RequestOutput:
+        """``logprobs``: of the tokens that were sampled, the accepted ones first. Tokens of a tool
+        have none."""
+        output = RequestOutput(
+            request_id=sequence.request.id,
+            tokens=self.tokens,
+            finish=self.finish,
+            error=self.error,
+            complete=self.completes_grammar,
+        )
+        count, num_tool_tokens = len(self.tokens), len(self.tool_tokens)
+        if num_tool_tokens:
+            output.tokens = self.tokens + self.tool_tokens
+            output.tool_token_indices = list(range(count, count + num_tool_tokens))
+        if sequence.request.params.logprobs is not None:
+            output.logprobs = [*logprobs[:count], *[None] * num_tool_tokens]
+        return output
 
 
 def accept_tokens(

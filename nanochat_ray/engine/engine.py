@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.engine.acceptance import Acceptance, accept_tokens
+from nanochat_ray.engine.acceptance import accept_tokens
 from nanochat_ray.engine.admission import Admitter
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.grammar import Grammars
@@ -374,24 +375,7 @@ class Engine:
             del self._sequences[s.request.id]
             self._stats.num_finished += 1
             self.queue_time.record_output(len(s.tokens) - len(s.request.prompt))
-        return self._make_output(s, result, is_first, logprobs)
-
-    def _make_output(
-        self, s: Sequence, result: Acceptance, is_first: bool, logprobs: list[TokenLogprob | None]
-    ) -> RequestOutput:
-        output = RequestOutput(
-            request_id=s.request.id,
-            tokens=result.tokens,
-            finish=result.finish,
-            error=result.error,
-            complete=result.completes_grammar,
-        )
-        count, num_tool_tokens = len(result.tokens), len(result.tool_tokens)
-        if num_tool_tokens:
-            output.tokens = result.tokens + result.tool_tokens
-            output.tool_token_indices = list(range(count, count + num_tool_tokens))
-        if s.request.params.logprobs is not None:
-            output.logprobs = [*logprobs[:count], *[None] * num_tool_tokens]
+        output = result.to_output(s, logprobs)
         if is_first:
             output.cached_tokens, output.weight_version = s.num_cached_tokens, self.weight_version
             output.prompt_logprobs = s.prompt_logprobs if result.error is None else None
@@ -406,13 +390,16 @@ class Engine:
         return RequestOutput(request_id=sequence.request.id, finish="error", error=reason)
 
     def stats(self) -> Stats:
-        stats, scheduler, kv_manager = self._stats, self.scheduler, self.runner.kv_manager
-        stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
-        stats.kv_cache_usage = kv_manager.usage(scheduler.running)
-        stats.preemptions = scheduler.num_preemptions
-        stats.num_lookup_tokens = kv_manager.num_lookup_tokens
-        stats.num_hit_tokens = kv_manager.num_hit_tokens
-        return stats
+        scheduler, kv_manager = self.scheduler, self.runner.kv_manager
+        return dataclasses.replace(
+            self._stats,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_cache_usage=kv_manager.usage(scheduler.running),
+            preemptions=scheduler.num_preemptions,
+            num_lookup_tokens=kv_manager.num_lookup_tokens,
+            num_hit_tokens=kv_manager.num_hit_tokens,
+        )
 
     def check_integrity(self) -> None:
         """AssertionError if a slot, memory or a request has leaked. Cheap; meant for when idle."""

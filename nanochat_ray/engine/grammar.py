@@ -138,7 +138,8 @@ class Grammars:
         self._small = ThreadPoolExecutor(1, "grammar")
         self._large = ThreadPoolExecutor(1, "large-grammar")
         self._pending = 0
-        self._lock = threading.Lock()
+        # Reentrant: a future that is done already runs its callback in ``_submit``'s thread.
+        self._lock = threading.RLock()
         self._by_text: WeakValueDictionary[str, Future[llguidance.LLMatcher | str]]
         self._by_text = WeakValueDictionary()
         """The compiled grammar, or the reason why it does not compile."""
@@ -177,7 +178,8 @@ class Grammars:
         return future
 
     def _count_down(self, _: object) -> None:
-        self._pending -= 1  # in the only thread that compiles large ones
+        with self._lock:
+            self._pending -= 1
 
     def check(self, grammar: Mapping[str, Any]) -> llguidance.LLMatcher:
         """ValueError, naming the field, if it does not compile or allows no text."""

@@ -35,6 +35,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def url_of(host: str, port: int) -> str:
+    """The address by which this machine reaches a server that is bound to ``host``, which may be
+    every interface."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def is_allowed(header: str, hosts: Sequence[str]) -> bool:
     """Whether a ``Host`` header names one of ``hosts`` or a subdomain of localhost, or an address,
     which no name server can redirect."""

@@ -59,10 +59,12 @@ class Serving:
     def check_choices(self, body: SamplingBody, num_prompts: int) -> None:
         count = body.num_candidates
         if count * num_prompts > self.limits.max_choices:
+            field = "n" if count == (body.n or 1) else "best_of"
+            prompts = f" for each of {num_prompts} prompts" if num_prompts > 1 else ""
             raise errors.invalid(
-                f"{'n' if count == (body.n or 1) else 'best_of'}={count} for {num_prompts} prompts "
-                f"is more than {self.limits.max_choices} choices",
-                "n",
+                f"{field}={count} is not allowed{prompts}: at most {self.limits.max_choices} "
+                "choices of one request",
+                field if count > 1 else "prompt",
             )
 
     def answer_tokens(self, ids: Sequence[int], param: str, max_tokens: int | None) -> int:

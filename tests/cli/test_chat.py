@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import socketserver
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -54,3 +56,25 @@ def test_question_that_alone_is_too_long_is_an_error(
     output = capsys.readouterr().out
     assert "error: This model's maximum context length is 200 tokens" in output
     assert "Hello there." in output
+
+
+class BrokenAnswer(socketserver.StreamRequestHandler):
+    """Ends the connection in the middle of a chunk of the answer."""
+
+    def handle(self) -> None:
+        while self.rfile.readline().strip():
+            pass
+        event = b'data: {"choices": [{"delta": {"content": "Hel"}}]}\n\n'
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
+        self.wfile.write(b"40\r\ndata: {")
+
+
+def test_an_answer_that_breaks_off_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), BrokenAnswer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        args = chat.Args(url=f"http://127.0.0.1:{server.server_address[1]}")
+        with pytest.raises(ValueError, match="the answer broke off"):
+            chat.answer(args, "m", [{"role": "user", "content": "hi"}])
+        server.shutdown()
+    assert capsys.readouterr().out == "Hel"

@@ -6,7 +6,7 @@ import pytest
 
 from nanochat_ray.cli.serve import Args, config_of
 from nanochat_ray.serve.app import build_app
-from nanochat_ray.serve.hosts import LOOPBACK, is_allowed, is_loopback
+from nanochat_ray.serve.hosts import LOOPBACK, is_allowed, is_loopback, url_of
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient
 from tests.serve.serving import get, serving
@@ -33,6 +33,12 @@ def test_loopback_names_are_allowed(header: str) -> None:
 def test_other_names_are_not_allowed(header: str) -> None:
     assert not is_allowed(header, LOOPBACK)
     assert is_allowed("evil.example:8000", ("evil.example",))
+
+
+def test_the_address_of_a_server() -> None:
+    assert url_of("127.0.0.1", 8000) == "http://127.0.0.1:8000"
+    assert url_of("0.0.0.0", 8000) == "http://127.0.0.1:8000"
+    assert url_of("::", 80) == url_of("::1", 80) == "http://[::1]:80"
 
 
 def test_another_host_gets_421() -> None:
