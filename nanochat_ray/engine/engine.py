@@ -22,7 +22,6 @@ from nanochat_ray.engine.admission import Admitter
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.in_flight import ForwardOutput, InFlightStep, sample
-from nanochat_ray.engine.logprobs import PromptLogprobs
 from nanochat_ray.engine.precision import checkpoint_dtype
 from nanochat_ray.engine.prefill_cost import PrefillCostModel
 from nanochat_ray.engine.queue_time import QueueTime
@@ -272,7 +271,8 @@ class Engine:
             step = sample(forward, self._sampling, self._grammars)
         if step is not None:
             if self._may_stay_in_flight(step):
-                self._keep_in_flight(step)
+                step.add_placeholders()
+                self._in_flight = step
             else:
                 outputs += self._commit(step)
         if plan.chunks or previous:
@@ -303,21 +303,14 @@ class Engine:
 
     def _run(self, chunks: list[ScheduledChunk], previous_ids: Tensor | None) -> ForwardOutput:
         logits = self.runner.run(chunks, previous_ids)
-        scores_prompt = any(chunk.prompt_logprobs for chunk in chunks)
-        prompt_logprobs = PromptLogprobs(chunks, logits) if scores_prompt else None
-        sampling_chunks: list[tuple[int, ScheduledChunk]] = []
-        num_logits = 0
         for chunk in chunks:
             s = chunk.sequence
             s.num_computed_tokens = chunk.end
-            num_logits += chunk.num_logits
             if not chunk.is_decode:
                 self._stats.prompt_tokens += chunk.num_tokens
                 if chunk.start < len(s.request.prompt):
                     self.runner.kv_manager.commit(s)
-            if chunk.samples:
-                sampling_chunks.append((num_logits - 1 - len(chunk.draft), chunk))
-        return ForwardOutput(logits, sampling_chunks, prompt_logprobs)
+        return ForwardOutput.of(chunks, logits)
 
     def _may_stay_in_flight(self, step: InFlightStep) -> bool:
         """Whether the next step is planned before the tokens of this one are known: every sequence
@@ -329,12 +322,6 @@ class Engine:
             return False
         can_speculate = self.scheduler.can_speculate(len(step.chunks))
         return not (can_speculate and any(c.sequence.propose_draft(1) for c in step.chunks))
-
-    def _keep_in_flight(self, step: InFlightStep) -> None:
-        self._in_flight = step
-        for row, chunk in enumerate(step.chunks):
-            if chunk.sequence.needs_token_at(chunk.end):
-                chunk.sequence.num_placeholders, chunk.sequence.placeholder_row = 1, row
 
     def _commit(self, step: InFlightStep) -> list[RequestOutput]:
         """Appends the tokens of a step to the sequences that still need them."""

@@ -5,7 +5,9 @@ S rows that are sampled from, V tokens of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -29,6 +31,19 @@ class ForwardOutput:
     """The chunks that sample, each with the row of its last token; those of its draft tokens
     follow."""
     prompt_logprobs: PromptLogprobs | None = None
+
+    @classmethod
+    def of(cls, chunks: Sequence[ScheduledChunk], logits: Tensor) -> Self:
+        """``logits [R, V]``: ``num_logits`` rows of each chunk."""
+        sampling_chunks: list[tuple[int, ScheduledChunk]] = []
+        num_logits = 0
+        for chunk in chunks:
+            num_logits += chunk.num_logits
+            if chunk.samples:
+                sampling_chunks.append((num_logits - 1 - len(chunk.draft), chunk))
+        scores_prompt = any(chunk.prompt_logprobs for chunk in chunks)
+        prompt_logprobs = PromptLogprobs(chunks, logits) if scores_prompt else None
+        return cls(logits, sampling_chunks, prompt_logprobs)
 
     @property
     def needs_previous_tokens(self) -> bool:
@@ -74,6 +89,12 @@ class InFlightStep:
     def has_draft(self) -> bool:
         """Whether a chunk has draft tokens, so that the number of new tokens is not known yet."""
         return any(chunk.draft for chunk in self.chunks)
+
+    def add_placeholders(self) -> None:
+        """Lets the next step be planned behind the tokens of this one."""
+        for row, chunk in enumerate(self.chunks):
+            if chunk.sequence.needs_token_at(chunk.end):
+                chunk.sequence.num_placeholders, chunk.sequence.placeholder_row = 1, row
 
     def input_ids(self) -> Tensor:
         """int64 ``[S]`` on the device: the sampled tokens as input of the next step. A row without

@@ -79,8 +79,8 @@ class ScheduledChunk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """One step."""
+class SchedulerOutput:
+    """What one step computes."""
 
     chunks: list[ScheduledChunk]
     """Decodes by slot, then prompts in the order of admission."""
@@ -153,7 +153,7 @@ class Scheduler:
         self._num_arrivals += 1
         self.waiting.append(sequence)
 
-    def plan(self) -> StepPlan:
+    def plan(self) -> SchedulerOutput:
         """Admits waiting sequences and plans the next step."""
         admissions = self._admit()
         decodes: list[Sequence] = []
@@ -171,7 +171,7 @@ class Scheduler:
             chunks = [chunk for chunk in chunks if chunk.sequence.slot >= 0]
         # Stable: prompts stay in the order of admission.
         chunks.sort(key=lambda c: (not c.is_decode, c.sequence.slot if c.is_decode else 0))
-        return StepPlan(chunks, [s for s in admissions if s.slot >= 0])
+        return SchedulerOutput(chunks, [s for s in admissions if s.slot >= 0])
 
     def _plan_prefills(
         self, prefills: SequenceOf[Sequence], num_decodes: int, max_tokens: int

@@ -15,7 +15,7 @@ from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Request, RequestOutput
-from nanochat_ray.engine.scheduler import ScheduledChunk, StepPlan
+from nanochat_ray.engine.scheduler import ScheduledChunk, SchedulerOutput
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tools import Tool
 from tests.engine.engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
@@ -223,7 +223,7 @@ def test_draft_respects_batch_size_limit() -> None:
     rows: list[int] = []
     plan = some.scheduler.plan
 
-    def spy() -> StepPlan:
+    def spy() -> SchedulerOutput:
         step = plan()
         chunks = step.chunks
         if all(c.is_decode for c in chunks):
