@@ -28,10 +28,16 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # one letter would be a dri
 _OPTIONS = re.compile(r"[a-z_]+=[^&?]*(&[a-z_]+=[^&?]*)*")
 
 
-def default_root() -> str:
+def cache_root() -> Path:
     """``$XDG_CACHE_HOME/nanochat_ray``, by default ``~/.cache/nanochat_ray``."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return str(Path(cache) / "nanochat_ray")
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is to be ignored.
+    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "nanochat_ray"
+
+
+def default_root() -> str:
+    """Where datasets, tokenizers and runs are, unless a flag says otherwise."""
+    return str(cache_root())
 
 
 def split_uri(uri: str) -> tuple[str, str, str]:

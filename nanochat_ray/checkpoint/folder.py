@@ -212,7 +212,7 @@ class Fields:
         return float(value)  # type: ignore[arg-type]
 
     def equal(self, name: str, *options: Any) -> None:
-        """One of ``allowed``, where the field is there at all."""
+        """The field, if it is there at all, must be one of ``options``."""
         if name in self._values and not any(
             self._values[name] == value and type(self._values[name]) is type(value)
             for value in options

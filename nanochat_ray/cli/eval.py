@@ -123,7 +123,9 @@ def training_figures(args: Args, trainer: dict[str, Any]) -> dict[str, float]:
     if not {"first_bits_per_byte", "bits_per_byte"} <= metrics.keys():
         return {}
     before, after = metrics["first_bits_per_byte"], metrics["bits_per_byte"]
-    print(f"base model, bits per byte of held-out text: {before:.3f} before, {after:.3f} after")
+    print(
+        f"base model, bits per byte of the validation split: {before:.3f} before, {after:.3f} after"
+    )
     return {"bits_per_byte_before": before, "bits_per_byte": after}
 
 

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from nanochat_ray.data.cache import cache_folder
 from nanochat_ray.evals import core_data
 from nanochat_ray.evals.results import Results
+from nanochat_ray.storage import cache_root
 
 if TYPE_CHECKING:
     from nanochat_ray.engine.engine import Engine
@@ -26,7 +26,7 @@ def core_figures(
     """Measures the tasks whose files ``source`` has, with ``count`` questions of each (0: all)."""
     from nanochat_ray.evals.core import core_metric
 
-    paths = core_data.find_files(source, cache_folder().parent / "evals")
+    paths = core_data.find_files(source, cache_root() / "evals")
     tasks = [task for task in core_data.TASKS if task.file in paths]
     scores = []
     for task in tasks:

@@ -35,8 +35,8 @@ def overrides(
 ) -> Any:
     """The type of a dict with any of ``config``'s fields, which tyro reads as one flag each.
 
-    ``omit`` names fields that are no flags, ``derived`` those whose default the program computes.
-    The flags begin with the name of the field of this type, unless ``prefix`` is False.
+    ``omit`` names fields that are no flags, ``derived_fields`` those whose default the program
+    computes. The flags begin with the name of the field of this type, unless ``prefix`` is False.
     """
     hints = get_type_hints(config)
     flags: dict[str, Any] = {}
@@ -81,7 +81,7 @@ class Flag:
 def _metavar(kind: Any) -> str:
     origin, inner = get_origin(kind), [a for a in get_args(kind) if a is not type(None)]
     if origin is Literal:
-        return "|".join(map(str, inner))
+        return "|".join(str(value) for value in inner if value != "")  # "" is what no flag means
     if origin in (Union, types.UnionType):
         return _metavar(inner[0])
     if origin in (tuple, list):
@@ -116,7 +116,8 @@ def short_help(args: type, prog: str, description: str) -> str:
     """The everyday flags, a line each."""
     every = list(all_flags(args))
     everyday_flags = [flag for flag in every if flag.everyday]
-    lines = [f"usage: {prog} [flags]", "", *description.strip().splitlines(), ""]
+    text = description.strip().replace("``", "")
+    lines = [f"usage: {prog} [flags]", "", *text.splitlines(), ""]
     lines += [_line(flag) for flag in everyday_flags]
     if more := len(every) - len(everyday_flags):
         groups = {f"{flag.name.partition('.')[0]}.*" for flag in every if "." in flag.name}

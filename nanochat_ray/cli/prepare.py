@@ -1,10 +1,12 @@
 """Prepare a dataset: text or conversations into shuffled shards of packed token sequences.
 
-nanochat-ray prepare --dataset base --text folder/ books/*.txt
-nanochat-ray prepare --stage sft --dataset sft --tokenizer base
-nanochat-ray prepare --stage sft --dataset sft --chats my.jsonl --tasks identity:500
-nanochat-ray prepare --no-ray ...                 # in processes of this machine
-ray job submit -- nanochat-ray prepare ...
+    nanochat-ray prepare --dataset base --text folder/ books/*.txt
+    nanochat-ray prepare --stage sft --dataset sft --tokenizer base
+    nanochat-ray prepare --stage sft --dataset sft --chats my.jsonl --tasks identity:500
+    nanochat-ray prepare --no-ray ...                 # in processes of this machine
+    ray job submit -- nanochat-ray prepare ...
+
+Equal flags and inputs make equal bytes, on any number of machines.
 """
 
 from __future__ import annotations

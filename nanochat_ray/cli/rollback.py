@@ -1,8 +1,10 @@
 """Return an endpoint that follows its run to the checkpoint before, and keep it there.
 
-nanochat-ray rollback --run chat              # to the checkpoint that was served before
-nanochat-ray rollback --run chat --to step-000200
-nanochat-ray rollback --run chat --resume     # follow the run again
+    nanochat-ray rollback --run chat              # to the checkpoint that was served before
+    nanochat-ray rollback --run chat --to step-000200
+    nanochat-ray rollback --run chat --resume     # follow the run again
+
+The endpoint is one that was started with nanochat-ray serve --follow.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 
 from nanochat_ray.checks import check_float, check_name, require
-from nanochat_ray.storage import Store, default_root
+from nanochat_ray.storage import Store, absolute, default_root
 
 POLL_S = 0.2
 
@@ -36,6 +38,7 @@ class Args:
         if self.to:
             check_name("to", self.to)
         check_float("wait_s", self.wait_s)
+        object.__setattr__(self, "storage", absolute(self.storage))
         require(not (self.to and self.resume), "to", self.to, "nothing beside --resume")
 
 

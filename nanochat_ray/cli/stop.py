@@ -1,6 +1,8 @@
 """End what ``nanochat-ray quickstart`` started on a port, and nothing else.
 
-nanochat-ray stop --port 8000
+    nanochat-ray stop --port 8000
+
+Datasets, checkpoints and logs stay.
 """
 
 from __future__ import annotations

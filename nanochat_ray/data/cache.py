@@ -13,15 +13,14 @@ import uuid
 from pathlib import Path
 
 from nanochat_ray.data.manifest import Shard
-from nanochat_ray.storage import Store
+from nanochat_ray.storage import Store, cache_root
 
 
 def cache_folder() -> Path:
-    """``$NANOCHAT_SHARD_CACHE``, by default ``$XDG_CACHE_HOME/nanochat_ray/shards``."""
+    """``$NANOCHAT_SHARD_CACHE``, by default ``shards`` in ``storage.cache_root``."""
     if folder := os.environ.get("NANOCHAT_SHARD_CACHE"):
         return Path(folder).expanduser().absolute()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser().absolute() / "nanochat_ray" / "shards"
+    return cache_root() / "shards"
 
 
 def _digest(path: Path) -> str:

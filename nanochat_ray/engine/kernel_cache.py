@@ -16,6 +16,8 @@ import stat
 import tempfile
 from pathlib import Path
 
+from nanochat_ray.storage import cache_root
+
 MAX_FILES = 32
 """The newest libraries, of about 50 KB each, are kept; old ones are of other versions."""
 MAX_BYTES = 64 << 20
@@ -23,10 +25,7 @@ MAX_BYTES = 64 << 20
 
 
 def default_folder() -> Path:
-    """``$XDG_CACHE_HOME/nanochat_ray/kernels``, by default under ``~/.cache``."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
-    return root / "nanochat_ray" / "kernels"
+    return cache_root() / "kernels"
 
 
 def private_folder(path: Path) -> Path:

@@ -61,7 +61,7 @@ class CoreScore:
 
     @property
     def standard_error(self) -> float:
-        """Of ``centered``."""
+        """Of ``centered_accuracy``."""
         return self.accuracy_error / (1 - self.baseline)
 
 

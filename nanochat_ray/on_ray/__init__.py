@@ -1,1 +1,1 @@
-"""The only floor that knows Ray."""
+"""The only layer that knows Ray."""

@@ -1,8 +1,10 @@
 """An engine in this process behind the client's interface: for tests, notebooks and plain uvicorn.
 
-engine, tokenizer = Engine.from_run(run, EngineConfig())
-client = LocalClient(engine)
-uvicorn.run(build_app(client, tokenizer, "my-model", client.max_model_len))
+    engine, tokenizer = Engine.from_run(run, EngineConfig())
+    client = LocalClient(engine)
+    uvicorn.run(build_app(client, tokenizer, "my-model", client.max_model_len))
+
+``client.close()`` ends the engine's thread.
 """
 
 from __future__ import annotations

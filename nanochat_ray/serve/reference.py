@@ -1,6 +1,5 @@
-"""The reference part of README.md, written from /openapi.json and the metrics.
-
-python -m nanochat_ray.serve.reference    # updates README.md
+"""Writes the reference part of README.md from /openapi.json and the metrics, when it is run as
+``python -m nanochat_ray.serve.reference``.
 """
 
 from __future__ import annotations

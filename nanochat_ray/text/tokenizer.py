@@ -144,9 +144,6 @@ class Tokenizer:
         chunks = itertools.pairwise([0, *boundaries, len(text)])
         return [token for a, b in chunks for token in self._encode_chunk(text[a:b])]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
     def _encode_chunk(self, text: str) -> list[int]:
         try:
             return self._encoding.encode_ordinary(text)

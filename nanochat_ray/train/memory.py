@@ -38,7 +38,7 @@ class Memory:
     logits: int
     update: int
     checkpoint: int
-    """Copies that a checkpoint is written from; on a GPU they lie in the host's memory."""
+    """Copies that a checkpoint is written from; in host memory if the model is on a GPU."""
 
     @property
     def total(self) -> int:

@@ -28,7 +28,7 @@ REFERENCE_TOKENS = 1.32e9
 
 
 def head_dim(width: int) -> int:
-    """128 as in nanochat; narrow models need more than two heads more than they need wide ones."""
+    """128 as in nanochat. A narrow model gets heads half as wide: it would have too few of them."""
     return 128 if width >= 768 else 64
 
 

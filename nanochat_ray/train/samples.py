@@ -1,8 +1,8 @@
 """Short texts of a model in training, for a person to read: greedy and without a cache. As in a
 served answer, the calculator is run.
 
-The engine does this fast; training may not know it (its floor is beside this one), and a few
-dozen tokens need no speed.
+The engine does this fast, but training may not import it (its layer is beside this one), and a
+few dozen tokens need no speed.
 """
 
 from __future__ import annotations

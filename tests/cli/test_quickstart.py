@@ -186,7 +186,7 @@ def test_from_a_folder_of_text_to_an_answer(tmp_path: Path) -> None:
         first = command("quickstart", tmp_path, *flags, "--text", str(text), seconds=480)
         assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-2000:]
         for message in (
-            "bits per byte of held-out text",
+            "bits per byte of the validation split",
             "chain_sum",
             "the chat page:",
             "Who are you?",

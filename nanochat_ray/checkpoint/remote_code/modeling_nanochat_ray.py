@@ -36,7 +36,7 @@ class Attention(nn.Module):
             channels = min(12, width)
             self.ve_gate = nn.Linear(channels, config.num_key_value_heads, bias=False)
 
-    def turn(self, x, cos, sin):
+    def rotary_qk_norm(self, x, cos, sin):
         first, second = x.chunk(2, dim=-1)
         x = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
         return rms_norm(x, self.config.norm_eps)
@@ -44,8 +44,8 @@ class Attention(nn.Module):
     def forward(self, x, value, angles, mask_of, cache):
         B, T, _ = x.shape
         c = self.config
-        q = self.turn(self.c_q(x).view(B, T, -1, c.head_dim), *angles).transpose(1, 2)
-        k = self.turn(self.c_k(x).view(B, T, -1, c.head_dim), *angles).transpose(1, 2)
+        q = self.rotary_qk_norm(self.c_q(x).view(B, T, -1, c.head_dim), *angles).transpose(1, 2)
+        k = self.rotary_qk_norm(self.c_k(x).view(B, T, -1, c.head_dim), *angles).transpose(1, 2)
         v = self.c_v(x).view(B, T, -1, c.head_dim)
         if self.ve_gate is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate.in_features]))

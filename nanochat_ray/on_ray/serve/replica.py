@@ -254,9 +254,8 @@ class EngineReplica:
             reply = OTHER_WEIGHTS
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reply = str(error) or type(error).__name__
-        except (
-            RuntimeError
-        ):  # the engine is dead: ``check_health`` fails, and Serve replaces this replica
+        except RuntimeError:
+            # The engine is dead: ``check_health`` fails, and Serve replaces this replica.
             reply = NOT_HERE
         if reply != ACCEPTED:
             del self.owners[wire["id"]]
