@@ -18,8 +18,8 @@ from pathlib import Path
 
 from nanochat_ray.storage import cache_root
 
-MAX_FILES = 32
-"""The newest libraries, of about 50 KB each, are kept; old ones are of other versions."""
+MAX_FILES = 128
+"""The newest libraries, of about 100 KB each, are kept; old ones are of other versions."""
 MAX_BYTES = 64 << 20
 """A larger file is not a kernel library."""
 

@@ -21,14 +21,34 @@ from tests.tiny import wait_for
 MakeCompiler = Callable[[str], Path]
 ANEW = load_kernels.__wrapped__
 """Not what this process has compiled or loaded before."""
-PASS_ON = f'exec {os.environ.get("CC") or "cc"} "$@"'
+CC = os.environ.get("CC") or "cc"
+MEMO = f"""#!/bin/sh
+case "$*" in *--version*) exec {CC} "$@";; esac
+key=$(printf %s "${{*%% -o *}}" | cksum | tr " " -)
+output=${{*##* -o }}
+output=${{output% -lm}}
+new="$0-$key-$$"
+[ -f "$0-$key" ] || {{ {CC} "$@" && cp "$output" "$new" && mv "$new" "$0-$key"; }} || exit
+cp "$0-$key" "$output"
+"""
+"""A compiler that compiles once with the same options: what tests of the cache compile is equal."""
+PASS_ON = f'exec {CC} "$@"'
 pytestmark = needs_compiler
 
 
+@pytest.fixture(scope="module")
+def memo_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("memo") / "cc"
+    path.write_text(MEMO)
+    path.chmod(0o755)
+    return path
+
+
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memo_compiler: Path) -> Path:
     """A cache of the test's own, and a compiler in a hurry; the folder that kernels are kept in."""
     monkeypatch.setattr(kernels, "OPTIONS", ("-O0", "-shared", "-fPIC"))
+    monkeypatch.setenv("CC", str(memo_compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "nanochat_ray" / "kernels"
 
@@ -48,11 +68,11 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeCompiler:
 
 
 @pytest.fixture
-def compilations(compiler: MakeCompiler, tmp_path: Path) -> Callable[[], int]:
+def compilations(compiler: MakeCompiler, memo_compiler: Path, tmp_path: Path) -> Callable[[], int]:
     """A compiler that says how often it has compiled."""
     log = tmp_path / "compiled"
     log.touch()
-    compiler(f'case "$*" in *--version*) ;; *) echo x >> {log};; esac\n{PASS_ON}')
+    compiler(f'case "$*" in *--version*) ;; *) echo x >> {log};; esac\nexec {memo_compiler} "$@"')
     return lambda: len(log.read_text().splitlines())
 
 
