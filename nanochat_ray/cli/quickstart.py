@@ -46,7 +46,8 @@ class Args:
     gpus: int = 0
     """GPUs to train on; 0 is two workers on the CPU."""
     minutes: float | None = None
-    """CPU: minutes of base training; by default all ends within 12 minutes."""
+    """CPU: minutes of base training; by default all ends within 12 minutes. Fine-tuning takes half
+    as long: at least 2 minutes, or as long as base training if that is less."""
     port: int = 8000
     """Port of the endpoint."""
     stay: bool = False
@@ -114,7 +115,7 @@ def _cluster_for(cluster: LocalCluster, gpus: int) -> Iterator[None]:
 
 def train(args: Args, jobs: Jobs, start: float) -> None:
     """The first four stages: both datasets and both runs."""
-    sft_minutes = max(SFT_MINUTES, (args.minutes or 0) / 2)
+    tuning_minutes = sft_minutes(args.minutes)
     if not run_is_complete(args.storage, jobs.base_run):
         print_step(f"1/5 preparing the text (log: {jobs.log('prepare-base')})")
         preparing = time.monotonic()
@@ -122,14 +123,16 @@ def train(args: Args, jobs: Jobs, start: float) -> None:
         now = time.monotonic()
         minutes, text = None, ""
         if not args.gpus:
-            minutes = base_minutes(args, jobs.base_run, now - preparing, now - start, sft_minutes)
+            minutes = base_minutes(
+                args, jobs.base_run, now - preparing, now - start, tuning_minutes
+            )
             text = f" for {minutes} minutes"
         print_step(f"2/5 training the base model{text} (log: {jobs.log('train-base')})")
         jobs.train_base(args.depth, minutes)
     print_step(f"3/5 preparing conversations (log: {jobs.log('prepare-sft')})")
     jobs.prepare_sft()
     print_step(f"4/5 fine-tuning to chat (log: {jobs.log('train-sft')})")
-    jobs.train_sft(None if args.gpus else sft_minutes)
+    jobs.train_sft(None if args.gpus else tuning_minutes)
     jobs.forget_eval()  # of other weights
 
 
@@ -194,8 +197,13 @@ def run_is_complete(storage: str, run: str) -> bool:
     return bool(trainer["step"] >= trainer["train_config"]["steps"])
 
 
+def sft_minutes(minutes: float | None) -> float:
+    """Minutes of fine-tuning on a CPU behind ``minutes`` of base training (None: by default)."""
+    return SFT_MINUTES if minutes is None else max(min(SFT_MINUTES, minutes), minutes / 2)
+
+
 def base_minutes(
-    args: Args, run: str, preparing_s: float, elapsed_s: float, sft_minutes: float
+    args: Args, run: str, preparing_s: float, elapsed_s: float, tuning_minutes: float
 ) -> float:
     """Minutes of base training on a CPU; a run that has begun keeps its plan."""
     from nanochat_ray.train.throughput import PLAN
@@ -205,7 +213,7 @@ def base_minutes(
         planned_minutes = float(json.loads(text)["plan"]["cpu_minutes"])
     except (OSError, ValueError, KeyError, TypeError):
         planned_minutes = 0.0
-    left_s = PROMISE_S - elapsed_s - 60 * sft_minutes - REST * preparing_s
+    left_s = PROMISE_S - elapsed_s - 60 * tuning_minutes - REST * preparing_s
     # A text of the user's may be of any size, so that preparing it says nothing of the rest.
     default = MOST_MINUTES if args.text else round(min(MOST_MINUTES, max(1.0, left_s / 60)), 1)
     return planned_minutes or args.minutes or default

@@ -356,13 +356,16 @@ def build_model(config: TrainerConfig, root: Store, device: torch.device) -> GPT
 @contextlib.contextmanager
 def _frozen_gc() -> Iterator[None]:
     """What exists at the start is not searched for garbage: a search of torch and the model takes
-    0.1 s, while a GPU runs out of work."""
+    0.1 s, while a GPU runs out of work. A process that has frozen its objects before keeps them so.
+    """
+    is_frozen = gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not is_frozen:
+            gc.unfreeze()
 
 
 def compiles(config: TrainerConfig, device: torch.device) -> bool:

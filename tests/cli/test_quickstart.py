@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from nanochat_ray.cli import entry
-from nanochat_ray.cli.quickstart import Args, base_minutes, tag, text_state
+from nanochat_ray.cli.quickstart import Args, base_minutes, sft_minutes, tag, text_state
 from nanochat_ray.cli.quickstart_jobs import Jobs, user_line
 from nanochat_ray.on_ray import ports
 from nanochat_ray.on_ray.local_cluster import LocalCluster
@@ -127,6 +127,10 @@ def test_base_training_fits_the_promise(tmp_path: Path) -> None:
     run.mkdir(parents=True)
     (run / "plan.json").write_text('{"plan": {"cpu_minutes": 3.5}}')
     assert base_minutes(args, "base", 1, 1, 2.0) == 3.5
+
+
+def test_fine_tuning_follows_base_training() -> None:
+    assert [sft_minutes(m) for m in (None, 0.1, 1.5, 3.0, 30.0)] == [2.0, 0.1, 1.5, 2.0, 15.0]
 
 
 def test_stop_ends_only_its_own_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,9 +77,11 @@ def test_missing_headers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     machine.check_triton_toolchain()
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
 def test_garbage_collection_is_frozen_in_steps(
-    root: Store, monkeypatch: pytest.MonkeyPatch
+    is_frozen: bool, root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In a process that has not frozen its objects itself they are searched again behind a run."""
     write_dataset(root, "base")
     counts: list[int] = []
     step = trainer.train_step
@@ -89,11 +91,16 @@ def test_garbage_collection_is_frozen_in_steps(
         return step(*args, **kwargs)
 
     monkeypatch.setattr(trainer, "train_step", count_frozen)
-    before = gc.get_freeze_count()
-    run_trainer(config(root, precision="fp32"))
+    gc.unfreeze()
+    try:
+        if is_frozen:
+            gc.freeze()
+        run_trainer(config(root, precision="fp32"))
+        assert (gc.get_freeze_count() > 10_000) == is_frozen
+    finally:
+        gc.freeze()  # as tests/conftest.py
     assert len(counts) == 2
     assert min(counts) > 10_000
-    assert gc.get_freeze_count() <= before
 
 
 def test_out_of_memory_is_not_retried(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
