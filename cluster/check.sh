@@ -43,15 +43,8 @@ say "kernels for this $(uname -m): $(python -m nanochat_ray.engine.kernels)"
 # A Ray and a browser keep two cores busy by themselves.
 status=0
 say "tests without Ray and browser"
-pytest -n 2 --durations=12 --cov --cov-report=term -m "not ray and not browser" || status=1
-# The kernels are tested at every level above; here the engine on each, as other CPUs will run it.
-KERNELS=(tests/engine/test_{engine,model,prompt_logprobs}.py)
-for level in $(python -m nanochat_ray.engine.kernels | cut -d" " -f2-) torch; do
-  say "tests of the engine, with NANOCHAT_KERNELS=$level"
-  NANOCHAT_KERNELS="$level" pytest -n 2 "${KERNELS[@]}" || status=1
-done
-say "tests of the engine, without a C compiler"
-CC=/none/cc pytest -n 2 "${KERNELS[@]}" || status=1
+# The engine also as other CPUs will run it: at each level of the kernels, and without a compiler.
+pytest -n 2 --all-kernels --durations=12 --cov --cov-report=term -m "not ray and not browser" || status=1
 say "tests with Ray or a browser"
 pytest --durations=12 -m "ray or browser" || status=1
 exit "$status"

@@ -157,23 +157,35 @@ def logprobs(engine: Engine) -> list[tuple[list[int], list[float]]]:
     return answers
 
 
-SETTINGS: list[dict[str, Any]] = [
-    {"kernels": kernels, "kv_layout": layout}
-    for kernels in ("auto", "generic", "torch")
-    for layout in ("slots", "paged")
-] + [
-    {"kernels": "torch", "precision": "bf16"},
-    {"kernels": "torch", "precision": "int8"},
+DEFAULT_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"kv_layout": "paged"},
     {"precision": "bf16"},
     {"precision": "int8"},
     {"precision": "bf16", "kv_layout": "paged"},
     {"async_scheduling": "on"},
 ]
+SETTINGS: list[dict[str, Any]] = [
+    {"kernels": kernels, "kv_layout": layout}
+    for kernels in ("generic", "torch")
+    for layout in ("slots", "paged")
+] + [{"kernels": "torch", "precision": "bf16"}, {"kernels": "torch", "precision": "int8"}]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("settings", DEFAULT_SETTINGS, ids=str)
+@pytest.mark.parametrize("preset", ["modern", "classic"])
+def test_loaded_weights_answer_as_a_new_engine(preset: str, settings: dict[str, Any]) -> None:
+    check_loading(preset, settings)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("preset", ["modern", "classic"])
-def test_loaded_weights_answer_as_a_new_engine(preset: str, settings: dict[str, Any]) -> None:
+def test_other_kernels_load_weights(preset: str, settings: dict[str, Any]) -> None:
+    check_loading(preset, settings)
+
+
+def check_loading(preset: str, settings: dict[str, Any]) -> None:
     other = other_model(preset)
     engine, new = make_engine(make_model(preset), **settings), make_engine(other, **settings)
     first = logprobs(engine)
@@ -183,6 +195,7 @@ def test_loaded_weights_answer_as_a_new_engine(preset: str, settings: dict[str, 
     assert logprobs(engine) == first  # and nothing of the other weights is cached
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("settings", [{}, {"kv_layout": "paged"}, {"async_scheduling": "on"}])
 def test_running_requests_use_new_weights(settings: dict[str, Any]) -> None:
     other = other_model("modern")

@@ -11,6 +11,7 @@ from nanochat_ray.engine.request import RequestOutput
 from tests.engine.engine_kit import PRESETS, VOCAB, ask, finish, make_engine, make_model, tokens
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("budget", [5, 200])
 def test_prompt_logprobs_equal_the_model(preset: str, budget: int) -> None:
@@ -47,6 +48,7 @@ def test_prompt_logprobs_equal_the_model(preset: str, budget: int) -> None:
         assert RequestOutput.from_wire(first.to_wire()) == first
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("layout", ["slots", "paged"])
 def test_scores_from_a_position_use_the_cache(layout: str) -> None:
     """They equal those of the whole prompt, and only the tokens before them are reused."""
