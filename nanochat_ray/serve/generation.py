@@ -69,6 +69,8 @@ class GenerationRequest:
     return_token_ids: bool = False
     candidates: int = 1
     """Choices of each prompt that are generated: more than ``n`` with ``best_of``."""
+    grammar_field: str = ""
+    """The field of the HTTP request that the grammar comes from, for error messages."""
 
 
 @dataclass

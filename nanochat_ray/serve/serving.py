@@ -100,7 +100,8 @@ class Serving:
         prompt_logprobs: int | None = None,
         num_hidden: int = 0,
     ) -> GenerationRequest:
-        count = body.num_candidates
+        count, choice = body.num_candidates, body.effective_tool_choice
+        grammar_field = "tools" if choice.is_forced else body.grammar_field
         # Without a seed each request draws one; the choices of a request use consecutive seeds.
         seed = secrets.randbits(62) if body.seed is None else body.seed
         scope = cache_scope(client, body.cache_salt or "")
@@ -121,7 +122,7 @@ class Serving:
                 for i in range(count)
             ]
         except ValueError as error:  # a grammar: everything else was validated as a field
-            raise errors.invalid(str(error)) from None
+            raise errors.invalid_field(error, grammar_field) from None
         return GenerationRequest(
             requests=requests,
             prefixes=[prompt.echo for prompt in prompts for _ in range(count)],
@@ -130,12 +131,13 @@ class Serving:
             include_usage=body.stream_options is not None and body.stream_options.include_usage,
             logprobs=logprobs,
             prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
-            tool_choice=body.effective_tool_choice,
+            tool_choice=choice,
             prompt_logprobs=prompt_logprobs,
             num_hidden=num_hidden,
             n=body.n or 1,
             return_token_ids=bool(body.return_token_ids),
             candidates=count,
+            grammar_field=grammar_field,
         )
 
     def _sampling_params(self, body: SamplingBody, max_tokens: int, seed: int) -> SamplingParams:

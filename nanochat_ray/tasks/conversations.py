@@ -151,15 +151,15 @@ def _content_hash(messages: list[Message]) -> int:
 
 def _conversation(record: Any, where: str) -> list[Message]:
     try:
-        messages, tools = _openai_form(record)
-        text = json.dumps(_render(messages, tools), ensure_ascii=False)
+        messages, paths, tools = _openai_form(record)
+        text = json.dumps(_render(messages, paths, tools), ensure_ascii=False)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return json.loads(replace_surrogates(text))
 
 
-def _openai_form(record: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(messages, tools) in OpenAI's form, with an id at each call."""
+def _openai_form(record: Any) -> tuple[list[dict[str, Any]], list[str], list[dict[str, Any]]]:
+    """(messages, where each is in the record, tools) in OpenAI's form, with an id at each call."""
     if isinstance(record, list):
         record = {"messages": record}
     if not isinstance(record, dict):
@@ -173,18 +173,18 @@ def _openai_form(record: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]
         )
     items = record[name]
     require(isinstance(items, list) and bool(items), name, items, "a list of messages")
-    messages = []
-    for i, item in enumerate(items):
-        at = f"{name}[{i}]"
+    messages, paths = [], [f"{name}[{i}]" for i in range(len(items))]
+    for at, item in zip(paths, items, strict=True):
         require(isinstance(item, dict), at, item, "an object")
         # Parquet gives every message the fields of all.
         item = {key: value for key, value in item.items() if value is not None}
         messages.append(_from_sharegpt(item, at) if "from" in item else dict(item))
     if isinstance(system := record.get("system"), str) and system:
         messages.insert(0, {"role": "system", "content": system})
-    _spread_weights(record, messages, name)
-    _name_calls(messages, name)
-    return messages, _tools(record)
+        paths.insert(0, "system")
+    _spread_weights(record, messages, paths, len(items))
+    _name_calls(messages, paths)
+    return messages, paths, _tools(record)
 
 
 def _from_sharegpt(item: dict[str, Any], at: str) -> dict[str, Any]:
@@ -204,30 +204,31 @@ def _from_sharegpt(item: dict[str, Any], at: str) -> dict[str, Any]:
     return {"role": "assistant", "tool_calls": [{"function": c} for c in calls], **weight}
 
 
-def _spread_weights(record: dict[str, Any], messages: list[dict[str, Any]], name: str) -> None:
+def _spread_weights(
+    record: dict[str, Any], messages: list[dict[str, Any]], paths: Sequence[str], count: int
+) -> None:
+    """``count``: messages that the record has without its system prompt."""
     weights = record.get("weights")
     if weights is not None:
-        count = len(record[name])
         fits = isinstance(weights, list) and len(weights) == count
         require(fits, "weights", weights, f"a list of {count} numbers, one for each message")
         for message, weight in zip(messages[-count:], weights, strict=True):
             message.setdefault("weight", weight)
-    for i, message in enumerate(messages):
+    for path, message in zip(paths, messages, strict=True):
         if message.get("weight") is None:
             message.pop("weight", None)
             continue
-        at, weight = f"{name}[{i}].weight", message["weight"]
+        at, weight = f"{path}.weight", message["weight"]
         number = type(weight) in (int, float) and weight in (0, 1)
         require(number, at, weight, "0 (no loss) or 1")
         trains = message.get("role") == "assistant" or weight == 0 or weights is not None
         require(trains, at, weight, "only at an assistant's message")
 
 
-def _name_calls(messages: list[dict[str, Any]], name: str) -> None:
+def _name_calls(messages: list[dict[str, Any]], paths: Sequence[str]) -> None:
     """Checks calls; gives an id to those without one and to their results, in their order."""
     waiting: list[str] = []
-    for i, message in enumerate(messages):
-        at = f"{name}[{i}]"
+    for i, (at, message) in enumerate(zip(paths, messages, strict=True)):
         if message.get("role") == "function":
             message["role"] = "tool"
         if message.get("role") == "tool" and not message.get("tool_call_id") and waiting:
@@ -282,9 +283,11 @@ def _tools(record: dict[str, Any]) -> list[dict[str, Any]]:
     return result
 
 
-def _render(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[Message]:
+def _render(
+    messages: list[dict[str, Any]], paths: Sequence[str], tools: list[dict[str, Any]]
+) -> list[Message]:
     """The conversation in the form of ``text.chat``; parts of messages of weight 0 are marked."""
-    result = chat.from_openai(messages, tools, open_calls=True)
+    result = chat.from_openai(messages, tools, paths=paths, open_calls=True)
     if not any(_has_loss(message) for message in result):
         raise ValueError("no message of the assistant's has a loss: there is nothing to learn")
     return result

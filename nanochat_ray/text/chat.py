@@ -54,17 +54,19 @@ def from_openai(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] = (),
     *,
+    paths: Sequence[str] = (),
     open_calls: bool = False,
 ) -> list[Message]:
     """OpenAI's messages in the form of this module; ``tools`` as in a request.
 
     An assistant's messages and the results of its calls between them become one turn. With
     ``open_calls`` the last message may call without a result, as what is trained on does. An
-    assistant's ``weight`` of 0 marks its parts. ValueError names the message that is wrong.
+    assistant's ``weight`` of 0 marks its parts. ValueError names the message that is wrong, by
+    ``paths[i]`` or as ``messages[i]``.
     """
     conversation = _OpenAIConversation()
     for i, message in enumerate(messages):
-        conversation.add(message, f"messages[{i}]")
+        conversation.add(message, paths[i] if paths else f"messages[{i}]")
     conversation.end(may_call=open_calls and bool(messages) and messages[-1]["role"] == "assistant")
     result = conversation.messages
     if text := tools_text(tools):

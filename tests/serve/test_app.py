@@ -478,9 +478,21 @@ def test_zero_top_logprobs_need_no_logprobs(url: str) -> None:
         assert post(f"{url}/v1/chat/completions", json=chat(**extra)).status_code == 200
 
 
-def test_a_grammar_that_fails_later_is_a_400(url: str, engine: ScriptedClient) -> None:
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("completions", {"prompt": "x", "guided_regex": "a+"}, "guided_regex"),
+        ("chat/completions", chat(response_format={"type": "json_object"}), "response_format"),
+        ("responses", {"input": "x", "text": {"format": {"type": "json_object"}}}, "text.format"),
+    ],
+)
+def test_a_grammar_that_fails_later_is_a_400(
+    url: str, engine: ScriptedClient, path: str, body: dict[str, Any], field: str
+) -> None:
     engine.finish, engine.error = "error", "grammar: the lexer has too many states"
     engine.tokens = []
-    answer = post(f"{url}/v1/completions", json={"prompt": "x"})
+    answer = post(f"{url}/v1/{path}", json=body)
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"] == engine.error
+    error = answer.json()["error"]
+    assert error["message"] == f"{field}: the lexer has too many states"
+    assert error["param"] == field

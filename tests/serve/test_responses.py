@@ -168,6 +168,22 @@ def test_refusals_name_the_field(url: str, body: dict[str, Any], param: str | No
     assert "messages" not in error["message"]
 
 
+def test_refusals_name_the_item_that_was_sent(url: str) -> None:
+    """Items are not messages: the instructions are one more, and calls belong to another's."""
+    call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "a", "output": "messages"}
+    user = {"role": "user", "content": "x"}
+    body = {"instructions": "Be brief.", "input": [user, call, call, output, output]}
+    error = post(f"{url}/v1/responses", json=body).json()["error"]
+    assert error["message"].startswith("input[1].tool_calls[1].id='a' is not allowed")
+    body["input"] = [user, {"role": "assistant", "content": "x"}, call, output, output]
+    error = post(f"{url}/v1/responses", json=body).json()["error"]
+    assert error["message"].startswith("input[4].tool_call_id='a' is not allowed")
+    error = post(f"{url}/v1/responses", json={"input": [user] * 400}).json()["error"]
+    assert "there are 400 messages" in error["message"]
+    assert error["param"] == "input"
+
+
 def test_tools_and_format_are_repeated(url: str, engine: ScriptedClient) -> None:
     engine.tokens = TOK.encode("{}")
     schema = {"type": "object", "properties": {}}

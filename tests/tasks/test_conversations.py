@@ -118,6 +118,10 @@ def test_formats_are_read(tmp_path: Path, record: Any, text: str) -> None:
         ([USER, {"role": "robot", "content": "a"}], r"line 2: messages\[1\]\.role='robot'"),
         ([USER, {"role": ["assistant"], "content": "a"}], r"line 2: messages\[1\]\.role"),
         ([USER, {"role": "assistant", "content": 3}], r"line 2: messages\[1\]\.content=3"),
+        (
+            {"system": "Be", "conversations": [{"from": "tool", "value": "3"}]},
+            r"line 2: conversations\[0\]\.tool_call_id=None is not allowed",
+        ),
         ([USER, {**YES, "weight": 0.5}], r"line 2: messages\[1\]\.weight=0\.5 is not allowed"),
         ([{**USER, "weight": 1}, YES], r"line 2: messages\[0\]\.weight=1 is not allowed"),
         ([USER, {**YES, "weight": 0}], r"line 2: no message of the assistant's has a loss"),

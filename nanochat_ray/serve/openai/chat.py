@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from nanochat_ray.serve.generation import Delta, GenerationRequest, LogprobPair
@@ -22,8 +23,9 @@ from nanochat_ray.serve.serving import THREAD_CHARACTERS, Prompt, Serving, reada
 from nanochat_ray.text.chat import content_text, from_openai, render_prompt, tool_delimiters
 
 
-async def chat_prompt(serving: Serving, body: ChatRequest) -> list[int]:
-    """Token ids of a conversation. ApiError names the message that is wrong."""
+async def chat_prompt(serving: Serving, body: ChatRequest, paths: Sequence[str] = ()) -> list[int]:
+    """Token ids of a conversation. ApiError names the message that is wrong, by its path if the
+    messages have ``paths`` in the request that was sent."""
     messages = body.messages
     if len(messages) >= serving.max_model_len:  # every message has two tokens or more
         raise errors.invalid(
@@ -43,6 +45,7 @@ async def chat_prompt(serving: Serving, body: ChatRequest) -> list[int]:
         turns = from_openai(
             [m.model_dump(exclude_none=True) for m in messages],
             [t.model_dump(exclude_none=True) for t in tools or ()],
+            paths=paths,
         )
         if sum(map(_num_characters, messages)) > THREAD_CHARACTERS:
             ids = await asyncio.to_thread(_render, serving, turns, body)
@@ -70,9 +73,12 @@ def _num_characters(message: ChatMessage) -> int:
     return sum(len(part.text or "") for part in message.content or [])
 
 
-async def parse_chat(serving: Serving, body: ChatRequest, client: str = "") -> GenerationRequest:
+async def parse_chat(
+    serving: Serving, body: ChatRequest, client: str = "", paths: Sequence[str] = ()
+) -> GenerationRequest:
+    """``paths``: see ``chat_prompt``."""
     serving.check_model(body.model)
-    ids = await chat_prompt(serving, body)
+    ids = await chat_prompt(serving, body, paths)
     serving.check_choices(body, 1)
     max_tokens = body.max_completion_tokens or body.max_tokens
     last, echo = body.messages[-1], ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from fastapi.responses import JSONResponse
 
@@ -58,6 +59,16 @@ class ApiError(Exception):
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(400, message, param=param, code=code)
+
+
+def invalid_field(error: Exception, grammar_field: str = "") -> ApiError:
+    """An error of the engine's, which begins with one of its fields: ``SamplingParams`` has the
+    names of the requests, but for its ``grammar``, which is of the field ``grammar_field``."""
+    message = str(error)
+    if grammar_field:
+        message = re.sub(r"^grammar\b", grammar_field, message)
+    field = re.match(r"[\w.\[\]]+(?=[=:])", message)
+    return invalid(message, field and field[0])
 
 
 def unknown_model(name: str, model: str) -> ApiError:

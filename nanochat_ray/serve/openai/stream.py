@@ -29,7 +29,7 @@ async def respond(builder: ResponseBuilder, http: HttpRequest) -> Response:
     try:
         if builder.generation.stream:
             # An error before the first token has its status code: clients retry by that.
-            first = await unless_gone(http, _next(deltas))
+            first = await unless_gone(http, _next(deltas, builder))
             builder.name_weights(first)
             return EventStream(_events(first, deltas, builder), builder.headers)
         try:
@@ -42,7 +42,7 @@ async def respond(builder: ResponseBuilder, http: HttpRequest) -> Response:
     return JSONResponse(builder.response(), headers=builder.headers)
 
 
-async def _next(deltas: Deltas) -> list[Delta]:
+async def _next(deltas: Deltas, builder: ResponseBuilder) -> list[Delta]:
     """The next deltas. Raises ApiError if the engine fails, StopAsyncIteration at the end."""
     try:
         return await anext(deltas)
@@ -53,7 +53,7 @@ async def _next(deltas: Deltas) -> list[Delta]:
     except DeadlineError as error:
         raise errors.request_timeout(str(error)) from error
     except (GrammarError, ValueError) as error:
-        raise errors.invalid(str(error)) from error
+        raise errors.invalid_field(error, builder.generation.grammar_field) from error
     except EngineFailedError as error:
         raise errors.engine_failed(str(error)) from error
 
@@ -61,7 +61,7 @@ async def _next(deltas: Deltas) -> list[Delta]:
 async def _collect(deltas: Deltas, builder: ResponseBuilder) -> None:
     with contextlib.suppress(StopAsyncIteration):
         while True:
-            step = await _next(deltas)
+            step = await _next(deltas, builder)
             if not builder.weight_version:
                 builder.name_weights(step)
             for delta in step:
@@ -84,7 +84,7 @@ async def _events(
                 if events:
                     yield events
                 events = ""
-                step = await _next(deltas)
+                step = await _next(deltas, builder)
         yield builder.closing()
     except ApiError as error:
         yield builder.failure(error)

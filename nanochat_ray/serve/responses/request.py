@@ -6,6 +6,7 @@ conversation as ``input``, as it does with ``store=false`` at OpenAI.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Literal
 
@@ -43,25 +44,28 @@ async def parse_responses(
 ) -> GenerationRequest:
     """ApiError names the fields of the request that was sent."""
     try:
-        chat = _chat_request(body)
+        chat, paths = _chat_request(body)
         try:
-            return await parse_chat(serving, chat, client)
+            generation = await parse_chat(serving, chat, client, paths)
         except ApiError as error:
             if error.code != "context_length_exceeded" or body.truncation != "auto":
                 raise
-            return await _truncate(serving, chat, client, error)
+            generation = await _truncate(serving, chat, client, paths, error)
     except ApiError as error:
+        # Only at the start is a name a field; elsewhere it may be a word, or the client's text.
         for name, ours in CHAT_NAMES.items():
-            error.message = error.message.replace(name, ours)
-            error.param = error.param and error.param.replace(name, ours)
+            error.message = re.sub(rf"^{name}\b", ours, error.message)
+        error.param = CHAT_NAMES.get(error.param or "", error.param)
         raise error from None
     except ValueError as error:
         name_of_field = re.match(r"[\w.\[\]]*", str(error))
         raise errors.invalid(str(error), name_of_field and name_of_field[0]) from None
+    field = CHAT_NAMES.get(generation.grammar_field, generation.grammar_field)
+    return dataclasses.replace(generation, grammar_field=field)
 
 
 async def _truncate(
-    serving: Serving, chat: ChatRequest, client: str, failure: ApiError
+    serving: Serving, chat: ChatRequest, client: str, paths: list[str], failure: ApiError
 ) -> GenerationRequest:
     """With as many of the newest turns as fit; ``failure`` if not even the last one does."""
     messages = chat.messages
@@ -73,10 +77,10 @@ async def _truncate(
     low, high = 0, len(starts)
     while low < high:
         middle = (low + high) // 2
-        newest = [*messages[:system], *messages[starts[middle] :]]
+        newest = [*range(system), *range(starts[middle], len(messages))]
         try:
-            shorter = chat.model_copy(update={"messages": newest})
-            generation = await parse_chat(serving, shorter, client)
+            shorter = chat.model_copy(update={"messages": [messages[i] for i in newest]})
+            generation = await parse_chat(serving, shorter, client, [paths[i] for i in newest])
             high = middle
         except ApiError as error:
             if error.code != "context_length_exceeded":
@@ -87,11 +91,13 @@ async def _truncate(
     return generation
 
 
-def _chat_request(body: ResponsesRequest) -> ChatRequest:
-    """The chat request that asks for the same. ValueError begins with the name of a field."""
-    messages = _messages(body.input)
+def _chat_request(body: ResponsesRequest) -> tuple[ChatRequest, list[str]]:
+    """The chat request that asks for the same, and where each of its messages comes from.
+    ValueError begins with the name of a field."""
+    messages, paths = _messages(body.input)
     if body.instructions:
         messages.insert(0, ChatMessage.model_construct(role="system", content=body.instructions))
+        paths.insert(0, "instructions")
     if body.max_output_tokens == 0:
         raise ValueError("max_output_tokens=0 is not allowed: 1 or more, or -1 for all that fits")
     tools = [ToolSpec.model_construct(type="function", function=tool) for tool in body.tools or ()]
@@ -111,7 +117,7 @@ def _chat_request(body: ResponsesRequest) -> ChatRequest:
         top_logprobs=body.top_logprobs,
     )
     _ = chat.effective_tool_choice  # ValueError if the choice is not among the tools
-    return chat
+    return chat, paths
 
 
 def _tool_choice(body: ResponsesRequest) -> Literal["none", "auto", "required"] | NamedTool | None:
@@ -130,11 +136,13 @@ def _response_format(body: ResponsesRequest) -> ResponseFormat | None:
     return ResponseFormat.model_construct(type="json_schema", json_schema=schema)
 
 
-def _messages(items: str | list[InputItem]) -> list[ChatMessage]:
-    """Items as chat messages: calls that follow an assistant's text are part of its message."""
+def _messages(items: str | list[InputItem]) -> tuple[list[ChatMessage], list[str]]:
+    """Items as chat messages, and the path of each: calls that follow an assistant's text are part
+    of its message, whose path is that of its first item."""
     if isinstance(items, str):
-        return [ChatMessage.model_construct(role="user", content=items)]
+        return [ChatMessage.model_construct(role="user", content=items)], ["input"]
     messages: list[ChatMessage] = []
+    paths: list[str] = []
     for i, item in enumerate(items):
         at = f"input[{i}]"
         if item.type == "message":
@@ -142,6 +150,7 @@ def _messages(items: str | list[InputItem]) -> list[ChatMessage]:
                 raise ValueError(f"{at}.role is missing: user, assistant, system or developer")
             text = _text(item.content, f"{at}.content")
             messages.append(ChatMessage.model_construct(role=item.role, content=text))
+            paths.append(at)
         elif item.type == "function_call":
             function = CallOfFunction.model_construct(
                 name=_string(item.name, f"{at}.name"),
@@ -151,6 +160,7 @@ def _messages(items: str | list[InputItem]) -> list[ChatMessage]:
             call = ToolCall.model_construct(id=call_id, function=function)
             if not messages or messages[-1].role != "assistant":
                 messages.append(ChatMessage.model_construct(role="assistant"))
+                paths.append(at)
             messages[-1].tool_calls = [*(messages[-1].tool_calls or ()), call]
         elif item.type == "function_call_output":
             text = _text(item.output, f"{at}.output")
@@ -158,9 +168,10 @@ def _messages(items: str | list[InputItem]) -> list[ChatMessage]:
             messages.append(
                 ChatMessage.model_construct(role="tool", tool_call_id=call_id, content=text)
             )
+            paths.append(at)
     if not messages:
         raise ValueError("input has no message: at least one is needed")
-    return messages
+    return messages, paths
 
 
 def _text(content: str | list[TextPart] | None, at: str) -> str:

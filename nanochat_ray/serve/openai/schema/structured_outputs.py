@@ -96,9 +96,18 @@ class ConstrainedBody(Body):
     grammar_: StrictStr | None = doc("llama.cpp's: a grammar in GBNF or Lark.", alias="grammar")
     json_schema: Schema | None = doc("llama.cpp's: a JSON schema.")
 
-    @cached_property
+    @property
     def grammar(self) -> Grammar | None:
         """The engine's form. ValueError if two fields constrain the answer."""
+        return self._constraint[1]
+
+    @property
+    def grammar_field(self) -> str:
+        """The field that ``grammar`` comes from; "" if there is none."""
+        return self._constraint[0]
+
+    @cached_property
+    def _constraint(self) -> tuple[str, Grammar | None]:
         grammars: dict[str, Grammar] = {}
         if self.response_format is not None and (format_ := self.response_format.grammar()):
             grammars["response_format"] = format_
@@ -118,4 +127,4 @@ class ConstrainedBody(Body):
         if len(grammars) > 1:
             first, second, *_ = grammars
             raise ValueError(f"{second} is not allowed together with {first}")
-        return next(iter(grammars.values()), None)
+        return next(iter(grammars.items()), ("", None))
