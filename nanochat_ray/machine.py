@@ -1,4 +1,4 @@
-"""Memory and cores that a process may use: of a GPU, or of this machine or container."""
+"""What a process takes of its GPU or its machine: memory, threads, a compiler for kernels."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-import psutil
 import torch
 
-CGROUP = Path("/sys/fs/cgroup")
+from nanochat_ray import container
+
 HUGE_PAGE = 2 << 20
 MOST_THREADS = 8
 """An estimate, measured on 2 cores only: small operations do not scale to many threads."""
@@ -38,30 +38,7 @@ def free_memory(device: torch.device, sharing: int = 1, gpu_share: float = 1.0) 
         allocation = torch.cuda.memory_allocated(device)
         free += torch.cuda.memory_reserved(device) - allocation
         return max(0, min(int(free), int(gpu_share * total) - allocation))
-    free = int(psutil.virtual_memory().available)
-    return min(free, _container_memory(CGROUP, free)) // max(1, sharing)
-
-
-def total_memory() -> int:
-    """Bytes of this machine, or of its container if that may take less."""
-    total = int(psutil.virtual_memory().total)
-    try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        return total if limit == "max" else min(total, int(limit))
-    except (OSError, ValueError):
-        return total
-
-
-def _container_memory(folder: Path, default: int) -> int:
-    """Bytes left below a container's limit (cgroup v2); ``default`` if there is no limit."""
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        usage = int((folder / "memory.current").read_text())
-        stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return default
-    # Cached files count as used, but are evicted on demand.
-    return default if limit == "max" else int(limit) - usage + int(stats.get("inactive_file", 0))
+    return container.free_memory() // max(1, sharing)
 
 
 def zeros(
@@ -116,17 +93,6 @@ def finish_copies(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def cores(folder: Path = CGROUP) -> int:
-    """Cores that this process may use: of the machine, or as the container's limit (cgroup v2)
-    allows."""
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = (folder / "cpu.max").read_text().split()
-        return mine if quota == "max" else max(1, min(mine, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        return mine
-
-
 def engine_threads(sharing: int) -> int:
     """Torch threads for each of ``sharing`` engines on this machine's cores.
 
@@ -134,7 +100,7 @@ def engine_threads(sharing: int) -> int:
     many as cores another busy process made an engine seven times slower than one thread is
     (2 cores, 2026-11-21).
     """
-    return max(1, min(MOST_THREADS, (cores() - 1) // sharing))
+    return max(1, min(MOST_THREADS, (container.cores() - 1) // sharing))
 
 
 def run_in_temporary_thread(make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

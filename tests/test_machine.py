@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from nanochat_ray import machine
+from nanochat_ray import container, machine
 from tests.tiny import wait_for
 
 
@@ -22,8 +22,8 @@ def test_cores_are_the_containers(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     (tmp_path / "cpu.max").write_text(limit + "\n")
-    assert machine.cores(tmp_path) == want
-    assert machine.cores(tmp_path / "none") == 8
+    assert container.cores(tmp_path) == want
+    assert container.cores(tmp_path / "none") == 8
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_cores_are_the_containers(
 def test_an_engine_leaves_a_core(
     cores: int, engines: int, want: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "cores", lambda: cores)
+    monkeypatch.setattr(container, "cores", lambda: cores)
     assert machine.engine_threads(engines) == want
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nanochat_ray import machine
+from nanochat_ray import container, machine
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import require
 from nanochat_ray.cli.train import Args
@@ -83,7 +83,7 @@ def measure(args: Args, probe: throughput.Probe) -> throughput.Throughput:
     torch.set_num_threads(args.threads)
     speed_here = throughput.measure(probe, sharing=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if args.plan_only:  # measured in this process alone: each worker that has cores does as much
-        workers = max(1, min(args.workers, machine.cores() // args.threads))
+        workers = max(1, min(args.workers, container.cores() // args.threads))
         return dataclasses.replace(speed_here, tokens_per_s=workers * speed_here.tokens_per_s)
     return speed_here
 

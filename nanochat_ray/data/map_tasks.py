@@ -17,6 +17,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
+from nanochat_ray import container
+
 TaskResult = dict[str, Any]
 Work = Callable[[Any], TaskResult]
 _ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "OSError": OSError}
@@ -62,8 +64,8 @@ def map_serially(plan: Sequence[Any], work: Work, /) -> Iterator[TaskResult]:
 
 
 def map_in_processes(plan: Sequence[Any], work: Work, /) -> Iterator[TaskResult]:
-    """``MapTasks`` by one process for each core of this machine."""
-    count = min(_num_cores(), len(plan))
+    """``MapTasks`` by one process for each core that this one may use."""
+    count = min(container.cores(), len(plan))
     if count < 2:
         yield from map_serially(plan, work)
         return
@@ -80,12 +82,6 @@ def map_in_processes(plan: Sequence[Any], work: Work, /) -> Iterator[TaskResult]
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 _worker_work: Work | None = None

@@ -15,14 +15,14 @@ from typing import Any
 import psutil
 import pytest
 
-from nanochat_ray.data import map_tasks
-from nanochat_ray.data.map_tasks import TaskResult, map_in_processes, map_serially
+from nanochat_ray import container
+from nanochat_ray.data.map_tasks import MapTasks, TaskResult, map_in_processes, map_serially
 from tests.tiny import wait_for
 
 
 @pytest.fixture(autouse=True)
 def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(map_tasks, "_num_cores", lambda: 2)
+    monkeypatch.setattr(container, "cores", lambda: 2)
 
 
 def square(item: Any) -> TaskResult:
@@ -62,7 +62,7 @@ def test_processes_give_the_results_of_all_items() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mapping", [map_serially, map_in_processes])
-def test_errors_of_tasks_keep_type_and_message(mapping: map_tasks.MapTasks) -> None:
+def test_errors_of_tasks_keep_type_and_message(mapping: MapTasks) -> None:
     with pytest.raises(ValueError, match=r"^text file late\.txt is not text$"):
         list(mapping([4, 4], fail_on_three))
     with pytest.raises(OSError, match=r"text file late\.txt is missing$"):
@@ -95,6 +95,7 @@ def test_interrupted_workers_print_nothing(tmp_path: Path) -> None:
     program.write_text(
         textwrap.dedent("""
         import pathlib, sys, time
+        from nanochat_ray import container
         from nanochat_ray.data import map_tasks
 
         def work(item):
@@ -104,7 +105,7 @@ def test_interrupted_workers_print_nothing(tmp_path: Path) -> None:
             return {}
 
         if __name__ == "__main__":
-            map_tasks._num_cores = lambda: 2
+            container.cores = lambda: 2
             try:
                 list(map_tasks.map_in_processes(sys.argv[1:] * 100, work))
             except KeyboardInterrupt:
@@ -130,6 +131,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     program.write_text(
         textwrap.dedent("""
         import os, threading
+        from nanochat_ray import container
         from nanochat_ray.data import map_tasks
 
         def work(item):
@@ -138,7 +140,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
             return {}
 
         if __name__ == "__main__":
-            map_tasks._num_cores = lambda: 2
+            container.cores = lambda: 2
             list(map_tasks.map_in_processes([1, 2], work))
         """)
     )

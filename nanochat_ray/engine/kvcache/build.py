@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from nanochat_ray import container
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.kvcache.base import KVCacheManager
 from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
@@ -21,7 +22,7 @@ from nanochat_ray.engine.kvcache.slot_cache import SlotCache
 from nanochat_ray.engine.kvcache.slot_manager import SlotManager
 from nanochat_ray.engine.kvcache.slot_pages import SlotPages
 from nanochat_ray.engine.native import Native
-from nanochat_ray.machine import free_memory, total_memory
+from nanochat_ray.machine import free_memory
 from nanochat_ray.model.config import ModelConfig
 
 RESERVE_PARTS = 16
@@ -83,7 +84,7 @@ def build_kv_cache(
     )
     per_token = bytes_per_token(model, dtype, model.n_layer)
     ask = (lambda: free_memory(device)) if grows else None
-    rest, total = free - sizes.limit, total_memory()
+    rest, total = free - sizes.limit, container.total_memory()
     budget = MemoryBudget(sizes.limit, min(rest, total // RESERVE_PARTS), ask)
     tokens = page_tokens(model.head_dim * dtype.itemsize, sizes.huge_pages)
     length = slot_length(max_model_len, native is not None)
