@@ -53,7 +53,7 @@ class AuthMiddleware:
             return
         client = self._client(dict(scope["headers"]))
         scope[CLIENT] = client or ""
-        if self.keys and scope["path"] not in OPEN_PATHS and client is None:
+        if self.keys and _route_path(scope) not in OPEN_PATHS and client is None:
             refusal = ApiError(
                 401,
                 "The API key is missing or wrong: send 'Authorization: Bearer <key>'.",
@@ -68,6 +68,12 @@ class AuthMiddleware:
         """The name of the key in the headers; None if there is no valid key."""
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         return self.keys.name_of(key.strip()) if scheme.lower() == b"bearer" else None
+
+
+def _route_path(scope: Scope) -> str:
+    """The path below the prefix at which the server has mounted the app (ASGI's ``root_path``)."""
+    prefix, path = scope.get("root_path", ""), str(scope["path"])
+    return path.removeprefix(prefix) or "/" if f"{path}/".startswith(f"{prefix}/") else path
 
 
 class BodySizeLimit:

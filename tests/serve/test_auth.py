@@ -83,6 +83,16 @@ def test_open_paths_need_no_key(path: str) -> None:
     assert call(guard, http(f"{path}x"), b"")[0]["status"] == 401
 
 
+@pytest.mark.parametrize(
+    ("path", "passes"),
+    [("/m/health", True), ("/m", True), ("/m/v1/models", False), ("/m/m/health", False)],
+)
+def test_open_paths_are_below_the_prefix(path: str, passes: bool) -> None:
+    guard = AuthMiddleware(App(), keys=[KEY])
+    first = call(guard, {**http(path), "root_path": "/m"}, b"")[0]
+    assert (first == PASSED[0]) == passes
+
+
 @pytest.mark.parametrize("kind", ["lifespan", "websocket"])
 def test_other_scopes_pass(kind: str) -> None:
     app = App()
