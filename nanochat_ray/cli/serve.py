@@ -150,7 +150,7 @@ def first_checkpoint(config: ServeConfig, run: Store) -> str:
     """The checkpoint to begin with. Raises ValueError if there is none."""
     from nanochat_ray.checkpoint import checkpoint, follow
 
-    if config.follow and not config.checkpoint:
+    if config.follow:
         return follow.first_checkpoint(run, config.name or config.run, config.follow)
     return checkpoint.resolve(run, config.checkpoint)
 

@@ -23,7 +23,7 @@ class ServeConfig:
     """Name of the run."""
     checkpoint: str = ""
     """Name of a checkpoint, or best by validation; by default the latest. All replicas serve this
-    one, and a restarted replica loads it again, so keep it."""
+    one, and a restarted replica loads it again, so keep it. Not with follow."""
     name: str = ""
     """The model's name for clients; by default that of the run."""
     num_replicas: int = 1
@@ -101,6 +101,8 @@ class ServeConfig:
         object.__setattr__(self, "allowed_hosts", tuple(self.allowed_hosts))
         check_hosts("allowed_hosts", self.allowed_hosts)
         require(self.follow in ("", "latest", "best"), "follow", self.follow, "latest or best")
+        rule = "not with follow; nanochat-ray rollback serves another checkpoint of the run"
+        require(not (self.follow and self.checkpoint), "checkpoint", self.checkpoint, rule)
         require(self.swap in ("drain", "immediate"), "swap", self.swap, "drain or immediate")
         object.__setattr__(self, "suggestions", tuple(self.suggestions))
         ok = all(isinstance(text, str) and text.strip() for text in self.suggestions)

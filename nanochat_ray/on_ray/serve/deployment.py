@@ -40,7 +40,7 @@ def build_application(config: ServeConfig) -> Application:
     run = root.child("runs", config.run)
     if checkpoint.latest(run) is None:
         raise ValueError(f"run={config.run!r} has no checkpoint in {config.storage}")
-    if config.follow and not config.checkpoint:
+    if config.follow:
         name = follow.first_checkpoint(run, config.name or config.run, config.follow)
     else:
         name = checkpoint.resolve(run, config.checkpoint)

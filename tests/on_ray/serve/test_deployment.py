@@ -87,6 +87,11 @@ def test_a_wrong_field_of_a_deployment_is_named(field: str, value: Any) -> None:
         ServeConfig(**{field: value})
 
 
+def test_followers_begin_with_no_named_checkpoint() -> None:
+    with pytest.raises(ValueError, match="checkpoint='best' is not allowed: not with follow"):
+        ServeConfig(follow="latest", checkpoint="best")
+
+
 def test_storage_is_absolute_in_a_deployment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
