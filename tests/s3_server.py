@@ -29,7 +29,7 @@ def s3_server(folder: Path, address: str = "127.0.0.1") -> Iterator[str]:
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     identity = {"name": "test", "credentials": [S3_KEYS], "actions": actions}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    s3_port, master, filer, volume, admin = free_ports(5, address)
+    s3_port, master, filer, volume, admin = free_ports(5)
     command = [
         *(weed, f"-logdir={folder}", "mini", f"-dir={folder}", f"-ip={address}"),
         *(f"-ip.bind={address}", "-master.telemetry=false", "-admin.ui=false", "-webdav=false"),

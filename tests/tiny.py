@@ -95,8 +95,8 @@ def hold_up_grammars(
     return compiling, may_go_on
 
 
-def free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
-    """Free ports of ``address`` whose port + 10000 is free too (weed opens both).
+def free_ports(count: int) -> list[int]:
+    """Ports that are free on every interface, as is port + 10000 (weed opens both).
 
     Those of tests that run at the same time are from ranges of their own."""
     ports: list[int] = []
@@ -106,8 +106,8 @@ def free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
         port += 1
         with socket.socket() as one, socket.socket() as two:
             try:
-                one.bind((address, port))
-                two.bind((address, port + 10000))
+                one.bind(("", port))
+                two.bind(("", port + 10000))
             except OSError:
                 continue
         ports.append(port)
