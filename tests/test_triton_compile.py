@@ -14,7 +14,7 @@ PROGRAM = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from nanochat_ray.engine import triton_attention, triton_fused, triton_operators, triton_sampler
-from nanochat_ray.model import triton_loss
+from nanochat_ray.model import triton_embedding, triton_loss
 
 def check(kernel, pointers, constants, num_warps=4):
     "Scalars are int32 or, by name, float32."
@@ -27,9 +27,11 @@ def check(kernel, pointers, constants, num_warps=4):
     result = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
     assert result.asm["cubin"], kernel.__name__
 
-flags = {"HAS_CAP": True, "HAS_GRAD": True, "BLOCK": 1024}
+flags = {"HAS_CAP": True, "IS_BOUNDED": True, "HAS_GRAD": True, "BLOCK": 1024}
 logits = {"logits": "bf16", "targets": "i64", "loss": "fp32"}
 check(triton_loss._softcap_loss_kernel, logits, flags)
+sums = {"grad": "bf16", "tokens": "i64", "starts": "i64", "out": "fp32"}
+check(triton_embedding._sum_by_token_kernel, sums, {"BLOCK_N": 16, "BLOCK_C": 256})
 shape = {"G": 4, "D": 128, "BLOCK_D": 128}
 data = {name: "bf16" for name in ("q", "k", "v", "out")} 
 data |= {"sums": "fp32", "tops": "fp32"}

@@ -55,7 +55,9 @@ class Setup:
             checkpoint_activations="checkpoint" in modes,
             optim=recipe.optim_config(self.config, 2**19, 10**9),
         )
-        self.optimizer = ShardedOptimizer(self.model, self.train.optim, torch.bfloat16)
+        self.optimizer = ShardedOptimizer(
+            self.model, self.train.optim, torch.bfloat16, compile_update="compile" in modes
+        )
         ids = np.random.default_rng(0).integers(0, 32768, (size, 2049)).astype(np.uint16)
         self.batch = Batch(ids)
 

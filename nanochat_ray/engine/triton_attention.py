@@ -200,16 +200,14 @@ def paged_attention(
     """
     N, H, D = q.shape
     block_size, Hkv = keys.shape[1:3]
-    assert q.stride(2) == 1
-    assert q.stride(1) == D
-    assert keys.is_contiguous()
-    assert values.is_contiguous()
+    assert q.stride()[1:] == (D, 1)
+    assert all(pages.is_contiguous() for pages in (keys, values))
     S, G = seqused_k.size(0), H // Hkv
     out = torch.empty((N, H, D), dtype=q.dtype, device=q.device)
     is_decode = max_seqlen_q == 1
     block_t = 1 if is_decode else max(1, 64 // triton.next_power_of_2(G))
     block_m = max(MIN_ROWS, triton.next_power_of_2(block_t * G))
-    block_d = max(16, triton.next_power_of_2(D))
+    head = {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D))}
     tiles = triton.cdiv(max_seqlen_q, block_t)
     num_splits = triton.cdiv(max_seqlen_k, SPLIT) if is_decode else 1
     shape = (S, H, num_splits) if is_decode else (0,)
@@ -222,9 +220,8 @@ def paged_attention(
     _attention_kernel[(S * tiles, Hkv, num_splits)](
         *(q, keys, values, out, sums, tops, cu_seqlens_q, seqused_k, block_table),
         *(q.stride(0), keys.stride(1), block_table.stride(0), tiles, num_splits, window, D**-0.5),
+        **head,
         G=G,
-        D=D,
-        BLOCK_D=block_d,
         BLOCK_SIZE=block_size,
         BLOCK_T=block_t,
         BLOCK_M=block_m,
@@ -235,8 +232,7 @@ def paged_attention(
     if is_decode:
         _merge_kernel[(S, H)](
             *(sums, tops, out, seqused_k, q.stride(0), num_splits, window),
-            D=D,
-            BLOCK_D=block_d,
+            **head,
             SPLIT=SPLIT,
             MERGE=MERGE,
             num_warps=4,

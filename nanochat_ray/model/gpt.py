@@ -22,9 +22,10 @@ from nanochat_ray.model.config import (
     has_value_embedding,
     windows,
 )
+from nanochat_ray.model.embedding import embed, token_order
 from nanochat_ray.model.fp8 import MULTIPLE
 from nanochat_ray.model.fused import relu_squared, rms_norm
-from nanochat_ray.model.linear import Linear
+from nanochat_ray.model.linear import Linear, apply_together
 from nanochat_ray.model.loss import softcap, softcap_cross_entropy, token_logprobs
 from nanochat_ray.model.rotary import rotary_tables, rotate, yarn_sharpening
 
@@ -57,9 +58,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, _ = x.shape
         c = self.config
-        q = self.c_q(x).view(B, T, c.n_head, c.head_dim)
-        k = self.c_k(x).view(B, T, c.n_kv_head, c.head_dim)
-        v = self.c_v(x).view(B, T, c.n_kv_head, c.head_dim)
+        layers = (self.c_q, self.c_k, self.c_v)
+        # On a GPU narrow matmuls are slow, and their weights are copied to be cast anyway.
+        outputs = apply_together(x, layers) if x.is_cuda else (layer(x) for layer in layers)
+        q, k, v = (y.view(B, T, -1, c.head_dim) for y in outputs)
         q, k = (rms_norm(rotate(heads, *angles), c.norm_eps) for heads in (q, k))  # QK-norm
         if value is not None and self.ve_gate is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # [B, T, Hkv]
@@ -241,6 +243,8 @@ class GPT(nn.Module):
         # Of kinds of layers times shapes. Beyond it torch would run uncompiled without a word.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+        # Kernels that were chosen by their time would sum in another order in the next process.
+        torch._inductor.config.deterministic = True
         self._run_block = torch.compile(_run_block, dynamic=False, backend=backend)
 
     def _window(self, layer: Attention, T: int) -> int:
@@ -292,7 +296,8 @@ class GPT(nn.Module):
         angles, masks = self._rotary(ids.size(1)), self._masks(ids)
         run_block = _run_block if eager else self._run_block
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
-        x = self._norm(self.wte(ids).to(self.compute_dtype))
+        order = token_order(ids, config.padded_vocab_size)
+        x = self._norm(embed(self.wte.weight, ids, order, self.compute_dtype))
         if config.smear:
             x = self._smear(x, ids)
         x = self._drop(x)
@@ -307,9 +312,9 @@ class GPT(nn.Module):
             mix = Mix(x0, lambdas[i] if lambdas else None, skip)
             value = None
             if config.value_embeds and str(i) in self.value_embeds:
-                # Not in the compiled layer, whose gradient of a table would be sums of atomic
-                # additions, in another order each time.
-                value = self.value_embeds[str(i)](ids).to(x.dtype)
+                # Not in the compiled layer, where its gradient would have no order.
+                table = cast(nn.Embedding, self.value_embeds[str(i)]).weight
+                value = embed(table, ids, order, x.dtype)
             x = run_block(block, x, mix, value, angles, masks[i], recompute=recompute)
             if config.skips and i < len(self.skip_gates):
                 skip_outputs.append(x)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,6 +20,16 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._multiply(x, self.weight)
+
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.fp8 and self.training:
-            return fp8_linear(x, self.weight)
-        return F.linear(x, self.weight.to(x.dtype))
+            return fp8_linear(x, weight)
+        return F.linear(x, weight.to(x.dtype))
+
+
+def apply_together(x: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
+    """The output of each layer for ``x [..., C]``, by one matmul with all of their weights."""
+    weight = torch.cat([layer.weight for layer in layers])
+    outputs = layers[0]._multiply(x, weight).split([layer.out_features for layer in layers], -1)
+    return tuple(outputs)

@@ -18,13 +18,14 @@ from torch import Tensor
 
 MAX_BLOCK = 4096
 """Logits of one row that a program holds at a time."""
+MAX_BOUND = 40.0
+"""2^(-2 · 40 · log₂ e) is still a normal float32."""
 
 
 @triton.jit
-def _tanh(x):
-    # Through exp of a negative number alone, so that nothing overflows.
-    e = tl.exp(-2.0 * tl.abs(x))
-    return tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+def _tanh(x, factor):
+    """tanh(x · factor / (2 log₂ e)), to float32's eps around 1."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * factor))
 
 
 @triton.jit
@@ -36,40 +37,58 @@ def _softcap_loss_kernel(
     vocab,
     cap,
     HAS_CAP: tl.constexpr,
+    IS_BOUNDED: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: its loss, and with HAS_GRAD d loss / d logits in place of the logits."""
+    """One row: its loss, and with HAS_GRAD d loss / d logits in place of the logits.
+
+    Powers are of 2, which the GPU computes, and logits z in units of log 2 accordingly. With
+    IS_BOUNDED no power of a logit less the cap underflows, so that no maximum is looked for.
+    """
+    LOG2_E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     target = tl.load(targets_ptr + row)
+    counts = target >= 0
+    at_target = tl.load(logits_ptr + tl.maximum(target, 0)).to(tl.float32) * LOG2_E
+    factor = 2 * LOG2_E / cap
+    bound = cap * LOG2_E
+    if HAS_CAP:
+        at_target = bound * _tanh(at_target / LOG2_E, factor)
     offsets = tl.arange(0, BLOCK)
     top = tl.full((), float("-inf"), tl.float32)
+    if IS_BOUNDED:
+        top = bound
     total = tl.zeros((), tl.float32)
-    at_target = tl.zeros((), tl.float32)
     for start in range(0, vocab, BLOCK):
         inside = start + offsets < vocab
         z = tl.load(logits_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
         if HAS_CAP:
-            z = cap * _tanh(z / cap)
+            z = bound * _tanh(z, factor)
+        else:
+            z = z * LOG2_E
         z = tl.where(inside, z, float("-inf"))
-        new_top = tl.maximum(top, tl.max(z, axis=0))
-        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), axis=0)
-        top = new_top
-        at_target += tl.sum(tl.where(start + offsets == target, z, 0.0), axis=0)
-    log_sum = top + tl.log(total)
-    counts = target >= 0
-    tl.store(loss_ptr + row, tl.where(counts, log_sum - at_target, 0.0))
+        if IS_BOUNDED:
+            total += tl.sum(tl.exp2(z - top), axis=0)
+        else:
+            new_top = tl.maximum(top, tl.max(z, axis=0))
+            total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(z - new_top), axis=0)
+            top = new_top
+    log_sum = top + tl.log2(total)
+    tl.store(loss_ptr + row, tl.where(counts, (log_sum - at_target) / LOG2_E, 0.0))
     if HAS_GRAD:
         for start in range(0, vocab, BLOCK):
             inside = start + offsets < vocab
             z = tl.load(logits_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
             slope = 1.0
             if HAS_CAP:
-                tanh_z = _tanh(z / cap)
-                z = cap * tanh_z
+                tanh_z = _tanh(z, factor)
+                z = bound * tanh_z
                 slope = 1.0 - tanh_z * tanh_z
-            grad = tl.exp(z - log_sum) - tl.where(start + offsets == target, 1.0, 0.0)
+            else:
+                z = z * LOG2_E
+            grad = tl.exp2(z - log_sum) - tl.where(start + offsets == target, 1.0, 0.0)
             grad = tl.where(counts, grad * slope, 0.0)
             tl.store(logits_ptr + start + offsets, grad.to(logits_ptr.dtype.element_ty), inside)
 
@@ -94,6 +113,7 @@ def softcap_loss_(logits: Tensor, targets: Tensor, *, cap: float, grad: bool) ->
             vocab,
             cap or 1.0,
             HAS_CAP=cap != 0,
+            IS_BOUNDED=0 < cap <= MAX_BOUND,
             HAS_GRAD=grad,
             BLOCK=block,
             num_warps=max(4, block // 512),

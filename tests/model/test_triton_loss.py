@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cap", [15.0, 0.0])
+@pytest.mark.parametrize("cap", [15.0, 60.0, 0.0])
 @pytest.mark.parametrize(("rows", "vocab", "stride"), [(5, 37, 64), (3, 5000, 5000), (1, 1, 1)])
 def test_fused_loss_equals_float64(
     rows: int, vocab: int, stride: int, cap: float, dtype: torch.dtype
