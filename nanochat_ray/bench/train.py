@@ -31,7 +31,7 @@ from nanochat_ray.checks import check_int, check_name
 from nanochat_ray.data.shards import Manifest, SequenceReader, write_shard
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.storage import Store, default_root
-from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.text.tokenizer import Tokenizer, folder_of
 from nanochat_ray.train import recipe
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from nanochat_ray.train.data_loader import ShardDataLoader
@@ -158,7 +158,7 @@ def dataset(args: Args, folder: Path, rows: int = 4096) -> TrainerConfig:
         splits=splits,
         key="bench",
     )
-    tokenizer.save(root.child("tokenizers", tokenizer.fingerprint[:16]))
+    tokenizer.save(folder_of(root, tokenizer.fingerprint))
     store.write_text("manifest.json", manifest.to_json())
     model = dataclasses.replace(shape(args), vocab_size=tokenizer.vocab_size)
     batch = 2 * args.batch // args.length

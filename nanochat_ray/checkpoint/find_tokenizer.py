@@ -7,7 +7,7 @@ from nanochat_ray.checks import check_name
 from nanochat_ray.data import tokenizers
 from nanochat_ray.data.manifest import FILE, Manifest
 from nanochat_ray.storage import Store
-from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.text.tokenizer import Tokenizer, folder_of
 
 
 def find_tokenizer(root: Store, name: str) -> tuple[Tokenizer, int | None]:
@@ -19,12 +19,12 @@ def find_tokenizer(root: Store, name: str) -> tuple[Tokenizer, int | None]:
     datasets = root.child("datasets")
     if name and datasets.exists(f"{name}/{FILE}"):
         manifest = Manifest.load(datasets.child(name))
-        folder = tokenizers.folder_of(root, manifest.tokenizer)
+        folder = folder_of(root, manifest.tokenizer)
         return Tokenizer.load(folder, manifest.tokenizer), manifest.sequence_len
     run = root.child("runs", name)
     if checkpoint.latest(run) is not None:
         config = checkpoint.load_config(run)
-        folder = tokenizers.folder_of(root, config.tokenizer)
+        folder = folder_of(root, config.tokenizer)
         return Tokenizer.load(folder, config.tokenizer), config.model.sequence_len
     fingerprints = tokenizers.names(root)
     matches = [match for match in fingerprints if len(name) >= 4 and match.startswith(name[:16])]

@@ -25,6 +25,8 @@ FORMAT = "nanochat_ray export 1"
 JSON_BYTES = 64 << 20
 """Size of a JSON file that is read, at most."""
 COPY_BYTES = 16 << 20
+MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 10_000, 1 << 20, 1 << 24, 1 << 24
+"""Of a model that is read: a damaged number must not ask for a petabyte."""
 
 
 # --- writing ------------------------------------------------------------------------------------

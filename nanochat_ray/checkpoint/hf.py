@@ -18,7 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanochat_ray.checkpoint.folder import Fields, read_json, regular, writing
+from nanochat_ray.checkpoint.folder import (
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    Fields,
+    read_json,
+    regular,
+    writing,
+)
 from nanochat_ray.checkpoint.hf_tokenizer import WHAT, read_tokenizer, tokenizer_json
 from nanochat_ray.checks import short_repr
 from nanochat_ray.model.config import ModelConfig, windows
@@ -28,7 +37,6 @@ from nanochat_ray.text.tokenizer import Tokenizer
 
 _NOT_EXPORTED = ("pad_vocab_to", "dropout")
 _REMOTE_CODE = Path(__file__).parent / "remote_code"
-MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 10_000, 1 << 20, 1 << 24, 1 << 24
 # The name in transformers to the name here; {} is the layer.
 _NAMES = {
     "model.embed_tokens.weight": "transformer.wte.weight",

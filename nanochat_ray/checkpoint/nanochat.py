@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat_ray.checkpoint.folder import Fields, read_json, regular
+from nanochat_ray.checkpoint.folder import (
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    Fields,
+    read_json,
+    regular,
+)
 from nanochat_ray.checks import short_repr
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
@@ -26,7 +34,6 @@ from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 WHAT = "nanochat checkpoint"
 TOKENIZER_BYTES = 64 << 20
-MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 10_000, 1 << 20, 1 << 24, 1 << 24
 _MODEL_FILE = re.compile(r"model_(\d+)\.pt")
 _TOKENIZER_FOLDERS = (".", "tokenizer", "../tokenizer", "../../tokenizer")
 """Where the tokenizer is beside a checkpoint: nanochat has ``base_checkpoints/d20`` and

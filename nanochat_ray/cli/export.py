@@ -47,6 +47,7 @@ class Args:
 def main(args: Args) -> None:
     from nanochat_ray.checkpoint import checkpoint, folder, hf, nanochat
     from nanochat_ray.model.precision import DTYPES
+    from nanochat_ray.text.tokenizer import folder_of
 
     run = Store.at(args.storage).child("runs", args.run)
     if (args.out is None) == (args.import_from is None):
@@ -63,7 +64,7 @@ def main(args: Args) -> None:
         with folder.local_copy(args.import_from, "import_from") as local:
             reader = nanochat if nanochat.is_checkpoint(local) else hf
             model, tokenizer = reader.import_folder(local)
-        tokenizer.save(Store.at(args.storage).child("tokenizers", tokenizer.fingerprint[:16]))
+        tokenizer.save(folder_of(Store.at(args.storage), tokenizer.fingerprint))
         checkpoint.save(
             run,
             0,

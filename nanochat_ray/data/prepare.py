@@ -33,7 +33,7 @@ from nanochat_ray.data.tokenize_text import (
     census_stride,
     tokenize_text,
 )
-from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer, folder_of
 
 CENSUS_FIRST_BYTES = 8 << 20
 """The split rule of text up to this size is adjusted before it is tokenized, else after."""
@@ -224,7 +224,7 @@ def prepare_sft(
         if (manifest := dataset.load_if_up_to_date(key)) is not None:
             return manifest
         start = time.perf_counter()
-        if not tokenizers.folder_of(dataset.root, tokenizer.fingerprint).exists("tokenizer.json"):
+        if not folder_of(dataset.root, tokenizer.fingerprint).exists("tokenizer.json"):
             tokenizers.save(dataset.root, tokenizer)
         plan, counts = plan_tasks(mixture), mixture.counts()
         _log_mixture(counts, plan)

@@ -16,19 +16,14 @@ from nanochat_ray.data.publish import key_of
 from nanochat_ray.data.sources import ReadOptions, Unit
 from nanochat_ray.data.split import SplitRule
 from nanochat_ray.storage import Store
-from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.text.tokenizer import FOLDER, Tokenizer, folder_of
 
 _BY_INPUT = "by-input"
 
 
-def folder_of(root: Store, fingerprint: str) -> Store:
-    """The folder of a tokenizer: the first 16 digits of its fingerprint name it."""
-    return root.child("tokenizers", fingerprint[:16])
-
-
 def names(root: Store) -> list[str]:
     """The folders of all tokenizers."""
-    return [name for name in root.list("tokenizers") if name != _BY_INPUT]
+    return [name for name in root.list(FOLDER) if name != _BY_INPUT]
 
 
 def load(root: Store, name: str) -> Tokenizer:
@@ -71,7 +66,7 @@ def train_or_load(
     """
     sample_chars = tokenizer_sample.SAMPLE_CHARS
     key = key_of("tokenizer", identity, rule.to_json(), vocab_size, sample_chars)[:16]
-    by_input = root.child("tokenizers", _BY_INPUT)
+    by_input = root.child(FOLDER, _BY_INPUT)
     if by_input.exists(key):
         try:
             tokenizer = load(root, by_input.read_text(key))

@@ -18,6 +18,8 @@ import tiktoken
 
 from nanochat_ray.storage import Store
 
+FOLDER = "tokenizers"
+"""Of a storage root."""
 SPECIAL_TOKENS = (
     "<|bos|>",  # before every document
     "<|user_start|>",
@@ -65,6 +67,11 @@ def _boundaries(text: str) -> list[int]:
         if run.end() - run.start() > MAX_WHITE_SPACE
         for at in range(run.start() + MAX_WHITE_SPACE, run.end(), MAX_WHITE_SPACE)
     ]
+
+
+def folder_of(root: Store, fingerprint: str) -> Store:
+    """The folder of a tokenizer: the first 16 digits of its fingerprint name it."""
+    return root.child(FOLDER, fingerprint[:16])
 
 
 class Tokenizer:

@@ -15,7 +15,7 @@ from nanochat_ray.checks import check_name
 from nanochat_ray.data.order import global_batch_indices
 from nanochat_ray.data.shards import Manifest, SequenceReader
 from nanochat_ray.storage import Store
-from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.text.tokenizer import Tokenizer, folder_of
 from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.step import Batch
 
@@ -40,8 +40,7 @@ def open_dataset(storage: str, name: str) -> tuple[Store, Manifest, Tokenizer]:
         datasets = root.list("datasets") or "none"
         raise ValueError(f"dataset={name!r} is not in {storage}; prepared there: {datasets}")
     manifest = Manifest.load(dataset)
-    folder = root.child("tokenizers", manifest.tokenizer[:16])
-    tokenizer = Tokenizer.load(folder, manifest.tokenizer)
+    tokenizer = Tokenizer.load(folder_of(root, manifest.tokenizer), manifest.tokenizer)
     return dataset, manifest, tokenizer
 
 

@@ -27,6 +27,7 @@ from nanochat_ray.on_ray.serve.ingress import Ingress
 from nanochat_ray.on_ray.serve.replica import EngineReplica
 from nanochat_ray.serve import keys
 from nanochat_ray.storage import Store
+from nanochat_ray.text.tokenizer import folder_of
 
 LOOK_BACK_S = 15.0
 """Autoscaling averages the loads of the replicas over this time; they arrive every 10 s."""
@@ -47,15 +48,14 @@ def build_application(config: ServeConfig) -> Application:
     run_config = checkpoint.load_config(run, name)
     # Serve restarts an ingress whose arguments change. With a path that does not depend on the
     # checkpoint, new weights need no restart.
-    tokenizer = f"tokenizers/{run_config.tokenizer[:16]}"
-    if not root.exists(f"{tokenizer}/tokenizer.json"):
-        tokenizer = f"runs/{config.run}/{name}"
+    tokenizer = folder_of(root, run_config.tokenizer)
+    if not tokenizer.exists("tokenizer.json"):
+        tokenizer = run.child(name)
     engines = _engine_application(config, name)
     return _ingress_deployment(config).bind(
         engines,
         follower=_follow_application(config, engines) if config.follow else None,
-        storage=config.storage,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer.uri,
         fingerprint=run_config.tokenizer,
         name=config.name or config.run,
         max_model_len=config.engine.max_model_len or run_config.model.sequence_len,

@@ -25,7 +25,6 @@ class Ingress:
     def __init__(
         self,
         engines: DeploymentHandle,
-        storage: str,
         tokenizer: str,
         fingerprint: str,
         name: str,
@@ -41,7 +40,8 @@ class Ingress:
         access_log: bool,
         follower: DeploymentHandle | None = None,
     ):
-        self.tokenizer = Tokenizer.load(Store.at(storage).child(*tokenizer.split("/")), fingerprint)
+        """``tokenizer``: URI of the folder that has it."""
+        self.tokenizer = Tokenizer.load(Store.at(tokenizer), fingerprint)
         self.name, self.max_model_len = name, max_model_len
         # From the deployment alone: the environment of a worker may be older.
         self.keys = [*key_hashes, *(keys.from_file(key_file) if key_file else [])]
