@@ -13,6 +13,7 @@ import uuid
 from pathlib import Path
 
 from nanochat_ray.data.manifest import Shard
+from nanochat_ray.retry import retry
 from nanochat_ray.storage import Store, cache_root
 
 
@@ -65,7 +66,7 @@ def _fetch(store: Store, shard: Shard, where: str) -> Path:
         if same_size and _digest(target) == shard.sha256:
             return target
     try:
-        data = store.read_bytes(shard.name)
+        data = retry(lambda: store.read_bytes(shard.name), where)
     except FileNotFoundError:
         raise ValueError(f"{where} is missing") from None
     digest = hashlib.sha256(data).hexdigest()

@@ -25,6 +25,7 @@ from nanochat_ray.data.order import derive_key
 from nanochat_ray.data.progress import log
 from nanochat_ray.data.shards import Manifest, SequenceReader, Shard, Split, write_shard
 from nanochat_ray.data.shuffle import gather, scatter
+from nanochat_ray.retry import retry
 from nanochat_ray.storage import Store
 
 _SHARD_NAME = re.compile(r"[0-9a-f]{12}-(train|val)-\d{5}\.arrow")
@@ -109,7 +110,8 @@ class ShardWriter:
         # Validation is a small share of any dataset: one shard.
         num_shards = self.num_shards if split == "train" else 1
         key = derive_key(self.seed, SPLITS.index(split), number)
-        scatter(Store.at(self.uri), name, ids, mask, num_shards, key)
+        work = Store.at(self.uri)
+        retry(lambda: scatter(work, name, ids, mask, num_shards, key), f"{name} of {self.uri}")
         return name
 
 
@@ -127,9 +129,14 @@ class _GatherShard:
     def __call__(self, item: Any) -> TaskResult:
         split, number = item
         key = derive_key(self.seed, SPLITS.index(split))
-        ids, mask = gather(Store.at(self.work_uri), self.shuffle_parts[split], number, key)
         name = f"{self.prefix}-{split}-{number:05d}.arrow"
-        shard = write_shard(Store.at(self.dataset_uri), name, ids, mask, self.tokenizer)
+        work, dataset = Store.at(self.work_uri), Store.at(self.dataset_uri)
+
+        def gather_and_write() -> Shard:
+            ids, mask = gather(work, self.shuffle_parts[split], number, key)
+            return write_shard(dataset, name, ids, mask, self.tokenizer)
+
+        shard = retry(gather_and_write, f"{name} of {self.dataset_uri}")
         return {"split": split, "number": number, "shard": asdict(shard)}
 
 
@@ -177,7 +184,7 @@ class DatasetWriter:
             shards = [Shard(**result["shard"]) for result in gathers if result["split"] == split]
             splits[split] = [shard for shard in shards if shard.num_sequences]
         manifest = replace(draft, splits=splits)
-        self._commit(manifest)
+        retry(lambda: self._commit(manifest), f"dataset {self.store.uri}")
         return manifest
 
     def _commit(self, manifest: Manifest) -> None:

@@ -67,7 +67,8 @@ GAUGES = {
     "logprob_diff": "Largest difference of log-probabilities between trainer and engine.",
     "rollout_tokens_per_s": "Sampled tokens per second of all engines.",
     "error_rate": "1 - pass@1 of the validation questions.",
-    "checkpoint_timestamp_seconds": "Unix time of the last checkpoint.",
+    "checkpoint_timestamp_seconds": "Unix time of the last checkpoint that is written.",
+    "save_delay": "Seconds for which storage has refused checkpoints.",
 }
 
 
@@ -143,8 +144,9 @@ class PrometheusLogger(Hooks):
     def on_record(self, record: dict[str, Any]) -> None:
         # A training step's own bits per byte would be drawn into the validation's curve.
         skip = {"bits_per_byte"} if record["kind"] == "train" else set()
-        if record["kind"] == "save":
-            record = {**record, "checkpoint_timestamp_seconds": time.time()}
+        if "checkpoint_age" in record:
+            timestamp = time.time() - record["checkpoint_age"]
+            record = {**record, "checkpoint_timestamp_seconds": timestamp}
         for name in (set(self._gauges) & set(record)) - skip:
             self._gauges[name].set(float(record[name]), tags={"run": self._run})
 

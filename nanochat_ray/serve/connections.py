@@ -23,7 +23,7 @@ SPARE_FILES = 64
 """File descriptors for all but connections of clients: logs, checkpoints, libraries."""
 
 
-class Guarded(Protocol):
+class ClientConnection(Protocol):
     """A connection that can be ended."""
 
     def expire(self) -> None:
@@ -41,30 +41,30 @@ class ConnectionGuard:
     head_timeout_s: float = HEAD_TIMEOUT_S
     stall_timeout_s: float = STALL_TIMEOUT_S
     clock: Callable[[], float] = time.monotonic
-    _waiting: dict[Guarded, float] = field(default_factory=dict)
+    _waiting: dict[ClientConnection, float] = field(default_factory=dict)
     """Without a request, each with the time since when; the longest first."""
-    _stalled: dict[Guarded, float] = field(default_factory=dict)
+    _stalls: dict[ClientConnection, float] = field(default_factory=dict)
 
-    def await_request(self, connection: Guarded) -> None:
+    def await_request(self, connection: ClientConnection) -> None:
         """The connection is new, or its response is complete."""
         self._waiting.pop(connection, None)
         self._waiting[connection] = self.clock()
 
-    def begin_request(self, connection: Guarded) -> None:
+    def begin_request(self, connection: ClientConnection) -> None:
         """The head of a request is complete."""
         self._waiting.pop(connection, None)
 
-    def begin_stall(self, connection: Guarded) -> None:
+    def begin_stall(self, connection: ClientConnection) -> None:
         """The client reads more slowly than the server writes."""
-        self._stalled.setdefault(connection, self.clock())
+        self._stalls.setdefault(connection, self.clock())
 
-    def end_stall(self, connection: Guarded) -> None:
-        self._stalled.pop(connection, None)
+    def end_stall(self, connection: ClientConnection) -> None:
+        self._stalls.pop(connection, None)
 
-    def forget(self, connection: Guarded) -> None:
+    def forget(self, connection: ClientConnection) -> None:
         """The connection is closed."""
         self._waiting.pop(connection, None)
-        self._stalled.pop(connection, None)
+        self._stalls.pop(connection, None)
 
     def make_room(self, num_connections: int) -> bool:
         """Called with the number of open connections, a new one included: ends the one that waits
@@ -84,12 +84,12 @@ class ConnectionGuard:
         for connection in _older(self._waiting, now - self.head_timeout_s):
             self.forget(connection)
             connection.expire()
-        for connection in _older(self._stalled, now - self.stall_timeout_s):
+        for connection in _older(self._stalls, now - self.stall_timeout_s):
             self.forget(connection)
             connection.abort()
 
 
-def _older(connections: dict[Guarded, float], limit: float) -> list[Guarded]:
+def _older(connections: dict[ClientConnection, float], limit: float) -> list[ClientConnection]:
     older = []
     for connection, since in connections.items():
         if since > limit:

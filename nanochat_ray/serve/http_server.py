@@ -50,7 +50,7 @@ else:
     _Base = object
 
 
-class _Guarded(_Base):
+class _BoundedConnection(_Base):
     """Tells the guard when the connection waits for its client."""
 
     @property
@@ -107,7 +107,7 @@ class _Guarded(_Base):
         self.refuse(invalid(msg))
 
 
-class _H11(_Guarded, H11Protocol):  # type: ignore[misc]
+class _H11(_BoundedConnection, H11Protocol):  # type: ignore[misc]
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
@@ -117,7 +117,7 @@ class _H11(_Guarded, H11Protocol):  # type: ignore[misc]
         """The client continues with HTTP/1.1, as it must without an upgrade (RFC 9110, 7.8)."""
 
 
-class _Protocol(_Guarded, HttpToolsProtocol):
+class _Protocol(_BoundedConnection, HttpToolsProtocol):
     """httptools; h11, which is slower, for a connection whose requests offer an upgrade.
 
     httptools stops parsing at ``Upgrade`` and loses the body. Java's HttpClient offers ``h2c`` with

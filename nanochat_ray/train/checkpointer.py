@@ -1,9 +1,12 @@
-"""Checkpoints beside the training: the trainer's thread copies, another thread writes."""
+"""Checkpoints beside the training: the trainer's thread copies, another thread writes.
+
+Storage that fails does not stop the training: the copy stays in memory and is written when storage
+is back (``checkpoint_writer``).
+"""
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +18,7 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.train.checkpoint_writer import CheckpointWriter, PendingCheckpoint
 from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.metrics import Metrics, to_jsonl
 from nanochat_ray.train.ranks import Ranks
@@ -46,27 +50,37 @@ class Checkpointer:
         self.model, self.optimizer = model, optimizer
         self.ranks, self.about, self.hardware = ranks, about, hardware
         self.source_state, self.check_publish = source_state, check_publish
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self.writer = CheckpointWriter()
+        self._start = time.time()
+        self._has_warned = False
 
     @property
     def idle(self) -> bool:
-        """No checkpoint is being written."""
-        return self._thread is None or not self._thread.is_alive()
+        """A periodic checkpoint can be started without waiting."""
+        return self.writer.is_replaceable
 
     @property
     def has_error(self) -> bool:
-        """The last write raised; ``wait`` raises its error."""
-        return self.idle and self._error is not None
+        """A write failed for good; ``wait`` raises its error."""
+        return self.writer.has_error
+
+    def figures(self) -> dict[str, float]:
+        """On rank 0: ``checkpoint_age``, the seconds since the last checkpoint that is written was
+        taken, or since the start, and ``save_delay``, for how many seconds storage has failed."""
+        if self.ranks.rank != 0:
+            return {}
+        age = time.time() - (self.writer.last_time or self._start)
+        return {"checkpoint_age": age, "save_delay": self.writer.delay_s}
 
     def save(self, step: int, metrics: Metrics, val_metric: float | None) -> float:
         """Starts a checkpoint after ``step`` steps; returns the seconds that training stood still.
 
-        ``val_metric`` is that of a validation at this step, if there was one. Collective. Raises
-        what the last write raised.
+        ``val_metric`` is that of a validation at this step, if there was one. Collective. A
+        checkpoint that storage has refused until now is dropped. Raises what a write raised that
+        failed for good.
         """
         start = time.perf_counter()
-        self.wait()
+        self.ranks.run_together(self.writer.await_attempt)
         optimizer_state = self.optimizer.state_dict(on_rank=0)
         if self.optimizer.rank != 0:
             return time.perf_counter() - start
@@ -88,9 +102,10 @@ class Checkpointer:
                 val_metric=val_metric,
                 check_publish=self.check_publish,
             )
-            checkpoint.prune(self.store, self.config.keep_latest_k, keep_best=self.config.keep_best)
+            self._prune()
 
-        self._start(write, f"checkpoint-{step}")
+        name = f"run {self.store.uri}: checkpoint {checkpoint.name_of(step)}"
+        self.writer.put(PendingCheckpoint(name, write, is_validated=val_metric is not None))
         return time.perf_counter() - start
 
     def finish(self, step: int, metrics: Metrics) -> None:
@@ -105,9 +120,16 @@ class Checkpointer:
         self.ranks.run_on_first(write)
 
     def wait(self) -> None:
-        """Waits for the checkpoint that is being written. Collective; raises what the write
-        raised."""
-        self.ranks.run_together(self._join)
+        """Waits for the checkpoint that is being written, for at most ``save_timeout_s`` while
+        storage fails. Collective; raises what the write raised."""
+        self.ranks.run_together(lambda: self.writer.await_end(self.config.save_timeout_s))
+
+    def _prune(self) -> None:
+        """The new checkpoint is complete: what cannot be deleted now is deleted after the next."""
+        try:
+            checkpoint.prune(self.store, self.config.keep_latest_k, keep_best=self.config.keep_best)
+        except OSError as error:
+            _LOG.warning("run %s: old checkpoints stay: %s", self.store.uri, error)
 
     def _trainer_state(self, step: int, metrics: Metrics) -> dict[str, Any]:
         """trainer.json, but for what ``metrics`` needs to resume."""
@@ -125,7 +147,11 @@ class Checkpointer:
         try:
             self._write_metrics(records, trainer)
         except Exception as error:
-            _LOG.warning("run %s: its log cannot be written: %s", self.store.uri, error)
+            if not self._has_warned:
+                _LOG.warning("run %s: its log cannot be written: %s", self.store.uri, error)
+            self._has_warned = True
+        else:
+            self._has_warned = False
 
     def _write_metrics(self, records: list[dict[str, Any]], trainer: dict[str, Any]) -> None:
         name = self.store.root.rpartition("/")[2]
@@ -133,21 +159,3 @@ class Checkpointer:
         self.store.write_text("metrics.jsonl", to_jsonl(records))
         page = render(name, records, trainer["metrics"], about=about, hardware=self.hardware)
         self.store.write_text("report.html", page)
-
-    def _start(self, write: Callable[[], None], name: str) -> None:
-        def run() -> None:
-            try:
-                write()
-            except BaseException as error:  # raised in the trainer's thread by wait()
-                self._error = error
-
-        self._thread = threading.Thread(target=run, name=name)
-        self._thread.start()
-
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error

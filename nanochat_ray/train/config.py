@@ -46,6 +46,9 @@ class TrainConfig:
     """Number of newest checkpoints that are kept."""
     keep_best: bool = True
     """Also save where a validation is the best so far, and keep that checkpoint."""
+    save_timeout_s: float = 600.0
+    """Seconds for which a run waits at its end for storage that fails, before it ends with an
+    error. Until then it continues, and a checkpoint that cannot be written is tried again."""
     checkpoint_activations: bool = False
     """Keep only the inputs of blocks and recompute the rest in the backward pass (Chen et al.,
     arXiv 1604.06174): a third more work for a fraction of the memory."""
@@ -74,6 +77,7 @@ class TrainConfig:
         # Uncompiled, the casts of a matrix take longer than its matmul saves.
         require(not self.fp8 or self.compile != "off", "fp8", self.fp8, "not with compile=off")
         check_float("window_warmup", self.window_warmup, 0, 1)
+        check_float("save_timeout_s", self.save_timeout_s)
         require(
             self.spike_clip == 0 or self.spike_clip > 1,
             "spike_clip",

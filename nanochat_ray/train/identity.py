@@ -27,6 +27,7 @@ RESUMABLE_FIELDS = {
     "save_every": "when it is saved",
     "keep_latest_k": "which checkpoints stay",
     "keep_best": "which checkpoints stay",
+    "save_timeout_s": "how long storage may fail",
     "checkpoint_activations": "memory against time",
     "compile": "time against another order of rounding",
     "deterministic": "time against equal bits",

@@ -124,6 +124,9 @@ def progress_line(record: dict[str, Any]) -> str:
     wait = record["data_wait"] / record["seconds"]
     waits_for = "rollouts" if "reward" in record else "data wait"
     columns += [f"{waits_for} {wait:.1%}", f"left {duration(record['eta_s'])}"]
+    if record.get("save_delay"):
+        age = duration(record["checkpoint_age"])
+        columns.append(f"STORAGE FAILS: the last checkpoint is {age} old")
     if record["skipped"]:
         empty = math.isfinite(record["grad_norm"])
         columns.append("SKIPPED: nothing to train on" if empty else "SKIPPED: not finite")

@@ -83,6 +83,7 @@ class Trainer:
         self._window_share = 0.0
         """Of the last step of this process."""
         self._last_poll = time.monotonic()
+        self._on_exit = contextlib.ExitStack()
 
     def run(self) -> dict[str, Any]:
         """Trains to the end of the configuration; returns the last metrics.
@@ -113,6 +114,7 @@ class Trainer:
                 ) from error
             self.checkpointer.finish(self.completed_steps, self.metrics)
         finally:
+            self._on_exit.close()
             for hook in self.hooks:
                 hook.close()
         step = self.completed_steps
@@ -161,6 +163,7 @@ class Trainer:
             hardware={**description, "workers": self.ranks.world},
             check_publish=self._check_publish,
         )
+        self._on_exit.callback(self.checkpointer.writer.give_up)
 
     def _resume(self) -> ShardedOptimizer:
         """The optimizer, and all state as the latest checkpoint has it, if there is one."""
@@ -248,6 +251,7 @@ class Trainer:
             data_wait=data_wait,
             is_warmup=is_warmup,
             **batch.metrics,
+            **self.checkpointer.figures(),
         )
         self._record(record)
         self.guard.check_step(self.completed_steps, result)

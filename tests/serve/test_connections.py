@@ -52,39 +52,39 @@ def guard(clock: Clock) -> ConnectionGuard:
 
 
 def test_a_head_has_a_time_limit(guard: ConnectionGuard, clock: Clock) -> None:
-    idle, late, served = Ends(), Ends(), Ends()
+    idle, late, busy = Ends(), Ends(), Ends()
     guard.await_request(idle)
-    guard.await_request(served)
+    guard.await_request(busy)
     clock.now = 1
     guard.await_request(late)
-    guard.begin_request(served)
+    guard.begin_request(busy)
     clock.now = 9.9
     guard.sweep()
     assert idle.end == ""
     clock.now = 10
     guard.sweep()
-    assert (idle.end, late.end, served.end) == ("expired", "", "")
-    guard.await_request(served)  # its response is complete
+    assert (idle.end, late.end, busy.end) == ("expired", "", "")
+    guard.await_request(busy)  # its response is complete
     clock.now = 11
     guard.sweep()
-    assert (late.end, served.end) == ("expired", "")
+    assert (late.end, busy.end) == ("expired", "")
     clock.now = 20
     guard.sweep()
-    assert served.end == "expired"
+    assert busy.end == "expired"
 
 
 def test_a_client_must_read(guard: ConnectionGuard, clock: Clock) -> None:
-    slow, stalled, gone = Ends(), Ends(), Ends()
-    for one in (slow, stalled, gone):
+    slow, stuck, other = Ends(), Ends(), Ends()
+    for one in (slow, stuck, other):
         guard.begin_stall(one)
     clock.now = 59
     guard.end_stall(slow)
     guard.begin_stall(slow)
-    guard.begin_stall(stalled)  # it has not begun anew
-    guard.forget(gone)
+    guard.begin_stall(stuck)  # it has not begun anew
+    guard.forget(other)
     clock.now = 60
     guard.sweep()
-    assert (slow.end, stalled.end, gone.end) == ("", "aborted", "")
+    assert (slow.end, stuck.end, other.end) == ("", "aborted", "")
 
 
 def test_the_oldest_idle_connection_makes_room(guard: ConnectionGuard) -> None:
