@@ -42,6 +42,13 @@ class _Server(uvicorn.Server):
             cast(_Config, self.config).guard.sweep()
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Also ends the connections whose client does not read, which uvicorn leaves open."""
+        await super().shutdown(sockets)
+        for connection in tuple(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+
 
 # The two protocols of uvicorn have these methods and attributes in common, but no base.
 if TYPE_CHECKING:

@@ -191,6 +191,7 @@ def test_a_client_that_does_not_read_ends() -> None:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+    assert not server.server_state.connections
 
 
 def test_an_address_in_use_is_one_error() -> None:
