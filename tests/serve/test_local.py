@@ -277,12 +277,15 @@ def hurried_url(local: LocalClient, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_an_answer_that_takes_too_long_is_ended(hurried_url: str, n: int) -> None:
+def test_an_answer_that_takes_too_long_is_ended(
+    hurried_url: str, local: LocalClient, n: int
+) -> None:
     fields = {"prompt": "x", "max_tokens": 450, "n": n, "ignore_eos": True}
     late = post(f"{hurried_url}/v1/completions", json=fields)
     assert (late.status_code, late.headers["x-should-retry"]) == (504, "false")
     error = late.json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "request_timeout")
+    wait_for(lambda: not local.engine.has_work)  # else the next request may have to wait for slots
     stream_text = post(f"{hurried_url}/v1/completions", json={**fields, "stream": True})
     assert stream_text.status_code == 200
     *_, token, end = stream_text.text.strip().split("\n\n")
