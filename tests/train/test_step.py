@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from nanochat_ray.train.step import (
     CrossEntropy,
     MicroBatch,
     RankVotes,
+    _accumulate,
     split,
     train_step,
 )
@@ -307,3 +308,23 @@ def test_dropout_depends_on_seed_and_step() -> None:
         losses[name] = train_step(model.train(), optimizer, random_batch(0, False), step, config)
     assert losses["one"] == losses["again"]
     assert len({result.loss for result in losses.values()}) == 3
+
+
+@pytest.mark.parametrize("sequences", [4, 5])
+def test_one_rank_sums_rollouts_as_two_would(sequences: int) -> None:
+    """In float32 (a + b) + (c + d) has other bits than ((a + b) + c) + d."""
+    ids = np.concatenate([random_batch(seed, False).ids for seed in (0, 1)])[:sequences]
+    model = random_model()
+    optimizer = ShardedOptimizer(model, CONFIG.optim)
+
+    def gradients(stage: Literal["base", "rl"], rows: np.ndarray) -> list[Tensor]:
+        config = dataclasses.replace(CONFIG, stage=stage, micro_batch_size=1)
+        _accumulate(model, optimizer, Batch(rows), 0, config, CrossEntropy(), 64)
+        return [flat.grads.clone() for flat in optimizer.flats]
+
+    cut = (sequences + 1) // 2  # the first rank's, if they cannot be shared equally
+    halves = zip(gradients("base", ids[:cut]), gradients("base", ids[cut:]), strict=True)
+    by_halves, in_order = [a + b for a, b in halves], gradients("base", ids)
+    assert not all(map(torch.equal, by_halves, in_order))
+    assert all(map(torch.equal, gradients("rl", ids), by_halves))
+    torch.testing.assert_close(by_halves, in_order, rtol=1e-4, atol=1e-6)
