@@ -167,15 +167,18 @@ def test_logits_do_not_depend_on_batch(shape: dict[str, int]) -> None:
     check_batches(shape, {})
 
 
-@pytest.mark.parametrize("settings", [{"kernels": "torch"}, {"kv_layout": "paged"}])
+PAGED = {"kv_layout": "paged", "kv_tokens": 4096}
+
+
+@pytest.mark.parametrize("settings", [{"kernels": "torch"}, PAGED])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_other_logits_are_near_in_any_batch(
-    shape: dict[str, int], settings: dict[str, str]
+    shape: dict[str, int], settings: dict[str, Any]
 ) -> None:
     check_batches(shape, settings)
 
 
-def check_batches(shape: dict[str, int], settings: dict[str, str]) -> None:
+def check_batches(shape: dict[str, int], settings: dict[str, Any]) -> None:
     model = make_model.__wrapped__("modern", sequence_len=640, **shape)
     bitwise = not settings and make_engine(model).stats().kernels != "torch"
     prompt = prompts(random.Random(8), 1)[0] * 12
