@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
 
-from nanochat_ray.engine.request import Request, RequestOutput, SamplingParams
+from nanochat_ray.engine.request import (
+    WEIGHTS_REPLACED,
+    EngineFull,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
 from nanochat_ray.on_ray.serve.client import RayEngineClient
-from nanochat_ray.on_ray.serve.connection import ACCEPTED, Connection
+from nanochat_ray.on_ray.serve.connection import ACCEPTED, NOT_HERE, QUEUE_FULL, Connection
 from nanochat_ray.serve.client import OutputStream, UnavailableError
 
 
 class Replica:
-    """Accepts every request; sends one token and then either the end or nothing any more."""
+    """Accepts every request unless ``reply`` says otherwise; sends one token and then either the
+    end or nothing any more."""
 
     def __init__(self, name: str, vanishes: bool, version: str = "v1"):
         self.name, self.vanishes, self.version = name, vanishes, version
-        self.is_swapping = False
+        self.is_swapping = self.replaces_weights = False
+        self.reply = ACCEPTED
         self.requests: list[Request] = []
+        self.aborted_ids: list[str] = []
         self.silent = False
 
     async def start(self) -> None:
@@ -41,9 +50,15 @@ class Replica:
         elif message[0] == "submit":
             request = Request.from_wire(message[1])
             self.requests.append(request)
-            connection.send("reply", request.id, ACCEPTED)
-            if self.is_swapping:
+            connection.send("reply", request.id, self.reply)
+            if self.is_swapping or self.reply != ACCEPTED:
                 return  # it waits for new weights
+            if self.replaces_weights:
+                error = RequestOutput(
+                    request_id=request.id, tokens=[], finish="error", error=WEIGHTS_REPLACED
+                )
+                connection.send("outputs", [error.to_wire()])
+                return
             token = 7 + len(request.output_token_ids)
             finish = None if self.vanishes else "stop"
             output = RequestOutput(
@@ -51,6 +66,8 @@ class Replica:
             )
             connection.send("outputs", [output.to_wire()])
             self.silent = self.vanishes
+        elif message[0] == "abort":
+            self.aborted_ids += message[1]
 
     def status(self, num_requests: int) -> dict[str, Any]:
         status = {"requests": num_requests, "weight_version": self.version}
@@ -68,7 +85,7 @@ class Handle:
     """Of a Serve deployment with these replicas; those that have vanished are not listed."""
 
     def __init__(self, replicas: Sequence[Replica]):
-        self.replicas = replicas
+        self.replicas = list(replicas)
 
     def broadcast(self, method: str) -> Handle:
         assert method == "endpoint"
@@ -157,6 +174,146 @@ def test_requests_without_tokens_leave_a_swap() -> None:
         async with connected_client(swapping, other) as client:
             swapping.is_swapping = True  # the client has not been told
             assert await tokens_of(client) == [[7]]
+            await until(lambda: swapping.aborted_ids)
         assert (len(swapping.requests), len(other.requests)) == (1, 1)
+        assert swapping.aborted_ids == ["r.0"]
+
+    asyncio.run(run())
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("reply", [QUEUE_FULL, NOT_HERE])
+def test_another_replica_takes_what_one_cannot(reply: str) -> None:
+    async def run() -> None:
+        idle, other = Replica("a", True), Replica("b", False)
+        idle.reply = reply
+        async with connected_client(idle, other) as client:
+            client.replicas.by_name["b"].in_flight["x"] = None  # type: ignore[assignment]
+            assert await tokens_of(client) == [[7]]
+        assert (len(idle.requests), len(other.requests)) == (1, 1)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "message"),
+    [
+        (QUEUE_FULL, EngineFull, "every engine's queue is full"),
+        ("top_k=-1 is not allowed", ValueError, "^top_k=-1 is not allowed$"),
+    ],
+)
+def test_a_refusal_leaves_nothing_behind(reply: str, error: type[Exception], message: str) -> None:
+    async def run() -> None:
+        replica, stream = Replica("a", False), OutputStream()
+        replica.reply = reply
+        request = Request(id="r", prompt=[1], params=SamplingParams(max_tokens=2))
+        async with connected_client(replica) as client:
+            with pytest.raises(error, match=message):
+                await client.submit(request, stream)
+            assert [batch async for batch in stream] == []  # the stream waits for nothing
+            handle = client.replicas.by_name["a"]
+            assert not handle.in_flight
+            assert not handle.replies
+        assert len(replica.requests) == 1
+
+    asyncio.run(run())
+
+
+def test_a_closed_stream_aborts_its_request() -> None:
+    async def run() -> None:
+        replica, stream = Replica("a", True), OutputStream()
+        request = Request(id="r", prompt=[1], params=SamplingParams(max_tokens=2))
+        async with connected_client(replica) as client:
+            replica.is_swapping = True  # it accepts the request and sends nothing
+            await client.submit(request, stream)
+            assert list(client.replicas.by_name["a"].in_flight) == ["r.0"]
+            stream.close()
+            assert not client.replicas.by_name["a"].in_flight
+            await until(lambda: replica.aborted_ids)
+        assert replica.aborted_ids == ["r.0"]
+
+    asyncio.run(run())
+
+
+def test_a_request_without_tokens_survives_new_weights() -> None:
+    """The replica has ended it, since its weights were replaced; it begins again elsewhere."""
+
+    async def run() -> None:
+        first, other = Replica("a", True), Replica("b", False)
+        first.replaces_weights = True
+        async with connected_client(first, other) as client:
+            client.replicas.by_name["b"].in_flight["x"] = None  # type: ignore[assignment]
+
+            async def begin_elsewhere() -> None:
+                await until(lambda: first.requests)
+                first.reply = QUEUE_FULL
+
+            _, tokens = await asyncio.gather(begin_elsewhere(), tokens_of(client))
+            assert tokens == [[7]]
+
+    asyncio.run(run())
+
+
+def test_a_draining_replica_gets_no_request() -> None:
+    async def run() -> None:
+        draining, other = Replica("a", True), Replica("b", False)
+        async with connected_client(draining, other) as client:
+            draining.connections[0].send("draining")
+            await until(lambda: client.replicas.by_name["a"].is_draining)
+            client.replicas.by_name["b"].in_flight["x"] = None  # type: ignore[assignment]
+            assert await tokens_of(client) == [[7]]
+        assert not draining.requests
+
+    asyncio.run(run())
+
+
+def test_an_unlisted_replica_ends_when_idle() -> None:
+    """One with requests keeps its connection until they are complete."""
+
+    async def run() -> None:
+        idle, busy = Replica("a", False), Replica("b", False)
+        async with connected_client(idle, busy) as client:
+            busy_handle = client.replicas.by_name["b"]
+            busy_handle.in_flight["x"] = None  # type: ignore[assignment]
+            client.handle.replicas.clear()  # type: ignore[attr-defined]
+            client.replicas.list_now.set()
+            await until(lambda: "a" not in client.replicas.by_name)
+            assert client.replicas.by_name == {"b": busy_handle}
+            assert not busy_handle.is_usable
+            busy_handle.in_flight.clear()
+
+    asyncio.run(run())
+
+
+class Follower:
+    """Of the deployment that swaps weights: its handle, and the result of a call."""
+
+    @property
+    def status(self) -> Follower:
+        return self
+
+    async def remote(self) -> dict[str, str]:
+        return {"checkpoint": "step-000007"}
+
+
+@pytest.mark.parametrize("follower", [None, Follower()])
+def test_health_names_engines_and_follower(follower: Any) -> None:
+    async def run() -> None:
+        async with connected_client(Replica("a", False)) as client:
+            client.follower = follower
+            client.replicas.list_now.set()
+            await until(lambda: follower is None or client.follow_status)
+            health = await client.health()
+            client.replicas.by_name["a"].is_ready = False
+            with pytest.raises(UnavailableError, match="no engine is running"):
+                await client.health()
+        (engine,) = health.pop("engines")
+        assert engine["weight_version"] == "v1"
+        assert health == ({} if follower is None else {"follow": {"checkpoint": "step-000007"}})
 
     asyncio.run(run())
