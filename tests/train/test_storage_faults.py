@@ -84,13 +84,18 @@ def test_a_run_whose_end_cannot_be_stored_fails(root: Store, outage: Outage) -> 
     write_dataset(root, "base")
     outage.error = lambda: FULL
     changes: dict[str, Any] = {"save_every": 4, "eval_every": 0, "sample_tokens": 0}
+    run = root.child("runs", "run")
+
+    def on_record(record: dict[str, Any]) -> None:
+        if record["kind"] == "train" and record["step"] == 5:
+            wait_for(lambda: checkpoint.latest(run) == "step-000004", what="the first checkpoint")
+            outage.is_on = True
+
     match = r"run /.*/run: checkpoint step-000012 could not be written for \d+ s: .*No space left"
     with pytest.raises(OSError, match=match):
-        run_trainer(
-            job(root, "run", save_timeout_s=0.0, **changes), on_record=faulty(outage, 5, 99)
-        )
+        run_trainer(job(root, "run", save_timeout_s=0.0, **changes), on_record=on_record)
     outage.is_on = False
-    assert checkpoint.latest(root.child("runs", "run")) == "step-000004"
+    assert checkpoint.latest(run) == "step-000004"
     # The same command goes on from there.
     assert run_trainer(job(root, "run", **changes))["done"]
     run_trainer(job(root, "whole", **changes))
