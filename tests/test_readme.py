@@ -1,4 +1,4 @@
-"""Commands, links and figures of the READMEs hold."""
+"""Commands, links and figures of the READMEs and of what was measured hold."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from pathlib import Path
 import pytest
 
 from nanochat_ray import cli
-from nanochat_ray.cli import entry
+from nanochat_ray.cli import bench, entry
 
 REPO = Path(__file__).parent.parent
-READMES = sorted(
-    [*REPO.glob("*.md"), *(p for p in REPO.glob("nanochat_ray/**/*.md") if p.name == "README.md")]
-)
+READMES = sorted([*REPO.glob("*.md"), *REPO.glob("nanochat_ray/**/*.md")])
 TEXT = {path: path.read_text() for path in READMES}
 
 
@@ -47,7 +45,8 @@ def test_a_command_of_a_readme_is_valid(words: list[str]) -> None:
     if program == "nanochat-ray":
         name, *flags = arguments
         if name == "bench":
-            assert importlib.import_module(f"nanochat_ray.bench.{flags[0].replace('-', '_')}")
+            module = importlib.import_module(bench.module_of(flags[0]))
+            entry.parse(module.Args, None, flags[1:])
             return
         module = importlib.import_module(cli.module_of(name))
         entry.parse(module.Args, None, flags)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
+from nanochat_ray.checks import short_repr
 from nanochat_ray.storage import Store
 
 Split = Literal["train", "val"]
@@ -140,7 +141,7 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 
 def _refuse(where: str, name: str, value: Any, requirement: str) -> NoReturn:
-    raise ValueError(f"{where}: {name}={repr(value)[:60]} is not allowed: {requirement}") from None
+    raise ValueError(f"{where}: {name}={short_repr(value)} is not allowed: {requirement}") from None
 
 
 def _parse(text: str, where: str) -> Any:

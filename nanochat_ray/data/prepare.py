@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nanochat_ray.checks import check_int
 from nanochat_ray.data import corpus, documentation, sources, tokenizers
 from nanochat_ray.data.documentation import documentation_corpus
 from nanochat_ray.data.map_tasks import MapTasks
@@ -45,10 +46,8 @@ MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 
 def _check(sequence_len: int, vocab_size: int) -> None:
-    if sequence_len < MIN_SEQUENCE_LEN:
-        raise ValueError(f"sequence_len={sequence_len} is not allowed: {MIN_SEQUENCE_LEN} or more")
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size={vocab_size} is not allowed: {MIN_VOCAB_SIZE} or more")
+    check_int("sequence_len", sequence_len, MIN_SEQUENCE_LEN)
+    check_int("vocab_size", vocab_size, MIN_VOCAB_SIZE)
 
 
 # --- base: text ---------------------------------------------------------------------------------

@@ -160,8 +160,3 @@ def build(args: Mapping[str, Any]) -> Application:
             "(python -m nanochat_ray.serve.keys prints them) or key_file in args"
         )
     return build_application(config)
-
-
-def settings(config: ServeConfig) -> dict[str, Any]:
-    """``config`` as ``args`` of a Serve config file."""
-    return dataclasses.asdict(config)

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import pytest
 from ray import serve
 
+from nanochat_ray.config import to_json
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.on_ray.serve import deployment
-from nanochat_ray.on_ray.serve.deployment import build, settings
+from nanochat_ray.on_ray.serve.deployment import build
 from nanochat_ray.serve.keys import hash_key
 from nanochat_ray.storage import Store
 from tests.on_ray.serve.tiny_run import KEY, TOK, engines, write_checkpoint
@@ -46,7 +47,7 @@ def url(ray_session: None, config: ServeConfig) -> Iterator[str]:
         often = functools.partial(deployment.AutoscalingConfig, metrics_interval_s=1)
         patch.setattr(deployment, "AutoscalingConfig", often)
         patch.setattr(deployment, "LOOK_BACK_S", 3)
-        serve.run(build(settings(config)), name="tiny", route_prefix="/")
+        serve.run(build(to_json(config)), name="tiny", route_prefix="/")
     url = f"http://127.0.0.1:{port}"
     wait_for(lambda: len(engines(url)) == 2, 60)
     yield url

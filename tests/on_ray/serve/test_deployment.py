@@ -11,10 +11,11 @@ import pytest
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import serve as job
+from nanochat_ray.config import to_json
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.on_ray.serve import deploy
-from nanochat_ray.on_ray.serve.deployment import build, build_application, settings
+from nanochat_ray.on_ray.serve.deployment import build, build_application
 from nanochat_ray.serve import keys
 from nanochat_ray.storage import Store
 from tests.tiny import TOKENIZER, tiny_config
@@ -43,7 +44,7 @@ def test_keys_come_from_the_command(root: Store, monkeypatch: pytest.MonkeyPatch
     write_run(root)
     monkeypatch.setenv(keys.VARIABLE, "first-key")
     config = job.config_of(job.Args(config={"storage": root.uri}))
-    assert "first-key" not in json.dumps(settings(config))
+    assert "first-key" not in json.dumps(to_json(config))
     monkeypatch.setenv(keys.VARIABLE, "of-some-worker")  # what builds and serves it has another
     ring = keys.KeyRing(ingress_arguments(build_application(config))["key_hashes"])
     assert ring.name_of(b"first-key")

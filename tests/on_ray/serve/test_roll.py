@@ -14,10 +14,11 @@ import pytest
 from ray import serve
 
 from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.config import to_json
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.on_ray.config import ServeConfig
-from nanochat_ray.on_ray.serve.deployment import build, settings
+from nanochat_ray.on_ray.serve.deployment import build
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.local import LocalClient
 from nanochat_ray.storage import Store
@@ -50,7 +51,7 @@ def followed_url(url: str, run: Store) -> Iterator[str]:
         follow="latest",
         engine=ENGINE,
     )
-    serve.run(build(settings(config)), name="follow", route_prefix="/follow")
+    serve.run(build(to_json(config)), name="follow", route_prefix="/follow")
     wait_for(lambda: len(engines(f"{url}/follow")) == 2, 60)
     yield f"{url}/follow"
     serve.delete("follow")
