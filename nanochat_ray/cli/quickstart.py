@@ -29,9 +29,11 @@ from nanochat_ray.storage import Store, absolute, default_root
 PROMISE_S = 690
 """Seconds that all of it may take on a CPU, before the answers: the promise is 12 minutes."""
 MOST_MINUTES, SFT_MINUTES = 5.2, 2.0
-REST = 6
+REST = 4
 """What else there is to do takes this many times as long as preparing the text, on a fast and on a
 slow machine."""
+RL_STEPS, RL_REST = 40, 4
+"""Steps of reinforcement learning, and the same ratio for them."""
 QUESTIONS = ("Who are you?", "What is 47 + 38 - 9?")
 
 
@@ -48,6 +50,8 @@ class Args:
     minutes: float | None = None
     """CPU: minutes of base training; by default all ends within 12 minutes. Fine-tuning takes half
     as long: at least 2 minutes, or as long as base training if that is less."""
+    rl_steps: int | None = None
+    """Steps of learning from graded answers; 0: none. By default 40, on GPUs 0."""
     port: int = 8000
     """Port of the endpoint."""
     stay: bool = False
@@ -64,6 +68,11 @@ class Args:
         check_int("depth", self.depth, 1, 1 << 30)
         check_int("gpus", self.gpus, 0, 1 << 30)
         check_port("port", self.port)
+        if self.rl_steps is None:
+            object.__setattr__(self, "rl_steps", 0 if self.gpus else RL_STEPS)
+        else:
+            check_int("rl_steps", self.rl_steps, 0, 1 << 30)
+            require(not (self.gpus and self.rl_steps), "rl_steps", self.rl_steps, "0 with --gpus")
         if self.minutes is not None:
             check_float("minutes", self.minutes, above=True)
             require(not self.gpus, "--minutes", self.minutes, "only on a CPU, not with --gpus")
@@ -83,10 +92,10 @@ def main(args: Args) -> None:
     with _cluster_for(cluster, args.gpus):
         jobs = Jobs(cluster, args.storage, tag(args), gpus=args.gpus)
         if run_is_complete(args.storage, jobs.chat_run):
-            print_step(f"1–4/5 run {jobs.chat_run} is trained already")
+            print_step(f"1–4/6 run {jobs.chat_run} is trained already")
         else:
             train(args, jobs, start)
-        serve(args, jobs, start)
+        serve(args, jobs, learn(args, jobs), start)
         if args.stay or (not args.leave and sys.stdin.isatty() and sys.stdout.isatty()):
             print_step("Ctrl-C stops it")
             while cluster.is_alive():
@@ -117,7 +126,7 @@ def train(args: Args, jobs: Jobs, start: float) -> None:
     """The first four stages: both datasets and both runs."""
     tuning_minutes = sft_minutes(args.minutes)
     if not run_is_complete(args.storage, jobs.base_run):
-        print_step(f"1/5 preparing the text (log: {jobs.log('prepare-base')})")
+        print_step(f"1/6 preparing the text (log: {jobs.log('prepare-base')})")
         preparing = time.monotonic()
         jobs.prepare_base(args.text or ())
         now = time.monotonic()
@@ -127,23 +136,43 @@ def train(args: Args, jobs: Jobs, start: float) -> None:
                 args, jobs.base_run, now - preparing, now - start, tuning_minutes
             )
             text = f" for {minutes} minutes"
-        print_step(f"2/5 training the base model{text} (log: {jobs.log('train-base')})")
+        print_step(f"2/6 training the base model{text} (log: {jobs.log('train-base')})")
         jobs.train_base(args.depth, minutes)
-    print_step(f"3/5 preparing conversations (log: {jobs.log('prepare-sft')})")
+    print_step(f"3/6 preparing conversations (log: {jobs.log('prepare-sft')})")
     jobs.prepare_sft()
-    print_step(f"4/5 fine-tuning to chat (log: {jobs.log('train-sft')})")
+    print_step(f"4/6 fine-tuning to chat (log: {jobs.log('train-sft')})")
     jobs.train_sft(None if args.gpus else tuning_minutes)
-    jobs.forget_eval()  # of other weights
+    jobs.forget_eval(jobs.chat_run)  # of other weights
 
 
-def serve(args: Args, jobs: Jobs, start: float) -> None:
+def learn(args: Args, jobs: Jobs) -> str:
+    """The fifth stage, reinforcement learning; returns the run to serve.
+
+    It needs a model that is right now and then. If it fails, the fine-tuned model is served.
+    """
+    steps = args.rl_steps or 0
+    run = jobs.rl_run(steps)
+    if not steps:
+        return jobs.chat_run
+    if run_is_complete(args.storage, run):
+        print_step(f"5/6 run {run} is trained already")
+        return run
+    print_step(f"5/6 learning from graded answers (log: {jobs.log('rl')})")
+    if jobs.train_rl(steps):
+        jobs.forget_eval(run)
+        return run
+    print_step(f"serving run {jobs.chat_run}, as it was fine-tuned")
+    return jobs.chat_run
+
+
+def serve(args: Args, jobs: Jobs, run: str, start: float) -> None:
     """The last stage: the endpoint, two questions and the evaluation."""
     from nanochat_ray.cli import chat
 
     if args.gpus:
-        jobs.evaluate()  # before the endpoint takes the GPU's memory
-    print_step(f"5/5 serving (log: {jobs.log('serve')})")
-    jobs.serve(args.port)
+        jobs.evaluate(run)  # before the endpoint takes the GPU's memory
+    print_step(f"6/6 serving (log: {jobs.log('serve')})")
+    jobs.serve(run, args.port)
     url = f"http://127.0.0.1:{args.port}"
     print_step("asking")
     for question in QUESTIONS:
@@ -151,7 +180,7 @@ def serve(args: Args, jobs: Jobs, start: float) -> None:
         chat.main(chat.Args(url=url, once=question))
     print()
     if not args.gpus:
-        jobs.evaluate()
+        jobs.evaluate(run)
     minutes, seconds = divmod(int(time.monotonic() - start), 60)
     print_step(f"done in {minutes}:{seconds:02d}; the chat page: {url}")
     print(
@@ -213,7 +242,8 @@ def base_minutes(
         planned_minutes = float(json.loads(text)["plan"]["cpu_minutes"])
     except (OSError, ValueError, KeyError, TypeError):
         planned_minutes = 0.0
-    left_s = PROMISE_S - elapsed_s - 60 * tuning_minutes - REST * preparing_s
+    rest = REST + (RL_REST * args.rl_steps / RL_STEPS if args.rl_steps else 0)
+    left_s = PROMISE_S - elapsed_s - 60 * tuning_minutes - rest * preparing_s
     # A text of the user's may be of any size, so that preparing it says nothing of the rest.
     default = MOST_MINUTES if args.text else round(min(MOST_MINUTES, max(1.0, left_s / 60)), 1)
     return planned_minutes or args.minutes or default

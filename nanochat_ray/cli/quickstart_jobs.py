@@ -30,14 +30,18 @@ WORKER = re.compile(r"^\(RayTrainWorker [^)]*\) (?=step \d)")
 
 
 class Jobs:
-    """The stages over one pair of runs. A job that fails ends the program with its status."""
+    """The stages over the runs of one quickstart. A job that fails ends the program with its
+    status, unless its stage may be left out."""
 
     def __init__(self, cluster: LocalCluster, storage: str, tag: str, *, gpus: int):
         self.cluster = cluster
         self.storage = storage
-        self.base_run, self.chat_run = f"base-{tag}", f"chat-{tag}"
+        self.tag, self.base_run, self.chat_run = tag, f"base-{tag}", f"chat-{tag}"
         self.gpus = gpus
         self._workers = ["--workers", str(gpus or 2), *(["--gpus"] if gpus else [])]
+
+    def rl_run(self, steps: int) -> str:
+        return f"rl{steps}-{self.tag}"
 
     def log(self, name: str) -> Path:
         return self.cluster.logs / f"{name}.log"
@@ -60,30 +64,37 @@ class Jobs:
         flags = ["--dataset", self.chat_run, "--run", self.chat_run, "--parent", self.base_run]
         self._run("train-sft", "train", "--stage", "sft", *flags, *self._length(minutes))
 
-    def serve(self, port: int) -> None:
-        flags = ["--run", self.chat_run, "--name", self.chat_run, "--port", str(port)]
+    def train_rl(self, steps: int) -> bool:
+        """Whether it succeeded. Two engines and the trainer take turns on two cores."""
+        flags = ["--run", self.rl_run(steps), "--parent", self.chat_run, "--engines", "2"]
+        flags += ["--steps", str(steps), "--eval-every", str(steps), "--print-every", "5"]
+        return self._run("rl", "rl", *flags, may_fail=True)
+
+    def serve(self, run: str, port: int) -> None:
+        flags = ["--run", run, "--name", self.chat_run, "--port", str(port)]
         flags += ["--gpus", "1"] if self.gpus else []
         flags += ["--suggestions", *SUGGESTIONS]
         self._run("serve", "serve", "--no-block", *flags)
 
-    def evaluate(self) -> None:
+    def evaluate(self, run: str) -> None:
         """Accuracy on fresh questions, once for each run."""
-        name = f"eval-{self.chat_run}"
+        name = f"eval-{run}"
         if self.log(name).exists():
             return
         print_step(f"measuring on fresh questions (log: {self.log(name)})")
         flags = ["--device", "cuda", "--engine.precision", "bf16"] if self.gpus else []
-        self._run(name, "eval", "--run", self.chat_run, "--count", "200", *flags)
+        self._run(name, "eval", "--run", run, "--count", "200", *flags)
 
-    def forget_eval(self) -> None:
-        self.log(f"eval-{self.chat_run}").unlink(missing_ok=True)
+    def forget_eval(self, run: str) -> None:
+        self.log(f"eval-{run}").unlink(missing_ok=True)
 
     def _length(self, minutes: float | None) -> list[str]:
         bound = [] if minutes is None else ["--cpu-minutes", str(minutes)]
         return [*self._workers, *bound]
 
-    def _run(self, name: str, command: str, *flags: str) -> None:
-        """Submits ``nanochat-ray COMMAND``, prints its lines and stores all of them in its log."""
+    def _run(self, name: str, command: str, *flags: str, may_fail: bool = False) -> bool:
+        """Submits ``nanochat-ray COMMAND``, prints its lines and stores all of them in its log.
+        Returns whether it succeeded."""
         entrypoint = [sys.executable, "-m", "nanochat_ray", command, "--storage", self.storage]
         submit = [*RAY, "job", "submit", "--log-style=record", "--log-color=false", "--"]
         process = subprocess.Popen(
@@ -107,7 +118,9 @@ class Jobs:
                 self.log(name).rename(self.log(f"{name}-failed"))
                 name = f"{name}-failed"
             print_step(f"{name} failed; its log is {self.log(name)}")
-            raise SystemExit(status)
+            if not may_fail:
+                raise SystemExit(status)
+        return status == 0
 
 
 def user_line(line: str) -> str | None:

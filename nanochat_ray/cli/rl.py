@@ -203,6 +203,17 @@ def run_on_ray(config: TrainerConfig, args: Args) -> dict[str, Any]:
     )
 
 
+def gain_lines(result: dict[str, Any], tasks: tuple[str, ...]) -> list[str]:
+    """pass@1 of each task and of all, before the first step and after the last."""
+    names = {f"pass@1/{task}": task for task in tasks} | {"pass@1": "mean of the tasks"}
+    lines = [
+        f"  {names[key]:<44} {result[f'first_{key}']:6.1%} → {result[key]:6.1%}"
+        for key in names
+        if key in result and f"first_{key}" in result
+    ]
+    return ["pass@1 on new questions, before → after", *lines] if lines else []
+
+
 def main(args: Args) -> int:
     from nanochat_ray.cli.train_job import under_torchrun
     from nanochat_ray.cli.train_run import process_group
@@ -213,5 +224,6 @@ def main(args: Args) -> int:
         here = under_torchrun() or not args.ray
         result = run_here(config, args) if here else run_on_ray(config, args)
     if int(os.environ.get("RANK", 0)) == 0:
+        print(*gain_lines(result, args.tasks), sep="\n")
         print(json.dumps({"run": config.run, **result}))
     return 0 if result["done"] else STOPPED

@@ -212,6 +212,8 @@ BAD_FLAGS = {
         ("--minutes soon", "--minutes"),
         ("--minutes 3 --gpus 1", "--minutes=3.0 is not allowed: only on a CPU"),
         ("--gpus -1", "gpus=-1"),
+        ("--rl-steps -1", "rl_steps=-1"),
+        ("--rl-steps 1 --gpus 1", "rl_steps=1 is not allowed: 0 with --gpus"),
         ("--stay --leave", "--stay=True is not allowed: not with --leave"),
         ("--storage ftp://x", "storage='ftp://x'"),
     ],

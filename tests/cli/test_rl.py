@@ -29,11 +29,21 @@ def test_two_steps_and_a_report(root: Store, capsys: pytest.CaptureFixture[str])
     for figure in ("reward", "signal", "|Δlogp|", "rollout tokens/s", "entropy", "truncated"):
         assert figure in first
     result = json.loads(lines[-1])
+    assert "pass@1 on new questions, before → after" in lines
     assert (result["run"], result["step"], result["done"]) == ("rl", 2, True)
     report = root.child("runs", "rl").read_text("report.html")
     for title in ("reward (mean over", "validation, pass@1", "Sampled texts after step 2"):
         assert title in report
     assert rl.main(args) == 0  # complete: nothing to do
+
+
+def test_gain_of_each_task() -> None:
+    result = {"first_pass@1/a": 0.25, "pass@1/a": 0.5, "first_pass@1": 0.25, "pass@1": 1.0}
+    assert [line.split() for line in rl.gain_lines(result, ("a", "b"))[1:]] == [
+        ["a", "25.0%", "→", "50.0%"],
+        ["mean", "of", "the", "tasks", "25.0%", "→", "100.0%"],
+    ]
+    assert rl.gain_lines({"pass@1": 0.5}, ("a",)) == []  # validated once
 
 
 @pytest.mark.parametrize(
