@@ -65,8 +65,8 @@ class Jobs:
         self._run("train-sft", "train", "--stage", "sft", *flags, *self._length(minutes))
 
     def train_rl(self, steps: int) -> bool:
-        """Whether it succeeded. Two engines and the trainer take turns on two cores."""
-        flags = ["--run", self.rl_run(steps), "--parent", self.chat_run, "--engines", "2"]
+        """Whether it succeeded."""
+        flags = ["--run", self.rl_run(steps), "--parent", self.chat_run]
         flags += ["--steps", str(steps), "--eval-every", str(steps), "--print-every", "5"]
         return self._run("rl", "rl", *flags, may_fail=True)
 

@@ -49,6 +49,10 @@ else:
     EngineFlags = overrides(EngineConfig, omit=("precision", "max_model_len"))
 
 
+MOST_ENGINES = 4
+"""By default: a round's answers are too few to keep more of them busy to its end."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Args:
     storage: str = field(default_factory=default_root)
@@ -69,8 +73,8 @@ class Args:
     """Factor on every learning rate; 1 is a tenth of the parent's."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of trainer and engine; that their log-probabilities agree is asserted in fp32 alone."""
-    engines: int = 1
-    """Ray: engines that sample, each an actor."""
+    engines: int = 0
+    """Ray: engines that sample, each an actor; 0: 1 with --gpus, else one for each core up to 4."""
     workers: int = 1
     """Ray: processes that train, data-parallel."""
     threads: int = 0
@@ -102,7 +106,7 @@ class Args:
         check_name("parent", self.parent)
         require(self.run != self.parent, "run", self.run, "another run than --parent")
         for name, least in (
-            *(("steps", 1), ("engines", 1), ("workers", 1), ("threads", 0), ("print_every", 1)),
+            *(("steps", 1), ("engines", 0), ("workers", 1), ("threads", 0), ("print_every", 1)),
         ):
             check_int(name, getattr(self, name), least, 1 << 30)
         check_float("lr_scale", self.lr_scale, above=True)
@@ -184,21 +188,22 @@ def run_here(config: TrainerConfig, args: Args) -> dict[str, Any]:
 
 
 def run_on_ray(config: TrainerConfig, args: Args) -> dict[str, Any]:
-    from nanochat_ray.machine import engine_threads
+    from nanochat_ray.machine import cores, engine_threads
     from nanochat_ray.on_ray import session
     from nanochat_ray.on_ray.rl import fit_rl
 
     session.connect()
-    session.check_gpus(args.workers + args.engines if args.gpus else 0)
+    engines = args.engines or (1 if args.gpus else min(MOST_ENGINES, cores()))
+    session.check_gpus(args.workers + engines if args.gpus else 0)
     return fit_rl(
         config,
         args.rl_config(),
         engine_config(args),
-        engines=args.engines,
+        engines=engines,
         workers=args.workers,
         gpus=args.gpus,
         # Engines and workers take turns.
-        threads=args.threads or engine_threads(sharing=max(args.engines, args.workers)),
+        threads=args.threads or engine_threads(sharing=max(engines, args.workers)),
         print_every=args.print_every,
     )
 
