@@ -113,13 +113,15 @@ def training_figures(args: Args, trainer: dict[str, Any]) -> dict[str, float]:
     """Bits per byte, before training and after, of the base model that the run came from."""
     from nanochat_ray.checkpoint import checkpoint
 
-    parent, metrics = trainer.get("about", {}).get("parent"), trainer.get("metrics", {})
-    if parent:
+    ancestors: list[str] = []
+    while (parent := trainer.get("about", {}).get("parent")) and parent not in ancestors:
+        ancestors.append(parent)
         run = Store.at(args.storage).child("runs", parent)
         if checkpoint.latest(run) is None:
             print(f"base model: run {parent} is gone, and its figures with it", flush=True)
             return {}
-        metrics = checkpoint.load_trainer(run)["metrics"]
+        trainer = checkpoint.load_trainer(run)
+    metrics = trainer.get("metrics", {})
     if not {"first_bits_per_byte", "bits_per_byte"} <= metrics.keys():
         return {}
     before, after = metrics["first_bits_per_byte"], metrics["bits_per_byte"]

@@ -107,6 +107,18 @@ def test_eval_without_the_parent_run(root: Store, capsys: pytest.CaptureFixture[
     assert "bits_per_byte" not in result
 
 
+def test_figures_are_those_of_the_base_model(root: Store, capsys: Any) -> None:
+    figures = {"first_bits_per_byte": 8.0, "bits_per_byte": 3.0}
+    save(root, "base", "base", metrics=figures)
+    save(root, "chat", "sft", about={"parent": "base"})
+    about = {"about": {"parent": "chat"}, "metrics": {"bits_per_byte": 1.0}}
+    reference = {"bits_per_byte_before": 8.0, "bits_per_byte": 3.0}
+    assert job.training_figures(job.Args(storage=root.uri, run="rl"), about) == reference
+    # A run may have its own descendant's name for a parent, when it was trained anew.
+    save(root, "chat", "sft", about={"parent": "chat"})
+    assert job.training_figures(job.Args(storage=root.uri, run="rl"), about) == {}
+
+
 class Short:
     """A task with fewer questions than are asked for, one of which does not fit."""
 
