@@ -1,6 +1,6 @@
 """Let a chat model learn from its own answers to questions that a program grades.
 
-    nanochat-ray rl --parent chat --run rl --steps 100
+    nanochat-ray rl --parent chat --run rl --steps 60
     nanochat-ray rl --tasks chain_sum,min_terms=4 my_package.my_tasks.Riddles --rl.samples 8
     nanochat-ray rl --tasks gsm8k,path=/data/gsm8k --rl.max-tokens 256
     torchrun --nproc-per-node 2 -m nanochat_ray rl ...            # without Ray; or --no-ray
@@ -65,7 +65,7 @@ class Args:
     """auto resumes a run that exists, else starts one."""
     tasks: tuple[str, ...] = DEFAULT_TASKS
     """Tasks with options, such as chain_sum,min_terms=4."""
-    steps: int = 100
+    steps: int = 60
     """Optimizer steps."""
     stale: Literal[0, 1] = 0
     """1: a step's answers are sampled while the step before trains; 0: by its own weights."""
@@ -188,7 +188,8 @@ def run_here(config: TrainerConfig, args: Args) -> dict[str, Any]:
 
 
 def run_on_ray(config: TrainerConfig, args: Args) -> dict[str, Any]:
-    from nanochat_ray.machine import cores, engine_threads
+    from nanochat_ray.container import cores
+    from nanochat_ray.machine import engine_threads
     from nanochat_ray.on_ray import session
     from nanochat_ray.on_ray.rl import fit_rl
 
