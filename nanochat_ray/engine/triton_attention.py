@@ -113,8 +113,10 @@ def _attention_kernel(
     if window >= 0:
         start = tl.maximum(0, length - count + token - window)
     if SPLIT > 0:
-        start = tl.maximum(start, split * SPLIT)
-        end = tl.minimum(end, (split + 1) * SPLIT)
+        # Counted from the first that is inside the window.
+        first_key = (start // SPLIT + split) * SPLIT
+        start = tl.maximum(start, first_key)
+        end = tl.minimum(end, first_key + SPLIT)
         if start >= end:  # which the merge leaves out
             return
     top, total, sums_MD = _attend(
@@ -150,17 +152,16 @@ def _merge_kernel(
     sequence, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     length = tl.load(seqused_k_ptr + sequence)
-    last = tl.cdiv(length, SPLIT)
-    first = 0
+    count = tl.cdiv(length, SPLIT)
     if window >= 0:
-        first = tl.maximum(0, length - 1 - window) // SPLIT
+        count -= tl.maximum(0, length - 1 - window) // SPLIT
     top = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     sums_D = tl.zeros((BLOCK_D,), tl.float32)
     base = (sequence * tl.num_programs(1) + head).to(tl.int64) * num_splits
-    for at in range(first // MERGE * MERGE, last, MERGE):
+    for at in range(0, count, MERGE):
         splits = at + tl.arange(0, MERGE)
-        present = (splits >= first) & (splits < last)
+        present = splits < count
         line = base + splits
         tops = tl.load(tops_ptr + line * 2, mask=present, other=float("-inf"))
         totals = tl.load(tops_ptr + line * 2 + 1, mask=present, other=0.0)
@@ -176,6 +177,12 @@ def _merge_kernel(
     # The sequences that only fill a graph have no keys.
     out = sums_D / tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+def _num_splits(max_seqlen_k: int, window: int) -> int:
+    """Splits that the keys of a decode lie in, at most: a window begins and ends within one."""
+    count = triton.cdiv(max_seqlen_k, SPLIT)
+    return count if window < 0 else min(count, triton.cdiv(window + 1, SPLIT) + 1)
 
 
 def paged_attention(
@@ -209,7 +216,7 @@ def paged_attention(
     block_m = max(MIN_ROWS, triton.next_power_of_2(block_t * G))
     head = {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D))}
     tiles = triton.cdiv(max_seqlen_q, block_t)
-    num_splits = triton.cdiv(max_seqlen_k, SPLIT) if is_decode else 1
+    num_splits = _num_splits(max_seqlen_k, window) if is_decode else 1
     shape = (S, H, num_splits) if is_decode else (0,)
     sums = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
     tops = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)

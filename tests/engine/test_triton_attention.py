@@ -87,7 +87,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("window", [-1, 7])
+@pytest.mark.parametrize("window", [-1, 7, 100])
 @pytest.mark.parametrize(("heads", "kv_heads", "D"), [(4, 4, 16), (6, 2, 24)])
 @pytest.mark.parametrize("case", CASES)
 def test_paged_attention_equals_float64(
