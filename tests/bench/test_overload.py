@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from nanochat_ray.bench import hostile_clients, load, overload
-from nanochat_ray.bench.overload import Args, AttackReport, Endpoint, Flood, Memory
+from nanochat_ray.bench.overload import Args, Endpoint, Memory
+from nanochat_ray.bench.overload_report import AttackReport, Flood
 from nanochat_ray.engine.request import EngineFull
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.generation import Limits
@@ -98,19 +99,20 @@ def test_each_attack_ends_as_the_server_answers(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(hostile_clients, "BOMB_BYTES", 4 << 20)
     monkeypatch.setattr(hostile_clients, "_bombs", [])
     monkeypatch.setattr(hostile_clients, "MAX_ABORT_S", 0.05)
-    limits = Limits(body_timeout_s=0.1)
     ends = {
         "slow-body": {"status 408"},
         "large-body": {"status 413", "closed"},  # the refusal may be lost behind a reset
         "gzip-bomb": {"status 415"},
         "abort": {"aborted"},
     }
-    with serving(build_app(client(), TOK, "tiny", 256, limits=limits)) as url:
-        for name, endings in ends.items():
+    for name, endings in ends.items():
+        # A busy machine may take long to send a large body: that one is not to be late.
+        limits = Limits(body_timeout_s=0.1) if name == "slow-body" else Limits()
+        with serving(build_app(client(), TOK, "tiny", 256, limits=limits)) as url:
             target = hostile_clients.Target(url=url, model="tiny", connections=2, seconds=0.3)
             outcomes = asyncio.run(hostile_clients.attack(target, name))
-            assert outcomes.total() >= 2
-            assert set(outcomes) <= {*endings, "open"}, name  # at the end of the time
+        assert outcomes.total() >= 2
+        assert set(outcomes) <= {*endings, "open"}, name  # at the end of the time
 
 
 def test_memory_is_that_of_the_server_at_the_port() -> None:
