@@ -191,8 +191,24 @@ def test_a_mended_one_is_served(run: Store) -> None:
     assert watcher.poll() is not None
 
 
+def test_retries_of_a_refused_one_slow_down(run: Store) -> None:
+    clock, delays = Clock(), []
+    watcher = watch(run, clock=clock)
+    damage(run, "missing")
+    for _ in range(9):
+        assert watcher.poll() is None
+        refusal = watcher.refusals["step-000002"]
+        assert refusal.retry_at == clock.now + refusal.delay
+        delays.append(refusal.delay)
+        clock.now = refusal.retry_at
+    assert delays == [10, 20, 40, 80, 160, 320, 600, 600, 600]
+    assert watcher.num_refusals == 1
+
+
 def test_best_ignores_later_and_worse(run: Store) -> None:
     watcher = watch(run, "best")
+    save(run, 5, 2.0)  # as good as the served one
+    assert watcher.poll() is None
     save(run, 2, 1.5)
     save(run, 3, 1.9)
     new = watcher.poll()

@@ -73,6 +73,7 @@ def test_many_threads_submit_and_abort(loop: tuple[EngineLoop, Collector]) -> No
             assert (end, name[-1]) == ("abort", "2")
     engine.stop()
     engine._engine.check_integrity()
+    assert engine._num_arriving == 0  # of the places in the queue
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0.0)
     assert stats.generated_tokens >= 12 * 18
@@ -97,6 +98,19 @@ def test_full_queue_is_rejected() -> None:
     loop.submit(ask("b", [1]))
     with pytest.raises(EngineFull, match="max_queue_size=1"):
         loop.submit(ask("c", [1]))
+
+
+def test_full_queue_compiles_no_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(make_model("modern"), max_num_seqs=1, max_queue_size=1)
+    loop = EngineLoop(engine, lambda outputs: None)
+    calls: list[str] = []
+    monkeypatch.setattr(engine, "prepare", lambda request: calls.append(request.id))
+    for name in ("a", "b"):
+        loop.prepare(ask(name, [1], grammar={"regex": "a"}))
+        loop.submit(ask(name, [1]))
+    with pytest.raises(EngineFull, match="max_queue_size=1"):
+        loop.prepare(ask("c", [1], grammar={"regex": "a"}))
+    assert calls == ["a", "b"]
 
 
 def test_stop_lets_requests_finish_or_aborts_them() -> None:
