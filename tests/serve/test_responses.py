@@ -132,6 +132,16 @@ def test_truncation_drops_the_oldest_turns(url: str, engine: ScriptedClient) -> 
     assert post(f"{url}/v1/responses", json=body).status_code == 400
 
 
+def test_truncation_drops_no_more_than_it_must(url: str, engine: ScriptedClient) -> None:
+    items = [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y" * 60}]
+    items += [{"role": "user", "content": "second"}, {"role": "assistant", "content": "answer"}]
+    items += [{"role": "user", "content": "third"}]
+    body = {"input": items, "truncation": "auto"}
+    assert post(f"{url}/v1/responses", json=body).status_code == 200
+    text = TOK.decode([t for t in engine.requests[-1].prompt if t < 256])
+    assert text == "secondanswerthird"
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
