@@ -190,6 +190,8 @@ class RayEngineClient:
                     self._on_output(replica, wire)
             case "reply":
                 reply = replica.replies.pop(message[1], None)
+                if message[2] == QUEUE_FULL and len(message) > 3:
+                    replica.queue_wait_s = message[3]
                 if reply is not None and not reply.done():
                     reply.set_result(message[2])
             case "draining":

@@ -9,6 +9,7 @@ Every message is a list whose first element names it:
     ingress → engine    handshake(secret, ingress)   submit(request)   abort(ids)
                         heartbeat(), every second
     engine → ingress    handshake(status)   reply(id, text)   outputs([output, …])
+                        reply(id, QUEUE_FULL, seconds to wait)
                         heartbeat(status), every second   draining()
 
 A request that belongs to an answer which has begun names its weights, and so does the first output

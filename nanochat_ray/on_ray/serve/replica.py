@@ -240,7 +240,7 @@ class EngineReplica:
     async def _start_request(
         self, connection: Connection, wire: dict[str, Any], engine: EngineLoop
     ) -> None:
-        reply = ACCEPTED
+        reply, details = ACCEPTED, list[float]()
         try:
             request = Request.from_wire(wire)
             if compiling := engine.prepare(request):  # other requests continue
@@ -248,8 +248,8 @@ class EngineReplica:
             if request.id not in self.owners:
                 return  # aborted
             engine.submit(request)
-        except EngineFull:
-            reply = QUEUE_FULL
+        except EngineFull as error:
+            reply, details = QUEUE_FULL, [error.retry_after_s]
         except WeightsReplacedError:
             reply = OTHER_WEIGHTS
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -259,7 +259,7 @@ class EngineReplica:
             reply = NOT_HERE
         if reply != ACCEPTED:
             del self.owners[wire["id"]]
-        connection.send("reply", wire["id"], reply)
+        connection.send("reply", wire["id"], reply, *details)
 
     def _abort(self, requests: Sequence[str]) -> None:
         for request in requests:

@@ -61,6 +61,8 @@ class ReplicaHandle:
     is_draining: bool = False
     status: dict[str, Any] = field(default_factory=dict)
     """Its last heartbeat."""
+    queue_wait_s: float = 1.0
+    """How long a request would wait there, as of the last one that its queue refused."""
     num_other_requests: int = 0
     """Requests of other ingresses there, as of that heartbeat."""
 
@@ -143,7 +145,8 @@ class ReplicaSet:
                     prompt, scope = entry.request.prompt, entry.request.cache_scope
                     return self.by_name[self.router.choose(prompt, loads, scope)]
                 if not wait_for_capacity or time.monotonic() > deadline:
-                    raise EngineFull("every engine's queue is full")
+                    wait_s = min(r.queue_wait_s for r in candidates)
+                    raise EngineFull("every engine's queue is full", wait_s)
                 full.clear()
                 await asyncio.sleep(QUEUES_FULL_RETRY_S)
                 continue

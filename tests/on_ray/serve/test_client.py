@@ -50,7 +50,8 @@ class Replica:
         elif message[0] == "submit":
             request = Request.from_wire(message[1])
             self.requests.append(request)
-            connection.send("reply", request.id, self.reply)
+            details = [6.5] if self.reply == QUEUE_FULL else []
+            connection.send("reply", request.id, self.reply, *details)
             if self.is_swapping or self.reply != ACCEPTED:
                 return  # it waits for new weights
             if self.replaces_weights:
@@ -213,8 +214,9 @@ def test_a_refusal_leaves_nothing_behind(reply: str, error: type[Exception], mes
         replica.reply = reply
         request = Request(id="r", prompt=[1], params=SamplingParams(max_tokens=2))
         async with connected_client(replica) as client:
-            with pytest.raises(error, match=message):
+            with pytest.raises(error, match=message) as refusal:
                 await client.submit(request, stream)
+            assert getattr(refusal.value, "retry_after_s", 6.5) == 6.5
             assert [batch async for batch in stream] == []  # the stream waits for nothing
             handle = client.replicas.by_name["a"]
             assert not handle.in_flight

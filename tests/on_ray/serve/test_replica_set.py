@@ -64,8 +64,10 @@ def test_an_answer_stays_with_its_weights() -> None:
 def test_it_waits_for_capacity_or_says_at_once_that_there_is_none() -> None:
     replicas = replica_set(replica("a"), replica("b"))
     full = {"a", "b"}
-    with pytest.raises(EngineFull):
+    replicas.by_name["a"].queue_wait_s, replicas.by_name["b"].queue_wait_s = 7.5, 4.5
+    with pytest.raises(EngineFull) as refusal:
         choose(replicas, entry(), full, seconds=60)
+    assert refusal.value.retry_after_s == 4.5
     assert choose(replicas, entry(), full, seconds=60, wait_for_capacity=True) in ("a", "b")
     assert full == set()
 
