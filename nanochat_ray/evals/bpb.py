@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.offline import run_requests
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -69,18 +70,14 @@ def _score(engine: Engine, spans: Iterator[list[int]]) -> Iterator[tuple[list[in
     """Each span with the log-probabilities of its tokens behind the first, in any order."""
     running: dict[str, list[int]] = {}
     params = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=0)
-    num_submitted, is_complete = 0, False
-    while not is_complete or running:
-        while not is_complete and len(running) < engine.config.max_num_seqs:
-            span = next(spans, None)
-            if span is None:
-                is_complete = True
-                break
-            running[str(num_submitted)] = span
-            engine.add(Request(id=str(num_submitted), prompt=span, params=params))
-            num_submitted += 1
-        for output in engine.step():
-            if output.finish == "error":
-                raise RuntimeError(f"span {output.request_id}: {output.error}")
-            scores = output.prompt_logprobs or []
-            yield running.pop(output.request_id), [s.logprob for s in scores]
+
+    def requests() -> Iterator[Request]:
+        for number, span in enumerate(spans):
+            running[str(number)] = span
+            yield Request(id=str(number), prompt=span, params=params)
+
+    for output in run_requests(engine, requests()):
+        if output.finish == "error":
+            raise RuntimeError(f"span {output.request_id}: {output.error}")
+        scores = output.prompt_logprobs or []
+        yield running.pop(output.request_id), [s.logprob for s in scores]
