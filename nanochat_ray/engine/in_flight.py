@@ -140,13 +140,12 @@ def sample(
         if not s.needs_token_at(end):
             continue  # the previous step, which has been committed since, ended it
         chunks.append(chunk)
-        params = s.request.params
-        for i in range(1 + len(draft)):
-            rows.append(row + i)
-            slots.append(s.slot)
-            positions.append(end + i)
-            top_logprobs.append(params.logprobs)
-            processed_rows.append(params.reports_processed_logprobs)
+        params, count = s.request.params, 1 + len(draft)
+        rows += range(row, row + count)
+        slots += [s.slot] * count
+        positions += range(end, end + count)
+        top_logprobs += [params.logprobs] * count
+        processed_rows += [params.reports_processed_logprobs] * count
         if chunk.input_from_previous_step is not None and previous_ids is not None:
             in_flight.append((len(uncounted_tokens), chunk.input_from_previous_step))
             uncounted_tokens.append((first, PLACEHOLDER))

@@ -66,6 +66,9 @@ class PagedManager(KVCacheManager):
     def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
         tables = self.block_tables(sequence)
         before = len(tables[0])
+        if num_tokens <= before * self.allocator.block_size:
+            # Blocks behind a window are freed when the next one is allocated.
+            return True
         if not self.allocator.extend(tables, sequence.num_computed_tokens, num_tokens):
             return False
         if len(tables[0]) > before:
