@@ -42,6 +42,8 @@ class Args:
                 object.__setattr__(self, name, absolute(value))
         if self.checkpoint:
             check_name("checkpoint", self.checkpoint)
+            rule = "only with --out: what is imported has one"
+            require(self.import_from is None, "checkpoint", self.checkpoint, rule)
 
 
 def main(args: Args) -> None:

@@ -153,6 +153,7 @@ BAD_FLAGS = {
         ("--tasks nothing", "task='nothing'"),
     ],
     "export": [
+        ("--import-from a --checkpoint best", "checkpoint='best' is not allowed: only with --out"),
         ("--run ..", "run='..'"),
         ("--run nothing --out x", "has no checkpoint"),
         ("--run nothing --checkpoint ../x --out x", "checkpoint='../x'"),
