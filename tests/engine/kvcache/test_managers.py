@@ -258,3 +258,22 @@ def test_tokens_that_may_come_from_a_cache(
     assert num_matchable_tokens(s, with_output=True) == with_output
     for s.num_computed_tokens, count in ((4, 4), (10, 10), (12, 10)):
         assert num_committable_tokens(s) == count
+
+
+def test_paged_memory_is_asked_for_when_a_block_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not for each token: a decode of 256 sequences would ask 256 times a step."""
+    manager = paged_manager(Memory())
+    assert isinstance(manager, PagedManager)
+    ends: list[int] = []
+    extend = manager.allocator.extend
+
+    def record(tables: BlockTables, start: int, end: int) -> bool:
+        ends.append(end)
+        return extend(tables, start, end)
+
+    monkeypatch.setattr(manager.allocator, "extend", record)
+    s = sequence(0, 1)
+    for num_tokens in range(1, 2 * BLOCK_SIZE + 1):
+        assert manager.allocate(s, num_tokens)
+    assert ends == [1, BLOCK_SIZE + 1]
+    assert len(manager.block_tables(s)[0]) == 2
