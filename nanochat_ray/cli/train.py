@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from nanochat_ray.checks import check_float, check_int, check_name, require
+from nanochat_ray.cli import supervise
 from nanochat_ray.cli.flags import EVERYDAY, overrides
 from nanochat_ray.model.config import ModelConfig, Preset
 from nanochat_ray.optim.config import OptimConfig
-from nanochat_ray.storage import absolute, default_root
+from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ LEAST = {
     "workers": 1,
     "min_workers": 0,
     "threads": 1,
+    "restarts": 0,
     "print_every": 1,
 }
 
@@ -115,6 +117,9 @@ class Args:
     """Project at Weights & Biases."""
     ray: bool = True
     """Train with Ray Train; --no-ray trains in this process (torchrun implies it)."""
+    restarts: int = 0
+    """Start again at most this many times when the process is killed. Also when it fails after a
+    checkpoint, such as with Ray Train's controller. Lost workers restart by themselves."""
     hardware: str = ""
     """Hardware to plan for: h100, h200, a100, cpu; by default this machine's."""
     plan_only: bool = False
@@ -142,6 +147,10 @@ class Args:
             devices = torch.cuda.device_count()
             rule = f"this machine has {devices} CUDA devices for {local_workers} workers"
             require(local_workers <= devices, "gpus", True, rule)
+
+    @property
+    def run_name(self) -> str:
+        return self.run or {"base": "base", "sft": "chat"}[self.stage]
 
     def _check_stage(self) -> None:
         """Raises ValueError for a flag that does not go with the stage or with a parent."""
@@ -181,6 +190,21 @@ class Args:
 
 
 def main(args: Args) -> int:
+    if args.restarts and not (args.plan_only or supervise.is_child()):
+        # torchrun has restarts of its own.
+        require(
+            "LOCAL_WORLD_SIZE" not in os.environ, "restarts", args.restarts, "not with torchrun"
+        )
+        run = Store.at(args.storage).child("runs", args.run_name)
+        return supervise.supervise(args.restarts, lambda: _latest(run))
     from nanochat_ray.cli import train_run
 
     return train_run.run(args)
+
+
+def _latest(run: Store) -> bytes | None:
+    """Names the latest checkpoint, without torch; None without one."""
+    try:
+        return run.read_bytes("latest")
+    except FileNotFoundError:
+        return None

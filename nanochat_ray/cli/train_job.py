@@ -24,10 +24,6 @@ PLANNED_VOCABULARY = 32_768
 """What a plan counts with where no dataset is prepared (nanochat's)."""
 
 
-def run_name(args: Args) -> str:
-    return args.run or {"base": "base", "sft": "chat"}[args.stage]
-
-
 def under_torchrun() -> bool:
     return "LOCAL_WORLD_SIZE" in os.environ
 
@@ -98,7 +94,7 @@ def plan_length(args: Args, model: ModelConfig, tokens: int, batch: int) -> thro
         micro_batch_size=args.train.get("micro_batch_size", 0),
         threads=args.threads,
     )
-    run = Store.at(args.storage).child("runs", run_name(args))
+    run = Store.at(args.storage).child("runs", args.run_name)
     store = not args.plan_only and int(os.environ.get("RANK", 0)) == 0
     length = throughput.plan_length(
         run, probe, tokens, args.workers, lambda probe: measure(args, probe), store
@@ -196,7 +192,7 @@ def build(args: Args) -> TrainerConfig:
         store, model = parent_model(args, parent)
         train, tokens_per_s = sft_train(args, store, dataset)
     else:
-        if parent == run_name(args):
+        if parent == args.run_name:
             raise ValueError(f"parent={parent!r} is not allowed: another run than --run")
         model = parent_model(args, parent)[1] if parent else base_model(args, dataset)
         train, tokens_per_s = base_train(args, model)
@@ -213,7 +209,7 @@ def build(args: Args) -> TrainerConfig:
     return TrainerConfig(
         storage=args.storage,
         dataset=dataset,
-        run=run_name(args),
+        run=args.run_name,
         model=model,
         train=train,
         parent=parent,

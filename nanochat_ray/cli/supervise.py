@@ -1,0 +1,75 @@
+"""Runs a command in a child process and starts it again when the child dies.
+
+For commands that resume by themselves: ``nanochat-ray train --restarts 3`` survives the death of
+its driver in this way, and that of Ray Train's controller, with which the driver fails.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+MARK = "NANOCHAT_SUPERVISOR"
+"""The environment variable that tells the child that it has a supervisor."""
+FIRST_DELAY_S, LAST_DELAY_S = 1.0, 60.0
+"""Before the first restart, and at most; doubled after each."""
+FAILED = 1
+"""The exit status of an unexpected error."""
+
+
+def is_child() -> bool:
+    return MARK in os.environ
+
+
+def supervise(
+    restarts: int, progress: Callable[[], object], command: Sequence[str] | None = None
+) -> int:
+    """Runs ``command``, by default this process's own, until it ends by itself; returns its status.
+
+    It is started again at most ``restarts`` times: after a signal that nobody sent to this process,
+    or after status 1 if ``progress()`` has changed since it started, as the next attempt would else
+    fail in the same way. SIGTERM and SIGINT are passed on, and end the restarts. A child that a
+    signal has ended for good gives status 128 + the number of the signal.
+    """
+    argv = list(command or (sys.executable, *sys.orig_argv[1:]))
+    stop = threading.Event()
+    children: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        for child in children[-1:]:
+            child.send_signal(number)
+
+    before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for attempt in range(restarts + 1):
+            state = progress()
+            environment = {**os.environ, MARK: str(os.getpid())}
+            # A process group of its own, so that Ctrl-C reaches it once: through this process.
+            child = subprocess.Popen(argv, env=environment, process_group=0)
+            children.append(child)
+            if stop.is_set():  # before there was a child to pass it on to
+                child.terminate()
+            status = child.wait()
+            is_retryable = status < 0 or (status == FAILED and progress() != state)
+            if not is_retryable or stop.is_set() or attempt == restarts:
+                break
+            delay = min(FIRST_DELAY_S * 2**attempt, LAST_DELAY_S)
+            end = signal.Signals(-status).name if status < 0 else f"status {status}"
+            print(
+                f"process {child.pid} ended with {end}: restart {attempt + 1} of {restarts} "
+                f"in {delay:g} s",
+                file=sys.stderr,
+                flush=True,
+            )
+            if stop.wait(delay):
+                break
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status

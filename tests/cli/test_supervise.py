@@ -1,0 +1,63 @@
+"""A command that is started again when it dies, over shells that count their starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from nanochat_ray.cli import supervise
+from tests.tiny import wait_for
+
+KILL = "kill -KILL $$"
+
+
+@pytest.fixture(autouse=True)
+def _no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "FIRST_DELAY_S", 0.0)
+
+
+def run(folder: Path, restarts: int, script: str) -> tuple[int, int]:
+    """The status, and how often the shell started; ``$n`` is the number of the start. The script's
+    progress is the file ``progress``."""
+    starts, progress = folder / "starts", folder / "progress"
+    progress.touch()
+    count = f"echo >> {starts}; n=$(wc -l < {starts}); cd {folder}; {script}"
+    status = supervise.supervise(restarts, progress.read_text, ["sh", "-c", count])
+    return status, len(starts.read_text().splitlines())
+
+
+def test_child_that_is_killed_starts_again(tmp_path: Path) -> None:
+    assert run(tmp_path, 3, f"[ $n = 3 ] || {KILL}") == (0, 3)
+
+
+def test_restarts_are_bounded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, 1, KILL) == (128 + signal.SIGKILL, 2)
+    assert "ended with SIGKILL: restart 1 of 1 in 0 s" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("status", [0, 2, 75])
+def test_child_that_ends_by_itself_stays_ended(tmp_path: Path, status: int) -> None:
+    assert run(tmp_path, 3, f"exit {status}") == (status, 1)
+
+
+def test_failure_is_repeated_only_after_progress(tmp_path: Path) -> None:
+    assert run(tmp_path, 5, "exit 1") == (1, 1)
+    (tmp_path / "starts").unlink()
+    assert run(tmp_path, 5, "[ $n -ge 3 ] || echo >> progress; exit 1") == (1, 3)
+
+
+def test_sigterm_is_passed_on_and_ends_restarts(tmp_path: Path) -> None:
+    def terminate() -> None:
+        wait_for((tmp_path / "ready").exists, 30)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    script = "trap 'exit 75' TERM; touch ready; while :; do sleep 0.02; done"
+    assert run(tmp_path, 3, script) == (75, 1)
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
