@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,7 +54,8 @@ def test_fused_loss_without_gradient_reads_only() -> None:
     assert torch.equal(logits, before)
     assert loss[2] == 0
     again = softcap_loss_(logits, targets, cap=15.0, grad=True)
-    assert torch.equal(loss, again)
+    # Compilers contract the last subtraction of numbers up to 15 / log 2 in one of the two.
+    assert (loss - again).abs().max() <= 2 * torch.finfo(torch.float32).eps * 15 / math.log(2)
 
 
 @pytest.mark.parametrize("cap", [15.0, 0.0])
