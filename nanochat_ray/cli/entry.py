@@ -7,6 +7,7 @@ its traceback and status 1. Ctrl-C is status 130, a reader of stdout that left (
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
@@ -32,7 +33,8 @@ def dispatch(
     module with ``COMMANDS`` of its own has subcommands.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        print(_usage(prog, commands))
+        with _flushed_stdout():
+            print(_usage(prog, commands))
         sys.exit(0)
     name = argv[0]
     if name not in commands:
@@ -61,15 +63,11 @@ def run(
 ) -> NoReturn:
     """Parses the flags into ``args``, runs ``main`` and ends the process with its status."""
     try:
-        status = main(parse(args, description, argv, prog)) or 0
-        sys.stdout.flush()
+        with _flushed_stdout():
+            status = main(parse(args, description, argv, prog)) or 0
     except KeyboardInterrupt:
         _log("interrupted")
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        # Python would flush stdout once more, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(NO_READER)
     except Exception as error:
         message = explain(error)
         if message is None:
@@ -77,6 +75,21 @@ def run(
         _log(f"error: {message}")
         sys.exit(FAILED if isinstance(_cause(error), FloatingPointError) else USAGE)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _flushed_stdout() -> Iterator[None]:
+    """Flushes stdout behind the block, also behind a ``sys.exit`` of ``--help``; ends the process
+    if its reader has left."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would flush stdout once more, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(NO_READER)
 
 
 def _log(line: str) -> None:

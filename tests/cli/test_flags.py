@@ -415,6 +415,22 @@ def test_a_reader_that_leaves_ends_the_job_quietly(root: Store) -> None:
     assert (result.returncode, result.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("flags", ["--help", "stop --help"])
+def test_help_without_a_reader_ends_quietly(flags: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", "nanochat_ray", *flags.split()],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
 COMMANDS_WITH_FLAGS = [c for c in cli.COMMANDS if c != "bench"]
 
 
