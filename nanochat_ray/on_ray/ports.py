@@ -49,6 +49,8 @@ SETTINGS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    # At its 0.1 s the controller takes a third of an idle cluster's CPU time (BENCHMARKS.md).
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
 }
 """Of Serve on one machine."""
 MAX_FOLDER = 28
