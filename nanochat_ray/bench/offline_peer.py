@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import runpy
@@ -63,8 +64,11 @@ def ours(folder: str, options: dict[str, Any]) -> tuple[Generate, str]:
                 completions[output.request_id] += output.tokens
         return list(completions.values())
 
-    drafts = engine.config.num_speculative_tokens
-    return generate, f"kernels {engine.runner.kernels}, {drafts} draft tokens, KV cache float32"
+    gc.collect()
+    gc.freeze()  # as a server does, and as vLLM does by itself
+    cache: Any = engine.runner.cache  # in slots
+    about = f"kernels {engine.runner.kernels}, {engine.config.num_speculative_tokens} draft tokens"
+    return generate, f"{about}, KV cache {str(cache.keys.dtype).removeprefix('torch.')}"
 
 
 def vllm(folder: str, options: dict[str, Any]) -> tuple[Generate, str]:

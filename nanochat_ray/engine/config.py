@@ -76,7 +76,8 @@ class EngineConfig:
     there are draft tokens, which depend on the latest tokens."""
     precision: EnginePrecision = "fp32"
     """Precision of the weights. On a CPU "bf16" rounds weights and the inputs of matmuls, and
-    "int8" quantizes them in blocks of 32 with one scale each (llama.cpp's Q8_0); all else is fp32.
+    "int8" quantizes them in blocks of 32 with one scale each (llama.cpp's Q8_0); with both, keys
+    and values in slots are bf16, and all else is fp32.
     On a GPU activations, keys and values are bf16 too, and there is no int8."""
     num_speculative_tokens: int = 3
     """Draft tokens of a sequence in one step, at most; 0: no speculative decoding. It changes no

@@ -45,7 +45,7 @@ class Native:
             *(_POINTER, _INT) * 3,
             *(_POINTER,) * 6,
             *(_INT,) * 5,
-            *(ctypes.c_float, ctypes.c_int),
+            *(ctypes.c_int, ctypes.c_float, ctypes.c_int),
         ]
         self._linear = library.linear
         self._linear.argtypes = [ctypes.c_int, *(_POINTER,) * 4, *(_INT,) * 3, ctypes.c_int]
@@ -86,7 +86,8 @@ class Native:
 
         Returns the attention ``[N, H, D]`` of ``q [N, H, D]`` over what the slots then contain.
         ``slot_mapping`` int64 ``[2, N]`` holds slots and positions, ``tile_starts`` is what
-        ``tile_starts`` returns for them, ``length`` is a multiple of 16; all else is float32.
+        ``tile_starts`` returns for them, ``length`` is a multiple of 16. ``keys`` and ``values``
+        are float32 or bfloat16, all else is float32.
         """
         q, k, v = (x if x.stride()[1:] == (x.size(2), 1) else x.contiguous() for x in (q, k, v))
         y = torch.empty(q.shape)
@@ -95,7 +96,8 @@ class Native:
             *(keys.data_ptr(), values.data_ptr()),
             *(slot_mapping[0].data_ptr(), slot_mapping[1].data_ptr()),
             *(tile_starts.data_ptr(), y.data_ptr(), tile_starts.size(0) - 1, q.size(0)),
-            *(keys.size(1), keys.size(2), window, self.attention_scale, torch.get_num_threads()),
+            *(keys.size(1), keys.size(2), window, keys.dtype == torch.bfloat16),
+            *(self.attention_scale, torch.get_num_threads()),
         )
         return y
 

@@ -27,6 +27,14 @@ def activation_dtype(weight_dtype: torch.dtype, has_native: bool = False) -> tor
     return torch.float32 if has_native or weight_dtype == torch.int8 else weight_dtype
 
 
+def kv_dtype(weight_dtype: torch.dtype, has_native: bool = False) -> torch.dtype:
+    """Of keys and values in slots. The C kernels store them in bfloat16 unless weights are
+    float32, since decodes wait for memory; torch's attention needs those of the activations."""
+    if has_native and weight_dtype != torch.float32:
+        return torch.bfloat16
+    return activation_dtype(weight_dtype, has_native)
+
+
 def checkpoint_dtype(precision: EnginePrecision) -> torch.dtype:
     """In which a checkpoint is loaded, before the engine packs its weights."""
     return activation_dtype(WEIGHT_DTYPES[precision])

@@ -12,10 +12,10 @@ from nanochat_ray.checks import require
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.kernels import load_kernels
 from nanochat_ray.engine.kvcache.base import Span
-from nanochat_ray.engine.kvcache.build import build_kv_cache, check_kv_cache
+from nanochat_ray.engine.kvcache.build import build_kv_cache, check_kv_cache, choose_layout
 from nanochat_ray.engine.model import InferenceModel
 from nanochat_ray.engine.native import Native
-from nanochat_ray.engine.precision import WEIGHT_DTYPES, activation_dtype
+from nanochat_ray.engine.precision import WEIGHT_DTYPES, activation_dtype, kv_dtype
 from nanochat_ray.engine.sampler import insert
 from nanochat_ray.engine.scheduler import ScheduledChunk
 from nanochat_ray.engine.sequence import PLACEHOLDER
@@ -86,8 +86,11 @@ class Runner:
             self.kernels = self.native.level
         weight_dtype = WEIGHT_DTYPES[config.precision]
         dtype = activation_dtype(weight_dtype, self.native is not None)
+        cache_dtype = dtype
+        if choose_layout(config, self.device) == "slots":
+            cache_dtype = kv_dtype(weight_dtype, self.native is not None)
         check_kv_cache(
-            model.config, config, max_model_len, dtype, self.device, self.native is not None
+            model.config, config, max_model_len, cache_dtype, self.device, self.native is not None
         )
         self.model = InferenceModel(
             model.config,
@@ -103,7 +106,7 @@ class Runner:
             model.config,
             config,
             max_model_len,
-            dtype,
+            cache_dtype,
             self.device,
             self.min_num_tokens,
             self.native,

@@ -74,7 +74,7 @@ class SlotMemory(Protocol):
     """What a plan needs of ``kvcache.slot_cache.SlotCache``."""
 
     keys: Tensor
-    """float32 ``[layers, slots, Hkv, length, D]``, at an address that stays"""
+    """float32 or bfloat16 ``[layers, slots, Hkv, length, D]``, at an address that stays"""
     values: Tensor
     slots_and_positions: Tensor
     """int64 ``[2, N]``, of the step"""

@@ -116,6 +116,27 @@ def test_prompt_chunks_are_bitwise_equal(
             assert torch.equal(run_attention(of, window, level), whole[part]), (size, first)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "group", "level"),
+    [(*size, LEVELS[0]) for size in SIZES] + [(64, 1, level) for level in LEVELS[1:]],
+)
+def test_bf16_keys_are_rounded_float32_keys(head_dim: int, group: int, level: str) -> None:
+    """The same bits as with float32 keys and values that were rounded before."""
+    # Decodes about the borders of blocks, and a prompt in tiles.
+    slots = [3, 0, 0, 0, 4, 1] + [2] * 90
+    q, k, v, keys, values, where = step(
+        head_dim, group, slots, [0, 62, 63, 64, 127, 399, *range(90)]
+    )
+    short_keys, short_values = keys.bfloat16(), values.bfloat16()
+    for window in (-1, 0, 70):
+        operands = [x.bfloat16().float() for x in (k, v, keys, values)]
+        want = run_attention((q, *operands, where), window, level)
+        result = run_attention((q, k, v, short_keys, short_values, where), window, level)
+        assert torch.equal(result, want), window
+        assert torch.equal(short_keys[where[0], :, where[1]], k.bfloat16())
+        assert torch.equal(short_values[where[0], :, where[1]], v.bfloat16())
+
+
 def test_large_scores_do_not_overflow() -> None:
     q, k, v, keys, values, positions = step(64, 1, [0, 1, 1], [350, 90, 91])
     of = (100 * q, 100 * k, v, keys, values, positions)

@@ -1,5 +1,5 @@
-/* Attention over keys and values by slot, for a CPU engine; `kernels.py` compiles it at engine
-   start-up. A token's result depends on that token alone: not on the batch, the number of threads or
+/* Attention over keys and values by slot, in float32 or bfloat16, for a CPU engine; `kernels.py`
+   compiles it at engine start-up. All arithmetic is in float32. A token's result depends on that token alone: not on the batch, the number of threads or
    the thread that computes it.
 
    Compile-time constants: HEAD_DIM (a multiple of 16), GROUP_SIZE, the queries of a key/value head,
@@ -9,6 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "bfloat16.h"
 #include "simd.h"
 #include "vector_math.h"
 
@@ -91,6 +92,19 @@ ALWAYS_INLINE void add_values(
     memcpy(outputs, sums, queries * sizeof *outputs);
 }
 
+/* Rows from `from` to `to` of a block of bfloat16, as float32 into the same rows of `out`. Also
+   prefetches the rows of `next` before `next_rows`. */
+static inline void widen_rows(
+    const uint16_t *rows, int from, int to, float *out, const uint16_t *next, int next_rows
+) {
+    for (int j = from; j < to; j++) {
+        for (int i = 0; j < next_rows && i < HEAD_DIM; i += 32)
+            __builtin_prefetch(next + j * HEAD_DIM + i);
+        for (int i = 0; i < HEAD_DIM; i += SIMD_WIDTH)
+            *(vec *)(out + j * HEAD_DIM + i) = widen_bf16(rows + j * HEAD_DIM + i);
+    }
+}
+
 /* Attention of the queries q [used, GROUP_SIZE, HEAD_DIM] of consecutive tokens, the first one at
    `position`, over the keys and values [.., HEAD_DIM] of their head, into y. `tokens` >= `used` are
    computed, a constant.
@@ -99,14 +113,16 @@ ALWAYS_INLINE void add_values(
    added up in their order, with a running maximum and a running sum for each query; so the result does
    not depend on which tokens are computed together. Up to SIMD_WIDTH - 1 keys around the visible ones
    are read and masked. While keys are read their values are prefetched, and while values are read the
-   next keys: more prefetches at a time would wait for each other. */
+   next keys: more prefetches at a time would wait for each other. With `is_bf16`, a constant, a block
+   of keys and then of values is bfloat16 and becomes float32 first. */
 ALWAYS_INLINE void attend(
-    const int tokens, int64_t used, const float *q, int64_t q_stride, const float *keys,
-    const float *values, int64_t position, int64_t window, float scale, float *y, int64_t y_stride
+    const int is_bf16, const int tokens, int64_t used, const float *q, int64_t q_stride,
+    const void *keys, const void *values, int64_t position, int64_t window, float scale, float *y, int64_t y_stride
 ) {
     vec query[TILE_TOKENS * GROUP_SIZE][HEAD_VECTORS], output[TILE_TOKENS * GROUP_SIZE][HEAD_VECTORS];
     vec running_sum[TILE_TOKENS * GROUP_SIZE]; /* partial sums in each lane */
     float running_max[TILE_TOKENS * GROUP_SIZE], weights[TILE_TOKENS * GROUP_SIZE][KEY_BLOCK];
+    float widened[is_bf16 ? KEY_BLOCK * HEAD_DIM : 1];
     vec lane_index;
     for (int i = 0; i < SIMD_WIDTH; i++) lane_index[i] = i;
     for (int n = 0; n < tokens * GROUP_SIZE; n++) {
@@ -121,12 +137,21 @@ ALWAYS_INLINE void attend(
     for (int64_t block = begin / KEY_BLOCK * KEY_BLOCK; block < end; block += KEY_BLOCK) {
         int from = begin > block ? begin - block : 0;
         int to = end - block < KEY_BLOCK ? end - block : KEY_BLOCK;
+        const int64_t at = block * HEAD_DIM;
+        const uint16_t *short_keys = (const uint16_t *)keys + at;
+        const uint16_t *short_values = (const uint16_t *)values + at;
+        const float *block_keys = is_bf16 ? widened : (const float *)keys + at;
+        const float *block_values = is_bf16 ? widened : (const float *)values + at;
+        const int first_row = from / SIMD_WIDTH * SIMD_WIDTH;
+        const int last_row = (to + SIMD_WIDTH - 1) / SIMD_WIDTH * SIMD_WIDTH;
         /* Attention scores. */
-        for (int j = from / SIMD_WIDTH * SIMD_WIDTH; j < to; j += SIMD_WIDTH) {
-            int64_t at = (block + j) * HEAD_DIM;
-            *(vec *)(*weights + j) = DOT_FUNCTION(SIMD_WIDTH)(*query, keys + at, values + at);
+        if (is_bf16) widen_rows(short_keys, first_row, last_row, widened, short_values, to);
+        for (int j = first_row * HEAD_DIM; j < last_row * HEAD_DIM; j += SIMD_WIDTH * HEAD_DIM) {
+            const float *next = is_bf16 ? 0 : block_values + j;
+            *(vec *)(*weights + j / HEAD_DIM) = DOT_FUNCTION(SIMD_WIDTH)(*query, block_keys + j, next);
             for (int n = 1; n < tokens * GROUP_SIZE; n++)
-                *(vec *)(weights[n] + j) = DOT_FUNCTION(SIMD_WIDTH)(query[n], keys + at, 0);
+                *(vec *)(weights[n] + j / HEAD_DIM) =
+                    DOT_FUNCTION(SIMD_WIDTH)(query[n], block_keys + j, 0);
         }
         /* Scores to weights, with a rescaling of what has been added up before. */
         for (int n = 0; n < tokens * GROUP_SIZE; n++) {
@@ -158,9 +183,13 @@ ALWAYS_INLINE void attend(
             for (int i = 0; i < HEAD_VECTORS; i++) output[n][i] *= rescale;
         }
         /* Weighted sums of values. */
-        const float *next_keys = keys + (block + KEY_BLOCK) * HEAD_DIM;
-        const float *block_values = values + block * HEAD_DIM;
+        const float *next_keys = (const float *)keys + at + KEY_BLOCK * HEAD_DIM;
         int n = 0, next_rows = end - block - KEY_BLOCK;
+        if (is_bf16) {
+            const uint16_t *short_next = short_keys + KEY_BLOCK * HEAD_DIM;
+            widen_rows(short_values, from, to, widened, short_next, next_rows);
+            next_rows = 0;
+        }
         for (; n + QUERIES_PER_PASS <= tokens * GROUP_SIZE; n += QUERIES_PER_PASS, next_rows = 0)
             add_values(QUERIES_PER_PASS, output + n, weights + n, block_values, from, to, next_keys,
                        next_rows);
@@ -174,8 +203,19 @@ ALWAYS_INLINE void attend(
     }
 }
 
+/* Stores HEAD_DIM floats in row `row` of a table. */
+static inline void store_head(void *table, int is_bf16, int64_t row, const float *x) {
+    if (!is_bf16) {
+        memcpy((float *)table + row * HEAD_DIM, x, HEAD_DIM * sizeof(float));
+        return;
+    }
+    uint16_t *out = (uint16_t *)table + row * HEAD_DIM;
+    for (int i = 0; i < HEAD_DIM; i++) out[i] = round_to_bf16(x[i]) >> 16;
+}
+
 /* Copies k and v [tokens, heads, HEAD_DIM] to their slots and positions in keys and values [slots,
-   heads, length, HEAD_DIM], where length is a multiple of SIMD_WIDTH. Then computes the attention of q
+   heads, length, HEAD_DIM], where length is a multiple of SIMD_WIDTH, which are float32, or bfloat16 if
+   `is_bf16`. Then computes the attention of q
    [tokens, heads * GROUP_SIZE, HEAD_DIM] into y: each token attends to itself and at most `window`
    tokens before it, to all if `window` < 0.
 
@@ -184,33 +224,35 @@ ALWAYS_INLINE void attend(
    find its keys in the cache. q, k and v have their own distance in floats between two tokens. */
 void slot_attention(
     const float *q, int64_t q_stride, const float *k, int64_t k_stride, const float *v,
-    int64_t v_stride, float *keys, float *values, const int64_t *slots, const int64_t *positions,
+    int64_t v_stride, void *keys, void *values, const int64_t *slots, const int64_t *positions,
     const int64_t *tile_starts, float *y, int64_t tiles, int64_t tokens, int64_t heads,
-    int64_t length, int64_t window, float scale, int threads
+    int64_t length, int64_t window, int is_bf16, float scale, int threads
 ) {
+    const int64_t head_bytes = HEAD_DIM * (is_bf16 ? sizeof(uint16_t) : sizeof(float));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for
         for (int64_t r = 0; r < tokens; r++)
             for (int64_t h = 0; h < heads; h++) {
-                int64_t at = ((slots[r] * heads + h) * length + positions[r]) * HEAD_DIM;
-                memcpy(keys + at, k + r * k_stride + h * HEAD_DIM, HEAD_DIM * sizeof(float));
-                memcpy(values + at, v + r * v_stride + h * HEAD_DIM, HEAD_DIM * sizeof(float));
+                int64_t row = (slots[r] * heads + h) * length + positions[r];
+                store_head(keys, is_bf16, row, k + r * k_stride + h * HEAD_DIM);
+                store_head(values, is_bf16, row, v + r * v_stride + h * HEAD_DIM);
             }
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < tiles * heads; item++) {
             int64_t t = item % tiles, h = item / tiles;
             int64_t r = tile_starts[t], used = tile_starts[t + 1] - r;
-            int64_t at = (slots[r] * heads + h) * length * HEAD_DIM;
+            int64_t at = (slots[r] * heads + h) * length * head_bytes;
             int64_t y_stride = heads * GROUP_SIZE * HEAD_DIM;
             const float *tile_q = q + r * q_stride + h * GROUP_SIZE * HEAD_DIM;
             float *tile_y = y + r * y_stride + h * GROUP_SIZE * HEAD_DIM;
-            if (used == 1)
-                attend(1, 1, tile_q, q_stride, keys + at, values + at, positions[r], window, scale,
-                       tile_y, y_stride);
-            else
-                attend(TILE_TOKENS, used, tile_q, q_stride, keys + at, values + at, positions[r],
-                       window, scale, tile_y, y_stride);
+#define ATTEND(is_bf16, tokens) \
+    attend(is_bf16, tokens, used, tile_q, q_stride, (char *)keys + at, (char *)values + at, \
+           positions[r], window, scale, tile_y, y_stride)
+            if (used == 1 && is_bf16) ATTEND(1, 1);
+            else if (used == 1) ATTEND(0, 1);
+            else if (is_bf16) ATTEND(1, TILE_TOKENS);
+            else ATTEND(0, TILE_TOKENS);
         }
     }
 }

@@ -16,9 +16,9 @@ void rotary_qk_norm(float *, int64_t, const float *, const float *, int64_t, int
 void relu_squared(float *, int64_t, int);
 void softcap(float *, int64_t, float, int);
 void slot_attention(
-    const float *, int64_t, const float *, int64_t, const float *, int64_t, float *, float *,
+    const float *, int64_t, const float *, int64_t, const float *, int64_t, void *, void *,
     const int64_t *, const int64_t *, const int64_t *, float *, int64_t, int64_t, int64_t, int64_t,
-    int64_t, float, int
+    int64_t, int, float, int
 );
 
 typedef enum { GATHER, RMS_NORM, LINEAR, ROTARY, ATTENTION, RELU_SQUARED, SOFTCAP, ADD, SCALE, GATE } Kind;
@@ -32,7 +32,7 @@ typedef struct {
     const void *weight; /* ROTARY: sines; ATTENTION: keys; GATE: gates before their sigmoid */
     const void *factor; /* a number in `format`; null: 1. ATTENTION: values */
     int64_t x_stride, y_stride, weight_stride, width;
-    int64_t format; /* of the weight of LINEAR, else of table and factor */
+    int64_t format; /* of the weight of LINEAR, of ATTENTION's keys, else of table and factor */
     int64_t count;  /* of heads, or of the weight's panels */
     int64_t extra;  /* GATHER: index in `Step.indices`; ATTENTION: window; GATE: whether it masks */
     float value;    /* epsilon, cap or a constant factor */
@@ -111,9 +111,10 @@ static void run_rows(const Operation *op, const Step *step, int64_t rows) {
 static void attention(const Operation *op, const Step *step) {
     const float *q = op->x, *k = q + op->width, *v = k + op->count * HEAD_DIM;
     slot_attention(
-        q, op->x_stride, k, op->x_stride, v, op->x_stride, (float *)op->weight, (float *)op->factor,
+        q, op->x_stride, k, op->x_stride, v, op->x_stride, (void *)op->weight, (void *)op->factor,
         step->slots, step->indices[POSITIONS], step->tile_starts, op->y, step->tiles, step->rows,
-        op->count, step->kv_length, op->extra, step->attention_scale, step->threads
+        op->count, step->kv_length, op->extra, op->format == BFLOAT16, step->attention_scale,
+        step->threads
     );
 }
 

@@ -9,6 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "bfloat16.h"
 #include "simd.h"
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
@@ -32,12 +33,6 @@
 #define MAX_VECTORS (PANEL_WIDTH / SIMD_WIDTH)
 
 enum { FP32, BF16, INT8 }; /* as `native.WEIGHT_FORMATS` */
-
-ALWAYS_INLINE uint32_t float_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
 
 ALWAYS_INLINE void prefetch_panel_row(const char *row) {
     for (int i = 0; i < ROW_BYTES; i += CACHE_LINE_BYTES)
@@ -76,12 +71,6 @@ typedef uint16_t Bf16Input;
 #else
 typedef float Bf16Input;
 #endif
-
-/* Rounds to nearest, ties to even; not a number stays so. */
-ALWAYS_INLINE uint32_t round_to_bf16(float x) {
-    uint32_t bits = float_bits(x);
-    return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000 : 0x7fc00000;
-}
 
 static void convert_rows_bf16(
     const float *x, int64_t rows, int64_t inputs, int64_t depth, Bf16Input *out
