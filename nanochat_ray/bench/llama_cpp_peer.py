@@ -82,15 +82,16 @@ def write_gguf(path: Path, config: dict[str, Any], precision: str) -> None:
 class Llama:
     """Prompts and decodes in batches, each sequence with a sampler of its own."""
 
-    def __init__(self, path: Path, threads: int):
+    def __init__(self, path: Path, threads: int, repacks: bool):
+        """``repacks``: whether llama.cpp may store weights in a layout of its own (AMX, REPACK)."""
         import llama_cpp
 
         self._lib: Any = llama_cpp
         self._threads = threads
         llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(
-            str(path).encode(), llama_cpp.llama_model_default_params()
-        )
+        params = llama_cpp.llama_model_default_params()
+        params.use_extra_bufts = repacks
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
         self._batch = llama_cpp.llama_batch_init(MAX_BATCH_TOKENS, 0, 1)
@@ -170,7 +171,10 @@ def load(folder: str, precision: str, threads: int) -> tuple[Generate, str]:
     with tempfile.TemporaryDirectory() as work:
         path = Path(work) / "model.gguf"
         write_gguf(path, config, precision)
-        llama = Llama(path, threads)
-    system = llama_cpp.llama_print_system_info().decode()
-    about = f"llama-cpp-python {llama_cpp.__version__}, {TYPES[precision]}, no draft tokens, "
-    return llama.generate, about + f"KV cache float16, {' '.join(system.split())}"
+        # Of llama-cpp-python 0.3.36, Q8_0 in the layout for AMX ends with a segmentation fault.
+        repacks = precision != "int8"
+        llama = Llama(path, threads, repacks)
+    system = " ".join(llama_cpp.llama_print_system_info().decode().split())
+    layout = "its own weight layouts" if repacks else "no own weight layouts"
+    about = f"llama-cpp-python {llama_cpp.__version__}, {TYPES[precision]}, {layout}"
+    return llama.generate, f"{about}, no draft tokens, KV cache float16, {system}"
