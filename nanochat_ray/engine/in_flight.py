@@ -93,8 +93,9 @@ class InFlightStep:
     def add_placeholders(self) -> None:
         """Lets the next step be planned behind the tokens of this one."""
         for row, chunk in enumerate(self.chunks):
-            if chunk.sequence.needs_token_at(chunk.end):
-                chunk.sequence.num_placeholders, chunk.sequence.placeholder_row = 1, row
+            s = chunk.sequence
+            if s.needs_token_at(chunk.end):
+                s.num_placeholders, s.placeholder_row = 1, row
 
     def input_ids(self) -> Tensor:
         """int64 ``[S]`` on the device: the sampled tokens as input of the next step. A row without

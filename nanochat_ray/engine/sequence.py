@@ -74,7 +74,8 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Whether only the last token is left to compute, as a decode."""
         start = self.num_computed_tokens
-        return start + 1 == self.num_tokens and start >= self.prefill_spans[-1][1]
+        num_tokens = len(self.tokens) + self.num_placeholders
+        return start + 1 == num_tokens and start >= self.prefill_spans[-1][1]
 
     def next_span(self) -> tuple[int, bool]:
         """End of the next tokens that are all computed as decodes or all as a prompt, and whether
@@ -86,7 +87,7 @@ class Sequence:
 
     def needs_token_at(self, position: int) -> bool:
         """Whether the next token of the sequence is the one at this position."""
-        return not self.is_finished and self.num_tokens == position
+        return not self.is_finished and len(self.tokens) + self.num_placeholders == position
 
     def finish_after(self, token: int) -> Finish | None:
         """Whether the output ends with this token, the last of ``tokens``."""
