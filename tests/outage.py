@@ -26,6 +26,8 @@ class Outage:
         self.error: Callable[[], OSError] = lambda: OSError("the bucket cannot be reached")
         self.after_bytes: int | None = None
         self.num_failures = 0
+        self.most_failures = 0
+        """After which storage is back; 0: when ``is_on`` is False."""
         for name in ("create", "list", "size", "delete", "exists"):
             monkeypatch.setattr(Store, name, self._fails(getattr(Store, name)))
         monkeypatch.setattr(Store, "writing", self._writing(Store.writing))
@@ -37,7 +39,8 @@ class Outage:
         raise self.error()
 
     def _applies(self, store: Store) -> bool:
-        return self.is_on and self.only in store.root
+        is_over = 0 < self.most_failures <= self.num_failures
+        return self.is_on and not is_over and self.only in store.root
 
     def _fails(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def operation(store: Store, *args: Any) -> Any:
@@ -68,8 +71,5 @@ class _File:
             self._outage._fail()
         return int(self._file.write(data))
 
-    def flush(self) -> None:
-        self._file.flush()
-
-    def fileno(self) -> int:
-        return int(self._file.fileno())
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)

@@ -17,6 +17,7 @@ from nanochat_ray.checkpoint.codec import read_tensors
 from nanochat_ray.checks import short_repr
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.retry import is_outage
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -66,12 +67,14 @@ def parse_object(where: str, data: bytes) -> dict[str, Any]:
 def read_manifest(folder: Store, step: int) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of each file of the checkpoint of ``step`` in ``folder``.
 
-    ValueError if its manifest is missing or damaged.
+    ValueError if its manifest is missing or damaged; OSError while storage is away.
     """
     where = f"checkpoint {folder.uri}: manifest.json"
     try:
         data = folder.read_bytes("manifest.json")
-    except OSError:
+    except OSError as error:
+        if is_outage(error):
+            raise
         raise ValueError(f"{where} is missing: it is incomplete") from None
     manifest = parse_object(where, data)
     if manifest.get("format") != FORMAT:
@@ -131,6 +134,8 @@ class CheckpointReader:
         except FileNotFoundError:
             raise ValueError(f"{self._where(file)} is missing") from None
         except OSError as error:
+            if is_outage(error):
+                raise
             raise ValueError(f"{self._where(file)} cannot be read: {error}") from None
         self._check(file, hashing.size, hashing.sha256.hexdigest())
         if damage is not None:

@@ -15,6 +15,7 @@ from nanochat_ray.checkpoint.lease import Lease, leased_checkpoints
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.outage import Outage
 from tests.tiny import TOKENIZER, tiny_config
 
 SERVED = "step-000001"
@@ -293,3 +294,18 @@ def test_read_only_storage_can_be_followed(run: Store, monkeypatch: pytest.Monke
     assert new is not None
     watcher.accept(new)
     assert watcher.current.name == "step-000002"
+
+
+@pytest.mark.parametrize("only", ["step-000002", "runs/r"])
+def test_an_outage_refuses_nothing(run: Store, monkeypatch: pytest.MonkeyPatch, only: str) -> None:
+    watcher = watch(run)
+    save(run, 2)
+    outage = Outage(monkeypatch)
+    outage.only, outage.is_on = only, True
+    with pytest.raises(OSError, match="cannot be reached"):
+        watcher.poll()
+    outage.is_on = False
+    assert watcher.refusals == {}
+    new = watcher.poll()
+    assert new is not None
+    assert new.about.name == "step-000002"

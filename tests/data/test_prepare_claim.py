@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from nanochat_ray.data.shards import Manifest
 from nanochat_ray.storage import Store
 from nanochat_ray.tasks.mixture import Mixture
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.outage import Outage
 
 TOKENIZER = Tokenizer.bytes_only()
 
@@ -63,6 +65,43 @@ def test_a_lost_claim_publishes_nothing(
     assert "\n" not in str(entry.explain(error.value))
     names = root.list("datasets/data")
     assert not [name for name in names if not name.endswith(".arrow")]
+
+
+@pytest.mark.parametrize("after_bytes", [None, 100])
+def test_a_preparation_waits_for_storage(
+    root: Store, text: str, monkeypatch: pytest.MonkeyPatch, after_bytes: int | None
+) -> None:
+    options: dict[str, Any] = {"text": [text], "tokenizer": TOKENIZER, "sequence_len": 64}
+    manifest = prepare_base(root.uri, "sound", map_tasks=map_serially, **options)
+    outage = Outage(monkeypatch)
+    outage.after_bytes, outage.most_failures = after_bytes, 5
+
+    def map_tasks(plan: Sequence[Any], work: Work, /) -> Iterator[TaskResult]:
+        outage.is_on, outage.num_failures = True, 0
+        yield from map_serially(plan, work)
+        assert outage.num_failures >= 5
+        outage.is_on = False
+
+    assert prepare_base(root.uri, "data", map_tasks=map_tasks, **options).splits == manifest.splits
+
+
+def test_a_preparation_ends_at_a_full_disk(
+    root: Store, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outage = Outage(monkeypatch)
+    outage.error = lambda: OSError(errno.ENOSPC, "No space left on device", "/full/x")
+
+    def map_tasks(plan: Sequence[Any], work: Work, /) -> Iterator[TaskResult]:
+        outage.is_on = True
+        try:
+            yield from map_serially(plan, work)
+        finally:
+            outage.is_on = False
+
+    with pytest.raises(OSError, match="No space left"):
+        prepare_base(root.uri, "data", map_tasks=map_tasks, text=[text], tokenizer=TOKENIZER)
+    assert outage.num_failures == 1
+    assert not root.exists("datasets/data/manifest.json")
 
 
 def test_a_lost_claim_keeps_the_old_dataset(root: Store, text: str) -> None:
