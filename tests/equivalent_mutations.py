@@ -68,6 +68,9 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
             "a silence is noticed up to HEARTBEAT_S later",
         ),
     },
+    "nanochat_ray/train/step.py": {
+        "constant: 1  →  2": ("max(initial=1)", "one more column, of which nothing is trained"),
+    },
     "nanochat_ray/serve/metrics.py": {
         "arguments: self._both(self._one.gauge(*args), self._other.gauge(*args))  →  "
         "self._both(self._other.gauge(*args), self._one.gauge(*args))": ("", ORDER),

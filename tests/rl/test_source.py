@@ -51,6 +51,24 @@ def test_engine_and_trainer_agree(whole: tuple[Store, list[dict[str, Any]]]) -> 
     assert 0 < max(r["logprob_diff"] for r in steps) < 2e-5
 
 
+def test_the_longest_question_bounds_max_tokens(whole: tuple[Store, Any]) -> None:
+    root, _ = whole
+    model, _ = checkpoint.load_model(root.child("runs", "chat"))
+
+    def setup(max_tokens: int) -> RolloutSource:
+        rl = dataclasses.replace(RL, max_tokens=max_tokens)
+        source = RolloutSource(job(root, "bound", rl=rl), rl, ENGINE)
+        source.setup(model, Ranks())
+        return source
+
+    source = setup(1)
+    longest = max(len(p) for task in (*source.prompts, *source.val_prompts) for p in task)
+    room = 48 - longest
+    assert setup(room).sampling_params.max_tokens == room
+    with pytest.raises(ValueError, match=rf"max_tokens={room + 1} .* leaves {room} of"):
+        setup(room + 1)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.5])
 def test_they_agree_at_other_temperatures(whole: tuple[Store, Any], temperature: float) -> None:
     rl = dataclasses.replace(RL, temperature=temperature)

@@ -6,6 +6,7 @@ import psutil
 import pytest
 import torch
 
+from nanochat_ray.engine import runner
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.kvcache import build
@@ -172,3 +173,14 @@ def test_second_round_finds_its_prefix() -> None:
     no_cache = make_engine(model, prefix_cache_tokens=0, max_num_batched_tokens=256)
     request = ask("3", [*prompts["3"], *answers["3"], 7, 8, 9], max_tokens=5)
     assert answer(no_cache, request) == tokens(second["3"])
+
+
+@needs_compiler
+@pytest.mark.parametrize(("kernels", "has_native"), [("auto", True), ("torch", False)])
+def test_the_early_check_knows_the_kernels(
+    kernels: str, has_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(runner, "check_kv_cache", lambda *args: calls.append(args[-1]))
+    make_engine(make_model("modern"), kernels=kernels)
+    assert calls == [has_native]
