@@ -68,6 +68,7 @@ GAUGES = {
     "rollout_tokens_per_s": "Sampled tokens per second of all engines.",
     "error_rate": "1 - pass@1 of the validation questions.",
     "checkpoint_timestamp_seconds": "Unix time of the last checkpoint that is written.",
+    "save_pending": "Seconds since the checkpoint was taken that is being written.",
     "save_delay": "Seconds for which storage has refused checkpoints.",
 }
 

@@ -66,6 +66,12 @@ class CheckpointWriter:
         failure = self._first_failure
         return 0.0 if failure is None else max(0.0, time.time() - failure)
 
+    @property
+    def pending_s(self) -> float:
+        """Seconds since the checkpoint was taken that is not written yet; 0 if there is none."""
+        pending = self._pending
+        return 0.0 if pending is None else max(0.0, time.time() - pending.time)
+
     def await_attempt(self) -> None:
         """Returns when no attempt to write runs, so that ``put`` may be called; drops a checkpoint
         that could not be written. Raises the error of a write that failed for good."""

@@ -65,12 +65,17 @@ class Checkpointer:
         return self.writer.has_error
 
     def figures(self) -> dict[str, float]:
-        """On rank 0: ``checkpoint_age``, the seconds since the last checkpoint that is written was
-        taken, or since the start, and ``save_delay``, for how many seconds storage has failed."""
+        """On rank 0, in seconds: ``checkpoint_age``, since the last checkpoint that is written was
+        taken, or since the start; ``save_pending``, since the one was taken that is being written;
+        ``save_delay``, for how long storage has failed."""
         if self.ranks.rank != 0:
             return {}
         age = time.time() - (self.writer.last_time or self._start)
-        return {"checkpoint_age": age, "save_delay": self.writer.delay_s}
+        return {
+            "checkpoint_age": age,
+            "save_pending": self.writer.pending_s,
+            "save_delay": self.writer.delay_s,
+        }
 
     def save(self, step: int, metrics: Metrics, val_metric: float | None) -> float:
         """Starts a checkpoint after ``step`` steps; returns the seconds that training stood still.

@@ -11,6 +11,8 @@ from nanochat_ray.train.config import TrainerConfig
 from nanochat_ray.train.hooks import Hooks
 from nanochat_ray.train.metrics import duration
 
+SLOW_SAVE_S = 30.0
+"""A checkpoint that takes longer to write is shown in the progress lines."""
 _NO_METRICS = ("kind", "step", "steps", "time")
 
 
@@ -127,6 +129,8 @@ def progress_line(record: dict[str, Any]) -> str:
     if record.get("save_delay"):
         age = duration(record["checkpoint_age"])
         columns.append(f"STORAGE FAILS: the last checkpoint is {age} old")
+    elif record.get("save_pending", 0.0) > SLOW_SAVE_S:
+        columns.append(f"a checkpoint is being written for {duration(record['save_pending'])}")
     if record["skipped"]:
         empty = math.isfinite(record["grad_norm"])
         columns.append("SKIPPED: nothing to train on" if empty else "SKIPPED: not finite")

@@ -57,12 +57,14 @@ def test_a_checkpoint_is_written_when_storage_is_back(
     assert writer._pending is not None
     assert not writer.has_error
     assert writer.delay_s > 0
+    assert writer.pending_s > 0
     assert writer.last_time is None
     storage.error = None
     writer.await_end(30)
     assert storage.names == ["a"]
     assert writer._pending is None
     assert writer.delay_s == 0
+    assert writer.pending_s == 0
     assert writer.last_time is not None
 
 

@@ -64,6 +64,8 @@ def test_training_goes_on_without_storage(root: Store, outage: Outage) -> None:
     assert late
     assert "STORAGE FAILS: the last checkpoint is 0:0" in loggers.progress_line(late[-1])
     assert "STORAGE" not in loggers.progress_line(steps[0])
+    slow = {**steps[0], "save_pending": 41.0}
+    assert loggers.progress_line(slow).endswith("a checkpoint is being written for 0:41")
     run_trainer(job(root, "whole", **changes))
     assert same_weights(root, "run", "whole")
     assert len(records(root, "run")) == len(reports)  # the log has what was not written at first
