@@ -250,15 +250,17 @@ def wait_for(system: System, args: Args, work: Path) -> None:
         system.process.stdout.readline()
         system.about = f"{drafts} draft tokens"
         return
+    log = work / f"{urlsplit(system.url).port}.log"
     try:
         system.model = model_at(system.url, args.key, process=system.process)
     except ValueError as error:
-        log = work / f"{urlsplit(system.url).port}.log"
-        text = log.read_text()[-2000:] if log.exists() else ""
-        raise ValueError(f"{error}\n{text}") from None
+        raise ValueError(f"{error}\n{log.read_text()[-2000:] if log.exists() else ''}") from None
     if system.kind == "vllm":
         version = json.loads(fetch(f"{system.url}/version", args.key))["version"]
-        system.about = f"version {version}, no draft tokens"
+        text = log.read_text() if log.exists() else ""
+        architecture = re.search(r"Resolved architecture: (\w+)", text)
+        name = architecture[1] if architecture else "unknown architecture"
+        system.about = f"version {version}, {name}, no draft tokens"
     else:
         kernels = re.search(r'kernels="(\w+)"', fetch(f"{system.url}/metrics", args.key))
         system.about = f"kernels {kernels[1] if kernels else 'unknown'}, {drafts} draft tokens"
