@@ -13,7 +13,12 @@ import httpx
 import pytest
 
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.checkpoint.follow import CheckpointWatcher, NewCheckpoint, ServedCheckpoint
+from nanochat_ray.checkpoint.follow import (
+    CheckpointWatcher,
+    NewCheckpoint,
+    ServedCheckpoint,
+    previous_checkpoint,
+)
 from nanochat_ray.cli import rollback
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
@@ -157,6 +162,7 @@ def test_rollback_pins_until_it_is_resumed(root: Store, run: Store, url: str) ->
         roll_back()
     save(run, 2, 1.0)
     wait_for(lambda: checkpoint_of(url) == "step-000002")
+    wait_for(lambda: previous_checkpoint(run, "r") == "step-000001")  # named a moment later
     roll_back()
     assert checkpoint_of(url) == "step-000001"
     save(run, 3, 0.5)
