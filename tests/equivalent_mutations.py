@@ -40,6 +40,8 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
     },
     "nanochat_ray/engine/scheduler.py": {
         "sign or not: -1  →  1": ("default=-1", "admissions are counted from any number on"),
+        "comparison: self.num_preemptions > num_preemptions  →  "
+        "self.num_preemptions >= num_preemptions": ("", "else every chunk has a slot"),
     },
     "nanochat_ray/engine/sequence.py": {
         "constant: 1  →  2": ("PLACEHOLDER = -1", "any id that is no token"),
