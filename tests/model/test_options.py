@@ -29,6 +29,20 @@ def build_model(**fields: object) -> GPT:
     return model.eval()
 
 
+def test_masks_by_hand() -> None:
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    assert attention_mask(ids, -1, None, flex=False) is None
+    assert attention_mask(ids, 2, None, flex=False) is None  # the whole of three tokens
+    one, own = (attention_mask(ids, window, None, flex=False) for window in (1, 0))
+    assert isinstance(one, torch.Tensor)
+    assert isinstance(own, torch.Tensor)
+    assert one.tolist() == [[True, False, False], [True, True, False], [False, True, True]]
+    assert own.tolist() == torch.eye(3, dtype=torch.bool).tolist()
+    both = attention_mask(ids, -1, torch.tensor([[0, 0, 1]]), flex=False)
+    assert isinstance(both, torch.Tensor)
+    assert both.tolist() == [[[[True, False, False], [True, True, False], [False, False, True]]]]
+
+
 def test_documents_do_not_see_each_other() -> None:
     model = build_model(document_start=256, vocab_size=257, window_pattern="SL", sequence_len=300)
     generator = torch.Generator().manual_seed(1)
