@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.config import EngineConfig, EnginePrecision, Kernels
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.kernels import available
+from nanochat_ray.engine.kvcache.slot_cache import SlotCache
 from nanochat_ray.engine.native import FLOAT_EPS, Native
 from nanochat_ray.engine.packed_linear import PackedLinear, make_packed_linears, quantize
 from nanochat_ray.model.gpt import GPT
@@ -255,6 +256,24 @@ def test_without_c_answers_do_not_depend_on_the_batch(precision: str) -> None:
         together.add(request)
     results = {k: tokens(v) for k, v in finish(together).items()}
     assert sum(results[k] != alone[k] for k in alone) <= 1  # torch's order of sums is the CPU's
+
+
+@pytest.mark.parametrize(
+    ("precision", "kernels", "dtype"),
+    [
+        ("fp32", "auto", torch.float32),
+        ("bf16", "auto", torch.bfloat16),
+        ("int8", "auto", torch.bfloat16),
+        ("int8", "torch", torch.float32),
+    ],
+)
+def test_keys_are_bf16_with_small_weights(
+    precision: EnginePrecision, kernels: Kernels, dtype: torch.dtype
+) -> None:
+    config = EngineConfig(precision=precision, kernels=kernels)
+    cache = Engine(make_model("classic"), config).runner.cache
+    assert isinstance(cache, SlotCache)
+    assert cache.keys.dtype == cache.values.dtype == dtype
 
 
 def test_int8_is_for_cpus() -> None:
