@@ -2,7 +2,7 @@
 
     nanochat-ray serve --run chat --no-ray --engine.max-queue-s 2
     nanochat-ray bench overload --url http://127.0.0.1:8000 --factor 10 --max-ttft-s 2.5
-    nanochat-ray bench overload --attacks idle,slow-head --connections 1000
+    nanochat-ray bench overload --attacks idle slow-head --connections 1000
 
 First a closed loop measures the capacity in requests/s and single requests the usual time to the
 first token. Then requests arrive as a Poisson process at ``--factor`` times the capacity, whatever
@@ -17,7 +17,6 @@ after ``--max-ttft-s``, a recovery after ``--max-recovery-s``, or more growth th
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import random
 import time
@@ -319,8 +318,9 @@ def main(args: Args) -> int:
     for problem in problems:
         print(problem)
     figures: dict[str, Any] = {
-        "flood": report and dataclasses.asdict(report),
-        "attacks": [dataclasses.asdict(attack) for attack in attacks],
+        # Not asdict, which makes other keys of a Counter.
+        "flood": report and vars(report),
+        "attacks": [vars(attack) for attack in attacks],
         "failures": problems,
     }
     print(json.dumps(figures))

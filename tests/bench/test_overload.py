@@ -133,10 +133,13 @@ def test_figures_are_one_json_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def fake(args: Args) -> tuple[Flood | None, list[AttackReport]]:
-        return Flood(num_offered=3, recovery_s=1.0), []
+        flood = Flood(num_offered=3, recovery_s=1.0, failures=Counter({"status 500": 2}))
+        return flood, [AttackReport("idle", Counter(closed=3), 5, 0, 0.1, 0.1, 0.0, 0.0, 0.0)]
 
     monkeypatch.setattr(overload, "overload", fake)
-    assert overload.main(Args()) == 0
+    assert overload.main(Args()) == 1
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["flood"]["num_offered"] == 3
-    assert figures["failures"] == []
+    assert figures["flood"]["failures"] == {"status 500": 2}
+    assert figures["attacks"][0]["outcomes"] == {"closed": 3}
+    assert figures["failures"] == ["2 requests: status 500"]
