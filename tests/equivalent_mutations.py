@@ -91,6 +91,9 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
     "nanochat_ray/data/split.py": {
         "comparison: end >= 0  →  end > 0": ("", "a separator at 0 ends a chunk of one character"),
     },
+    "nanochat_ray/engine/kvcache/attention_metadata.py": {
+        "arguments: send(pack(tensors), device)  →  send(device, pack(tensors))": ("", GPU),
+    },
     "nanochat_ray/engine/kvcache/paged_manager.py": {
         "comparison: len(tables[0]) > before  →  len(tables[0]) >= before": (
             "",
