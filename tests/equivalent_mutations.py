@@ -94,6 +94,9 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
     "nanochat_ray/engine/kvcache/attention_metadata.py": {
         "arguments: send(pack(tensors), device)  →  send(device, pack(tensors))": ("", GPU),
     },
+    "nanochat_ray/engine/kvcache/prefix_store.py": {
+        "constant: 0  →  1": ("self._blocks[0].nbytes", "all blocks have one size"),
+    },
     "nanochat_ray/engine/kvcache/paged_manager.py": {
         "comparison: len(tables[0]) > before  →  len(tables[0]) >= before": (
             "",
