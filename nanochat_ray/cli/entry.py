@@ -62,19 +62,48 @@ def run(
     prog: str | None = None,
 ) -> NoReturn:
     """Parses the flags into ``args``, runs ``main`` and ends the process with its status."""
+    _leave(_status_of(lambda: main(parse(args, description, argv, prog))))
+
+
+def _status_of(command: Callable[[], int | None]) -> int:
     try:
         with _flushed_stdout():
-            status = main(parse(args, description, argv, prog)) or 0
+            status = command() or 0
     except KeyboardInterrupt:
         _log("interrupted")
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            _log(error.code)
+            return FAILED
+        return error.code or 0
     except Exception as error:
         message = explain(error)
-        if message is None:
+        if message is not None:
+            _log(f"error: {message}")
+            return FAILED if isinstance(_cause(error), FloatingPointError) else USAGE
+        if not _has_ray():
             raise
-        _log(f"error: {message}")
-        sys.exit(FAILED if isinstance(_cause(error), FloatingPointError) else USAGE)
+        sys.excepthook(type(error), error, error.__traceback__)
+        return FAILED
+    return status
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process; with its Ray if it uses one, which may be gone or about to go."""
+    if _has_ray():
+        from nanochat_ray.on_ray import leave
+
+        if status == INTERRUPTED:
+            leave.leave(leave.interrupted_status(), shutdown=False)
+        leave.leave(status)
     sys.exit(status)
+
+
+def _has_ray() -> bool:
+    """Whether the command has joined or started a cluster. Ray is imported only if it is used."""
+    session = sys.modules.get("nanochat_ray.on_ray.session")
+    return session is not None and bool(session.has_connected())
 
 
 @contextlib.contextmanager

@@ -13,9 +13,7 @@ import contextlib
 import importlib
 import logging
 import os
-import signal
 import socket
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -199,7 +197,8 @@ def deploy_app(config: ServeConfig, args: Args) -> None:
 
     if not Store.at(config.storage).child("runs", config.run).exists():
         raise ValueError(f"run={config.run!r} has no checkpoint in {config.storage}")
-    with ThreadPoolExecutor(1) as thread:
+    thread = ThreadPoolExecutor(1)
+    try:
         importing = thread.submit(importlib.import_module, "ray.serve")
         session.connect()
         session.check_gpus(config.gpus)
@@ -217,6 +216,9 @@ def deploy_app(config: ServeConfig, args: Args) -> None:
         deploy.wait_for_controller(serve_start)
         deploy.deploy(application)
         serve_start.result()
+    finally:
+        # What Ray does not answer any more would wait a minute.
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def main(args: Args) -> None:
@@ -239,11 +241,4 @@ def main(args: Args) -> None:
     print(f"{name} is served\n  chat page:     {url}\n  OpenAI client: base_url={url}/v1")
     print(f"  terminal:      nanochat-ray chat --url {url}", flush=True)
     if args.block:
-        # A container is ended by SIGTERM, and a shell's background job ignores SIGINT.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
-        with contextlib.suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(3600)
-        if not deploy.remove() or session.has_started_ray():
-            deploy.exit_without_ray()
+        deploy.stay()

@@ -12,24 +12,28 @@ import ray
 from ray._private import services
 
 from nanochat_ray.checks import require
+from nanochat_ray.on_ray.leave import keep_sigterm_handler, own_session
 
 if TYPE_CHECKING:
     from nanochat_ray.train.hardware import Hardware
 
 REACHABLE_S = 5.0
 """How long the cluster of RAY_ADDRESS may take to answer."""
-_started_here = False
+_has_connected = _started_here = False
 
 
 def connect() -> None:
     """Joins the cluster that this process was submitted to or RAY_ADDRESS names, else starts one.
+
+    SIGTERM keeps its handler; without one it raises KeyboardInterrupt. End the process by
+    ``leave.leave``.
 
     A cluster that is started here lasts as long as the process. It has at least 8 logical CPUs, so
     that tasks of Ray Data run beside training workers. Its ports bind every interface and require a
     token (``RAY_AUTH_MODE``), which this process and its children have. Raises ValueError or
     ConnectionError if the cluster of RAY_ADDRESS cannot be joined.
     """
-    global _started_here
+    global _has_connected, _started_here
     if not ray.is_initialized():
         address = cluster_address()
         if address.startswith("http"):
@@ -40,19 +44,27 @@ def connect() -> None:
         if joins_cluster():
             address = _head_address(address)
             _check_reachable(address)
-            ray.init(address=address, logging_level=logging.WARNING)
+            _has_connected = True
+            with keep_sigterm_handler():
+                ray.init(address=address, logging_level=logging.WARNING)
         else:
             # Ray requires tokens by default, and writes one of its own to a file that all can read.
             if os.environ.get("RAY_AUTH_MODE", "token") == "token":
                 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            ray.init(
-                address="local",
-                num_cpus=max(8, os.cpu_count() or 1),
-                object_store_memory=500 << 20,
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-            )
-            _started_here = True
+            _has_connected = _started_here = True
+            with keep_sigterm_handler(), own_session():
+                ray.init(
+                    address="local",
+                    num_cpus=max(8, os.cpu_count() or 1),
+                    object_store_memory=500 << 20,
+                    include_dashboard=False,
+                    logging_level=logging.WARNING,
+                )
+
+
+def has_connected() -> bool:
+    """Whether ``connect`` has joined or started a cluster."""
+    return _has_connected
 
 
 def has_started_ray() -> bool:

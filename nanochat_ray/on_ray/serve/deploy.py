@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import json
-import os
 import re
+import signal
 import socket
-import sys
 import threading
 import time
 import urllib.request
 from concurrent import futures
-from typing import NoReturn
+from types import FrameType
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from nanochat_ray.on_ray import session
+from nanochat_ray.on_ray.leave import GCS_END_S, is_listening, leave
+
 APP = "nanochat"
 POLL_S = 0.2
 REMOVE_S = 90.0
 """How long the deletion of an application may take, replicas that drain included."""
 CONTROLLER_POLL_S = 0.05
-GCS_END_S = 5.0
-"""How long a cluster that ends may take to end its control service (GCS)."""
 
 
 def check_port_is_free(host: str, port: int) -> None:
@@ -96,9 +94,9 @@ def wait_until_up(url: str, name: str, seconds: float = 60.0) -> None:
 def remove() -> bool:
     """Deletes the application; its replicas finish their requests first.
 
-    False if the cluster ends meanwhile, or is too slow: a signal to a process group also
-    ends a Ray that this command has started, and nothing can be drained then. Call
-    ``exit_without_ray`` in this case.
+    False if the cluster ends meanwhile, or is too slow: whoever ends all processes of a service or
+    a machine also ends Ray, and nothing can be drained then. Call ``leave`` without a shutdown in
+    this case.
     """
     gcs_address = ray.get_runtime_context().gcs_address
     deletion: futures.Future[None] = futures.Future()
@@ -112,14 +110,16 @@ def remove() -> bool:
     threading.Thread(target=delete, name="delete-application", daemon=True).start()
     until = time.monotonic() + REMOVE_S
     while not futures.wait([deletion], POLL_S).done:
-        if not _is_listening(gcs_address) or time.monotonic() > until:
+        if not is_listening(gcs_address) or time.monotonic() > until:
             return False
     try:
         deletion.result()
     except (RayError, RayServeException):
+        if session.has_started_ray():
+            return False  # Serve ends with this process in any case
         # Serve's controller may end before Ray's control service (GCS) does.
         until = time.monotonic() + GCS_END_S
-        while _is_listening(gcs_address):
+        while is_listening(gcs_address):
             if time.monotonic() > until:
                 raise
             time.sleep(POLL_S)
@@ -127,22 +127,21 @@ def remove() -> bool:
     return True
 
 
-def exit_without_ray() -> NoReturn:
-    """Ends this process with status 0 although its cluster is gone or about to go.
+def stay() -> None:
+    """Waits for SIGINT or SIGTERM and removes the application. The process ends with status 0 if
+    its Ray ends with it or is gone, and at a second signal."""
+    num_signals = 0
 
-    ``ray.shutdown`` would wait a minute for the GCS, and without it the interpreter crashes at its
-    end in Ray's threads, as it does if the cluster ends meanwhile. The processes of a Ray that this
-    one has started end with it.
-    """
-    atexit.unregister(ray.shutdown)
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    def count(number: int, frame: FrameType | None) -> None:
+        nonlocal num_signals
+        num_signals += 1
+        if num_signals > 1:
+            leave(0, shutdown=False)
 
-
-def _is_listening(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
-        return True
-    return False
+    # A container is ended by SIGTERM, and a shell's background job ignores SIGINT.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, count)
+    while not num_signals:
+        time.sleep(POLL_S)
+    if not remove() or session.has_started_ray():
+        leave(0, shutdown=False)

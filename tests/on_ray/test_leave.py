@@ -1,0 +1,155 @@
+"""How a process that uses Ray ends: its status, and what is left of its Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nanochat_ray.on_ray import leave
+from tests.tiny import wait_for
+
+COMMAND = """
+import os, signal, sys, time
+from dataclasses import dataclass
+from nanochat_ray.cli import entry
+from nanochat_ray.on_ray import session
+
+@dataclass
+class Args:
+    wait: bool = True
+
+def main(args):
+    session.connect()
+    print("Ray is up", flush=True)
+    if args.wait:
+        time.sleep(600)
+    return 75
+
+entry.run(main, Args, None)
+"""
+
+
+def start(log: Path, *flags: str) -> subprocess.Popen[bytes]:
+    """A process of ``COMMAND`` once it has Ray."""
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, *flags],
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        )
+    wait_for(lambda: process.poll() is not None or "Ray is up" in log.read_text(), 120, "Ray")
+    return process
+
+
+def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.mark.ray
+def test_sigterm_to_a_group_spares_ray(tmp_path: Path) -> None:
+    """Abseil's handler would print a trace, and abort the process 3 s later."""
+    log = tmp_path / "log"
+    process = start(log)
+    try:
+        processes = descendants(process)
+        servers = [each for each in processes if each.name() in ("raylet", "gcs_server")]
+        assert len(servers) == 2, log.read_text()
+        assert process.pid not in {os.getpgid(each.pid) for each in processes}
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) == leave.TERMINATED, log.read_text()
+        assert "SIGTERM received" not in log.read_text()
+        assert psutil.wait_procs(processes, timeout=60)[1] == []
+    finally:
+        process.kill()
+
+
+@pytest.mark.ray
+def test_a_dead_ray_leaves_the_status(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = start(log)
+    try:
+        processes = descendants(process)
+        for each in processes:
+            if each.name() in ("raylet", "gcs_server"):
+                each.kill()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130, log.read_text()
+        assert psutil.wait_procs(processes, timeout=60)[1] == []
+    finally:
+        process.kill()
+
+
+@pytest.mark.ray
+def test_a_command_that_ends_ends_its_ray(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = start(log, "--no-wait")
+    try:
+        assert process.wait(timeout=60) == 75, log.read_text()
+        assert "Traceback" not in log.read_text()
+    finally:
+        process.kill()
+
+
+def test_sigterm_keeps_its_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leave, "_is_terminated", False)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with leave.keep_sigterm_handler():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with leave.keep_sigterm_handler():
+            pass
+        assert leave.interrupted_status() == 130
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        assert leave.interrupted_status() == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_during_the_start_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leave, "_is_terminated", False)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt), leave.keep_sigterm_handler():
+            sys.exit(15)  # as Ray's handler does
+        assert leave.interrupted_status() == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+SLOW_SHUTDOWN = """
+import atexit, os, signal, time
+import ray
+from nanochat_ray.on_ray import leave
+
+def shutdown(**options):
+    time.sleep(1.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(600)
+
+ray.is_initialized = leave.is_up = lambda: True
+ray.shutdown = shutdown
+leave.SHUTDOWN_S = 600
+signal.alarm(1)  # as Abseil's handler sets one
+atexit.register(print, "clean")
+leave.leave(75)
+"""
+
+
+def test_a_signal_hastens_the_end() -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", SLOW_SHUTDOWN], capture_output=True, text=True, timeout=120
+    )
+    assert (process.returncode, process.stdout) == (75, "clean\n"), process.stderr
