@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from pathlib import Path
@@ -69,9 +70,13 @@ def test_requests_of_a_dead_engine_run_elsewhere(
         ray.kill(engine)
 
 
-def test_two_engines_and_two_ranks_change_no_bit(root: Store, ray_session: None) -> None:
+@pytest.mark.parametrize("stale", [0, 1])
+def test_two_engines_and_two_ranks_change_no_bit(
+    root: Store, ray_session: None, stale: int
+) -> None:
     save_parent(root)
-    run_rl(root, "here")
-    result = fit_rl(job(root, "there"), RL, ENGINE, engines=2, workers=2)
+    rl = dataclasses.replace(RL, stale=stale)
+    run_rl(root, "here", rl=rl)
+    result = fit_rl(job(root, "there", rl=rl), rl, ENGINE, engines=2, workers=2)
     assert result["done"]
     assert weights_digest(root, "there") == weights_digest(root, "here")
