@@ -73,7 +73,6 @@ def test_many_threads_submit_and_abort(loop: tuple[EngineLoop, Collector]) -> No
             assert (end, name[-1]) == ("abort", "2")
     engine.stop()
     engine._engine.check_integrity()
-    assert engine._num_arriving == 0  # of the places in the queue
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.kv_cache_usage) == (0, 0, 0.0)
     assert stats.generated_tokens >= 12 * 18
@@ -98,6 +97,16 @@ def test_full_queue_is_rejected() -> None:
     loop.submit(ask("b", [1]))
     with pytest.raises(EngineFull, match="max_queue_size=1"):
         loop.submit(ask("c", [1]))
+
+
+def test_arrivals_count_until_they_are_added() -> None:
+    loop = EngineLoop(make_engine(make_model("modern"), max_queue_size=2), lambda outputs: None)
+    for name in ("a", "b"):
+        loop.submit(ask(name, [1]))
+    inbox = loop._take_inbox()
+    assert (len(inbox), loop._num_arriving) == (2, 2)
+    assert loop._apply(inbox, []) == []
+    assert loop._num_arriving == 0
 
 
 def test_full_queue_compiles_no_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
