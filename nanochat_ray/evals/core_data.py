@@ -134,20 +134,20 @@ def _unpack(archive: Path, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     names = {task.file for task in TASKS}
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        unpacked = Path(temporary) / "files"
-        unpacked.mkdir()
+        unpacked_files = Path(temporary) / "files"
+        unpacked_files.mkdir()
         try:
             with zipfile.ZipFile(archive) as file:
                 for entry in file.infolist():
                     # Only the last part of a name is used, so none leads out of the folder.
                     name = entry.filename.rsplit("/", 1)[-1]
                     if name in names:
-                        (unpacked / name).write_bytes(file.read(entry))
+                        (unpacked_files / name).write_bytes(file.read(entry))
         except (zipfile.BadZipFile, RuntimeError, EOFError) as error:
             raise ValueError(f"core={str(archive)!r} is not allowed: {error}") from None
         # In one step: a folder with a part of the files would be taken for all of them.
         try:
-            unpacked.rename(folder)
+            unpacked_files.rename(folder)
         except OSError:
             if not folder.exists():  # else another process was faster
                 raise

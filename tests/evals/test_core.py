@@ -208,17 +208,17 @@ def test_files_are_found_in_folder_and_zip(tmp_path: Path) -> None:
 def test_a_part_of_the_files_is_not_taken_for_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    published, cache = tmp_path / "published.zip", tmp_path / "cache"
+    archive, cache = tmp_path / "published.zip", tmp_path / "cache"
     files = ("copa.jsonl", "squad.jsonl")
-    with zipfile.ZipFile(published, "w") as file:
+    with zipfile.ZipFile(archive, "w") as file:
         for name in files:
             file.writestr(name, "{}" * 1000)
-    monkeypatch.setattr(core_data, "BUNDLE_URL", published.as_uri())
-    whole = published.read_bytes()
-    published.write_bytes(whole[: len(whole) // 2])  # the connection is cut
+    monkeypatch.setattr(core_data, "BUNDLE_URL", archive.as_uri())
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: len(whole) // 2])  # the connection is cut
     with pytest.raises(ValueError, match=r"core='bundle' is not allowed: .* no whole .zip"):
         core_data.find_files("bundle", cache)
-    published.write_bytes(whole)
+    archive.write_bytes(whole)
 
     read = zipfile.ZipFile.read
     with monkeypatch.context() as patch:

@@ -136,19 +136,19 @@ def test_an_unexpected_error_does_not_end_the_following(
     run: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     errors: list[Exception] = [ZeroDivisionError(), OSError("the disk is gone")]
-    rolled = threading.Event()
+    roll_done = threading.Event()
 
     def roll(_: NewCheckpoint) -> None:
         if errors:
             raise errors.pop()
-        rolled.set()
+        roll_done.set()
 
     monkeypatch.setattr(follow, "RETRY_S", 0.01)
     current = ServedCheckpoint.of(run, "step-000001")
     follower = Follower(CheckpointWatcher(run, "r", "latest", current, margin=0.1), roll)
     save(run, 2, 1.5)
     follower.start()
-    assert rolled.wait(30)
+    assert roll_done.wait(30)
     follower.close()
     assert follower.watcher.current.name == "step-000002"
     assert caplog.text.count("cannot be followed") == 2

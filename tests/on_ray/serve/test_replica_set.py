@@ -23,9 +23,9 @@ def replica(name: str, version: str = "v1", *, is_swapping: bool = False) -> Rep
 
 
 def replica_set(*replicas: ReplicaHandle) -> ReplicaSet:
-    made = ReplicaSet()
-    made.by_name = {r.name: r for r in replicas}
-    return made
+    replica_set = ReplicaSet()
+    replica_set.by_name = {r.name: r for r in replicas}
+    return replica_set
 
 
 def choose(
@@ -46,9 +46,9 @@ def test_new_requests_avoid_a_replica_that_swaps_its_weights() -> None:
     assert choose(replicas, entry()) == "b"
     assert choose(replicas, entry(), {"b"}) == "a"
     assert replicas.may_leave(entry(), replicas.by_name["a"])
-    begun = entry("v1")
-    assert not replicas.may_leave(begun, replicas.by_name["a"])
-    assert choose(replicas, begun) == "a"
+    running_entry = entry("v1")
+    assert not replicas.may_leave(running_entry, replicas.by_name["a"])
+    assert choose(replicas, running_entry) == "a"
 
 
 def test_an_answer_stays_with_its_weights() -> None:
