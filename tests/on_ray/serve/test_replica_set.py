@@ -23,9 +23,9 @@ def replica(name: str, version: str = "v1", *, is_swapping: bool = False) -> Rep
 
 
 def replica_set(*replicas: ReplicaHandle) -> ReplicaSet:
-    replica_set = ReplicaSet()
-    replica_set.by_name = {r.name: r for r in replicas}
-    return replica_set
+    result = ReplicaSet()
+    result.by_name = {r.name: r for r in replicas}
+    return result
 
 
 def choose(
