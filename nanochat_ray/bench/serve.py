@@ -125,7 +125,7 @@ def measure_http(
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     loads = list(itertools.product(args.concurrency, args.sampling))
     for repeat in range(-1, args.repeats):  # the first one warms up
-        for streams, sampling in loads:
+        for number, (streams, sampling) in enumerate(loads):
             count = max(8, args.requests * streams) if repeat >= 0 else min(8, streams)
             prompts = load.random_prompts(
                 count,
@@ -133,7 +133,8 @@ def measure_http(
                 prompt=args.prompt,
                 output=args.output,
                 spread=args.spread,
-                seed=1000 * repeat + streams,
+                # Prompts of its own: those of another load would be in the prefix caches.
+                seed=1000 * repeat + number,
                 sampling=sampling,
                 text=text,
             )
