@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
@@ -31,6 +32,13 @@ class Collector:
     def wait(self, condition: Callable[[], bool], seconds: float = 20) -> None:
         with self._condition:
             assert self._condition.wait_for(condition, timeout=seconds), self.results
+
+    @contextlib.contextmanager
+    def pause_when(self, condition: Callable[[], bool], seconds: float = 20) -> Iterator[None]:
+        """Once the condition holds, the engine waits with its next output for the block to end."""
+        with self._condition:
+            assert self._condition.wait_for(condition, timeout=seconds), self.results
+            yield
 
     def ends(self, name: str) -> list[str]:
         return [o.finish for o in self.results.get(name, []) if o.finish]
