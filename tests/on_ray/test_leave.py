@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,7 +17,7 @@ from nanochat_ray.on_ray import leave
 from tests.tiny import wait_for
 
 COMMAND = """
-import os, signal, sys, time
+import threading
 from dataclasses import dataclass
 from nanochat_ray.cli import entry
 from nanochat_ray.on_ray import session
@@ -28,14 +30,15 @@ def main(args):
     session.connect()
     print("Ray is up", flush=True)
     if args.wait:
-        time.sleep(600)
+        threading.Event().wait()  # for a signal
     return 75
 
 entry.run(main, Args, None)
 """
 
 
-def start(log: Path, *flags: str) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def running(log: Path, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process of ``COMMAND`` once it has Ray."""
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     with log.open("wb") as output:
@@ -46,8 +49,12 @@ def start(log: Path, *flags: str) -> subprocess.Popen[bytes]:
             env=environment,
             start_new_session=True,
         )
-    wait_for(lambda: process.poll() is not None or "Ray is up" in log.read_text(), 120, "Ray")
-    return process
+    try:
+        wait_for(lambda: process.poll() is not None or "Ray is up" in log.read_text(), 120, "Ray")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -58,8 +65,7 @@ def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 def test_sigterm_to_a_group_spares_ray(tmp_path: Path) -> None:
     """Abseil's handler would print a trace, and abort the process 3 s later."""
     log = tmp_path / "log"
-    process = start(log)
-    try:
+    with running(log) as process:
         processes = descendants(process)
         servers = [each for each in processes if each.name() in ("raylet", "gcs_server")]
         assert len(servers) == 2, log.read_text()
@@ -68,15 +74,12 @@ def test_sigterm_to_a_group_spares_ray(tmp_path: Path) -> None:
         assert process.wait(timeout=60) == leave.TERMINATED, log.read_text()
         assert "SIGTERM received" not in log.read_text()
         assert psutil.wait_procs(processes, timeout=60)[1] == []
-    finally:
-        process.kill()
 
 
 @pytest.mark.ray
 def test_a_dead_ray_leaves_the_status(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    process = start(log)
-    try:
+    with running(log) as process:
         processes = descendants(process)
         for each in processes:
             if each.name() in ("raylet", "gcs_server"):
@@ -84,19 +87,14 @@ def test_a_dead_ray_leaves_the_status(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130, log.read_text()
         assert psutil.wait_procs(processes, timeout=60)[1] == []
-    finally:
-        process.kill()
 
 
 @pytest.mark.ray
 def test_a_command_that_ends_ends_its_ray(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    process = start(log, "--no-wait")
-    try:
+    with running(log, "--no-wait") as process:
         assert process.wait(timeout=60) == 75, log.read_text()
         assert "Traceback" not in log.read_text()
-    finally:
-        process.kill()
 
 
 def test_sigterm_keeps_its_handler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,19 +128,19 @@ def test_sigterm_during_the_start_of_ray(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 SLOW_SHUTDOWN = """
-import atexit, os, signal, time
+import atexit, os, signal, threading
 import ray
 from nanochat_ray.on_ray import leave
 
 def shutdown(**options):
-    time.sleep(1.2)
+    print("alarm in", signal.alarm(0))
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(600)
+    threading.Event().wait()
 
 ray.is_initialized = leave.is_up = lambda: True
 ray.shutdown = shutdown
 leave.SHUTDOWN_S = 600
-signal.alarm(1)  # as Abseil's handler sets one
+signal.alarm(60)  # as Abseil's handler sets one
 atexit.register(print, "clean")
 leave.leave(75)
 """
@@ -152,4 +150,4 @@ def test_a_signal_hastens_the_end() -> None:
     process = subprocess.run(
         [sys.executable, "-c", SLOW_SHUTDOWN], capture_output=True, text=True, timeout=120
     )
-    assert (process.returncode, process.stdout) == (75, "clean\n"), process.stderr
+    assert (process.returncode, process.stdout) == (75, "alarm in 0\nclean\n"), process.stderr
