@@ -188,7 +188,7 @@ def _scores_of(
     """
     pending: dict[int, tuple[Question, bool]] = {}
     scores: dict[str, list[TokenLogprob]] = {}
-    num_taken = 0
+    next_index = 0
 
     def requests() -> Iterator[Request]:
         for number, item in enumerate(questions):
@@ -209,11 +209,11 @@ def _scores_of(
         if output.finish == "error":
             raise RuntimeError(f"question {output.request_id}: {output.error}")
         scores[output.request_id] = output.prompt_logprobs or []
-        while num_taken in pending:
-            item, is_cropped = pending[num_taken]
-            ids = [f"{num_taken}/{i}" for i in range(len(item.options))]
+        while next_index in pending:
+            item, is_cropped = pending[next_index]
+            ids = [f"{next_index}/{i}" for i in range(len(item.options))]
             if not all(id in scores for id in ids):
                 break
-            del pending[num_taken]
-            num_taken += 1
+            del pending[next_index]
+            next_index += 1
             yield item, [scores.pop(id) for id in ids], is_cropped
