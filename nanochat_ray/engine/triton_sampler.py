@@ -42,7 +42,8 @@ def _to_ordered_keys(x):
     """uint32 keys that order like the float32 ``x``."""
     bits = x.to(tl.uint32, bitcast=True)
     negative = (bits >> 31) == 1
-    return tl.where(negative, ~bits, bits | 0x80000000)
+    # Not ~bits, which the interpreter of Triton 3.7 refuses for unsigned numbers.
+    return tl.where(negative, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
