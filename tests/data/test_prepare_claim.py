@@ -74,6 +74,7 @@ def test_a_preparation_waits_for_storage(
     options: dict[str, Any] = {"text": [text], "tokenizer": TOKENIZER, "sequence_len": 64}
     manifest = prepare_base(root.uri, "sound", map_tasks=map_serially, **options)
     outage = Outage(monkeypatch)
+    outage.only = "storage/datasets"
     outage.after_bytes, outage.most_failures = after_bytes, 5
 
     def map_tasks(plan: Sequence[Any], work: Work, /) -> Iterator[TaskResult]:
@@ -89,6 +90,7 @@ def test_a_preparation_ends_at_a_full_disk(
     root: Store, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outage = Outage(monkeypatch)
+    outage.only = "storage/datasets"  # not the claim, which a thread renews
     outage.error = lambda: OSError(errno.ENOSPC, "No space left on device", "/full/x")
 
     def map_tasks(plan: Sequence[Any], work: Work, /) -> Iterator[TaskResult]:
