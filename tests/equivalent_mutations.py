@@ -81,6 +81,9 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
         "arguments: self._both(self._one.histogram(*args), self._other.histogram(*args))  →  "
         "self._both(self._other.histogram(*args), self._one.histogram(*args))": ("", ORDER),
     },
+    "nanochat_ray/optim/schedule.py": {
+        "comparison: remaining >= warmdown  →  remaining > warmdown": ("", "both are 1 there"),
+    },
     "nanochat_ray/optim/flat.py": {
         "operator: 1 << 18  →  1 >> 18": ("", SPEED),
         "constant: 18  →  19": ("1 << 18", SPEED),

@@ -18,9 +18,9 @@ class Group:
     kind: Literal["muon", "adamw"]
     names: tuple[str, ...]
     lr: float
-    weight_decay: float = 0.0
-    beta1: float = 0.8
-    beta2: float = 0.95
+    weight_decay: float
+    beta1: float
+    beta2: float
     eps: float = 1e-10
 
 

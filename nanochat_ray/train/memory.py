@@ -115,9 +115,9 @@ def _update(model: ModelConfig, world: int, size: int) -> int:
     """Muon on its largest stack of matrices, or AdamW on its largest table, whichever is more."""
     c, n = model.n_embd, model.n_layer
     kv = model.n_kv_head * model.head_dim
-    # Matrices of one shape are one stack; with kv = c all four of the attention are.
-    stacks = [4 * n * c * c] if kv == c else [2 * n * c * c, 2 * n * c * kv]
-    stack = max(*stacks, 4 * n * c * c)
+    # Matrices of one shape are one stack: those of the MLP's first half have as many elements as
+    # all four of the attention.
+    stack = 4 * n * c * c
     table = model.padded_vocab_size * max(
         c, kv * model.value_embeds * sum(has_value_embedding(i, n) for i in range(n))
     )

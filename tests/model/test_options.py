@@ -150,6 +150,37 @@ def test_dropout_is_for_training() -> None:
         assert not torch.equal(model(ids), model(ids))
 
 
+def test_dropout_is_of_the_stream_and_sublayers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a factor in place of the noise, the outputs of sublayers are that much larger."""
+    calls: list[tuple[Any, ...]] = []
+
+    def scale(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+        calls.append((tuple(x.shape), p, training))
+        return x * 2 if len(calls) > 1 else x
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", scale)
+    model = build_model(dropout=0.25).train()
+    ids = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(1))
+    plain = build_model()
+    with torch.no_grad():
+        for block in plain.blocks:
+            block.attn.c_proj.weight *= 2
+            block.mlp.c_proj.weight *= 2
+        torch.testing.assert_close(model(ids), plain(ids))
+    # The embedding, and in each of four layers the attention and the MLP.
+    assert calls == [((2, 9, 32), 0.25, True)] * 9
+
+
+def test_tables_outlive_inference_mode() -> None:
+    """The angles are made in the first pass, which may be that of a validation."""
+    model = build_model()
+    ids = torch.randint(0, 256, (1, 8), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        model(ids)
+    model.train().loss(ids, ids).backward()
+    assert model.lm_head.weight.grad is not None
+
+
 @pytest.fixture
 def fp8_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN multiplies fp8 with AVX512 alone: elsewhere by the definition of ``_scaled_mm``."""

@@ -15,7 +15,14 @@ def flat_group(kind: str, shapes: list[tuple[int, ...]], rank: int, world: int) 
     parameters = {
         f"p{i}": nn.Parameter(torch.full(shape, float(i))) for i, shape in enumerate(shapes)
     }
-    group = Group(kind=kind, names=tuple(parameters), lr=0.1)  # type: ignore[arg-type]
+    group = Group(
+        kind=kind,  # type: ignore[arg-type]
+        names=tuple(parameters),
+        lr=0.1,
+        weight_decay=0.0,
+        beta1=0.9,
+        beta2=0.9,
+    )
     return FlatGroup(group, parameters, rank, world)
 
 

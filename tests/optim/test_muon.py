@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from nanochat_ray.optim.config import Orthogonalizer
 from nanochat_ray.optim.muon import MuonRule, muon_update_, orthogonalize
 
 
@@ -18,25 +19,67 @@ def test_polar_express_is_near_the_polar_factor() -> None:
         assert cosine > 0.99
 
 
-def test_update_against_a_reference_written_with_svd_free_loops() -> None:
-    """The stacked update equals the paper's steps applied to one matrix at a time in float64."""
+@pytest.mark.parametrize(
+    ("method", "values"),
+    # What the published coefficients give for s / norm(s), with Polar Express's factor 1 / 1.02,
+    # by a scalar loop. The largest is not 1: there are five steps, and Jordan's never end at 1.
+    [
+        ("polar_express", [1.003886823, 1.025472148, 0.979545126, 1.117266110, 0.962479832]),
+        ("newton_schulz", [0.739698972, 0.744105605, 1.020841154, 1.012431896, 0.561665566]),
+    ],
+)
+def test_singular_values_by_hand(method: Orthogonalizer, values: list[float]) -> None:
+    G = torch.diag(torch.tensor([8.0, 2.0, 0.5, 0.05, 0.01], dtype=torch.float64))
+    for stack in (G, torch.stack((G, 3 * G))):
+        result = orthogonalize(stack, method)
+        golden = torch.diag(torch.tensor(values, dtype=torch.float64)).expand_as(result)
+        torch.testing.assert_close(result, golden, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6), (2, 6, 4), (2, 4, 4)])
+@pytest.mark.parametrize("row_normalize", [False, True])
+def test_a_gradient_of_zeros_moves_nothing(shape: tuple[int, ...], row_normalize: bool) -> None:
+    K, m, n = shape
+    W, second = torch.ones(shape), torch.zeros((K, m, 1) if m >= n else (K, 1, n))
+    rates = {"lr": 0.1, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.0}
+    zeros = torch.zeros(shape)
+    muon_update_(
+        W, zeros, zeros.clone(), second, rule=MuonRule(row_normalize=row_normalize), **rates
+    )
+    assert torch.equal(W, torch.ones(shape))
+
+
+@pytest.mark.parametrize(("m", "n"), [(8, 4), (4, 8)])
+@pytest.mark.parametrize("row_normalize", [False, True])
+@pytest.mark.parametrize("cautious", [False, True])
+def test_update_by_the_papers(m: int, n: int, row_normalize: bool, cautious: bool) -> None:
+    """The stacked update equals the papers' steps applied to one matrix at a time in float64."""
     torch.manual_seed(1)
-    W, G = torch.randn(3, 8, 4), torch.randn(3, 8, 4)
-    momentum, second = torch.randn(3, 8, 4) * 0.1, torch.rand(3, 8, 1)
-    references = []
-    for w, g, m, v in zip(W.double(), G.double(), momentum.double(), second.double(), strict=True):
-        m = 0.9 * m + 0.1 * g
-        u = orthogonalize(0.1 * g + 0.9 * m)
-        rows = (u**2).mean(dim=1, keepdim=True)
-        v = 0.8 * v + 0.2 * rows
+    axis = 1 if m >= n else 0  # the second moment is that of the longer side's neurons
+    W, G, momentum = torch.randn(3, m, n), torch.randn(3, m, n), torch.randn(3, m, n) * 0.1
+    second = torch.rand(3, m, 1) if m >= n else torch.rand(3, 1, n)
+    references: list[list[torch.Tensor]] = [[], [], []]
+    for w, g, mean, v in zip(
+        W.double(), G.double(), momentum.double(), second.double(), strict=True
+    ):
+        mean = 0.9 * mean + 0.1 * g
+        u = 0.1 * g + 0.9 * mean
+        if row_normalize:
+            u = u / u.norm(dim=1, keepdim=True)
+        u = orthogonalize(u)
+        v = 0.8 * v + 0.2 * (u**2).mean(dim=axis, keepdim=True)
         rescaled_grads = u / v.sqrt()
         rescaled_grads = rescaled_grads * (u.norm() / rescaled_grads.norm())
-        rate = 0.05 * 2**0.5
-        agrees = ((rescaled_grads * w) > 0).double()
-        references.append(w - rate * 0.3 * agrees * w - rate * rescaled_grads)
+        rate = 0.05 * (2**0.5 if m > n else 1)
+        agrees = ((rescaled_grads * w) > 0).double() if cautious else 1.0
+        w = w - rate * 0.3 * agrees * w - rate * rescaled_grads
+        for reference, tensor in zip(references, (w, mean, v), strict=True):
+            reference.append(tensor)
     rates = {"lr": 0.05, "momentum": 0.9, "beta2": 0.8, "weight_decay": 0.3}
-    muon_update_(W, G, momentum, second, rule=MuonRule(cautious=True), **rates)
-    torch.testing.assert_close(W, torch.stack(references).float(), atol=1e-5, rtol=1e-4)
+    rule = MuonRule(cautious=cautious, row_normalize=row_normalize)
+    muon_update_(W, G, momentum, second, rule=rule, **rates)
+    for tensor, reference in zip((W, momentum, second), references, strict=True):
+        torch.testing.assert_close(tensor, torch.stack(reference).float(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(32, 16), (16, 32), (24, 24)])

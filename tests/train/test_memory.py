@@ -86,6 +86,85 @@ def test_estimate_is_near_cudas_allocator(
     assert (estimate.total - estimate.runtime) / 2**30 == pytest.approx(gib, rel=0.1)
 
 
+# Tables of 128 × 32 and heads of 16 channels: 57,402 parameters, of which 45,080 are matrices.
+SMALL = ModelConfig.modern(
+    vocab_size=100, n_layer=4, n_head=2, n_kv_head=1, n_embd=32, sequence_len=64
+)
+# One sequence of 20 tokens, more than the 16 whose logits exist at one time.
+WIDE_VOCABULARY = ModelConfig.modern(
+    vocab_size=70_000, n_layer=1, n_head=1, n_kv_head=1, n_embd=16, sequence_len=20
+)
+BY_HAND: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "fp32 on a CPU": (
+        {"precision": "fp32"},
+        {
+            "optimizer": 4 * (45_080 + 2 * 12_322),
+            # Per layer 14 times the width, k and v, and the values' gate; the current layer's
+            # hidden gradients; embedding, smear, backout and norm. Then a table's gradient.
+            "activations": int(1.12 * 4 * 128 * (4 * (14 * 32 + 2 * 16 + 16) + 12 * 32 + 192))
+            + 4 * 4096,
+            "logits": 128 * 100 * (12 + 4) + (4 + 4) * 4096,
+            "update": 4 * 4 * 32 * 32 * (12 + 16),
+            "checkpoint": 4 * (45_080 + 2 * 12_322) + 4 * 57_402,
+        },
+    ),
+    "bf16, recomputed, the second of three": (
+        {"checkpoint_activations": True, "world": 3, "rank": 1},
+        {
+            "optimizer": 4 * (15_027 + 2 * 4_108),
+            # The layers' inputs, one layer, and the cast matrices of one.
+            "activations": int(
+                1.12 * 2 * 128 * (4 * 32 + 14 * 32 + 2 * 16 + 2 * 16 + 12 * 32 + 192)
+            )
+            + 2 * 11_270
+            + 4 * 4096,
+            "logits": 128 * 100 * (12 + 2) + (4 + 2) * 4096,
+            # Of a stack of 16,384 elements, and this rank's share of the weights.
+            "update": 5_462 * (12 + 8) + 4 * 19_134,
+            "checkpoint": 4 * (45_080 + 2 * 12_322),
+        },
+    ),
+    "bf16 on the first of two GPUs": (
+        {"world": 2, "on_gpu": True},
+        {
+            "optimizer": 4 * (22_540 + 2 * 6_161),
+            "activations": int(1.05 * 2 * 128 * (4 * (12 * 32 + 2 * 16 + 8) + 20 * 32 + 192))
+            + 2 * 45_080
+            + 4 * 4096,
+            "logits": 128 * 100 * 2 + (4 + 2) * 4096,
+            "update": 8_192 * (12 + 8),
+            "checkpoint": 0,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_estimates_by_hand(case: str) -> None:
+    values, golden = BY_HAND[case]
+    options = {"world": 1, "on_gpu": False, "rank": 0}
+    train = train_config(
+        micro_batch_size=2, **{k: v for k, v in values.items() if k not in options}
+    )
+    options |= {k: v for k, v in values.items() if k in options}
+    result = memory.estimate(SMALL, train, **options)  # type: ignore[arg-type]
+    assert {name: getattr(result, name) for name in golden} == golden
+    assert result.weights == result.gradients == 4 * 57_402
+    assert result.runtime == (1 << 30 if options["on_gpu"] else int(0.45 * (1 << 30)))
+    lasting = result.runtime + 2 * result.weights + result.optimizer + result.checkpoint
+    assert result.total == lasting + result.activations + result.logits
+    assert dataclasses.replace(result, update=1 << 30).total == lasting + (1 << 30)
+
+
+def test_wide_tables_by_hand() -> None:
+    train = train_config(global_batch_size=1, micro_batch_size=1, precision="fp32")
+    result = memory.estimate(WIDE_VOCABULARY, train, world=1, on_gpu=False)
+    assert result.logits == 16 * 70_000 * (12 + 4) + (4 + 4) * 70_016 * 16
+    assert result.update == 70_016 * 16 * 8  # AdamW's, since the matrices are few
+    many = dataclasses.replace(WIDE_VOCABULARY, n_layer=5)
+    assert memory.estimate(many, train, world=1, on_gpu=False).update == 70_016 * 48 * 8
+
+
 def test_refusal_names_what_would_fit() -> None:
     model = recipe.model_config(12, 32_768)
     train = train_config(global_batch_size=256, micro_batch_size=32)
