@@ -119,8 +119,11 @@ def test_no_answer_has_two_checkpoints(run: Store, url: str) -> None:
     assert len({fingerprint for (fingerprint,), _ in answers}) > 1
 
 
-def test_refusals_are_in_health_and_metrics(run: Store, url: str) -> None:
-    damage(run, "byte")
+def test_refusals_are_in_health_and_metrics(root: Store, run: Store, url: str) -> None:
+    elsewhere = root.child("runs", "elsewhere")
+    damage(elsewhere, "byte")
+    # In one motion: before it was damaged it was sound, and would have been served.
+    (Path(elsewhere.root) / "step-000002").rename(Path(run.root) / "step-000002")
 
     def refusals() -> dict[str, str]:
         reasons: dict[str, str] = get(f"{url}/health").json()["follow"]["refused"]
