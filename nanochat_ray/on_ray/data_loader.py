@@ -7,7 +7,6 @@ the remainder, so the order would depend on the number of workers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,21 +15,16 @@ import ray.data
 import ray.train
 from ray.data import DataIterator, ExecutionOptions
 
-from nanochat_ray.data.shards import Manifest, SequenceReader, Split
+from nanochat_ray.data.shards import Manifest
+from nanochat_ray.on_ray.rank_reader import rank_reader
 from nanochat_ray.storage import Store
 from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.data_loader import rank_sequences
+from nanochat_ray.train.rank_sequences import rank_sequences
 from nanochat_ray.train.step import Batch
 
 BLOCK_BYTES = 16 << 20
 """Sequences that one task reads: large against the cost of a task, small against the object
 store."""
-
-
-@functools.lru_cache(maxsize=4)
-def _reader(uri: str, manifest_json: str, split: Split) -> SequenceReader:
-    # One reader for each process: its shards are verified once, then stay mapped.
-    return SequenceReader(Store.at(uri), Manifest.from_json(manifest_json), split)
 
 
 def rank_dataset(
@@ -40,21 +34,12 @@ def rank_dataset(
 
     Rows are ``{"ids": [T + 1], ("mask": [T + 1],) "step": ()}``.
     """
-    uri, manifest_json = dataset.uri, manifest.to_json()
     num_sequences = manifest.num_sequences("train")
     sequence_bytes = np.dtype(manifest.dtype).itemsize * (manifest.sequence_len + 1)
     step_bytes = len(rank_sequences(config, num_sequences, start, rank, world)) * sequence_bytes
     stride = max(1, min(BLOCK_BYTES // step_bytes, -(-(config.steps - start) // 4)))
 
-    def read(block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        reader = _reader(uri, manifest_json, "train")
-        first = int(block["first"][0])
-        steps = range(first, min(first + stride, config.steps))
-        indices = [rank_sequences(config, num_sequences, step, rank, world) for step in steps]
-        ids, mask = reader.read(np.concatenate(indices))
-        columns = {"ids": ids, "step": np.repeat(np.asarray(steps), [len(i) for i in indices])}
-        return columns if mask is None else {**columns, "mask": mask}
-
+    read = rank_reader(dataset.uri, manifest, config, stride=stride, rank=rank, world=world)
     firsts = [{"first": step} for step in range(start, config.steps, stride)]
     plan = ray.data.from_items(firsts, override_num_blocks=len(firsts))
     plan.context.execution_options = ExecutionOptions(preserve_order=True)

@@ -29,12 +29,14 @@ from ray.train import (
     UserCallback,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.metrics import Gauge
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.claim import check_reference, hold_claim
 from nanochat_ray.on_ray.data_loader import RankDataConfig, RayDataLoader
 from nanochat_ray.on_ray.session import quiet_data
+from nanochat_ray.on_ray.stop_flag import StopFlag
 from nanochat_ray.storage import Store
 from nanochat_ray.train.config import TrainerConfig
 from nanochat_ray.train.data_loader import open_dataset
@@ -50,6 +52,8 @@ FINAL = (ValueError, FloatingPointError, PermissionError, FileNotFoundError)
 or a network, and the run resumes from its latest checkpoint."""
 FINAL_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of the operating system that a restart would repeat."""
+NODE_ID_LABEL = "ray.io/node-id"
+"""The label that Ray gives to each node."""
 GAUGES = {
     "step": "Steps done.",
     "loss": "Training loss, nats per token.",
@@ -71,19 +75,6 @@ GAUGES = {
     "save_pending": "Seconds since the checkpoint was taken that is being written.",
     "save_delay": "Seconds for which storage has refused checkpoints.",
 }
-
-
-class StopFlag:
-    """An actor through which the driver tells the workers to stop."""
-
-    def __init__(self) -> None:
-        self._stop = False
-
-    def stop(self) -> None:
-        self._stop = True
-
-    def is_stopping(self) -> bool:
-        return self._stop
 
 
 @contextlib.contextmanager
@@ -190,6 +181,20 @@ class NoRetry(UserCallback):
             print(f"worker {rank} failed: {text}", flush=True)
 
 
+class RayTrainer(TorchTrainer):
+    """Without Ray's ``PlacementGroupCleaner``.
+
+    It frees the workers' resources when the controller has died and the driver goes on, while
+    ``fit`` fails then, and the resources are freed when its process ends. It looks at the
+    controller once a second through the dashboard: where there is none, it prints a warning every
+    second and delays the end of the run.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # of Ray 2.60
+        return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+
+
 def _worker(values: dict[str, Any]) -> None:
     """One worker of the group: a ``Trainer``."""
     torch.set_num_threads(int(values["threads"]))
@@ -247,7 +252,9 @@ def fit(
     run = Store.at(config.storage).child("runs", config.run)
     if _completed_steps(run) < config.train.steps:
         with hold_claim(Store.at(config.storage), "runs", config.run) as claim:
-            flag = ray.remote(num_cpus=0)(StopFlag).remote()
+            # On the driver's node: it is of no use when that one is gone.
+            here = {NODE_ID_LABEL: ray.get_runtime_context().get_node_id()}
+            flag = ray.remote(num_cpus=0, label_selector=here)(StopFlag).remote()
             values = {
                 "config": config.to_json(),
                 "threads": threads,
@@ -283,7 +290,7 @@ def _torch_trainer(
     values: dict[str, Any],
     scaling: ScalingConfig,
     max_failures: int,
-) -> TorchTrainer:
+) -> RayTrainer:
     """Ray's trainer, which starts ``_worker(values)`` on each worker of the group."""
     # How often the controller asks if its workers are alive, which a report waits for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -298,7 +305,7 @@ def _torch_trainer(
             "datasets": {"train": lambda: ray.data.from_items([{"start": _completed_steps(run)}])},
             "dataset_config": RankDataConfig(dataset.uri, manifest, config.train),
         }
-    return TorchTrainer(
+    return RayTrainer(
         _worker,
         train_loop_config=values,
         # Long enough for data that stalls: a dead worker is noticed by its connections.
@@ -317,7 +324,7 @@ def _torch_trainer(
     )
 
 
-def _run_ray_trainer(trainer: TorchTrainer) -> None:
+def _run_ray_trainer(trainer: RayTrainer) -> None:
     """Runs Ray's trainer. Raises what ``NoRetry`` raised, without Ray's wrapping."""
     try:
         trainer.fit()

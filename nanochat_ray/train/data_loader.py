@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from nanochat_ray.checks import check_name
-from nanochat_ray.data.order import global_batch_indices
 from nanochat_ray.data.shards import Manifest, SequenceReader
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer, folder_of
 from nanochat_ray.train.config import TrainConfig
+from nanochat_ray.train.rank_sequences import rank_sequences
 from nanochat_ray.train.step import Batch
 
 PREFETCH_BATCHES = 2
@@ -42,18 +42,6 @@ def open_dataset(storage: str, name: str) -> tuple[Store, Manifest, Tokenizer]:
     manifest = Manifest.load(dataset)
     tokenizer = Tokenizer.load(folder_of(root, manifest.tokenizer), manifest.tokenizer)
     return dataset, manifest, tokenizer
-
-
-def rank_sequences(
-    config: TrainConfig, num_sequences: int, step: int, rank: int, world: int
-) -> np.ndarray:
-    """Indices (int64) of the sequences that ``rank`` of ``world`` trains on in ``step``.
-
-    They are a contiguous part of the global batch. Where the sizes divide, the micro-batches of
-    all ranks are those that one rank would make.
-    """
-    sequences = global_batch_indices(num_sequences, config.seed, config.global_batch_size, step)
-    return np.array_split(sequences, world)[rank]
 
 
 class ShardDataLoader:

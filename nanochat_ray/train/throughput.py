@@ -31,7 +31,7 @@ from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
 from nanochat_ray.train import memory, recipe
 from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.data_loader import rank_sequences
+from nanochat_ray.train.rank_sequences import rank_sequences
 from nanochat_ray.train.step import Batch, train_step
 
 logger = logging.getLogger(__name__)

@@ -177,7 +177,7 @@ def test_two_killed_workers_resume_as_one(root: Store) -> None:
 def test_batches_do_not_depend_on_workers(rows: int) -> None:
     import numpy as np
 
-    from nanochat_ray.train.data_loader import rank_sequences
+    from nanochat_ray.train.rank_sequences import rank_sequences
 
     config = dataclasses.replace(CONFIG, global_batch_size=rows, micro_batch_size=1)
     for step in (0, 3, 17):
