@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from nanochat_ray.retry import backoff, reason
 
 _LOG = logging.getLogger(__name__)
+MAX_WAIT_S = 60.0
+"""Between two looks at the time; whatever changes meanwhile notifies."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._is_waiting = False
         """Between two attempts to write the checkpoint."""
+        self._is_on_hold = False
+        """No attempt to write begins."""
         self._first_failure: float | None = None
         """When (``time.time``) storage failed first since the last success."""
         self._deadline: float | None = None
@@ -46,14 +51,23 @@ class CheckpointWriter:
         self.last_time: float | None = None
         """When the last checkpoint that is written was taken, in seconds since the epoch."""
 
-    @property
-    def is_replaceable(self) -> bool:
+    def hold(self) -> bool:
         """Whether a periodic checkpoint may be put now: there is none, or one that storage refused
-        and that is no candidate for the best."""
+        and that is no candidate for the best.
+
+        If so no attempt to write begins until ``put`` or ``release``: a storage that does not
+        answer would keep the new checkpoint, and the training with it, waiting.
+        """
         with self._condition:
-            if self._pending is None:
-                return True
-            return self._is_waiting and not self._pending.is_validated
+            pending = self._pending
+            self._is_on_hold = pending is None or (self._is_waiting and not pending.is_validated)
+            return self._is_on_hold
+
+    def release(self) -> None:
+        """Undoes ``hold``."""
+        with self._condition:
+            self._is_on_hold = False
+            self._condition.notify_all()
 
     @property
     def has_error(self) -> bool:
@@ -84,7 +98,7 @@ class CheckpointWriter:
         """To be written as soon as storage allows it."""
         with self._condition:
             assert self._pending is None
-            self._pending = pending
+            self._pending, self._is_on_hold = pending, False
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="checkpoint")
                 self._thread.start()
@@ -94,7 +108,7 @@ class CheckpointWriter:
         """Returns when the checkpoint is written. Raises OSError, which names it, if storage still
         fails after ``timeout_s`` seconds; a write that proceeds may take longer."""
         with self._condition:
-            self._deadline = time.monotonic() + timeout_s
+            self._deadline, self._is_on_hold = time.monotonic() + timeout_s, False
             self._condition.notify_all()
             self._condition.wait_for(lambda: self._pending is None)
             self._deadline = None
@@ -103,7 +117,7 @@ class CheckpointWriter:
     def give_up(self) -> None:
         """Ends the thread at the next failure of storage: nobody waits for the checkpoint."""
         with self._condition:
-            self._deadline = time.monotonic()
+            self._deadline, self._is_on_hold = time.monotonic(), False
             self._condition.notify_all()
 
     def _raise_error(self) -> None:
@@ -152,10 +166,10 @@ class CheckpointWriter:
             self._is_waiting = True
             self._condition.notify_all()
             end = time.monotonic() + delay
-            while not self._is_late and (remaining := end - time.monotonic()) > 0:
-                if self._deadline is not None:
-                    remaining = min(remaining, max(0.0, self._deadline - time.monotonic()))
-                self._condition.wait(remaining)
+            while not self._is_late and (self._is_on_hold or time.monotonic() < end):
+                times = [None if self._is_on_hold else end, self._deadline]
+                next_time = min((t for t in times if t is not None), default=math.inf)
+                self._condition.wait(min(MAX_WAIT_S, max(0.0, next_time - time.monotonic())))
             self._is_waiting = False
             if self._is_late and self._pending is not None:
                 self._end(self._pending, self._final_error(self._pending, error))

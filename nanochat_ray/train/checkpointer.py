@@ -55,11 +55,6 @@ class Checkpointer:
         self._has_warned = False
 
     @property
-    def idle(self) -> bool:
-        """A periodic checkpoint can be started without waiting."""
-        return self.writer.is_replaceable
-
-    @property
     def has_error(self) -> bool:
         """A write failed for good; ``wait`` raises its error."""
         return self.writer.has_error

@@ -28,7 +28,8 @@ class RankVotes(NamedTuple):
     poll: bool = False
     """Rank 0: it is time to call ``Hooks.should_save``."""
     writer_idle: bool = False
-    """Rank 0: no checkpoint is being written."""
+    """Rank 0: a checkpoint may follow this step and can be put without waiting
+    (``CheckpointWriter.hold``)."""
     writer_error: bool = False
     """A rank: the last write of a checkpoint raised."""
 

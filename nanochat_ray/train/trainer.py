@@ -258,13 +258,17 @@ class Trainer:
         return result, batch
 
     def _votes(self) -> RankVotes:
-        is_first, writer = self.ranks.rank == 0, self.checkpointer
+        is_first, config, step = self.ranks.rank == 0, self.train_config, self.completed_steps + 1
         stops = [hook.should_stop() for hook in self.hooks]
+        poll = is_first and time.monotonic() - self._last_poll > POLL_INTERVAL_S
+        # A checkpoint may follow this step: no attempt to write an older one is to begin meanwhile.
+        may_save = self.save_pending or poll
+        may_save |= _is_due(step, config.save_every) or _is_due(step, config.eval_every)
         return RankVotes(
             stop=any(stops),
-            poll=is_first and time.monotonic() - self._last_poll > POLL_INTERVAL_S,
-            writer_idle=is_first and writer.idle,
-            writer_error=writer.has_error,
+            poll=poll,
+            writer_idle=is_first and may_save and self.checkpointer.writer.hold(),
+            writer_error=self.checkpointer.has_error,
         )
 
     def _evaluate_and_save(self, result: StepResult, batch: Batch) -> None:
@@ -289,6 +293,8 @@ class Trainer:
             self.save(evaluation.metric)
         elif votes.stop and not skipping and math.isfinite(result.loss):
             self.save(evaluation.metric)
+        else:
+            self.checkpointer.writer.release()
 
     def evaluate(self) -> Evaluation:
         """Validates, and generates samples on rank 0."""

@@ -85,20 +85,46 @@ def test_the_newest_checkpoint_replaces_the_others(
 def test_no_periodic_checkpoint_replaces_a_best_one(
     storage: Storage, writer: CheckpointWriter
 ) -> None:
-    assert writer.is_replaceable
+    assert writer.hold()
     storage.gate.clear()
     put(writer, storage.pending("a"))
-    assert not writer.is_replaceable  # it is being written
+    assert not writer.hold()  # it is being written
     storage.error = OSError("away")
     storage.gate.set()
-    wait_for(lambda: writer.is_replaceable)
+    wait_for(writer.hold)
     put(writer, storage.pending("best", is_validated=True))
     attempts = storage.num_attempts
     wait_for(lambda: storage.num_attempts > attempts + 1)
-    assert not writer.is_replaceable
+    assert not writer.hold()
     storage.error = None
     writer.await_end(30)
     assert storage.names == ["best"]
+
+
+def test_no_attempt_begins_while_on_hold(storage: Storage, writer: CheckpointWriter) -> None:
+    storage.error = OSError("away")
+    put(writer, storage.pending("a"))
+    wait_for(writer.hold)
+    num_attempts, storage.error = storage.num_attempts, None
+    thread = writer._thread
+    assert thread is not None
+    thread.join(0.05)  # 50 times the delay between two attempts
+    assert (storage.num_attempts, storage.names) == (num_attempts, [])
+    put(writer, storage.pending("b"))
+    writer.await_end(30)
+    assert storage.names == ["b"]
+
+
+@pytest.mark.parametrize("end", ["release", "give_up", "await_end"])
+def test_a_hold_ends(storage: Storage, writer: CheckpointWriter, end: str) -> None:
+    storage.error = OSError("away")
+    put(writer, storage.pending("a"))
+    wait_for(writer.hold)
+    thread, storage.error = writer._thread, None
+    assert thread is not None
+    getattr(writer, end)(*[30.0] * (end == "await_end"))
+    thread.join(30)
+    assert storage.names == ([] if end == "give_up" else ["a"])
 
 
 def test_the_end_of_a_run_waits_no_longer_than_that(

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanochat_ray import retry
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.config import OptimConfig
@@ -154,9 +155,15 @@ def test_newest_and_best_checkpoints_stay(root: Store, s3: str) -> None:
 
 
 @pytest.mark.slow
-def test_slow_storage_does_not_stall(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_refusals", [0, 7])
+def test_slow_storage_does_not_stall(
+    root: Store, monkeypatch: pytest.MonkeyPatch, num_refusals: int
+) -> None:
+    """Also not if the uploads fail in the end, and begin again at any moment of a step."""
     write_dataset(root, "base")
-    real, last_step = checkpoint.save, 0
+    monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.03)
+    monkeypatch.setattr(retry, "LAST_DELAY_S", 0.03)
+    real, last_step, refusals = checkpoint.save, 0, iter(range(num_refusals))
 
     def report(record: dict[str, Any]) -> None:
         nonlocal last_step
@@ -166,6 +173,8 @@ def test_slow_storage_does_not_stall(root: Store, monkeypatch: pytest.MonkeyPatc
         # Not done before training has gone on: if it waited for this, it would never.
         goal = min(60, last_step + 5)
         wait_for(lambda: last_step >= goal, 30, "training beside its checkpoint", every=0.001)
+        if next(refusals, None) is not None:
+            raise OSError("the bucket cannot be reached")
         return real(*args, **kwargs)
 
     monkeypatch.setattr(checkpointer.checkpoint, "save", slow)
