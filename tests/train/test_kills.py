@@ -19,6 +19,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -156,11 +157,13 @@ def test_two_killed_workers_resume_as_one(root: Store) -> None:
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     ) as process:
         run = root.child("runs", "killed")
         wait_for(lambda: checkpoint.latest(run) is not None, 60, "a first checkpoint")
-        os.killpg(process.pid, signal.SIGKILL)
+        # torchrun's workers have sessions of their own: a signal to its group spares them.
+        agent = psutil.Process(process.pid)
+        for victim in (agent, *agent.children(recursive=True)):
+            victim.kill()
     last_step = checkpoint.step_of(checkpoint.latest(run) or "")
     losses = {}
     for name in ("killed", "whole"):
