@@ -169,3 +169,26 @@ def test_sft_batches_fill_a_gpu(millions: int, cpu: int, gpu: int) -> None:
     tokens = millions * 10**6
     assert recipe.sft_batch_tokens(tokens, on_gpu=False) == cpu
     assert recipe.sft_batch_tokens(tokens, on_gpu=True) == gpu
+
+
+def test_reinforcement_learning_recipe() -> None:
+    """A tenth of the rates of the fine-tuning before, which is assumed where it is unknown."""
+    model = recipe.model_config(4, 300)
+    optim = OptimConfig(
+        matrix_lr=1, embedding_lr=2, unembedding_lr=3, scalar_lr=4, weight_decay=0.5, momentum=0.9
+    )
+    train = recipe.rl_config(model, optim, steps=50, rollouts=96)
+    rates = list(train.optim.learning_rates().values())
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    o = train.optim
+    assert (o.weight_decay, o.momentum) == (0, 0.9)
+    assert (o.warmup_ratio, o.warmdown_ratio, o.final_lr_frac) == (0.02, 0.6, 0.1)
+    assert (train.stage, train.steps, train.precision) == ("rl", 50, "fp32")
+    # 96 answers in micro-batches of at most 32; validated and saved four times.
+    assert (train.global_batch_size, train.micro_batch_size) == (96, 32)
+    assert (train.eval_every, train.save_every) == (13, 13)
+    assert recipe.rl_config(model, optim, steps=1, rollouts=50).micro_batch_size == 25
+    other = recipe.rl_config(model, None, steps=1, rollouts=50, micro_batch_size=10)
+    assert other.micro_batch_size == 10
+    sft = recipe.sft_config(model, 1000).optim
+    assert other.optim.matrix_lr == pytest.approx(0.1 * sft.matrix_lr)

@@ -1,0 +1,149 @@
+"""When the trainer validates and saves: its decisions after a step, without training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanochat_ray.train import trainer as trainer_module
+from nanochat_ray.train.config import TrainConfig
+from nanochat_ray.train.step import Batch, RankVotes, StepResult
+from nanochat_ray.train.trainer import Evaluation, Trainer
+from tests.train.run_trainer import FunctionHooks
+
+BATCH = Batch(np.zeros((1, 3), dtype=np.uint16))
+CONFIG = TrainConfig(steps=20, global_batch_size=1, micro_batch_size=1, eval_every=4, save_every=6)
+
+
+class Decider(Trainer):
+    """A trainer that writes down what it would do."""
+
+    def __init__(self, step: int, *, is_best: bool, skipped_steps: int, **changes: Any):
+        self.train_config = dataclasses.replace(CONFIG, **changes)
+        self.completed_steps, self.save_pending, self.hooks = step, False, []
+        self.calls: list[Any] = []
+        self.is_best = is_best
+        self.guard = types.SimpleNamespace(  # type: ignore[assignment]
+            skipped_steps=skipped_steps,
+            check_weights=lambda *args: self.calls.append(("check", *args[:3])),
+        )
+
+    def evaluate(self) -> Evaluation:
+        self.calls.append("evaluate")
+        return Evaluation(0.5, self.is_best)
+
+    def save(self, metric: float | None = None) -> None:
+        self.calls.append(("save", metric))
+        self.save_pending = False
+
+
+def decide(
+    step: int,
+    *,
+    loss: float = 2.0,
+    votes: RankVotes = RankVotes(writer_idle=True),  # noqa: B008 (immutable)
+    pending: bool = False,
+    is_best: bool = False,
+    skipped_steps: int = 0,
+    **changes: Any,
+) -> tuple[str, Decider]:
+    """Letters of what is done: e(valuation), s(aving), c(hecked first); m: with its metric."""
+    decider = Decider(step, is_best=is_best, skipped_steps=skipped_steps, **changes)
+    decider.save_pending = pending
+    result = StepResult(loss, 1.0, 5, 1.0, True, votes, 8)
+    decider._evaluate_and_save(result, BATCH)
+    letters = ""
+    for call in decider.calls:
+        if call == "evaluate":
+            letters += "e"
+        elif call[0] == "check":
+            assert call[1:3] == (step, loss)
+            assert call[3] == (0.5 if "e" in letters else None)
+            letters += "c"
+        else:
+            letters += "sm" if call[1] == 0.5 else "s"
+    return letters, decider
+
+
+IDLE, BUSY = RankVotes(writer_idle=True), RankVotes()
+STOP = RankVotes(stop=True)
+
+
+@pytest.mark.parametrize(
+    ("step", "fields", "letters"),
+    [
+        (5, {}, ""),
+        (4, {}, "e"),
+        (6, {}, "cs"),
+        (12, {}, "ecsm"),  # both
+        (12, {"eval_every": 0, "save_every": 0}, ""),
+        (20, {"eval_every": 0, "save_every": 0}, "ecsm"),  # the last step does both
+        (20, {"votes": BUSY, "skipped_steps": 1}, "ecsm"),
+        (4, {"is_best": True}, "ecsm"),
+        (4, {"is_best": True, "votes": BUSY}, "ecsm"),  # is not missed
+        (4, {"is_best": True, "keep_best": False}, "e"),
+        (6, {"votes": BUSY}, ""),  # waits for the writer,
+        (7, {"pending": True, "votes": BUSY}, ""),
+        (7, {"pending": True}, "cs"),  # which is idle now
+        (6, {"skipped_steps": 1}, ""),
+        (4, {"is_best": True, "skipped_steps": 1}, "e"),
+        (5, {"votes": STOP}, "s"),  # a hook stops the run
+        (5, {"votes": STOP, "skipped_steps": 1}, ""),
+        (5, {"votes": STOP, "loss": math.nan}, ""),
+        (6, {"votes": RankVotes(stop=True, writer_idle=True)}, "cs"),
+    ],
+)
+def test_what_follows_a_step(step: int, fields: dict[str, Any], letters: str) -> None:
+    assert decide(step, **fields)[0] == letters
+
+
+def test_a_due_checkpoint_stays_due() -> None:
+    assert decide(6, votes=BUSY)[1].save_pending
+    assert decide(6, skipped_steps=1)[1].save_pending
+    assert not decide(6)[1].save_pending
+
+
+def test_hooks_are_polled_all() -> None:
+    """One of them wants a checkpoint; each is asked, since asking is collective."""
+    for answers in ([True, False], [False, True], [False, False]):
+        numbers: list[int] = []
+        decider = Decider(5, is_best=False, skipped_steps=0)
+        decider._last_poll = -math.inf
+
+        def ask(number: int, answer: bool, numbers: list[int] = numbers) -> bool:
+            numbers.append(number)
+            return answer
+
+        decider.hooks = [
+            FunctionHooks(should_save=lambda n=n, a=a: ask(n, a))  # type: ignore[misc]
+            for n, a in enumerate(answers)
+        ]
+        for votes in (IDLE, RankVotes(writer_idle=True, poll=True)):
+            decider._evaluate_and_save(StepResult(2.0, 1.0, 5, 1.0, True, votes, 8), BATCH)
+            assert numbers == [0, 1] * votes.poll
+        assert (("save", None) in decider.calls) == any(answers)
+        assert decider._last_poll > 0
+
+
+def test_votes_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: now)
+    for rank in (0, 1):
+        decider = Decider(5, is_best=False, skipped_steps=0)
+        decider.ranks = types.SimpleNamespace(rank=rank)  # type: ignore[assignment]
+        for idle, error, stops in ((True, False, (False, True)), (False, True, (False, False))):
+            decider.checkpointer = types.SimpleNamespace(idle=idle, has_error=error)  # type: ignore[assignment]
+            decider.hooks = [FunctionHooks(should_stop=lambda stop=stop: stop) for stop in stops]
+            for since, poll in ((5.0, False), (5.5, True)):
+                decider._last_poll = now - since
+                assert decider._votes() == RankVotes(
+                    stop=any(stops),
+                    poll=poll and rank == 0,
+                    writer_idle=idle and rank == 0,
+                    writer_error=error,
+                )
