@@ -72,8 +72,7 @@ class AuthMiddleware:
 
 def _route_path(scope: Scope) -> str:
     """The path below the prefix at which the server has mounted the app (ASGI's ``root_path``)."""
-    prefix, path = scope.get("root_path", ""), str(scope["path"])
-    return path.removeprefix(prefix) or "/" if f"{path}/".startswith(f"{prefix}/") else path
+    return str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
 
 
 class BodySizeLimit:

@@ -130,6 +130,24 @@ def test_ties_at_the_threshold_are_kept() -> None:
         assert token_ids == want_ids
 
 
+def test_top_p_keeps_the_smallest_set() -> None:
+    """A token whose probability is exactly top_p is enough; a little more needs the next one."""
+    logits = torch.tensor([[-1.0, 0.0, -9.0]])
+    share = 1 / (1 + float(logits[0, 0].double().exp()))  # of token 1 among the two of top-k
+    for top_p, want_ids in ((share, {1}), (share * 1.0001, {0, 1})):
+        step = rows([SamplingParams(top_k=2, top_p=top_p)])
+        samples = choose(logits.expand(100, -1), step, torch.arange(100), ALL)
+        assert set(samples.tolist()) == want_ids
+
+
+def test_only_finite_maxima_give_tokens() -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, torch.inf], [torch.nan, 0.0], [-torch.inf, -torch.inf]])
+    step = rows([SamplingParams(seed=1)] * 4)
+    assert sampler.greedy(logits).tolist() == [1, -1, -1, -1]
+    assert choose(logits, step, torch.arange(4), ALL)[1:].tolist() == [-1, -1, -1]
+    assert choose(logits, step, torch.arange(4), 0).tolist() == [1, -1, -1, -1]
+
+
 def test_noise_is_uniform() -> None:
     n, bins = 100_000, 100
     count = torch.arange(n)
@@ -143,6 +161,14 @@ def test_noise_is_uniform() -> None:
         assert chi2 < 148  # 99 degrees of freedom, p = 0.001
         assert abs(float(torch.corrcoef(torch.stack((u[1:], u[:-1])))[0, 1])) < 0.01
     assert float(uniform(torch.tensor(5), torch.tensor(9))) == slow_uniform(5, 9)
+
+
+def test_noise_is_its_definition_bit_by_bit() -> None:
+    seeds = [0, 1, 5, -1, 2**63 - 1, -(2**63)]
+    positions = [0, 1, 9, 1000, 2**31, 2**40]
+    pairs = torch.cartesian_prod(torch.tensor(seeds), torch.tensor(positions))
+    want = [slow_uniform(seed, position) for seed in seeds for position in positions]
+    assert uniform(pairs[:, 0], pairs[:, 1]).tolist() == want
 
 
 def test_samples_follow_the_softmax() -> None:

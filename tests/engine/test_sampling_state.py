@@ -135,7 +135,7 @@ def test_only_what_is_used_is_computed() -> None:
     assert (state._features.tolist(), state._top_k.tolist()) == ([1], [0])
     state.admit(sequence(0, [], top_k=VOCAB - 1, top_p=0.5))
     assert (state._features.tolist(), state._top_k.tolist()) == ([1 | 2 | 4], [VOCAB - 1])
-    state.admit(sequence(0, [], top_p=0.5, min_p=0.1))
+    state.admit(sequence(0, [], top_p=0.9999, min_p=1e-6))
     assert (state._features.tolist(), state._top_k.tolist()) == ([1 | 4 | 8 | 16], [0])
 
 

@@ -192,6 +192,17 @@ def test_an_engine_that_is_gone_is_forgotten_until_it_comes_back() -> None:
     assert 'nanochat_engine_steps_total{engine="a",model_name="tiny"} 9.0' in sink.text().decode()
 
 
+def test_engines_are_counted_by_their_weights() -> None:
+    sink, _, engines = page()
+    engines.update_all({name: {"weight_version": f"step-{name}"} for name in "ab"})
+    engines.update_all({name: {"weight_version": "step-b"} for name in "ab"})
+    name = 'nanochat_num_engines_by_checkpoint{checkpoint="step-%s",model_name="tiny"}'
+    assert f"{name % 'b'} 2.0" in sink.text().decode()
+    engines.update_all({"b": {"weight_version": "step-b"}})
+    assert f"{name % 'a'} 0.0" in sink.text().decode()
+    assert f"{name % 'b'} 1.0" in sink.text().decode()
+
+
 def test_engines_are_counted_by_their_kernels() -> None:
     sink, _, engines = page()
 
