@@ -141,7 +141,9 @@ def test_top_p_keeps_the_smallest_set() -> None:
 
 
 def test_only_finite_maxima_give_tokens() -> None:
-    logits = torch.tensor([[0.0, 1.0], [0.0, torch.inf], [torch.nan, 0.0], [-torch.inf, -torch.inf]])
+    logits = torch.tensor(
+        [[0.0, 1.0], [0.0, torch.inf], [torch.nan, 0.0], [-torch.inf, -torch.inf]]
+    )
     step = rows([SamplingParams(seed=1)] * 4)
     assert sampler.greedy(logits).tolist() == [1, -1, -1, -1]
     assert choose(logits, step, torch.arange(4), ALL)[1:].tolist() == [-1, -1, -1]
