@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from nanochat_ray.config import from_json, to_json
 from nanochat_ray.model.config import ModelConfig
@@ -18,7 +20,7 @@ from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.step import Batch, train_step
 from tests.processes import call
 
-WIDE = recipe.model_config(4, 8192, sequence_len=512)
+SHAPE = recipe.model_config(4, 2048, sequence_len=128)
 
 
 def train_config(**fields: Any) -> TrainConfig:
@@ -32,43 +34,43 @@ def train_config(**fields: Any) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def measure(model_values: dict[str, Any], train_values: dict[str, Any]) -> int:
-    """Peak resident bytes of this process in a step beside the copies of a checkpoint."""
+def allocated_peak(model_values: dict[str, Any], train_values: dict[str, Any]) -> int:
+    """Most bytes that torch's allocator holds in a step beside the copies of a checkpoint.
+
+    Counted, because a process's resident memory depends on the CPU, libc and what is loaded.
+    """
     config = from_json(ModelConfig, model_values)
     train = from_json(TrainConfig, train_values)
-    model = GPT(config, DTYPES[train.precision])
-    model.init_weights(torch.Generator().manual_seed(0))
-    model.checkpoint_activations = train.checkpoint_activations
-    optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
-    shape = (train.global_batch_size, config.sequence_len + 1)
-    ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
-    # A step of one row makes the optimizer's state.
-    one = dataclasses.replace(train, global_batch_size=1, micro_batch_size=1)
-    train_step(model, optimizer, Batch(ids[:1].numpy()), 0, one)
-    _copies = [optimizer.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}]
-    train_step(model, optimizer, Batch(ids.numpy()), 1, train)
-    with open("/proc/self/status") as status:
-        peak = next(line for line in status if line.startswith("VmHWM"))
-    return int(peak.split()[1]) << 10
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model = GPT(config, DTYPES[train.precision])
+        model.init_weights(torch.Generator().manual_seed(0))
+        model.checkpoint_activations = train.checkpoint_activations
+        optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
+        shape = (train.global_batch_size, config.sequence_len + 1)
+        ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+        # A step of one row makes the optimizer's state.
+        one = dataclasses.replace(train, global_batch_size=1, micro_batch_size=1)
+        train_step(model, optimizer, Batch(ids[:1].numpy()), 0, one)
+        _copies = [optimizer.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}]
+        train_step(model, optimizer, Batch(ids.numpy()), 1, train)
+    changes = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # bf16 takes a CPU with AVX2 alone a minute
+@pytest.mark.timeout(300)  # bf16 is slow on a CPU with AVX2 alone
 @pytest.mark.parametrize(
-    ("shape", "changes"),
-    [
-        (WIDE, {}),
-        (WIDE, {"checkpoint_activations": True}),
-        (WIDE, {"precision": "fp32"}),
-    ],
+    "changes",
+    [{}, {"checkpoint_activations": True}, {"precision": "fp32"}],
     ids=["bf16", "checkpointed", "fp32"],
 )
-def test_estimate_is_near_the_measured_peak(shape: ModelConfig, changes: dict[str, Any]) -> None:
+def test_estimate_is_just_above_the_peak(changes: dict[str, Any]) -> None:
     train = train_config(global_batch_size=8, micro_batch_size=8, **changes)
-    peak = call(measure, to_json(shape), to_json(train), timeout_s=800)
-    estimate = memory.estimate(shape, train, world=1, on_gpu=False)
-    print(f"measured {peak / 2**30:.2f} GiB, estimated {estimate.total / 2**30:.2f}", estimate)
-    assert estimate.total == pytest.approx(peak, rel=0.25)
+    peak = call(allocated_peak, to_json(SHAPE), to_json(train), timeout_s=280)
+    estimate = memory.estimate(SHAPE, train, world=1, on_gpu=False)
+    assert peak < estimate.total - estimate.runtime < 1.35 * peak, estimate
 
 
 @pytest.mark.parametrize(
