@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
+import torch
 
 from nanochat_ray.model.config import Precision
 from nanochat_ray.train import plan, recipe
-from nanochat_ray.train.hardware import HARDWARE, Hardware, from_driver
+from nanochat_ray.train.hardware import HARDWARE, Hardware, describe, from_driver
 
 
 def card(name: str, memory: int = 40 << 30) -> Hardware:
@@ -72,3 +74,41 @@ def test_every_card_has_a_driver_name() -> None:
     cards = [entry for entry in HARDWARE.values() if entry.is_gpu]
     assert len(cards) == len(HARDWARE) - 1
     assert card("NVIDIA L4").source == HARDWARE["l4"].source
+
+
+# Dense TFLOP/s in bf16 and (without TF32) fp32, and GB of memory, from the vendor's data sheets.
+DATA_SHEETS = {
+    "b200": (2250, 75, 180),
+    "gh200": (989, 67, 96),
+    "h200": (989, 67, 141),
+    "h200-nvl": (835, 60, 141),
+    "h100": (989, 67, 80),
+    "h100-nvl": (835, 60, 94),
+    "h100-pcie": (756, 51, 80),
+    "a100": (312, 19.5, 80),
+    "a100-40": (312, 19.5, 40),
+    "l40s": (362, 91.6, 48),
+    "l40": (181, 90.5, 48),
+    "l4": (121, 30.3, 24),
+    "rtx4090": (165.2, 82.6, 24),
+}
+
+
+def test_peaks_are_those_of_data_sheets() -> None:
+    cards = {name: entry for name, entry in HARDWARE.items() if entry.is_gpu}
+    assert cards.keys() == DATA_SHEETS.keys()
+    for name, (bf16, fp32, memory) in DATA_SHEETS.items():
+        entry = cards[name]
+        peaks = (entry.peak("bf16") / 1e12, entry.peak("fp32") / 1e12)
+        assert peaks == pytest.approx((bf16, fp32))
+        assert (entry.memory, entry.mfu) == (memory * 10**9, 0.4)
+    cpu = HARDWARE["cpu"]
+    assert (cpu.bf16, cpu.fp32, cpu.memory, cpu.mfu) == (1.45e12, 1.7e11, 0, 0.1)
+
+
+def test_a_report_describes_the_machine() -> None:
+    values = describe(torch.device("cpu"), "fp32")
+    assert values["device"] == "CPU"
+    assert values["peak of a worker"].startswith("0.17 TFLOP/s in fp32 (torch 2.13 matmul of")
+    total = psutil.virtual_memory().total / 2**30
+    assert values["memory"] == f"{total:.0f} GiB"

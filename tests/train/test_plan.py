@@ -141,3 +141,80 @@ def test_the_plan_tells_passes_over_the_data(num_sequences: int, many: bool) -> 
     passes = num_trained / max(num_sequences, 1)
     warning = f"WARNING: training passes {passes:,.0f} times over {num_sequences:,} sequences"
     assert (warning in text) == many
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("not known", plan.hours(None)),
+        ("30.0 minutes", plan.hours(0.5)),
+        ("1.0 hours", plan.hours(1)),
+        ("71.9 hours", plan.hours(71.9)),
+        ("3.0 days", plan.hours(72)),
+        ("999.9 M", plan.millions(999_900_000)),
+        ("1.00 G", plan.millions(10**9)),
+        ("9.99", plan.gib(9.99 * 2**30)),
+        ("10", plan.gib(10 * 2**30)),
+    ],
+)
+def test_figures_have_units(text: str, value: str) -> None:
+    assert value == text
+
+
+def test_the_text_of_a_plan_by_hand() -> None:
+    model = recipe.model_config(4, VOCABULARY)
+    train = recipe.base_plan(model, tokens=2**22, batch=2**14, workers=2, precision="fp32").train
+    values = plan.describe(model, train, workers=2, hardware=by_name("cpu"), num_sequences=4096)
+    assert (values["steps"], values["tokens"], values["batch"]["tokens"]) == (256, 2**22, 2**14)
+    assert values["data"] == {"sequences": 4096, "passes": 2.0}
+    # 32 sequences of 512 tokens, 16 of them for each worker; a micro-batch is all of these.
+    assert values["batch"]["gradient_accumulation"] == 1
+    parameters = 12 * 4 * 256**2 + 2 * 12 * 4  # and the gates of two layers
+    head = VOCABULARY * 256
+    assert values["parameters"]["matrices"] == parameters
+    assert values["tokens_per_parameter"] == 2**22 / (parameters + head)
+    flops = (6 * (parameters + head) + 12 * 256 * 4 * 512) * 2**22
+    assert values["flops"] == flops
+    assert values["hours"] == pytest.approx(flops / (2 * 1.7e11 * 0.1) / 3600)
+    lines = plan.render(values).splitlines()
+    assert lines[0] == (
+        "model     4 layers, 256 wide, 4 heads, vocabulary 32,768, context 512: 36.7 M parameters "
+        "(3.1 M blocks, 8.4 M embedding, 16.8 M value embeddings, 8.4 M head)"
+    )
+    assert lines[1] == (
+        "training  256 steps of 16,384 tokens, together 4.2 M (0.4 a parameter of blocks and "
+        f"head), {flops:.2e} FLOPs in fp32"
+    )
+    assert lines[2] == (
+        "batch     32 sequences: 2 workers, micro-batches of 16, 1 gradient accumulation steps"
+    )
+    assert lines[3] == "data      4,096 sequences, 2.00 passes"
+    # For a tenth of the 2,500 steps the rates rise by (256 / 2500)^-0.3 = 1.981.
+    assert lines[4] == (
+        "lr        matrix 0.03962, embedding 1.029, unembedding 0.01386, scalar 0.1274; weight "
+        "decay 0.2"
+    )
+    assert lines[5].startswith(f"memory    {values['memory']['total'] / 2**30:.2f} GiB on each")
+    assert lines[5].endswith(f"checkpoint {values['memory']['checkpoint'] / 2**30:.2f}")
+    assert lines[6] == (
+        f"time      {values['hours']:.1f} hours on 2 × cpu, at 10% of 0.17 TFLOP/s each (assumed "
+        "share of the peak in fp32; torch 2.13 matmul of 1,024³, one thread of a Xeon with AMX, "
+        "measured)"
+    )
+    assert len(lines) == 7
+
+
+def test_a_measured_rate_gives_the_hours() -> None:
+    model = recipe.model_config(4, VOCABULARY)
+    train = recipe.base_plan(model, tokens=2**22, batch=2**14).train
+    values = plan.describe(model, train, workers=1, hardware=by_name("cpu"), tokens_per_s=1024.0)
+    assert values["hours"] == pytest.approx(4096 / 3600)
+    assert values["data"] == {"sequences": 0, "passes": 0}
+    lines = plan.render(values).splitlines()
+    assert lines[-1] == (
+        "time      1.1 hours on 1 × cpu, at 1,024 tokens/s of all workers (measured)"
+    )
+    assert not any(line.startswith("data") for line in lines)
+    gpu = plan.describe(model, train, workers=1, hardware=by_name("l4"))
+    assert " of 22 GiB on each worker" in plan.render(gpu)
+    assert "at 40% of 121 TFLOP/s each (assumed share of the peak in bf16;" in plan.render(gpu)

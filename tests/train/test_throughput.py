@@ -13,7 +13,7 @@ from nanochat_ray.cli import train_job
 from nanochat_ray.cli.train import Args
 from nanochat_ray.storage import Store
 from nanochat_ray.train import throughput
-from nanochat_ray.train.config import TrainerConfig
+from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from nanochat_ray.train.throughput import Probe, RunPlan, Throughput, plan_length
 from tests.tiny import tiny_config, write_dataset
 from tests.train.run_trainer import run_trainer
@@ -42,6 +42,53 @@ def test_real_steps_are_measured() -> None:
     assert result.precision in ("bf16", "fp32")
     assert result.tokens_per_s > 0
     assert result.tokens_in(2.0) == pytest.approx(2 * result.tokens_in(1.0), abs=1)
+
+
+@pytest.mark.parametrize(
+    ("step_s", "seconds", "times"),
+    [
+        # The first step sets everything up and does not count; then at least two do.
+        (0.5, 0.0, [0.5, 0.5]),
+        (0.5, 2.0, [0.5] * 4),
+        (2.0, 0.0, [2.0, 2.0]),
+        (2.5, 9.0, [2.5]),  # a first step that is slow is the whole measurement
+    ],
+)
+def test_steps_are_measured_as_long_as_asked(
+    step_s: float, seconds: float, times: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    shapes: set[tuple[int, ...]] = set()
+
+    def step(model: Any, optimizer: Any, batch: Any, *_: Any) -> None:
+        nonlocal now
+        now += step_s
+        shapes.add(batch.ids.shape)
+
+    monkeypatch.setattr(throughput, "train_step", step)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now)
+    train = TrainConfig(steps=1, global_batch_size=6, micro_batch_size=2)
+    assert throughput._step_seconds(MODEL, train, seconds, 1) == times
+    assert shapes == {(6, MODEL.sequence_len + 1)}
+
+
+def test_rates_are_tokens_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest of single steps, then the mean over steps of the planned batch."""
+    batches = []
+
+    def steps(model: Any, train: TrainConfig, seconds: float, sharing: int) -> list[float]:
+        batches.append((train.global_batch_size, seconds, sharing))
+        return [0.5, 0.25, 0.75]
+
+    monkeypatch.setattr(throughput, "_step_seconds", steps)
+    alone = throughput.measure(Probe(model=MODEL, precision="fp32"), sharing=2)
+    assert alone == Throughput(precision="fp32", tokens_per_s=32 / 0.25)
+    assert batches == [(1, 0.0, 2)]
+    probe = Probe(model=MODEL, precision="bf16", minutes=1.0, batch_tokens=128)
+    result = throughput.measure(probe, seconds=3.0)
+    assert result == Throughput(precision="bf16", tokens_per_s=128 * 3 / 1.5)
+    assert batches[1:] == [(1, 0.0, 1), (4, 3.0, 1)]
+    assert result.tokens_in(2.0) == int(120 * 0.9 * 256)
 
 
 @pytest.mark.parametrize("slow", ["bf16", "fp32"])
