@@ -118,11 +118,11 @@ class Cluster:
         (self.session,) = sessions
 
     def processes(self, part: str) -> list[psutil.Process]:
-        return [
-            process
-            for process in psutil.process_iter()
-            if re.match(PARTS[part], _command(process)) and self._owns(process)
-        ]
+        return self.matching(PARTS[part])
+
+    def matching(self, title: str) -> list[psutil.Process]:
+        """The processes whose command line begins with the regular expression."""
+        return [p for p in psutil.process_iter() if matches(p, title) and self._owns(p)]
 
     def _owns(self, process: psutil.Process) -> bool:
         """Ray's own programs name the session, and its workers are their children."""
@@ -130,6 +130,11 @@ class Cluster:
             return any(self.session in _command(p) for p in (process, *process.parents()))
         except psutil.Error:
             return False
+
+
+def matches(process: psutil.Process, title: str) -> bool:
+    """Whether the process's command line begins with the regular expression."""
+    return re.match(title, _command(process)) is not None
 
 
 def _command(process: psutil.Process) -> str:

@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "write or read Hugging Face's and nanochat's folders",
     "bench": "measure training and serving",
     "drill": "kill parts of a cluster under load, and report what clients saw",
+    "drill-train": "kill parts of a training run, and compare the weights that it ends with",
     "quickstart": "from raw text to a chat answer over HTTP, all of the above",
     "stop": "end what quickstart started",
 }
@@ -28,8 +29,8 @@ COMMANDS = {
 
 def module_of(command: str) -> str:
     """Path of the module of a command."""
-    # It needs the load generator.
-    package = "nanochat_ray.bench" if command == "drill" else __name__
+    # They measure.
+    package = "nanochat_ray.bench" if command.startswith("drill") else __name__
     return f"{package}.{command.replace('-', '_')}"
 
 

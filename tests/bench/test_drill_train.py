@@ -1,0 +1,120 @@
+"""The drill for training, over a program that stands in for ``nanochat-ray train``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat_ray.bench import drill_train
+from nanochat_ray.bench.drill_train import Args, Round
+from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.storage import Store
+
+STEPS = 20
+PROGRAM = f"""
+import os, sys, time
+run, flags = os.path.join(sys.argv[2], "runs", sys.argv[4]), sys.argv[5:]
+os.makedirs(run, exist_ok=True)
+with open(run + ".starts", "a+") as starts:
+    starts.write("x")
+    starts.seek(0)
+    num_kills = len(starts.read()) - 1
+step, is_last = len(os.listdir(run)), False
+while not is_last:
+    step += 1
+    is_disturbed = not run.endswith("-undisturbed") and flags[:1] == ["kills"]
+    is_last = step >= {STEPS} and (not is_disturbed or num_kills == int(flags[1]))
+    is_last = is_last and (flags[:1] != ["until"] or os.path.exists(flags[1]))
+    time.sleep(0.02)
+    os.makedirs(os.path.join(run, f"step-{{step:06d}}"), exist_ok=True)
+    open(os.path.join(run, f"step-{{step:06d}}", "manifest.json"), "w").close()
+    if flags == ["fail"]:
+        sys.exit("no more steps")
+"""
+"""Ends after so many steps; if its flags say so, not before a number of kills, nor until a file
+exists."""
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drill_train, "TRAIN", (sys.executable, "-c", PROGRAM))
+    monkeypatch.setattr(drill_train, "POLL_S", 0.002)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def arguments(folder: Path, **changes: Any) -> Args:
+    fields = {"train": "", "storage": str(folder), "delay_s": 0.01, "recover_s": 30.0}
+    return Args(**{**fields, **changes})
+
+
+def latest(folder: Path, run: str) -> str:
+    return checkpoint.latest(Store.at(str(folder)).child("runs", run)) or ""
+
+
+def test_a_killed_driver_is_started_again(tmp_path: Path) -> None:
+    args = arguments(tmp_path, parts=("driver",), rounds=2, train="kills 2")
+    rounds = drill_train.drill_run(args, tmp_path)
+    assert [(r.part, r.restarts) for r in rounds] == [("driver", 1), ("driver", 1)]
+    assert all(r.recovery_s for r in rounds)
+    assert rounds[0].checkpoint < rounds[1].checkpoint
+    assert latest(tmp_path, "drill") >= checkpoint.name_of(STEPS)
+
+
+def test_an_outage_is_two_commands(tmp_path: Path) -> None:
+    commands = {name: f"date +%s.%N > {tmp_path}/{name}" for name in ("break", "mend")}
+    args = arguments(
+        tmp_path,
+        train=f"until {tmp_path}/mend",
+        parts=("outage",),
+        break_command=commands["break"],
+        mend_command=commands["mend"],
+        outage_s=0.1,
+    )
+    (counts,) = drill_train.drill_run(args, tmp_path)
+    assert counts.restarts == 0
+    times = [float((tmp_path / name).read_text()) for name in commands]
+    assert times[1] - times[0] >= 0.1
+    with pytest.raises(ValueError, match="outage needs break_command and mend_command"):
+        arguments(tmp_path, parts=("outage",))
+
+
+def test_a_run_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    outage = {"break_command": "true", "mend_command": "true", "outage_s": 0.001}
+    args = arguments(tmp_path, parts=("outage",), rounds=STEPS + 1, **outage)
+    with pytest.raises(ValueError, match=r"rounds=21 is not allowed: the run ended after \d+ dist"):
+        drill_train.drill_run(args, tmp_path)
+
+
+def test_a_run_that_fails_by_itself_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="train ended with status 1: no more steps"):
+        drill_train.train_undisturbed(arguments(tmp_path, train="fail"), "run", tmp_path)
+
+
+@pytest.mark.parametrize("digests", [["a", "a"], ["a", "b"]])
+def test_status_says_whether_bits_are_equal(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    digests: list[str],
+) -> None:
+    is_equal, answers = digests[0] == digests[1], iter(digests)
+    monkeypatch.setattr(drill_train, "sha256", lambda run: next(answers))
+    status = drill_train.main(arguments(tmp_path, parts=("driver",), train="kills 1"))
+    assert status == (not is_equal)
+    assert latest(tmp_path, "drill-undisturbed") == checkpoint.name_of(STEPS)
+    fields = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (fields["bitwise_equal"], fields["sha256"]) == (is_equal, digests)
+    with pytest.raises(ValueError, match="run='drill' is not allowed: it exists"):
+        drill_train.main(arguments(tmp_path))
+
+
+def test_table_by_hand() -> None:
+    rounds = [Round("worker", "a", t) for t in (3.0, 1.0, 8.0)] + [Round("gcs", "b", None, 2)]
+    assert drill_train.table(rounds).splitlines()[2:] == [
+        "| worker | 3 | 0 | 3.0 | 8.0 |",
+        "| gcs | 1 | 2 | never | never |",
+    ]
