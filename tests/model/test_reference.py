@@ -27,10 +27,14 @@ def norm(x: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
 
 
-def rotate(x_THD: Tensor, base: float) -> Tensor:
-    """Pair (i, i + D/2) turns by minus position · base^(-2i/D)."""
+def rotate(x_THD: Tensor, c: ModelConfig) -> Tensor:
+    """Pair (i, i + D/2) turns by minus position · base^(-2i/D), or by YaRN's share of that."""
     T, _, D = x_THD.shape
-    angle = torch.outer(torch.arange(T), base ** (-torch.arange(0, D, 2) / D)).double()
+    frequency = c.rope_base ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    turns = c.sequence_len * frequency / (2 * math.pi)
+    share = ((turns - 1) / 31).clamp(0, 1)
+    frequency = frequency * (share + (1 - share) / c.rope_factor)
+    angle = torch.outer(torch.arange(T, dtype=torch.float64), frequency)
     z = torch.complex(x_THD[..., : D // 2], x_THD[..., D // 2 :]) * torch.exp(-1j * angle)[:, None]
     return torch.cat((z.real, z.imag), dim=-1)
 
@@ -61,7 +65,7 @@ def reference(
         if c.value_embeds and i % 2 == (n - 1) % 2:
             gate = 3 * torch.sigmoid(h[:, :12] @ w[f"{p}attn.ve_gate.weight"].T)
             v = v + gate[:, :, None] * w[f"value_embeds.{i}.weight"][ids].view_as(v)
-        q, k = (norm(rotate(a, c.rope_base), c.norm_eps) for a in (q, k))
+        q, k = (norm(rotate(a, c), c.norm_eps) for a in (q, k))
         y = torch.zeros(T, c.n_head, c.head_dim, dtype=torch.float64)
         for t in range(T):
             first = max(0, t - windows[i]) if windows[i] >= 0 else 0
@@ -69,6 +73,7 @@ def reference(
             for head in range(c.n_head):
                 kv = head * c.n_kv_head // c.n_head
                 scores = k[near, kv] @ q[t, head] * c.qk_scale**2 / math.sqrt(c.head_dim)
+                scores *= (0.1 * math.log(c.rope_factor) + 1) ** 2
                 y[t, head] = scores.softmax(0) @ v[near, kv]
         if c.attention_gate:
             y = y * torch.sigmoid(h[:, :12] @ w[f"{p}attn.head_gate.weight"].T)[:, :, None]
@@ -102,6 +107,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "documents": {"document_start": 3, "window_pattern": "SL"},
     "no softcap": {"softcap": 0.0, "smear": False},
     "no scalars": {"residual_scalars": False, "n_layer": 3},
+    "yarn": {"rope_factor": 4.0, "rope_base": 1000.0},
     "epsilon": {"norm_eps": 0.5, "qk_scale": 0.7, "rope_base": 50.0, "value_embeds": False},
 }
 

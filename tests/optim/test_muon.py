@@ -36,6 +36,13 @@ def test_singular_values_by_hand(method: Orthogonalizer, values: list[float]) ->
         torch.testing.assert_close(result, golden, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["polar_express", "newton_schulz"])
+def test_tiny_gradients_keep_their_direction(method: Orthogonalizer) -> None:
+    G = torch.tensor([[1.0, 2.0], [2.0, -1.0]], dtype=torch.float64)
+    for size in (1e-6, 1e-8, 1e-12):
+        assert ((orthogonalize(size * G, method) * G) > 0).all()
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 6), (2, 6, 4), (2, 4, 4)])
 @pytest.mark.parametrize("row_normalize", [False, True])
 def test_a_gradient_of_zeros_moves_nothing(shape: tuple[int, ...], row_normalize: bool) -> None:

@@ -32,6 +32,9 @@ class Decider(Trainer):
             skipped_steps=skipped_steps,
             check_weights=lambda *args: self.calls.append(("check", *args[:3])),
         )
+        self.checkpointer = types.SimpleNamespace(  # type: ignore[assignment]
+            writer=types.SimpleNamespace(release=lambda: self.calls.append("release"))
+        )
 
     def evaluate(self) -> Evaluation:
         self.calls.append("evaluate")
@@ -52,13 +55,20 @@ def decide(
     skipped_steps: int = 0,
     **changes: Any,
 ) -> tuple[str, Decider]:
-    """Letters of what is done: e(valuation), s(aving), c(hecked first); m: with its metric."""
+    """Letters of what is done: e(valuation), s(aving), c(hecked first); m: with its metric.
+
+    Where nothing is saved, the writer is released.
+    """
     decider = Decider(step, is_best=is_best, skipped_steps=skipped_steps, **changes)
     decider.save_pending = pending
     result = StepResult(loss, 1.0, 5, 1.0, True, votes, 8)
     decider._evaluate_and_save(result, BATCH)
     letters = ""
+    is_saved = any(call[0] == "save" for call in decider.calls)
+    assert decider.calls.count("release") == (not is_saved)
     for call in decider.calls:
+        if call == "release":
+            continue
         if call == "evaluate":
             letters += "e"
         elif call[0] == "check":
@@ -130,20 +140,33 @@ def test_hooks_are_polled_all() -> None:
         assert decider._last_poll > 0
 
 
-def test_votes_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("writer_idle", [True, False])
+def test_votes_of_a_rank(rank: int, writer_idle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer is held before steps that a checkpoint may follow, and rank 0 alone has one."""
     now = 100.0
     monkeypatch.setattr(trainer_module.time, "monotonic", lambda: now)
-    for rank in (0, 1):
-        decider = Decider(5, is_best=False, skipped_steps=0)
-        decider.ranks = types.SimpleNamespace(rank=rank)  # type: ignore[assignment]
-        for idle, error, stops in ((True, False, (False, True)), (False, True, (False, False))):
-            decider.checkpointer = types.SimpleNamespace(idle=idle, has_error=error)  # type: ignore[assignment]
+    for step, pending, since, may_save in (
+        (4, False, 5.0, False),
+        (4, False, 5.5, True),  # hooks are polled
+        (4, True, 0.0, True),
+        (5, False, 0.0, True),  # step 6 saves,
+        (7, False, 0.0, True),  # and step 8 validates
+    ):
+        for has_error, stops in ((False, (False, True)), (True, (False, False))):
+            holds: list[int] = []
+            decider = Decider(step, is_best=False, skipped_steps=0)
+            decider.ranks = types.SimpleNamespace(rank=rank)  # type: ignore[assignment]
+            decider.save_pending, decider._last_poll = pending, now - since
+            writer = types.SimpleNamespace(hold=lambda h=holds: h.append(1) or writer_idle)
+            decider.checkpointer = types.SimpleNamespace(  # type: ignore[assignment]
+                writer=writer, has_error=has_error
+            )
             decider.hooks = [FunctionHooks(should_stop=lambda stop=stop: stop) for stop in stops]
-            for since, poll in ((5.0, False), (5.5, True)):
-                decider._last_poll = now - since
-                assert decider._votes() == RankVotes(
-                    stop=any(stops),
-                    poll=poll and rank == 0,
-                    writer_idle=idle and rank == 0,
-                    writer_error=error,
-                )
+            assert decider._votes() == RankVotes(
+                stop=any(stops),
+                poll=since > 5 and rank == 0,
+                writer_idle=rank == 0 and may_save and writer_idle,
+                writer_error=has_error,
+            )
+            assert len(holds) == (rank == 0 and may_save)

@@ -178,7 +178,11 @@ def test_checkpointed_activations_equal_plain(precision: str) -> None:
             p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2))
         model.checkpoint_activations = recompute
         model.train()
+        calls: list[int] = []
+        for block in model.blocks:
+            block.attn.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         model.loss(ids[:, :-1], ids[:, 1:].contiguous(), reduction="mean").backward()
+        assert len(calls) == (6 if recompute else 3)
         results.append({name: p.grad for name, p in model.named_parameters()})
     plain, again = results
     for name, grad in plain.items():

@@ -162,6 +162,24 @@ def test_micro_batches_shift_the_mask() -> None:
     assert both.targets.tolist() == [[11, 12, 13], [21, 22, 23]]
 
 
+def test_columns_behind_the_last_answer_are_cut() -> None:
+    """Of sampled answers, in each micro-batch; prepared sequences keep their length."""
+    ids = np.arange(28, dtype=np.int32).reshape(4, 7)
+    mask = np.zeros((4, 7), dtype=np.uint8)
+    mask[0, 1], mask[1, 4], mask[3, 6] = 1, 1, 1
+    weights = {"weights": ids.astype(np.float32)}
+    micros = list(split(Batch(ids, mask, weights), 2, torch.device("cpu")))
+    assert [micro.inputs.shape[1] for micro in micros] == [4, 6]
+    assert micros[0].inputs.tolist() == [[0, 1, 2, 3], [7, 8, 9, 10]]
+    assert micros[0].targets.tolist() == [[1, -1, -1, -1], [-1, -1, -1, 11]]
+    assert micros[0].token_inputs["weights"].tolist() == [[1, 2, 3, 4], [8, 9, 10, 11]]
+    for batch in (Batch(ids, mask), Batch(ids, None, weights)):
+        assert {micro.inputs.shape[1] for micro in split(batch, 2, torch.device("cpu"))} == {6}
+    none = Batch(ids, np.zeros_like(mask), weights)
+    (micro,) = split(none, 4, torch.device("cpu"))
+    assert (micro.targets == -1).all()
+
+
 class WeightedLoss(CrossEntropy):
     """-sum of weight · log-probability."""
 
