@@ -1,9 +1,9 @@
 """Kill parts of a training run on Ray at random moments, and compare the weights it ends with.
 
     nanochat-ray drill-train --train "--dataset base --depth 2 --save-every 10 --restarts 50"
-    nanochat-ray drill-train --parts worker driver --rounds 5 --train "…"
+    nanochat-ray drill-train --parts worker driver --rounds 5 --train "--dataset base"
     nanochat-ray drill-train --parts outage --break-command "ip link set n1 down" \\
-        --mend-command "ip link set n1 up" --outage-s 30 --train "…"
+        --mend-command "ip link set n1 up" --outage-s 30 --train "--dataset base"
 
 The command ``nanochat-ray train`` with the flags of --train runs twice: undisturbed, then with one
 SIGKILL after the other. A run that ends early is started again by the same command. Parts are
@@ -35,7 +35,6 @@ from tempfile import TemporaryDirectory
 import psutil
 
 from nanochat_ray.bench import drill
-from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.storage import Store, absolute, default_root
 
@@ -67,7 +66,7 @@ class Args:
     rounds: int = 1
     """Disturbances of each part."""
     delay_s: float = 2.0
-    """From a new checkpoint to the next disturbance, at most."""
+    """At most, from a new checkpoint to a disturbance."""
     recover_s: float = 180.0
     """How long a new checkpoint may take."""
     break_command: str = ""
@@ -77,7 +76,7 @@ class Args:
     outage_s: float = 10.0
     """Seconds between the two."""
     session: str = ""
-    """Name of the Ray session, where RAY_ADDRESS is set and this host has several clusters."""
+    """Name of the Ray session, where this host has several."""
     seed: int = 0
     """Of moments and processes."""
 
@@ -128,7 +127,7 @@ class Command:
     def latest(self) -> str:
         """Name of the latest checkpoint; "" without one, or while storage does not answer."""
         with contextlib.suppress(OSError):
-            return checkpoint.latest(self.store) or ""
+            return _latest(self.store)
         return ""
 
     def runs(self, *, again: bool) -> bool:
@@ -242,8 +241,17 @@ def train_undisturbed(args: Args, run: str, folder: Path) -> None:
             time.sleep(POLL_S)
 
 
+def _latest(run: Store) -> str:
+    """Name of the latest checkpoint; "" without one."""
+    from nanochat_ray.checkpoint import checkpoint  # needs torch, which --help does without
+
+    return checkpoint.latest(run) or ""
+
+
 def sha256(run: Store) -> str:
     """Of the weights and the optimizer's state of the run's latest checkpoint, and its step."""
+    from nanochat_ray.checkpoint import checkpoint
+
     latest = checkpoint.load(run, optimizer=True)
     digest = hashlib.sha256(str(latest.step).encode())
     tensors = {**latest.weights, **(latest.optimizer or {})}
@@ -273,7 +281,7 @@ def table(rounds: Sequence[Round]) -> str:
 def main(args: Args) -> int:
     runs = Store.at(args.storage).child("runs")
     names = (f"{args.run}-undisturbed", args.run)
-    has_run = checkpoint.latest(runs.child(args.run)) is not None
+    has_run = bool(_latest(runs.child(args.run)))
     require(not has_run, "run", args.run, "it exists in the storage: name another")
     with TemporaryDirectory(prefix="nanochat-drill-") as folder:
         train_undisturbed(args, names[0], Path(folder))
