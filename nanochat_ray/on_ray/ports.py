@@ -51,6 +51,9 @@ SETTINGS = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     # At its 0.1 s the controller takes a third of an idle cluster's CPU time (BENCHMARKS.md).
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
+    # A proxy is replaced after three failed checks. Every 10 s, Serve's default, an endpoint whose
+    # HAProxy has died answers nobody for 30 s.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
 }
 """Of Serve on one machine."""
 MAX_FOLDER = 28

@@ -46,6 +46,22 @@ def test_every_fixed_port_and_path_of_serve_is_set() -> None:
     assert names <= set(variables)
 
 
+def test_serve_reads_every_setting() -> None:
+    """And images and manifests agree with what the serve command sets."""
+    source = Path(constants.__file__).read_text()
+    image = (REPO / "cluster/Dockerfile").read_text()
+    manifest = (REPO / "k8s/serve/ray-service.yaml").read_text()
+    for name, value in ports.SETTINGS.items():
+        assert f'"{name}"' in source
+        for in_image in re.findall(rf"{name}=(\S+)", image):
+            assert in_image == value
+        for in_manifest in re.findall(rf'name: {name}\s+value: "(.*)"', manifest):
+            assert in_manifest == value
+    for name in ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"):
+        assert name in image
+        assert name in manifest
+
+
 @pytest.mark.slow
 def test_two_clusters_share_nothing() -> None:
     """What HAProxy's configuration is made from, as Ray reads it in two environments."""
