@@ -8,8 +8,9 @@ Parts are engine, ingress, haproxy, proxy, controller, dashboard, agent, gcs and
 three are left out by default: a node ends with its agent and its raylet, and a cluster that does
 not store its state with its gcs. The drill sends signals to processes of the cluster: use it on one
 that may be disturbed. Every answer is greedy, and its text is compared with that of an undisturbed
-one. Status 1 if a stream breaks or changes that should not have: those of an ingress, of HAProxy,
-its manager (proxy) and a node may break.
+one. Status 1 if a stream breaks or changes that should not have (those of an ingress, of HAProxy,
+its manager (proxy) and a node may break), if the endpoint answers no more, or if a part is not
+replaced that Serve replaces.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ PARTS: Mapping[str, str] = {
 DEFAULT_PARTS = ("engine", "ingress", "haproxy", "proxy", "controller", "dashboard")
 MAY_BREAK = {"ingress", "haproxy", "proxy", "agent", "raylet"}
 """Streams run through these, so theirs end with them."""
+NOT_REPLACED = {"dashboard", "agent", "gcs", "raylet"}
+"""Nothing in a cluster starts these again: KubeRay does, or whoever has started the node."""
 STEADY_S = 2.0
 """Without a broken stream before a signal is sent."""
 VOCAB = 256
@@ -71,7 +74,7 @@ class Args:
     tokens: int = 200
     """Of each answer."""
     recover_s: float = 120.0
-    """How long a part may take to be back."""
+    """How long the endpoint may take to answer again, and the part to be replaced."""
     session: str = ""
     """Name of the Ray session, where this host has several clusters."""
     seed: int = 0
@@ -103,8 +106,14 @@ class Round:
     longest_gap_s: float = 0.0
     """Between two tokens of a stream."""
     recovery_s: float | None = None
-    """Until an answer begins again and the part has as many processes as before; None: not within
-    the time."""
+    """Until the first complete answer after the last error; None: not within the time."""
+    replacement_s: float | None = None
+    """Until the part has as many processes as before; None: not within the time."""
+
+    @property
+    def is_over(self) -> bool:
+        has_part = self.replacement_s is not None or self.part in NOT_REPLACED
+        return has_part and self.recovery_s is not None
 
 
 class Cluster:
@@ -221,14 +230,17 @@ async def disturb(args: Args, cluster: Cluster, streams: Streams, part: str, rng
             victim.send_signal(signal.SIGCONT)
     else:
         victim.kill()
-    while (now := time.perf_counter()) < began + args.recover_s:
-        is_back = len(cluster.processes(part)) >= len(processes)
-        if is_back and streams.last_answer > max(began, streams.last_break):
-            counts.recovery_s = now - began
-            break
+    while not counts.is_over and (now := time.perf_counter()) < began + args.recover_s:
+        if streams.last_answer <= max(began, streams.last_break):
+            counts.recovery_s = None
+        elif counts.recovery_s is None:
+            counts.recovery_s = streams.last_answer - began
+        if counts.replacement_s is None and len(cluster.processes(part)) >= len(processes):
+            counts.replacement_s = now - began
         await asyncio.sleep(0.2)
-    # What was under way at the signal is judged too.
-    await streams.steady()
+    if counts.recovery_s is not None:
+        # What was under way at the signal is judged too.
+        await streams.steady()
     streams.round = None
     return counts
 
@@ -241,7 +253,7 @@ def _model(args: Args) -> str:
 
 
 async def drill(args: Args) -> list[Round]:
-    """Rounds in the order in which they happened."""
+    """Rounds in the order in which they happened; they end when the endpoint is dead."""
     cluster, model = Cluster(args.session), _model(args)
     prompts = load.random_prompts(
         args.streams, vocab=VOCAB, prompt=24, output=args.tokens, seed=args.seed
@@ -260,8 +272,12 @@ async def drill(args: Args) -> list[Round]:
     try:
         for number in range(args.rounds):
             for part in parts:
+                if number and part in NOT_REPLACED and not cluster.processes(part):
+                    continue  # the round before has ended it
                 rounds.append(await disturb(args, cluster, streams, part, rng))
                 print(f"round {number + 1}: {_row(part, rounds[-1:])}", file=sys.stderr, flush=True)
+                if rounds[-1].recovery_s is None:
+                    return rounds  # a dead endpoint shows nothing else
     finally:
         await streams.stop()
     return rounds
@@ -269,18 +285,23 @@ async def drill(args: Args) -> list[Round]:
 
 def _row(part: str, rounds: Sequence[Round]) -> str:
     gaps = sorted(r.longest_gap_s for r in rounds)
-    times = [r.recovery_s for r in rounds if r.recovery_s is not None]
     names = ("answers", "broken_streams", "changed_answers", "refused_requests")
     sums = (sum(getattr(r, name) for r in rounds) for name in names)
-    slowest = f"{max(times):.1f}" if len(times) == len(rounds) else "never"
     cells = [part, str(len(rounds)), *map(str, sums)]
-    cells += [f"{gaps[len(gaps) // 2]:.2f}", f"{gaps[-1]:.2f}", slowest]
+    cells += [f"{gaps[len(gaps) // 2]:.2f}", f"{gaps[-1]:.2f}"]
+    cells += [_slowest([r.recovery_s for r in rounds]), _slowest([r.replacement_s for r in rounds])]
     return "| " + " | ".join(cells) + " |"
+
+
+def _slowest(times: Sequence[float | None]) -> str:
+    seconds = [time for time in times if time is not None]
+    return f"{max(seconds):.1f}" if len(seconds) == len(times) else "never"
 
 
 def table(rounds: Sequence[Round]) -> str:
     head = ["part", "signals", "answers", "broken", "changed", "refused"]
     head += ["median gap (s)", "longest gap (s)", "slowest recovery (s)"]
+    head += ["slowest replacement (s)"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for part in dict.fromkeys(r.part for r in rounds):
         lines.append(_row(part, [r for r in rounds if r.part == part]))
@@ -296,7 +317,9 @@ def failures(rounds: Sequence[Round]) -> list[str]:
         if r.broken_streams and r.part not in MAY_BREAK:
             texts.append(f"{r.part}: {r.broken_streams} streams broke")
         if r.recovery_s is None:
-            texts.append(f"{r.part}: it was not back in time")
+            texts.append(f"{r.part}: the endpoint did not answer again in time")
+        if r.replacement_s is None and r.part not in NOT_REPLACED:
+            texts.append(f"{r.part}: it was not replaced in time")
     return texts
 
 

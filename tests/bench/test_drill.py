@@ -85,19 +85,22 @@ def test_counts_by_hand() -> None:
 
 def test_table_and_failures_by_hand() -> None:
     rounds = [
-        Round("engine", 1, 0, 0, 1, 10, 0.5, 3.0),
-        Round("engine", 2, 0, 0, 0, 10, 1.5, 9.0),
-        Round("ingress", 3, 4, 0, 2, 5, 0.1, 2.0),
+        Round("engine", 1, 0, 0, 1, 10, 0.5, 3.0, 8.0),
+        Round("engine", 2, 0, 0, 0, 10, 1.5, 9.0, 7.0),
+        Round("ingress", 3, 4, 0, 2, 5, 0.1, 2.0, 2.0),
+        Round("dashboard", 4, 0, 0, 0, 5, 0.1, 0.5),  # which Ray does not start again
     ]
     lines = drill.table(rounds).splitlines()
-    assert lines[2] == "| engine | 2 | 20 | 0 | 0 | 1 | 1.50 | 1.50 | 9.0 |"
-    assert lines[3] == "| ingress | 1 | 5 | 4 | 0 | 2 | 0.10 | 0.10 | 2.0 |"
+    assert lines[2] == "| engine | 2 | 20 | 0 | 0 | 1 | 1.50 | 1.50 | 9.0 | 8.0 |"
+    assert lines[3] == "| ingress | 1 | 5 | 4 | 0 | 2 | 0.10 | 0.10 | 2.0 | 2.0 |"
+    assert lines[4] == "| dashboard | 1 | 5 | 0 | 0 | 0 | 0.10 | 0.10 | 0.5 | never |"
     assert drill.failures(rounds) == []  # the streams of an ingress end with it
-    bad = [Round("engine", 1, 1, 2, recovery_s=1.0), Round("controller", 2)]
+    bad = [Round("engine", 1, 1, 2, recovery_s=1.0), Round("gcs", 2)]
     assert drill.failures(bad) == [
         "engine: 2 answers changed",
         "engine: 1 streams broke",
-        "controller: it was not back in time",
+        "engine: it was not replaced in time",
+        "gcs: the endpoint did not answer again in time",
     ]
 
 
