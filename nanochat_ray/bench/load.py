@@ -46,6 +46,8 @@ class Result:
     """Of the response; 0 without one."""
     retry_after_s: int | None = None
     """What the header Retry-After says."""
+    fingerprints: list[str] = field(default_factory=list)
+    """``system_fingerprint`` of its chunks: each once, in their order."""
 
     @property
     def per_token_s(self) -> float:
@@ -169,6 +171,9 @@ class _Stream(asyncio.Protocol):
         if not event["choices"]:
             return
         result.text += event["choices"][0].get("text") or ""
+        fingerprint = event.get("system_fingerprint") or ""
+        if fingerprint and fingerprint not in result.fingerprints:
+            result.fingerprints.append(fingerprint)
         if not self._last:
             result.first_s = now - result.began
         else:

@@ -8,6 +8,7 @@ COMMANDS = {
     "learning-rates": "the best factor on the learning rates at each batch size",
     "gpu": "a GPU against the CPU: equal results; training and decoding speed",
     "overload": "more requests than a server can answer, and clients that hold it up",
+    "rolls": "new checkpoints of a run rolled out under streams, sound ones and bad ones",
     "replay": "broken requests beside steady streams: no stream may suffer",
 }
 """Program → what it measures."""
