@@ -16,6 +16,13 @@ def test_each_question_once_per_epoch() -> None:
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
+def test_recorded_questions() -> None:
+    """Runs must stay reproducible: the order within a task is that of its own key."""
+    questions = Curriculum([7, 5], 3, adaptive=False).draw(14)
+    assert [q.index for q in questions if q.task == 0] == [3, 2, 1, 0, 5, 6, 4]
+    assert [q.index for q in questions if q.task == 1] == [2, 3, 0, 1, 4, 2, 3]
+
+
 def test_tasks_take_turns() -> None:
     drawn_tasks = [q.task for q in Curriculum([50, 50, 50], 0, adaptive=False).draw(9)]
     assert drawn_tasks == [0, 1, 2] * 3

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+
 import pytest
 import torch
 
 from nanochat_ray.engine.request import SamplingParams
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.rl.rollout import EngineGenerator, Rollout, make_requests, rollout_seed
+from nanochat_ray.rl.rollout import (
+    EngineGenerator,
+    Rollout,
+    answer_text,
+    make_requests,
+    rollout_seed,
+)
 from tests.rl.tiny_rl import ENGINE
 from tests.tiny import TOKENIZER, tiny_config
 
@@ -55,6 +64,23 @@ def test_a_seed_for_each_sample() -> None:
     assert len(set(seeds)) == 9
     assert all(0 <= seed < 2**64 for seed in seeds)
     assert rollout_seed(1, 23) != rollout_seed(12, 3)
+    digest = hashlib.sha256(b"(1, 23)").digest()
+    assert rollout_seed(1, 23) == sum(byte << 8 * i for i, byte in enumerate(digest[:8]))
+
+
+def test_requests_have_the_seeds() -> None:
+    requests = make_requests([1, 2], [7, 9], PARAMS, "q")
+    assert [(r.id, r.prompt, r.params.seed) for r in requests] == [
+        ("q/0", [1, 2], 7),
+        ("q/1", [1, 2], 9),
+    ]
+    assert all(dataclasses.replace(r.params, seed=PARAMS.seed) == PARAMS for r in requests)
+
+
+def test_the_token_that_ends_an_answer_is_no_text() -> None:
+    tokens = [*b"so", TOKENIZER.bos]
+    assert answer_text(TOKENIZER, Rollout(tokens, [], "stop", 0)) == "so"
+    assert answer_text(TOKENIZER, Rollout([*b"so"], [], "length", 0)) == "so"
 
 
 def test_a_failed_request_is_an_error() -> None:
