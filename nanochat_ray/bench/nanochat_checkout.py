@@ -8,6 +8,16 @@ import sys
 import types
 from typing import Any
 
+import torch
+
+from nanochat_ray.model.config import ModelConfig
+from nanochat_ray.model.gpt import GPT
+
+SHAPE_FIELDS = (
+    *("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern"),
+)
+"""Fields of its ``GPTConfig``, named as ours."""
+
 
 def load(checkout: str, dtype: str, compiles: bool = False) -> Any:
     """Its module ``nanochat.gpt``, computing in ``dtype``. Once a process: it reads that at import.
@@ -25,3 +35,35 @@ def load(checkout: str, dtype: str, compiles: bool = False) -> Any:
         except ImportError:
             sys.modules[name] = types.ModuleType(name)
     return importlib.import_module("nanochat.gpt")
+
+
+def model_of(checkout: str, model: GPT) -> Any:
+    """Its ``GPT`` with the weights of ``model``, in float32 on the CPU, for evaluation.
+
+    ValueError if it has no such architecture."""
+    weights = weights_of(model)
+    peer = load(checkout, "float32")
+    fields = {name: getattr(model.config, name) for name in SHAPE_FIELDS}
+    gpt = peer.GPT(peer.GPTConfig(**fields))
+    gpt.init_weights()
+    gpt.load_state_dict(weights)
+    return gpt.eval().requires_grad_(False)
+
+
+def weights_of(model: GPT) -> dict[str, torch.Tensor]:
+    """The weights of ``model`` for its ``GPT``, by the same names.
+
+    A model without backout subtracts nothing. ValueError names the field of an architecture that it
+    does not have."""
+    config = model.config
+    shape = {name: getattr(config, name) for name in SHAPE_FIELDS}
+    # Of what is left, ``dropout`` and ``residual_decay`` only change training.
+    rest = {name: getattr(config, name) for name in ("backout", "dropout", "residual_decay")}
+    nearest = ModelConfig.modern(**shape, **rest)
+    for name, value in vars(nearest).items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"model.{name}={getattr(config, name)!r} is not allowed: nanochat has {value!r}"
+            )
+    weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    return weights if config.backout else {**weights, "backout_lambda": torch.zeros(1)}

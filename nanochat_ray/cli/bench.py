@@ -6,6 +6,7 @@ COMMANDS = {
     "train": "the training step, two workers, Ray's share, the data loader",
     "learn": "tokens and seconds to AdamW's bits per byte, and ablations",
     "learning-rates": "the best factor on the learning rates at each batch size",
+    "core": "CORE by our engine and by nanochat's own code, on equal weights",
     "gpu": "a GPU against the CPU: equal results; training and decoding speed",
     "overload": "more requests than a server can answer, and clients that hold it up",
     "rolls": "new checkpoints of a run rolled out under streams, sound ones and bad ones",

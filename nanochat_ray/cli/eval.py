@@ -23,7 +23,7 @@ from nanochat_ray.cli.eval_core import core_figures
 from nanochat_ray.cli.flags import EVERYDAY, overrides
 from nanochat_ray.data import corpus, sources
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.evals.core_data import TASKS
+from nanochat_ray.evals.core_data import MAX_SHOTS
 from nanochat_ray.evals.results import Results
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.tasks.registry import make_task
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 else:
     EngineFlags = overrides(EngineConfig)
 
-MAX_SHOTS = max(task.num_shots for task in TASKS)
 CHAT_TASKS = ("chain_sum", "leg_counting", "products")
 
 
@@ -215,6 +214,7 @@ def main(args: Args) -> None:
     from nanochat_ray.checkpoint import checkpoint
     from nanochat_ray.engine.engine import Engine
     from nanochat_ray.engine.precision import checkpoint_dtype
+    from nanochat_ray.evals.core import core_engine
     from nanochat_ray.machine import engine_threads
 
     config = EngineConfig(**args.engine)
@@ -237,10 +237,11 @@ def main(args: Args) -> None:
     if args.text:
         result |= text_figures(args, model, tokenizer, config)
     if tasks or args.core:
-        engine = Engine.from_model(model, tokenizer, config)
         results = Results(store, name, checkpoint.weight_version(store, name))
         if tasks:
+            engine = Engine.from_model(model, tokenizer, config)
             result |= task_figures(args, engine, tokenizer, tasks, results)
         if args.core:
+            engine = core_engine(model, tokenizer, config)
             result |= core_figures(engine, tokenizer, args.core, args.core_count, results)
     print(json.dumps(result))

@@ -120,9 +120,9 @@ class InferenceModel:
             if name not in in_matmuls
         }
         """Embedding tables and scalars, by their name in a state dict."""
-        length = max(max_model_len, config.context_len)
+        self.max_positions = max(max_model_len, config.context_len)
         tables = rotary_tables(
-            length,
+            self.max_positions,
             config.head_dim,
             config.rope_base,
             train_length=config.sequence_len,
@@ -140,6 +140,7 @@ class InferenceModel:
     def _layer(self, i: int) -> Layer:
         config, at = self.config, f"transformer.h.{i}."
         has_values = config.value_embeds and has_value_embedding(i, config.n_layer)
+        window = windows(config)[i]
         return Layer(
             qkv=self.linears[at + "attn.c_qkv"],
             attention_output=self.linears[at + "attn.c_proj"],
@@ -148,7 +149,7 @@ class InferenceModel:
             value_gate=self.linears[at + "attn.ve_gate"] if has_values else None,
             head_gate=self.linears[at + "attn.head_gate"] if config.attention_gate else None,
             value_embedding=self.tensors[f"value_embeds.{i}.weight"] if has_values else None,
-            window=windows(config)[i],
+            window=window if window < self.max_positions - 1 else -1,
         )
 
     def _make_triton_forward(self) -> TritonForward:

@@ -10,15 +10,20 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.offline import run_requests
 from nanochat_ray.engine.request import Request, SamplingParams, TokenLogprob
 from nanochat_ray.evals.core_data import CoreTask, Example
+from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import Tokenizer
 
 ORDER_SEED, SHOT_SEED = 1337, 1234
+CONTEXTS = 10
+"""Positions that nanochat evaluates, as a multiple of the training's: prompts with ten shots are
+longer than its context, and attention slides over them."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,13 @@ def core_metric(scores: Sequence[CoreScore]) -> tuple[float, float]:
     """The mean of the centered accuracies, and its standard error."""
     mean = sum(s.centered_accuracy for s in scores) / len(scores)
     return mean, math.sqrt(sum(s.standard_error**2 for s in scores)) / len(scores)
+
+
+def core_engine(model: GPT, tokenizer: Tokenizer, config: EngineConfig) -> Engine:
+    """An engine for ``evaluate``, whose context is nanochat's unless ``config.max_model_len`` says
+    another."""
+    length = config.max_model_len or CONTEXTS * model.config.sequence_len
+    return Engine.from_model(model, tokenizer, replace(config, max_model_len=length))
 
 
 def choose(examples: Sequence[Example], count: int = 0) -> list[Example]:

@@ -74,6 +74,7 @@ TASKS = (
         0.25,
     ),
 )
+MAX_SHOTS = max(task.num_shots for task in TASKS)
 _FIELDS: dict[Kind, dict[str, type]] = {
     "multiple_choice": {"query": str, "choices": list, "gold": int},
     "schema": {"context_options": list, "continuation": str, "gold": int},

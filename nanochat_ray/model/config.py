@@ -30,9 +30,10 @@ class ModelConfig:
     n_kv_head: int
     n_embd: int
     sequence_len: int
-    """Positions that training sees, and the length of a full ("L") window."""
+    """Positions that training sees."""
     window_pattern: str = "L"
-    """One letter a layer, tiled: L = all earlier positions, S = a quarter. The last is always L."""
+    """One letter a layer, tiled: how many earlier positions it sees. L = ``context_len``, S = a
+    quarter of ``sequence_len``. The last is always L."""
     document_start: int = -1
     """Token that begins a document, which attention and smear then do not cross; -1 lets them."""
     value_embeds: bool = True
@@ -175,18 +176,19 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 
 
 def windows(config: ModelConfig) -> tuple[int, ...]:
-    """For each layer, how many earlier tokens a token sees; -1 is all of them.
+    """For each layer, how many earlier tokens a token sees.
 
-    "S" is a quarter of the context rounded up to 128 (nanochat: the tile of FlashAttention 3).
+    "L" is the context: over longer sequences attention slides, as nanochat's. "S" is a quarter of
+    the training's, rounded up to 128 (nanochat: the tile of FlashAttention 3).
     """
     short = -(-config.sequence_len // 4 // 128) * 128
     letters = [config.window_pattern[i % len(config.window_pattern)] for i in range(config.n_layer)]
     letters[-1] = "L"
-    return tuple(short if letter == "S" else -1 for letter in letters)
+    return tuple(short if letter == "S" else config.context_len for letter in letters)
 
 
 def flops_per_token(config: ModelConfig) -> float:
     """Forward and backward of one token in training (PaLM's count, arXiv 2204.02311)."""
     counts = count_parameters(config)
-    spans = [config.sequence_len if w < 0 else min(w, config.sequence_len) for w in windows(config)]
+    spans = [min(window, config.sequence_len) for window in windows(config)]
     return 6.0 * (counts.matrices + counts.head) + 12.0 * config.n_embd * sum(spans)

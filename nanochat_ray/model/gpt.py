@@ -251,7 +251,7 @@ class GPT(nn.Module):
         """The layer's window at this time: while it grows, a multiple of 64."""
         if self.window_share >= 1 or not self.training:
             return layer.window
-        full_window = T if layer.window < 0 else layer.window
+        full_window = min(T, layer.window)
         return min(full_window, max(64, round(full_window * self.window_share / 64) * 64))
 
     def _rotary(self, T: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ import torch
 
 from nanochat_ray.cli import eval as job
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import TokenLogprob
 from nanochat_ray.evals import core, core_data
 from nanochat_ray.evals.core import CoreScore, Option, Question
@@ -144,7 +143,9 @@ def reference(gpt: GPT, task: CoreTask, examples: list[dict[str, Any]], length: 
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
 @pytest.mark.parametrize("layout", ["slots", "paged"])
-def test_decisions_equal_a_forward_pass(kind: core_data.Kind, layout: str) -> None:
+@pytest.mark.parametrize("length", [28, 0])
+def test_decisions_equal_a_forward_pass(kind: core_data.Kind, layout: str, length: int) -> None:
+    """``length``: of the engine's context; 0: nanochat's, over which attention slides."""
     rng = random.Random(3)
 
     def text(length: int) -> str:
@@ -165,15 +166,20 @@ def test_decisions_equal_a_forward_pass(kind: core_data.Kind, layout: str) -> No
         torch.nn.init.normal_(parameter, 0, 0.3, generator=torch.Generator().manual_seed(1))
     gpt.eval().requires_grad_(False)
     # A queue that holds less than the options of one question.
-    config = EngineConfig(max_num_seqs=4, max_queue_size=2, kv_layout=layout)  # type: ignore[arg-type]
-    engine = Engine.from_model(gpt, TOKENIZER, config)
+    config = EngineConfig(
+        max_num_seqs=4,
+        max_queue_size=2,
+        max_model_len=length,
+        kv_layout=layout,  # type: ignore[arg-type]
+    )
+    engine = core.core_engine(gpt, TOKENIZER, config)
     calls: list[tuple[int, int]] = []
     score, decisions = core.evaluate(
         engine, TOKENIZER, task, examples, progress=lambda *call: calls.append(call)
     )
-    assert decisions == reference(gpt, task, examples, 28)
+    assert decisions == reference(gpt, task, examples, length or 280)
     assert (score.correct, score.total) == (sum(decisions), 24)
-    assert score.num_cropped > 0
+    assert (score.num_cropped > 0) == (length == 28)
     assert calls[-1] == (24, 24)
     engine.check_integrity()
 

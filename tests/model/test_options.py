@@ -20,7 +20,7 @@ from tests.tiny import tiny_config
 
 
 def build_model(**fields: object) -> GPT:
-    model = GPT(tiny_config(n_layer=4, **fields))
+    model = GPT(tiny_config(**{"n_layer": 4, **fields}))
     generator = torch.Generator().manual_seed(0)
     model.init_weights(generator)
     with torch.no_grad():
@@ -53,6 +53,16 @@ def test_documents_do_not_see_each_other() -> None:
         together = model(torch.cat(documents, dim=1))
         alone = torch.cat([model(document) for document in documents], dim=1)
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
+
+
+def test_attention_slides_beyond_the_context() -> None:
+    """A context of 4: in the one layer a token sees itself and 4 before it, as nanochat's does."""
+    model = build_model(n_layer=1, sequence_len=4, smear=False)
+    ids = torch.arange(12)[None]
+    other = ids.where(ids != 5, 99)
+    with torch.no_grad():
+        differs = (model(ids) != model(other)).any(-1)[0]
+    assert differs.tolist() == [False] * 5 + [True] * 5 + [False] * 2
 
 
 @pytest.mark.parametrize("window", [-1, 5, 128, 150])

@@ -92,11 +92,11 @@ def test_decay_follows_batch_and_tokens() -> None:
     ("depth", "shape"),
     # layers, heads, width, context, windows, backout
     [
-        (1, (1, 1, 64, 512, (-1,), False)),
-        (3, (3, 3, 192, 512, (-1, -1, -1), False)),
-        (8, (8, 8, 512, 2048, (512, 512, 512, -1) * 2, False)),
-        (11, (11, 11, 704, 2048, (512, 512, 512, -1, 512, 512, 512, -1, 512, 512, -1), False)),
-        (13, (13, 7, 896, 2048, (512, 512, 512, -1) * 3 + (-1,), True)),
+        (1, (1, 1, 64, 512, (512,), False)),
+        (3, (3, 3, 192, 512, (512, 512, 512), False)),
+        (8, (8, 8, 512, 2048, (512, 512, 512, 2048) * 2, False)),
+        (11, (11, 11, 704, 2048, (*(512, 512, 512, 2048) * 2, 512, 512, 2048), False)),
+        (13, (13, 7, 896, 2048, (512, 512, 512, 2048) * 3 + (2048,), True)),
     ],
 )
 def test_shape_of_a_depth(depth: int, shape: tuple[object, ...]) -> None:
@@ -110,7 +110,7 @@ def test_shape_of_a_depth(depth: int, shape: tuple[object, ...]) -> None:
 def test_short_window_is_a_quarter(length: int, short: int) -> None:
     c = ModelConfig.modern(vocab_size=8, n_layer=2, n_head=1, n_kv_head=1, n_embd=8,
                            sequence_len=length, window_pattern="S")  # fmt: skip
-    assert windows(c) == (short, -1)
+    assert windows(c) == (short, length)
 
 
 def test_parameters_and_flops_by_hand() -> None:
