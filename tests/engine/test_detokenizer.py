@@ -53,6 +53,19 @@ def test_any_split_gives_the_same_text() -> None:
         assert ("".join(texts), stream.is_stopped) == (want, is_stopped)
 
 
+@pytest.mark.parametrize(
+    ("stops", "text", "want"),
+    [(["abcd", "bc"], "xabcdy", "xa"), (["ab", "aab"], "xaaby", "x"), (["b", "a"], "xxab", "xx")],
+)
+def test_the_stop_that_is_complete_first_ends_the_text(
+    stops: list[str], text: str, want: str
+) -> None:
+    """Of one step, in any order; of two that end together, the longer one."""
+    for order in (stops, stops[::-1]):
+        stream = IncrementalDetokenizer(TOKENIZER, order)
+        assert stream.push(TOKENIZER.encode(text)) == want
+
+
 def test_nothing_is_held_back_without_need() -> None:
     stream = IncrementalDetokenizer(TOKENIZER, ["</end>"])
     assert stream.push(TOKENIZER.encode("a < b, a <")) == "a < b, a "

@@ -39,6 +39,19 @@ def test_a_call_that_another_delimiter_cuts_is_no_event() -> None:
     assert events(OutputProcessor(TOK), tokens) == [TextEvent("b")]
 
 
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [IDS.call_end],
+        [IDS.result_end],
+        [IDS.result_start, *TOK.encode("2"), IDS.call_end],
+        [IDS.call_start, *TOK.encode("2"), IDS.result_end],
+    ],
+)
+def test_an_end_without_its_start_is_no_event(tokens: list[int]) -> None:
+    assert events(OutputProcessor(TOK), [*tokens, *TOK.encode("b")]) == [TextEvent("b")]
+
+
 def test_a_forced_call_is_streamed() -> None:
     processor = OutputProcessor(TOK, begins_in_call=True, streams_call=True)
     assert events(processor, [*TOK.encode("{é"), IDS.call_end]) == [

@@ -183,6 +183,23 @@ def test_clients_take_turns_in_admission_order() -> None:
     assert list(run(s)) == ["many3"]  # the queue was empty: the order is reset
 
 
+def test_the_client_with_fewer_running_goes_first() -> None:
+    """Also if it was the last one to be admitted."""
+    s = scheduler(num_slots=3, max_num_batched_tokens=20)
+
+    def replace(name: str | None, *names: str) -> set[str]:
+        for q in [q for q in s.running if q.request.id == name]:
+            s.remove(q)
+        for new in names:
+            s.add(sequence(new, client=new[:-1]))
+        return set(run(s))
+
+    s.add(sequence("later", priority=9))  # while a request waits, the order is kept
+    assert replace(None, "many0", "many1", "x0") == {"many0", "many1", "x0"}
+    assert replace("x0", "one0") == {"many0", "many1", "one0"}
+    assert replace("one0", "many2", "one1") == {"many0", "many1", "one1"}
+
+
 def test_youngest_of_lowest_priority_is_preempted() -> None:
     s = scheduler(num_slots=3, max_num_batched_tokens=20)
     for name, priority in (("old", 5), ("young", 5), ("kept", 2)):
@@ -191,6 +208,46 @@ def test_youngest_of_lowest_priority_is_preempted() -> None:
     s.add(sequence("urgent", priority=0))
     run(s)
     assert {q.request.id for q in s.running} == {"old", "kept", "urgent"}
+
+
+def test_the_last_one_waits_with_its_memory() -> None:
+    """Three blocks of 16 tokens: only an older sequence takes the memory of a younger one."""
+    allocator = BlockAllocator([BlockPool(3)])
+    manager = PagedManager(allocator, NoTables(), caches_prefixes=False)
+    s = Scheduler(
+        manager, num_slots=2, max_num_batched_tokens=64, prefill_chunk=64, max_queue_size=9
+    )
+    for name in "ab":
+        s.add(sequence(name, 16))
+    assert run(s) == {"a": 16, "b": 16}
+    for _ in range(16):  # into the third block, which both need
+        assert run(s) == {"a": 1}
+        assert (s.running[1].num_computed_tokens, s.num_preemptions) == (16, 0)
+    assert run(s) == {"a": 1}
+    assert (s.num_preemptions, [q.request.id for q in s.waiting]) == (1, ["b"])
+    s.remove(s.running[0])
+    assert run(s) == {"b": 16}
+
+
+@pytest.mark.parametrize(
+    ("scope", "length", "first_step"),
+    [
+        ("x", 32, {"a": 32}),  # b waits a step to match the first block
+        ("y", 32, {"a": 32, "b": 32}),
+        ("x", 15, {"a": 32, "b": 15}),  # no full block
+    ],
+)
+def test_an_equal_prompt_waits_for_its_prefix(
+    scope: str, length: int, first_step: dict[str, int]
+) -> None:
+    allocator = BlockAllocator([BlockPool(9)])
+    manager = PagedManager(allocator, NoTables(), caches_prefixes=True)
+    s = Scheduler(
+        manager, num_slots=2, max_num_batched_tokens=64, prefill_chunk=64, max_queue_size=9
+    )
+    s.add(sequence("a", 32, cache_scope="x"))
+    s.add(sequence("b", length, cache_scope=scope))
+    assert run(s) == first_step
 
 
 def test_expire_removes_waiting_and_running() -> None:

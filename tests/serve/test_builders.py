@@ -61,7 +61,9 @@ def test_best_of_ranks_by_the_mean() -> None:
         Delta(i, text=f"choice {i}", logprobs=[scored(65, score) for score in row])
         for i, row in enumerate(scores)
     ]
-    response = builder(deltas, prompt=["a", "b"], n=2, best_of=3).response()
+    response = builder(deltas, prompt=["a", "b"], n=2, best_of=3, return_token_ids=True).response()
+    prompts = [choice["prompt_token_ids"] for choice in response["choices"]]
+    assert prompts == [[TOK.bos, ord(letter)] for letter in "aabb"]
     texts = [choice["text"] for choice in response["choices"]]
     assert texts == ["choice 1", "choice 2", "choice 5", "choice 4"]
     assert [choice["index"] for choice in response["choices"]] == [0, 1, 2, 3]
@@ -168,6 +170,15 @@ def test_completion_logprobs_by_hand() -> None:
         None, {"B": -0.1, "A": -3.0}, *({name: -1.0} for name in euro), {"\n": -0.2, "A": -2.0},
     ]  # fmt: skip
     assert result["text_offset"] == [0, 0, 1, 1, 1, 2]
+
+
+def test_text_that_is_no_utf8_has_offsets_and_names() -> None:
+    """A character that is never complete counts as U+FFFD once the next one has begun."""
+    tokenizer = Tokenizer([bytes([b]) for b in range(256)] + [b"\x82\n"])
+    tokens: list[Any] = [scored(t, -1.0) for t in (EURO[0], 65, 256, 66)]
+    result = logprobs.for_completion(tokenizer, tokens, logprobs.TextOffsets(tokenizer))
+    assert result["tokens"] == ["bytes:\\xe2", "A", "bytes:\\x82\\x0a", "B"]
+    assert result["text_offset"] == [0, 0, 2, 4]
 
 
 def test_prompt_logprobs_by_hand() -> None:

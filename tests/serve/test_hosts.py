@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from nanochat_ray.cli.serve import Args, config_of
 from nanochat_ray.serve.app import build_app
-from nanochat_ray.serve.hosts import LOOPBACK, is_allowed, is_loopback, url_of
+from nanochat_ray.serve.hosts import LOOPBACK, HostCheck, is_allowed, is_loopback, url_of
 from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.asgi import call, http
 from tests.serve.scripted import ScriptedClient
 from tests.serve.serving import get, serving
 
@@ -28,11 +30,23 @@ def test_loopback_names_are_allowed(header: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ["evil.example:8000", "localhost.evil.example", "", "127.0.0.1.x"]
+    "header",
+    ["evil.example:8000", "localhost.evil.example", "", "127.0.0.1.x", "evil-localhost", "a.evil"],
 )
 def test_other_names_are_not_allowed(header: str) -> None:
     assert not is_allowed(header, LOOPBACK)
     assert is_allowed("evil.example:8000", ("evil.example",))
+    assert not is_allowed("a.evil.example", ("evil.example",))
+
+
+def test_hosts_have_no_case_and_may_be_missing() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "passed"})
+
+    check = HostCheck(app, hosts=["A.Example"])
+    for scope in (http(host="a.EXAMPLE:80"), http(), {"type": "lifespan"}):
+        assert call(check, scope, b"") == [{"type": "passed"}]
+    assert call(check, http(host="b.example"), b"")[0]["status"] == 421
 
 
 def test_the_address_of_a_server() -> None:

@@ -152,6 +152,17 @@ def test_responses_fields_reach_the_engine(fields: dict[str, Any], changes: dict
     )
 
 
+def test_tools_are_in_the_prompt_unless_they_are_off() -> None:
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    prompts = {
+        choice: chat(tools=tools, tool_choice=choice).requests[0].prompt
+        for choice in ("none", "auto", "required")
+    }
+    assert prompts["none"] == PROMPT
+    assert "look_up" in TOK.decode(prompts["auto"])
+    assert prompts["required"] == [*prompts["auto"], TOK.special("<|python_start|>")]
+
+
 @pytest.mark.parametrize("parse", [chat, completion])
 def test_seeds_count_up_over_choices(parse: Callable[..., GenerationRequest]) -> None:
     for seed, seeds in ((0, [0, 1, 2]), (5, [5, 6, 7]), (-1, [2**63 - 1, 0, 1])):

@@ -1,0 +1,118 @@
+"""How an answer is sent, without a server: its statuses, its events, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.types import Message
+
+from nanochat_ray.engine.request import EngineFull
+from nanochat_ray.serve.client import UnavailableError
+from nanochat_ray.serve.generation import Limits
+from nanochat_ray.serve.metrics import PrometheusSink, RequestMetrics
+from nanochat_ray.serve.openai.chat import ChatBuilder, parse_chat
+from nanochat_ray.serve.openai.errors import ApiError
+from nanochat_ray.serve.openai.schema.requests import ChatRequest
+from nanochat_ray.serve.openai.stream import respond
+from nanochat_ray.serve.serving import Serving
+from nanochat_ray.serve.sse import EventStream
+from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.scripted import ScriptedClient
+
+TOK = Tokenizer.bytes_only()
+
+
+async def answer(engine: ScriptedClient, leaves: bool = False, **fields: Any) -> Response:
+    """The response to a chat, whose client leaves at once or never."""
+    serving = Serving(engine, TOK, "tiny", 64, Limits(), RequestMetrics(PrometheusSink("tiny")))
+    body = ChatRequest.model_validate({"messages": [{"role": "user", "content": "hi"}], **fields})
+    builder = ChatBuilder(serving, await parse_chat(serving, body), "chatcmpl-1")
+
+    async def receive() -> Message:
+        if not leaves:
+            await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
+
+    return await respond(builder, HttpRequest({"type": "http", "headers": []}, receive))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_left_is_logged_as_499(stream: bool) -> None:
+    engine = ScriptedClient(TOK.encode("abc"), delay=60)
+    response = asyncio.run(answer(engine, leaves=True, stream=stream))
+    assert response.status_code == 499
+    assert len(engine.aborts) == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("refusal", "status", "retry_after", "code"),
+    [
+        (EngineFull("full", 7.2), 429, 8, "queue_full"),
+        (UnavailableError("none"), 503, 2, "engine_unavailable"),
+        (ValueError("top_k=-1 is not allowed"), 400, None, None),
+        ("deadline: over", 504, None, "request_timeout"),
+        ("grammar: too large", 400, None, None),
+        ("logits: not finite", 500, None, "engine_failed"),
+        ("max_queue_size=1", 429, 1, "queue_full"),
+        ("weights: replaced", 503, 2, "engine_unavailable"),
+    ],
+)
+def test_each_failure_has_its_status(
+    stream: bool, refusal: Any, status: int, retry_after: int | None, code: str | None
+) -> None:
+    engine = ScriptedClient([], finish="error")
+    if isinstance(refusal, str):
+        engine.error = refusal
+    else:
+        engine.refuse = refusal
+    fields = {"guided_regex": "a+"} if "grammar" in str(refusal) else {}
+    with pytest.raises(ApiError) as failure:
+        asyncio.run(answer(engine, stream=stream, **fields))
+    error = failure.value
+    assert (error.status, error.retry_after, error.code) == (status, retry_after, code)
+    params = {"top_k=-1 is not allowed": "top_k", "grammar: too large": "guided_regex"}
+    assert error.param == params.get(str(refusal))
+
+
+def test_a_whole_answer() -> None:
+    response = asyncio.run(answer(ScriptedClient(TOK.encode("abc"))))
+    assert isinstance(response, JSONResponse)
+    assert response.headers["x-checkpoint"] == "step-000100-0a1b2c3d"
+    body = json.loads(bytes(response.body))
+    assert body["choices"][0]["message"]["content"] == "abc"
+    assert body["system_fingerprint"] == "step-000100-0a1b2c3d"
+    assert body["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("break_after", [None, 2])
+def test_a_streamed_answer(break_after: int | None) -> None:
+    """An engine that is lost after the first token is an event, and the last one."""
+
+    async def events() -> tuple[Response, list[str]]:
+        engine = ScriptedClient(TOK.encode("aéb"))
+        engine.break_after = break_after
+        response = await answer(engine, stream=True)
+        assert isinstance(response, EventStream)
+        text = "".join([part async for part in response.events])
+        return response, text.removesuffix("\n\n").split("\n\n")
+
+    response, lines = asyncio.run(events())
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-accel-buffering"] == "no"
+    assert response.headers["x-checkpoint"] == "step-000100-0a1b2c3d"
+    *chunks, last = (line.removeprefix("data: ") for line in lines)
+    deltas = [json.loads(chunk)["choices"][0]["delta"] for chunk in chunks]
+    contents = [delta.get("content") for delta in deltas]
+    if break_after is None:
+        assert (contents, last) == (["", "a", "é", "b", None], "[DONE]")
+    else:
+        assert contents == ["", "a"]
+        assert json.loads(last)["error"]["code"] == "engine_unavailable"
