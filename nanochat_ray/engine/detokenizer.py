@@ -178,7 +178,7 @@ class OutputProcessor:
             self._call = text
             if start == ids.call_start and self._call_text is None:
                 events.append(ToolCallEvent(text, is_complete=True))
-        elif token == ids.result_end:
+        elif token == ids.result_end and start == ids.result_start:
             events.append(ToolResultEvent(self._call, text))
         if self._call_text is not None:
             events.append(ToolCallEvent("", is_complete=True))
