@@ -162,7 +162,8 @@ def mutants(source: str) -> list[tuple[int, str, str]]:
 
 
 def tests_of(file: Path, tree: Path) -> list[str]:
-    """Tests of the mirrored folder, those that name the file's module first."""
+    """Tests of the mirrored folder, those that name the file's module first. Of ``on_ray`` these
+    are the tests that start no Ray."""
     module = ".".join(file.with_suffix("").parts)
     package, stem = module.rpartition(".")[::2]
     names = (f"{module} import", f"import {module}", f"from {package} import {stem}")
@@ -172,7 +173,7 @@ def tests_of(file: Path, tree: Path) -> list[str]:
         direct = any(name in text for name in names)
         is_mirror = folder.parts[:1] == file.parts[1:2]
         own = test.stem == f"test_{file.stem}"
-        if (direct or is_mirror) and folder.parts[:1] not in (("on_ray",), ("browser",), ("k8s",)):
+        if (direct or is_mirror) and folder.parts[:1] not in (("browser",), ("k8s",)):
             ranks.append((-2 * own - direct, len(text), str(test.relative_to(tree))))
     return [name for *_, name in sorted(ranks)]
 
