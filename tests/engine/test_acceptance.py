@@ -76,6 +76,22 @@ def test_nothing_follows_the_end(fields: dict[str, Any], tokens: list[int], fini
     assert accept(s, [4, 5], [4, 5, 6]) == Acceptance(tokens=tokens, finish=finish)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_an_output_by_hand(logprobs: int | None) -> None:
+    """Tokens of a tool come behind the sampled ones, and have no log-probabilities."""
+    request = Request(id="a", prompt=PROMPT, params=SamplingParams(logprobs=logprobs))
+    s = Sequence(request, [*PROMPT, 4, 5, 22, 23], seed=0, max_length=99)
+    one, two, three = (TokenLogprob(logprob=-float(i), top=[]) for i in (1, 2, 3))
+    acceptance = Acceptance(tokens=[4, 5], tool_tokens=[22, 23], finish="length")
+    output = acceptance.to_output(s, [one, two, three])
+    assert (output.tokens, output.tool_token_indices) == ([4, 5, 22, 23], [2, 3])
+    assert (output.request_id, output.finish, output.error) == ("a", "length", None)
+    assert output.logprobs == (None if logprobs is None else [one, two, None, None])
+    output = Acceptance([4], [], "stop", None, completes_grammar=True).to_output(s, [one, two])
+    assert (output.tokens, output.tool_token_indices, output.complete) == ([4], [], True)
+    assert output.logprobs == (None if logprobs is None else [one])
+
+
 def calculator() -> ToolState:
     """Between 20 and 21; the result is the input, between 22 and 23."""
     return ToolState(Tool(20, 21, 22, 23, lambda ids: ids))

@@ -23,7 +23,7 @@ TOK = Tokenizer.bytes_only()
 EURO = TOK.encode("€")
 
 
-def scored(token: int, logprob: float, *top: tuple[int, float]) -> tuple[int, TokenLogprob]:
+def with_logprob(token: int, logprob: float, *top: tuple[int, float]) -> tuple[int, TokenLogprob]:
     return token, TokenLogprob(logprob=logprob, top=list(top))
 
 
@@ -58,7 +58,7 @@ def test_best_of_ranks_by_the_mean() -> None:
     """Of three choices of each prompt; sums would rank the short ones first."""
     scores = [[-2.0], [-1.0, -1.0, -1.0], [-1.5, -1.4], [], [-3.0], [-0.5, -4.0]]
     deltas = [
-        Delta(i, text=f"choice {i}", logprobs=[scored(65, score) for score in row])
+        Delta(i, text=f"choice {i}", logprobs=[with_logprob(65, score) for score in row])
         for i, row in enumerate(scores)
     ]
     response = builder(deltas, prompt=["a", "b"], n=2, best_of=3, return_token_ids=True).response()
@@ -86,12 +86,12 @@ def test_each_choice_has_the_ids_of_its_prompt() -> None:
     assert [chunk["prompt_token_ids"] for chunk in chunks] == [
         choice["prompt_token_ids"] for choice in choices
     ]
-    ranked = builder(
-        [Delta(0, token_ids=[1], logprobs=[scored(1, -2.0)]),
-         Delta(1, token_ids=[2], logprobs=[scored(2, -1.0)])],
+    best_of_two = builder(
+        [Delta(0, token_ids=[1], logprobs=[with_logprob(1, -2.0)]),
+         Delta(1, token_ids=[2], logprobs=[with_logprob(2, -1.0)])],
         best_of=2, return_token_ids=True,
     )  # fmt: skip
-    assert [choice["token_ids"] for choice in ranked.response()["choices"]] == [[2]]
+    assert [choice["token_ids"] for choice in best_of_two.response()["choices"]] == [[2]]
 
 
 def test_the_weights_are_named() -> None:
@@ -109,10 +109,10 @@ def test_the_end_of_a_stream_has_its_usage(make: Any) -> None:
     options = {"stream": True, "stream_options": {"include_usage": True}}
     result: ResponseBuilder = make([Delta(0, "a", num_tokens=3)], **options)
     assert json.loads(result.chunks(Delta(0, "a"))[6:])["usage"] is None
-    last, done, _ = result.closing().split("\n\n")
+    last, end, _ = result.closing().split("\n\n")
     assert json.loads(last[6:])["usage"] == result.usage()
     assert json.loads(last[6:])["choices"] == []
-    assert done == "data: [DONE]"
+    assert end == "data: [DONE]"
     plain: ResponseBuilder = make([], stream=True)
     assert "usage" not in json.loads(plain.chunks(Delta(0, "a"))[6:])
     assert plain.closing() == "data: [DONE]\n\n"
@@ -140,7 +140,7 @@ def test_content_of_a_message(texts: list[str], calls: list[str], content: str |
 
 def test_chat_logprobs_by_hand() -> None:
     """A token with a part of a character is named by its bytes, as at OpenAI."""
-    tokens = [scored(65, -0.5, (65, -0.5), (EURO[0], -2.0)), scored(EURO[1], -1.0)]
+    tokens = [with_logprob(65, -0.5, (65, -0.5), (EURO[0], -2.0)), with_logprob(EURO[1], -1.0)]
     assert logprobs.for_chat(TOK, tokens) == {
         "content": [
             {
@@ -159,8 +159,8 @@ def test_chat_logprobs_by_hand() -> None:
 def test_completion_logprobs_by_hand() -> None:
     """The token itself is among the likeliest; a character begins with its first byte."""
     tokens: list[Any] = [
-        (TOK.bos, None), scored(65, -3.0, (66, -0.1)), *(scored(t, -1.0) for t in EURO),
-        scored(10, -0.2, (10, -0.2), (65, -2.0)),
+        (TOK.bos, None), with_logprob(65, -3.0, (66, -0.1)), *(with_logprob(t, -1.0) for t in EURO),
+        with_logprob(10, -0.2, (10, -0.2), (65, -2.0)),
     ]  # fmt: skip
     result = logprobs.for_completion(TOK, tokens, logprobs.TextOffsets(TOK, num_hidden=1))
     assert result["token_logprobs"] == [None, -3.0, -1.0, -1.0, -1.0, -0.2]
@@ -175,7 +175,7 @@ def test_completion_logprobs_by_hand() -> None:
 def test_text_that_is_no_utf8_has_offsets_and_names() -> None:
     """A character that is never complete counts as U+FFFD once the next one has begun."""
     tokenizer = Tokenizer([bytes([b]) for b in range(256)] + [b"\x82\n"])
-    tokens: list[Any] = [scored(t, -1.0) for t in (EURO[0], 65, 256, 66)]
+    tokens: list[Any] = [with_logprob(t, -1.0) for t in (EURO[0], 65, 256, 66)]
     result = logprobs.for_completion(tokenizer, tokens, logprobs.TextOffsets(tokenizer))
     assert result["tokens"] == ["bytes:\\xe2", "A", "bytes:\\x82\\x0a", "B"]
     assert result["text_offset"] == [0, 0, 2, 4]
@@ -184,7 +184,11 @@ def test_text_that_is_no_utf8_has_offsets_and_names() -> None:
 def test_prompt_logprobs_by_hand() -> None:
     """Ranks count from 1; a token beyond the ``count`` likeliest ones has its rank if known."""
     top = ((66, -0.1), (67, -2.0), (65, -3.0))
-    tokens: list[Any] = [(TOK.bos, None), scored(65, -3.0, *top), scored(68, -9.0, *top)]
+    tokens: list[Any] = [
+        (TOK.bos, None),
+        with_logprob(65, -3.0, *top),
+        with_logprob(68, -9.0, *top),
+    ]
     first, second, third = logprobs.for_prompt(TOK, tokens, 2)
     assert first is None
     b = {"logprob": -0.1, "rank": 1, "decoded_token": "B"}
@@ -196,7 +200,9 @@ def test_prompt_logprobs_by_hand() -> None:
 def test_an_echo_has_the_scores_of_its_prompt() -> None:
     scores = [None, *(TokenLogprob(logprob=-float(i), top=[]) for i in (1, 2))]
     deltas = [
-        Delta(i, "x", logprobs=[scored(120, -5.0)], prompt_logprobs=list(scores), num_tokens=1)
+        Delta(
+            i, "x", logprobs=[with_logprob(120, -5.0)], prompt_logprobs=list(scores), num_tokens=1
+        )
         for i in range(2)
     ]
     fields = {"prompt": [[65, 66, 67], [68, 69, 70]], "logprobs": 0, "echo": True}

@@ -39,9 +39,9 @@ def test_models_are_described(url: str) -> None:
     }
     assert get(f"{url}/v1/models/org/tiny").json()["id"] == "org/tiny"
     assert get(f"{url}/v1/models").json()["object"] == "list"
-    unnamed = ScriptedClient([])
-    unnamed.weight_version = ""
-    with serving(build_app(unnamed, TOK, "tiny", 256)) as other:
+    engine = ScriptedClient([])
+    engine.weight_version = ""
+    with serving(build_app(engine, TOK, "tiny", 256)) as other:
         assert get(f"{other}/v1/models/tiny").json()["checkpoint"] is None
 
 
