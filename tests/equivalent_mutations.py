@@ -8,6 +8,7 @@ from __future__ import annotations
 
 SPEED = "how much is computed at once; the result is the same"
 ORDER = "both are done, in either order"
+ONE_DEVICE = "all of them are on one device"
 GPU = "runs on a GPU only, where the tests marked gpu cover it"
 
 EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
@@ -71,6 +72,7 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
     "nanochat_ray/train/step.py": {
+        "constant: 0  →  1": ("optimizer.flats[0].weights.device", ONE_DEVICE),
         "constant: 1  →  2": ("max(initial=1)", "one more column, of which nothing is trained"),
     },
     "nanochat_ray/serve/metrics.py": {
@@ -83,6 +85,14 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
     },
     "nanochat_ray/optim/schedule.py": {
         "comparison: remaining >= warmdown  →  remaining > warmdown": ("", "both are 1 there"),
+    },
+    "nanochat_ray/optim/sharded.py": {
+        "constant: 0  →  1": ("self.flats[0].weights.device", ONE_DEVICE),
+        "operator: 1 << 20  →  1 >> 20": ("LARGE_TABLE", SPEED),
+        "constant: 20  →  21": ("LARGE_TABLE", SPEED),
+        "comparison: parameters[name].numel() >= LARGE_TABLE  →  "
+        "parameters[name].numel() > LARGE_TABLE": ("", SPEED),
+        "constant: 1  →  2": ("LARGE_TABLE", SPEED),
     },
     "nanochat_ray/optim/flat.py": {
         "operator: 1 << 18  →  1 >> 18": ("", SPEED),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nanochat_ray.data.cache import cache_folder
-from nanochat_ray.data.shards import Manifest, SequenceReader, write_shard
+from nanochat_ray.data.shards import Manifest, SequenceReader, token_dtype, write_shard
 from nanochat_ray.storage import Store
 from tests.tiny import write_dataset
 
@@ -28,6 +28,54 @@ def test_sequences_are_read_by_index(root: Store) -> None:
     again, loss_mask = rows.read(some)
     assert np.array_equal(again, ids[some])
     assert np.array_equal(loss_mask, mask[some])
+
+
+def write_numbered(root: Store, sizes: tuple[int, ...]) -> SequenceReader:
+    """A dataset whose sequence n is n, n + 100, n + 200, in shards of these sizes."""
+    store, shards, first = root.child("datasets", "numbered"), [], 0
+    for number, size in enumerate(sizes):
+        ids = np.arange(first, first + size, dtype=np.uint16)[:, None] + [0, 100, 200]
+        shards.append(write_shard(store, f"{number}.arrow", ids.astype(np.uint16), None))
+        first += size
+    manifest = Manifest(
+        kind="base",
+        tokenizer="",
+        sequence_len=2,
+        dtype="uint16",
+        splits={"train": shards, "val": []},
+        key="test",
+        about={},
+    )
+    return SequenceReader(store, manifest, "train")
+
+
+def test_sequences_are_numbered_over_shards(root: Store) -> None:
+    rows = write_numbered(root, (2, 1, 3))
+    assert len(rows) == 6
+    indices = np.asarray([5, 0, 2, 3, 2, 1])
+    ids, mask = rows.read(indices)
+    assert mask is None
+    assert ids.dtype == np.uint16
+    assert ids.tolist() == [[n, n + 100, n + 200] for n in indices]
+    assert rows.read(np.empty(0, dtype=np.int64))[0].shape == (0, 3)
+    for index in (-1, 6):
+        with pytest.raises(IndexError, match="train split, which has 6"):
+            rows.read(np.asarray([0, index]))
+    assert len(SequenceReader(rows.store, rows.manifest, "val")) == 0
+
+
+def test_small_datasets_are_checked_whole(root: Store) -> None:
+    rows = write_numbered(root, (2, 1, 3))
+    size = sum(shard.size for shard in rows.shards)
+    Path(root.root, "datasets", "numbered", "2.arrow").write_bytes(b"damaged")
+    rows.check(size - 1)  # too much to read before a run
+    with pytest.raises(ValueError, match=r"shard 2\.arrow of"):
+        rows.check(size)
+
+
+def test_tokens_are_stored_in_the_narrowest_type() -> None:
+    kinds = {size: token_dtype(size) for size in (265, 1 << 16, (1 << 16) + 1)}
+    assert kinds == {265: np.uint16, 1 << 16: np.uint16, (1 << 16) + 1: np.uint32}
 
 
 def test_a_flipped_byte_is_refused_by_name(root: Store) -> None:

@@ -220,6 +220,15 @@ def test_empty_batch_keeps_the_weights() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_the_smallest_batch_moves_the_weights() -> None:
+    model = random_model().train()
+    before = model.lm_head.weight.detach().clone()
+    optimizer = ShardedOptimizer(model, CONFIG.optim)
+    result = train_step(model, optimizer, Batch(np.array([[7, 9]], np.uint16)), 5, CONFIG)
+    assert (result.weights_updated, result.tokens, result.trained_tokens) == (True, 1, 1)
+    assert not torch.equal(model.lm_head.weight, before)
+
+
 def nats(model: GPT, ids: np.ndarray) -> Tensor:
     """float64 ``[n, T]``: -log p of every token from the second on."""
     tokens = torch.from_numpy(ids.astype(np.int64))
