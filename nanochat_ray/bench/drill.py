@@ -16,6 +16,7 @@ replaced that Serve replaces.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import random
@@ -223,26 +224,36 @@ async def disturb(args: Args, cluster: Cluster, streams: Streams, part: str, rng
     victim = rng.choice(processes)
     counts = streams.round = Round(part, victim.pid)
     began = time.perf_counter()
-    if args.signal == "stop":
-        victim.send_signal(signal.SIGSTOP)
-        await asyncio.sleep(args.stop_s)
-        if victim.is_running():
-            victim.send_signal(signal.SIGCONT)
-    else:
-        victim.kill()
+    sending = asyncio.create_task(_send_signal(args, victim))
+    await asyncio.sleep(0)  # it is sent
     while not counts.is_over and (now := time.perf_counter()) < began + args.recover_s:
         if streams.last_answer <= max(began, streams.last_break):
             counts.recovery_s = None
         elif counts.recovery_s is None:
             counts.recovery_s = streams.last_answer - began
-        if counts.replacement_s is None and len(cluster.processes(part)) >= len(processes):
+        # One that is killed may be listed still; one that is stopped counts when it runs again.
+        has_victim = args.signal == "stop" and sending.done()
+        others = [p for p in cluster.processes(part) if has_victim or p != victim]
+        if counts.replacement_s is None and len(others) >= len(processes):
             counts.replacement_s = now - began
         await asyncio.sleep(0.2)
+    await sending
     if counts.recovery_s is not None:
         # What was under way at the signal is judged too.
         await streams.steady()
     streams.round = None
     return counts
+
+
+async def _send_signal(args: Args, victim: psutil.Process) -> None:
+    """Returns when the signal is sent, or when a stopped process continues."""
+    if args.signal == "kill":
+        victim.kill()
+        return
+    victim.send_signal(signal.SIGSTOP)
+    await asyncio.sleep(args.stop_s)
+    with contextlib.suppress(psutil.NoSuchProcess):  # Serve has replaced it
+        victim.send_signal(signal.SIGCONT)
 
 
 def _model(args: Args) -> str:

@@ -119,6 +119,7 @@ def test_a_signal_reaches_one_process(
     counts = asyncio.run(drill.disturb(args, cluster, streams, "engine", rng))
     assert counts.process_id in {process.pid for process in before}
     assert counts.recovery_s is None  # nobody answers here
+    assert (counts.replacement_s is None) == (kind == "kill")  # one that was stopped continues
     assert signals == ([signal.SIGSTOP, signal.SIGCONT] if kind == "stop" else [])
     assert len(cluster.processes("engine")) == (1 if kind == "kill" else 2)
 
