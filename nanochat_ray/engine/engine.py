@@ -386,6 +386,8 @@ class Engine:
             preemptions=scheduler.num_preemptions,
             num_lookup_tokens=kv_manager.num_lookup_tokens,
             num_hit_tokens=kv_manager.num_hit_tokens,
+            num_queued=self.queue_time.num_waits,
+            queue_seconds=self.queue_time.total_wait_s,
         )
 
     def check_integrity(self) -> None:

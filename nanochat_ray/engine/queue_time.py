@@ -58,6 +58,9 @@ class QueueTime:
     """Times to the first token that were expected, before correction …"""
     waits_s: Mean = field(default_factory=lambda: Mean(32))
     """… and measured."""
+    num_waits: int = 0
+    total_wait_s: float = 0.0
+    """Of all of these since the start."""
 
     def record_step(self, seconds: float, num_sequences: int, prompt_chunks: list[int]) -> None:
         """A step with ``num_sequences``, of which ``prompt_chunks`` were tokens of prompts."""
@@ -75,6 +78,8 @@ class QueueTime:
         """The first token of a request that had to wait for a slot came after ``seconds``."""
         self.estimates_s.add(estimate_s)
         self.waits_s.add(seconds)
+        self.num_waits += 1
+        self.total_wait_s += seconds
 
     @property
     def correction(self) -> float:

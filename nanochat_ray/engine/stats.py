@@ -26,6 +26,10 @@ class Stats:
     """Prompt tokens that were looked up in the prefix cache."""
     num_hit_tokens: int = 0
     """Prompt tokens that the prefix cache had."""
+    num_queued: int = 0
+    """Requests that had to wait for a slot and have their first token."""
+    queue_seconds: float = 0.0
+    """Until that token, of all these."""
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     """Draft tokens that equal the sampled ones."""

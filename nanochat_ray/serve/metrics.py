@@ -145,6 +145,12 @@ class RequestMetrics:
             "Finished requests by reason: stop, length, abort or error.",
             "finished_reason",
         )
+        self.refusals = sink.counter(
+            f"{PREFIX}request_refusals",
+            "Requests that got a status in place of an answer: 429 (queue full or too slow), "
+            "503 (no engine), 504 (request_timeout_s) or 500.",
+            "status",
+        )
 
     def timer(self) -> Timer:
         return Timer(self)
@@ -155,7 +161,7 @@ COUNTED_TOGETHER = 32
 
 
 class Timer:
-    """Measures one request from its creation on. Rejected requests are not counted: ``accept`` and
+    """Measures one request from its creation on. Refused requests are not measured: ``accept`` and
     ``end`` are not called for them."""
 
     def __init__(self, metrics: RequestMetrics):
@@ -204,6 +210,10 @@ _COUNTERS = {
     "prefix_cache_queries": ("num_lookup_tokens", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits": ("num_hit_tokens", "Prompt tokens that came from the prefix cache."),
     "num_preemptions": ("preemptions", "Preempted requests."),
+    "queued_requests": ("num_queued", "Requests that waited for a slot before their first token."),
+    "queued_request_seconds": ("queue_seconds", "Seconds until that first token, in total."),
+    "spec_decode_num_draft_tokens": ("num_draft_tokens", "Draft tokens of speculative decoding."),
+    "spec_decode_num_accepted_tokens": ("num_accepted_tokens", "Draft tokens that were accepted."),
     "engine_steps": ("steps", "Forward passes of the engine."),
     "engine_step_seconds": ("step_seconds", "Seconds spent in forward passes."),
 }

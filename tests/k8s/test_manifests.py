@@ -315,6 +315,22 @@ def exported_names() -> set[str]:
     return names
 
 
+def panel_queries() -> list[str]:
+    """Of all dashboards, as for metrics through Ray."""
+    boards = find("monitoring", "ConfigMap")["data"]
+    assert boards.keys() == {"serving.json", "training.json"}
+    panels = [panel for text in boards.values() for panel in json.loads(text)["panels"]]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    return [query.replace("${prefix}", "ray_nanochat") for query in queries]
+
+
+def test_every_metric_has_a_panel() -> None:
+    queries = " ".join(panel_queries())
+    # Of a histogram the quantiles are shown, which its buckets give.
+    names = {n for n in exported_names() if not n.endswith(("_sum", "_count"))}
+    assert {name for name in names if not re.search(rf"\b{name}\b", queries)} == set()
+
+
 def test_rules_and_dashboards_name_real_metrics() -> None:
     from ray.serve._private import replica
 
@@ -323,13 +339,7 @@ def test_rules_and_dashboards_name_real_metrics() -> None:
         for g in find("monitoring", "PrometheusRule")["spec"]["groups"]
         for r in g["rules"]
     ]
-    boards = find("monitoring", "ConfigMap")["data"]
-    assert boards.keys() == {"serving.json", "training.json"}
-    for text in boards.values():
-        panels = json.loads(text)["panels"]
-        texts += [
-            t["expr"].replace("${prefix}", "ray_nanochat") for p in panels for t in p["targets"]
-        ]
+    texts += panel_queries()
     names = {name for text in texts for name in re.findall(r"ray_\w+", text)}
     (serve,) = {name for name in names if not name.startswith("ray_nanochat")}
     starts = serve.removeprefix("ray_").removesuffix("_total")
@@ -350,6 +360,18 @@ tests:
         values: 4x12
       - series: ray_nanochat_train_checkpoint_timestamp_seconds{run="r"}
         values: 0+0x200
+      - series: ray_nanochat_request_refusals_total{model_name="m",status="429"}
+        values: 0+0x20 0+60x20
+      - series: ray_nanochat_request_success_total{model_name="m",finished_reason="stop"}
+        values: 0+600x40
+      - series: ray_nanochat_checkpoints_refused_total{model_name="m"}
+        values: 0x5 1x40
+      - series: ray_nanochat_num_engines_by_checkpoint{model_name="m",checkpoint="a"}
+        values: 2x2 1x40
+      - series: ray_nanochat_num_engines_by_checkpoint{model_name="m",checkpoint="b"}
+        values: 0x2 1x40
+      - series: ray_nanochat_train_logprob_diff{run="r"}
+        values: 0.001x5 0.5x40
     alert_rule_test:
       - {eval_time: 1m, alertname: NanochatNoEngine}
       - eval_time: 4m
@@ -362,6 +384,22 @@ tests:
       - {eval_time: 100m, alertname: NanochatCheckpointTooOld}
       - eval_time: 125m
         alertname: NanochatCheckpointTooOld
+        exp_alerts: [{exp_labels: {severity: warning, run: r}}]
+      - {eval_time: 20m, alertname: NanochatRefuses}
+      - eval_time: 32m
+        alertname: NanochatRefuses
+        exp_alerts: [{exp_labels: {severity: warning, model_name: m}}]
+      - {eval_time: 5m, alertname: NanochatCheckpointRefused}
+      - eval_time: 7m
+        alertname: NanochatCheckpointRefused
+        exp_alerts: [{exp_labels: {severity: warning, model_name: m}}]
+      - {eval_time: 12m, alertname: NanochatCheckpointsDiffer}
+      - eval_time: 14m
+        alertname: NanochatCheckpointsDiffer
+        exp_alerts: [{exp_labels: {severity: warning, model_name: m}}]
+      - {eval_time: 5m, alertname: NanochatRolloutsDiffer}
+      - eval_time: 12m
+        alertname: NanochatRolloutsDiffer
         exp_alerts: [{exp_labels: {severity: warning, run: r}}]
       - {eval_time: 3m, alertname: NanochatReplicaRestarts}
       - eval_time: 12m

@@ -282,7 +282,11 @@ def test_full_queue_and_no_engine(url: str, engine: ScriptedClient) -> None:
     assert (response.status_code, response.headers["retry-after"]) == (503, "2")
     assert response.json()["error"]["code"] == "engine_unavailable"
     assert get(f"{url}/health").status_code == 503
-    figures = get(f"{url}/metrics").text  # who is refused is not counted
+    figures = get(f"{url}/metrics").text
+    for status in (429, 503):
+        labels = f'model_name="tiny",status="{status}"'
+        assert f"nanochat_request_refusals_total{{{labels}}} 1.0" in figures
+    # Nowhere else.
     assert 'nanochat_prompt_tokens_total{model_name="tiny"} 0.0' in figures
     assert "nanochat_request_success_total{" not in figures
 

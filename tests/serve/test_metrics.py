@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 from nanochat_ray.serve import metrics
-from nanochat_ray.serve.metrics import EngineMetrics, PrometheusSink, RequestMetrics
+from nanochat_ray.serve.metrics import (
+    EngineMetrics,
+    FollowMetrics,
+    PrometheusSink,
+    RequestMetrics,
+)
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "serving.json"
 
@@ -21,7 +26,9 @@ def page() -> tuple[PrometheusSink, RequestMetrics, EngineMetrics]:
 
 def test_dashboard_names_are_served() -> None:
     sink, requests, engines = page()
-    engines.update("0", {})
+    engines.update("0", {"kernels": "amx", "weight_version": "step-000001-ab"})
+    FollowMetrics(sink)
+    requests.refusals(1, "429")
     timer = requests.timer()
     timer.accept(1)
     timer.tokens(1)

@@ -22,9 +22,21 @@ from nanochat_ray.serve.openai.errors import ApiError
 from nanochat_ray.serve.sse import ClientGoneError, EventStream, unless_gone
 
 Deltas = AsyncGenerator[list[Delta], None]
+REFUSALS = (429, 500, 503, 504)
+"""Statuses of requests that are right and get no answer."""
 
 
 async def respond(builder: ResponseBuilder, http: HttpRequest) -> Response:
+    """Raises ApiError if there is no answer."""
+    try:
+        return await _respond(builder, http)
+    except ApiError as error:
+        if error.status in REFUSALS:
+            builder.serving.metrics.refusals(1, str(error.status))
+        raise
+
+
+async def _respond(builder: ResponseBuilder, http: HttpRequest) -> Response:
     deltas = builder.serving.generate(builder.generation)
     try:
         if builder.generation.stream:
