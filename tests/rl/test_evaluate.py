@@ -1,0 +1,154 @@
+"""Validation and grading of a policy whose answers are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanochat_ray.engine.request import Request
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.rl.losses import PolicyLoss
+from nanochat_ray.rl.rollout import Rollout, rollout_seed
+from nanochat_ray.rl.source import EVAL_STEP, RolloutSource, make_tasks
+from nanochat_ray.storage import Store
+from nanochat_ray.train.ranks import Ranks
+from tests.rl.tiny_rl import ENGINE, RL, TASK, job, save_parent
+from tests.tiny import TOKENIZER, tiny_config
+
+END = TOKENIZER.special("<|assistant_end|>")
+# Right is an even first letter. Two tasks of two questions, three answers to each.
+ANSWERS = ["B", "C", "C", "C", "C", "C", "B", "D", "F", "C", "B", "C"]
+OTHER = f"{TASK},extra=x"
+
+
+class Script:
+    """Gives ``ANSWERS`` in the order of the requests, and keeps these."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.versions: list[int] = []
+
+    def load(self, version: int, weights: Any) -> None:
+        self.versions.append(version)
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        self.requests = list(requests)
+        return [
+            Rollout([ord(letter), END], [-1.0, -1.0], "stop", 0)
+            for letter, _ in zip(ANSWERS, requests, strict=True)
+        ]
+
+
+def make_source(root: Store, script: Script, **changes: Any) -> RolloutSource:
+    save_parent(root)
+    fields = {"tasks": (TASK, OTHER), "truncation": "wrong", **changes}
+    train = {name: fields.pop(name) for name in ("precision",) if name in fields}
+    rl = dataclasses.replace(RL, **fields)
+    config = job(root, "run", rl=rl)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+    source = RolloutSource(config, rl, ENGINE, lambda *_: script)
+    source.setup(GPT(tiny_config(sequence_len=48)), Ranks())
+    return source
+
+
+def test_pass_at_k_by_hand(root: Store) -> None:
+    script = Script()
+    source = make_source(root, script)
+    figures = source.evaluate(source.model)
+    assert figures == {
+        # One of six and four of six right; each task counts alike.
+        "error_rate": pytest.approx(7 / 12),
+        "pass@1": pytest.approx(5 / 12),
+        "pass@3": pytest.approx(3 / 4),  # one of two questions, and both
+        f"pass@1/{TASK}": pytest.approx(1 / 6),
+        f"pass@1/{OTHER}": pytest.approx(4 / 6),
+    }
+    assert source.samples(source.model) == [
+        {"prompt": "va 0", "text": "B", "reward": 1.0},
+        {"prompt": "vax 0", "text": "B", "reward": 1.0},
+    ]
+    assert script.versions == [0]
+    # Seed of the run, "validation", number of the question, task, index, sample.
+    assert [r.params.seed for r in script.requests] == [
+        rollout_seed(0, EVAL_STEP, number, number // 2, number % 2, sample)
+        for number in range(4)
+        for sample in range(3)
+    ]
+    params = script.requests[0].params
+    assert (params.temperature, params.max_tokens, params.logprobs) == (1.0, 4, 0)
+    assert params.eos_ids == (END, TOKENIZER.bos)
+
+
+@pytest.mark.parametrize(
+    ("truncation", "golden"), [("wrong", [1, 0, 0]), ("grade", [1, 1, 0]), ("mask", [1, 1, 0])]
+)
+def test_truncated_answers_are_graded(root: Store, truncation: str, golden: list[float]) -> None:
+    source = make_source(root, Script(), truncation=truncation)
+    rollouts = [
+        Rollout([ord("B"), END], [-1.0, -1.0], "stop", 0),
+        Rollout([ord("B"), ord("B")], [-1.0, -1.0], "length", 0),
+        Rollout([ord("C"), END], [-1.0, -1.0], "stop", 0),
+    ]
+    assert np.array_equal(source._grade(source.tasks[0], 0, rollouts), golden)
+
+
+def test_a_reward_is_a_number(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(root, Script())
+    monkeypatch.setattr("tests.rl.tiny_rl.EvenFirst.grade", lambda *_: math.nan)
+    with pytest.raises(ValueError, match="gave the reward nan"):
+        source.evaluate(source.model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bound"),
+    [
+        ({}, 1e-4),
+        ({"stale": 1}, 0.0),
+        ({"precision": "bf16"}, 0.0),
+        ({"max_logprob_diff": 0.25}, 0.25),
+        ({"max_logprob_diff": 0.25, "stale": 1}, 0.25),
+        ({"max_logprob_diff": 0.0}, 0.0),
+    ],
+)
+def test_the_bound_of_a_run(root: Store, changes: dict[str, Any], bound: float) -> None:
+    objective = make_source(root, Script(), **changes).objective
+    assert isinstance(objective, PolicyLoss)
+    assert objective.max_diff == bound
+    assert objective.reference is None
+
+
+def test_kl_is_to_the_parents_weights(root: Store) -> None:
+    source = make_source(root, Script(), kl=0.5)
+    assert isinstance(source.objective, PolicyLoss)
+    reference = source.objective.reference
+    assert reference is not None
+    assert not reference.training
+    assert not any(p.requires_grad for p in reference.parameters())
+    # The policy of this test is another one.
+    assert reference.wte.weight.std() > 0.5
+    assert not source.model.wte.weight.any()
+
+
+def test_tasks_have_the_questions_of_their_split(root: Store) -> None:
+    source = make_source(root, Script())
+    assert [len(task) for task in source.tasks] == [12, 12]
+    assert [len(task) for task in source.val_tasks] == [2, 2]
+    with pytest.raises(ValueError, match=r"has no questions in the split val"):
+        make_tasks(dataclasses.replace(RL, tasks=(Empty.name,)), "val", 3, 0)
+
+
+class Empty:
+    """A task without questions."""
+
+    name = "tests.rl.test_evaluate.Empty"
+
+    def __init__(self, split: str, size: int, seed: int):
+        return
+
+    def __len__(self) -> int:
+        return 0
