@@ -176,6 +176,7 @@ def test_checkpointed_activations_equal_plain(precision: str) -> None:
         model.init_weights(torch.Generator().manual_seed(1))
         for p in model.parameters():  # blocks begin as the identity, with gradients of zero
             p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2))
+        assert not model.checkpoint_activations
         model.checkpoint_activations = recompute
         model.train()
         calls: list[int] = []

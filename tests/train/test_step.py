@@ -143,10 +143,13 @@ def test_one_trained_token_is_the_mean() -> None:
     mask = np.zeros(ids.shape, np.uint8)
     mask[2, 5] = 1
     batch = Batch(ids, mask)
-    loss = mean_loss(model, batch).item()
+    loss = mean_loss(model, batch)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    norm = math.sqrt(sum(g.double().square().sum().item() for g in grads))
     result = train_step(model, ShardedOptimizer(model, CONFIG.optim), batch, 0, CONFIG)
     assert result.trained_tokens == 1
-    assert result.loss == pytest.approx(loss, rel=1e-5)
+    assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert result.grad_norm == pytest.approx(norm, rel=1e-4)
 
 
 def test_micro_batches_shift_the_mask() -> None:
@@ -269,6 +272,11 @@ def test_uniform_model_by_hand() -> None:
     )
     mask = np.ones_like(ids)
     assert masked_loss(model, ids, mask, micro_batch_size=2) == pytest.approx(math.log(257))
+    one = np.array([[3, 5]])
+    assert bits_per_byte(model, one, lengths // 4, micro_batch_size=2) == pytest.approx(
+        math.log2(257), rel=1e-6
+    )
+    assert masked_loss(model, one, one > 4, micro_batch_size=2) == pytest.approx(math.log(257))
     empty: list[Callable[[], float]] = [
         lambda: bits_per_byte(model, ids, 0 * lengths, micro_batch_size=2),
         lambda: masked_loss(model, ids, 0 * mask, micro_batch_size=2),
