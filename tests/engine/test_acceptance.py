@@ -133,12 +133,15 @@ def test_a_grammar_ends_its_answer() -> None:
     grammars = Grammars(TOK.byte_table(), TOK.vocab_size)
     a, b, c = TOK.encode("abc")
 
-    def accept_text(token: int, **fields: Any) -> Acceptance:
-        state = grammars.start({"regex": "ab"}, [TOK.bos], [a], 40)
+    def accept_text(token: int, regex: str = "ab", **fields: Any) -> Acceptance:
+        state = grammars.start({"regex": regex}, [TOK.bos], [a], 40)
         s = sequence([a], grammar=state, stop_token_ids=frozenset([TOK.bos]), **fields)
         return accept_tokens(s, [], [token], TOK.vocab_size)
 
     assert accept_text(b) == Acceptance(tokens=[b], finish="stop", completes_grammar=True)
+    # Where it may end, a stop token does, which is not part of it.
+    assert accept_text(TOK.bos, "ab*") == Acceptance(tokens=[TOK.bos], finish="stop")
+    assert accept_text(b, "ab*") == Acceptance(tokens=[b])
     # At the limit too: nothing is cut off.
     assert accept_text(b, max_length=5).completes_grammar
     result = accept_text(c)

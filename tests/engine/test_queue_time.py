@@ -102,16 +102,17 @@ def test_one_slow_step_is_no_trend() -> None:
 
 
 def test_a_queue_that_is_too_slow_is_refused() -> None:
-    engine = make_engine(make_model("modern"), max_num_seqs=1, max_queue_s=3.0)
+    engine = make_engine(make_model("modern"), max_num_seqs=1, max_queue_s=2.5)
     loop = EngineLoop(engine, lambda outputs: None)  # not started: nothing leaves the queue
     engine.queue_time.record_step(0.5, 1, [4])
     engine.queue_time.record_output(4)
-    # Each takes 1 step for its prompt and 4 for its answer.
+    # Each takes 1 step for its prompt and 4 for its answer: the second waits 2.5 s.
     for name in ("a", "b"):
         loop.submit(request(name, max_tokens=4))
-    with pytest.raises(EngineFull, match=r"max_queue_s=3: a request would wait 5.0 s") as refusal:
+    with pytest.raises(EngineFull, match=r"max_queue_s=2.5: a request would wait 5.0 s") as refusal:
         loop.submit(request("c", max_tokens=4))
     assert refusal.value.retry_after_s == 5.0
+    assert loop.stats().waiting == 2
     # Its client reads the answer already.
     loop.submit(request("moved", max_tokens=4, output_token_ids=(1, 2)))
     off = make_engine(make_model("modern"), max_num_seqs=1, max_queue_s=0.0)
@@ -148,6 +149,9 @@ def test_estimates_follow_the_measured_waits() -> None:
     for _ in range(16):
         queue.record_wait(2.0, 3.0)
     assert queue.wait_s(request(), running, []) == pytest.approx(0.5 * 1.5)
+    # What is measured again is not corrected: the wait, 4 / 3 steps of the prompt, and its token.
+    first_token_s = queue.first_token_s(request(), 0.5 * 1.5)
+    assert first_token_s == pytest.approx(0.5 + 0.5 * (4 / 3 + 1))
     for _ in range(100):
         queue.record_wait(1.0, 100.0)
     assert queue.wait_s(request(), running, []) == 0.5 * MAX_CORRECTION

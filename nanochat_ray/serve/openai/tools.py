@@ -12,7 +12,6 @@ from nanochat_ray.text.chat import call_prefix, is_calculator
 from nanochat_ray.text.tool_calls import CALL_END, ToolChoice
 
 _COMBINED = {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
-_OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
 
 
 class FunctionSpec(Body):
@@ -73,9 +72,6 @@ def _is_calculator(function: FunctionSpec) -> bool:
 
 
 def _parameters(function: FunctionSpec) -> dict[str, Any]:
-    """The schema of a function's arguments, which are always an object."""
+    """The schema of a function's arguments, which are always an object; the engine closes it."""
     schema = function.parameters or {}
-    if schema.keys() & _COMBINED:
-        return schema
-    additional = {} if schema.keys() & _OPEN else {"additionalProperties": False}
-    return {"type": "object", "properties": {}, **additional, **schema}
+    return schema if schema.keys() & _COMBINED else {"type": "object", "properties": {}, **schema}
