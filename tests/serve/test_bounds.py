@@ -99,6 +99,15 @@ def test_fields_of_one_endpoint_together(model: Any, fields: dict[str, Any], mes
         model.model_validate({**CHAT, "prompt": "x", **fields})
 
 
+@pytest.mark.parametrize("field", ["ignore_eos", "min_tokens"])
+def test_a_forced_call_ends_by_itself(field: str) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    body = {**CHAT, "tools": tools, field: 1 if field == "min_tokens" else True}
+    ChatRequest.model_validate(body)
+    with pytest.raises(ValidationError, match="ignore_eos and min_tokens are not allowed where"):
+        ChatRequest.model_validate({**body, "tool_choice": "required"})
+
+
 def test_best_of_may_equal_n_in_a_stream() -> None:
     body = CompletionRequest.model_validate({"prompt": "x", "best_of": 2, "n": 2, "stream": True})
     assert (body.num_candidates, body.num_logprobs) == (2, None)
