@@ -20,8 +20,8 @@ TOOL = Tool(20, 21, 22, 23, lambda ids: ids)
 
 
 def admitter(**fields: Any) -> Admitter:
-    values: dict[str, Any] = {"tool": None, "grammars": None} | fields
-    return Admitter(EngineConfig(), max_model_len=10, vocab_size=50, **values)
+    values: dict[str, Any] = {"tool": None, "grammars": None, "config": EngineConfig()} | fields
+    return Admitter(max_model_len=10, vocab_size=50, **values)
 
 
 def admit(output_ids: list[int], fields: dict[str, Any] | None = None, **params: Any) -> Admission:
@@ -153,6 +153,13 @@ def test_drafts_by_hand(tokens: list[int], ngram: int, count: int, draft: list[i
     for end in range(1, len(tokens)):
         growing.propose(tokens[:end], count)
     assert growing.propose(tokens, count) == draft
+
+
+@pytest.mark.parametrize(("count", "ngram"), [(0, 2), (1, 2), (4, 5)])
+def test_drafts_are_as_configured(count: int, ngram: int) -> None:
+    config = EngineConfig(num_speculative_tokens=count, prompt_lookup_max=ngram)
+    lookup = admit([], {"config": config}).sequence.prompt_lookup
+    assert (lookup and lookup.ngram) == (ngram if count else None)
 
 
 def test_prefill_costs_by_hand() -> None:

@@ -62,6 +62,28 @@ def test_drafts_are_counted_before_their_rows(state: Recorder) -> None:
     assert step.chunks == [chunk for _, chunk in chunks]
 
 
+def test_rows_of_the_chunks_that_sample() -> None:
+    """Each is that of the chunk's last token; those of its draft tokens follow."""
+    half, whole = sequence(1, 5), sequence(2, 4, prompt_logprobs=0)
+    half.num_computed_tokens, half.prefill_spans = 0, [(0, 5)]
+    whole.num_computed_tokens, whole.prefill_spans, whole.prompt_logprobs = 0, [(0, 4)], []
+    drafts, plain = sequence(3, 9), sequence(4, 5)
+    chunks = [
+        ScheduledChunk.of(half, 2),  # no logits: it does not reach the end
+        ScheduledChunk.of(whole, 4),  # logits of all four tokens
+        ScheduledChunk.of(drafts, 1, True, (4, 5)),
+        ScheduledChunk.of(plain, 1, True),
+    ]
+    forward = ForwardOutput.of(chunks, logits(8))
+    assert [(row, chunk.sequence.slot) for row, chunk in forward.sampling_chunks] == [
+        (3, 2),
+        (4, 3),
+        (7, 4),
+    ]
+    assert forward.prompt_logprobs is not None
+    assert ForwardOutput.of(chunks[2:], logits(4)).prompt_logprobs is None
+
+
 def test_a_grammar_masks_its_rows(state: Recorder) -> None:
     """One row behind the chunk and one behind each draft token."""
     plain, with_grammar = sequence(3, 5), sequence(7, 9)

@@ -41,6 +41,16 @@ def test_counters_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.stats().steps == 6  # nothing ran
 
 
+def test_a_step_that_only_commits_is_no_forward() -> None:
+    engine = make_engine(make_model("classic"), async_scheduling="on", num_speculative_tokens=0)
+    engine.add(ask("a", [1, 2], max_tokens=3))
+    calls = 0
+    while engine.has_work:
+        engine.step()
+        calls += 1
+    assert (calls, engine.stats().steps, engine.stats().generated_tokens) == (4, 3, 3)
+
+
 def test_without_a_prefix_cache_nothing_is_cached() -> None:
     engine = make_engine(make_model("classic"), prefix_cache_tokens=0)
     for name in "ab":

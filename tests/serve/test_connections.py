@@ -49,7 +49,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def guard(clock: Clock) -> ConnectionGuard:
-    return ConnectionGuard(2, head_timeout_s=10, stall_timeout_s=60, clock=clock)
+    return ConnectionGuard(2, clock=clock)  # the times are those of README.md
 
 
 def test_a_head_has_a_time_limit(guard: ConnectionGuard, clock: Clock) -> None:
