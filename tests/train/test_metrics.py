@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nanochat_ray.train import metrics as metrics_module
 from nanochat_ray.train.loggers import progress_line
 from nanochat_ray.train.metrics import Metrics, to_jsonl, val_metric
 from nanochat_ray.train.step import RankVotes, StepResult
@@ -96,11 +97,51 @@ def test_warmup_steps_have_no_rate() -> None:
     for step in (2, 3):
         record = m.step(step, result(tokens=10), seconds=0.5, data_wait=0)
     assert "mfu" not in first
+    assert first["eta_s"] == 9 * 100.0  # nothing better is known
     assert "MFU" not in progress_line(first)
     assert record["eta_s"] == pytest.approx(7 * 0.5)
     summary = m.summary()
     assert (summary["tokens_per_s"], summary["mfu"]) == (20.0, 0.1)
     assert (summary["tokens"], summary["train_seconds"]) == (30, 101.0)
+
+
+def test_a_run_of_warmup_steps_has_their_rate() -> None:
+    m = metrics(flops_per_token=2.0, peak_flops=400.0)
+    m.step(1, result(tokens=10), seconds=4.0, data_wait=1.0, is_warmup=True)
+    summary = m.summary()
+    assert (summary["tokens_per_s"], summary["mfu"]) == (2.5, 0.0125)
+    assert (summary["data_wait_share"], summary["loss"]) == (0.25, 2.0)
+
+
+def test_figures_of_validations() -> None:
+    m = metrics()
+    m.add(kind="eval", step=0, seconds=1.0, val_loss=3.0, count=7)
+    m.add(kind="eval", step=5, seconds=2.0, val_loss=4.0, extra=0.5, count=7)
+    summary = m.summary()
+    assert math.isnan(summary.pop("first_extra"))
+    assert summary == {
+        "tokens": 0,
+        "first_val_loss": 3.0,
+        "val_loss": 4.0,
+        "best_val_loss": 3.0,
+        "extra": 0.5,
+    }
+
+
+def test_the_clock_of_a_resumed_run_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module.time, "time", lambda: 1234.56789)
+    m = metrics()
+    m.step(1, result(), seconds=100.0, data_wait=0)
+    m.start_clock(20)
+    record = m.step(2, result(), seconds=0.5, data_wait=0)
+    assert (record["eta_s"], record["steps"], record["time"]) == (9.0, 20, 1234.568)
+
+
+def test_figures_of_a_batch_are_recorded() -> None:
+    step = result(metrics={"kl": 0.5})
+    record = metrics().step(1, step, seconds=1.0, data_wait=0.25, reward=0.75)
+    assert (record["kl"], record["reward"], record["data_wait"]) == (0.5, 0.75, 0.25)
+    assert "warmup" not in record
 
 
 def test_the_best_validation_is_the_lowest() -> None:

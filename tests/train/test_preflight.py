@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 from pathlib import Path
@@ -11,10 +12,14 @@ import pytest
 import torch
 
 from nanochat_ray import machine
+from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.model.config import ModelConfig
+from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
+from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train import memory, preflight, trainer
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
-from tests.tiny import tiny_config, write_dataset
+from tests.tiny import TOKENIZER, tiny_config, write_dataset
 from tests.train.run_trainer import run_trainer
 
 
@@ -62,6 +67,92 @@ def test_fp8_needs_a_recent_gpu(root: Store, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     with pytest.raises(ValueError, match=r"capability 8.9 or higher, and A100 has 8\.0"):
         preflight.check_device(config(root, fp8=True), torch.device("cuda"))
+
+
+def test_8_9_is_recent_enough(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(machine, "check_triton_toolchain", lambda: calls.append(1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    for capability in ((8, 9), (9, 0), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        preflight.check_device(config(root, fp8=True), torch.device("cuda"))
+    assert calls == [1] * 3
+    preflight.check_device(config(root), torch.device("cpu"))
+    assert calls == [1] * 3
+
+
+@pytest.mark.parametrize(
+    ("workers", "min_workers", "error"),
+    [
+        (8, 0, ""),
+        (8, 8, ""),
+        (9, 0, "workers=9 is not allowed: at most global_batch_size=8"),
+        (8, 9, "min_workers=9 is not allowed: from 0 to workers=8"),
+        (8, -1, "min_workers=-1 is not allowed"),
+    ],
+)
+def test_workers_share_the_batch(root: Store, workers: int, min_workers: int, error: str) -> None:
+    job = config(root, global_batch_size=8, micro_batch_size=1)
+    with pytest.raises(ValueError, match=error) if error else contextlib.nullcontext():
+        preflight.check_workers(job, workers, min_workers)
+
+
+def save_run(root: Store, name: str, tokenizer: Tokenizer, model: ModelConfig) -> None:
+    weights = dict(GPT(model).named_parameters())
+    checkpoint.save(
+        root.child("runs", name),
+        1,
+        model_config=model,
+        weights=weights,
+        optimizer=None,
+        trainer={},
+        tokenizer=tokenizer,
+    )
+
+
+def test_a_parent_has_a_checkpoint_and_the_tokenizer(root: Store) -> None:
+    write_dataset(root, "base")
+    job = dataclasses.replace(config(root), parent="parent")
+    with pytest.raises(ValueError, match=r"parent='parent' has no checkpoint in"):
+        preflight.check(job)
+    save_run(root, "parent", TOKENIZER, job.model)
+    about = preflight.check(job).about
+    assert (about["parent"], about["parent_checkpoint"]) == ("parent", "step-000001")
+    assert about["dataset"] == "base"
+    other = Tokenizer.train(["some other text"] * 9, TOKENIZER.vocab_size + 3)
+    save_run(root, "parent", other, dataclasses.replace(job.model, vocab_size=other.vocab_size))
+    with pytest.raises(ValueError, match=r"parent='parent' was trained with another tokenizer"):
+        preflight.check(job)
+
+
+def test_a_dataset_fits_stage_model_and_length(root: Store) -> None:
+    write_dataset(root, "base")  # sequences of 32 tokens
+    job = config(root)
+    preflight.check(job)
+    for model, train, error in (
+        ({}, {"stage": "sft"}, "dataset='base' was prepared for stage base, not for sft"),
+        ({"vocab_size": 300}, {}, r"vocab_size=300 does not fit dataset 'base', whose tokenizer"),
+        ({"sequence_len": 31}, {}, r"sequence_len=31 is shorter than the sequences of dataset"),
+    ):
+        other = dataclasses.replace(
+            job,
+            model=dataclasses.replace(job.model, **model),
+            train=dataclasses.replace(job.train, **train),
+        )
+        with pytest.raises(ValueError, match=error):
+            preflight.check(other)
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_damaged_shards_are_found_before_a_run(
+    root: Store, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(root, "base")
+    Path(root.root, "datasets", "base", f"{split}-1.arrow").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=rf"shard {split}-1\.arrow of"):
+        preflight.check(config(root))
+    monkeypatch.setattr(preflight, "VERIFY_BYTES", 100)  # too much to read
+    preflight.check(config(root))
 
 
 def test_missing_headers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
