@@ -75,6 +75,9 @@ class Args:
     """Of trainer and engine; that their log-probabilities agree is asserted in fp32 alone."""
     engines: int = 0
     """Ray: engines that sample, each an actor; 0: 1 with --gpus, else one for each core up to 4."""
+    endpoint: str = ""
+    """Ray: a Serve application, such as nanochat, that of nanochat-ray serve. Its replicas sample
+    in the time that users leave, in place of --engines; what they serve does not change."""
     workers: int = 1
     """Ray: processes that train, data-parallel."""
     threads: int = 0
@@ -110,6 +113,9 @@ class Args:
         ):
             check_int(name, getattr(self, name), least, 1 << 30)
         check_float("lr_scale", self.lr_scale, above=True)
+        if self.endpoint:
+            require(self.ray, "endpoint", self.endpoint, "not with --no-ray")
+            require(not self.engines, "engines", self.engines, "not with --endpoint")
         self.rl_config()
         OptimConfig(**self.optim)
 
@@ -118,11 +124,13 @@ class Args:
 
 
 def engine_config(args: Args) -> EngineConfig:
-    """Larger batches than for serving, where the first token must not wait."""
+    """Larger batches than for serving, where the first token must not wait, unless they share the
+    engines of an endpoint."""
     rollouts = args.rl_config().questions * args.rl_config().samples
+    sizes = (32, 96) if args.endpoint else (64, 512)
     defaults = {
-        "max_num_seqs": min(64, rollouts),
-        "max_num_batched_tokens": 512,
+        "max_num_seqs": min(sizes[0], rollouts),
+        "max_num_batched_tokens": sizes[1],
         "prefill_chunk": 512,
         "max_queue_size": 1024,
         "max_queue_s": 0.0,
@@ -191,16 +199,21 @@ def run_on_ray(config: TrainerConfig, args: Args) -> dict[str, Any]:
     from nanochat_ray.container import cores
     from nanochat_ray.machine import engine_threads
     from nanochat_ray.on_ray import session
-    from nanochat_ray.on_ray.rl import fit_rl
+    from nanochat_ray.on_ray.rl import fit_rl, num_replicas
 
     session.connect()
-    engines = args.engines or (1 if args.gpus else min(MOST_ENGINES, cores()))
-    session.check_gpus(args.workers + engines if args.gpus else 0)
+    if args.endpoint:
+        engines = num_replicas(args.endpoint)
+    else:
+        engines = args.engines or (1 if args.gpus else min(MOST_ENGINES, cores()))
+    gpus = args.workers + (0 if args.endpoint else engines)
+    session.check_gpus(gpus if args.gpus else 0)
     return fit_rl(
         config,
         args.rl_config(),
         engine_config(args),
         engines=engines,
+        endpoint=args.endpoint,
         workers=args.workers,
         gpus=args.gpus,
         # Engines and workers take turns.

@@ -70,6 +70,9 @@ class EngineConfig:
     max_queue_s: float = 30.0
     """Seconds for which a request may have to wait for a slot, as estimated from the speed of the
     engine; one that would wait longer is rejected at once. 0: no limit but max_queue_size."""
+    background_share: float = 0.25
+    """Share of the time, at most, that background jobs such as rollouts have while requests are
+    decoded; 0: none. They never run while a prompt waits."""
     async_scheduling: AsyncScheduling = "auto"
     """Whether a step is planned and launched while the previous one runs. "auto": on a GPU. On a
     CPU, where a step is done when it is launched, tokens would only come a step later. Not while
@@ -107,6 +110,7 @@ class EngineConfig:
         if self.prefix_cache_tokens is not None:
             check_int("prefix_cache_tokens", self.prefix_cache_tokens, 0)
         check_float("max_queue_s", self.max_queue_s)
+        check_float("background_share", self.background_share, 0, 0.9)
         require(
             self.max_num_batched_tokens > self.max_num_seqs,
             "max_num_batched_tokens",

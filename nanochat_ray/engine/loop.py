@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import compress
@@ -13,10 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
+from nanochat_ray.engine.background import Background
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import (
     WEIGHTS_REPLACED,
     EngineFull,
+    EngineStoppedError,
     Request,
     RequestOutput,
     WeightsReplacedError,
@@ -68,6 +71,8 @@ class EngineLoop:
         self._aborts: list[str] = []
         self._requests: dict[str, ExpectedWait | None] = {}
         """By id, until the last output; with what is expected until the first, if it must wait."""
+        self._background = Background(engine.config.background_share)
+        self._is_in_background = False
         self._swap: WeightSwap | None = None
         """While it waits, requests stay in the inbox unless they need the old weights."""
         self._version = engine.weight_version
@@ -96,7 +101,9 @@ class EngineLoop:
 
     def is_hung(self, limit_s: float) -> bool:
         """Whether a step takes longer than ``limit_s`` and than a sound one may (``StepClock``)."""
-        return self._clock.is_hung(limit_s, self._engine.num_step_tokens)
+        # Any step of a job may compile a kernel.
+        num_tokens = sys.maxsize if self._is_in_background else self._engine.num_step_tokens
+        return self._clock.is_hung(limit_s, num_tokens)
 
     def swap_weights(
         self, weights: Mapping[str, Tensor], version: str, drain_s: float
@@ -118,6 +125,17 @@ class EngineLoop:
             self._swap = swap
             self._condition.notify()
         return swap.completion
+
+    def run_in_background(self, steps: Generator[Any, None, None]) -> Future[list[Any]]:
+        """What the generator yields, one step at a time beside the requests (``Background``).
+        EngineStoppedError, here or from the future, if the loop has ended or is stopping."""
+        with self._condition:
+            if self._failure is not None or self._stopping:
+                raise EngineStoppedError(
+                    f"the engine is {'stopping' if self._stopping else 'dead'}"
+                )
+            self._condition.notify()
+            return self._background.submit(steps)
 
     def prepare(self, request: Request) -> Future[Any] | None:
         """What ``submit`` would wait for: the compilation of the grammar; None without one.
@@ -210,6 +228,7 @@ class EngineLoop:
                         or self._stopping
                         or self._swap
                         or self._engine.has_work
+                        or self._background.has_jobs
                     )
                 )
                 inbox = self._take_inbox()
@@ -232,9 +251,15 @@ class EngineLoop:
             self._deliver(outputs)
             if self._failure is not None:
                 self._deliver(self._fail(self._failure))
-                self._end_swap()
+                self._end_others()
                 return
-        self._end_swap()
+            if self._background.has_jobs:
+                self._clock.begin()
+                self._is_in_background = True
+                self._background.take_turn(self._engine.scheduler)
+                self._is_in_background = False
+                self._clock.end(0)
+        self._end_others()
         self._engine.reset()
         with self._condition:
             request_ids = sorted(self._requests)
@@ -278,10 +303,11 @@ class EngineLoop:
         swap.completion.set_result(None)
         return outputs
 
-    def _end_swap(self) -> None:
-        """Ends a swap that the loop will not do."""
+    def _end_others(self) -> None:
+        """Ends the swap and the background jobs that the loop will not do."""
         with self._condition:
             swap, self._swap = self._swap, None
+        self._background.end(EngineStoppedError("the engine has ended"))
         if swap is not None:
             swap.completion.set_exception(RuntimeError("the engine has ended"))
 

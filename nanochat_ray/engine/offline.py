@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Generator, Iterable, Iterator
 
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Request, RequestOutput
@@ -14,10 +15,21 @@ def run_requests(engine: Engine, requests: Iterable[Request]) -> Iterator[Reques
     ``requests`` is read only as far as the engine's queue has room. Nobody else may use the engine
     meanwhile. ValueError for a request that cannot run (``Engine.validate``).
     """
+    return itertools.chain.from_iterable(run_steps(engine, requests))
+
+
+def run_steps(
+    engine: Engine, requests: Iterable[Request]
+) -> Generator[list[RequestOutput], None, None]:
+    """As ``run_requests``, the outputs of one step at a time. If it is closed before its end, the
+    engine is left without requests."""
     source = iter(requests)
     request = next(source, None)
-    while request is not None or engine.has_work:
-        while request is not None and engine.scheduler.queue_capacity > 0:
-            engine.add(request)
-            request = next(source, None)
-        yield from engine.step()
+    try:
+        while request is not None or engine.has_work:
+            while request is not None and engine.scheduler.queue_capacity > 0:
+                engine.add(request)
+                request = next(source, None)
+            yield engine.step()
+    finally:
+        engine.reset()

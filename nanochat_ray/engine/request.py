@@ -31,6 +31,10 @@ class EngineFull(RuntimeError):  # noqa: N818 - a state of the engine, not a fau
         self.retry_after_s = retry_after_s
 
 
+class EngineStoppedError(RuntimeError):
+    """The engine has ended or is stopping: try another one."""
+
+
 class WeightsReplacedError(Exception):
     """The weights that a request needs are not the engine's any more."""
 

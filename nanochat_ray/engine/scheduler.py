@@ -144,6 +144,11 @@ class Scheduler:
         """Requests that can still be added."""
         return self.max_queue_size + len(self._free_slots) - len(self.waiting)
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether a sequence waits, or has tokens to compute before its next one is sampled."""
+        return bool(self.waiting) or not all(s.is_decoding for s in self.running)
+
     def add(self, sequence: Sequence) -> None:
         """Raises EngineFull if the queue is full; not for a request that has output, since its
         client reads that already."""

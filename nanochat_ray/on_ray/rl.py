@@ -1,4 +1,4 @@
-"""Reinforcement learning on Ray: engines as actors, the trainer by Ray Train.
+"""Reinforcement learning on Ray: the trainer by Ray Train, rollouts by actors or an endpoint.
 
 Weights go through the object store, once for each step and rank, and every call names their
 version. A rollout is a pure function of its request and the weights, so requests may run on any
@@ -9,62 +9,107 @@ tokens.
 from __future__ import annotations
 
 import functools
+import queue
+import threading
 import time
-import warnings
-from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 import ray
-import torch
+from ray import serve
 from ray.exceptions import RayActorError
 from torch import Tensor
 
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.engine.precision import checkpoint_dtype
-from nanochat_ray.engine.request import Request
-from nanochat_ray.model.gpt import GPT
+from nanochat_ray.engine.request import EngineStoppedError, Request
+from nanochat_ray.on_ray.rollout_engine import RolloutEngine
 from nanochat_ray.on_ray.train import fit
 from nanochat_ray.rl.config import RLConfig
-from nanochat_ray.rl.rollout import EngineGenerator, Rollout
-from nanochat_ray.rl.source import RolloutSource, load_tokenizer
+from nanochat_ray.rl.rollout import Rollout
+from nanochat_ray.rl.source import RolloutSource
 from nanochat_ray.train.config import TrainerConfig
 
 CHUNKS_PER_ENGINE = 2
 """Calls of a round for each engine: a fast one takes more of them."""
 RESTART_DEADLINE_S = 180.0
 """How long rollouts wait while no engine is alive."""
+POLL_S = 1.0
+LOST = (RayActorError, EngineStoppedError)
+"""What a call raises whose engine has died or ends: another engine may take it."""
 
 
-class RolloutEngine:
-    """An actor with one engine."""
+class RemoteEngine(Protocol):
+    def generate(self, version: int, weights: Sequence[Any], requests: Sequence[Any]) -> list[Any]:
+        """``RolloutEngine.generate``; one of LOST if the engine dies."""
+        ...
 
-    def __init__(self, config: TrainerConfig, engine: EngineConfig, gpu: bool, threads: int):
-        torch.set_num_threads(threads)
-        model = GPT(config.model, compute_dtype=checkpoint_dtype(engine.precision))
-        model.to("cuda" if gpu else "cpu").eval().requires_grad_(False)
-        self._generator = EngineGenerator.of_model(model, load_tokenizer(config), engine)
+    def wait_until_ready(self) -> None:
+        """One of LOST if it has died again."""
+        ...
 
-    def ping(self) -> None:
-        """Returns when the engine is ready."""
 
-    def generate(self, version: int, weights: list[Any], requests: list[Any]) -> list[Any]:
-        """Rollouts in wire form; ``weights`` holds one reference, read if they are new here."""
-        if self._generator.version != version:
-            with warnings.catch_warnings():  # the store's arrays are read-only, and only read
-                warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-                arrays = ray.get(weights[0])
-                tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-                self._generator.load(version, tensors)
-        rollouts = self._generator.generate([Request.from_wire(wire) for wire in requests])
-        return [rollout.to_wire() for rollout in rollouts]
+class ActorEngine:
+    """A ``RolloutEngine``, which Ray restarts when it dies."""
+
+    def __init__(self, actor: Any):
+        self.actor = actor
+
+    def generate(self, version: int, weights: Sequence[Any], requests: Sequence[Any]) -> list[Any]:
+        rollouts: list[Any] = ray.get(self.actor.generate.remote(version, weights, requests))
+        return rollouts
+
+    def wait_until_ready(self) -> None:
+        ray.get(self.actor.ping.remote())
+
+
+class EndpointEngine:
+    """A replica of a Serve application, another one in each call: Serve chooses."""
+
+    def __init__(self, application: str, config: TrainerConfig, engine: EngineConfig):
+        self.application = application
+        self._run = config, engine
+        self._handle = serve.get_deployment_handle("engine", application)
+
+    def generate(self, version: int, weights: Sequence[Any], requests: Sequence[Any]) -> list[Any]:
+        call = self._handle.generate_rollouts.remote(*self._run, version, weights, requests)
+        return self._result(call)
+
+    def wait_until_ready(self) -> None:
+        self._result(self._handle.status.remote())
+
+    def _result(self, call: Any) -> Any:
+        while True:
+            try:
+                return call.result(timeout_s=10 * POLL_S)
+            except TimeoutError:  # rollouts may wait for users for as long as they like
+                num_replicas(self.application)
+
+
+def num_replicas(application: str) -> int:
+    """Of the engines of a Serve application. ValueError if it does not run."""
+    applications = serve.status().applications
+    if application not in applications:
+        others = ", ".join(applications) or "none"
+        raise ValueError(
+            f"endpoint={application!r} is no Serve application here; there is {others}"
+        )
+    engines = applications[application].deployments.get("engine")
+    if engines is None:
+        raise ValueError(f"endpoint={application!r} is no application of nanochat-ray serve")
+    return max(1, sum(engines.replica_states.values()))
 
 
 class Fleet:
-    """Implements ``rl.rollout.Generator`` on actors; each rank of the trainer has one."""
+    """Implements ``rl.rollout.RolloutGenerator``; each rank of the trainer has one."""
 
-    def __init__(self, engines: Sequence[Any]):
+    def __init__(self, engines: Sequence[RemoteEngine]):
         self._engines = list(engines)
+        self._idle: queue.SimpleQueue[RemoteEngine] = queue.SimpleQueue()
+        for engine in engines:
+            self._idle.put(engine)
+        self._times_of_death: dict[int, float] = {}
+        """Of engines that have not come back, by their id."""
         self._version = -1
         self._weights: Any = None
         self.num_lost_engines = 0
@@ -76,57 +121,49 @@ class Fleet:
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         size = max(1, -(-len(requests) // (CHUNKS_PER_ENGINE * len(self._engines))))
-        chunks = deque(range(0, len(requests), size))
-        rollouts: dict[int, list[Rollout]] = {}
-        idle = list(self._engines)
-        running: dict[Any, tuple[Any, int]] = {}
-        restarting: dict[Any, Any] = {}
-        deadline = time.monotonic() + RESTART_DEADLINE_S
-        while chunks or running:
-            while chunks and idle:
-                engine, first = idle.pop(0), chunks.popleft()
-                wires = [request.to_wire() for request in requests[first : first + size]]
-                call = engine.generate.remote(self._version, [self._weights], wires)
-                running[call] = engine, first
-            calls, _ = ray.wait([*running, *restarting], num_returns=1, timeout=1.0)
-            for call in calls:
-                if call in restarting:
-                    engine = restarting.pop(call)
-                    if _succeeds(call):
-                        idle.append(engine)
-                    else:
-                        restarting[engine.ping.remote()] = engine
-                    continue
-                engine, first = running.pop(call)
-                try:
-                    rollouts[first] = [self._check(wire) for wire in ray.get(call)]
-                    idle.append(engine)
-                except RayActorError:
-                    self.num_lost_engines += 1
-                    chunks.append(first)
-                    restarting[engine.ping.remote()] = engine
-            if running or idle:
-                deadline = time.monotonic() + RESTART_DEADLINE_S
-            elif time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"all {len(self._engines)} rollout engines have died, and none has come back "
-                    f"within {RESTART_DEADLINE_S:.0f} s"
-                )
-        return [rollout for first in sorted(rollouts) for rollout in rollouts[first]]
+        chunks = [requests[first : first + size] for first in range(0, len(requests), size)]
+        with ThreadPoolExecutor(len(self._engines), "rollouts") as pool:
+            return [rollout for part in pool.map(self._run, chunks) for rollout in part]
 
-    def _check(self, wire: Sequence[Any]) -> Rollout:
-        rollout = Rollout.from_wire(wire)
-        assert rollout.version == self._version, (rollout.version, self._version)
-        return rollout
+    def _run(self, requests: Sequence[Request]) -> list[Rollout]:
+        wires = [request.to_wire() for request in requests]
+        while True:
+            engine = self._next_engine()
+            try:
+                answers = engine.generate(self._version, [self._weights], wires)
+            except LOST:
+                self.num_lost_engines += 1
+                self._times_of_death[id(engine)] = time.monotonic()
+                threading.Thread(target=self._revive, args=(engine,), daemon=True).start()
+                continue
+            self._idle.put(engine)
+            rollouts = [Rollout.from_wire(wire) for wire in answers]
+            assert all(rollout.version == self._version for rollout in rollouts)
+            return rollouts
 
+    def _next_engine(self) -> RemoteEngine:
+        while True:
+            try:
+                return self._idle.get(timeout=POLL_S)
+            except queue.Empty:
+                times = list(self._times_of_death.values())
+                if len(times) < len(self._engines):
+                    continue  # one of the others is busy
+                if time.monotonic() - max(times) > RESTART_DEADLINE_S:
+                    raise RuntimeError(
+                        f"all {len(times)} rollout engines have died, and none has come back "
+                        f"within {RESTART_DEADLINE_S:.0f} s"
+                    ) from None
 
-def _succeeds(call: Any) -> bool:
-    try:
-        ray.get(call)
-    except RayActorError:
-        time.sleep(0.2)  # not once more at once: the machine may be gone
-        return False
-    return True
+    def _revive(self, engine: RemoteEngine) -> None:
+        while True:
+            try:
+                engine.wait_until_ready()
+                break
+            except LOST:
+                time.sleep(0.2)  # not once more at once: the machine may be gone
+        del self._times_of_death[id(engine)]
+        self._idle.put(engine)
 
 
 def start_engines(
@@ -138,9 +175,15 @@ def start_engines(
 
 
 def _make_source(
-    rl: RLConfig, engine: EngineConfig, engines: Sequence[Any], config: TrainerConfig
+    rl: RLConfig, engine: EngineConfig, endpoint: str, actors: Sequence[Any], config: TrainerConfig
 ) -> RolloutSource:
-    return RolloutSource(config, rl, engine, lambda *_: Fleet(engines))
+    def make_fleet(*_: Any) -> Fleet:
+        if not endpoint:
+            return Fleet([ActorEngine(actor) for actor in actors])
+        count = num_replicas(endpoint)
+        return Fleet([EndpointEngine(endpoint, config, engine) for _ in range(count)])
+
+    return RolloutSource(config, rl, engine, make_fleet)
 
 
 def fit_rl(
@@ -149,25 +192,20 @@ def fit_rl(
     engine: EngineConfig,
     *,
     engines: int,
-    workers: int,
+    endpoint: str = "",
     gpus: bool = False,
     threads: int = 1,
-    print_every: int = 1,
-    max_failures: int = 3,
+    **fit_options: Any,
 ) -> dict[str, Any]:
-    """Trains ``config`` (as ``preflight.check_run`` returned it) on ``workers`` ranks with the
-    rollouts of ``engines`` actors; returns as ``on_ray.train.fit``."""
-    handles = start_engines(config, engine, count=engines, gpus=gpus, threads=threads)
+    """Trains ``config`` (as ``preflight.check_run`` returned it) with the rollouts of ``engines``
+    actors, or of the replicas of the Serve application ``endpoint``. The other options, and what it
+    returns, are those of ``on_ray.train.fit``."""
+    actors = []
+    if not endpoint:
+        actors = start_engines(config, engine, count=engines, gpus=gpus, threads=threads)
+    make_source = functools.partial(_make_source, rl, engine, endpoint, actors)
     try:
-        return fit(
-            config,
-            workers=workers,
-            gpus=gpus,
-            threads=threads,
-            print_every=print_every,
-            max_failures=max_failures,
-            make_source=functools.partial(_make_source, rl, engine, handles),
-        )
+        return fit(config, gpus=gpus, threads=threads, make_source=make_source, **fit_options)
     finally:
-        for handle in handles:
-            ray.kill(handle)
+        for actor in actors:
+            ray.kill(actor)

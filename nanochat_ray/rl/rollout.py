@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.detokenizer import OutputProcessor, TextEvent, ToolResultEvent
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.offline import run_requests
+from nanochat_ray.engine.offline import run_requests, run_steps
 from nanochat_ray.engine.request import Finish, Request, RequestOutput, SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ class Rollout:
         return cls(tokens, logprobs, finish, version)
 
 
-class Generator(Protocol):
+class RolloutGenerator(Protocol):
     """One engine or many."""
 
     def load(self, version: int, weights: Mapping[str, Tensor]) -> None:
@@ -86,22 +86,37 @@ class EngineGenerator:
             self.version = version
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        outputs: dict[str, list[RequestOutput]] = {request.id: [] for request in requests}
-        for output in run_requests(self.engine, requests):
-            outputs[output.request_id].append(output)
-        return [self._join(outputs[request.id]) for request in requests]
+        return join_outputs(requests, run_requests(self.engine, requests), self.version)
 
-    def _join(self, outputs: Sequence[RequestOutput]) -> Rollout:
-        last = outputs[-1]
-        if last.finish not in ("stop", "length"):
-            raise RuntimeError(f"rollout {last.request_id} failed: {last.finish} ({last.error})")
-        tokens = [token for output in outputs for token in output.tokens]
-        logprobs = [
-            None if entry is None else entry.logprob
-            for output in outputs
-            for entry in output.logprobs or ()
-        ]
-        return Rollout(tokens, logprobs, last.finish, self.version)
+    def steps(
+        self, version: int, weights: Mapping[str, Tensor], requests: Sequence[Request]
+    ) -> Generator[list[RequestOutput], None, None]:
+        """``load`` and ``generate``, one step of the engine at a time, for ``join_outputs``."""
+        self.load(version, weights)
+        yield from run_steps(self.engine, requests)
+
+
+def join_outputs(
+    requests: Sequence[Request], outputs: Iterable[RequestOutput], version: int
+) -> list[Rollout]:
+    """The rollout of each request, by weights of this version. RuntimeError if one has failed."""
+    by_id: dict[str, list[RequestOutput]] = {request.id: [] for request in requests}
+    for output in outputs:
+        by_id[output.request_id].append(output)
+    return [_join(by_id[request.id], version) for request in requests]
+
+
+def _join(outputs: Sequence[RequestOutput], version: int) -> Rollout:
+    last = outputs[-1]
+    if last.finish not in ("stop", "length"):
+        raise RuntimeError(f"rollout {last.request_id} failed: {last.finish} ({last.error})")
+    tokens = [token for output in outputs for token in output.tokens]
+    logprobs = [
+        None if entry is None else entry.logprob
+        for output in outputs
+        for entry in output.logprobs or ()
+    ]
+    return Rollout(tokens, logprobs, last.finish, version)
 
 
 def answer_text(tokenizer: Tokenizer, rollout: Rollout, *, shows_tools: bool = False) -> str:

@@ -31,8 +31,8 @@ from nanochat_ray.rl.losses import PolicyLoss
 from nanochat_ray.rl.questions import Curriculum, Question, content_digest, prompts
 from nanochat_ray.rl.rollout import (
     EngineGenerator,
-    Generator,
     Rollout,
+    RolloutGenerator,
     answer_text,
     make_requests,
     rollout_seed,
@@ -118,7 +118,7 @@ class RolloutSource:
         config: TrainerConfig,
         rl: RLConfig,
         engine: EngineConfig,
-        make_generator: Callable[[GPT, Tokenizer, EngineConfig], Generator] = (
+        make_generator: Callable[[GPT, Tokenizer, EngineConfig], RolloutGenerator] = (
             EngineGenerator.of_model
         ),
     ):

@@ -54,6 +54,8 @@ def test_gain_of_each_task() -> None:
         ({"rl": {"loss": "ppo"}}, "loss='ppo' is not allowed"),
         ({"tasks": ("products", "products")}, "tasks='products' is not allowed: each task once"),
         ({"steps": 0}, "steps=0 is not allowed"),
+        ({"endpoint": "app", "engines": 2}, "engines=2 is not allowed: not with --endpoint"),
+        ({"endpoint": "app", "ray": False}, "endpoint='app' is not allowed: not with --no-ray"),
     ],
 )
 def test_wrong_values_are_named(values: dict, message: str) -> None:

@@ -13,7 +13,8 @@ import ray
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.request import Request, SamplingParams
-from nanochat_ray.on_ray.rl import Fleet, RolloutEngine, fit_rl
+from nanochat_ray.on_ray.rl import ActorEngine, Fleet, fit_rl
+from nanochat_ray.on_ray.rollout_engine import RolloutEngine
 from nanochat_ray.rl.rollout import EngineGenerator, Rollout
 from nanochat_ray.storage import Store
 from tests.rl.tiny_rl import ENGINE, RL, job, run_rl, save_parent, weights_digest
@@ -52,7 +53,7 @@ def test_requests_of_a_dead_engine_run_elsewhere(
     actor = ray.remote(num_cpus=0, max_restarts=-1)(GatedEngine)
     engines = [actor.remote(config, ENGINE, False, 1) for _ in range(2)]
     ray.get([engine.set_folder.remote(tmp_path) for engine in engines])
-    fleet = Fleet(engines)
+    fleet = Fleet([ActorEngine(engine) for engine in engines])
     fleet.load(7, model.state_dict())
     answers: list[list[Rollout]] = []
     thread = threading.Thread(target=lambda: answers.append(fleet.generate(requests(30))))

@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import Coroutine, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.util
 from ray import serve
@@ -28,6 +28,7 @@ from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import (
     EngineFull,
+    EngineStoppedError,
     Request,
     RequestOutput,
     WeightsReplacedError,
@@ -48,6 +49,9 @@ from nanochat_ray.on_ray.serve.metrics import RaySink
 from nanochat_ray.serve.collector import freeze_gc
 from nanochat_ray.serve.metrics import EngineMetrics
 from nanochat_ray.storage import Store
+
+if TYPE_CHECKING:
+    from nanochat_ray.on_ray.rollout_engine import GuestEngine
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +104,7 @@ class EngineReplica:
         self.handshakes = Handshakes()
         self.owners: dict[str, tuple[Connection, EngineLoop]] = {}
         """The connection and the engine of each request, by request id."""
+        self._guest: GuestEngine | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics = EngineMetrics(RaySink(self.model))
         freeze_gc()
@@ -280,6 +285,15 @@ class EngineReplica:
             "weight_version": self.engine.weight_version if self.engine is not None else "",
         }
 
+    async def generate_rollouts(self, *call: Any) -> list[Any]:
+        """``GuestEngine.generate``, for a run of reinforcement learning."""
+        from nanochat_ray.on_ray.rollout_engine import GuestEngine  # imports the trainer
+
+        if self.engine is None:
+            raise EngineStoppedError("the engine has not started")
+        self._guest = self._guest or GuestEngine(self.device)
+        return await self._guest.generate(self.engine, *call)
+
     @property
     def is_hung(self) -> bool:
         return self.engine is not None and self.engine.is_hung(self.liveness_timeout_s)
@@ -292,6 +306,7 @@ class EngineReplica:
             "weight_version": self.engine.weight_version if self.engine is not None else "",
             "is_swapping": self.engine is not None and self.engine.is_swapping,
             "requests": len(self.owners),
+            "samples_rollouts": self._guest is not None and self._guest.is_here,
             **(dataclasses.asdict(self.engine.stats()) if self.engine is not None else {}),
         }
 

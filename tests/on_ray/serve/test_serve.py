@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,12 +19,18 @@ import openai
 import pytest
 from ray import serve
 
+from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.engine.request import SamplingParams
 from nanochat_ray.on_ray.config import ServeConfig
+from nanochat_ray.on_ray.rl import EndpointEngine, Fleet, num_replicas
 from nanochat_ray.on_ray.serve.deployment import build_application
+from nanochat_ray.rl.rollout import EngineGenerator, make_requests
 from nanochat_ray.serve import keys
 from nanochat_ray.serve.keys import hash_key
+from nanochat_ray.storage import Store
 from tests.on_ray.serve.tiny_run import KEY, engines
-from tests.tiny import wait_for
+from tests.rl.tiny_rl import ENGINE, job, save_parent
+from tests.tiny import TOKENIZER, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -114,15 +121,43 @@ def test_replicas_follow_the_load(client: openai.OpenAI, url: str) -> None:
         return {ask() for _ in iter(stop.is_set, True)}
 
     reference = ask()
-    for num_clients, num_replicas in ((32, 3), (2, 2)):
+    for num_clients, size in ((32, 3), (2, 2)):
         stop = threading.Event()
         with ThreadPoolExecutor(num_clients) as pool:
             texts = [pool.submit(ask_until, stop) for _ in range(num_clients)]
             try:
-                wait_for(lambda n=num_replicas: len(engines(url)) == n, 90)
+                wait_for(lambda n=size: len(engines(url)) == n, 90)
             finally:
                 stop.set()
         assert set().union(*(text.result() for text in texts)) == {reference}
+
+
+def test_rollouts_run_beside_streams(client: openai.OpenAI, url: str, root: Store) -> None:
+    save_parent(root)  # of another shape than the model that is served
+    config = job(root, "rl")
+    model, _ = checkpoint.load_model(root.child("runs", "chat"))
+    local = EngineGenerator.of_model(model, TOKENIZER, ENGINE)
+    params = SamplingParams(max_tokens=12, logprobs=0)
+    requests = make_requests([1, 2], range(64), params, "r")
+    fleet = Fleet([EndpointEngine("tiny", config, ENGINE) for _ in range(num_replicas("tiny"))])
+
+    def ask() -> Iterator[str]:
+        chunks = client.chat.completions.create(model="tiny", messages=USER, stream=True, **LONG)
+        return (chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    reference, streams = "".join(ask()), [ask() for _ in range(4)]
+    texts = [next(stream) for stream in streams]
+    for version in (3, 4):
+        local.load(version, model.state_dict())
+        fleet.load(version, model.state_dict())
+        assert fleet.generate(requests) == local.generate(requests)
+        for weight in model.state_dict().values():
+            weight.mul_(1.01)
+    assert [text + "".join(rest) for text, rest in zip(texts, streams, strict=True)] == 4 * [
+        reference
+    ]
+    with pytest.raises(ValueError, match=r"endpoint='nobody' is no Serve .*tiny"):
+        num_replicas("nobody")
 
 
 def engine_processes() -> list[int]:

@@ -1,0 +1,68 @@
+"""A fleet of engines that die and come back, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from nanochat_ray.engine.request import EngineStoppedError, Request
+from nanochat_ray.on_ray import rl
+from nanochat_ray.on_ray.rl import Fleet
+
+
+class Engine:
+    """Answers with the id of the request; fails in its first ``num_failures`` calls."""
+
+    def __init__(self, num_failures: int = 0, *, comes_back: bool = True):
+        self.num_failures, self.comes_back, self.num_calls = num_failures, comes_back, 0
+
+    def generate(self, version: int, weights: Sequence[Any], requests: Sequence[Any]) -> list[Any]:
+        self.num_calls += 1
+        if self.num_calls <= self.num_failures:
+            raise EngineStoppedError("gone")
+        return [[[int(wire["id"])], [0.0], "stop", version] for wire in requests]
+
+    def wait_until_ready(self) -> None:
+        if not self.comes_back:
+            raise EngineStoppedError("gone")
+
+
+def answers(fleet: Fleet, count: int) -> list[int]:
+    rollouts = fleet.generate([Request(id=str(i), prompt=[1]) for i in range(count)])
+    return [rollout.tokens[0] for rollout in rollouts]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rl, "POLL_S", 0.01)
+    monkeypatch.setattr(rl, "RESTART_DEADLINE_S", 0.05)
+    monkeypatch.setattr(rl.time, "sleep", lambda seconds: None)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_rollouts_keep_the_order_of_requests(count: int) -> None:
+    assert answers(Fleet([Engine(), Engine()]), count) == list(range(count))
+
+
+def test_other_engines_take_the_requests() -> None:
+    dead, alive = Engine(99, comes_back=False), Engine()
+    fleet = Fleet([dead, alive])
+    assert answers(fleet, 9) == list(range(9))
+    assert (dead.num_calls, alive.num_calls, fleet.num_lost_engines) == (1, 3, 1)
+    dead.comes_back = True
+
+
+def test_an_engine_that_comes_back_continues() -> None:
+    fleet = Fleet([Engine(2)])
+    assert answers(fleet, 5) == list(range(5))
+    assert fleet.num_lost_engines == 2
+
+
+def test_a_fleet_without_engines_gives_up() -> None:
+    engines = [Engine(1, comes_back=False), Engine(1, comes_back=False)]
+    with pytest.raises(RuntimeError, match="all 2 rollout engines have died"):
+        answers(Fleet(engines), 4)
+    for engine in engines:
+        engine.comes_back = True
