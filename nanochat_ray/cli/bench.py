@@ -10,6 +10,7 @@ COMMANDS = {
     "gpu": "a GPU against the CPU: equal results; training and decoding speed",
     "overload": "more requests than a server can answer, and clients that hold it up",
     "rolls": "new checkpoints of a run rolled out under streams, sound ones and bad ones",
+    "rollouts": "sampling for reinforcement learning, beside nanochat's",
     "replay": "broken requests beside steady streams: no stream may suffer",
 }
 """Program → what it measures."""
