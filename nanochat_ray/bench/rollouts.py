@@ -34,12 +34,6 @@ from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.text.chat import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
 
-SHAPE = (
-    *("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len"),
-    "window_pattern",
-)
-ABSENT = {"backout_lambda": 0.0}
-"""What nanochat's model has and ours may lack, with the value at which it does nothing."""
 GREEDY_TOKENS = 32
 Sample = Callable[[int], list[list[int]]]
 """(seed) → the tokens of each answer."""
@@ -79,18 +73,10 @@ class NanochatTokenizer:
 
 
 def nanochat_engine(checkout: Path, model: GPT, tokenizer: Tokenizer) -> Any:
-    """Its engine with our weights. ValueError if its model has no place for one of them."""
-    gpt = nanochat_checkout.load(str(checkout), "float32")
-    config = gpt.GPTConfig(**{name: getattr(model.config, name) for name in SHAPE})
-    peer = gpt.GPT(config)
-    peer.init_weights()
-    absent = {name: torch.full_like(peer.state_dict()[name], x) for name, x in ABSENT.items()}
-    try:
-        peer.load_state_dict({**absent, **model.state_dict()})
-    except RuntimeError as error:
-        raise ValueError(f"the run's model is not one of nanochat's: {error}") from None
+    """Its engine with our weights."""
+    peer = nanochat_checkout.model_of(str(checkout), model)
     engine = importlib.import_module("nanochat.engine")
-    return engine.Engine(peer.eval(), NanochatTokenizer(tokenizer))
+    return engine.Engine(peer, NanochatTokenizer(tokenizer))
 
 
 def make_generator(model: GPT, tokenizer: Tokenizer, args: Args) -> EngineGenerator:

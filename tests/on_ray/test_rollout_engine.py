@@ -42,7 +42,7 @@ def test_guest_samples_with_the_weights_of_a_call(
 
     async def run() -> None:
         loop, guest = host(), GuestEngine("cpu")
-        served = loop.weight_version
+        version_of_host = loop.weight_version
 
         async def sample(version: int) -> list[Any]:
             arrays = {name: t.numpy().copy() for name, t in model.state_dict().items()}
@@ -55,7 +55,7 @@ def test_guest_samples_with_the_weights_of_a_call(
             assert {rollout[-1] for rollout in reference} == {version}
             for weight in model.state_dict().values():
                 weight.mul_(1.1)
-        assert loop.weight_version == served
+        assert loop.weight_version == version_of_host
         loop.stop()
         with pytest.raises(EngineStoppedError):
             await sample(5)
