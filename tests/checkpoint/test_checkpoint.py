@@ -15,6 +15,7 @@ import torch
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checkpoint.codec import read_tensors, write_tensors
 from nanochat_ray.checkpoint.reader import read_manifest
+from nanochat_ray.config import to_json
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -268,6 +269,58 @@ def test_misfit_tokenizers_are_refused(root: Store) -> None:
     )
     with pytest.raises(ValueError, match=r"tokenizer\.json has 265 tokens, .* vocab_size=300"):
         checkpoint.load_model(root)
+
+
+def edit_manifest(root: Store, **changes: object) -> None:
+    path = Path(root.root) / "step-000003" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"format": "other"}, r"manifest\.json is damaged: format='other'"),
+        ({"step": 4}, r"manifest\.json is of step 4, not 3"),
+        ({"files": []}, r"manifest\.json is damaged: files=\[\]"),
+        ({"files": {"a": {"size": 1.5, "sha256": ""}}}, r"manifest\.json is damaged: files="),
+        ({"files": {"a": {"size": 1, "sha256": None}}}, r"manifest\.json is damaged: files="),
+        ({"files": {}}, r"config\.json is missing from the manifest"),
+    ],
+)
+def test_a_damaged_manifest_is_named(root: Store, changes: dict[str, object], error: str) -> None:
+    save(root, 3)
+    edit_manifest(root, **changes)
+    with pytest.raises(ValueError, match=error):
+        checkpoint.load(root, optimizer=False)
+
+
+def edit_config(root: Store, **changes: object) -> None:
+    """Changes config.json, and its entry in the manifest."""
+    folder = Path(root.root) / "step-000003"
+    data = json.dumps({**json.loads((folder / "config.json").read_text()), **changes}).encode()
+    (folder / "config.json").write_bytes(data)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    files["config.json"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_manifest(root, files=files)
+
+
+def test_a_misfit_configuration_is_named(root: Store) -> None:
+    save(root, 3)
+    for changes, error in (
+        ({"tokenizer": 5}, r"config\.json: tokenizer=5 is no fingerprint"),
+        ({"model": {"n_layer": 0}}, r"config\.json: .*missing"),
+    ):
+        edit_config(root, **{"tokenizer": TOKENIZER.fingerprint, **changes})
+        with pytest.raises(ValueError, match=error):
+            checkpoint.load_config(root)
+    for fields, error in (
+        ({"n_layer": 99}, r"n_layer=99, n_embd=32 and 320 tokens .* embeddings \[320, 32\]"),
+        ({"n_embd": 64}, r"n_embd=64 and 320 tokens"),
+        ({"n_layer": 3}, r"does not fit the model: 'resid_lambdas' is \[2\], expected \[3\]"),
+    ):
+        edit_config(root, model=to_json(tiny_config(**fields)), tokenizer=TOKENIZER.fingerprint)
+        with pytest.raises(ValueError, match=error):
+            checkpoint.load_model(root)
 
 
 def test_recorded_bytes_of_tensors() -> None:

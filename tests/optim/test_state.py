@@ -1,0 +1,55 @@
+"""The optimizer's state by parameter name: what comes back, and what fits no model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nanochat_ray.optim.config import OptimConfig
+from nanochat_ray.optim.groups import build_groups
+from nanochat_ray.optim.sharded import ShardedOptimizer
+from tests.optim.test_adamw import random_model, set_gradients
+
+CONFIG = OptimConfig(weight_decay=0.1)
+MATRIX, HEAD = "transformer.h.1.mlp.c_fc.weight", "lm_head.weight"
+
+
+def test_state_comes_back() -> None:
+    model = random_model()
+    optimizer = ShardedOptimizer(model, CONFIG)
+    set_gradients(model, 1)
+    optimizer.step(0, lr_factor=1.0, momentum=0.9)
+    state = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+    # Of m × n, m at least n, the second moment has one entry for each row.
+    assert state[f"{MATRIX}/momentum"].shape == (128, 32)
+    assert state[f"{MATRIX}/second_moment"].shape == (128, 1)
+    assert state["transformer.h.1.mlp.c_proj.weight/second_moment"].shape == (1, 128)
+    assert state[f"{HEAD}/second_moment"].shape == model.lm_head.weight.shape
+    names = {name for name, _ in model.named_parameters()}
+    assert state.keys() == {f"{n}/{kind}" for n in names for kind in ("momentum", "second_moment")}
+    other = ShardedOptimizer(random_model(), CONFIG)
+    assert not any(tensor.any() for tensor in other.state_dict().values())
+    other.load_state_dict(state)
+    again = other.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+    assert other.state_dict(on_rank=0).keys() == state.keys()
+    assert other.state_dict(on_rank=1) == {}
+
+
+def test_state_that_does_not_fit_is_named() -> None:
+    optimizer = ShardedOptimizer(random_model(), CONFIG)
+    state = optimizer.state_dict()
+    missing = {name: t for name, t in state.items() if name != f"{HEAD}/momentum"}
+    with pytest.raises(ValueError, match=r"state lm_head\.weight/momentum: .* found nothing"):
+        optimizer.load_state_dict(missing)
+    flat = {**state, f"{MATRIX}/momentum": torch.zeros(32, 128)}
+    with pytest.raises(ValueError, match=r"expected \(128, 32\), found \(32, 128\)"):
+        optimizer.load_state_dict(flat)
+    with pytest.raises(ValueError, match="'other/momentum' belongs to no parameter"):
+        optimizer.load_state_dict({**state, "other/momentum": torch.zeros(1)})
+
+
+def test_a_parameter_without_rule_is_named() -> None:
+    with pytest.raises(ValueError, match="parameter 'extra' has no learning rate"):
+        build_groups([("extra", nn.Parameter(torch.zeros(3)))], CONFIG)
