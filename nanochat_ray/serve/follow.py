@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 class Follower:
     """``roll`` makes the endpoint serve a checkpoint, and returns when every engine does.
 
-    It raises ValueError for one that the engines refuse, or RuntimeError if it cannot be done now.
+    It raises ValueError for one that the engines refuse, RuntimeError if it cannot be done now, or
+    OSError while they cannot read it: then it is called again.
     """
 
     def __init__(
@@ -60,15 +61,18 @@ class Follower:
         """Rolls out the next checkpoint, if there is one."""
         try:
             new = self.watcher.poll()
+            if new is None:
+                self._check()
+            else:
+                self._roll_out(new)
         except OSError as error:
             if not self._has_warned:
                 logger.warning("run %s cannot be read: %s", self.watcher.run.uri, error)
             self._has_warned = True
-            return
-        self._has_warned = False
-        if new is None:
-            self._check()
-            return
+        else:
+            self._has_warned = False
+
+    def _roll_out(self, new: NewCheckpoint) -> None:
         try:
             self._roll(new)
         except (ValueError, RuntimeError) as error:

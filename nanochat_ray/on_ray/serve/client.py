@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 5.0
 """How often replicas are listed. One that disconnects or drains is noticed at once."""
 POLL_UNREADY_S = 0.2
+POLL_FOLLOWER_S = 5.0
 CALL_TIMEOUT_S = 10.0
 
 
@@ -70,6 +71,8 @@ class RayEngineClient:
     def start(self) -> None:
         self._spawn(self._poll())
         self._spawn(self._watch_connections())
+        if self.follower is not None:
+            self._spawn(self._poll_follower(self.follower))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -121,9 +124,6 @@ class RayEngineClient:
             try:
                 endpoints = await list_endpoints(self.handle)
                 await self._update_replicas([e for e in endpoints if e["address"]])
-                if self.follower is not None:
-                    call = self.follower.status.remote()
-                    self.follow_status = await asyncio.wait_for(call, CALL_TIMEOUT_S)
                 has_warned = False
             except CALL_ERRORS as error:
                 # Normal at the start, while the replicas load their model.
@@ -137,6 +137,15 @@ class RayEngineClient:
                 async with asyncio.timeout(period):
                     await self.replicas.list_now.wait()
             self.replicas.list_now.clear()
+
+    async def _poll_follower(self, follower: DeploymentHandle) -> None:
+        """Apart from ``_poll``: while the follower restarts its calls wait, and replicas must be
+        listed."""
+        while True:
+            with contextlib.suppress(*CALL_ERRORS):
+                call = follower.status.remote()
+                self.follow_status = await asyncio.wait_for(call, CALL_TIMEOUT_S)
+            await asyncio.sleep(POLL_FOLLOWER_S)
 
     async def _update_replicas(self, endpoints: list[dict[str, Any]]) -> None:
         addresses = {e["replica"]: (e["address"], e["secret"]) for e in endpoints}

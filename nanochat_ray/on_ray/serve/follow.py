@@ -18,6 +18,7 @@ from nanochat_ray.checkpoint import follow
 from nanochat_ray.checkpoint.follow import CheckpointWatcher, NewCheckpoint, ServedCheckpoint
 from nanochat_ray.on_ray.serve.endpoints import CALL_ERRORS, list_endpoints
 from nanochat_ray.on_ray.serve.metrics import RaySink
+from nanochat_ray.retry import reason, retry
 from nanochat_ray.serve.follow import Follower
 from nanochat_ray.serve.metrics import FollowMetrics
 from nanochat_ray.storage import Store
@@ -52,8 +53,11 @@ class FollowDeployment:
         self.follower = await asyncio.to_thread(self._start, **user_config)
 
     def _start(self, target: follow.Target, margin: float) -> Follower:
-        first = follow.first_checkpoint(self.run, self.name, target)
-        current = ServedCheckpoint.of(self.run, first)
+        def current_checkpoint() -> ServedCheckpoint:
+            first = follow.first_checkpoint(self.run, self.name, target)
+            return ServedCheckpoint.of(self.run, first)
+
+        current = retry(current_checkpoint, "the checkpoint to begin with")
         watcher = CheckpointWatcher(self.run, self.name, target, current, margin=margin)
         follower = Follower(watcher, self._roll, self._reconcile)
         follower.start()
@@ -84,11 +88,12 @@ class FollowDeployment:
         self._metrics.update(self.follower.status())
         try:
             self._swap_all(self.follower.watcher.current)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             logger.warning("an engine replica does not serve the checkpoint: %s", error)
 
     def _swap_all(self, target: ServedCheckpoint) -> None:
-        """Raises ValueError if a replica refuses it, RuntimeError if one cannot be reached."""
+        """Raises ValueError if a replica refuses it, RuntimeError if one cannot be reached, OSError
+        if one cannot read it now."""
         for replica, version in self._wait(self._versions()).items():
             if version != target.version:
                 self._wait(self._swap(replica, target))
@@ -113,6 +118,10 @@ class FollowDeployment:
         refusal = next((r for r in results if isinstance(r, str) and r), None)
         if refusal is not None:
             raise ValueError(refusal)
+        # Ray's error of a call is of the class that was raised there, too.
+        outage = next((r for r in results if isinstance(r, OSError)), None)
+        if outage is not None:
+            raise OSError(f"engine replica {replica} cannot read it: {reason(outage)}")
 
     async def _close(self) -> None:
         if self.follower is not None:

@@ -10,6 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from nanochat_ray.on_ray.serve.client import RayEngineClient
 from nanochat_ray.on_ray.serve.metrics import RaySink
+from nanochat_ray.retry import retry
 from nanochat_ray.serve import access, keys
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.collector import freeze_gc
@@ -41,7 +42,9 @@ class Ingress:
         follower: DeploymentHandle | None = None,
     ):
         """``tokenizer``: URI of the folder that has it."""
-        self.tokenizer = Tokenizer.load(Store.at(tokenizer), fingerprint)
+        self.tokenizer = retry(
+            lambda: Tokenizer.load(Store.at(tokenizer), fingerprint), "the tokenizer"
+        )
         self.name, self.max_model_len = name, max_model_len
         # From the deployment alone: the environment of a worker may be older.
         self.keys = [*key_hashes, *(keys.from_file(key_file) if key_file else [])]

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import ray.util
 from ray import serve
 
+from nanochat_ray.checkpoint import follow
 from nanochat_ray.checkpoint.checkpoint import load, load_config, weight_version
-from nanochat_ray.checkpoint.follow import first_checkpoint
 from nanochat_ray.checkpoint.lease import Lease
 from nanochat_ray.config import from_json
 from nanochat_ray.engine.config import EngineConfig
@@ -46,6 +46,7 @@ from nanochat_ray.on_ray.serve.connection import (
     Handshakes,
 )
 from nanochat_ray.on_ray.serve.metrics import RaySink
+from nanochat_ray.retry import retry
 from nanochat_ray.serve.collector import freeze_gc
 from nanochat_ray.serve.metrics import EngineMetrics
 from nanochat_ray.storage import Store
@@ -67,7 +68,8 @@ class EngineReplica:
     when the requests that run are complete (``drain_s``). For one of another architecture an engine
     is started beside the old one, which finishes its requests. With ``follow`` ("latest" or "best")
     the checkpoint is that of the endpoint, and ``follow.FollowDeployment`` swaps it. A step that
-    takes longer than ``liveness_timeout_s`` counts as hung (``engine.step_clock``).
+    takes longer than ``liveness_timeout_s`` counts as hung (``engine.step_clock``). A
+    checkpoint that cannot be served is refused: ``status`` says why, and the old one stays.
     """
 
     def __init__(
@@ -93,6 +95,8 @@ class EngineReplica:
         self.model = model or self.name
         self.host = host or ray.util.get_node_ip_address()
         self.checkpoint = ""
+        self.refusals: dict[str, str] = {}
+        """The checkpoint that was deployed and is not served, and why."""
         self.tokenizer = ""
         self.architecture: ModelConfig | None = None
         self.lease = Lease(self.run, self.name)
@@ -114,9 +118,26 @@ class EngineReplica:
         if target and self.engine is not None:
             return
         if target:
-            name = await asyncio.to_thread(first_checkpoint, self.run, self.model, target)
+            name = await asyncio.to_thread(self._first_checkpoint, target)
         await self.listen()
-        await self._serve(name)
+        try:
+            # Nobody calls again after an outage of the storage.
+            await asyncio.to_thread(retry, lambda: weight_version(self.run, name), name)
+            await self._serve(name)
+        except (ValueError, OSError) as error:
+            if self.engine is None:
+                raise
+            # Serve would end this replica and every other one, and start none that works.
+            self.refusals = {name: str(error)}
+            logger.error("checkpoint %s is refused: %s", name, error)
+        else:
+            self.refusals = {}
+
+    def _first_checkpoint(self, target: follow.Target) -> str:
+        return retry(
+            lambda: follow.first_checkpoint(self.run, self.model, target),
+            "the checkpoint to begin with",
+        )
 
     async def swap(self, replica: str, name: str) -> str | None:
         """Serves another checkpoint, if ``replica`` is this one. "" when it does, else the reason
@@ -183,8 +204,10 @@ class EngineReplica:
         import torch
 
         torch.set_num_threads(self.threads or engine_threads(self.sharing))
-        engine, tokenizer = Engine.from_run(
-            self.run, self.config, name, self.device, self.tokenizer
+        # A replica that cannot start is started again at once, which costs a core.
+        engine, tokenizer = retry(
+            lambda: Engine.from_run(self.run, self.config, name, self.device, self.tokenizer),
+            f"checkpoint {name}",
         )
         self.tokenizer = tokenizer.fingerprint
         self.architecture = load_config(self.run, name).model
@@ -303,6 +326,7 @@ class EngineReplica:
         return {
             "replica": self.name,
             "checkpoint": self.checkpoint,
+            "refused": self.refusals,
             "weight_version": self.engine.weight_version if self.engine is not None else "",
             "is_swapping": self.engine is not None and self.engine.is_swapping,
             "requests": len(self.owners),

@@ -16,6 +16,7 @@ from nanochat_ray.engine.request import (
     RequestOutput,
     SamplingParams,
 )
+from nanochat_ray.on_ray.serve import client as client_module
 from nanochat_ray.on_ray.serve.client import RayEngineClient
 from nanochat_ray.on_ray.serve.connection import ACCEPTED, NOT_HERE, QUEUE_FULL, Connection
 from nanochat_ray.serve.client import OutputStream, UnavailableError
@@ -97,11 +98,14 @@ class Handle:
 
 
 @contextlib.asynccontextmanager
-async def connected_client(*replicas: Replica) -> AsyncIterator[RayEngineClient]:
+async def connected_client(
+    *replicas: Replica, follower: Any = None
+) -> AsyncIterator[RayEngineClient]:
     """A client that is connected to all of them."""
     for replica in replicas:
         await replica.start()
-    client = RayEngineClient(Handle(replicas), deadline_s=30, liveness_timeout_s=0.5)  # type: ignore[arg-type]
+    handle: Any = Handle(replicas)
+    client = RayEngineClient(handle, deadline_s=30, liveness_timeout_s=0.5, follower=follower)
     client.start()
     async with asyncio.timeout(30):
         while sum(r.is_usable for r in client.replicas.by_name.values()) < len(replicas):
@@ -303,12 +307,32 @@ class Follower:
         return {"checkpoint": "step-000007"}
 
 
+def test_replicas_are_listed_without_the_follower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it restarts its calls wait."""
+    monkeypatch.setattr(client_module, "CALL_TIMEOUT_S", 1000.0)
+
+    class Restarting(Follower):
+        async def remote(self) -> dict[str, str]:
+            await asyncio.get_running_loop().create_future()
+            return {}
+
+    async def run() -> None:
+        first, later = Replica("a", False), Replica("b", False)
+        async with connected_client(first, follower=Restarting()) as client:
+            await later.start()
+            client.handle.replicas.append(later)  # type: ignore[attr-defined]
+            client.replicas.list_now.set()
+            await until(lambda: "b" in client.replicas.by_name)
+            later.heartbeats.cancel()
+            later.server.close()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("follower", [None, Follower()])
 def test_health_names_engines_and_follower(follower: Any) -> None:
     async def run() -> None:
-        async with connected_client(Replica("a", False)) as client:
-            client.follower = follower
-            client.replicas.list_now.set()
+        async with connected_client(Replica("a", False), follower=follower) as client:
             await until(lambda: follower is None or client.follow_status)
             health = await client.health()
             client.replicas.by_name["a"].is_ready = False

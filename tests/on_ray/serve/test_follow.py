@@ -61,8 +61,10 @@ async def until(condition: Callable[[], Any]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def endpoint(root: Store) -> AsyncIterator[tuple[list[LocalReplica], RayEngineClient]]:
-    """Two replicas, their follower and an ingress's client."""
+async def endpoint(
+    root: Store,
+) -> AsyncIterator[tuple[list[LocalReplica], RayEngineClient, LocalFollower]]:
+    """Two replicas, an ingress's client and the follower."""
     replicas = [
         LocalReplica(
             root.uri, "tiny", to_json(ENGINE), "cpu", 1, name=name, model="m", host="127.0.0.1"
@@ -77,7 +79,7 @@ async def endpoint(root: Store) -> AsyncIterator[tuple[list[LocalReplica], RayEn
     client = RayEngineClient(handle)
     client.start()
     await until(lambda: sum(r.is_usable for r in client.replicas.by_name.values()) == 2)
-    yield replicas, client
+    yield replicas, client, deployment
     await client.close()
     await FollowDeployment.__del__(deployment)
     for replica in replicas:
@@ -113,7 +115,7 @@ def test_answers_outlive_three_rolls(tiny_run: Store) -> None:
             while not has_ended.is_set():
                 answers.append(await generate(client, f"{number}-{len(answers)}"))
 
-        async with endpoint(tiny_run) as (replicas, client):
+        async with endpoint(tiny_run) as (replicas, client, _):
             clients = [asyncio.ensure_future(ask(number)) for number in range(12)]
             for seed in (1, 2, 3):
                 await asyncio.to_thread(write_checkpoint, tiny_run, seed)
@@ -137,10 +139,34 @@ def test_a_replica_that_restarts_is_swapped(tiny_run: Store) -> None:
     write_checkpoint(tiny_run, 1)
 
     async def run() -> None:
-        async with endpoint(tiny_run) as (replicas, _):
+        async with endpoint(tiny_run) as (replicas, _, _):
             await until(lambda: all(r.checkpoint == "step-000101" for r in replicas))
             await replicas[0].swap("a", "step-000100")
             await until(lambda: replicas[0].checkpoint == "step-000101")
+
+    asyncio.run(run())
+
+
+def test_an_outage_in_a_replica_is_no_swap(
+    tiny_run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its read failed: the roll goes on when it succeeds, and nothing is refused."""
+    swap, failures = LocalReplica.swap, [OSError("the bucket cannot be reached")]
+
+    async def failing_swap(replica: LocalReplica, name: str, target: str) -> str | None:
+        if replica.name == name == "b" and failures:
+            raise failures.pop()
+        return await swap(replica, name, target)
+
+    monkeypatch.setattr(LocalReplica, "swap", failing_swap)
+
+    async def run() -> None:
+        async with endpoint(tiny_run) as (replicas, _, deployment):
+            await asyncio.to_thread(write_checkpoint, tiny_run, 1)
+            await until(lambda: deployment.follower.status()["num_swaps"])
+            assert [r.checkpoint for r in replicas] == ["step-000101"] * 2
+            assert not failures
+            assert deployment.follower.status()["num_refusals"] == 0
 
     asyncio.run(run())
 
@@ -150,7 +176,7 @@ def test_a_hung_engine_counts_as_lost(tiny_run: Store, monkeypatch: pytest.Monke
     """Its event loop answers, but its thread makes no step: the other one continues."""
 
     async def run() -> None:
-        async with endpoint(tiny_run) as (replicas, client):
+        async with endpoint(tiny_run) as (replicas, client, _):
             hanging = replicas[0]
             monkeypatch.setattr(type(hanging), "is_hung", property(lambda r: r is hanging))
             await until(lambda: list(client.replicas.by_name) == ["b"])

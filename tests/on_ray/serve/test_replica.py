@@ -17,6 +17,7 @@ from nanochat_ray.on_ray.serve.connection import ACCEPTED, Connection, Handshake
 from nanochat_ray.on_ray.serve.replica import EngineReplica
 from nanochat_ray.storage import Store
 from tests.on_ray.serve.tiny_run import LocalReplica, write_checkpoint
+from tests.outage import Outage
 from tests.tiny import hold_up_grammars
 
 ENGINE = EngineConfig(max_num_seqs=8, max_num_batched_tokens=64, max_queue_size=16)
@@ -139,8 +140,7 @@ def test_a_new_checkpoint_is_swapped_in_place(tiny_run: Store) -> None:
         assert old is replica.engine
         submit("after", 2000)
         await until(lambda: len(answers) == 4)
-        with pytest.raises(ValueError, match="step-000999"):
-            await replica.reconfigure({"checkpoint": "step-000999"})
+        await replica.reconfigure({"checkpoint": "step-000999"})
         assert replica.checkpoint == "step-000101"  # it goes on with what it has
         connection.close()
         await until(lambda: not replica.owners)  # an ingress that dies frees its slots
@@ -154,6 +154,41 @@ def test_a_new_checkpoint_is_swapped_in_place(tiny_run: Store) -> None:
         assert ["draining"] in answers
 
     asyncio.run(run())
+
+
+def test_a_bad_deployment_leaves_the_old_weights(tiny_run: Store) -> None:
+    """An error would make Serve end the replica, and every other one."""
+
+    async def run() -> None:
+        replica = await start_replica(tiny_run)
+        write_checkpoint(tiny_run, 1)
+        tiny_run.child("runs", "tiny", "step-000101").write_bytes("weights.msgpack", b"")
+        await replica.reconfigure({"checkpoint": "step-000101"})
+        assert replica.status()["checkpoint"] == "step-000100"
+        assert "weights.msgpack is damaged" in replica.status()["refused"]["step-000101"]
+        await replica.check_health()
+        write_checkpoint(tiny_run, 1)
+        await replica.reconfigure({"checkpoint": "step-000101"})
+        assert replica.status()["checkpoint"] == "step-000101"
+        assert not replica.status()["refused"]
+        await EngineReplica.__del__(replica)
+
+    asyncio.run(run())
+
+
+def test_a_replica_starts_when_storage_is_back(
+    tiny_run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outage = Outage(monkeypatch)
+    outage.is_on, outage.most_failures = True, 3
+
+    async def run() -> None:
+        replica = await start_replica(tiny_run)
+        assert replica.status()["checkpoint"] == "step-000100"
+        await EngineReplica.__del__(replica)
+
+    asyncio.run(run())
+    assert outage.num_failures == 3
 
 
 def test_strangers_cannot_use_up_connections(root: Store) -> None:
