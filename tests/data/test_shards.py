@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from nanochat_ray.data.cache import cache_folder
@@ -71,6 +73,38 @@ def test_small_datasets_are_checked_whole(root: Store) -> None:
     rows.check(size - 1)  # too much to read before a run
     with pytest.raises(ValueError, match=r"shard 2\.arrow of"):
         rows.check(size)
+
+
+def replace_shard(root: Store, rows: SequenceReader, array: pa.Array) -> SequenceReader:
+    """The dataset of ``rows`` with another first shard, whose checksum is right."""
+    file = Path(root.root, "datasets", "numbered", "0.arrow")
+    batch = pa.record_batch([array], names=["ids"])
+    with pa.OSFile(str(file), "wb") as out, pa.ipc.new_file(out, batch.schema) as writer:
+        writer.write_batch(batch)
+    data = file.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    shard = replace(rows.shards[0], size=len(data), sha256=digest)
+    manifest = replace(rows.manifest, splits={"train": [shard, *rows.shards[1:]], "val": []})
+    return SequenceReader(rows.store, manifest, "train")
+
+
+@pytest.mark.parametrize(
+    ("array", "error"),
+    [
+        (pa.array([[1, 2, 3]], pa.list_(pa.uint16(), 3)), "has 1 sequences, the manifest says 2"),
+        (
+            pa.array([[1, 2, 3], None], pa.list_(pa.uint16(), 3)),
+            "has a column 'ids' that is not sequences of 3",
+        ),
+        (pa.array([1, 2], pa.uint16()), "is no shard of sequences"),
+        (pa.array([[1, 2, 3]] * 2, pa.list_(pa.uint32(), 3)), "has sequences of 3 uint32"),
+        (pa.array([[1, 2]] * 2, pa.list_(pa.uint16(), 2)), "has sequences of 2 uint16"),
+    ],
+)
+def test_a_file_that_is_no_shard_is_named(root: Store, array: pa.Array, error: str) -> None:
+    rows = replace_shard(root, write_numbered(root, (2, 1)), array)
+    with pytest.raises(ValueError, match=rf"shard 0\.arrow of .* {error}"):
+        rows.read(np.asarray([0]))
 
 
 def test_tokens_are_stored_in_the_narrowest_type() -> None:

@@ -18,7 +18,7 @@ from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from nanochat_ray.train.preflight import check
-from tests.tiny import tiny_config, write_dataset
+from tests.tiny import TOKENIZER, tiny_config, write_dataset
 from tests.train.run_trainer import run_trainer
 
 TRAIN = TrainConfig(
@@ -214,3 +214,25 @@ def test_checkpoints_with_old_names_resume(
     with pytest.raises(ValueError, match=r"^global_batch_size=2 is not what this run was started"):
         check(job(half_run, train__global_batch_size=2))
     assert run_trainer(check(job(half_run)))["done"]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "error"),
+    [
+        ({}, "run 'run' was not trained here but imported .*: it has no optimizer state"),
+        ({"train_config": 3}, r"trainer\.json has no train_config"),
+    ],
+)
+def test_an_imported_run_is_not_resumed(root: Store, trainer: dict[str, Any], error: str) -> None:
+    write_dataset(root, "base")
+    checkpoint.save(
+        root.child("runs", "run"),
+        1,
+        model_config=tiny_config(),
+        weights={"w": torch.zeros(1)},
+        optimizer=None,
+        trainer=trainer,
+        tokenizer=TOKENIZER,
+    )
+    with pytest.raises(ValueError, match=error):
+        check(job(root))
