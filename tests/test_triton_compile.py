@@ -35,15 +35,15 @@ check(triton_embedding._sum_by_token_kernel, sums, {"BLOCK_N": 16, "BLOCK_C": 25
 shape = {"G": 4, "D": 128, "BLOCK_D": 128}
 data = {name: "bf16" for name in ("q", "k", "v", "out")} 
 data |= {"sums": "fp32", "tops": "fp32"}
-data |= {name: "i32" for name in ("cu_seqlens_q", "seqused_k", "block_table")}
-for split, block_t, block_m, block_n in ((128, 1, 16, 128), (0, 16, 64, 64)):
-    tile = {"BLOCK_SIZE": 16, "BLOCK_T": block_t, "BLOCK_M": block_m, "BLOCK_N": block_n}
+data |= {name: "i32" for name in ("tiles", "block_table")}
+for split, block_m, block_n in ((128, 16, 128), (0, 64, 64)):
+    tile = {"BLOCK_SIZE": 16, "BLOCK_M": block_m, "BLOCK_N": block_n}
     check(triton_attention._attention_kernel, data, shape | tile | {"SPLIT": split})
-merge = {"sums": "fp32", "tops": "fp32", "out": "bf16", "seqused_k": "i32"}
+merge = {"sums": "fp32", "tops": "fp32", "out": "bf16", "tiles": "i32"}
 splits = {"D": 128, "BLOCK_D": 128, "SPLIT": 128, "MERGE": 16}
 check(triton_attention._merge_kernel, merge, splits)
 columns = {"logits": "fp32", "tokens": "i64", "temperature": "fp32", "top_k": "i64"}
-columns |= {"top_p": "fp64", "min_p": "fp32", "seed": "i64", "position": "i64"}
+columns |= {"top_p": "fp64", "min_p": "fp32", "seed": "i64", "position": "i64", "slots": "i64"}
 check(triton_sampler._sample_kernel, columns, {"INVALID_TOKEN": -1, "BLOCK": 4096}, num_warps=4)
 check(triton_operators._rms_norm_kernel, {"x": "bf16", "out": "bf16"}, {"BLOCK": 1024})
 rotary = dict.fromkeys(("x", "cos", "sin", "out"), "bf16")

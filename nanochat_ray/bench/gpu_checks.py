@@ -185,7 +185,8 @@ def _forward(
     tables, lengths, results = [blocks.empty_tables() for _ in range(6)], [0] * 6, []
     generator = torch.Generator().manual_seed(2)
     for counts in STEPS:
-        spans = [Span(i, lengths[i], n, n == 1) for i, n in enumerate(counts)]
+        is_decode = max(counts) == 1
+        spans = [Span(i, lengths[i], n, is_decode) for i, n in enumerate(counts)]
         for span in spans:
             assert blocks.extend(tables[span.slot], span.start, span.start + span.num_tokens)
             cache.set_block_tables(span.slot, tables[span.slot])
@@ -287,7 +288,9 @@ def check_sampler(report: Report) -> None:
     exact = sampler.choose(logits, rows, positions, features)
     for name, result in {
         "torch": sampler.choose(logits.to(CUDA), gpu_rows, positions.to(CUDA), features),
-        "Triton": triton_sampler.choose(logits.to(CUDA), gpu_rows, positions.to(CUDA)),
+        "Triton": triton_sampler.choose_by_slot(
+            gpu_rows, logits.to(CUDA), positions.to(CUDA), positions.to(CUDA)
+        ),
     }.items():
         share = float((result.cpu() != exact).float().mean())
         report.check(f"sampler in {name}: tokens unlike the CPU's", share, 0.02)

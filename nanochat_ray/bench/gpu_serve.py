@@ -56,10 +56,10 @@ def _graphs(report: Report, depth: int, config: ModelConfig) -> None:
     counts = count_parameters(config)
     # Of the embedding tables a step reads a few rows.
     weights = 2 * (counts.matrices + config.n_embd * config.vocab_size)
-    graphs = engine.runner._graphs
+    graphs = engine.runner.graphs
     assert graphs is not None
     for size in [s for s in graphs.sizes if s in (1, 8, 16, 32, 64, 128, 256)]:
-        ms = device_ms(graphs._recordings[size].graph.replay, 30)
+        ms = device_ms(graphs._recordings[False, size].graph.replay, 30)
         report.note(
             f"d{depth}: graph of {size} tokens", f"{ms * 1e3:.0f} µs, {weights / ms / 1e9:.2f} TB/s"
         )

@@ -45,6 +45,24 @@ class Acceptance:
         return output
 
 
+def append_token(sequence: Sequence, sampled_ids: SequenceOf[int], vocab_size: int) -> bool:
+    """Does what ``accept_tokens`` does where that appends one token and no more, so that most
+    tokens take little time. False, and nothing is done, where there may be more to it: the output
+    may end, a grammar or a tool goes on, there are draft tokens, or there is no token."""
+    token = sampled_ids[0]
+    if (
+        len(sampled_ids) > 1
+        or not 0 <= token < vocab_size
+        or token in sequence.stop_token_ids
+        or len(sequence.tokens) + 1 >= sequence.max_length
+        or sequence.grammar is not None
+        or (sequence.tool is not None and sequence.tool.reacts_to(token))
+    ):
+        return False
+    sequence.tokens.append(token)
+    return True
+
+
 def accept_tokens(
     sequence: Sequence, draft: SequenceOf[int], sampled_ids: SequenceOf[int], vocab_size: int
 ) -> Acceptance:

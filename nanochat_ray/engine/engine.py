@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.engine.acceptance import accept_tokens
+from nanochat_ray.engine.acceptance import accept_tokens, append_token
 from nanochat_ray.engine.admission import Admitter
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.grammar import Grammars
@@ -69,6 +69,8 @@ class Engine:
         self._sampling = SamplingState(
             config.max_num_seqs, self.vocab_size, self.runner.device, self.runner.native
         )
+        if self.runner.graphs is not None:
+            self.runner.graphs.record(self._sampling.plain_sampler())
         self.scheduler = Scheduler(
             kv_cache=self.runner.kv_manager,
             num_slots=config.max_num_seqs,
@@ -302,7 +304,7 @@ class Engine:
         return outputs
 
     def _run(self, chunks: list[ScheduledChunk], previous_ids: Tensor | None) -> ForwardOutput:
-        logits = self.runner.run(chunks, previous_ids)
+        result = self.runner.run(chunks, previous_ids)
         for chunk in chunks:
             s = chunk.sequence
             s.num_computed_tokens = chunk.end
@@ -310,7 +312,7 @@ class Engine:
                 self._stats.prompt_tokens += chunk.num_tokens
                 if chunk.start < len(s.request.prompt):
                     self.runner.kv_manager.commit(s)
-        return ForwardOutput.of(chunks, logits)
+        return ForwardOutput.of(chunks, result)
 
     def _may_stay_in_flight(self, step: InFlightStep) -> bool:
         """Whether the next step is planned before the tokens of this one are known: every sequence
@@ -327,24 +329,28 @@ class Engine:
         """Appends the tokens of a step to the sequences that still need them."""
         token_ids, logprobs = step.wait()
         outputs: list[RequestOutput] = []
-        new_tokens: list[tuple[int, int]] = []  # slot and token
-        first = 0
+        slots: list[int] = []
+        """Of the outputs."""
+        end = 0
         for chunk in step.chunks:
-            s, rows = chunk.sequence, slice(first, first + 1 + len(chunk.draft))
-            first, slot = rows.stop, s.slot
+            s, first = chunk.sequence, end
+            end, slot = first + 1 + len(chunk.draft), s.slot
             s.num_placeholders = 0
             if not s.needs_token_at(chunk.end):
                 continue  # it finished, or a tool call ended, after this step had been planned
             try:
-                outputs.append(self._extend(chunk, token_ids[rows], logprobs[rows]))
+                output = self._extend(chunk, token_ids[first:end], logprobs[first:end])
             except Exception as error:  # of a tool, for example: it concerns this request alone
                 logger.exception("request %s failed", s.request.id)
-                outputs.append(self._fail(s, f"{type(error).__name__}: {error}"))
-                continue
-            self._stats.generated_tokens += len(outputs[-1].tokens)
-            if slot >= 0:  # a preempted sequence is counted when it is admitted again
-                new_tokens += [(slot, token) for token in outputs[-1].tokens]
-        self._sampling.count([s for s, _ in new_tokens], [token for _, token in new_tokens])
+                output = self._fail(s, f"{type(error).__name__}: {error}")
+            outputs.append(output)
+            slots.append(slot)
+        self._stats.generated_tokens += sum([len(output.tokens) for output in outputs])
+        if self._sampling.counts_tokens:
+            # A preempted sequence is counted when it is admitted again.
+            pairs = zip(slots, outputs, strict=True)
+            new_tokens = [(slot, t) for slot, output in pairs if slot >= 0 for t in output.tokens]
+            self._sampling.count([s for s, _ in new_tokens], [t for _, t in new_tokens])
         return outputs
 
     def _extend(
@@ -353,6 +359,9 @@ class Engine:
         """Appends the tokens sampled behind a chunk, and finishes the sequence if it is done."""
         s = chunk.sequence
         is_first = len(s.tokens) == len(s.request.prompt)
+        if not is_first and not logprobs and append_token(s, sampled_ids, self.vocab_size):
+            # Nothing but one more token: so it is with nearly all outputs.
+            return RequestOutput(request_id=s.request.id, tokens=sampled_ids)
         result = accept_tokens(s, chunk.draft, sampled_ids, self.vocab_size)
         if chunk.draft:
             self._stats.num_draft_tokens += len(chunk.draft)

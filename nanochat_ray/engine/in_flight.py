@@ -5,20 +5,25 @@ S rows that are sampled from, V tokens of the vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat_ray.engine.grammar import Grammars, GrammarState
+from nanochat_ray.engine.cuda_graphs import StepResult
+from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.logprobs import LogprobTable, PromptLogprobs
 from nanochat_ray.engine.request import TokenLogprob
 from nanochat_ray.engine.sampling_state import SamplingState
 from nanochat_ray.engine.scheduler import ScheduledChunk
 from nanochat_ray.engine.sequence import PLACEHOLDER
 from nanochat_ray.machine import send
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,19 +36,21 @@ class ForwardOutput:
     """The chunks that sample, each with the row of its last token; those of its draft tokens
     follow."""
     prompt_logprobs: PromptLogprobs | None = None
+    token_ids: Tensor | None = None
+    """int64 ``[R]``: see ``StepResult``."""
 
     @classmethod
-    def of(cls, chunks: Sequence[ScheduledChunk], logits: Tensor) -> Self:
-        """``logits [R, V]``: ``num_logits`` rows of each chunk."""
-        sampling_chunks: list[tuple[int, ScheduledChunk]] = []
-        num_logits = 0
-        for chunk in chunks:
-            num_logits += chunk.num_logits
-            if chunk.samples:
-                sampling_chunks.append((num_logits - 1 - len(chunk.draft), chunk))
+    def of(cls, chunks: Sequence[ScheduledChunk], result: StepResult) -> Self:
+        """``num_logits`` rows of the result are those of a chunk."""
+        ends = itertools.accumulate([chunk.num_logits for chunk in chunks])
+        sampling_chunks = [
+            (end - 1 - len(chunk.draft), chunk)
+            for end, chunk in zip(ends, chunks, strict=True)
+            if chunk.samples
+        ]
         scores_prompt = any(chunk.prompt_logprobs for chunk in chunks)
-        prompt_logprobs = PromptLogprobs(chunks, logits) if scores_prompt else None
-        return cls(logits, sampling_chunks, prompt_logprobs)
+        prompt_logprobs = PromptLogprobs(chunks, result.logits) if scores_prompt else None
+        return cls(result.logits, sampling_chunks, prompt_logprobs, result.token_ids)
 
     @property
     def needs_previous_tokens(self) -> bool:
@@ -114,6 +121,63 @@ class InFlightStep:
         return self.host_token_ids.tolist(), self.logprobs.read()
 
 
+@dataclass
+class SampledRows:
+    """The rows of a step that are sampled from: one for each chunk, then one for each of its draft
+    tokens."""
+
+    chunks: list[ScheduledChunk]
+    rows: list[int]
+    """Those of the logits."""
+    slots: list[int]
+    positions: list[int]
+    """Of the tokens that are sampled."""
+
+    @classmethod
+    def of(cls, sampling_chunks: Sequence[tuple[int, ScheduledChunk]]) -> Self:
+        """Without chunks of sequences that the previous step, committed since, has ended."""
+        pairs = [(row, c) for row, c in sampling_chunks if c.sequence.needs_token_at(c.end)]
+        chunks = [c for _, c in pairs]
+        rows, slots = [row for row, _ in pairs], [c.sequence.slot for c in chunks]
+        result = cls(chunks, rows, slots, [c.end for c in chunks])
+        if any(c.draft for c in chunks):
+            result.slots = result.for_each_row(slots)
+            result.rows = [row + i for row, c in pairs for i in range(1 + len(c.draft))]
+            result.positions = [c.end + i for c in chunks for i in range(1 + len(c.draft))]
+        return result
+
+    def for_each_row(self, values: Sequence[T]) -> list[T]:
+        """The value of each chunk for each of its rows."""
+        pairs = zip(values, self.chunks, strict=True)
+        return [value for value, chunk in pairs for _ in range(1 + len(chunk.draft))]
+
+    def uncounted_tokens(
+        self, has_previous: bool
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Pairs of a row and a token before it that penalties must count; pairs of an index in
+        these and the row of the previous step that samples the token, if one is in flight."""
+        tokens: list[tuple[int, int]] = []
+        in_flight: list[tuple[int, int]] = []
+        first = 0
+        for chunk in self.chunks:
+            draft, row = chunk.draft, chunk.input_from_previous_step
+            if row is not None and has_previous:
+                in_flight.append((len(tokens), row))
+                tokens.append((first, PLACEHOLDER))
+            tokens += [(first + i + 1, t) for i in range(len(draft)) for t in draft[: i + 1]]
+            first += 1 + len(draft)
+        return tokens, in_flight
+
+    def grammar_masks(self, grammars: Grammars) -> tuple[list[int], np.ndarray] | None:
+        """The rows with a grammar, and the tokens that it allows there, bool ``[G, V]``."""
+        states = [(c.sequence.grammar, c.draft) for c in self.chunks]
+        with_grammar = self.for_each_row([grammar is not None for grammar, _ in states])
+        rows = [row for row, has_grammar in enumerate(with_grammar) if has_grammar]
+        if not rows:
+            return None
+        return rows, grammars.next_token_mask([(g, draft) for g, draft in states if g is not None])
+
+
 def sample(
     forward: ForwardOutput,
     sampling: SamplingState,
@@ -122,54 +186,30 @@ def sample(
 ) -> InFlightStep:
     """Samples a token behind each chunk and behind each of its draft tokens. ``previous_ids``
     int64 are the tokens of the previous step if that is still in flight."""
-    chunks: list[ScheduledChunk] = []
-    rows: list[int] = []
-    slots: list[int] = []
-    positions: list[int] = []
-    top_logprobs: list[int | None] = []
-    processed_rows: list[bool] = []
-    uncounted_tokens: list[
-        tuple[int, int]
-    ] = []  # row, and a token before it that penalties must count
-    in_flight: list[
-        tuple[int, int]
-    ] = []  # index in ``uncounted_tokens``, and row of the previous step
-    grammar_states: list[tuple[GrammarState, tuple[int, ...]]] = []
-    grammar_rows: list[int] = []
-    for row, chunk in forward.sampling_chunks:
-        s, first, end, draft = chunk.sequence, len(slots), chunk.end, chunk.draft
-        if not s.needs_token_at(end):
-            continue  # the previous step, which has been committed since, ended it
-        chunks.append(chunk)
-        params, count = s.request.params, 1 + len(draft)
-        rows += range(row, row + count)
-        slots += [s.slot] * count
-        positions += range(end, end + count)
-        top_logprobs += [params.logprobs] * count
-        processed_rows += [params.reports_processed_logprobs] * count
-        if chunk.input_from_previous_step is not None and previous_ids is not None:
-            in_flight.append((len(uncounted_tokens), chunk.input_from_previous_step))
-            uncounted_tokens.append((first, PLACEHOLDER))
-        if draft:
-            uncounted_tokens += [
-                (first + i + 1, t) for i in range(len(draft)) for t in draft[: i + 1]
-            ]
-        if s.grammar is not None:
-            grammar_rows += range(first, len(slots))
-            grammar_states.append((s.grammar, draft))
+    rows = SampledRows.of(forward.sampling_chunks)
     logits = forward.logits
-    if len(rows) < len(logits):
-        logits = logits[send(torch.tensor(rows, dtype=torch.int64), logits.device)]
-    masks = (
-        (grammar_rows, grammars.next_token_mask(grammar_states))
-        if grammars and grammar_rows
-        else None
-    )
-    device_tokens = None if previous_ids is None or not in_flight else (in_flight, previous_ids)
-    arguments = (slots, positions, masks, uncounted_tokens, device_tokens)
-    token_ids = sampling.choose(logits, *arguments)
-    if any(processed_rows):
-        is_processed = send(torch.tensor(processed_rows), logits.device)[:, None]
-        logits = torch.where(is_processed, sampling.distribution(logits, *arguments), logits)
-    logprobs = LogprobTable(logits, token_ids, top_logprobs)
-    return InFlightStep.launch(chunks, token_ids, logprobs, forward.prompt_logprobs)
+    if len(rows.rows) < len(logits):
+        logits = logits[send(torch.tensor(rows.rows, dtype=torch.int64), logits.device)]
+    masks, device_tokens = None, None
+    uncounted_tokens: list[tuple[int, int]] = []
+    if grammars is not None and forward.needs_previous_tokens:
+        masks = rows.grammar_masks(grammars)
+    if sampling.counts_tokens:
+        uncounted_tokens, in_flight = rows.uncounted_tokens(previous_ids is not None)
+        if previous_ids is not None and in_flight:
+            device_tokens = in_flight, previous_ids
+    arguments = (rows.slots, rows.positions, masks, uncounted_tokens, device_tokens)
+    token_ids = forward.token_ids
+    if token_ids is None or logits is not forward.logits or masks or sampling.adjusts(rows.slots):
+        token_ids = sampling.choose(logits, *arguments)
+    top_logprobs = [c.sequence.request.params.logprobs for c in rows.chunks]
+    if top_logprobs.count(None) == len(top_logprobs):
+        logprobs = LogprobTable(logits, token_ids, [])
+    else:
+        params = rows.for_each_row([c.sequence.request.params for c in rows.chunks])
+        is_processed = [p.reports_processed_logprobs for p in params]
+        if any(is_processed):
+            mask_R1 = send(torch.tensor(is_processed), logits.device)[:, None]
+            logits = torch.where(mask_R1, sampling.distribution(logits, *arguments), logits)
+        logprobs = LogprobTable(logits, token_ids, [p.logprobs for p in params])
+    return InFlightStep.launch(rows.chunks, token_ids, logprobs, forward.prompt_logprobs)

@@ -10,54 +10,17 @@ from torch import Tensor
 
 from nanochat_ray.checks import require
 from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.cuda_graphs import GraphLimits, StepResult
 from nanochat_ray.engine.kernels import load_kernels
-from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.build import build_kv_cache, check_kv_cache, choose_layout
 from nanochat_ray.engine.model import InferenceModel
 from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.precision import WEIGHT_DTYPES, activation_dtype, kv_dtype
 from nanochat_ray.engine.sampler import insert
 from nanochat_ray.engine.scheduler import ScheduledChunk
-from nanochat_ray.engine.sequence import PLACEHOLDER
+from nanochat_ray.engine.step_inputs import StepInputs
 from nanochat_ray.machine import send, use_triton
 from nanochat_ray.model.gpt import GPT
-
-
-class StepInputs:
-    """The flat tokens of a step, chunk by chunk."""
-
-    def __init__(self, chunks: SequenceOf[ScheduledChunk]):
-        self.token_ids: list[int] = []
-        self.previous_ids: list[int] = []
-        """The token before each, of the same sequence; -1 where there is none."""
-        self.spans: list[Span] = []
-        self.logits_indices: list[int] = []
-        """Tokens whose logits are needed."""
-        self.placeholders: list[tuple[int, int]] = []
-        """Index of a token that the previous step samples, and its row there."""
-        for chunk in chunks:
-            self._add(chunk)
-            num_tokens = len(self.token_ids)
-            self.logits_indices += range(num_tokens - chunk.num_logits, num_tokens)
-
-    def _add(self, chunk: ScheduledChunk) -> None:
-        tokens, slot, start = chunk.sequence.tokens, chunk.sequence.slot, chunk.start
-        self.previous_ids.append(tokens[start - 1] if start else -1)
-        if chunk.input_from_previous_step is not None:
-            self.placeholders.append((len(self.token_ids), chunk.input_from_previous_step))
-            self.token_ids.append(PLACEHOLDER)
-            self.spans.append(Span(slot, start, 1, chunk.is_decode))
-        elif chunk.num_tokens == 1 and not chunk.draft:
-            self.token_ids.append(tokens[start])
-            self.spans.append(Span(slot, start, 1, chunk.is_decode))
-        else:
-            ids = [*tokens[start : chunk.end], *chunk.draft]
-            self.token_ids += ids
-            self.previous_ids += ids[:-1]
-            if chunk.is_decode:
-                self.spans += [Span(slot, start + i, 1, True) for i in range(len(ids))]
-            else:
-                self.spans.append(Span(slot, start, chunk.num_tokens, False))
 
 
 class Runner:
@@ -114,31 +77,33 @@ class Runner:
         max_decodes = config.max_num_seqs * (1 + config.num_speculative_tokens)
         if limit := config.speculative_disable_by_batch_size:
             max_decodes = min(max_decodes, max(config.max_num_seqs, limit))
-        self._graphs = self.cache.decode_graphs(self.model, max_decodes)
+        limits = GraphLimits(max_decodes, config.max_num_seqs, config.max_num_batched_tokens)
+        self.graphs = self.cache.step_graphs(self.model, limits)
+        """None where there can be no CUDA graphs."""
         self._plan = self.cache.step_plan(self.model)
 
     @torch.inference_mode()
     def run(
         self, chunks: SequenceOf[ScheduledChunk], previous_step_ids: Tensor | None = None
-    ) -> Tensor:
-        """float32 logits ``[R, V]`` of the last ``num_logits`` tokens of each chunk, in order.
+    ) -> StepResult:
+        """Logits of the last ``num_logits`` tokens of each chunk, in order.
 
         ``previous_step_ids`` int64 ``[S]`` holds, on the device, the tokens that the previous step
         sampled, if chunks have ``input_from_previous_step``.
         """
         step = StepInputs(chunks)
+        if self.graphs is not None and (result := self.graphs.run(step, previous_step_ids)):
+            return result
+        return StepResult(self._run_eagerly(step, previous_step_ids))
+
+    def _run_eagerly(self, step: StepInputs, previous_step_ids: Tensor | None) -> Tensor:
         count, indices = len(step.token_ids), step.logits_indices
-        graphs = self._graphs if all(chunk.is_decode for chunk in chunks) else None
-        graph_size = graphs.padded_size(count) if graphs else 0
-        num_tokens = graph_size or self.cache.prepare(step.spans)
+        num_tokens = self.cache.prepare(step.spans)
         table = np.zeros((2, num_tokens), dtype=np.int64)
         table[0, :count], table[1, :count] = step.token_ids, step.previous_ids
         tokens_2N = send(torch.from_numpy(table), self.device)
-        if previous_step_ids is not None and step.placeholders:
+        if previous_step_ids is not None and step.has_placeholders:
             insert(tokens_2N[0], step.placeholders, previous_step_ids)
-        if graphs and graph_size:
-            logits = graphs.run(tokens_2N, step.spans)
-            return logits[:count] if len(indices) == count else logits[self._index(indices)]
         if self._plan is not None:
             return self._plan.run(table, indices)
         ids_N, previous_N = tokens_2N

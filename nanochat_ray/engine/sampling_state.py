@@ -7,7 +7,9 @@ S rows that are sampled from, G of them with a grammar, V tokens of the vocabula
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,11 +32,33 @@ class SamplingState:
     ):
         """With ``native``, which is for a CPU, sampling is in C, else torch's or Triton's."""
         self.vocab_size, self.device, self.slots = vocab_size, device, slots
-        self._parameters = SlotParameters.zeros(slots, device)
+        # One more row, which is greedy: for padding.
+        self._parameters = SlotParameters.zeros(slots + 1, device)
         self._features = self._parameters.features.numpy()
-        self._top_k = np.zeros(slots, dtype=np.int64)
+        self._top_k = np.zeros(slots + 1, dtype=np.int64)
         """``top_k`` of slots that use it, else 0; on the host."""
         self._native = None if native is None else NativeSampler(native.library, self._parameters)
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a request has had penalties, so that tokens are counted."""
+        return self._parameters.counts is not None
+
+    def adjusts(self, slots: SequenceOf[int]) -> bool:
+        """Whether a request in these slots changes logits: by penalties, bias or bans."""
+        return bool((self._features[list(slots)] & (PENALTY | BIAS | BAN)).any())
+
+    def plain_sampler(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """What ``choose`` does for slots that ``adjusts`` is false of, without the host: tokens
+        int64 ``[R]`` of logits ``[R, V]``, slots and positions int64 ``[R]`` on the device. Slot
+        ``slots`` is greedy. None where there is no kernel for it."""
+        if not use_triton(self.device):
+            return None
+        from nanochat_ray.engine import triton_sampler
+
+        if self.vocab_size > triton_sampler.MAX_VOCAB:
+            return None
+        return partial(triton_sampler.choose_by_slot, self._parameters)
 
     def admit(self, sequence: Sequence) -> None:
         """Sets the row of the sequence's slot."""
@@ -112,18 +136,16 @@ class SamplingState:
             return self._native.choose(logits, slots, positions, grammar_masks, uncounted_pairs)
         if grammar_masks is None and not self._features[list(slots)].any():
             return sampler.greedy(logits)
-        logits, step, features = self._adjust(
+        logits, features = self._adjust(
             logits, slots, positions, grammar_masks, uncounted_tokens, device_tokens
         )
         if not features:
             return sampler.greedy(logits)
         positions_S = self._ids(list(positions))
-        if use_triton(self.device) and features & sampler.SAMPLED:
-            from nanochat_ray.engine import triton_sampler
-
-            if logits.size(1) <= triton_sampler.MAX_VOCAB:
-                return triton_sampler.choose(logits, step, positions_S)
-        return sampler.choose(logits, step, positions_S, features)
+        plain = self.plain_sampler() if features & sampler.SAMPLED else None
+        if plain is not None:
+            return plain(logits, self._ids(list(slots)), positions_S)
+        return sampler.choose(logits, self._rows(slots), positions_S, features)
 
     def distribution(
         self,
@@ -136,10 +158,19 @@ class SamplingState:
     ) -> Tensor:
         """Log-weights float32 ``[S, V]`` of what ``choose`` samples from, for equal arguments:
         after grammar, bias, penalties, bans, temperature, min-p, top-k and top-p."""
-        logits, step, features = self._adjust(
+        logits, features = self._adjust(
             logits, slots, positions, grammar_masks, uncounted_tokens, device_tokens
         )
-        return sampler.distribution(logits, step, features)
+        return sampler.distribution(logits, self._rows(slots), features)
+
+    def _rows(self, slots: SequenceOf[int]) -> Rows:
+        """The sampler's parameters of these slots."""
+        slots_S = self._ids(list(slots))
+        columns = ("temperature", "top_k", "top_p", "min_p", "seed")
+        return Rows(
+            **{name: getattr(self._parameters, name)[slots_S] for name in columns},
+            widest=int(self._top_k[list(slots)].max(initial=0)),
+        )
 
     def _adjust(
         self,
@@ -149,9 +180,8 @@ class SamplingState:
         grammar_masks: tuple[SequenceOf[int], np.ndarray] | None,
         uncounted_tokens: SequenceOf[tuple[int, int]],
         device_tokens: tuple[SequenceOf[tuple[int, int]], Tensor] | None,
-    ) -> tuple[Tensor, Rows, int]:
-        """Logits after grammar, bias, penalties and bans; the sampler's parameters; all features
-        that the rows use."""
+    ) -> tuple[Tensor, int]:
+        """Logits after grammar, bias, penalties and bans; all features that the rows use."""
         if grammar_masks is not None:
             rows, mask = grammar_masks
             mask_GV = send(torch.from_numpy(mask), self.device)
@@ -171,12 +201,7 @@ class SamplingState:
             # Where a grammar allows only banned tokens, the grammar wins.
             is_empty = ban_logits.amax(dim=-1, keepdim=True) == -torch.inf
             logits = torch.where(is_empty, logits, ban_logits)
-        columns = ("temperature", "top_k", "top_p", "min_p", "seed")
-        step = Rows(
-            **{name: getattr(parameters, name)[slots_S] for name in columns},
-            widest=int(self._top_k[list(slots)].max(initial=0)),
-        )
-        return logits, step, features
+        return logits, features
 
     def _uncounted_pairs(
         self,

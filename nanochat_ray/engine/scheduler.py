@@ -48,6 +48,17 @@ class ScheduledChunk(NamedTuple):
     def end(self) -> int:
         return self.start + self.num_tokens
 
+    @property
+    def is_plain_decode(self) -> bool:
+        """Whether it computes the sequence's last token alone, as a decode."""
+        return self.is_decode and self.samples and self.num_tokens == 1 and not self.draft
+
+    @classmethod
+    def of_decode(cls, sequence: Sequence) -> ScheduledChunk:
+        """As ``of`` for the last token of a sequence that decodes, without draft tokens."""
+        row = sequence.placeholder_row if sequence.num_placeholders else None
+        return cls(sequence, sequence.num_computed_tokens, 1, True, (), True, 1, False, row)
+
     @classmethod
     def of(
         cls,
@@ -165,7 +176,7 @@ class Scheduler:
         prefills: list[Sequence] = []
         for s in self.running:
             # A placeholder at the maximum length is the last token: nothing is left to compute.
-            if not s.num_placeholders or s.num_tokens < s.max_length:
+            if not s.num_placeholders or len(s.tokens) + s.num_placeholders < s.max_length:
                 (decodes if s.is_decoding else prefills).append(s)
         num_preemptions = self.num_preemptions
         budget = self.max_num_batched_tokens - len(decodes)
@@ -175,7 +186,7 @@ class Scheduler:
         if self.num_preemptions > num_preemptions:
             chunks = [chunk for chunk in chunks if chunk.sequence.slot >= 0]
         # Stable: prompts stay in the order of admission.
-        chunks.sort(key=lambda c: (not c.is_decode, c.sequence.slot if c.is_decode else 0))
+        chunks.sort(key=lambda c: c.sequence.slot if c.is_decode else self.num_slots)
         return SchedulerOutput(chunks, [s for s in admissions if s.slot >= 0])
 
     def _plan_prefills(
@@ -219,16 +230,18 @@ class Scheduler:
             limit = self.speculative_disable_by_batch_size - len(decodes)
             max_draft_tokens = min(max_draft_tokens, limit)
         for s in decodes:
-            if not self._allocate(s, s.num_computed_tokens + 1):
+            length = s.num_computed_tokens + 1
+            if length > s.num_allocated_tokens and not self._allocate(s, length):
                 continue
-            draft: tuple[int, ...] = ()
-            if self.num_speculative_tokens and max_draft_tokens > 0:
-                # The token that is sampled behind the last draft token must fit too.
-                most = min(max_draft_tokens, s.max_length - s.num_tokens - 1)
-                draft = s.propose_draft(min(self.num_speculative_tokens, most))
-                # No sequence is preempted for draft tokens.
-                if draft and not self.kv_cache.allocate(s, s.num_computed_tokens + 1 + len(draft)):
-                    draft = ()
+            if not self.num_speculative_tokens or max_draft_tokens <= 0:
+                chunks.append(ScheduledChunk.of_decode(s))
+                continue
+            # The token that is sampled behind the last draft token must fit too.
+            most = min(max_draft_tokens, s.max_length - s.num_tokens - 1)
+            draft = s.propose_draft(min(self.num_speculative_tokens, most))
+            # No sequence is preempted for draft tokens.
+            if draft and not self.kv_cache.allocate(s, s.num_computed_tokens + 1 + len(draft)):
+                draft = ()
             chunks.append(ScheduledChunk.of(s, 1, True, draft))
             max_draft_tokens -= len(draft)
         return chunks

@@ -39,6 +39,8 @@ class Sequence:
     """Those of the prompt's tokens from ``prompt_logprobs_start`` on, as far as they are computed;
     None if they were not requested."""
     num_computed_tokens: int = 0
+    num_allocated_tokens: int = 0
+    """How many of its first tokens have memory in the KV cache, whose manager counts them here."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache had when the sequence was admitted last."""
     num_placeholders: int = 0

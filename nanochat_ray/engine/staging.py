@@ -30,6 +30,29 @@ def unpack(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return _views(buffer, offsets, like)
 
 
+class HostArrays:
+    """Arrays in one page-locked buffer, which one copy sends to a GPU without waiting."""
+
+    def __init__(self, like: Sequence[Tensor], device: torch.device):
+        """With the shapes and dtypes of the tensors, and their values."""
+        values = pack(like)
+        is_cuda = device.type == "cuda"
+        self._buffer = values.pin_memory() if is_cuda else values
+        self._event = torch.cuda.Event() if is_cuda else None
+        self.arrays = [tensor.numpy() for tensor in unpack(self._buffer, like)]
+
+    def wait(self) -> None:
+        """Until the last copy has read the arrays, so that they may change."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def send(self, target: Tensor) -> None:
+        """Copies all to ``target``, uint8, a buffer of the same size."""
+        target.copy_(self._buffer, non_blocking=True)
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(target.device))
+
+
 def _layout(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
     """Where each tensor begins, and the size of all, in bytes."""
     offsets, end = [], 0

@@ -6,11 +6,12 @@ one key/value head are packed into one tile, so that keys and values are read on
 
 The order in which a row is reduced depends on its own position alone: tiles of BLOCK_N keys from
 key 0 on, and for a decode splits of SPLIT keys that are merged from the first on. So a row has the
-same bits in any batch, which a split that fills the GPU would not give. Splits are short, since a
-decode waits for memory: more of them read at the same time.
+same bits in any batch, which a split that fills the GPU would not give; a decode beside prompts is
+split as one among decodes. Splits are short, since a decode waits for memory: more of them read at
+the same time.
 
-Legend: N tokens of the step, S sequences, T tokens of a tile, M blocks of the longest sequence, H
-query heads, Hkv key/value heads, G = H / Hkv, D head size.
+Legend: N tokens of the step, S sequences, X tiles, M blocks of the longest sequence, H query heads,
+Hkv key/value heads, G = H / Hkv, D head size.
 """
 
 # Triton resolves every name in a kernel's signature: it can have no annotations but its own.
@@ -22,6 +23,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from nanochat_ray.engine.kvcache.attention_metadata import tile_tokens
 
 SPLIT = 128
 """Keys of one split of a decode."""
@@ -81,37 +84,34 @@ def _attend(
 
 @triton.jit
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, sums_ptr, tops_ptr, cu_seqlens_q_ptr, seqused_k_ptr,
-    block_table_ptr, q_stride, kv_stride, table_stride, tiles, num_splits, window, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, sums_ptr, tops_ptr, tiles_ptr, block_table_ptr,
+    q_stride, kv_stride, table_stride, num_splits, window, scale,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_T tokens of one sequence, for one key/value head and one split of keys.
+    """One tile of tokens of one sequence, for one key/value head and one split of keys.
 
-    Row r of the tile is token r // G and head r % G. SPLIT 0 is all keys; else a tile is a
-    sequence, whose splits write float32 ``sums [S, H, splits, D]`` and ``tops [S, H, splits, 2]``:
-    the largest score and the sum of weights.
+    Row r of the tile is token r // G and head r % G. SPLIT 0 is all keys; else a tile is one token,
+    whose splits write float32 ``sums [X, H, splits, D]`` and ``tops [X, H, splits, 2]``: the
+    largest score and the sum of weights.
     """
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence = tile // tiles
-    first = tl.load(cu_seqlens_q_ptr + sequence)
-    count = tl.load(cu_seqlens_q_ptr + sequence + 1) - first
-    token = (tile % tiles) * BLOCK_T
-    if token >= count:
+    sequence, first = tl.load(tiles_ptr + tile * 4), tl.load(tiles_ptr + tile * 4 + 1)
+    count, position = tl.load(tiles_ptr + tile * 4 + 2), tl.load(tiles_ptr + tile * 4 + 3)
+    if count == 0:
         return
-    length = tl.load(seqused_k_ptr + sequence)
     rows, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    tokens = token + rows // G
-    inside = (rows < BLOCK_T * G) & (tokens < count)
-    positions = length - count + tokens  # [BLOCK_M]
+    tokens = rows // G
+    inside = tokens < count
+    positions = position + tokens  # [BLOCK_M]
     q_offsets = (first + tokens).to(tl.int64) * q_stride + (kv_head * G + rows % G) * D
     q_mask = inside[:, None] & (d < D)[None, :]
     q_MD = tl.load(q_ptr + q_offsets[:, None] + d[None, :], mask=q_mask, other=0.0)
     # Keys that any row of the tile attends to.
-    end = tl.minimum(length, length - count + token + BLOCK_T)
+    end = position + count
     start = 0
     if window >= 0:
-        start = tl.maximum(0, length - count + token - window)
+        start = tl.maximum(0, position - window)
     if SPLIT > 0:
         # Counted from the first that is inside the window.
         first_key = (start // SPLIT + split) * SPLIT
@@ -124,7 +124,7 @@ def _attention_kernel(
         kv_head * D, start, end, window, scale, D, d, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     if SPLIT > 0:
-        heads = (sequence * tl.num_programs(1) + kv_head).to(tl.int64) * G + rows
+        heads = (tile * tl.num_programs(1) + kv_head).to(tl.int64) * G + rows
         line = heads * num_splits + split
         tl.store(sums_ptr + line[:, None] * D + d[None, :], sums_MD, mask=q_mask)
         tl.store(tops_ptr + line * 2, top, mask=inside)
@@ -139,7 +139,7 @@ def _merge_kernel(
     sums_ptr,
     tops_ptr,
     out_ptr,
-    seqused_k_ptr,
+    tiles_ptr,
     q_stride,
     num_splits,
     window,
@@ -149,16 +149,18 @@ def _merge_kernel(
     MERGE: tl.constexpr,
 ):
     """The output of one decode token and head, from its splits in order."""
-    sequence, head = tl.program_id(0), tl.program_id(1)
+    tile, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
-    length = tl.load(seqused_k_ptr + sequence)
-    count = tl.cdiv(length, SPLIT)
+    if tl.load(tiles_ptr + tile * 4 + 2) == 0:
+        return
+    row, position = tl.load(tiles_ptr + tile * 4 + 1), tl.load(tiles_ptr + tile * 4 + 3)
+    count = tl.cdiv(position + 1, SPLIT)
     if window >= 0:
-        count -= tl.maximum(0, length - 1 - window) // SPLIT
+        count -= tl.maximum(0, position - window) // SPLIT
     top = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     sums_D = tl.zeros((BLOCK_D,), tl.float32)
-    base = (sequence * tl.num_programs(1) + head).to(tl.int64) * num_splits
+    base = (tile * tl.num_programs(1) + head).to(tl.int64) * num_splits
     for at in range(0, count, MERGE):
         splits = at + tl.arange(0, MERGE)
         present = splits < count
@@ -173,10 +175,8 @@ def _merge_kernel(
         total = total * decay + tl.sum(totals * weights, axis=0)
         sums_D = sums_D * decay + tl.sum(split_sums * weights[:, None], axis=0)
         top = new_top
-    offsets = sequence.to(tl.int64) * q_stride + head * D + d
-    # The sequences that only fill a graph have no keys.
-    out = sums_D / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=d < D)
+    out = (sums_D / total).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row.to(tl.int64) * q_stride + head * D + d, out, mask=d < D)
 
 
 def _num_splits(max_seqlen_k: int, window: int) -> int:
@@ -185,63 +185,81 @@ def _num_splits(max_seqlen_k: int, window: int) -> int:
     return count if window < 0 else min(count, triton.cdiv(window + 1, SPLIT) + 1)
 
 
+def _launch(
+    tiles: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    out: Tensor,
+    splits: tuple[Tensor, Tensor],
+    window: int,
+    tokens: int,
+    block_n: int,
+    split: int,
+) -> None:
+    """Attention of the ``tiles`` of at most so many ``tokens``; ``tensors`` are q, keys, values and
+    block table, ``splits`` the sums and tops of a decode."""
+    q, keys, values, block_table = tensors
+    (_, H, D), (block_size, Hkv), num_splits = q.shape, keys.shape[1:3], splits[0].size(2)
+    _attention_kernel[(tiles.size(0), Hkv, num_splits)](
+        *(q, keys, values, out, *splits, tiles, block_table),
+        *(q.stride(0), keys.stride(1), block_table.stride(0), num_splits, window, D**-0.5),
+        G=H // Hkv,
+        D=D,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        BLOCK_SIZE=block_size,
+        BLOCK_M=max(MIN_ROWS, triton.next_power_of_2(tokens * (H // Hkv))),
+        BLOCK_N=block_n,
+        SPLIT=split,
+        num_warps=4,
+    )
+
+
 def paged_attention(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    cu_seqlens_q: Tensor,
-    seqused_k: Tensor,
+    tiles: Tensor,
     block_table: Tensor,
     *,
-    max_seqlen_q: int,
+    num_decodes: int,
     max_seqlen_k: int,
     window: int = -1,
 ) -> Tensor:
     """``[N, H, D]``: causal softmax attention of ``q [N, H, D]`` to the cache, scaled by 1/√D.
 
     ``keys`` and ``values`` are ``[blocks, block size, Hkv, D]`` in the dtype of ``q`` and contain
-    the new tokens already. Sequence i has tokens ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]``
-    (int32 ``[S + 1]``), which are the last of its ``seqused_k[i]`` (int32 ``[S]``); its blocks are
-    ``block_table[i]`` (int32 ``[S, M]``). A token sees itself and ``window`` earlier ones, or with
-    -1 all. Where ``max_seqlen_q`` is 1 the sequences are split over keys.
+    the new tokens already. ``tiles`` int32 ``[X, 4]`` as ``AttentionMetadata.tiles``, of at most
+    ``tile_tokens`` each, the first ``num_decodes`` of one token each, which are split over keys;
+    ``block_table`` int32 ``[S, M]``. A token sees itself and ``window`` earlier ones, or with -1
+    all. Rows of no tile are not written.
     """
     N, H, D = q.shape
-    block_size, Hkv = keys.shape[1:3]
+    Hkv = keys.size(2)
     assert q.stride()[1:] == (D, 1)
-    assert all(pages.is_contiguous() for pages in (keys, values))
-    S, G = seqused_k.size(0), H // Hkv
-    out = torch.empty((N, H, D), dtype=q.dtype, device=q.device)
-    is_decode = max_seqlen_q == 1
-    block_t = 1 if is_decode else max(1, 64 // triton.next_power_of_2(G))
-    block_m = max(MIN_ROWS, triton.next_power_of_2(block_t * G))
-    head = {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D))}
-    tiles = triton.cdiv(max_seqlen_q, block_t)
-    num_splits = _num_splits(max_seqlen_k, window) if is_decode else 1
-    shape = (S, H, num_splits) if is_decode else (0,)
-    sums = torch.empty((*shape, D), dtype=torch.float32, device=q.device)
-    tops = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
+    assert all(pages.is_contiguous() for pages in (keys, values, tiles))
     # ``out`` is addressed like ``q``, of which only the token stride may differ.
     q = q if q.stride(0) == H * D else q.contiguous()
-    # A split in half precision is one tile; in float32 it would take all of the shared memory.
-    block_n = SPLIT if is_decode and q.element_size() == 2 else BLOCK_N
-    _attention_kernel[(S * tiles, Hkv, num_splits)](
-        *(q, keys, values, out, sums, tops, cu_seqlens_q, seqused_k, block_table),
-        *(q.stride(0), keys.stride(1), block_table.stride(0), tiles, num_splits, window, D**-0.5),
-        **head,
-        G=G,
-        BLOCK_SIZE=block_size,
-        BLOCK_T=block_t,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        SPLIT=SPLIT if is_decode else 0,
-        num_warps=4,
-    )
-    if is_decode:
-        _merge_kernel[(S, H)](
-            *(sums, tops, out, seqused_k, q.stride(0), num_splits, window),
-            **head,
+    tensors = q, keys, values, block_table
+    out = torch.empty((N, H, D), dtype=q.dtype, device=q.device)
+
+    def buffer(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    if num_decodes:
+        num_splits = _num_splits(max_seqlen_k, window)
+        sums, tops = (buffer(num_decodes, H, num_splits, size) for size in (D, 2))
+        # A split in half precision is one tile; in float32 it would take all of the shared memory.
+        block_n = SPLIT if q.element_size() == 2 else BLOCK_N
+        _launch(tiles[:num_decodes], tensors, out, (sums, tops), window, 1, block_n, SPLIT)
+        _merge_kernel[(num_decodes, H)](
+            *(sums, tops, out, tiles, q.stride(0), num_splits, window),
+            D=D,
+            BLOCK_D=max(16, triton.next_power_of_2(D)),
             SPLIT=SPLIT,
             MERGE=MERGE,
             num_warps=4,
         )
+    if tiles.size(0) > num_decodes:
+        empty = buffer(0, 0, 1)
+        tokens = tile_tokens(H // Hkv)
+        _launch(tiles[num_decodes:], tensors, out, (empty, empty), window, tokens, BLOCK_N, 0)
     return out

@@ -10,15 +10,46 @@ count or one sum over the row. Sums are float64 in an order that depends on the 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanochat_ray.engine.sampler import INVALID, Rows
+from nanochat_ray.engine.sampler import INVALID
 
 MAX_VOCAB = 1 << 16
 """Largest vocabulary whose row fits the registers of one program."""
+
+
+class SamplingColumns(Protocol):
+    """Parameters of sampling, a row for each slot: ``SlotParameters``, or ``sampler.Rows``."""
+
+    @property
+    def temperature(self) -> Tensor:
+        """float32"""
+        ...
+
+    @property
+    def top_k(self) -> Tensor:
+        """int64"""
+        ...
+
+    @property
+    def top_p(self) -> Tensor:
+        """float64"""
+        ...
+
+    @property
+    def min_p(self) -> Tensor:
+        """float32"""
+        ...
+
+    @property
+    def seed(self) -> Tensor:
+        """int64, any bits"""
+        ...
 
 
 @triton.jit
@@ -96,31 +127,35 @@ def _sample(x, ids, inside, k, top_p, min_p, uniform, vocab):
 
 @triton.jit
 def _sample_kernel(
-    logits_ptr, tokens_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr,
+    logits_ptr, tokens_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, slots_ptr,
     position_ptr, stride, vocab, INVALID_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + row)
     ids = tl.arange(0, BLOCK)
     inside = ids < vocab
     x = tl.load(logits_ptr + row * stride + ids, mask=inside, other=float("-inf"))
     num_nan = tl.sum((x != x).to(tl.int32), axis=0)
     peak = tl.max(x, axis=0)
     token = tl.argmax(x, axis=0)
-    temperature = tl.load(temperature_ptr + row)
+    temperature = tl.load(temperature_ptr + slot)
     fails = (num_nan > 0) | (peak == float("inf")) | (peak == float("-inf"))
     if (temperature > 0) & ~fails:
         x = tl.where(inside, (x - peak) / temperature, float("-inf"))
-        k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
-        uniform = _uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row))
-        token = _sample(x, ids, inside, k, top_p, tl.load(min_p_ptr + row), uniform, vocab)
+        k, top_p = tl.load(top_k_ptr + slot), tl.load(top_p_ptr + slot)
+        uniform = _uniform(tl.load(seed_ptr + slot), tl.load(position_ptr + row))
+        token = _sample(x, ids, inside, k, top_p, tl.load(min_p_ptr + slot), uniform, vocab)
     tl.store(tokens_ptr + row, tl.where(fails, INVALID_TOKEN, token).to(tl.int64))
 
 
-def choose(logits: Tensor, rows: Rows, positions: Tensor) -> Tensor:
+def choose_by_slot(
+    parameters: SamplingColumns, logits: Tensor, slots: Tensor, positions: Tensor
+) -> Tensor:
     """As ``sampler.choose``, for all features: ids int64 ``[S]`` of float32 ``logits [S, V]``.
 
-    V is at most ``MAX_VOCAB``. Tokens are those of ``sampler.choose`` but where the random number
-    falls within rounding of a token's edge.
+    ``slots`` int64 ``[S]`` are the rows of the ``parameters``. V is at most ``MAX_VOCAB``. Tokens
+    are those of ``sampler.choose`` but where the random number falls within rounding of a token's
+    edge.
     """
     S, V = logits.shape
     assert V <= MAX_VOCAB
@@ -128,10 +163,11 @@ def choose(logits: Tensor, rows: Rows, positions: Tensor) -> Tensor:
     assert logits.stride(1) == 1
     tokens = torch.empty(S, dtype=torch.int64, device=logits.device)
     block = triton.next_power_of_2(V)
+    p = parameters
     if S:
         _sample_kernel[(S,)](
-            *(logits, tokens, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seed),
-            *(positions, logits.stride(0), V),
+            *(logits, tokens, p.temperature, p.top_k, p.top_p, p.min_p, p.seed, slots, positions),
+            *(logits.stride(0), V),
             INVALID_TOKEN=INVALID,
             BLOCK=block,
             num_warps=min(32, max(4, block // 1024)),

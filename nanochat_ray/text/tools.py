@@ -56,6 +56,10 @@ class ToolState:
             self._input.append(token)
         return []
 
+    def reacts_to(self, token: int) -> bool:
+        """Whether ``feed`` would do anything: the token begins a call, or is in one."""
+        return self._input is not None or token == self.tool.start
+
     def replay(self, tokens: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """Processes an output so far, injected tokens included.
 

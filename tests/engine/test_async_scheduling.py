@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanochat_ray.engine.cuda_graphs import StepResult
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.in_flight import ForwardOutput, InFlightStep, sample
 from nanochat_ray.engine.request import Request, RequestOutput
@@ -50,7 +51,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def spy_run(
         runner: Runner, chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None
-    ) -> torch.Tensor:
+    ) -> StepResult:
         placeholders = [c for c in chunks if c.input_from_previous_step is not None]
         assert all(c.start == len(c.sequence.tokens) for c in placeholders)
         assert all(c.end <= len(c.sequence.tokens) for c in chunks if c not in placeholders)
@@ -135,7 +136,7 @@ def test_tool_output_replaces_in_flight_token() -> None:
         )
         run, prefill_positions = engine.runner.run, set[tuple[str, int]]()
 
-        def spy(chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None) -> torch.Tensor:
+        def spy(chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None) -> StepResult:
             for c in chunks:
                 if not c.is_decode:
                     positions = range(c.start, c.end)
@@ -269,7 +270,7 @@ def test_failed_step_keeps_previous_tokens() -> None:
     want = answers(make("off"), [request])
     run, fail = engine.runner.run, [3]
 
-    def broken(chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None) -> torch.Tensor:
+    def broken(chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None) -> StepResult:
         fail[0] -= 1
         if fail[0] == 0:
             raise MemoryError

@@ -140,11 +140,11 @@ def logits_of(
     run = engine.runner.run
 
     def spy(chunks, previous_ids):  # type: ignore[no-untyped-def]
-        logits = run(chunks, previous_ids)
+        result = run(chunks, previous_ids)
         request_ids = [c.sequence.request.id for c in chunks if c.samples]
         if "me" in request_ids:
-            all_logits.append(logits[request_ids.index("me")].clone())
-        return logits
+            all_logits.append(result.logits[request_ids.index("me")].clone())
+        return result
 
     engine.runner.run = spy  # type: ignore[method-assign]
     engine.add(ask("me", prompt, max_tokens=4))

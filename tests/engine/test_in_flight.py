@@ -27,6 +27,7 @@ class Recorder(SamplingState):
     """Chooses the row's own number."""
 
     calls: list[tuple[Any, ...]]
+    counts_tokens = True
 
     def choose(self, logits: torch.Tensor, *args: Any) -> torch.Tensor:
         self.calls = [logits[:, 0].tolist(), *args]

@@ -286,7 +286,7 @@ def test_decodes_equal_prompt_bitwise(preset: str, level: str) -> None:
         s = Sequence(ask("", tokens), tokens, seed=0, max_length=101, slot=slot)
         counts = [(start, min(size, 100 - start)) for start in range(0, 100, size)]
         chunks = [ScheduledChunk(s, start, n, decode, num_logits=n) for start, n in counts]
-        return torch.cat([runner.run([chunk]) for chunk in chunks])
+        return torch.cat([runner.run([chunk]).logits for chunk in chunks])
 
     whole = logits(0, 100, decode=False)
     assert torch.equal(logits(1, 1, decode=True), whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -263,23 +264,27 @@ def test_attention_gets_valid_metadata() -> None:
     """Shapes and dtypes that ``triton_attention.paged_attention`` documents."""
     calls = 0
 
-    def spy(q, keys, values, cu_seqlens_q, seqused_k, block_table, **rest):  # type: ignore[no-untyped-def]
+    def spy(q, keys, values, tiles, block_table, **rest):  # type: ignore[no-untyped-def]
         nonlocal calls
         calls += 1
-        S, (pages, size, _, D) = len(cu_seqlens_q) - 1, keys.shape
-        assert q.shape == (int(cu_seqlens_q[-1]), 4, D)
+        (N, _, D), (pages, size, _, _) = q.shape, keys.shape
         assert q.stride()[1:] == (D, 1)
         assert values.shape == keys.shape
         assert keys.is_contiguous()
         assert values.is_contiguous()
-        assert seqused_k.shape == (S,)
-        assert block_table.shape == (S, -(-rest["max_seqlen_k"] // size))
+        assert block_table.size(1) == -(-rest["max_seqlen_k"] // size)
         assert block_table.is_contiguous()
-        assert {t.dtype for t in (cu_seqlens_q, block_table, seqused_k)} == {torch.int32}
-        assert rest["max_seqlen_q"] == int(cu_seqlens_q.diff().max())
-        assert int(seqused_k.max()) <= rest["max_seqlen_k"]
+        assert {t.dtype for t in (tiles, block_table)} == {torch.int32}
+        spans, firsts, counts, positions = tiles.T
+        assert int(spans.max()) < len(block_table)
+        assert sorted(zip(firsts.tolist(), (firsts + counts).tolist(), strict=True)) == list(
+            pairwise([0, *sorted((firsts + counts).tolist())])
+        )
+        assert int((firsts + counts).max()) == N
+        assert bool((counts[: rest["num_decodes"]] == 1).all())
+        assert int((positions + counts).max()) <= rest["max_seqlen_k"]
         assert bool(((block_table >= 0) & (block_table < pages)).all())
-        return gathered_attention(q, keys, values, cu_seqlens_q, seqused_k, block_table, **rest)
+        return gathered_attention(q, keys, values, tiles, block_table, **rest)
 
     model = make_model("modern", **WINDOWED)
     engine = paged_engine(model)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.cuda_graphs import StepResult
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Request, RequestOutput
@@ -202,7 +203,7 @@ def test_with_async_scheduling(settings: dict[str, Any]) -> None:
     overlapping = engine(async_scheduling="on", **settings)
     run, num_placeholders, num_decodes = overlapping.runner.run, 0, 0
 
-    def spy(chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None) -> torch.Tensor:
+    def spy(chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None) -> StepResult:
         nonlocal num_placeholders, num_decodes
         decodes = [c for c in chunks if c.is_decode]
         num_decodes += len(decodes)

@@ -129,19 +129,19 @@ def test_only_what_is_used_is_computed() -> None:
     state = SamplingState(1, VOCAB, CPU)
     tables = state._parameters
     state.admit(sequence(0, [], temperature=0.0, top_k=5, top_p=0.5, min_p=0.5, min_tokens=3))
-    assert state._features.tolist() == [0]
+    assert state._features.tolist() == [0, 0]  # the last is for padding
     assert (tables.in_text, tables.counts, tables.bias, tables.bans) == (None,) * 4
     state.admit(sequence(0, [], top_k=VOCAB))
-    assert (state._features.tolist(), state._top_k.tolist()) == ([1], [0])
+    assert (state._features.tolist(), state._top_k.tolist()) == ([1, 0], [0, 0])
     state.admit(sequence(0, [], top_k=VOCAB - 1, top_p=0.5))
-    assert (state._features.tolist(), state._top_k.tolist()) == ([1 | 2 | 4], [VOCAB - 1])
+    assert (state._features.tolist(), state._top_k.tolist()) == ([1 | 2 | 4, 0], [VOCAB - 1, 0])
     state.admit(sequence(0, [], top_p=0.9999, min_p=1e-6))
-    assert (state._features.tolist(), state._top_k.tolist()) == ([1 | 4 | 8 | 16], [0])
+    assert (state._features.tolist(), state._top_k.tolist()) == ([1 | 4 | 8 | 16, 0], [0, 0])
 
 
 def test_a_cpu_samples_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     triton_sampler = pytest.importorskip("nanochat_ray.engine.triton_sampler")
-    monkeypatch.setattr(triton_sampler, "choose", None)
+    monkeypatch.setattr(triton_sampler, "choose_by_slot", None)
     state = SamplingState(1, VOCAB, CPU)
     state.admit(sequence(0, []))
     assert len(state.choose(logits(1), [0], [4])) == 1

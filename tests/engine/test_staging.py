@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from nanochat_ray.engine.cuda_graphs import graph_sizes
-from nanochat_ray.engine.staging import ALIGNMENT, pack, unpack
+from nanochat_ray.engine.cuda_graphs import graph_sizes, mixed_graph_sizes
+from nanochat_ray.engine.staging import ALIGNMENT, HostArrays, pack, unpack
 
 
 def test_packed_tensors_come_back() -> None:
@@ -29,3 +29,21 @@ def test_graphs_are_eight_tokens_apart() -> None:
     assert graph_sizes(20) == [1, 2, 4, 8, 16, 24]
     assert graph_sizes(256)[-3:] == [240, 248, 256]
     assert graph_sizes(300)[-2:] == [256, 512]
+
+
+def test_graphs_of_prompts_end_with_the_budget() -> None:
+    assert mixed_graph_sizes(64) == [64]
+    assert mixed_graph_sizes(200) == [64, 128, 192, 256]
+    assert mixed_graph_sizes(8192)[-1] == 1024
+
+
+def test_host_arrays_are_sent_with_one_copy() -> None:
+    like = [torch.tensor([[1, 2], [3, 4]]), torch.tensor([5], dtype=torch.int32)]
+    host, target = HostArrays(like, torch.device("cpu")), torch.empty_like(pack(like))
+    numbers, last = host.arrays
+    assert numbers.tolist() == [[1, 2], [3, 4]]
+    numbers[1], last[:] = 9, 7
+    host.wait()
+    host.send(target)
+    views = unpack(target, like)
+    assert [view.tolist() for view in views] == [[[1, 2], [9, 9]], [7]]

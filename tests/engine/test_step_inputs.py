@@ -9,9 +9,9 @@ import pytest
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.padding import padded_length, padded_queries, slot_length
 from nanochat_ray.engine.request import Request, SamplingParams
-from nanochat_ray.engine.runner import StepInputs
 from nanochat_ray.engine.scheduler import ScheduledChunk
 from nanochat_ray.engine.sequence import PLACEHOLDER, Sequence
+from nanochat_ray.engine.step_inputs import StepInputs
 
 
 def sequence(slot: int, tokens: list[int], start: int, **fields: Any) -> Sequence:
@@ -46,8 +46,33 @@ def test_tokens_chunk_by_chunk() -> None:
         Span(4, 1, 2, False),
         Span(6, 1, 2, False),
     ]
+    assert step.num_decodes == 5
     assert step.logits_indices == [0, 1, 2, 3, 4, 9, 10, 11]
+    assert step.logits_slots == [1, 2, 2, 2, 5, 4, 6, 6]
+    assert step.logits_positions == [2, 2, 3, 4, 3, 3, 2, 3]
     assert step.placeholders == [(4, 3)]
+    assert step.source_rows == [-1] * 4 + [3] + [-1] * 7
+
+
+def test_plain_decodes_are_as_one_by_one() -> None:
+    """Those before any other chunk take a shorter way."""
+    in_flight = sequence(5, [40, 41], 2)
+    in_flight.num_placeholders, in_flight.placeholder_row = 1, 3
+    decodes = [
+        ScheduledChunk.of(sequence(1, [10, 11], 1), 1, True),
+        ScheduledChunk.of(sequence(2, [12], 0), 1, True),
+        ScheduledChunk.of(in_flight, 1, True),
+    ]
+    assert all(chunk.is_plain_decode for chunk in decodes)
+    assert decodes == [ScheduledChunk.of_decode(chunk.sequence) for chunk in decodes]
+    short = StepInputs(decodes)
+    # A chunk of nothing makes the others take the long way.
+    long = StepInputs([ScheduledChunk(decodes[0].sequence, 0, 0), *decodes])
+    assert short.token_ids == long.token_ids == [11, 12, PLACEHOLDER]
+    assert short.previous_ids == [10, -1, 41]
+    assert short.spans == [Span(slot, start, 1, True) for slot, start in ((1, 1), (2, 0), (5, 2))]
+    for name in ("source_rows", "logits_indices", "logits_slots", "logits_positions"):
+        assert getattr(short, name) == getattr(long, name), name
 
 
 def test_a_first_token_has_none_before_it() -> None:

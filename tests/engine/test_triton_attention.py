@@ -10,6 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from nanochat_ray.engine import triton_attention
+from nanochat_ray.engine.kvcache.attention_metadata import tile_tokens
 from nanochat_ray.engine.triton_attention import paged_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,18 +43,28 @@ class Step:
 
     def run(self, window: int, only: int | None = None) -> Tensor:
         """The output of all sequences, or of one in a step of its own."""
-        indices = range(len(self.counts)) if only is None else [only]
+        indices = list(range(len(self.counts))) if only is None else [only]
         bounds = [0]
         for count in self.counts:
             bounds.append(bounds[-1] + count)
         q = torch.cat([self.q[bounds[i] : bounds[i + 1]] for i in indices])
-        counts = [self.counts[i] for i in indices]
-        cu_seqlens_q = torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32)
-        seqused_k = torch.tensor([self.lengths[i] for i in indices], dtype=torch.int32)
+        tiles, first = list[list[int]](), 0
+        size = tile_tokens(self.q.size(1) // self.keys.size(2))
+        for span, i in enumerate(indices):
+            count, start = self.counts[i], self.lengths[i] - self.counts[i]
+            for at in range(0, count, size):
+                tiles.append([span, first + at, min(size, count - at), start + at])
+            first += count
+        # Decodes come first.
+        tiles.sort(key=lambda tile: self.counts[indices[tile[0]]] > 1)
+        num_decodes = sum(self.counts[i] == 1 for i in indices)
+        tiles.insert(num_decodes, [0, 0, 0, 0])  # empty ones
+        tiles.insert(num_decodes, [0, 0, 0, 0])
         return paged_attention(
-            *(t.to(DEVICE) for t in (q, self.keys, self.values, cu_seqlens_q, seqused_k)),
+            *(t.to(DEVICE) for t in (q, self.keys, self.values)),
+            torch.tensor(tiles, dtype=torch.int32, device=DEVICE),
             self.table[list(indices)].to(DEVICE),
-            max_seqlen_q=max(counts),
+            num_decodes=num_decodes + 1,
             max_seqlen_k=max(self.lengths) + 100,
             window=window,
         ).cpu()
@@ -110,7 +121,7 @@ def test_paged_attention_in_half_precision() -> None:
     assert error <= 3 * torch.finfo(dtype).eps * 4
 
 
-@pytest.mark.parametrize("case", ["decode", "prefill", "many splits"])
+@pytest.mark.parametrize("case", CASES)
 def test_company_does_not_change_a_row(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_attention, "SPLIT", 64)
     step = Step(*CASES[case], 6, 2, 16, dtype=torch.float32)

@@ -45,10 +45,15 @@ def test_kernel_chooses_as_torch_does(vocab: int) -> None:
     generator = torch.Generator().manual_seed(vocab)
     logits = (torch.randn(len(settings) * 2, vocab, generator=generator) * 4).to(DEVICE)
     logits[5:9] = logits[5:9].round()  # many equal ones
+    slots = torch.arange(len(logits), device=DEVICE)
     for position in (1, 77):
         positions = torch.full((len(logits),), position, device=DEVICE)
         reference = sampler.choose(logits, rows, positions, ALL)
-        assert triton_sampler.choose(logits, rows, positions).tolist() == reference.tolist()
+        tokens = triton_sampler.choose_by_slot(rows, logits, slots, positions)
+        assert tokens.tolist() == reference.tolist()
+        some = torch.tensor([7, 2, 11], device=DEVICE)  # rows of logits in any order
+        tokens = triton_sampler.choose_by_slot(rows, logits[some], some, positions[:3])
+        assert tokens.tolist() == reference[some].tolist()
 
 
 def test_kernel_marks_rows_that_are_not_finite() -> None:
@@ -57,7 +62,7 @@ def test_kernel_marks_rows_that_are_not_finite() -> None:
     logits[2, 4] = torch.inf
     logits[3] = -torch.inf
     rows = rows_of([(1.0, 3, 0.5, 0.0)] * 4)
-    positions = torch.zeros(4, dtype=torch.int64, device=DEVICE)
-    tokens = triton_sampler.choose(logits, rows, positions).tolist()
+    slots, positions = torch.zeros((2, 4), dtype=torch.int64, device=DEVICE)
+    tokens = triton_sampler.choose_by_slot(rows, logits, slots, positions).tolist()
     assert tokens[1:] == [sampler.INVALID] * 3
     assert 0 <= tokens[0] < 33

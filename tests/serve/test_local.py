@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.cuda_graphs import StepResult
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.grammar import MAX_CACHED, Grammars
 from nanochat_ray.engine.loop import EngineLoop
@@ -260,7 +261,7 @@ def hurried_url(local: LocalClient, monkeypatch: pytest.MonkeyPatch) -> Iterator
     has 3 tokens, or while a request waits: whatever the speed of the machine."""
     run, scheduler = local.engine.runner.run, local.engine.scheduler
 
-    def late(chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None) -> torch.Tensor:
+    def late(chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None) -> StepResult:
         time.sleep(0.005)  # those without a deadline are still there when the next request comes
         decoding = [s for s in scheduler.running if len(s.tokens) >= len(s.request.prompt) + 3]
         for s in (*decoding, *scheduler.waiting):

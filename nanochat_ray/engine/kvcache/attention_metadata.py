@@ -1,11 +1,13 @@
 """What attention over paged memory needs to know of a step.
 
-Legend: N tokens, S spans (each of one sequence), P block pools, M blocks of the longest sequence.
+Legend: N tokens, S spans (each of one sequence), X tiles, P block pools, M blocks of the longest
+sequence.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,44 +15,64 @@ from torch import Tensor
 from nanochat_ray.engine.staging import pack, unpack
 from nanochat_ray.machine import send
 
+TILE_ROWS = 64
+"""Rows of a tile of a prompt: tokens, times query heads of one key/value head."""
+
+
+def tile_tokens(group: int) -> int:
+    """Tokens of a tile of a prompt, at most, with ``group`` query heads of a key/value head."""
+    return max(1, TILE_ROWS // (1 << (group - 1).bit_length()))
+
+
+class MetadataShape(NamedTuple):
+    """Sizes of the tensors of a step."""
+
+    num_tokens: int
+    num_decodes: int
+    """Tiles of one token, which come first."""
+    num_tiles: int
+    num_spans: int
+
 
 @dataclass
 class AttentionMetadata:
     """Which blocks a step reads and writes, in tensors that a CUDA graph can read."""
 
-    max_seqlen_q: int
-    """Most tokens of a span."""
+    num_decodes: int
+    """Tiles of one token, which come first."""
     positions: Tensor
     """int64 ``[N]``"""
-    cu_seqlens_q: Tensor
-    """int32 ``[S + 1]``: span i has tokens ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]``."""
-    seqused_k: Tensor
-    """int32 ``[S]``: keys that the last token of a span attends to without a window."""
+    tiles: Tensor
+    """int32 ``[X, 4]``: neighbouring tokens of one span, which are computed together: the span, the
+    first token, the number of tokens (0: an empty tile) and the position of the first one."""
     block_tables: Tensor
-    """int32 ``[P, S, M]``: the pages that hold those keys."""
+    """int32 ``[P, S, M]``: the pages that hold the keys of a span and of the tokens before it."""
     slot_mapping: Tensor
     """int64 ``[P, N]``: where the tokens' own keys are written, page by page."""
     buffer: Tensor | None = field(default=None, init=False)
     """What the tensors are views of, on a GPU."""
 
-    def _tensors(self) -> list[Tensor]:
-        lengths = [self.cu_seqlens_q, self.seqused_k]
-        return [self.positions, *lengths, self.block_tables, self.slot_mapping]
+    @classmethod
+    def zeros(cls, shape: MetadataShape, num_pools: int, max_blocks: int) -> AttentionMetadata:
+        """On the CPU."""
+        N = shape.num_tokens
+        return cls(
+            shape.num_decodes,
+            torch.zeros(N, dtype=torch.int64),
+            torch.zeros((shape.num_tiles, 4), dtype=torch.int32),
+            torch.zeros((num_pools, shape.num_spans, max_blocks), dtype=torch.int32),
+            torch.zeros((num_pools, N), dtype=torch.int64),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        return [self.positions, self.tiles, self.block_tables, self.slot_mapping]
 
     def to(self, device: torch.device) -> AttentionMetadata:
         """On a CUDA device: views of one buffer, which is sent without waiting."""
+        tensors = self.tensors()
         if device.type != "cuda":
-            return AttentionMetadata(self.max_seqlen_q, *(t.to(device) for t in self._tensors()))
-        tensors = self._tensors()
+            return AttentionMetadata(self.num_decodes, *(t.to(device) for t in tensors))
         buffer = send(pack(tensors), device)
-        metadata = AttentionMetadata(self.max_seqlen_q, *unpack(buffer, tensors))
+        metadata = AttentionMetadata(self.num_decodes, *unpack(buffer, tensors))
         metadata.buffer = buffer
         return metadata
-
-    def copy_(self, other: AttentionMetadata) -> None:
-        """Takes over the values of ``other``, which has the same shapes."""
-        if self.buffer is not None:
-            self.buffer.copy_(send(pack(other._tensors()), self.buffer.device))
-            return
-        for target, source in zip(self._tensors(), other._tensors(), strict=True):
-            target.copy_(source)

@@ -35,6 +35,8 @@ class KVCacheManager(ABC):
       sequence do not depend on earlier requests;
     - ``free`` of a sequence without memory does nothing; committed prefixes stay matchable until
       their memory is allocated again;
+    - ``Sequence.num_allocated_tokens``, set by ``allocate`` and ``match_prefix`` and 0 from
+      ``free`` on, says for how many tokens ``allocate`` would do nothing;
     - without sequences nothing is referenced (``check_integrity`` with an empty list).
     """
 

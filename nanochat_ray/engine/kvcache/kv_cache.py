@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from nanochat_ray.engine.cuda_graphs import DecodeGraphs
+from nanochat_ray.engine.cuda_graphs import GraphLimits, StepGraphs
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.model import InferenceModel
 from nanochat_ray.engine.step_plan import StepPlan
@@ -61,8 +61,8 @@ class KVCache(ABC):
         """See ``model.AttentionCache``."""
         return None
 
-    def decode_graphs(self, model: InferenceModel, max_num_tokens: int) -> DecodeGraphs | None:
-        """CUDA graphs for steps of decodes alone, up to this many tokens, where there can be."""
+    def step_graphs(self, model: InferenceModel, limits: GraphLimits) -> StepGraphs | None:
+        """CUDA graphs of steps, not recorded yet, where there can be."""
         return None
 
     def step_plan(self, model: InferenceModel) -> StepPlan | None:

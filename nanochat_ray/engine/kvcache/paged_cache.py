@@ -10,15 +10,18 @@ H heads, Hkv key/value heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat_ray.engine.cuda_graphs import DecodeGraphs
-from nanochat_ray.engine.kvcache.attention_metadata import AttentionMetadata
+from nanochat_ray.engine.cuda_graphs import GraphLimits, StepGraphs
+from nanochat_ray.engine.kvcache.attention_metadata import (
+    AttentionMetadata,
+    MetadataShape,
+    tile_tokens,
+)
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
 from nanochat_ray.engine.kvcache.kv_cache import KVCache, KVTarget
@@ -58,17 +61,19 @@ class PagedCache(KVCache):
             keys, values = torch.zeros((2, pages, *shape), dtype=dtype, device=device)
             self._pages.append((pool, keys, values))
         # Padding has a slot too, the last one, without blocks.
-        max_blocks = -(-max_model_len // allocator.block_size)
-        shape = (len(allocator.pools), num_slots + 1, max_blocks)
+        self._max_blocks = -(-max_model_len // allocator.block_size)
+        shape = (len(allocator.pools), num_slots + 1, self._max_blocks)
         self._block_tables = np.zeros(shape, dtype=np.int32)
         self._attention: Callable[..., Tensor] = gathered_attention
         self._store: Callable[..., None] = store_by_index
         self._uses_triton = use_triton(device)
+        self._tile_tokens = max_model_len
         if self._uses_triton:
             from nanochat_ray.engine.triton_attention import paged_attention
             from nanochat_ray.engine.triton_operators import store_kv
 
             self._attention, self._store = paged_attention, store_kv
+            self._tile_tokens = min(max_model_len, tile_tokens(config.n_head // config.n_kv_head))
         self.use(self.make_metadata([], 1).to(device))
 
     @property
@@ -81,8 +86,8 @@ class PagedCache(KVCache):
         for table, block_ids in zip(self._block_tables, tables, strict=True):
             table[slot, : len(block_ids)] = np.array(block_ids, dtype=np.int32) + 1
 
-    def decode_graphs(self, model: InferenceModel, max_num_tokens: int) -> DecodeGraphs | None:
-        return DecodeGraphs(model, self, max_num_tokens) if self.device.type == "cuda" else None
+    def step_graphs(self, model: InferenceModel, limits: GraphLimits) -> StepGraphs | None:
+        return StepGraphs(model, self, limits) if self.device.type == "cuda" else None
 
     def prepare(self, spans: Sequence[Span]) -> int:
         self.use(self.make_metadata(spans).to(self.device))
@@ -94,27 +99,80 @@ class PagedCache(KVCache):
 
     def make_metadata(self, spans: Sequence[Span], num_tokens: int = 0) -> AttentionMetadata:
         """The step of these spans, padded to at least ``num_tokens``, in pageable CPU memory."""
-        real = sum(span.num_tokens for span in spans)
-        padding = max(0, max(num_tokens, self._min_num_tokens) - real)
-        pad_span = Span(self._block_tables.shape[1] - 1, 0, 1, True)
-        spans = [*spans, *[pad_span] * padding]
-        counts = np.array([span.num_tokens for span in spans])
-        starts = np.array([span.start for span in spans])
-        slots = np.array([span.slot for span in spans])
-        bounds = np.concatenate(([0], counts.cumsum()))
-        span_of = np.repeat(np.arange(len(spans)), counts)  # of each token
-        positions = starts[span_of] + np.arange(len(span_of)) - bounds[span_of]
-        lengths = starts + counts
-        size = self.block_size
-        pages = self._block_tables[:, slots[span_of], positions // size].astype(np.int64)
-        return AttentionMetadata(
-            max_seqlen_q=int(counts.max()),
-            positions=torch.from_numpy(positions),
-            cu_seqlens_q=torch.from_numpy(bounds.astype(np.int32)),
-            seqused_k=torch.from_numpy(lengths.astype(np.int32)),
-            block_tables=torch.from_numpy(np.ascontiguousarray(self._block_tables[:, slots])),
-            slot_mapping=torch.from_numpy(pages * size + positions % size),
-        )
+        table = np.array(spans, dtype=np.int64).reshape(-1, 4)
+        counts = table[:, 2]
+        num_prompts = int((table[:, 3] == 0).sum())
+        padding = max(0, max(num_tokens, self._min_num_tokens) - int(counts.sum()))
+        num_decodes = len(table) - num_prompts + (0 if num_prompts else padding)
+        num_tiles = num_decodes
+        if num_prompts:
+            prompt_counts = [*counts[len(table) - num_prompts :], padding]
+            num_tiles += sum(-(-count // self._tile_tokens) for count in prompt_counts)
+        num_spans = max(num_decodes, len(table) + (padding > 0))
+        N = int(counts.sum()) + padding
+        metadata = self.empty_metadata(MetadataShape(N, num_decodes, num_tiles, num_spans))
+        self.fill_metadata([tensor.numpy() for tensor in metadata.tensors()], table, num_decodes)
+        return metadata
+
+    def empty_metadata(self, shape: MetadataShape) -> AttentionMetadata:
+        """On the CPU, for ``fill_metadata``."""
+        return AttentionMetadata.zeros(shape, self._block_tables.shape[0], self._max_blocks)
+
+    def graph_shape(self, num_tokens: int, num_decodes: int, num_prompts: int) -> MetadataShape:
+        """Large enough for all steps of at most so many tokens, decodes and prompts."""
+        if not num_prompts:
+            return MetadataShape(num_tokens, num_tokens, num_tokens, num_tokens)
+        num_tiles = num_decodes + -(-num_tokens // self._tile_tokens) + num_prompts + 1
+        return MetadataShape(num_tokens, num_decodes, num_tiles, num_decodes + num_prompts + 1)
+
+    def fill_metadata(
+        self, arrays: Sequence[np.ndarray], spans_S4: np.ndarray, num_decodes: int
+    ) -> None:
+        """Writes the step of the ``spans``, int64 rows as ``Span`` with decodes first, to the
+        arrays of an ``AttentionMetadata``, which may be larger. Padding reads and writes page 0, so
+        that it is finite: behind decodes alone it is further decodes, else it is prompts."""
+        positions, tiles, block_tables, slot_mapping = arrays
+        slots, starts, counts, is_decode = spans_S4.T
+        S, D = len(slots), int(is_decode.sum())
+        tiles[:] = 0
+        last = D if len(tiles) > num_decodes else num_decodes
+        tiles[:last, 0] = tiles[:last, 1] = np.arange(last)
+        tiles[:last, 2] = 1
+        tiles[:D, 3] = positions[:D] = starts[:D]
+        end, at = D, num_decodes
+        spans = list(zip(range(D, S), starts[D:].tolist(), counts[D:].tolist(), strict=True))
+        for span, start, count in spans:
+            positions[end : end + count] = np.arange(start, start + count)
+            at = self._fill_tiles(tiles, at, span, end, start, count)
+            end += count
+        token_slots = np.repeat(slots, counts) if S > D else slots
+        page = positions[:end] // self.block_size
+        for table, block_table, mapping in zip(
+            self._block_tables, block_tables, slot_mapping, strict=True
+        ):
+            np.take(table, slots, axis=0, out=block_table[:S], mode="clip")
+            block_table[S:] = 0
+            mapping[:end] = table[token_slots, page] * self.block_size
+            mapping[:end] += positions[:end] % self.block_size
+            mapping[end:] = 0
+        positions[end:] = 0
+        while end < len(positions) and len(tiles) > num_decodes:
+            # Each a prompt of its own, so that none is longer than a block table.
+            count = min(len(positions) - end, self._tile_tokens)
+            at = self._fill_tiles(tiles, at, S, end, 0, count)
+            end += count
+
+    def _fill_tiles(
+        self, tiles: np.ndarray, at: int, span: int, first: int, start: int, count: int
+    ) -> int:
+        """Writes the tiles of a prompt from row ``at`` on; returns the row behind them."""
+        offsets = np.arange(0, count, self._tile_tokens)
+        rows = tiles[at : at + len(offsets)]
+        rows[:, 0] = span
+        rows[:, 1] = first + offsets
+        rows[:, 2] = np.minimum(count - offsets, self._tile_tokens)
+        rows[:, 3] = start + offsets
+        return at + len(offsets)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """``q [N, H, D]``, ``k`` and ``v [N, Hkv, D]`` → ``[N, H, D]``."""
@@ -138,10 +196,9 @@ class PagedCache(KVCache):
             q,
             keys,
             values,
-            step.cu_seqlens_q,
-            step.seqused_k,
+            step.tiles,
             step.block_tables[pool],
-            max_seqlen_q=step.max_seqlen_q,
+            num_decodes=step.num_decodes,
             max_seqlen_k=self.end,
             window=window,
         )
@@ -159,11 +216,10 @@ def gathered_attention(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    cu_seqlens_q: Tensor,
-    seqused_k: Tensor,
+    tiles: Tensor,
     block_table: Tensor,
     *,
-    max_seqlen_q: int,
+    num_decodes: int,
     max_seqlen_k: int,
     window: int = -1,
 ) -> Tensor:
@@ -175,23 +231,25 @@ def gathered_attention(
     H, D = q.shape[1:]
     size, Hkv = keys.shape[1:3]
     G = H // Hkv
-    outputs = []
-    for i, (first, last) in enumerate(pairwise(cu_seqlens_q.tolist())):
-        T, length = last - first, int(seqused_k[i])
-        pages = block_table[i, : -(-length // size)]
+    output = q.new_zeros((q.size(0), H, D))
+    for span, first, T, start in tiles.tolist():
+        if not T:
+            continue
+        length = start + T
+        pages = block_table[span, : -(-length // size)]
         L = padded_length(length, 2)
         k_hLD, v_hLD = (
             F.pad(t[pages].flatten(0, 1)[:length], (0, 0, 0, 0, 0, L - length)).transpose(0, 1)
             for t in (keys, values)
         )
-        positions = torch.arange(length - T, length)[:, None]
+        positions = torch.arange(start, length)[:, None]
         columns = torch.arange(L)
         invisible = columns > positions
         if window >= 0:
             invisible |= columns < positions - window
         mask = torch.zeros((T, L), dtype=q.dtype).masked_fill_(invisible, -torch.inf)
         Q = G * T
-        q_hQD = q[first:last].view(T, Hkv, G, D).permute(1, 2, 0, 3).reshape(Hkv, Q, D)
+        q_hQD = q[first : first + T].view(T, Hkv, G, D).permute(1, 2, 0, 3).reshape(Hkv, Q, D)
         short = padded_queries(Q) - Q
         y_hQD = F.scaled_dot_product_attention(
             F.pad(q_hQD, (0, 0, 0, short))[None],
@@ -199,5 +257,6 @@ def gathered_attention(
             v_hLD[None],
             attn_mask=F.pad(mask.repeat(G, 1), (0, 0, 0, short)),
         )[0, :, :Q]
-        outputs.append(y_hQD.view(Hkv, G, T, D).permute(2, 0, 1, 3).reshape(T, H, D))
-    return torch.cat(outputs)
+        y_TGD = y_hQD.view(Hkv, G, T, D).permute(2, 0, 1, 3)
+        output[first : first + T] = y_TGD.reshape(T, H, D)
+    return output

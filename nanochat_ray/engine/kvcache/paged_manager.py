@@ -61,7 +61,8 @@ class PagedManager(KVCacheManager):
         tables = self.allocator.match_prefix(sequence.tokens, limit, scope)
         if tables[0]:
             self._tables[sequence] = tables
-        return len(tables[0]) * self.allocator.block_size
+        sequence.num_allocated_tokens = len(tables[0]) * self.allocator.block_size
+        return sequence.num_allocated_tokens
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
         tables = self.block_tables(sequence)
@@ -73,6 +74,7 @@ class PagedManager(KVCacheManager):
             return False
         if len(tables[0]) > before:
             self._tables[sequence] = tables
+            sequence.num_allocated_tokens = len(tables[0]) * self.allocator.block_size
             self._cache.set_block_tables(sequence.slot, tables)
         return True
 
@@ -82,6 +84,7 @@ class PagedManager(KVCacheManager):
             self.allocator.commit(self.block_tables(sequence), sequence.tokens, limit, scope)
 
     def free(self, sequence: Sequence) -> None:
+        sequence.num_allocated_tokens = 0
         if tables := self._tables.pop(sequence, None):
             self.allocator.free(tables)
 

@@ -107,6 +107,7 @@ class SlotManager(KVCacheManager):
         while num_bytes := self._pages.commit(slot, num_tokens):
             if not self._pages.release_idle() and not self._release_prefixes(num_bytes):
                 return False
+        sequence.num_allocated_tokens = self._pages.num_tokens(slot)
         return True
 
     def _release_prefixes(self, num_bytes: int) -> bool:
@@ -151,6 +152,7 @@ class SlotManager(KVCacheManager):
         if self._caches_outputs:
             # Behind the known tokens there may be one that is in flight.
             self._save(sequence, min(sequence.num_computed_tokens, len(sequence.tokens)))
+        sequence.num_allocated_tokens = 0
         self._pages.free(sequence.slot)
 
     def reset_prefix_cache(self) -> None:

@@ -47,6 +47,10 @@ class SlotPages:
         most = len(self._num_tokens) * self._max_model_len
         return max(1, min(most, self.budget.limit // self.bytes_per_token))
 
+    def num_tokens(self, slot: int) -> int:
+        """Tokens of the slot that have memory."""
+        return self._num_tokens[slot]
+
     def committed_bytes(self, slot: int) -> int:
         return self._num_tokens[slot] * self.bytes_per_token
 
