@@ -11,6 +11,7 @@ from nanochat_ray.checks import check_float, check_int, require
 KvLayout = Literal["auto", "slots", "paged"]
 AsyncScheduling = Literal["auto", "on", "off"]
 Kernels = Literal["auto", "amx", "avx512_bf16", "avx512", "avx_vnni", "avx2", "generic", "torch"]
+KvPrecision = Literal["auto", "fp8"]
 EnginePrecision = Literal["fp32", "bf16", "int8"]
 
 
@@ -82,6 +83,14 @@ class EngineConfig:
     "int8" quantizes them in blocks of 32 with one scale each (llama.cpp's Q8_0); with both, keys
     and values in slots are bf16, and all else is fp32.
     On a GPU activations, keys and values are bf16 too, and there is no int8."""
+    kv_precision: KvPrecision = "auto"
+    """Precision of keys and values. "auto" follows ``precision``; "fp8" (e4m3, on a GPU) takes half
+    of the memory of bf16, and half of the time in which a decode reads them: each is rounded by up
+    to 1/16 of its size."""
+    batch_invariant: bool = False
+    """On a GPU: matmuls by a kernel that sums in one order whatever the batch, so that a request
+    has the same logits, bit by bit, alone and among others; slower than cuBLAS, which does not. On
+    a CPU it is always so."""
     num_speculative_tokens: int = 3
     """Draft tokens of a sequence in one step, at most; 0: no speculative decoding. It changes no
     token."""
@@ -122,6 +131,7 @@ class EngineConfig:
             ("async_scheduling", get_args(AsyncScheduling)),
             ("kernels", get_args(Kernels)),
             ("precision", get_args(EnginePrecision)),
+            ("kv_precision", get_args(KvPrecision)),
         ):
             require(getattr(self, name) in kinds, name, getattr(self, name), " or ".join(kinds))
         for name in ("kv_cache_memory_fraction", "gpu_memory_share"):

@@ -60,6 +60,15 @@ class DenseLinear:
         return F.linear(x, self.weight)
 
 
+class InvariantLinear(DenseLinear):
+    """A matmul on a GPU whose rows do not depend on their number, as cuBLAS's may."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        from nanochat_ray.engine.triton_matmul import matmul
+
+        return matmul(x, self.weight)
+
+
 class ColumnMajorLinear(DenseLinear):
     """torch's matmul with a column-major weight: the layout for MKL on a CPU."""
 
@@ -115,15 +124,19 @@ def make_linears(
     dtype: torch.dtype,
     device: torch.device,
     native: Native | None = None,
+    is_batch_invariant: bool = False,
 ) -> list[Linear]:
     """A layer for each weight shape ``(N, K)``, zeros so far, with weights in ``dtype``.
 
-    ``native`` and int8 are for a CPU. Activations: ``precision.activation_dtype``.
+    ``native`` and int8 are for a CPU, ``is_batch_invariant`` is for a GPU. Activations:
+    ``precision.activation_dtype``.
     """
     if native is not None:
         return list(make_packed_linears(native, shapes, dtype))
     if dtype == torch.int8:
         return [QuantizedLinear(shape) for shape in shapes]
+    if device.type != "cpu" and is_batch_invariant:
+        return [InvariantLinear(shape, dtype, device) for shape in shapes]
     if device.type != "cpu":
         return [DenseLinear(shape, dtype, device) for shape in shapes]
     return [

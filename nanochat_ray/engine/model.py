@@ -90,13 +90,15 @@ class InferenceModel:
         weight_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         native: Native | None = None,
+        is_batch_invariant: bool = False,
     ):
         """``weights`` is a state dict of ``GPT(config)``, in any floating dtype, on any device.
 
         ``max_model_len`` bounds the positions, beside the model's own context. Activations have
         ``dtype``, weights ``weight_dtype``, by default the same (see ``precision``). With
         ``native``, which is for a CPU and float32 activations, the kernels in C compute, else torch
-        does. ValueError as ``load_weights``.
+        does; on a GPU ``is_batch_invariant`` chooses matmuls that do not depend on the batch.
+        ValueError as ``load_weights``.
         """
         weight_dtype = weight_dtype or dtype
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
@@ -111,7 +113,7 @@ class InferenceModel:
             (sum(self._shapes[name][0] for name in sources), self._shapes[sources[0]][1])
             for sources in self._sources.values()
         ]
-        linears = make_linears(sizes, weight_dtype, self.device, native)
+        linears = make_linears(sizes, weight_dtype, self.device, native, is_batch_invariant)
         self.linears = dict(zip(self._sources, linears, strict=True))
         in_matmuls = {name for sources in self._sources.values() for name in sources}
         self.tensors = {

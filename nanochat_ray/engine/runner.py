@@ -50,8 +50,13 @@ class Runner:
         weight_dtype = WEIGHT_DTYPES[config.precision]
         dtype = activation_dtype(weight_dtype, self.native is not None)
         cache_dtype = dtype
-        if choose_layout(config, self.device) == "slots":
+        layout = choose_layout(config, self.device)
+        if layout == "slots":
             cache_dtype = kv_dtype(weight_dtype, self.native is not None)
+        if config.kv_precision == "fp8":
+            is_paged = layout == "paged"
+            require(is_paged, "kv_precision", "fp8", "auto, or fp8 with the paged layout of a GPU")
+            cache_dtype = torch.float8_e4m3fn
         check_kv_cache(
             model.config, config, max_model_len, cache_dtype, self.device, self.native is not None
         )
@@ -63,6 +68,7 @@ class Runner:
             weight_dtype=weight_dtype,
             device=self.device,
             native=self.native,
+            is_batch_invariant=config.batch_invariant,
         )
         self.min_num_tokens = self.model.min_num_tokens
         self.cache, self.kv_manager = build_kv_cache(

@@ -73,6 +73,8 @@ def _attend(
         present = keys < end
         k_ND = _load_block(k_ptr, table_ptr, keys, present, kv_stride, first, D, d, BLOCK_SIZE)
         v_ND = _load_block(v_ptr, table_ptr, keys, present, kv_stride, first, D, d, BLOCK_SIZE)
+        # Keys and values may be FP8.
+        k_ND, v_ND = k_ND.to(q_MD.dtype), v_ND.to(q_MD.dtype)
         scores = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale
         visible = present[None, :] & (keys[None, :] <= positions[:, None])
         if window >= 0:
@@ -226,11 +228,11 @@ def paged_attention(
 ) -> Tensor:
     """``[N, H, D]``: causal softmax attention of ``q [N, H, D]`` to the cache, scaled by 1/√D.
 
-    ``keys`` and ``values`` are ``[blocks, block size, Hkv, D]`` in the dtype of ``q`` and contain
-    the new tokens already. ``tiles`` int32 ``[X, 4]`` as ``AttentionMetadata.tiles``, of at most
-    ``tile_tokens`` each, the first ``num_decodes`` of one token each, which are split over keys;
-    ``block_table`` int32 ``[S, M]``. A token sees itself and ``window`` earlier ones, or with -1
-    all. Rows of no tile are not written.
+    ``keys`` and ``values`` are ``[blocks, block size, Hkv, D]`` in the dtype of ``q`` or in FP8,
+    and contain the new tokens already. ``tiles`` int32 ``[X, 4]`` as ``AttentionMetadata.tiles``,
+    of at most ``tile_tokens`` each, the first ``num_decodes`` of one token each, which are split
+    over keys; ``block_table`` int32 ``[S, M]``. A token sees itself and ``window`` earlier ones, or
+    with -1 all. Rows of no tile are not written.
     """
     N, H, D = q.shape
     Hkv = keys.size(2)

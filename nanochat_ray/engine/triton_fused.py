@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanochat_ray.engine.kvcache.kv_cache import KVTarget
+from nanochat_ray.engine.triton_operators import to_page
 
 
 class Gate(NamedTuple):
@@ -136,8 +137,8 @@ def _qkv_kernel(
     else:
         kv_head = head - H
         slot = (tl.load(slots_ptr + token) * Hkv + kv_head) * D + d
-        tl.store(keys_ptr + slot, (a * scale).to(keys_ptr.dtype.element_ty), inside)
-        tl.store(keys_ptr + slot + HALF, (b * scale).to(keys_ptr.dtype.element_ty), inside)
+        tl.store(keys_ptr + slot, to_page(a * scale, keys_ptr), inside)
+        tl.store(keys_ptr + slot + HALF, to_page(b * scale, keys_ptr), inside)
         at = row + (head + Hkv) * D + d
         first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
@@ -149,8 +150,8 @@ def _qkv_kernel(
             at = table_ptr + (tl.load(ids_ptr + token) * Hkv + kv_head) * D + d
             first += gate * tl.load(at, mask=inside, other=0.0).to(tl.float32)
             second += gate * tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-        tl.store(values_ptr + slot, first.to(values_ptr.dtype.element_ty), inside)
-        tl.store(values_ptr + slot + HALF, second.to(values_ptr.dtype.element_ty), inside)
+        tl.store(values_ptr + slot, to_page(first, values_ptr), inside)
+        tl.store(values_ptr + slot + HALF, to_page(second, values_ptr), inside)
 
 
 def embed(

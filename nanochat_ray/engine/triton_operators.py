@@ -78,6 +78,14 @@ def _softcap_kernel(x_ptr, out_ptr, stride, size, cap, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def to_page(x, page_ptr):
+    """``x`` in the dtype of the pages; FP8 ends at 448."""
+    if page_ptr.dtype.element_ty == tl.float8e4nv:
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
+    return x.to(page_ptr.dtype.element_ty)
+
+
+@triton.jit
 def _store_kv_kernel(
     k_ptr,
     v_ptr,
@@ -95,8 +103,8 @@ def _store_kv_kernel(
     inside = columns < size
     k = tl.load(k_ptr + token * k_stride + columns, mask=inside)
     v = tl.load(v_ptr + token * v_stride + columns, mask=inside)
-    tl.store(keys_ptr + slot * size + columns, k.to(keys_ptr.dtype.element_ty), inside)
-    tl.store(values_ptr + slot * size + columns, v.to(values_ptr.dtype.element_ty), inside)
+    tl.store(keys_ptr + slot * size + columns, to_page(k, keys_ptr), inside)
+    tl.store(values_ptr + slot * size + columns, to_page(v, values_ptr), inside)
 
 
 class TritonOperators:

@@ -312,6 +312,24 @@ def test_step_on_a_gpu_never_waits() -> None:
             assert logits.shape == (sum(span.num_tokens for span in spans), VOCAB)
 
 
+def test_fp8_pages_take_a_quarter_of_float32() -> None:
+    model = make_model("modern", **WINDOWED)
+    prompt = [random.Random(1).randrange(VOCAB) for _ in range(200)]
+    logprobs, sizes = [], []
+    for kv_precision in ("auto", "fp8"):
+        engine = paged_engine(model, kv_precision=kv_precision, kv_tokens=640)
+        sizes.append(engine.runner.cache.nbytes)
+        engine.add(ask("a", prompt, max_tokens=1, prompt_logprobs=0))
+        entries = finish(engine)["a"][0].prompt_logprobs or []
+        logprobs.append(torch.tensor([entry.logprob for entry in entries]))
+    assert sizes[0] == 4 * sizes[1]
+    error = (logprobs[1] - logprobs[0]).abs()
+    # An attention's output is rounded by 2^-4 of a value at most, on average by far less.
+    assert 0 < error.mean() < 2.0**-4
+    with pytest.raises(ValueError, match=r"kv_precision='fp8' is not allowed: auto, or fp8 with"):
+        make_engine(model, kv_layout="slots", kv_precision="fp8")
+
+
 def test_cache_that_does_not_fit_is_rejected() -> None:
     model, dtype = make_model("modern").config, torch.float32
     config = EngineConfig(max_num_seqs=4, prefix_cache_tokens=0, kv_cache_memory_fraction=0.5)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from nanochat_ray.engine.operators import TorchOperators
 
 pytest.importorskip("triton")
+from nanochat_ray.engine.kvcache.paged_cache import store_by_index
 from nanochat_ray.engine.triton_operators import TritonOperators, store_kv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,3 +72,16 @@ def test_keys_and_values_are_written_to_their_slots() -> None:
     for pages, new in ((keys, qkv[:, 2:4]), (values, qkv[:, 4:])):
         assert torch.equal(pages.flatten(0, 1)[slot_mapping], new)
         assert int((pages != 0).flatten(2).any(dim=-1).sum()) == 3
+
+
+@pytest.mark.parametrize("store", [store_kv, store_by_index])
+def test_fp8_pages_end_at_448(store: Callable[..., None]) -> None:
+    keys, values = torch.zeros((2, 3, 16, 1, 4), dtype=torch.float8_e4m3fn, device=DEVICE)
+    new = torch.tensor([[[0.1, -1.0, 3.3, 500.0]], [[-1e9, 0.0, 16.5, 448.0]]], device=DEVICE)
+    store(new, -new, keys, values, torch.tensor([33, 5], device=DEVICE))
+    # 3 bits behind the first one: 0.1015625 is 1.625 / 16, 3.25 is 1.625 · 2; 16 is before 18.
+    want = torch.tensor([[0.1015625, -1.0, 3.25, 448.0], [-448.0, 0.0, 16.0, 448.0]])
+    for pages, sign in ((keys, 1), (values, -1)):
+        lines = pages.float().cpu().flatten(0, 2)
+        assert torch.equal(lines[[33, 5]], sign * want)
+        assert int((lines != 0).sum()) == 7

@@ -208,8 +208,12 @@ def store_by_index(
     k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor
 ) -> None:
     """Reference of ``triton_operators.store_kv``."""
-    keys.flatten(0, 1).index_copy_(0, slot_mapping, k)
-    values.flatten(0, 1).index_copy_(0, slot_mapping, v)
+    for pages, new in ((keys, k), (values, v)):
+        if pages.dtype == torch.float8_e4m3fn:  # which ends at 448; torch copies its bytes alone
+            numbers = new.clamp(-448, 448).to(pages.dtype).view(torch.uint8)
+            pages.view(torch.uint8).flatten(0, 1).index_copy_(0, slot_mapping, numbers)
+        else:
+            pages.flatten(0, 1).index_copy_(0, slot_mapping, new)
 
 
 def gathered_attention(
@@ -239,7 +243,9 @@ def gathered_attention(
         pages = block_table[span, : -(-length // size)]
         L = padded_length(length, 2)
         k_hLD, v_hLD = (
-            F.pad(t[pages].flatten(0, 1)[:length], (0, 0, 0, 0, 0, L - length)).transpose(0, 1)
+            F.pad(t[pages].to(q).flatten(0, 1)[:length], (0, 0, 0, 0, 0, L - length)).transpose(
+                0, 1
+            )
             for t in (keys, values)
         )
         positions = torch.arange(start, length)[:, None]
