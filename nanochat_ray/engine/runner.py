@@ -49,14 +49,7 @@ class Runner:
             self.kernels = self.native.level
         weight_dtype = WEIGHT_DTYPES[config.precision]
         dtype = activation_dtype(weight_dtype, self.native is not None)
-        cache_dtype = dtype
-        layout = choose_layout(config, self.device)
-        if layout == "slots":
-            cache_dtype = kv_dtype(weight_dtype, self.native is not None)
-        if config.kv_precision == "fp8":
-            is_paged = layout == "paged"
-            require(is_paged, "kv_precision", "fp8", "auto, or fp8 with the paged layout of a GPU")
-            cache_dtype = torch.float8_e4m3fn
+        cache_dtype = self._cache_dtype(config, dtype)
         check_kv_cache(
             model.config, config, max_model_len, cache_dtype, self.device, self.native is not None
         )
@@ -87,6 +80,17 @@ class Runner:
         self.graphs = self.cache.step_graphs(self.model, limits)
         """None where there can be no CUDA graphs."""
         self._plan = self.cache.step_plan(self.model)
+
+    def _cache_dtype(self, config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+        """Of keys and values, where activations have ``dtype``."""
+        layout = choose_layout(config, self.device)
+        if config.kv_precision == "fp8":
+            is_paged = layout == "paged"
+            require(is_paged, "kv_precision", "fp8", "auto, or fp8 with the paged layout of a GPU")
+            return torch.float8_e4m3fn
+        if layout == "slots":
+            return kv_dtype(WEIGHT_DTYPES[config.precision], self.native is not None)
+        return dtype
 
     @torch.inference_mode()
     def run(

@@ -68,9 +68,9 @@ def test_padding_changes_no_token(
         tensor.fill_(1)  # of an earlier step
     arrays = [tensor.numpy() for tensor in metadata.tensors()]
     cache.fill_metadata(arrays, np.array(spans, dtype=np.int64), shape.num_decodes)
-    padded = forward(model, cache, metadata, 9)
-    torch.testing.assert_close(padded[: len(exact)], exact, atol=1e-5, rtol=0)
-    assert bool(padded.isfinite().all())
+    output = forward(model, cache, metadata, 9)
+    torch.testing.assert_close(output[: len(exact)], exact, atol=1e-5, rtol=0)
+    assert bool(output.isfinite().all())
     rows = sorted(
         row for _, first, count, _ in metadata.tiles.tolist() for row in range(first, first + count)
     )

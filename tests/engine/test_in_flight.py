@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from nanochat_ray.engine.cuda_graphs import StepResult
 from nanochat_ray.engine.in_flight import ForwardOutput, sample
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.engine.sampling_state import SamplingState
@@ -75,14 +76,14 @@ def test_rows_of_the_chunks_that_sample() -> None:
         ScheduledChunk.of(drafts, 1, True, (4, 5)),
         ScheduledChunk.of(plain, 1, True),
     ]
-    forward = ForwardOutput.of(chunks, logits(8))
+    forward = ForwardOutput.of(chunks, StepResult(logits(8)))
     assert [(row, chunk.sequence.slot) for row, chunk in forward.sampling_chunks] == [
         (3, 2),
         (4, 3),
         (7, 4),
     ]
     assert forward.prompt_logprobs is not None
-    assert ForwardOutput.of(chunks[2:], logits(4)).prompt_logprobs is None
+    assert ForwardOutput.of(chunks[2:], StepResult(logits(4))).prompt_logprobs is None
 
 
 def test_a_grammar_masks_its_rows(state: Recorder) -> None:

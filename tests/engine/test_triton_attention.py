@@ -139,12 +139,12 @@ def test_paged_attention_of_fp8_pages(case: str) -> None:
     step.keys, step.values = (t.to(torch.float8_e4m3fn) for t in (step.keys, step.values))
     output = step.run(-1).double()
     step.keys, step.values = step.keys.float(), step.values.float()
-    rounded = step.exact(-1)
-    assert (output - rounded).abs().max() <= 100 * torch.finfo(torch.float32).eps * 4
+    reference = step.exact(-1)
+    assert (output - reference).abs().max() <= 100 * torch.finfo(torch.float32).eps * 4
     # Rounded by 2^-4 of their size: keys move a score by so much of Σ|q·k| / √D, and weights by as
     # much again; a value moves the output by so much.
     G = step.q.size(1) // step.keys.size(2)
     sizes = [step.keys.abs().repeat_interleave(G, 2).amax((0, 1)), step.q.abs().amax(0)]
     scores = (sizes[0] * sizes[1]).sum(-1).max() / 4
     most = 2.0**-4 * (1 + 2 * float(scores)) * float(step.values.abs().max())
-    assert 0 < (rounded - exact).abs().max() <= most
+    assert 0 < (reference - exact).abs().max() <= most
