@@ -58,10 +58,23 @@ def _leg_sum(question: str, answer: str) -> Any:
 
 
 def _equation(question: str, answer: str) -> Any:
-    match = re.fullmatch(r"Solve for \w: (\d+)\*\w = (\d+)", question.strip())
-    if match is None:
+    """a*x + b = c, with the terms in any order: x = (c - b) // a."""
+    linear, _, value_text = question.rpartition(": ")[2].partition(" = ")
+    sums = {True: 0, False: 0}  # of the factors of x, and of the constants
+    for sign, number, letter in re.findall(r"(-?) ?(?:(\d+)\*?)?([a-z]?)", linear):
+        if number or letter:
+            sums[bool(letter)] += (-1 if sign else 1) * int(number or 1)
+    factor, constant, value = sums[True], sums[False], int(value_text)
+    if factor < 0:
+        factor, constant, value = -factor, -constant, -value
+    if not factor:
         return answer
-    return calculator_turn(f"{match[2]} // {match[1]}", answer, answer)
+    expression = str(value)
+    if constant:
+        expression += f" - {constant}" if constant > 0 else f" + {-constant}"
+    if factor > 1:
+        expression = f"({expression}) // {factor}" if constant else f"{expression} // {factor}"
+    return calculator_turn(expression, answer, answer)
 
 
 @dataclass(frozen=True)

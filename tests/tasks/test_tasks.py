@@ -42,6 +42,22 @@ def test_examples_are_right_and_calculated(name: str) -> None:
         render_conversation(TOK, [*question, answer])
 
 
+@pytest.mark.parametrize(
+    ("question", "expression"),
+    [
+        ("Solve for b: 4465*b = 178600", "178600 // 4465"),
+        ("Solve for h: 20*h + 65 = 1485", "(1485 - 65) // 20"),
+        ("Solve for z: 34*z - 1190 = 2040", "(2040 + 1190) // 34"),
+        ("Solve for e: 56 - 98*e = -1218", "(1218 + 56) // 98"),
+        ("Find the value of q in the equation: -40*q - 7 = -87", "(87 - 7) // 40"),
+        ("Solve for k: k - 9 = 4", "4 + 9"),
+    ],
+)
+def test_equations_are_solved_by_the_calculator(question: str, expression: str) -> None:
+    (call, _, _) = KINDS["simple_equations"].solve(question, "0")
+    assert call["text"] == expression
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OFFLINE)
 def test_splits_never_share_a_question(name: str) -> None:
