@@ -68,6 +68,18 @@ def test_an_idle_engine_counts_an_abort() -> None:
     assert not engine.has_work
 
 
+def test_an_aborted_request_has_no_other_output() -> None:
+    """Neither that of a tool, which an engine before this one did not report."""
+    engine = make_engine(make_model("classic"), Tool(5, 6, 7, 8, lambda ids: [9, 9]))
+    for name in "ab":
+        engine.add(ask(name, [1], [5, 6, 7], max_tokens=20))
+    engine.abort("a")
+    outputs = [output for output in engine.step() if output.request_id == "a"]
+    assert outputs == [RequestOutput(request_id="a", finish="abort")]
+    assert not engine.abort("a")
+    engine.reset()
+
+
 def test_injected_tokens_are_named() -> None:
     """The model is made to end a call: 5 begins it, 6 ends it; 7 and 8 enclose the result."""
     engine = make_engine(make_model("classic"), Tool(5, 6, 7, 8, lambda ids: [9, 9]))
