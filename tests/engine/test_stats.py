@@ -9,6 +9,7 @@ import time
 import pytest
 
 from nanochat_ray.engine.request import RequestOutput
+from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.text.tools import Tool
 from tests.engine.engine_kit import ask, finish, make_engine, make_model, tokens
 
@@ -65,6 +66,20 @@ def test_an_idle_engine_counts_an_abort() -> None:
     assert engine.abort("a")
     assert engine.has_work
     assert engine.step() == [RequestOutput(request_id="a", finish="abort")]
+    assert not engine.has_work
+
+
+def test_an_output_that_is_complete_already_ends_at_once() -> None:
+    """The engine before this one was lost before it said so."""
+    tokenizer = Tokenizer.bytes_only()
+    engine = make_engine(make_model("classic"), None, tokenizer.byte_table())
+    ids = tokenizer.encode("ab")
+    engine.add(ask("a", [1], ids, grammar={"regex": "ab"}))
+    engine.add(ask("b", [1], ids, stop_ids=(ids[-1],)))
+    assert engine.step() == [
+        RequestOutput(request_id="a", finish="stop", complete=True),
+        RequestOutput(request_id="b", finish="stop"),
+    ]
     assert not engine.has_work
 
 

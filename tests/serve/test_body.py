@@ -10,8 +10,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from nanochat_ray.serve.app import build_app
-from nanochat_ray.serve.body import Body
-from nanochat_ray.serve.openai.errors import MAX_MESSAGE
+from nanochat_ray.serve.body import Body, _check_headers
+from nanochat_ray.serve.openai.errors import MAX_MESSAGE, ApiError
 from nanochat_ray.serve.openai.schema import requests
 from nanochat_ray.serve.openai.schema.requests import (
     ChatRequest,
@@ -151,3 +151,33 @@ def test_no_megabyte_is_echoed(url: str, field: str) -> None:
     assert response.status_code in (400, 404)
     assert len(response.json()["error"]["message"]) <= MAX_MESSAGE + 1
     assert len(response.content) < 4 * MAX_MESSAGE
+
+
+@pytest.mark.parametrize(
+    ("content_type", "encoding", "code"),
+    [
+        ("application/json", None, None),
+        ("Application/JSON; charset=utf-8", "", None),
+        (" application/vnd.api+json ;a=b", " Identity ", None),
+        (None, None, "content_type"),
+        ("", None, "content_type"),
+        ("text/plain", None, "content_type"),
+        ("text/json", None, "content_type"),
+        ("text/x+json", None, "content_type"),
+        ("application/xjson", None, "content_type"),
+        ("application/jsonp", None, "content_type"),
+        ("application/json", "gzip", "content_encoding"),
+        ("application/json", "br", "content_encoding"),
+        ("application/json", "gzip, identity", "content_encoding"),
+    ],
+)
+def test_only_plain_json_is_read(
+    content_type: str | None, encoding: str | None, code: str | None
+) -> None:
+    """A page of another origin may send the other types without a preflight."""
+    if code is None:
+        _check_headers(content_type, encoding)
+        return
+    with pytest.raises(ApiError) as refusal:
+        _check_headers(content_type, encoding)
+    assert (refusal.value.status, refusal.value.code) == (415, code)
