@@ -6,6 +6,7 @@ import json
 import resource
 import socket
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -13,7 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from nanochat_ray.serve import connections
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.connections import ConnectionGuard
-from nanochat_ray.serve.http_server import MAX_HEAD_BYTES
+from nanochat_ray.serve.http_server import _H11, MAX_HEAD_BYTES
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient
 from tests.serve.serving import post, serving
@@ -109,6 +110,30 @@ def test_the_limit_on_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert connections.raise_file_limit() == connections.MAX_CONNECTIONS
     limits[:] = [resource.RLIM_INFINITY] * 2
     assert connections.raise_file_limit() == connections.MAX_CONNECTIONS
+
+
+class Transport:
+    """With so many bytes that its client has not read."""
+
+    def __init__(self, num_bytes: int):
+        self.num_bytes, self.is_closing = num_bytes, False
+
+    def close(self) -> None:
+        self.is_closing = True
+
+    def get_write_buffer_size(self) -> int:
+        return self.num_bytes
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1])
+def test_an_idle_connection_may_have_unread_bytes(guard: ConnectionGuard, num_bytes: int) -> None:
+    """It is closed when they are read, or after the time for that."""
+    connection = _H11.__new__(_H11)
+    connection.config = SimpleNamespace(guard=guard)  # type: ignore[assignment]
+    connection.transport = transport = Transport(num_bytes)  # type: ignore[assignment]
+    connection.expire()
+    assert transport.is_closing
+    assert len(guard._stalls) == num_bytes
 
 
 # --- over sockets -------------------------------------------------------------------------------

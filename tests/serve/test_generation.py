@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nanochat_ray.engine.detokenizer import ToolResultEvent
 from nanochat_ray.engine.request import (
     EngineFull,
     Request,
@@ -115,6 +116,14 @@ def test_a_call_of_the_client_ends_the_answer() -> None:
     assert metrics["request_success_total stop"] == 1
     assert len(engine.aborts) == 1
     assert "".join(delta.text for delta in deltas) == "a"
+
+
+def test_the_calculator_of_the_engine_is_no_call() -> None:
+    result = [IDS.result_start, *TOK.encode("2"), IDS.result_end]
+    deltas, _ = run(ScriptedClient([*SUM, *result, *TOK.encode("b")]), generation())
+    assert [r for delta in deltas for r in delta.tool_results] == [ToolResultEvent("1+1", "2")]
+    assert [call for delta in deltas for call in delta.tool_calls] == []
+    assert "".join(delta.text for delta in deltas) == "b"
 
 
 def test_choices_are_counted_one_by_one() -> None:
