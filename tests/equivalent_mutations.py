@@ -97,6 +97,7 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
     "nanochat_ray/optim/flat.py": {
         "operator: 1 << 18  →  1 >> 18": ("", SPEED),
         "constant: 18  →  19": ("1 << 18", SPEED),
+        "constant: 1  →  2": ("1 << 18", SPEED),
     },
     "nanochat_ray/data/packing.py": {
         "comparison: room > size  →  room >= size": ("", "a sequence without room fits none"),

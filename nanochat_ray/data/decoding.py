@@ -34,8 +34,11 @@ def encoding_of(head: bytes) -> str:
 def decode(data: bytes, where: str, start: int = 0, encoding: str = "") -> str:
     """Text of ``data``, which begins at byte ``start`` of the file ``where``. Raises ValueError."""
     encoding = encoding or encoding_of(data)
-    if encoding == "utf-8-sig" and (nul := data.find(b"\0")) >= 0:
-        raise ValueError(f"text file {where} is binary: it holds a NUL (byte {start + nul})")
+    if encoding == "utf-8-sig":
+        if (nul := data.find(b"\0")) >= 0:
+            raise ValueError(f"text file {where} is binary: it holds a NUL (byte {start + nul})")
+        # A byte order mark stands at the start of a file only; elsewhere it is a character.
+        encoding = "utf-8" if start else encoding
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:

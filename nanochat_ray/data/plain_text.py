@@ -53,7 +53,7 @@ def read_block(file: Any, span: tuple[int, int], where: str) -> str:
     """The document of one of ``block_spans``: the lines that begin in it."""
     first, last = _block_start(file, span[0]), _block_start(file, span[1])
     file.seek(first)
-    # A byte order mark stands at the start of a file only; elsewhere it is a character.
+    # Only the start of a file names its encoding.
     return decode(file.read(max(0, last - first)), where, first, "" if first == 0 else "utf-8-sig")
 
 
