@@ -1,0 +1,161 @@
+"""Measure what users of an endpoint see while its replicas also sample rollouts.
+
+    nanochat-ray serve --run chat
+    RAY_ADDRESS=auto nanochat-ray bench shared-fleet --run chat
+
+Phases with and without rollouts alternate, each a closed loop of streams over HTTP. Rollouts are
+those of ``nanochat-ray rl --endpoint``, with new weights for each round, but nothing is trained: a
+trainer would be on another machine. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanochat_ray.bench import load
+from nanochat_ray.bench.systems import model_at
+from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.checks import check_int
+from nanochat_ray.cli import rl
+from nanochat_ray.engine.request import Request, SamplingParams
+from nanochat_ray.on_ray import session
+from nanochat_ray.on_ray.rl import EndpointEngine, Fleet, num_replicas
+from nanochat_ray.rl.questions import prompts as prompts_of
+from nanochat_ray.rl.rollout import make_requests
+from nanochat_ray.rl.source import make_tasks
+from nanochat_ray.storage import Store, default_root
+
+VOCAB = 256
+SHOWN = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "tokens_per_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    url: str = "http://127.0.0.1:8000"
+    """Endpoint."""
+    key: str = ""
+    """API key."""
+    endpoint: str = "nanochat"
+    """Its Serve application, on the cluster of RAY_ADDRESS."""
+    storage: str = field(default_factory=default_root)
+    run: str = "chat"
+    """Run whose model samples the rollouts."""
+    streams: int = 8
+    """Answers of users at a time."""
+    requests: int = 200
+    """Requests of users in each phase."""
+    prompt: int = 64
+    """Tokens of a prompt, give or take a half."""
+    output: int = 48
+    """Tokens of an answer, give or take a half."""
+    questions: int = 24
+    samples: int = 16
+    repeats: int = 3
+    """Phases of each kind."""
+
+    def __post_init__(self) -> None:
+        for name in ("streams", "requests", "prompt", "output", "questions", "samples", "repeats"):
+            check_int(name, getattr(self, name), 1)
+
+
+class Sampling:
+    """Rollouts in a thread, one round after the other, until the block ends."""
+
+    def __init__(self, sample: Callable[[int], int]):
+        """``sample``: (round) → tokens."""
+        self._sample = sample
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.num_rounds = self.num_tokens = 0
+        self.seconds = 0.0
+
+    def _run(self) -> None:
+        start = time.monotonic()
+        while not self._stop.is_set():
+            self.num_tokens += self._sample(self.num_rounds)
+            self.num_rounds += 1
+            self.seconds = time.monotonic() - start
+
+    def __enter__(self) -> Sampling:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def rollouts(args: Args) -> Callable[[int], int]:
+    """(round) → tokens of one round on the endpoint, each with weights that are new to it."""
+    flags = rl.Args(
+        storage=args.storage, parent=args.run, run="shared-fleet", endpoint=args.endpoint
+    )
+    config = rl.build(flags)
+    model, tokenizer = checkpoint.load_model(Store.at(args.storage).child("runs", args.run))
+    tasks = make_tasks(flags.rl_config(), "train", args.questions, seed=0)
+    prompts = prompts_of(tasks, tokenizer)
+    eos_ids = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
+    params = SamplingParams(max_tokens=96, eos_ids=eos_ids, logprobs=0)
+    requests: list[Request] = []
+    for number in range(args.questions):
+        prompt = prompts[number % len(tasks)][number // len(tasks)]
+        requests += make_requests(prompt, range(args.samples), params, str(number))
+    engine = rl.engine_config(flags)
+    count = num_replicas(args.endpoint)
+    fleet = Fleet([EndpointEngine(args.endpoint, config, engine) for _ in range(count)])
+    version = 0
+
+    def sample(_: int) -> int:
+        nonlocal version
+        version += 1
+        fleet.load(version, model.state_dict())
+        return sum(len(rollout.tokens) for rollout in fleet.generate(requests))
+
+    return sample
+
+
+def users(args: Args, model: str, seed: int) -> dict[str, Any]:
+    """Figures of one phase (``load.summary``)."""
+    prompts = load.random_prompts(
+        args.requests, vocab=VOCAB, prompt=args.prompt, output=args.output, spread=0.5, seed=seed
+    )
+    run = load.drive(args.url, model, prompts, concurrency=args.streams, key=args.key)
+    results, seconds = asyncio.run(run)
+    if errors := [result.error for result in results if result.error]:
+        raise ValueError(f"{args.url}: {len(errors)} requests failed, the first: {errors[0]}")
+    return load.summary(results, seconds)
+
+
+def medians(phases: Sequence[dict[str, Any]]) -> dict[str, float]:
+    return {name: load.percentile([phase[name] for phase in phases], 0.5) for name in SHOWN}
+
+
+def main(args: Args) -> None:
+    session.connect()
+    model, sample = model_at(args.url, args.key), rollouts(args)
+    sample(0)  # the replicas start their second engine
+    users(args, model, seed=0)
+    phases: dict[str, list[dict[str, Any]]] = {"alone": [], "beside rollouts": []}
+    rates = []
+    for seed in range(1, args.repeats + 1):
+        phases["alone"].append(users(args, model, seed))
+        with Sampling(sample) as sampling:
+            phases["beside rollouts"].append(users(args, model, seed))
+        rates.append(sampling.num_tokens / sampling.seconds)
+    figures: dict[str, Any] = {name: medians(each) for name, each in phases.items()}
+    alone, beside = figures["alone"], figures["beside rollouts"]
+    for name in SHOWN:
+        ratio = beside[name] / alone[name]
+        print(
+            f"{name:<14} alone {alone[name]:9.1f}   beside rollouts {beside[name]:9.1f}"
+            f"   {ratio:.2f}"
+        )
+    figures["rollout_tokens_per_s"] = load.percentile(rates, 0.5)
+    figures["ttft_p99_ratio"] = beside["ttft_p99_ms"] / alone["ttft_p99_ms"]
+    print(json.dumps(figures))

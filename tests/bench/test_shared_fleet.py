@@ -1,0 +1,41 @@
+"""The benchmark of a shared fleet counts whole rounds and takes medians of phases."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from nanochat_ray.bench import shared_fleet
+from nanochat_ray.bench.load import Result
+from nanochat_ray.bench.shared_fleet import SHOWN, Args, Sampling, medians, users
+
+
+def test_rollouts_are_counted_by_whole_rounds() -> None:
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def sample(number: int) -> int:
+        if number == 2:
+            has_begun.set()
+            assert may_end.wait(60)
+        return 10
+
+    with Sampling(sample) as sampling:
+        assert has_begun.wait(60)
+        sampling._stop.set()
+        may_end.set()
+    assert (sampling.num_rounds, sampling.num_tokens) == (3, 30)
+
+
+def test_medians_of_each_figure() -> None:
+    phases = [dict.fromkeys(SHOWN, x) for x in (1.0, 9.0, 2.0)]
+    assert medians(phases) == dict.fromkeys(SHOWN, 2.0)
+
+
+def test_a_failed_request_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def drive(*_: object, **__: object) -> tuple[list[Result], float]:
+        return [Result(0.0), Result(0.0, error="503")], 1.0
+
+    monkeypatch.setattr(shared_fleet.load, "drive", drive)
+    with pytest.raises(ValueError, match="1 requests failed, the first: 503"):
+        users(Args(), "chat", 0)
