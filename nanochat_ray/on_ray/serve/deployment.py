@@ -15,7 +15,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from nanochat_ray.checkpoint import checkpoint, follow
@@ -33,6 +33,11 @@ LOOK_BACK_S = 15.0
 """Autoscaling averages the loads of the replicas over this time; they arrive every 10 s."""
 GRACEFUL_SHUTDOWN_S = 30.0
 """How long Serve waits for a replica that it stops, which drains for ``replica.DRAIN_S``."""
+
+MAX_REQUESTS = 1_000
+"""Of an ingress at a time."""
+RETRY_AFTER_S = 2.0
+"""For a client whose request is one too many."""
 
 
 def build_application(config: ServeConfig) -> Application:
@@ -121,7 +126,9 @@ def _ingress_deployment(config: ServeConfig) -> serve.Deployment:
     return serve.deployment(
         name="ingress",
         num_replicas=config.num_ingress_replicas,
-        max_ongoing_requests=1_000,
+        max_ongoing_requests=MAX_REQUESTS,
+        # Serve's own answer to one more: 503 without Retry-After by default.
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         logging_config=LoggingConfig(enable_access_log=False),
         ray_actor_options={

@@ -51,6 +51,14 @@ def test_keys_come_from_the_command(root: Store, monkeypatch: pytest.MonkeyPatch
     assert not ring.name_of(b"of-some-worker")
 
 
+def test_one_request_too_many_is_429(root: Store) -> None:
+    """With Retry-After, as a full engine's; by default Serve answers 503 without."""
+    write_run(root)
+    application: Any = build_application(ServeConfig(storage=root.uri))
+    backpressure = application._bound_deployment._deployment_config.backpressure_config
+    assert (backpressure.status_code, backpressure.retry_after_s) == (429, 2.0)
+
+
 def test_keys_in_a_workers_environment_are_refused(
     root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
