@@ -26,6 +26,9 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
         "condition: if logits.size(1) <= triton_sampler.MAX_VOCAB:  →  "
         "if not logits.size(1) <= triton_sampler.MAX_VOCAB:": ("", GPU),
     },
+    "nanochat_ray/engine/grammar.py": {
+        "constant: 1  →  2": ("allocate_token_bitmask(1", "a second row, which nobody reads"),
+    },
     "nanochat_ray/engine/draft.py": {
         "statement: self._num_indexed = total  →  pass": ("", "n-grams are indexed again"),
         "constant: 0  →  1": ("_num_indexed", "no n-gram ends before 1"),
@@ -93,6 +96,20 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
         "comparison: parameters[name].numel() >= LARGE_TABLE  →  "
         "parameters[name].numel() > LARGE_TABLE": ("", SPEED),
         "constant: 1  →  2": ("LARGE_TABLE", SPEED),
+    },
+    "nanochat_ray/serve/sse.py": {
+        "arguments: asyncio.gather(task, watch, return_exceptions=True)  →  "
+        "asyncio.gather(watch, task, return_exceptions=True)": ("", ORDER),
+        "arguments: asyncio.gather(sending, watch, return_exceptions=True)  →  "
+        "asyncio.gather(watch, sending, return_exceptions=True)": ("", ORDER),
+    },
+    "nanochat_ray/serve/serving.py": {
+        "arguments: cache_scope(client, body.cache_salt or '')  →  "
+        "cache_scope(body.cache_salt or '', client)": ("", "a hash of both, in either order"),
+    },
+    "nanochat_ray/engine/engine.py": {
+        "comparison: chunk.start < len(s.request.prompt)  →  "
+        "chunk.start <= len(s.request.prompt)": ("", "the prompt is committed again, unchanged"),
     },
     "nanochat_ray/optim/flat.py": {
         "operator: 1 << 18  →  1 >> 18": ("", SPEED),

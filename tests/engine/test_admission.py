@@ -55,6 +55,17 @@ def test_what_an_engine_can_process(
         admitter().validate(ask("a", prompt, **params))
 
 
+def test_a_grammar_must_compile() -> None:
+    grammars = Grammars(TOK.byte_table(), TOK.vocab_size)
+    for regex, error in (("a+", None), ("(", "grammar: this regex does not compile")):
+        request = ask("a", [1], grammar={"regex": regex})
+        if error is None:
+            admitter(grammars=grammars).validate(request)
+        else:
+            with pytest.raises(ValueError, match=error):
+                admitter(grammars=grammars).validate(request)
+
+
 def test_tokens_of_another_engine_count() -> None:
     admitter().validate(ask("a", [1] * 5, [2] * 4))
     with pytest.raises(ValueError, match="prompt has 10 tokens"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import random
 import re
+import threading
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 
+from nanochat_ray.engine import grammar as grammar_module
 from nanochat_ray.engine import sampler
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.grammar import MAX_CACHED, Grammars
-from nanochat_ray.engine.request import Request, RequestOutput
+from nanochat_ray.engine.request import EngineFull, Request, RequestOutput
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.engine.engine_kit import VOCAB, answer, ask, finish, make_engine, make_model, tokens
+from tests.tiny import wait_for
 
 TOK = Tokenizer.bytes_only()
 END = TOK.bos
@@ -258,3 +262,48 @@ def test_gbnf_equals_lark() -> None:
         with pytest.raises(ValueError, match=r"^grammar: this lark") as error:
             grammars.check({"lark": wrong})
         assert len(str(error.value)) < 500
+
+
+def test_the_latest_grammars_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_module, "MAX_CACHED", 2)
+    grammars = Grammars(TOK.byte_table(), TOK.vocab_size)
+    compile_text, texts = grammars._compile, list[str]()
+
+    def compile_and_note(text: str) -> Any:
+        texts.append(json.loads(text)["regex"])
+        return compile_text(text)
+
+    monkeypatch.setattr(grammars, "_compile", compile_and_note)
+    for regex in "abacb":  # c takes the place of b, since a was used later
+        grammars.compile({"regex": regex}).result()
+        gc.collect()
+    assert texts == ["a", "b", "c", "b"]
+
+
+def test_a_grammar_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As JSON: of {"regex": "aaaa"} 17 characters."""
+    grammars = Grammars(TOK.byte_table(), TOK.vocab_size)
+    monkeypatch.setattr(grammar_module, "MAX_CHARACTERS", 17)
+    grammars.check({"regex": "aaaa"})
+    with pytest.raises(ValueError, match="it has 18 characters as JSON, 17 are allowed"):
+        grammars.check({"regex": "aaaaa"})
+
+
+def test_few_large_grammars_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones, up to 17 characters here, never wait for them."""
+    monkeypatch.setattr(grammar_module, "SMALL_CHARACTERS", 17)
+    monkeypatch.setattr(grammar_module, "MAX_PENDING", 2)
+    grammars = Grammars(TOK.byte_table(), TOK.vocab_size)
+    gate = threading.Event()
+    hold_up = grammars._large.submit(gate.wait, 60)
+    try:
+        large = [grammars.compile({"regex": letter * 5}) for letter in "ab"]
+        with pytest.raises(EngineFull, match="grammars=2 are waiting"):
+            grammars.compile({"regex": "ccccc"})
+        grammars.check({"regex": "cccc"})
+    finally:
+        gate.set()
+    assert hold_up.result()
+    assert not any(isinstance(one.result(), str) for one in large)
+    wait_for(lambda: not grammars._pending)
+    grammars.check({"regex": "ccccc"})
