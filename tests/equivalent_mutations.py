@@ -1,6 +1,7 @@
 """Mutations that change no result of the program, by file: description → (source, reason).
 
-``source`` is a part of the line that is changed: the same mutation may matter on another line.
+``source`` is a part of the line that is changed: the same mutation may matter on another line. A
+list has an entry for each of several lines.
 Read before an entry is added: a reason that is not an argument belongs to a test that is missing.
 """
 
@@ -8,10 +9,12 @@ from __future__ import annotations
 
 SPEED = "how much is computed at once; the result is the same"
 ORDER = "both are done, in either order"
+CANCELS = "the factor cancels in the scale of the gradient"
 ONE_DEVICE = "all of them are on one device"
 GPU = "runs on a GPU only, where the tests marked gpu cover it"
 
-EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
+Entry = tuple[str, str]
+EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
     "nanochat_ray/engine/sampler.py": {
         "function: min(V, max(1, rows.widest))  →  max(V, max(1, rows.widest))": ("", SPEED),
         "comparison: cumulative[:, -1] < goal  →  cumulative[:, -1] <= goal": ("", SPEED),
@@ -57,6 +60,9 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
             "visible keys are not behind the queries, which are within the sequence",
         ),
         "operator: T - 1  →  T + 1": ("", "the mask that hides nothing beyond the diagonal"),
+        "constant: False  →  True": ("torch.compile(flex_attention, dynamic=False)", GPU),
+        "constant: True  →  False": ("stable=True", "the sort of few numbers is stable"),
+        "comparison: k_end <= q_start  →  k_end < q_start": ("", "a block of one is never whole"),
     },
     "nanochat_ray/model/loss.py": {
         "function: max(16, CHUNK // vocab)  →  min(16, CHUNK // vocab)": ("", SPEED),
@@ -64,6 +70,17 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
         "constant: 16  →  17": ("CHUNK // vocab", SPEED),
         "constant: 13  →  14": ("1 << 13", SPEED),
         "operator: 1 << 13  →  1 >> 13": ("", SPEED),
+        "operator: 1 << 20  →  1 >> 20": ("CHUNK = 1 << 20", SPEED),
+        "constant: 20  →  21": ("CHUNK = 1 << 20", SPEED),
+        "constant: 1  →  2": [("CHUNK = 1 << 20", SPEED), ("1 << 13", SPEED)],
+        "comparison: hidden.device.type == 'cpu'  →  hidden.device.type != 'cpu'": ("", SPEED),
+        "condition: max(16, CHUNK // vocab) if hidden.device.type == 'cpu' else 1 << 13  →  "
+        "max(16, CHUNK // vocab) if not hidden.device.type == 'cpu' else 1 << 13": ("", SPEED),
+        "arguments: grad.addcmul_(grad, tanh.square_(), value=-1)  →  "
+        "grad.addcmul_(tanh.square_(), grad, value=-1)": ("", "a product of both"),
+        "operator: grad_hidden is None or grad_weight is None  →  "
+        "grad_hidden is None and grad_weight is None": ("", "both are None, or neither"),
+        "constant: False  →  True": ("grad=False", SPEED),
     },
     "nanochat_ray/model/rotary.py": {
         "comparison: factor > 1  →  factor >= 1": ("", "YaRN by the factor 1 changes no frequency"),
@@ -74,9 +91,25 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
             "a silence is noticed up to HEARTBEAT_S later",
         ),
     },
+    "nanochat_ray/train/metrics.py": {
+        "constant: 0  →  1": ("self.start_clock(0)", "it starts again before the first step"),
+    },
+    "nanochat_ray/train/validation.py": {
+        "comparison: dist.get_world_size() > 1  →  dist.get_world_size() >= 1": (
+            "",
+            "the sum over one rank",
+        ),
+    },
     "nanochat_ray/train/step.py": {
+        "operator: config.global_batch_size * (batch.ids.shape[1] - 1)  →  "
+        "config.global_batch_size / (batch.ids.shape[1] - 1)": ("", CANCELS),
+        "operator: batch.ids.shape[1] - 1  →  batch.ids.shape[1] + 1": ("nominal", CANCELS),
+        "constant: True  →  False": ("non_blocking=True", SPEED),
         "constant: 0  →  1": ("optimizer.flats[0].weights.device", ONE_DEVICE),
-        "constant: 1  →  2": ("max(initial=1)", "one more column, of which nothing is trained"),
+        "constant: 1  →  2": [
+            ("max(initial=1)", "one more column, of which nothing is trained"),
+            ("generate_state(1)[0]", "the first of two numbers is that of one"),
+        ],
     },
     "nanochat_ray/serve/metrics.py": {
         "arguments: self._both(self._one.gauge(*args), self._other.gauge(*args))  →  "
@@ -91,6 +124,14 @@ EQUIVALENT: dict[str, dict[str, tuple[str, str]]] = {
     },
     "nanochat_ray/optim/sharded.py": {
         "constant: 0  →  1": ("self.flats[0].weights.device", ONE_DEVICE),
+        "constant: False  →  True": [
+            ("compile_update: bool = False", GPU),
+            ("self._last_backward = False", "zero_grad comes before each step"),
+        ],
+        "comparison: dist.get_backend() == 'nccl'  →  dist.get_backend() != 'nccl'": ("", SPEED),
+        "constant: True  →  False": ("async_op=True", SPEED),
+        "comparison: norm > clip  →  norm >= clip": ("", "a factor of 1"),
+        "statement: machine.finish_copies(self.flats[0].weights.device)  →  pass": ("", GPU),
         "operator: 1 << 20  →  1 >> 20": ("LARGE_TABLE", SPEED),
         "constant: 20  →  21": ("LARGE_TABLE", SPEED),
         "comparison: parameters[name].numel() >= LARGE_TABLE  →  "

@@ -235,8 +235,8 @@ def copy_tree(to: Path) -> None:
 
 
 def is_equivalent(file: Path, line: str, what: str) -> bool:
-    part, _ = EQUIVALENT.get(str(file), {}).get(what, (None, ""))
-    return part is not None and part in line
+    entries = EQUIVALENT.get(str(file), {}).get(what, [])
+    return any(part in line for part, _ in ([entries] if isinstance(entries, tuple) else entries))
 
 
 DURATIONS: dict[frozenset[str], float] = {}

@@ -150,7 +150,7 @@ def token_logprobs(
     *,
     cap: float,
     vocab: int,
-    temperature: float = 1.0,
+    temperature: float,
 ) -> Tensor:
     """Log-probabilities, float32 ``[N]``, of ``targets [N]`` int64 (all from 0) at a temperature.
 

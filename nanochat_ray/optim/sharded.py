@@ -141,7 +141,6 @@ class ShardedOptimizer:
         for bucket in self._buckets:
             if bucket.work is not None:
                 bucket.work.wait()
-        self._last_backward = False
 
     @torch.no_grad()
     def step(

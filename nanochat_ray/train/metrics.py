@@ -72,9 +72,7 @@ class Metrics:
         self.records = records or []
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.bytes_per_token = bytes_per_token
-        self._steps = 0
-        self._timed_seconds = 0.0
-        self._timed_steps = 0
+        self.start_clock(0)
         self._norms: list[float] = []
         self._best: tuple[int, float] | None = None
 

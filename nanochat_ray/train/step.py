@@ -101,7 +101,7 @@ class StepResult:
     lr_factor: float
     weights_updated: bool
     votes: RankVotes
-    tokens: int = 0
+    tokens: int
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 

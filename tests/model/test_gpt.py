@@ -86,6 +86,7 @@ def test_chunked_loss_equals_plain_loss(cap: float, dtype: torch.dtype) -> None:
     weight = torch.randn(vocab + 5, 16, requires_grad=True)
     targets = torch.randint(0, vocab, (monkey_rows,))
     targets[::7] = -1
+    targets[1] = 0
     ours = softcap_cross_entropy(hidden, weight, targets, cap=cap, vocab=vocab)
     (3 * ours).backward()
     grads = hidden.grad, weight.grad
@@ -112,6 +113,7 @@ def test_token_logprobs_by_the_definition(cap: float, temperature: float) -> Non
     hidden = torch.randn(70, 16, requires_grad=True)
     weight = torch.randn(vocab + 5, 16, requires_grad=True)
     targets = torch.randint(0, vocab, (70,))
+    targets[1] = 0
     factors = torch.randn(70)  # of either sign, as advantages are
     near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
     ours = token_logprobs(hidden, weight, targets, cap=cap, vocab=vocab, temperature=temperature)
@@ -123,6 +125,24 @@ def test_token_logprobs_by_the_definition(cap: float, temperature: float) -> Non
     torch.testing.assert_close(ours, plain, **near)
     for result, reference in zip(grads, references, strict=True):
         torch.testing.assert_close(result, reference, **near)
+
+
+def test_a_head_without_gradient_gives_that_of_the_hidden() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 8), torch.randn(20, 8)
+    targets = torch.randint(0, 20, (9,))
+    grads = []
+    for needs_weight in (True, False):
+        h = hidden.clone().requires_grad_()
+        w = weight.clone().requires_grad_(needs_weight)
+        softcap_cross_entropy(h, w, targets, cap=15.0, vocab=20).backward()
+        assert (w.grad is not None) == needs_weight
+        grads.append(h.grad)
+    w = weight.clone().requires_grad_()
+    softcap_cross_entropy(hidden, w, targets, cap=15.0, vocab=20).backward()
+    assert grads[0] is not None
+    assert torch.equal(grads[0], grads[1])
+    assert w.grad is not None
 
 
 def test_hand_written_gradients() -> None:

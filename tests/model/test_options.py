@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from nanochat_ray.config import to_json
 from nanochat_ray.model import attention
@@ -38,7 +38,14 @@ def test_masks_by_hand() -> None:
     assert isinstance(own, torch.Tensor)
     assert one.tolist() == [[True, False, False], [True, True, False], [False, True, True]]
     assert own.tolist() == torch.eye(3, dtype=torch.bool).tolist()
-    both = attention_mask(ids, -1, torch.tensor([[0, 0, 1]]), flex=False)
+    documents = torch.tensor([[0, 0, 1]])
+    for mask in (
+        attention_mask(ids, 1, None, flex=True),
+        attention_mask(ids, -1, documents, flex=True),
+    ):
+        assert isinstance(mask, BlockMask)
+        assert mask.seq_lengths == (3, 3)
+    both = attention_mask(ids, -1, documents, flex=False)
     assert isinstance(both, torch.Tensor)
     assert both.tolist() == [[[[True, False, False], [True, True, False], [False, False, True]]]]
 
@@ -65,11 +72,13 @@ def test_attention_slides_beyond_the_context() -> None:
     assert differs.tolist() == [False] * 5 + [True] * 5 + [False] * 2
 
 
-@pytest.mark.parametrize("window", [-1, 5, 128, 150])
+@pytest.mark.parametrize(
+    ("window", "T"), [(-1, 300), (5, 300), (128, 300), (150, 300), (1, 257), (129, 257)]
+)
 @pytest.mark.parametrize("has_documents", [True, False])
-def test_block_mask_equals_dense_mask(window: int, has_documents: bool) -> None:
+def test_block_mask_equals_dense_mask(window: int, T: int, has_documents: bool) -> None:
     torch.manual_seed(0)
-    B, T, H, D = 2, 300, 4, 16  # two blocks of 128 positions, and a part of one
+    B, H, D = 2, 4, 16  # two blocks of 128 positions, and a part of one
     q = torch.randn(B, T, H, D)
     k, v = torch.randn(B, T, 2, D), torch.randn(B, T, 2, D)
     documents = (torch.rand(B, T) < 0.01).cumsum(dim=1) if has_documents else None
@@ -95,6 +104,11 @@ def test_block_mask_skips_and_fills_blocks() -> None:
     ]
     assert mask.full_kv_num_blocks is not None
     assert mask.full_kv_num_blocks.tolist() == [[[0, 0, 0, 0]]]
+    # Pairs are at most 255 apart in neighbouring blocks.
+    for window, counts in ((255, [0, 1, 1, 1]), (254, [0, 0, 0, 0])):
+        near = block_mask(512, window, None, torch.device("cpu"))
+        assert near.full_kv_num_blocks is not None
+        assert near.full_kv_num_blocks.tolist() == [[counts]]
     # Without a window all pairs of a block below the diagonal are visible.
     whole = block_mask(512, 512, None, torch.device("cpu"))
     assert whole.full_kv_num_blocks is not None

@@ -21,6 +21,9 @@ def test_state_comes_back() -> None:
     set_gradients(model, 1)
     optimizer.step(0, lr_factor=1.0, momentum=0.9)
     state = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+    # By default the gradient is neither scaled nor clipped.
+    assert model.lm_head.weight.grad is not None
+    torch.testing.assert_close(state[f"{HEAD}/momentum"], 0.2 * model.lm_head.weight.grad)
     # Of m × n, m at least n, the second moment has one entry for each row.
     assert state[f"{MATRIX}/momentum"].shape == (128, 32)
     assert state[f"{MATRIX}/second_moment"].shape == (128, 1)

@@ -50,6 +50,7 @@ def test_unknown_metrics_are_omitted() -> None:
     record = metrics().step(1, result(weights_updated=False), seconds=1, data_wait=0)
     assert not {"mfu", "bits_per_byte"} & set(record)
     assert record["skipped"]
+    assert metrics(peak_flops=9.0).step(1, result(), seconds=1, data_wait=0)["mfu"] == 0
 
 
 def test_norms_are_the_last_100_finite_ones() -> None:
@@ -116,6 +117,7 @@ def test_a_run_of_warmup_steps_has_their_rate() -> None:
 def test_figures_of_validations() -> None:
     m = metrics()
     m.add(kind="eval", step=0, seconds=1.0, val_loss=3.0, count=7)
+    m.add(kind="eval", step=3, seconds=1.0, val_loss=5.0, count=7)
     m.add(kind="eval", step=5, seconds=2.0, val_loss=4.0, extra=0.5, count=7)
     summary = m.summary()
     assert math.isnan(summary.pop("first_extra"))
@@ -198,6 +200,7 @@ def test_the_progress_line() -> None:
         ({"kind": "save", "step": 3}, False),
         ({"kind": "eval", "step": 3, "seconds": 1.0, "bits_per_byte": 2.0}, True),
         ({"kind": "eval", "step": 3, "seconds": 1.0, "bits_per_byte": "2"}, False),
+        ({"kind": "eval", "step": 3, "seconds": 1.0, "val_loss": 2.0, "mfu": "x"}, False),
         ({"kind": "sample", "step": 3, "prompt": "a", "text": "b"}, True),
         ({"kind": "sample", "step": 3, "prompt": "a"}, False),
         ({"kind": "other", "step": 3}, False),

@@ -328,6 +328,7 @@ def test_votes_come_back() -> None:
         votes=RankVotes(stop=True, writer_idle=True),
     )
     assert result.votes == (True, False, True, False)
+    assert RankVotes() == (False, False, False, False)
 
 
 def test_dropout_depends_on_seed_and_step() -> None:
@@ -341,6 +342,9 @@ def test_dropout_depends_on_seed_and_step() -> None:
         config = dataclasses.replace(CONFIG, seed=seed, micro_batch_size=2)
         optimizer = ShardedOptimizer(model, config.optim)
         losses[name] = train_step(model.train(), optimizer, random_batch(0, False), step, config)
+        if name == "step":  # that of the last of two micro-batches
+            seeds = np.random.SeedSequence((0, 4, 1))
+            assert torch.initial_seed() == seeds.generate_state(1)[0]
     assert losses["one"] == losses["again"]
     assert len({result.loss for result in losses.values()}) == 3
 

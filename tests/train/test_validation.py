@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanochat_ray.data.shards import SequenceReader
+from nanochat_ray.data.shards import SequenceReader, write_shard
 from nanochat_ray.storage import Store
 from nanochat_ray.train.validation import Validator, bits_per_byte, masked_loss
 from tests.tiny import TOKENIZER, write_dataset
@@ -42,6 +42,16 @@ def test_ranks_share_the_sequences(root: Store) -> None:
     whole = validator(root, "sft", eval_sequences=7)
     assert [len(share.ids) for share in shares] == [3, 2, 2]
     assert np.array_equal(np.concatenate([share.ids for share in shares]), whole.ids)
+
+
+def test_bytes_of_one_token(root: Store) -> None:
+    store = root.child("datasets", "one")
+    ids = np.array([[TOKENIZER.bos, 65]], dtype=np.uint16)
+    shard = write_shard(store, "val-0.arrow", ids, None)
+    manifest = dataclasses.replace(
+        write_dataset(root, "base"), sequence_len=1, splits={"train": [], "val": [shard]}
+    )
+    assert Validator(CONFIG, store, manifest, TOKENIZER).bytes_per_token == 1.0
 
 
 def test_bytes_per_token_leave_special_tokens_out(root: Store) -> None:
