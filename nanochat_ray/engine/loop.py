@@ -211,7 +211,6 @@ class EngineLoop:
             self._condition.notify_all()
             self._condition.wait_for(lambda: not self._requests, timeout=deadline)
             self._dropping = True
-            self._condition.notify_all()
         if self._thread.ident is not None:
             self._thread.join(timeout=max(0.0, until - time.monotonic()) + 30)
             if self._thread.is_alive():

@@ -134,6 +134,19 @@ def test_a_sequence_that_ended_is_left_out(state: Recorder) -> None:
     assert [chunk.sequence for chunk in step.chunks] == [runs]
 
 
+def test_the_tokens_of_the_forward_are_enough(state: Recorder) -> None:
+    """If all of its rows are sampled from, and nothing adjusts their logits."""
+    s, other = sequence(1, 4), sequence(2, 4)
+    chunks = [(i, ScheduledChunk.of(each, 1, True)) for i, each in enumerate((s, other))]
+    forward = ForwardOutput(logits(2), chunks, token_ids=torch.tensor([5, 6]))
+    assert sample(forward, state, None).wait()[0] == [5, 6]
+    state.admit(sequence(2, 4, presence_penalty=1.0))
+    assert sample(forward, state, None).wait()[0] == [0, 1]
+    state.admit(sequence(2, 4))
+    other.is_finished = True
+    assert sample(forward, state, None).wait()[0] == [0]
+
+
 def test_tokens_that_are_no_token_are_input_0() -> None:
     state = Recorder(9, VOCAB, torch.device("cpu"))
     step = sample(ForwardOutput(logits(0), []), state, None)

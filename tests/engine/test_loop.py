@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from nanochat_ray.engine.loop import EngineLoop
-from nanochat_ray.engine.request import EngineFull, RequestOutput
+from nanochat_ray.engine.request import EngineFull, Request, RequestOutput
 from tests.engine.engine_kit import answer, ask, make_engine, make_model
 from tests.tiny import wait_for
 
@@ -167,6 +167,26 @@ def test_loop_survives_failed_steps(
     assert ends == ["error", "error", "length"] * 2
     assert "no memory" in str(out.results["a"][-1].error)
     assert engine.failure is None
+
+
+def test_a_request_that_cannot_be_added_ends_alone(
+    loop: tuple[EngineLoop, Collector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, out = loop
+    add = engine._engine.add
+
+    def broken(request: Request) -> None:
+        if request.id == "bad":
+            raise ZeroDivisionError("of the grammar")
+        add(request)
+
+    monkeypatch.setattr(engine._engine, "add", broken)
+    for name in ("bad", "good"):
+        engine.submit(ask(name, [1, 2]))
+    out.wait(lambda: bool(out.ends("bad") and out.ends("good")))
+    assert (out.ends("bad"), out.ends("good")) == (["error"], ["length"])
+    assert out.results["bad"][-1].error == "ZeroDivisionError: of the grammar"
+    assert engine._num_arriving == 0
 
 
 def test_loop_that_keeps_failing_reports_it() -> None:
