@@ -57,7 +57,11 @@ def test_serve_reads_every_setting() -> None:
             assert in_image == value
         for in_manifest in re.findall(rf'name: {name}\s+value: "(.*)"', manifest):
             assert in_manifest == value
-    for name in ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"):
+    for name in (
+        "RAY_SERVE_ENABLE_HA_PROXY",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S",
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S",
+    ):
         assert name in image
         assert name in manifest
 

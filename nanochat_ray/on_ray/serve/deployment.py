@@ -34,8 +34,9 @@ LOOK_BACK_S = 15.0
 GRACEFUL_SHUTDOWN_S = 30.0
 """How long Serve waits for a replica that it stops, which drains for ``replica.DRAIN_S``."""
 
-MAX_REQUESTS = 1_000
-"""Of an ingress at a time."""
+MAX_REQUESTS = 4_096
+"""Of an ingress at a time: as many as HAProxy has connections, or clients that send slowly would
+use up what the others need. The queues of the engines bound what waits for them."""
 RETRY_AFTER_S = 2.0
 """For a client whose request is one too many."""
 
