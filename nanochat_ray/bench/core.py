@@ -106,6 +106,21 @@ class Difference(NamedTuple):
     """See ``margin``."""
 
 
+class Seconds(NamedTuple):
+    """What one side took."""
+
+    wall: float
+    cpu: float
+    """Of the process: what else the machine does counts little."""
+
+    @classmethod
+    def now(cls) -> Seconds:
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, start: Seconds) -> Seconds:
+        return Seconds(self.wall - start.wall, self.cpu - start.cpu)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One task, decided by both."""
@@ -114,8 +129,8 @@ class Comparison:
     questions: int
     correct: int
     """By ours."""
-    seconds: float
-    peer_seconds: float
+    seconds: Seconds
+    peer_seconds: Seconds
     differences: list[Difference]
 
 
@@ -127,19 +142,18 @@ def compare(
     margin_of: Callable[[int], float],
 ) -> Comparison:
     """Runs both sides over ``examples`` and times them."""
-    start = time.perf_counter()
+    start = Seconds.now()
     decisions = ours()
-    middle = time.perf_counter()
+    middle = Seconds.now()
     peer_decisions = theirs()
-    end = time.perf_counter()
+    peer_seconds = Seconds.now().since(middle)
     differences = [
         Difference(task.label, i, margin_of(i))
         for i, (a, b) in enumerate(zip(decisions, peer_decisions, strict=True))
         if a != b
     ]
-    return Comparison(
-        task.label, len(examples), sum(decisions), middle - start, end - middle, differences
-    )
+    seconds = middle.since(start)
+    return Comparison(task.label, len(examples), sum(decisions), seconds, peer_seconds, differences)
 
 
 @torch.inference_mode()
@@ -165,22 +179,28 @@ def margin(logits_of: Callable[[Tensor], Tensor], item: core.Question) -> float:
     return second - first
 
 
+def _sum(seconds: Sequence[Seconds]) -> Seconds:
+    return Seconds(sum(s.wall for s in seconds), sum(s.cpu for s in seconds))
+
+
 def table(comparisons: Sequence[Comparison]) -> str:
     """The comparisons as a table in Markdown, with a line for all."""
     total = Comparison(
         "all",
         sum(c.questions for c in comparisons),
         sum(c.correct for c in comparisons),
-        sum(c.seconds for c in comparisons),
-        sum(c.peer_seconds for c in comparisons),
+        _sum([c.seconds for c in comparisons]),
+        _sum([c.peer_seconds for c in comparisons]),
         [difference for c in comparisons for difference in c.differences],
     )
-    lines = ["| task | questions | equal | right | questions/s | nanochat's | ratio |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines = [
+        "| task | questions | equal | right | questions/s | nanochat's | ratio | of CPU time |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     lines += [
         f"| {c.label} | {c.questions} | {c.questions - len(c.differences)} | {c.correct} | "
-        f"{c.questions / c.seconds:.2f} | {c.questions / c.peer_seconds:.2f} | "
-        f"{c.peer_seconds / c.seconds:.1f} |"
+        f"{c.questions / c.seconds.wall:.2f} | {c.questions / c.peer_seconds.wall:.2f} | "
+        f"{c.peer_seconds.wall / c.seconds.wall:.1f} | {c.peer_seconds.cpu / c.seconds.cpu:.1f} |"
         for c in [*comparisons, total]
     ]
     return "\n".join(lines)

@@ -145,10 +145,10 @@ def latest(run: Store) -> str | None:
 
     The folders decide, not the file ``latest``, which a crash may have left behind or emptied.
     """
-    return next((name for name in names(run) if _is_complete(run, name)), None)
+    return next((name for name in names(run) if is_complete(run, name)), None)
 
 
-def _is_complete(run: Store, name: str) -> bool:
+def is_complete(run: Store, name: str) -> bool:
     try:
         run.size(f"{name}/manifest.json")
     except (FileNotFoundError, NotADirectoryError):
@@ -300,7 +300,7 @@ def resolve(run: Store, name: str = "") -> str:
     match = latest(run) if not name else best(run) if name == "best" else name
     if match is not None and run.exists(match):  # whether it is complete shows when it is loaded
         return match
-    complete = [n for n in names(run) if _is_complete(run, n)]
+    complete = [n for n in names(run) if is_complete(run, n)]
     if not complete:
         raise ValueError(f"run {run.uri} has no checkpoint")
     if name == "best":
@@ -318,7 +318,7 @@ def prune(run: Store, keep_latest_k: int, *, keep_best: bool = False) -> None:
     if newest is None:
         return
     older = [n for n in names(run) if step_of(n) < step_of(newest)]
-    complete = [n for n in older if _is_complete(run, n)]
+    complete = [n for n in older if is_complete(run, n)]
     keep = set(complete[: keep_latest_k - 1]) | leased_checkpoints(run)
     if keep_best:
         metrics = _val_metrics(run, [newest, *complete])

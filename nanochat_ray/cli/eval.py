@@ -4,7 +4,11 @@
     nanochat-ray eval --storage DIR --run base --text books/ news.jsonl
     nanochat-ray eval --storage DIR --run base --core bundle    # or a folder or .zip with its files
 
-Figures of tasks and of CORE are stored beside the checkpoint (evals/step-000200.json of the run).
+    nanochat-ray eval --run chat --checkpoint all --tasks gsm8k,path=data/gsm8k --max-tokens 512
+
+Figures are stored beside the checkpoint (evals/step-000200.json of the run) and shown in the run's
+report.html. A command that is killed continues: what is measured, and each answer that is complete,
+is not computed again.
 
 The last line is one JSON object.
 """
@@ -20,18 +24,18 @@ from typing import TYPE_CHECKING, Any
 
 from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.cli.eval_core import core_figures
+from nanochat_ray.cli.eval_tasks import task_figures
 from nanochat_ray.cli.flags import EVERYDAY, overrides
 from nanochat_ray.data import corpus, sources
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.evals.core_data import MAX_SHOTS
 from nanochat_ray.evals.results import Results
+from nanochat_ray.evals.tasks import MAX_TOKENS
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.tasks.registry import make_task
-from nanochat_ray.tasks.task import Task
 from nanochat_ray.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from nanochat_ray.engine.engine import Engine
     from nanochat_ray.model.gpt import GPT
 
     EngineFlags = dict[str, Any]
@@ -48,13 +52,15 @@ class Args:
     run: str = "chat"
     """Run to measure."""
     checkpoint: str = ""
-    """step-000200, or best by validation; by default the latest."""
+    """step-000200, best by validation, or all; by default the latest."""
     tasks: tuple[str, ...] | None = None
     """Tasks; without --text, a chat model's are chain_sum leg_counting products."""
     count: int = 200
     """Questions of each task, none of them trained on. Fewer where a task has fewer."""
     samples: int = 1
     """Answers to each question; of k of them also pass@k."""
+    max_tokens: int = MAX_TOKENS
+    """Of an answer; nanochat takes 512 for gsm8k."""
     temperature: float | None = None
     """Of the answers; by default 0, greedy, for one answer, and 1 for several."""
     text: tuple[str, ...] = ()
@@ -83,8 +89,10 @@ class Args:
         check_name("run", self.run)
         if self.checkpoint:
             check_name("checkpoint", self.checkpoint)
-        for name, least in (("count", 1), ("samples", 1), ("seed", 0), ("threads", 0)):
-            check_int(name, getattr(self, name), least, 1 << 30)
+        for name in ("count", "samples", "max_tokens"):
+            check_int(name, getattr(self, name), 1, 1 << 30)
+        for name in ("seed", "threads"):
+            check_int(name, getattr(self, name), 0, 1 << 30)
         check_int("show_wrong", self.show_wrong, 0)
         if self.temperature is None:
             object.__setattr__(self, "temperature", float(self.samples > 1))
@@ -136,7 +144,7 @@ def documents(text: Sequence[str]) -> Iterator[str]:
 
 
 def text_figures(
-    args: Args, model: GPT, tokenizer: Tokenizer, config: EngineConfig
+    args: Args, model: GPT, tokenizer: Tokenizer, config: EngineConfig, results: Results
 ) -> dict[str, float]:
     """Bits per byte of --text."""
     from nanochat_ray.evals.bpb import evaluate_text, scoring_engine
@@ -151,97 +159,69 @@ def text_figures(
         f"{config.precision}",
         flush=True,
     )
+    settings = {"text_tokens": args.text_tokens, "precision": config.precision}
+    figures = {"bits_per_byte": score.bits_per_byte, "bytes": score.bytes}
+    results.store("text", " ".join(args.text), settings, figures)
     return {"text_bits_per_byte": score.bits_per_byte, "text_bytes": score.bytes}
 
 
-def task_figures(
-    args: Args, engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task], results: Results
-) -> dict[str, Any]:
-    from nanochat_ray.evals.tasks import evaluate
+def checkpoints(args: Args, store: Store) -> list[str]:
+    """The checkpoints to measure, the oldest first."""
+    from nanochat_ray.checkpoint import checkpoint
 
-    accuracy, questions, pass_at_k = {}, {}, {}
-    for task in tasks:
-        start = time.perf_counter()
-        score = evaluate(
-            engine,
-            tokenizer,
-            task,
-            count=args.count,
-            samples=args.samples,
-            temperature=args.temperature or 0.0,
-            seed=args.seed,
-        )
-        accuracy[score.name], questions[score.name] = score.accuracy, score.total
-        pass_at_k[score.name] = score.pass_at(args.samples)
-        low, high = score.interval()
-        notes = ""
-        if args.samples > 1:
-            notes += f"; pass@{args.samples} {pass_at_k[score.name]:.1%}"
-        if score.total < args.count:
-            notes += f"; the task has no more than {score.total} questions"
-        if score.too_long:
-            notes += f"; {score.too_long} do not fit into the context and count as wrong"
-        print(
-            f"{score.name:<18} {score.correct}/{score.total * args.samples} right "
-            f"({score.accuracy:.1%}, 95% interval {low:.1%} to {high:.1%}) in "
-            f"{time.perf_counter() - start:.1f} s{notes}",
-            flush=True,
-        )
-        settings = {
-            "questions": args.count,
-            "samples": args.samples,
-            "temperature": args.temperature,
-            "seed": args.seed,
-            "precision": engine.config.precision,
-        }
-        figures: dict[str, Any] = {
-            "correct": score.correct,
-            "total": score.total,
-            "accuracy": score.accuracy,
-        }
-        figures |= {f"pass@{args.samples}": pass_at_k[score.name], "interval": [low, high]}
-        results.store("tasks", score.name, settings, figures)
-        for question, answer in score.wrong[: args.show_wrong]:
-            print(f"    wrong: {question!r} → {answer!r}")
-    engine.check_integrity()
-    result: dict[str, Any] = {"accuracy": accuracy, "questions": questions}
-    return result | ({"pass_at_k": pass_at_k} if args.samples > 1 else {})
+    if args.checkpoint != "all":
+        return [checkpoint.resolve(store, args.checkpoint)]
+    complete = [name for name in checkpoint.names(store) if checkpoint.is_complete(store, name)]
+    if not complete:
+        raise ValueError(f"run {store.uri} has no checkpoint")
+    return complete[::-1]
+
+
+def checkpoint_figures(args: Args, store: Store, name: str, config: EngineConfig) -> dict[str, Any]:
+    """Measures one checkpoint and stores its figures beside it."""
+    from nanochat_ray.checkpoint import checkpoint
+    from nanochat_ray.engine.engine import Engine
+    from nanochat_ray.engine.precision import checkpoint_dtype
+    from nanochat_ray.evals.core import core_engine
+
+    trainer = checkpoint.load_trainer(store, name)
+    names = args.tasks or ()
+    is_base = trainer.get("train_config", {}).get("stage") == "base"
+    if args.tasks is None and not args.text and not args.core and not is_base:
+        names = CHAT_TASKS
+    tasks = [make_task(task, "test", size=args.count, seed=args.seed) for task in names]
+    dtype = checkpoint_dtype(config.precision)
+    model, tokenizer = checkpoint.load_model(store, name, device=args.device, dtype=dtype)
+    result: dict[str, Any] = training_figures(args, trainer)
+    results = Results(store, name, checkpoint.weight_version(store, name))
+    if args.text:
+        result |= text_figures(args, model, tokenizer, config, results)
+    if tasks:
+        engine = Engine.from_model(model, tokenizer, config)
+        result |= task_figures(args, engine, tokenizer, tasks, results)
+    if args.core:
+        engine = core_engine(model, tokenizer, config)
+        result |= core_figures(engine, tokenizer, args.core, args.core_count, results)
+    return result
 
 
 def main(args: Args) -> None:
     import torch
 
-    from nanochat_ray.checkpoint import checkpoint
-    from nanochat_ray.engine.engine import Engine
-    from nanochat_ray.engine.precision import checkpoint_dtype
-    from nanochat_ray.evals.core import core_engine
     from nanochat_ray.machine import engine_threads
+    from nanochat_ray.train import eval_report
 
     config = EngineConfig(**args.engine)
     torch.set_num_threads(args.threads or engine_threads(sharing=1))
     store = Store.at(args.storage).child("runs", args.run)
-    names = args.tasks or ()
-    tasks = [make_task(name, "test", size=args.count, seed=args.seed) for name in names]
-    name = checkpoint.resolve(store, args.checkpoint)
-    trainer = checkpoint.load_trainer(store, name)
-    is_base = trainer.get("train_config", {}).get("stage") == "base"
-    if args.tasks is None and not args.text and not args.core and not is_base:
-        tasks = [make_task(n, "test", size=args.count, seed=args.seed) for n in CHAT_TASKS]
-    dtype = checkpoint_dtype(config.precision)
-    model, tokenizer = checkpoint.load_model(store, name, device=args.device, dtype=dtype)
-    result: dict[str, Any] = {
-        "run": args.run,
-        "checkpoint": name,
-        **training_figures(args, trainer),
-    }
-    if args.text:
-        result |= text_figures(args, model, tokenizer, config)
-    if tasks or args.core:
-        results = Results(store, name, checkpoint.weight_version(store, name))
-        if tasks:
-            engine = Engine.from_model(model, tokenizer, config)
-            result |= task_figures(args, engine, tokenizer, tasks, results)
-        if args.core:
-            engine = core_engine(model, tokenizer, config)
-            result |= core_figures(engine, tokenizer, args.core, args.core_count, results)
-    print(json.dumps(result))
+    results: dict[str, dict[str, Any]] = {}
+    for name in checkpoints(args, store):
+        if args.checkpoint == "all":
+            print(f"{args.run}/{name}", flush=True)
+        results[name] = checkpoint_figures(args, store, name, config)
+    eval_report.update(store)
+    if args.checkpoint == "all":
+        print(json.dumps({"run": args.run, "checkpoints": results}))
+    else:
+        (name,) = results
+        print(json.dumps({"run": args.run, "checkpoint": name, **results[name]}))

@@ -77,7 +77,7 @@ def _measure(
     if (entry := results.find("core", task.label, settings)) is not None:
         return core.CoreScore(task.label, entry["correct"], entry["total"], task.baseline), False
     examples = core.choose(core_data.load(task, path), count)
-    progress = _progress(task.label)
+    progress = print_progress(task.label)
     score, _ = core.evaluate(engine, tokenizer, task, examples, progress=progress)
     counts = {"correct": score.correct, "total": score.total}
     shares = {"accuracy": score.accuracy, "centered": score.centered_accuracy}
@@ -85,7 +85,7 @@ def _measure(
     return score, True
 
 
-def _progress(label: str) -> Callable[[int, int], None]:
+def print_progress(label: str) -> Callable[[int, int], None]:
     """Prints the rate and the time that is left, every few seconds."""
     start = last = time.perf_counter()
 

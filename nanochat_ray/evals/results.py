@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import time
 from typing import Any
 
 from nanochat_ray.storage import Store
 
+SAVE_S = 10.0
+"""Between two writes of answers."""
 Z = 1.96
 """Standard deviations of a 95% confidence interval."""
 
@@ -28,6 +32,7 @@ class Results:
     def __init__(self, run: Store, checkpoint: str, weight_version: str):
         """Figures of other weights under the same name are dropped. ValueError names a damaged
         file."""
+        self._run, self._checkpoint, self._weights = run, checkpoint, weight_version
         self._folder, self._file = run.child("evals"), f"{checkpoint}.json"
         self._figures: dict[str, Any] = {"weights": weight_version}
         if not self._folder.exists(self._file):
@@ -52,3 +57,40 @@ class Results:
     ) -> None:
         self._figures.setdefault(group, {})[name] = {**figures, "settings": settings}
         self._folder.write_text(self._file, json.dumps(self._figures, indent=1))
+
+    def answers(self, name: str, settings: dict[str, Any]) -> Answers:
+        """The answers to the task ``name`` that these weights gave with these settings."""
+        identity = {"weights": self._weights, "settings": settings}
+        return Answers(self._run, self._checkpoint, name, identity)
+
+
+class Answers:
+    """The answers to a task's questions that are complete, stored every few seconds: a command that
+    is killed continues behind them. They stay for reading, as
+    ``evals/step-000200.gsm8k.answers.json``."""
+
+    def __init__(self, run: Store, checkpoint: str, name: str, identity: dict[str, Any]):
+        """``identity``: weights and settings; answers of another one are dropped."""
+        self._folder = run.child("evals")
+        self._file = f"{checkpoint}.{re.sub(r'[^A-Za-z0-9_=-]+', '-', name)}.answers.json"
+        self._identity = identity
+        self.texts: dict[str, str] = {}
+        """Request id → text."""
+        self._saved_at = time.monotonic()
+        if self._folder.exists(self._file):
+            try:
+                content = json.loads(self._folder.read_text(self._file))
+                if content["identity"] == identity:
+                    self.texts = dict(content["answers"])
+            except (ValueError, KeyError, TypeError):
+                pass  # what is damaged is answered again
+
+    def add(self, request_id: str, text: str) -> None:
+        self.texts[request_id] = text
+        if time.monotonic() - self._saved_at >= SAVE_S:
+            self.save()
+
+    def save(self) -> None:
+        content = {"identity": self._identity, "answers": self.texts}
+        self._folder.write_text(self._file, json.dumps(content, indent=1))
+        self._saved_at = time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from nanochat_ray.engine.detokenizer import IncrementalDetokenizer
@@ -14,6 +14,9 @@ from nanochat_ray.evals.results import Z, wilson_interval
 from nanochat_ray.tasks.task import Task
 from nanochat_ray.text.chat import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
+
+MAX_TOKENS = 128
+"""Of an answer."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,19 @@ def evaluate(
     samples: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
-    max_tokens: int = 128,
+    max_tokens: int = MAX_TOKENS,
+    previous_answers: Mapping[str, str] | None = None,
+    on_answer: Callable[[str, str], None] = lambda request_id, text: None,
     progress: Callable[[int, int], None] = lambda num_answered, total: None,
 ) -> TaskScore:
     """Asks the first ``count`` questions of ``task``, each ``samples`` times, and grades answers.
 
     The engine is this function's alone while it runs. A question that does not fit into the
-    context counts as wrong.
+    context counts as wrong. ``previous_answers``: by request id, such as 3/0 for the first answer
+    to the fourth question; these are not asked. ``on_answer`` gets each other one when it is
+    complete.
     """
+    previous = dict(previous_answers or {})
     total = min(count, len(task))
     ends = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
     detokenizers: dict[str, IncrementalDetokenizer] = {}
@@ -93,16 +101,18 @@ def evaluate(
                     seed=(seed * samples + i) % 2**63,
                 )
                 request = Request(id=f"{index}/{i}", prompt=prompt, params=params)
-                answers[request.id] = ""
+                answers[request.id] = previous.get(request.id, "")
                 try:
                     engine.validate(request)
                 except ValueError:
                     too_long.add(index)
                     continue
+                if request.id in previous:
+                    continue
                 detokenizers[request.id] = IncrementalDetokenizer(tokenizer)
                 yield request
 
-    num_answered = 0
+    num_answered = len(previous)
     for output in run_requests(engine, requests()):
         if output.finish == "error":
             raise RuntimeError(f"question {output.request_id}: {output.error}")
@@ -111,8 +121,15 @@ def evaluate(
         if output.finish is not None:
             answers[output.request_id] += detokenizer.flush()
             del detokenizers[output.request_id]
+            on_answer(output.request_id, answers[output.request_id])
             num_answered += 1
             progress(num_answered + samples * len(too_long), total * samples)
+    return _score(task, answers, total, samples, len(too_long))
+
+
+def _score(
+    task: Task, answers: Mapping[str, str], total: int, samples: int, too_long: int
+) -> TaskScore:
     num_right = []
     wrong: list[tuple[str, str]] = []
     for index in range(total):
@@ -121,4 +138,4 @@ def evaluate(
         num_right.append(sum(grades))
         if not all(grades) and len(wrong) < 10:
             wrong.append((str(task.question(index)[-1]["content"]), texts[grades.index(False)]))
-    return TaskScore(task.name, num_right, samples, wrong, len(too_long))
+    return TaskScore(task.name, num_right, samples, wrong, too_long)

@@ -58,6 +58,7 @@ from nanochat_ray.serve.openai.schema.outputs import (
     ModelCard,
     ModelList,
     TokenizeResponse,
+    TokenizerInfo,
     VersionResponse,
 )
 from nanochat_ray.serve.openai.schema.requests import (
@@ -246,7 +247,8 @@ def _add_tokens(app: FastAPI, serving: Serving) -> None:
         if body.messages is not None:
             ids = await chat_prompt(serving, ChatRequest.model_construct(messages=body.messages))
         elif body.add_special_tokens is False:
-            ids = await serving.encode(body.prompt or "")
+            special = serving.tokenizer.specials.get(body.prompt or "")
+            ids = await serving.encode(body.prompt or "") if special is None else [special]
         else:
             ids = await serving.encode_document(body.prompt or "")
         return {"count": len(ids), "max_model_len": serving.max_model_len, "tokens": ids}
@@ -256,6 +258,16 @@ def _add_tokens(app: FastAPI, serving: Serving) -> None:
         serving.check_model(body.model)
         serving.check_token_ids(body.tokens, "tokens")
         return {"prompt": serving.tokenizer.decode(body.tokens)}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> TokenizerInfo:
+        """What lm-eval asks a server whose tokenizer it uses."""
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|bos|>",
+            "eos_token": "<|assistant_end|>",
+            "model_max_length": serving.max_model_len,
+        }
 
 
 def _add_generation(app: FastAPI, serving: Serving) -> None:

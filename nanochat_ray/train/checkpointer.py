@@ -18,6 +18,7 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.train import eval_report
 from nanochat_ray.train.checkpoint_writer import CheckpointWriter, PendingCheckpoint
 from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.metrics import Metrics, to_jsonl
@@ -157,5 +158,8 @@ class Checkpointer:
         name = self.store.root.rpartition("/")[2]
         about = {"model": configs.to_json(self.model.config), **trainer}
         self.store.write_text("metrics.jsonl", to_jsonl(records))
-        page = render(name, records, trainer["metrics"], about=about, hardware=self.hardware)
+        evals = eval_report.section(eval_report.read_figures(self.store))
+        page = render(
+            name, records, trainer["metrics"], about=about, hardware=self.hardware, evals=evals
+        )
         self.store.write_text("report.html", page)

@@ -14,6 +14,9 @@ from nanochat_ray.train.metrics import VAL_METRICS, duration
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 240, 56, 28
 
+EVALS_START, EVALS_END = "<!-- evals -->", "<!-- end of evals -->"
+"""Around what ``eval_report`` writes."""
+
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:720px;margin:2rem auto;padding:0 1rem;
 color:#1c1b19;background:#fcfbf9}h1{font-size:1.3rem}h2{font-size:1rem;margin:1.6rem 0 .3rem}
@@ -141,8 +144,10 @@ def render(
     *,
     about: dict[str, Any],
     hardware: dict[str, Any],
+    evals: str = "",
 ) -> str:
-    """HTML of a run from its metrics' records; ``about`` and ``hardware`` are shown as they are."""
+    """HTML of a run from its metrics' records; ``about`` and ``hardware`` are shown as they are.
+    ``evals``: ``eval_report.section``."""
     summary_table = {
         "tokens": f"{summary.get('tokens', 0):,}",
         "time in steps": duration(summary.get("train_seconds", 0.0)),
@@ -159,6 +164,7 @@ def render(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width"><title>{html.escape(name)}</title><style>{_STYLE}</style>'
         f"<h1>Run {html.escape(name)}</h1>{_table(summary_table)}{''.join(_curves(records))}"
+        f"{EVALS_START}{evals}{EVALS_END}"
         f"{_samples(records)}<h2>Hardware</h2>{_table(hardware)}"
         f"<h2>Configuration</h2><pre>{html.escape(json.dumps(about, indent=1))}</pre></html>\n"
     )

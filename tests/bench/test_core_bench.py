@@ -45,12 +45,13 @@ def test_differences_are_counted_and_named() -> None:
     result = bench.compare(TASK, examples, lambda: ours, lambda: theirs, lambda i: i / 8)
     assert result.differences == [("copa", 1, 1 / 8), ("copa", 3, 3 / 8)]
     assert (result.questions, result.correct) == (4, 3)
-    figures = bench.Comparison("copa", 4, 3, 2.0, 8.0, result.differences)
-    equal = bench.Comparison("piqa", 6, 1, 1.0, 7.0, [])
+    s = bench.Seconds
+    figures = bench.Comparison("copa", 4, 3, s(2.0, 1.0), s(8.0, 3.0), result.differences)
+    equal = bench.Comparison("piqa", 6, 1, s(1.0, 1.0), s(7.0, 3.0), [])
     assert bench.table([figures, equal]).splitlines()[2:] == [
-        "| copa | 4 | 2 | 3 | 2.00 | 0.50 | 4.0 |",
-        "| piqa | 6 | 6 | 1 | 6.00 | 0.86 | 7.0 |",
-        "| all | 10 | 8 | 4 | 3.33 | 0.67 | 5.0 |",
+        "| copa | 4 | 2 | 3 | 2.00 | 0.50 | 4.0 | 3.0 |",
+        "| piqa | 6 | 6 | 1 | 6.00 | 0.86 | 7.0 | 3.0 |",
+        "| all | 10 | 8 | 4 | 3.33 | 0.67 | 5.0 | 3.0 |",
     ]
 
 

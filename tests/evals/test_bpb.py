@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import eval as job
 from nanochat_ray.engine.config import EngineConfig, EnginePrecision
 from nanochat_ray.engine.engine import Engine
+from nanochat_ray.evals import results
 from nanochat_ray.evals.bpb import evaluate_text, scoring_engine
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
@@ -66,15 +69,15 @@ def test_precision_changes_bits_per_byte_slightly() -> None:
     assert bits["bf16"] != bits["int8"]
 
 
-def save(root: Store, run: str, stage: str, **trainer: Any) -> None:
+def save(root: Store, run: str, stage: str, step: int = 1, **trainer: Any) -> None:
     gpt = model()
     checkpoint.save(
         root.child("runs", run),
-        1,
+        step,
         model_config=gpt.config,
         weights=dict(gpt.named_parameters()),
         optimizer=None,
-        trainer={"step": 1, "metrics": {}, "train_config": {"stage": stage}, **trainer},
+        trainer={"step": step, "metrics": {}, "train_config": {"stage": stage}, **trainer},
         tokenizer=TOKENIZER,
     )
 
@@ -144,3 +147,58 @@ def test_eval_says_what_it_asked(
     assert json.loads(output.splitlines()[-1])["questions"] == {"short": 4}
     assert "0/4 right" in output
     assert "no more than 4 questions; 1 do not fit" in output
+
+
+def test_a_killed_evaluation_continues(
+    root: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's layout of GSM8K; the command ends at its fourth answer, and then goes on."""
+    rows = [
+        {"question": f"{i} + 1?", "answer": f"<<{i}+1={i + 1}>>\n#### {i + 1}"} for i in range(6)
+    ]
+    path = tmp_path / "main"
+    path.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), path / "test-00000-of-00001.parquet")
+    name = f"gsm8k,path={tmp_path}"
+    options = {"tasks": (name,), "count": 6, "samples": 2, "max_tokens": 8, "show_wrong": 0}
+    save(root, "undisturbed", "sft")
+    reference = evaluate_run(root, capsys, run="undisturbed", **options)
+    assert reference["questions"] == {name: 6}
+    save(root, "chat", "sft")
+    add = results.Answers.add
+
+    def add_and_stop(answers: results.Answers, request_id: str, text: str) -> None:
+        add(answers, request_id, text)
+        if len(answers.texts) == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "SAVE_S", 0.0)
+        patch.setattr(results.Answers, "add", add_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            job.main(job.Args(storage=root.uri, threads=1, **options))
+    capsys.readouterr()
+    job.main(job.Args(storage=root.uri, threads=1, **options))
+    output = capsys.readouterr().out
+    assert f"{name}: 4 answers are there already" in output
+    assert json.loads(output.splitlines()[-1]) == {**reference, "run": "chat"}
+    evals = root.child("runs", "chat", "evals")
+    (file,) = (file for file in evals.list() if "answers" in file)
+    twin = root.child("runs", "undisturbed", "evals")
+    assert json.loads(evals.read_text(file)) == json.loads(twin.read_text(file))
+    job.main(job.Args(storage=root.uri, threads=1, **options))
+    assert "measured before" in capsys.readouterr().out
+    assert f"<td>{name}</td>" in root.child("runs", "chat").read_text("report.html")
+
+
+def test_every_checkpoint_is_measured(root: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (2, 1):
+        save(root, "chat", "sft", step=step)
+    options: dict[str, Any] = {"tasks": ("identity",), "count": 2, "show_wrong": 0}
+    result = evaluate_run(root, capsys, checkpoint="all", **options)
+    assert list(result["checkpoints"]) == ["step-000001", "step-000002"]
+    assert result["checkpoints"]["step-000002"]["questions"] == {"identity": 2}
+    page = root.child("runs", "chat").read_text("report.html")
+    assert page.count("<circle") == 2
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        evaluate_run(root, capsys, run="none", checkpoint="all")

@@ -66,6 +66,33 @@ def test_accuracy_counts_all_questions() -> None:
     assert all(again.answers[i] == task.answers[i] for i in range(5))
 
 
+def test_previous_answers_are_not_asked_again() -> None:
+    answers: dict[str, str] = {}
+    whole = evaluate(
+        engine(),
+        TOKENIZER,
+        FirstLetter({1, 3}),
+        count=6,
+        max_tokens=12,
+        on_answer=answers.__setitem__,
+    )
+    assert sorted(answers) == [f"{i}/0" for i in range(6)]
+    task = FirstLetter({1, 3})
+    others: dict[str, str] = {}
+    rest = evaluate(
+        engine(),
+        TOKENIZER,
+        task,
+        count=6,
+        max_tokens=12,
+        previous_answers={"0/0": "a", "4/0": answers["4/0"]},
+        on_answer=others.__setitem__,
+    )
+    assert others == {key: text for key, text in answers.items() if key not in ("0/0", "4/0")}
+    assert task.answers == {i: "a" if i == 0 else answers[f"{i}/0"] for i in range(6)}
+    assert rest.num_right == whole.num_right
+
+
 def test_pass_at_k_by_hand() -> None:
     """Of 4 answers 0, 1 and 4 are right: pass@2 is 0, 1 - C(3, 2) / C(4, 2) = 1/2, and 1."""
     score = TaskScore("x", [0, 1, 4], 4, [])

@@ -25,7 +25,7 @@ CALL = [IDS.call_start, *TOK.encode('{"name":"ping","arguments":{}}'), IDS.call_
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 USER = [{"role": "user", "content": "hi"}]
 USAGE = {"stream_options": {"include_usage": True}}
-GET = ("/health", "/version", "/v1/models", "/v1/models/tiny")
+GET = ("/health", "/version", "/v1/models", "/v1/models/tiny", "/tokenizer_info")
 
 
 @pytest.fixture(scope="module")

@@ -234,6 +234,13 @@ class DetokenizeResponse(TypedDict):
     prompt: Annotated[str, about("The text of the tokens.")]
 
 
+class TokenizerInfo(TypedDict):
+    tokenizer_class: Annotated[str, about("transformers' class of the exported tokenizer.")]
+    bos_token: Annotated[str, about("The token that every document begins with.")]
+    eos_token: Annotated[str, about("The token that ends an answer.")]
+    model_max_length: Annotated[Count, about("Longest prompt plus answer, in tokens.")]
+
+
 class VersionResponse(TypedDict):
     version: Annotated[str, about("Version of nanochat_ray.")]
 

@@ -265,7 +265,10 @@ class TokenizeRequest(Body):
     model: StrictStr | None = doc("Name of the model.")
     prompt: StrictStr | None = doc("A text.")
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = doc("A conversation.")
-    add_special_tokens: StrictBool | None = doc("Whether a text begins with <|bos|>; by default.")
+    add_special_tokens: StrictBool | None = doc(
+        "Whether a text begins with <|bos|>; by default. If not, a text that is the name of a "
+        "special token is this token."
+    )
 
     @model_validator(mode="after")
     def _check_one(self) -> TokenizeRequest:
