@@ -9,6 +9,7 @@ from __future__ import annotations
 
 SPEED = "how much is computed at once; the result is the same"
 ORDER = "both are done, in either order"
+GUARD = "a guard against division by 0, far below any other value"
 CANCELS = "the factor cancels in the scale of the gradient"
 ONE_DEVICE = "all of them are on one device"
 GPU = "runs on a GPU only, where the tests marked gpu cover it"
@@ -119,6 +120,18 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
         "arguments: self._both(self._one.histogram(*args), self._other.histogram(*args))  →  "
         "self._both(self._other.histogram(*args), self._one.histogram(*args))": ("", ORDER),
     },
+    "nanochat_ray/optim/muon.py": {
+        "constant: 1e-07  →  1.5e-07": ("", GUARD),
+        "constant: 1e-20  →  1.4999999999999998e-20": ("", GUARD),
+        "constant: 1e-10  →  1.5e-10": ("", GUARD),
+        "constant: 3  →  4": ("ndim == 3", SPEED),
+    },
+    "nanochat_ray/optim/device_update.py": {
+        "constant: False  →  True": ("torch.compile(_muon_update_, dynamic=False)", GPU),
+    },
+    "nanochat_ray/model/config.py": {
+        "operator: n_layer - 1  →  n_layer + 1": ("", "of the same parity"),
+    },
     "nanochat_ray/optim/schedule.py": {
         "comparison: remaining >= warmdown  →  remaining > warmdown": ("", "both are 1 there"),
     },
@@ -154,6 +167,8 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
     },
     "nanochat_ray/optim/flat.py": {
         "operator: 1 << 18  →  1 >> 18": ("", SPEED),
+        "constant: 0  →  1": ("missing: int = 0", "last_backward sets it"),
+        "constant: False  →  True": ("in_flight: bool = False", "last_backward sets it"),
         "constant: 18  →  19": ("1 << 18", SPEED),
         "constant: 1  →  2": ("1 << 18", SPEED),
     },
@@ -176,6 +191,16 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
         ),
     },
     "nanochat_ray/model/gpt.py": {
+        "condition: apply_together(x, layers) if x.is_cuda else (layer(x) for layer in layers)  →  "
+        "apply_together(x, layers) if not x.is_cuda else (layer(x) for layer in layers)": (
+            "",
+            SPEED,
+        ),
+        "operator: value is not None and self.ve_gate is not None  →  "
+        "value is not None or self.ve_gate is not None": ("", "both are None, or neither"),
+        "comparison: angles[0].size(0) < T  →  angles[0].size(0) <= T": ("", SPEED),
+        "comparison: angles[0].device != device  →  angles[0].device == device": ("", SPEED),
+        "constant: 0  →  1": ("angles[0].size(0) < T", SPEED),
         "function: max(T, c.context_len)  →  min(T, c.context_len)": ("", SPEED),
         "constant: 1.0  →  1.5": ("self.window_share = 1.0", "a share from 1 on is the whole"),
     },

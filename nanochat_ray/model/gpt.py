@@ -157,7 +157,7 @@ class GPT(nn.Module):
             self.smear_gate = Linear(min(SMEAR_GATE_CHANNELS, C), 1)
             self.smear_lambda = nn.Parameter(torch.zeros(1))
         if config.backout:
-            self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
+            self.backout_lambda = nn.Parameter(torch.zeros(1))
         if config.skips:
             self.skip_gates = nn.ModuleList(
                 [Linear(min(GATE_CHANNELS, C), 1) for _ in range(n // 2)]

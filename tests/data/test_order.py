@@ -19,6 +19,9 @@ def test_keys_are_those_of_splitmix64() -> None:
 def test_recorded_orders() -> None:
     index = np.arange(10, dtype=np.int64)
     assert permute(index, 10, 7).tolist() == [4, 7, 8, 6, 5, 2, 0, 9, 3, 1]
+    assert permute(np.arange(3), 3, 11).tolist() == [2, 1, 0]
+    assert permute(np.arange(64), 64, 7)[:8].tolist() == [47, 11, 49, 1, 31, 61, 16, 19]
+    assert global_batch_indices(1, 3, 3, 0).tolist() == [0, 0, 0]
     batches = [global_batch_indices(10, 3, 4, step).tolist() for step in range(5)]
     assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 5, 6], [9, 0, 1, 3], [7, 8, 2, 4]]
     assert assign_shards(12, 5, key=3).tolist() == [1, 1, 1, 1, 1, 0, 2, 4, 0, 4, 1, 1]

@@ -160,6 +160,7 @@ def test_hand_written_gradients() -> None:
 def test_masked_targets_do_not_count() -> None:
     model = random_model(tiny_config())
     ids = torch.randint(0, 256, (3, 20), generator=torch.manual_seed(3))
+    ids[0, 7] = 0  # the first token is one like others
     targets = ids.roll(-1, dims=1)
     targets[1] = -1
     each = model.loss(ids, targets, "none")
@@ -167,6 +168,10 @@ def test_masked_targets_do_not_count() -> None:
     torch.testing.assert_close(model.loss(ids, targets, "sum"), each.sum())
     torch.testing.assert_close(model.loss(ids, targets), each.sum() / 40)
     assert model.loss(ids, torch.full_like(targets, -1)) == 0
+    torch.testing.assert_close(model.token_logprobs(ids, targets), -each[targets >= 0])
+    one = torch.full_like(targets, -1)
+    one[2, 4] = targets[2, 4]
+    torch.testing.assert_close(model.loss(ids, one), each[2, 4])
 
 
 def test_bf16_is_near_fp32() -> None:

@@ -75,6 +75,10 @@ def test_scalars_are_ramps() -> None:
     )
     assert WEIGHTS["backout_lambda"].tolist() == [pytest.approx(0.2)]
     assert init(residual_decay=1.25)["resid_lambdas"].tolist() == [1.25] * LAYERS
+    for layers, shares in ((1, [0.2]), (2, [0.2, 0.05])):
+        model = GPT(tiny_config(n_layer=layers))
+        model.init_weights(torch.Generator().manual_seed(0))
+        assert model.x0_lambdas.tolist() == pytest.approx(shares)
 
 
 def test_equal_seeds_give_equal_weights() -> None:

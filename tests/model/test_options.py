@@ -50,11 +50,12 @@ def test_masks_by_hand() -> None:
     assert both.tolist() == [[[[True, False, False], [True, True, False], [False, False, True]]]]
 
 
-def test_documents_do_not_see_each_other() -> None:
-    model = build_model(document_start=256, vocab_size=257, window_pattern="SL", sequence_len=300)
+@pytest.mark.parametrize("token", [256, 0])
+def test_documents_do_not_see_each_other(token: int) -> None:
+    model = build_model(document_start=token, vocab_size=257, window_pattern="SL", sequence_len=300)
     generator = torch.Generator().manual_seed(1)
-    texts = [torch.randint(0, 256, (1, n), generator=generator) for n in (40, 100, 7)]
-    start = torch.full((1, 1), 256)
+    texts = [torch.randint(1, 256, (1, n), generator=generator) for n in (40, 100, 7)]
+    start = torch.full((1, 1), token)
     documents = [torch.cat((start, text), dim=1) for text in texts]
     with torch.no_grad():
         together = model(torch.cat(documents, dim=1))

@@ -43,6 +43,24 @@ def test_tiny_gradients_keep_their_direction(method: Orthogonalizer) -> None:
         assert ((orthogonalize(size * G, method) * G) > 0).all()
 
 
+def test_cautious_decay_is_where_the_update_shrinks() -> None:
+    """A row without gradient has no update, and is not decayed either."""
+    grads = torch.tensor([[[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]])
+    rates = {"lr": 0.1, "momentum": 0.9, "beta2": 0.9, "weight_decay": 0.5}
+    for cautious, factor in ((True, 1.0), (False, 0.95)):
+        W = torch.ones(1, 2, 3)
+        rule = MuonRule(cautious=cautious, normuon=False)
+        muon_update_(W, grads.clone(), torch.zeros_like(W), torch.empty(0), rule=rule, **rates)
+        assert W[0, 1].tolist() == pytest.approx([factor] * 3)
+        assert (W[0, 0] < 0.95).all()
+
+
+def test_rule_of_plain_muon() -> None:
+    rule = MuonRule()
+    assert (rule.orthogonalizer, rule.normuon) == ("polar_express", True)
+    assert (rule.row_normalize, rule.cautious) == (False, False)
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 6), (2, 6, 4), (2, 4, 4)])
 @pytest.mark.parametrize("row_normalize", [False, True])
 def test_a_gradient_of_zeros_moves_nothing(shape: tuple[int, ...], row_normalize: bool) -> None:
