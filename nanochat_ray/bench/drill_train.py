@@ -1,9 +1,9 @@
 """Kill parts of a training run on Ray at random moments, and compare the weights it ends with.
 
-    nanochat-ray drill-train --train "--dataset base --depth 2 --save-every 10 --restarts 50"
-    nanochat-ray drill-train --parts worker driver --rounds 5 --train "--dataset base"
+    nanochat-ray drill-train --train="--dataset base --depth 2 --save-every 10 --restarts 50"
+    nanochat-ray drill-train --parts worker driver --rounds 5 --train="--dataset base"
     nanochat-ray drill-train --parts outage --break-command "ip link set n1 down" \\
-        --mend-command "ip link set n1 up" --outage-s 30 --train "--dataset base"
+        --mend-command "ip link set n1 up" --outage-s 30 --train="--dataset base"
 
 The command ``nanochat-ray train`` with the flags of --train runs twice: undisturbed, then with one
 SIGKILL after the other. A run that ends early is started again by the same command. Parts are
@@ -131,13 +131,13 @@ class Command:
         return ""
 
     def runs(self, *, again: bool) -> bool:
-        """Whether it still runs; one that failed is started again if ``again``. Raises RuntimeError
+        """Whether it still runs; one that failed is started again if ``again``. Raises ValueError
         with its output if it failed and may not be."""
         status = self._process.poll()
         if status is None or status == 0:
             return status is None
         if not again:
-            raise RuntimeError(f"train ended with status {status}: {self.output[-LOG_TAIL:]}")
+            raise ValueError(f"train ended with status {status}: {self.output[-LOG_TAIL:]}")
         self.restarts += 1
         self._start()
         return True
@@ -214,7 +214,7 @@ def _command(args: Args, run: str, folder: Path) -> Iterator[Command]:
 
 def drill_run(args: Args, folder: Path) -> list[Round]:
     """Rounds in the order in which they happened; the run is complete then. Raises ValueError if
-    it is before the last round, RuntimeError if training fails by itself."""
+    it is before the last round, or if training fails by itself."""
     rng = random.Random(args.seed)
     rounds: list[Round] = []
     with _command(args, args.run, folder) as command:
@@ -235,7 +235,7 @@ def drill_run(args: Args, folder: Path) -> list[Round]:
 
 
 def train_undisturbed(args: Args, run: str, folder: Path) -> None:
-    """Raises RuntimeError with the command's output if training fails."""
+    """Raises ValueError with the command's output if training fails."""
     with _command(args, run, folder) as command:
         while command.runs(again=False):
             time.sleep(POLL_S)

@@ -90,7 +90,7 @@ def test_a_run_that_is_too_short_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_by_itself_is_shown(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="train ended with status 1: no more steps"):
+    with pytest.raises(ValueError, match="train ended with status 1: no more steps"):
         drill_train.train_undisturbed(arguments(tmp_path, train="fail"), "run", tmp_path)
 
 
