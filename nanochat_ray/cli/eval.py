@@ -33,6 +33,7 @@ from nanochat_ray.evals.results import Results
 from nanochat_ray.evals.tasks import MAX_TOKENS
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.tasks.registry import make_task
+from nanochat_ray.tasks.task import Task
 from nanochat_ray.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -177,7 +178,13 @@ def checkpoints(args: Args, store: Store) -> list[str]:
     return complete[::-1]
 
 
-def checkpoint_figures(args: Args, store: Store, name: str, config: EngineConfig) -> dict[str, Any]:
+def make_tasks(args: Args, names: Sequence[str]) -> list[Task]:
+    return [make_task(name, "test", size=args.count, seed=args.seed) for name in names]
+
+
+def checkpoint_figures(
+    args: Args, store: Store, name: str, config: EngineConfig, tasks: Sequence[Task]
+) -> dict[str, Any]:
     """Measures one checkpoint and stores its figures beside it."""
     from nanochat_ray.checkpoint import checkpoint
     from nanochat_ray.engine.engine import Engine
@@ -185,11 +192,9 @@ def checkpoint_figures(args: Args, store: Store, name: str, config: EngineConfig
     from nanochat_ray.evals.core import core_engine
 
     trainer = checkpoint.load_trainer(store, name)
-    names = args.tasks or ()
     is_base = trainer.get("train_config", {}).get("stage") == "base"
     if args.tasks is None and not args.text and not args.core and not is_base:
-        names = CHAT_TASKS
-    tasks = [make_task(task, "test", size=args.count, seed=args.seed) for task in names]
+        tasks = make_tasks(args, CHAT_TASKS)
     dtype = checkpoint_dtype(config.precision)
     model, tokenizer = checkpoint.load_model(store, name, device=args.device, dtype=dtype)
     result: dict[str, Any] = training_figures(args, trainer)
@@ -212,13 +217,14 @@ def main(args: Args) -> None:
     from nanochat_ray.train import eval_report
 
     config = EngineConfig(**args.engine)
+    tasks = make_tasks(args, args.tasks or ())
     torch.set_num_threads(args.threads or engine_threads(sharing=1))
     store = Store.at(args.storage).child("runs", args.run)
     results: dict[str, dict[str, Any]] = {}
     for name in checkpoints(args, store):
         if args.checkpoint == "all":
             print(f"{args.run}/{name}", flush=True)
-        results[name] = checkpoint_figures(args, store, name, config)
+        results[name] = checkpoint_figures(args, store, name, config, tasks)
     eval_report.update(store)
     if args.checkpoint == "all":
         print(json.dumps({"run": args.run, "checkpoints": results}))
