@@ -135,6 +135,47 @@ def test_content_of_a_message(texts: list[str], calls: list[str], content: str |
     assert choice["finish_reason"] == "stop"
 
 
+def test_a_chat_has_logprobs_if_they_are_requested() -> None:
+    tokens = [with_logprob(65, -0.5, (65, -0.5))]
+    delta = Delta(0, "A", logprobs=tokens, num_tokens=1)
+    for fields, want in (({"logprobs": True}, logprobs.for_chat(TOK, tokens)), ({}, None)):
+        result = chat_builder([delta], **fields)
+        assert result.response()["choices"][0]["logprobs"] == want
+        assert json.loads(result.chunks(delta)[6:])["choices"][0]["logprobs"] == want
+
+
+def test_chunks_of_a_chat_by_hand() -> None:
+    result = chat_builder([], stream=True, n=2, return_token_ids=True)
+    first, second, _ = result.opening().split("\n\n")
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": result.timestamp}
+    head |= {"model": "tiny", "system_fingerprint": None}
+    delta = {"role": "assistant", "content": ""}
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+    ids = {"prompt_token_ids": result.generation.requests[0].prompt}
+    assert json.loads(first[6:]) == {**head, "choices": [choice], **ids}
+    assert json.loads(second[6:]) == {**head, "choices": [{**choice, "index": 1}]}
+    last = Delta(1, "", token_ids=[7], finish_reason="length")
+    choice = {"index": 1, "delta": {}, "logprobs": None, "finish_reason": "length"}
+    want = {**head, "choices": [{**choice, "token_ids": [7]}]}
+    assert json.loads(result.chunks(last)[6:]) == want
+
+
+def test_parts_of_a_streamed_call() -> None:
+    """The first names the function and the call; the others continue its arguments."""
+    deltas = [Delta(0, tool_calls=[CallDelta("{", "f")]), Delta(0, tool_calls=[CallDelta("}")])]
+    result, calls = chat_builder([]), []
+    for delta in deltas:
+        result.add(delta)
+        (choice,) = json.loads(result.chunks(delta)[6:])["choices"]
+        calls += choice["delta"]["tool_calls"]
+    call: Any = result.choices[0].call
+    first = {"name": "f", "arguments": "{"}
+    assert calls == [
+        {"index": 0, "id": call["id"], "type": "function", "function": first},
+        {"index": 0, "function": {"arguments": "}"}},
+    ]
+
+
 # --- log-probabilities --------------------------------------------------------------------------
 
 

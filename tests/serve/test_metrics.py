@@ -159,8 +159,9 @@ def test_bucket_bounds_are_constant(bounds: tuple[float, ...], numbers: str) -> 
 def test_a_follower_counts_swaps_and_refusals() -> None:
     sink = PrometheusSink("tiny")
     follower = metrics.FollowMetrics(sink)
+    follower.update({})
     assert values(sink) == {}
-    for status in ({}, {"num_swaps": 2}, {"num_swaps": 3, "num_refusals": 1}):
+    for status in ({"num_swaps": 2}, {"num_swaps": 3, "num_refusals": 1}):
         follower.update(status)
     assert values(sink) == {"checkpoint_swaps_total": 3, "checkpoints_refused_total": 1}
     follower.update({"num_swaps": 1, "num_refusals": 1})  # it has restarted
@@ -225,3 +226,4 @@ def test_engines_are_counted_by_their_kernels() -> None:
     assert (num_engines("amx"), num_engines("torch")) == ("2.0", "0.0")
     engines.update("d", {})  # it has not started yet
     assert num_engines("amx") == "2.0"
+    assert values(sink) == {"num_engines": 2}  # and its counters are 0
