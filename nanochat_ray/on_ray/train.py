@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -99,13 +98,14 @@ def _poll_flag(flag: Any, interval_s: float = 0.5) -> Iterator[Callable[[], bool
 
 
 @contextlib.contextmanager
-def _stop_on_sigterm(flag: Any) -> Iterator[None]:
-    """While entered, SIGTERM to this process sets the flag (``ray job stop`` sends it)."""
+def _stop_on_signal(flag: Any) -> Iterator[None]:
+    """While entered, SIGTERM (``ray job stop`` sends it) or Ctrl-C to this process sets the
+    flag."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     end = threading.Event()
-    with StopOnSignal(signal.SIGTERM) as on_signal:
+    with StopOnSignal() as on_signal:
 
         def forward() -> None:
             # Not from the handler itself, which may interrupt Ray in the middle of a call.
@@ -114,7 +114,7 @@ def _stop_on_sigterm(flag: Any) -> Iterator[None]:
                     ray.get(flag.stop.remote())
                     return
 
-        thread = threading.Thread(target=forward, name="stop-on-sigterm", daemon=True)
+        thread = threading.Thread(target=forward, name="stop-on-signal", daemon=True)
         thread.start()
         try:
             yield
@@ -182,17 +182,23 @@ class NoRetry(UserCallback):
 
 
 class RayTrainer(TorchTrainer):
-    """Without Ray's ``PlacementGroupCleaner``.
+    """Without two things of Ray's.
 
-    It frees the workers' resources when the controller has died and the driver goes on, while
-    ``fit`` fails then, and the resources are freed when its process ends. It looks at the
-    controller once a second through the dashboard: where there is none, it prints a warning every
-    second and delays the end of the run.
+    Its handler of SIGINT aborts the workers, which then save nothing: ``_stop_on_signal`` has one
+    that lets them.
+
+    Its ``PlacementGroupCleaner`` frees the workers' resources when the controller has died and the
+    driver goes on, while ``fit`` fails then, and the resources are freed when its process ends. It
+    looks at the controller once a second through the dashboard: where there is none, it prints a
+    warning every second and delays the end of the run.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # of Ray 2.60
         return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Keeps the handler that is set."""
 
 
 def _worker(values: dict[str, Any]) -> None:
@@ -241,7 +247,7 @@ def fit(
     called on each worker and replaces the configuration's dataset, which is then not checked.
     With ``min_workers`` the group may be as small as that while machines are missing, and grows
     again when they are back; the batches stay the same. ``done`` is false in the result if the run
-    was stopped by SIGTERM. Raises ValueError for a configuration that cannot run,
+    was stopped by SIGTERM or Ctrl-C. Raises ValueError for a configuration that cannot run,
     FloatingPointError for a run that diverged, and what Ray Train raises if workers fail more than
     ``max_failures`` times (machines whose preemption was announced do not count).
     """
@@ -271,7 +277,7 @@ def fit(
                 resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpus else {})},
             )
             trainer = _torch_trainer(config, run, values, scaling, max_failures)
-            with _stop_on_sigterm(flag):
+            with _stop_on_signal(flag):
                 _run_ray_trainer(trainer)
     state = checkpoint.load_trainer(run)
     is_complete = _completed_steps(run) >= config.train.steps
