@@ -54,8 +54,9 @@ class Args:
     """Tokens of a prompt, give or take a half."""
     output: int = 48
     """Tokens of an answer, give or take a half."""
-    questions: int = 24
-    samples: int = 16
+    questions: int = 8
+    samples: int = 8
+    """Answers to each question of a round of rollouts, which has weights of its own."""
     repeats: int = 3
     """Phases of each kind."""
 
