@@ -120,6 +120,23 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
         "arguments: self._both(self._one.histogram(*args), self._other.histogram(*args))  →  "
         "self._both(self._other.histogram(*args), self._one.histogram(*args))": ("", ORDER),
     },
+    "nanochat_ray/rl/losses.py": {
+        "constant: 1  →  2": ("int(sequences.max()) + 1", "one more sequence, of no token"),
+        "constant: 1e-09  →  1.5000000000000002e-09": ("", GUARD),
+        "comparison: dist.get_world_size() > 1  →  dist.get_world_size() >= 1": (
+            "",
+            "the sum over one rank",
+        ),
+    },
+    "nanochat_ray/rl/batch.py": {
+        "constant: 1  →  2": ("max(len(logprobs), 1)", "a group has two samples or more"),
+    },
+    "nanochat_ray/train/trainer.py": {
+        "comparison: self.completed_steps < steps  →  self.completed_steps <= steps": (
+            "",
+            "the loop has the same bound",
+        ),
+    },
     "nanochat_ray/optim/muon.py": {
         "constant: 1e-07  →  1.5e-07": ("", GUARD),
         "constant: 1e-20  →  1.4999999999999998e-20": ("", GUARD),

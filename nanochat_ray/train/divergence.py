@@ -11,14 +11,12 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.train.config import TrainConfig
-from nanochat_ray.train.metrics import Metrics
+from nanochat_ray.train.metrics import NORM_WINDOW, Metrics
 from nanochat_ray.train.ranks import Ranks
 from nanochat_ray.train.step import Batch, StepResult, split
 
 MAX_SKIPPED_STEPS = 5
 """Consecutive steps with a gradient that is not finite before the run gives up."""
-SPIKE_WINDOW = 100
-"""Steps whose gradient norms define the usual norm."""
 
 
 class DivergenceGuard:
@@ -34,8 +32,8 @@ class DivergenceGuard:
 
     def spike_bound(self) -> float:
         """The bound of gradient-spike clipping for the next step; 0 is none."""
-        norms = self.metrics.grad_norms(SPIKE_WINDOW) if self.config.spike_clip else []
-        if len(norms) < SPIKE_WINDOW // 2:
+        norms = self.metrics.grad_norms(NORM_WINDOW) if self.config.spike_clip else []
+        if len(norms) < NORM_WINDOW // 2:
             return 0.0
         return self.config.spike_clip * statistics.median(norms)
 

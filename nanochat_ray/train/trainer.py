@@ -97,7 +97,6 @@ class Trainer:
             steps = self.train_config.steps
             if self.completed_steps == 0:
                 self.evaluate()
-            self.model.train()
             self.metrics.start_clock(steps)
             try:
                 if self.completed_steps < steps:

@@ -114,7 +114,7 @@ def test_kl_estimate() -> None:
 
 
 def micro_batch(advantage: float) -> MicroBatch:
-    inputs, targets = torch.tensor([[1, 2, 3]]), torch.tensor([[-1, 3, 4]])
+    inputs, targets = torch.tensor([[1, 2, 3]]), torch.tensor([[-1, 3, 0]])
     columns = {"weights": 3.0, "advantages": advantage, "logprobs": -5.0}
     return MicroBatch(
         inputs, targets, {name: torch.full((1, 3), value) for name, value in columns.items()}
@@ -137,7 +137,7 @@ def test_loss_by_the_definition() -> None:
     micro = micro_batch(2.0)
     loss = objective.loss(model, micro).item()
     terms, diffs, divergences = [], [], []
-    for position, target in ((1, 3), (2, 4)):
+    for position, target in ((1, 3), (2, 0)):
         own, other = (
             m(micro.inputs).log_softmax(-1)[0, position, target].item() for m in (model, reference)
         )
@@ -152,7 +152,30 @@ def test_loss_by_the_definition() -> None:
     assert objective.finish() == {"logprob_diff": 0.0, "kl": 0.0}  # of the next step
 
 
+def test_a_sequences_ratio_is_of_its_own_tokens() -> None:
+    model = random_model(0)
+    inputs = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    targets = torch.tensor([[-1, 3, 0], [5, 6, 7]])
+    logprobs = model(inputs).log_softmax(-1).gather(2, targets.clamp_min(0)[..., None])[..., 0]
+    # Samplers under which the ratios of tokens are 1, 1.21 and 0.9, 1, 1.
+    ratios = torch.tensor([[1.0, 1.0, 1.21], [0.9, 1.0, 1.0]])
+    columns = {
+        "weights": torch.ones(2, 3),
+        "advantages": torch.tensor([[2.0] * 3, [1.0] * 3]),
+        "logprobs": (logprobs - ratios.log()).detach(),
+    }
+    objective = PolicyLoss(RLConfig(loss="gspo"), max_diff=0, device=torch.device("cpu"))
+    loss = objective.loss(model, MicroBatch(inputs, targets, columns)).item()
+    assert loss == pytest.approx(-(2 * 2 * 1.1 + 3 * 0.9 ** (1 / 3)), rel=1e-4)
+
+
 def test_difference_above_the_bound_raises() -> None:
+    lenient = PolicyLoss(RLConfig(), max_diff=0, device=torch.device("cpu"))
+    lenient.loss(random_model(0), micro_batch(1.0))
+    diff = lenient.finish()["logprob_diff"]
+    exact = PolicyLoss(RLConfig(), max_diff=diff, device=torch.device("cpu"))
+    exact.loss(random_model(0), micro_batch(1.0))
+    assert exact.finish() == {"logprob_diff": diff}
     objective = PolicyLoss(RLConfig(), max_diff=1e-4, device=torch.device("cpu"))
     objective.loss(random_model(0), micro_batch(1.0))
     with pytest.raises(FloatingPointError, match=r"more than max_logprob_diff=0\.0001"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,7 +66,8 @@ def test_a_run_by_its_records(root: Store) -> None:
     # Steps that compile, were it compiled: a set of windows is new.
     assert [bool(r.get("warmup")) for r in steps] == [True, True, True, False, False]
     assert {(r["steps"], r["tokens"], r["trained_tokens"]) for r in steps} == {(5, 128, 128)}
-    assert all(0 <= r["data_wait"] < r["seconds"] for r in steps)
+    assert all(0 <= r["data_wait"] < r["seconds"] < 600 for r in steps)
+    assert all(0 <= r["seconds"] < 600 for r in records if r["kind"] == "eval")
     assert source.modes == [False, False]
     assert (result["step"], result["done"], result["first_bits_per_byte"]) == (5, True, 8.0)
     assert (result["bits_per_byte"], result["other"]) == (7.0, 1.0)
@@ -73,6 +75,8 @@ def test_a_run_by_its_records(root: Store) -> None:
     run = root.child("runs", "run")
     last = checkpoint.load(run, optimizer=True)
     assert (last.step, last.trainer["step"]) == (5, 5)
+    about = last.trainer["about"]
+    assert (about["dataset"], about["dataset_digest"]) == ("base", source.manifest.digest)
     assert checkpoint.val_metric(run, "step-000005") == 7.0
 
 
@@ -150,6 +154,38 @@ def test_a_compiled_run_says_so(root: Store, monkeypatch: pytest.MonkeyPatch) ->
     assert calls == ["compile"]
     build_model(job(root, fp8=True, precision="bf16", compile="on"), root, CPU)
     assert calls == ["compile", "fp8", "compile"]
+
+
+def test_what_a_cpu_cannot_run_is_refused(root: Store) -> None:
+    config = job(root, fp8=True, precision="bf16")
+    with pytest.raises(ValueError, match="fp8=True is not allowed: only on a GPU"):
+        Trainer(config).run()
+
+
+def test_a_worker_alone_has_the_machine(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(trainer_module.machine, "use_expandable_segments", lambda: calls.append(1))
+    assert Trainer(job(root)).local_world_size == 1
+    assert calls == []
+    Trainer(job(root), device=torch.device("cuda"))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_algorithms_on_request(
+    root: Store, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # which is restored
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        Trainer(job(root, deterministic=deterministic)).setup()
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert torch.backends.cudnn.benchmark != deterministic
+        space = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+        assert space == (":4096:8" if deterministic else None)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(
