@@ -52,8 +52,15 @@ class Report:
 
     match: str = ""
     """Only the parts whose names contain this run."""
+    max_seconds: float = 0.0
+    """Parts that would begin later than this are left out; 0: none."""
+    path: Path | None = None
+    """Where the figures are written after each part, as JSON."""
     values: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    parts: set[str] = field(default_factory=set)
+    """Names of those that ran or were left out: none runs twice."""
+    start: float = field(default_factory=time.perf_counter)
 
     def note(self, name: str, value: object) -> None:
         self.values[name] = str(value)
@@ -75,9 +82,13 @@ class Report:
         """Calls ``run``, whose errors end this part alone."""
         import torch
 
-        if self.match not in name:
+        if self.match not in name or name in self.parts:
             return
+        self.parts.add(name)
         start = time.perf_counter()
+        if 0 < self.max_seconds < start - self.start:
+            self.note(f"left out {name}", f"{self.max_seconds:.0f} s are over")
+            return
         try:
             run(*args, **kwargs)
         except Exception as error:
@@ -88,9 +99,12 @@ class Report:
             gc.collect()
             torch.cuda.empty_cache()
             print(f"   ({name}: {time.perf_counter() - start:.0f} s)", flush=True)
+            self.write()
 
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps({"values": self.values, "failures": self.failures}, indent=1))
+    def write(self) -> None:
+        if self.path is not None:
+            figures = {"values": self.values, "failures": self.failures}
+            self.path.write_text(json.dumps(figures, indent=1))
 
 
 def device_ms(run: Callable[[], object], count: int = 20, warmup: int = 3) -> float:

@@ -58,11 +58,21 @@ def _graphs(report: Report, depth: int, config: ModelConfig) -> None:
     weights = 2 * (counts.matrices + config.n_embd * config.vocab_size)
     graphs = engine.runner.graphs
     assert graphs is not None
+    bandwidth = read_bandwidth()
+    report.note(f"d{depth}: memory, read", f"{bandwidth / 1e12:.2f} TB/s")
     for size in [s for s in graphs.sizes if s in (1, 8, 16, 32, 64, 128, 256)]:
         ms = device_ms(graphs._recordings[False, size].graph.replay, 30)
+        share = weights / (ms / 1e3) / bandwidth
         report.note(
-            f"d{depth}: graph of {size} tokens", f"{ms * 1e3:.0f} µs, {weights / ms / 1e9:.2f} TB/s"
+            f"d{depth}: graph of {size} tokens",
+            f"{ms * 1e3:.0f} µs, {weights / ms / 1e9:.2f} TB/s, {share:.0%} of the bandwidth",
         )
+
+
+def read_bandwidth(nbytes: int = 4 * GIB) -> float:
+    """Bytes a second of a sum over a long tensor, which nothing of a decode can exceed."""
+    numbers = torch.ones(nbytes // 4, device="cuda")
+    return nbytes / (device_ms(numbers.sum, 10) / 1e3)
 
 
 def _decode(report: Report, name: str, config: ModelConfig, count: int, **params: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -135,13 +136,13 @@ def _share_of_loss_and_optimizer(report: Report, name: str, setup: Setup, size: 
     report.note(f"{name}: of it loss, optimizer", value)
 
 
-def compare(report: Report, checkout: str, quick: bool) -> None:
+def compare(report: Report, checkout: str, quick: bool, turns: int) -> None:
     """nanochat's compiled step and ours in turns. Its FlashAttention 3 comes from a hub, so both
     have full windows."""
     sys.path.insert(0, checkout)
     for depth, size in ((2, 2),) if quick else ((12, 32), (20, 16)):
-        for side in ("ours", "nanochat") * 2:
-            name = f"d{depth} × {size}, full attention, {side}"
+        for turn, side in itertools.product(range(turns), ("ours", "nanochat")):
+            name = f"d{depth} × {size}, full attention, {side}, turn {turn}"
             run_side = _time_ours if side == "ours" else _time_nanochat
             report.part(name, run_side, report, name, depth, size, checkout)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat_ray.bench import gpu_checks
+from nanochat_ray.bench import gpu, gpu_checks
 from nanochat_ray.bench.gpu_report import Report, relative_error
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -45,7 +45,7 @@ def test_torch_and_numpy_are_enough() -> None:
 
 
 def test_report_counts_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    report = Report(match="crash")
+    report = Report(match="crash", path=tmp_path / "figures.json")
     report.check("small", 1e-3, 1e-2)
     report.check("large", 2e-2, 1e-2)
     report.check("nan", float("nan"), 1.0)
@@ -54,9 +54,41 @@ def test_report_counts_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_pat
     report.part("a crash", {}.__getitem__, "x")
     report.part("not selected", report.check_equal, "equal", 2, 3)
     assert report.failures == ["large", "nan", "unequal", "a crash"]
-    report.write(tmp_path / "figures.json")
     assert '"CRASH a crash"' in (tmp_path / "figures.json").read_text()
     assert relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == 0.2
+
+
+def test_parts_run_once_and_in_time() -> None:
+    report, calls = Report(max_seconds=100.0), list[str]()
+    for name in ("a", "b", "a"):
+        report.part(name, calls.append, name)
+    report.start -= 101
+    report.part("c", calls.append, "c")
+    assert calls == ["a", "b"]
+    assert list(report.values) == ["left out c"]
+
+
+def test_all_is_every_part_in_the_order_of_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def part(report: Report, name: str, *_: object, **__: object) -> None:
+        if report.match in name and name not in report.parts:
+            report.parts.add(name)
+            names.append(name)
+
+    monkeypatch.setattr(Report, "part", part)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    args, report = gpu.Args(part="all"), Report()
+    for kind, match in gpu.VALUE:
+        report.match = match
+        gpu._run(kind, report, args)
+    first = ["fused forward", "engine", "engine, batch-invariant"]
+    assert names[:4] == [*first, "d12 × 32, full attention, ours, turn 0"]
+    whole = Report()
+    before, names[:] = set(names), []
+    for kind in ("check", "train", "serve", "nanochat"):
+        gpu._run(kind, whole, args)  # type: ignore[arg-type]
+    assert before == set(names)
 
 
 @pytest.mark.gpu
@@ -66,6 +98,7 @@ def test_report_counts_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_pat
     [
         gpu_checks.check_forward,
         gpu_checks.check_engine,
+        gpu_checks.check_batch_invariance,
         gpu_checks.check_sampler,
         gpu_checks.check_training,
         gpu_checks.check_fp8,

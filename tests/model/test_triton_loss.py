@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from nanochat_ray.model import loss as loss_module
 
 pytest.importorskip("triton")
+from nanochat_ray.model import triton_loss
 from nanochat_ray.model.triton_loss import softcap_loss_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,3 +81,56 @@ def test_fused_head_equals_the_torch_one(cap: float, monkeypatch: pytest.MonkeyP
         assert kernel is not None
         # Sums of at most 50 terms in another order.
         torch.testing.assert_close(kernel, eager, rtol=50 * 1.2e-7, atol=50 * 1.2e-7 * 10)
+
+
+class Traffic(TorchDispatchMode):
+    """Sums the bytes of tensors with a number for each logit that torch's operations read or
+    write."""
+
+    def __init__(self, num_logits: int):
+        super().__init__()
+        self.num_logits, self.num_bytes = num_logits, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in str(func):
+            leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            self.num_bytes += sum(t.nbytes for t in tensors if t.numel() == self.num_logits)
+        return result
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter counts what a kernel loads")
+def test_loss_moves_12_bytes_a_logit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, forward and backward: 6 in its three matmuls, 6 in its kernel."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    num_elements = 0
+
+    def count(name: str, mask_index: int) -> None:
+        real = getattr(builder, name)
+
+        def counting(*args: Any) -> Any:
+            nonlocal num_elements
+            num_elements += int(args[mask_index].data.sum())
+            return real(*args)
+
+        monkeypatch.setattr(builder, name, counting)
+
+    def kernel(*args: Any, **rest: Any) -> torch.Tensor:
+        with _disable_current_modes():  # the interpreter's own copies
+            return softcap_loss_(*args, **rest)
+
+    monkeypatch.setattr(triton_loss, "softcap_loss_", kernel)
+    count("create_masked_load", 1)
+    count("create_masked_store", 2)
+    monkeypatch.setattr(loss_module, "use_triton", lambda device: True)
+    N, V, C = 16, 96, 8
+    hidden = torch.randn(N, C).bfloat16().requires_grad_()
+    weight = torch.randn(V, C).requires_grad_()
+    with Traffic(N * V) as traffic:
+        loss = loss_module.softcap_cross_entropy(hidden, weight, torch.arange(N), cap=15.0, vocab=V)
+        loss.backward()
+    # Two reads and a write of each logit; of each row the target, its logit and the loss.
+    assert 3 * N * V <= num_elements <= 3 * N * V + 3 * N
+    assert traffic.num_bytes / (N * V) + 3 * 2 == 12
