@@ -28,6 +28,7 @@ from nanochat_ray.bench import load
 from nanochat_ray.bench.checkpoint_writer import REASONS, CheckpointWriter
 from nanochat_ray.bench.rolls_report import Answer, BadCheckpoint, Report, Roll, failures, table
 from nanochat_ray.bench.systems import fetch, model_at
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.storage import Store, absolute, default_root
 
@@ -227,9 +228,10 @@ async def measure(args: Args) -> Report:
     )
     streams, report = Streams(endpoint, prompts), Report()
     for _ in range(2):  # both sets of weights, undisturbed
-        first = await roll(endpoint, writer)
-        require(first.is_served, "url", args.url, f"one that serves {first.checkpoint} in time")
-        digest = checkpoint_digest(run, first.checkpoint)
+        latest = await roll(endpoint, writer)
+        name = latest.checkpoint
+        require(latest.is_served, "url", args.url, f"one that serves {name} in time")
+        digest = checkpoint.weight_version(run, name).rpartition("-")[2]
         report.texts[digest] = await streams.texts()
     texts = list(report.texts.values())
     require(texts[0] != texts[1], "run", args.run, "one whose answers depend on its weights")
@@ -237,24 +239,17 @@ async def measure(args: Args) -> Report:
     try:
         for number in range(args.rolls):
             await asyncio.sleep(args.pause_s)
-            report.rolls.append(await roll(endpoint, writer))
-            first = report.rolls[-1]
-            print(f"roll {number + 1}: {first.seconds:.2f} s", file=sys.stderr, flush=True)
+            latest = await roll(endpoint, writer)
+            report.rolls.append(latest)
+            print(f"roll {number + 1}: {latest.seconds:.2f} s", file=sys.stderr, flush=True)
         if args.bad:
-            report.bad = await publish_bad(endpoint, writer, first.checkpoint)
+            report.bad = await publish_bad(endpoint, writer, latest.checkpoint)
         await asyncio.sleep(args.pause_s)
     finally:
         streams.end()
         await asyncio.gather(*tasks)
         report.answers = streams.answers
     return report
-
-
-def checkpoint_digest(run: Store, name: str) -> str:
-    """The end of its fingerprint, which is that of its weights."""
-    from nanochat_ray.checkpoint import checkpoint
-
-    return checkpoint.weight_version(run, name).rpartition("-")[2]
 
 
 def main(args: Args) -> int:

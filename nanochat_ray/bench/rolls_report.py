@@ -53,7 +53,7 @@ class BadCheckpoint:
 @dataclass
 class Report:
     texts: dict[str, list[str]] = field(default_factory=dict)
-    """Of undisturbed answers, by the digest of the weights and the prompt."""
+    """Of undisturbed answers, by the digits of the weights that a fingerprint ends with."""
     rolls: list[Roll] = field(default_factory=list)
     bad: list[BadCheckpoint] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
