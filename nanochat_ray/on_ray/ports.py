@@ -54,6 +54,9 @@ SETTINGS = {
     # A proxy is replaced after three failed checks. Every 10 s, Serve's default, an endpoint whose
     # HAProxy has died answers nobody for 30 s.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+    # On a busy machine a proxy takes longer to start than 3 times Serve's 5 s, and would be started
+    # again and again.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",
     # An idle client, or one that stalls in its request, has its connection for an hour by default.
     # An answer that takes longer to come is not cut.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
