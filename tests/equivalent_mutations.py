@@ -101,6 +101,9 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
             "the sum over one rank",
         ),
     },
+    "nanochat_ray/on_ray/serve/routing.py": {
+        "constant: 1  →  2": ("if is_near else 1", "any number behind those of cached blocks"),
+    },
     "nanochat_ray/train/step.py": {
         "operator: config.global_batch_size * (batch.ids.shape[1] - 1)  →  "
         "config.global_batch_size / (batch.ids.shape[1] - 1)": ("", CANCELS),
