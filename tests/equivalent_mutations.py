@@ -180,6 +180,7 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
     "nanochat_ray/serve/serving.py": {
         "arguments: cache_scope(client, body.cache_salt or '')  →  "
         "cache_scope(body.cache_salt or '', client)": ("", "a hash of both, in either order"),
+        "constant: 0  →  1": ("num_hidden: int = 0", "of chats, whose tokens have no offsets"),
     },
     "nanochat_ray/engine/engine.py": {
         "comparison: chunk.start < len(s.request.prompt)  →  "

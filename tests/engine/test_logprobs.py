@@ -39,8 +39,10 @@ def test_rows_by_hand(tops: list[int | None], rows: list[Any]) -> None:
     assert [probabilities(entry) for entry in table.read()] == rows
 
 
-def prompt(tokens: list[int], start: int, missing: bool = True, **fields: Any) -> ScheduledChunk:
-    params = SamplingParams(prompt_logprobs=1 if missing else None)
+def prompt(
+    tokens: list[int], start: int, missing: bool = True, top: int = 1, **fields: Any
+) -> ScheduledChunk:
+    params = SamplingParams(prompt_logprobs=top if missing else None)
     s = Sequence(Request(id="a", prompt=tokens, params=params), list(tokens), seed=0, max_length=9)
     s.prefill_spans, s.num_computed_tokens = [(0, len(tokens))], start
     one = TokenLogprob(logprob=0.0, top=[])
@@ -68,6 +70,16 @@ def test_prompt_tokens_have_the_logits_before_them() -> None:
         (0.25, [(1, 0.45)]),
     ]
     assert [probabilities(entry) for entry in end_logprobs[1:]] == [(0.2, [(3, 0.4)])]
+
+
+@pytest.mark.parametrize("top", [0, 2])
+def test_prompt_tokens_have_as_many_alternatives_as_requested(top: int) -> None:
+    chunk = prompt([1, 3, 2], 0, top=top, num_tokens=3)
+    PromptLogprobs([chunk], P.log()).store()
+    assert [probabilities(entry) for entry in chunk.sequence.prompt_logprobs or []] == [
+        (0.4, [(3, 0.4), (2, 0.3)][:top]),
+        (0.15, [(0, 0.7), (2, 0.15)][:top]),
+    ]
 
 
 def test_recomputed_logprobs_are_stored_once() -> None:
