@@ -26,12 +26,16 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
     "nanochat_ray/engine/sampling_state.py": {
         "operator: p.min_tokens and sequence.stop_token_ids  →  "
         "p.min_tokens or sequence.stop_token_ids": ("", "no tokens, or none early, are banned"),
+        "operator: features & BAN  →  features | BAN": ("", SPEED),
         "constant: 1  →  2": ("triton_sampler.MAX_VOCAB", GPU),
         "condition: if logits.size(1) <= triton_sampler.MAX_VOCAB:  →  "
         "if not logits.size(1) <= triton_sampler.MAX_VOCAB:": ("", GPU),
     },
     "nanochat_ray/engine/grammar.py": {
         "constant: 1  →  2": ("allocate_token_bitmask(1", "a second row, which nobody reads"),
+    },
+    "nanochat_ray/engine/json_schema.py": {
+        "constant: 0  →  1": ('schema.get("min', "both are less than the bound that is set"),
     },
     "nanochat_ray/engine/draft.py": {
         "statement: self._num_indexed = total  →  pass": ("", "n-grams are indexed again"),

@@ -87,7 +87,7 @@ def _number(value: Any) -> bool:
 
 def _bound_scalar(schema: dict[str, Any], kinds: set[str]) -> dict[str, Any]:
     if "string" in kinds and not schema.keys() & {"maxLength", "pattern"}:
-        least = schema.get("minLength")
+        least = schema.get("minLength", 0)
         schema["maxLength"] = max(MAX_STRING, least) if _number(least) else MAX_STRING
     if kinds & {"integer", "number"}:
         least = [schema[k] for k in ("minimum", "exclusiveMinimum") if _number(schema.get(k))]
@@ -205,7 +205,7 @@ class _Bounds:
         _bound_scalar(result, kinds)
         if "array" in kinds and "prefixItems" not in schema:
             result.setdefault("items", self.any_value() if "items" not in schema else True)
-            least = schema.get("minItems")
+            least = schema.get("minItems", 0)
             most = max(MAX_ITEMS, least) if _number(least) else MAX_ITEMS
             result.setdefault("maxItems", most)
         self._bound_object(schema, result, kinds, may_close)
