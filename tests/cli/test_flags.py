@@ -220,7 +220,11 @@ BAD_FLAGS = {
     ],
     "stop": [("--port 0", "port=0"), ("--port x", "--port='x'"), ("8000", "unknown argument")],
     "bench train": [("--only nothing", "only='nothing'"), ("--steps 0", "steps=0")],
-    "bench gpu": [("--part x", "part='x'"), ("--part nanochat", "checkout=''")],
+    "bench gpu": [
+        ("--part x", "part='x'"),
+        ("--part nanochat", "checkout=''"),
+        ("--max-seconds -1", "max_seconds=-1"),
+    ],
     "bench learn": [("--depth 0", "depth=0"), ("--datasets ../x", "datasets='../x'")],
     "bench learning-rates": [
         ("--scales 0", "scales=0.0"),
