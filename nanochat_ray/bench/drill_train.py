@@ -167,8 +167,11 @@ class Command:
 
 
 def disturb(args: Args, command: Command, part: str, rng: random.Random) -> Round:
-    """One round, from a new checkpoint to the next that follows the disturbance."""
+    """One round, from a new checkpoint to the next that follows the disturbance. Raises ValueError
+    if the run is complete before it."""
     time.sleep(rng.uniform(0.0, args.delay_s))
+    requirement = f"the run was complete before a disturbance of {part}: train longer"
+    require(command.runs(again=True), "rounds", args.rounds, requirement)
     counts, restarts = Round(part, command.latest), command.restarts
     start = time.monotonic()
     if part == "outage":
@@ -225,8 +228,6 @@ def drill_run(args: Args, folder: Path) -> list[Round]:
         )
         for number in range(args.rounds):
             for part in args.parts:
-                requirement = f"the run ended after {len(rounds)} disturbances: train longer"
-                require(command.runs(again=True), "rounds", args.rounds, requirement)
                 rounds.append(disturb(args, command, part, rng))
                 print(f"round {number + 1}: {_row(part, rounds[-1:])}", file=sys.stderr, flush=True)
         while command.runs(again=True):
