@@ -287,3 +287,31 @@ def test_the_command_stores_and_resumes(
         Results(run, "step-000001", "x")
     with pytest.raises(ValueError, match="core_count=10 is not allowed"):
         job.Args(core_count=10)
+
+
+def test_the_tasks_are_those_of_core() -> None:
+    """As DCLM and nanochat's core.yaml have them, by groups."""
+    groups: dict[tuple[str, int, float, str], set[str]] = {}
+    for task in core_data.TASKS:
+        assert task.file.endswith(".jsonl")
+        key = task.kind, task.num_shots, task.baseline, task.delimiter
+        groups.setdefault(key, set()).add(task.label.removeprefix("bigbench_"))
+    choice, lm, answer = "multiple_choice", "language_modeling", "\nAnswer: "
+    assert groups == {
+        (choice, 0, 0.25, " "): {"hellaswag_zeroshot", "openbook_qa"},
+        (choice, 0, 0.5, " "): {"copa"},
+        (choice, 3, 0.25, " "): {"agi_eval_lsat_ar"},
+        (choice, 10, 0.25, " "): {"hellaswag", "language_identification"},
+        (choice, 10, 0.403, " "): {"commonsense_qa"},
+        (choice, 10, 0.25, answer): {"arc_easy", "arc_challenge"},
+        (choice, 10, 0.5, answer): {"piqa"},
+        (choice, 10, 0.62, answer): {"boolq"},
+        ("schema", 0, 0.5, " "): {"winograd", "winogrande"},
+        (lm, 0, 0.0, " "): {"lambada_openai", "coqa"},
+        (lm, 10, 0.0, answer): {"jeopardy"},
+        (lm, 10, 0.0, " "): {
+            *("qa_wikidata", "dyck_languages", "cs_algorithms", "operators"),
+            *("repeat_copy_logic", "squad"),
+        },
+    }
+    assert len({task.label for task in core_data.TASKS}) == 22

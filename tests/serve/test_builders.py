@@ -160,6 +160,14 @@ def test_chunks_of_a_chat_by_hand() -> None:
     assert json.loads(result.chunks(last)[6:]) == want
 
 
+def test_a_chat_has_its_token_ids_if_they_are_requested() -> None:
+    deltas = [Delta(0, token_ids=[7]), Delta(0, token_ids=[8])]
+    response = chat_builder(deltas, return_token_ids=True).response()
+    assert response["prompt_token_ids"] == chat().requests[0].prompt
+    assert response["choices"][0]["token_ids"] == [7, 8]
+    assert "prompt_token_ids" not in chat_builder(deltas).response()
+
+
 def test_parts_of_a_streamed_call() -> None:
     """The first names the function and the call; the others continue its arguments."""
     deltas = [Delta(0, tool_calls=[CallDelta("{", "f")]), Delta(0, tool_calls=[CallDelta("}")])]

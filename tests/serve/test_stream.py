@@ -80,6 +80,19 @@ def test_each_failure_has_its_status(
     assert error.param == params.get(str(refusal))
 
 
+def test_a_stream_that_is_closed_aborts_at_once() -> None:
+    async def run() -> int:
+        engine = ScriptedClient(TOK.encode("abc"), finish=None)
+        response = await answer(engine, stream=True)
+        assert isinstance(response, EventStream)
+        await anext(response.events)
+        assert not engine.aborts
+        await response.events.aclose()
+        return len(engine.aborts)
+
+    assert asyncio.run(run()) == 1
+
+
 def test_a_whole_answer() -> None:
     response = asyncio.run(answer(ScriptedClient(TOK.encode("abc"))))
     assert isinstance(response, JSONResponse)
