@@ -154,19 +154,20 @@ def equal_greedy_answers(
 
 def measure(systems: dict[str, Sample], repeats: int) -> dict[str, dict[str, float]]:
     """Medians of each system, one round of which warms up."""
-    rounds: dict[str, list[tuple[float, int]]] = {name: [] for name in systems}
+    rounds: dict[str, list[tuple[float, float, int]]] = {name: [] for name in systems}
     for seed in range(repeats + 1):
         for name, sample in systems.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             answers = sample(seed)
-            seconds = time.perf_counter() - start
+            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
             if seed:
-                rounds[name].append((seconds, sum(map(len, answers))))
+                rounds[name].append((seconds, cpu, sum(map(len, answers))))
     return {
         name: {
-            "seconds": statistics.median(seconds for seconds, _ in each),
-            "tokens_per_s": statistics.median(tokens / seconds for seconds, tokens in each),
-            "answer_tokens": statistics.mean(tokens for _, tokens in each),
+            "seconds": statistics.median(seconds for seconds, _, _ in each),
+            "cpu_seconds": statistics.median(cpu for _, cpu, _ in each),
+            "tokens_per_s": statistics.median(tokens / seconds for seconds, _, tokens in each),
+            "answer_tokens": statistics.mean(tokens for _, _, tokens in each),
         }
         for name, each in rounds.items()
     }
@@ -191,7 +192,8 @@ def main(args: Args) -> None:
     for name, each in figures.items():
         each["times_slower"] = own / each["tokens_per_s"]
         print(
-            f"{name:<24} {each['seconds']:7.2f} s {each['tokens_per_s']:8.0f} tokens/s, "
+            f"{name:<24} {each['seconds']:7.2f} s ({each['cpu_seconds']:.2f} s of processor time) "
+            f"{each['tokens_per_s']:8.0f} tokens/s, "
             f"{each['times_slower']:.2f} times slower than nanochat_ray"
         )
     print(json.dumps({"equal_greedy_answers": equal, "systems": figures}))

@@ -15,6 +15,7 @@ from nanochat_ray.rl.rollout import Rollout
 def test_medians_of_rounds_behind_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(rollouts.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(rollouts.time, "process_time", lambda: now / 2)
 
     def system(seconds: list[float], num_tokens: list[int]) -> Callable[[int], list[list[int]]]:
         def sample(seed: int) -> list[list[int]]:
@@ -29,8 +30,8 @@ def test_medians_of_rounds_behind_the_first(monkeypatch: pytest.MonkeyPatch) -> 
         "b": system([1, 5, 5, 5], [1, 10, 20, 30]),
     }
     assert measure(systems, 3) == {
-        "a": {"seconds": 2, "tokens_per_s": 10, "answer_tokens": 20},
-        "b": {"seconds": 5, "tokens_per_s": 4, "answer_tokens": 20},
+        "a": {"seconds": 2, "cpu_seconds": 1, "tokens_per_s": 10, "answer_tokens": 20},
+        "b": {"seconds": 5, "cpu_seconds": 2.5, "tokens_per_s": 4, "answer_tokens": 20},
     }
 
 
