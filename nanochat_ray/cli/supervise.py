@@ -17,7 +17,7 @@ from types import FrameType
 MARK = "NANOCHAT_SUPERVISOR"
 """The environment variable that tells the child that it has a supervisor."""
 FIRST_DELAY_S, LAST_DELAY_S = 1.0, 60.0
-"""Before the first restart, and at most; doubled after each."""
+"""Before a restart, and at most; doubled after each without progress."""
 FAILED = 1
 """The exit status of an unexpected error."""
 
@@ -46,9 +46,9 @@ def supervise(
             child.send_signal(number)
 
     before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
+    delay, state = 0.0, progress()
     try:
         for attempt in range(restarts + 1):
-            state = progress()
             environment = {**os.environ, MARK: str(os.getpid())}
             # A process group of its own, so that Ctrl-C reaches it once: through this process.
             child = subprocess.Popen(argv, env=environment, process_group=0)
@@ -56,10 +56,14 @@ def supervise(
             if stop.is_set():  # before there was a child to pass it on to
                 child.terminate()
             status = child.wait()
-            is_retryable = status < 0 or (status == FAILED and progress() != state)
+            if status >= 0 and status != FAILED:
+                break
+            before_attempt, state = state, progress()
+            has_progress = state != before_attempt
+            is_retryable = status < 0 or has_progress
             if not is_retryable or stop.is_set() or attempt == restarts:
                 break
-            delay = min(FIRST_DELAY_S * 2**attempt, LAST_DELAY_S)
+            delay = FIRST_DELAY_S if has_progress or not delay else min(2 * delay, LAST_DELAY_S)
             end = signal.Signals(-status).name if status < 0 else f"status {status}"
             print(
                 f"process {child.pid} ended with {end}: restart {attempt + 1} of {restarts} "

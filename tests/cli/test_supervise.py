@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -37,6 +38,16 @@ def test_child_that_is_killed_starts_again(tmp_path: Path) -> None:
 def test_restarts_are_bounded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, 1, KILL) == (128 + signal.SIGKILL, 2)
     assert "ended with SIGKILL: restart 1 of 1 in 0 s" in capfd.readouterr().err
+
+
+def test_delays_grow_without_progress_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(supervise, "FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr(supervise, "LAST_DELAY_S", 0.003)
+    run(tmp_path, 5, f"[ $n != 5 ] || echo >> progress; {KILL}")
+    delays = re.findall(r"in (\S+) s", capfd.readouterr().err)
+    assert delays == ["0.001", "0.002", "0.003", "0.003", "0.001"]
 
 
 @pytest.mark.parametrize("status", [0, 2, 75])
