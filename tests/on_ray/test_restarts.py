@@ -1,5 +1,5 @@
-"""A run whose driver is killed starts again by itself, and ends with the bits of a run that nothing
-disturbed."""
+"""A run whose driver or train controller is killed starts again by itself, and ends with the bits
+of a run that nothing disturbed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import psutil
 import pytest
 import ray
 
+from nanochat_ray.bench.drill import matches
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.storage import Store
 from tests.on_ray.test_train import weights
@@ -21,8 +22,10 @@ from tests.tiny import wait_for, write_dataset
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
-def wait_for_checkpoint(root: Store, run: str) -> None:
-    wait_for(lambda: checkpoint.latest(root.child("runs", run)) is not None, 90, "a checkpoint")
+def await_checkpoint(root: Store, run: str, after: str | None) -> None:
+    """Returns when the run's latest checkpoint is another than ``after``."""
+    store = root.child("runs", run)
+    wait_for(lambda: checkpoint.latest(store) != after, 180, "another checkpoint")
 
 
 def assert_equal_weights(root: Store, one: str, other: str) -> None:
@@ -31,28 +34,48 @@ def assert_equal_weights(root: Store, one: str, other: str) -> None:
     assert all(first[name].equal(second[name]) for name in first)
 
 
-def test_killed_driver_starts_again(tmp_path: Path) -> None:
+def driver(supervisor: int) -> psutil.Process:
+    """The command's own process, under its supervisor."""
+    (process,) = psutil.Process(supervisor).children()
+    return process
+
+
+def controllers() -> list[psutil.Process]:
+    """Those of the tests' Ray, which the driver has joined."""
+    processes = psutil.Process().children(recursive=True)
+    return [process for process in processes if matches(process, "ray::TrainController")]
+
+
+@pytest.mark.timeout(600)
+def test_killed_run_starts_again(tmp_path: Path) -> None:
     root = Store.at(str(tmp_path / "storage"))
     write_dataset(root, "base")
-    flags = ["--storage", root.uri, "--depth", "1", "--tokens", "51200", "--batch-tokens", "128"]
+    flags = ["--storage", root.uri, "--depth", "1", "--tokens", "76800", "--batch-tokens", "128"]
     flags += ["--precision", "fp32", "--save-every", "4"]
     assert run_job("train", "--no-ray", "--run", "whole", *flags).returncode == 0
     command = [sys.executable, str(REPO / "jobs" / "train.py"), "--run", "killed", *flags]
     address = ray.get_runtime_context().gcs_address
     with (tmp_path / "log").open("wb") as log:
         supervisor = subprocess.Popen(
-            [*command, "--workers", "1", "--restarts", "1"],
+            [*command, "--workers", "1", "--restarts", "2"],
             stdout=log,
             stderr=log,
             env={**os.environ, "RAY_ADDRESS": address},
         )
     try:
-        wait_for_checkpoint(root, "killed")
-        (driver,) = psutil.Process(supervisor.pid).children()
-        driver.kill()
+        await_checkpoint(root, "killed", after=None)
+        first = controllers()
+        driver(supervisor.pid).kill()
+        # The workers may go on for a while before Ray ends them.
+        wait_for(lambda: len(controllers()) == 1 and controllers() != first, 180, "another one")
+        await_checkpoint(root, "killed", after=checkpoint.latest(root.child("runs", "killed")))
+        (second,) = controllers()
+        second.kill()
         assert supervisor.wait(timeout=180) == 0
     finally:
         supervisor.kill()
         supervisor.wait()
-    assert "ended with SIGKILL: restart 1 of 1" in (tmp_path / "log").read_text()
+    text = (tmp_path / "log").read_text()
+    assert "ended with SIGKILL: restart 1 of 2" in text
+    assert "ended with status 1: restart 2 of 2" in text
     assert_equal_weights(root, "whole", "killed")
