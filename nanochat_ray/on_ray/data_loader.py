@@ -43,10 +43,16 @@ def rank_dataset(
     firsts = [{"first": step} for step in range(start, config.steps, stride)]
     plan = ray.data.from_items(firsts, override_num_blocks=len(firsts))
     plan.context.execution_options = ExecutionOptions(preserve_order=True)
-    plan.context.enable_progress_bars = False
+    plan.context.enable_progress_bars = plan.context.print_on_execution_start = False
     # Two at a time: one reads while the other hands its sequences over.
     two = ray.data.TaskPoolStrategy(size=2)
     return plan.map_batches(read, batch_size=1, batch_format="numpy", compute=two, num_cpus=0.25)
+
+
+def step_dataset(start: int) -> ray.data.Dataset:
+    """What carries the first step of a worker group to its ``RankDataConfig``, which runs in
+    another process: its number of rows, which is known without an execution."""
+    return ray.data.range(start + 1)
 
 
 class RankDataConfig(ray.train.DataConfig):
@@ -59,8 +65,7 @@ class RankDataConfig(ray.train.DataConfig):
     def configure(
         self, datasets: dict[str, Any], world_size: int, *_args: Any, **_kwargs: Any
     ) -> list[dict[str, DataIterator]]:
-        # The one row of "train" is the first step; it was looked up when this group started.
-        start = int(datasets["train"].take(1)[0]["start"])
+        start = datasets["train"].count() - 1  # of step_dataset
         store = Store.at(self._uri)
         return [
             {

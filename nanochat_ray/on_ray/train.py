@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
-import ray.data
 import ray.train
 import torch
 from ray.train import (
@@ -33,7 +32,7 @@ from ray.util.metrics import Gauge
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.claim import check_reference, hold_claim
-from nanochat_ray.on_ray.data_loader import RankDataConfig, RayDataLoader
+from nanochat_ray.on_ray.data_loader import RankDataConfig, RayDataLoader, step_dataset
 from nanochat_ray.on_ray.session import quiet_data
 from nanochat_ray.on_ray.stop_flag import StopFlag
 from nanochat_ray.storage import Store
@@ -308,7 +307,8 @@ def _torch_trainer(
     if values["ray_data"]:
         dataset, manifest, _ = open_dataset(config.storage, config.dataset)
         data = {
-            "datasets": {"train": lambda: ray.data.from_items([{"start": _completed_steps(run)}])},
+            # Looked up whenever a group of workers starts.
+            "datasets": {"train": lambda: step_dataset(_completed_steps(run))},
             "dataset_config": RankDataConfig(dataset.uri, manifest, config.train),
         }
     return RayTrainer(
