@@ -37,6 +37,9 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
     "nanochat_ray/engine/json_schema.py": {
         "constant: 0  →  1": ('schema.get("min', "both are less than the bound that is set"),
     },
+    "nanochat_ray/engine/detokenizer.py": {
+        "comparison: self._inside >= 0  →  self._inside > 0": ("", "no delimiter has the id 0"),
+    },
     "nanochat_ray/engine/draft.py": {
         "statement: self._num_indexed = total  →  pass": ("", "n-grams are indexed again"),
         "constant: 0  →  1": ("_num_indexed", "no n-gram ends before 1"),
