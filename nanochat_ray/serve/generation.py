@@ -63,7 +63,7 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     """Alternatives for each token of the prompt in vLLM's ``prompt_logprobs``."""
     num_hidden: int = 0
-    """Tokens at the start of each prompt that are not in its text."""
+    """Tokens at the start of each prompt that are not in its text, nor in the echo's logprobs."""
     n: int = 1
     """Choices of each prompt in the response."""
     return_token_ids: bool = False

@@ -208,17 +208,17 @@ def test_chat_logprobs_by_hand() -> None:
 def test_completion_logprobs_by_hand() -> None:
     """The token itself is among the likeliest; a character begins with its first byte."""
     tokens: list[Any] = [
-        (TOK.bos, None), with_logprob(65, -3.0, (66, -0.1)), *(with_logprob(t, -1.0) for t in EURO),
+        (67, None), with_logprob(65, -3.0, (66, -0.1)), *(with_logprob(t, -1.0) for t in EURO),
         with_logprob(10, -0.2, (10, -0.2), (65, -2.0)),
     ]  # fmt: skip
-    result = logprobs.for_completion(TOK, tokens, logprobs.TextOffsets(TOK, num_hidden=1))
+    result = logprobs.for_completion(TOK, tokens, logprobs.TextOffsets(TOK))
     assert result["token_logprobs"] == [None, -3.0, -1.0, -1.0, -1.0, -0.2]
     euro = ["bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"]
-    assert result["tokens"][1:] == ["A", *euro, "\n"]
+    assert result["tokens"] == ["C", "A", *euro, "\n"]
     assert result["top_logprobs"] == [
         None, {"B": -0.1, "A": -3.0}, *({name: -1.0} for name in euro), {"\n": -0.2, "A": -2.0},
     ]  # fmt: skip
-    assert result["text_offset"] == [0, 0, 1, 1, 1, 2]
+    assert result["text_offset"] == [0, 1, 2, 2, 2, 3]
 
 
 def test_text_that_is_no_utf8_has_offsets_and_names() -> None:

@@ -414,8 +414,40 @@ def test_an_answer_fits_its_schema(client: openai.OpenAI) -> None:
         )
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_continuation_s_scores_are_the_model_s(url: str, as_text: bool) -> None:
+    """What lm-eval asks for and where it looks for a continuation, behind as many tokens as it
+    counted in the context, against a plain forward."""
+    pairs = [("the quick", " brown fox"), ("é", "!")]
+    prompts: list[Any] = ["".join(pair) for pair in pairs]
+    if not as_text:
+        prompts = [[TOK.bos, *TOK.encode(text)] for text in prompts]
+    body = {"prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+    choices = post(f"{url}/v1/completions", json=body).json()["choices"]
+    for (context, text), choice in zip(pairs, choices, strict=True):
+        token_ids = {"prompt": context, "add_special_tokens": not as_text}
+        start = post(f"{url}/tokenize", json=token_ids).json()["count"]
+        ids = [TOK.bos, *TOK.encode(context + text)]
+        first = len(ids) - len(TOK.encode(text))
+        with torch.inference_mode():
+            logs = make_model()(torch.tensor([ids]))[0].log_softmax(-1)
+        reference = logs[range(first - 1, len(ids) - 1), ids[first:]].tolist()
+        # The last one is that of the token which was generated.
+        assert choice["logprobs"]["token_logprobs"][start:-1] == pytest.approx(reference, abs=1e-4)
+        tops = choice["logprobs"]["top_logprobs"][start:-1]
+        greedy = logs[first - 1 : -1].max(-1).values.tolist()
+        assert [max(top.values()) for top in tops] == pytest.approx(greedy, abs=1e-4)
+
+
+def test_a_special_token_by_its_name(url: str) -> None:
+    """As lm-eval asks for the token before a text without a context."""
+    name = get(f"{url}/tokenizer_info").json()["bos_token"]
+    for plain, tokens in ((False, [TOK.bos]), (True, [TOK.bos, *TOK.encode(name)])):
+        body = {"prompt": name, "add_special_tokens": plain}
+        assert post(f"{url}/tokenize", json=body).json()["tokens"] == tokens
+
+
 def test_a_prompt_s_scores_are_the_model_s(client: openai.OpenAI) -> None:
-    """What lm-eval asks for, against a plain forward."""
     ids = [TOK.bos, *TOK.encode("the quick brown fox")]
     answer = client.completions.create(
         model="tiny", prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0
@@ -446,7 +478,7 @@ def test_an_echo_alone_generates_nothing(client: openai.OpenAI, url: str, stream
         tokens_with_logprobs = [
             x for c in choices if c["logprobs"] for x in c["logprobs"]["tokens"]
         ]
-        assert len(tokens_with_logprobs) == (10 if options else 0)
+        assert len(tokens_with_logprobs) == (9 if options else 0)
 
 
 def test_a_queue_that_fills_up_late_is_429(

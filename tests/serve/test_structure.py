@@ -149,12 +149,13 @@ def test_an_echo_comes_before_a_token_without_text(
     assert [x for c in chunks if c.logprobs for x in c.logprobs.text_offset] == [0, 1, 2, 3]
 
 
-def test_a_text_s_first_token_stands_for_no_text(client: openai.OpenAI) -> None:
+def test_an_echo_s_tokens_are_the_text_s(client: openai.OpenAI) -> None:
+    """Without the <|bos|> before it."""
     body = {"model": "tiny", "prompt": "AB", "echo": True, "logprobs": 0, "max_tokens": 9}
     logprobs = client.completions.create(**body).choices[0].logprobs
     assert logprobs is not None
-    assert logprobs.tokens == ["<|bos|>", "A", "B", "C", "D"]
-    assert logprobs.text_offset == [0, 0, 1, 2, 3]
+    assert logprobs.tokens == ["A", "B", "C", "D"]
+    assert logprobs.text_offset == [0, 1, 2, 3]
 
 
 def test_prompt_logprobs_in_vllm_s_form(url: str) -> None:

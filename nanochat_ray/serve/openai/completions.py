@@ -53,19 +53,17 @@ class CompletionBuilder(ResponseBuilder):
 
     def __init__(self, serving: Serving, generation: GenerationRequest, id: str):
         super().__init__(serving, generation, id)
-        self._offsets = [self._text_offsets(i) for i in range(len(self.choices))]
+        self._offsets = [TextOffsets(serving.tokenizer) for _ in self.choices]
         """Of a stream: where the next token of each choice begins."""
         self._has_prompt_ids: set[int] = set()
         """Of a stream: choices of which a chunk had the prompt's token ids."""
 
-    def _text_offsets(self, index: int) -> TextOffsets:
-        num_hidden = self.generation.num_hidden if self.generation.prefixes[index] else 0
-        return TextOffsets(self.serving.tokenizer, num_hidden)
-
     def _logprobs(self, delta: Delta, offsets: TextOffsets) -> CompletionLogprobs | None:
         if not self.generation.logprobs:
             return None
-        prompt = self._prompt_logprobs(delta) if self.generation.prefixes[delta.index] else []
+        has_echo = self.generation.prefixes[delta.index]
+        # The text's own tokens, as clients count them: lm-eval finds a continuation by its index.
+        prompt = self._prompt_logprobs(delta)[self.generation.num_hidden :] if has_echo else []
         tokenizer = self.serving.tokenizer
         return logprobs.for_completion(tokenizer, [*prompt, *delta.logprobs], offsets)
 
@@ -119,7 +117,7 @@ class CompletionBuilder(ResponseBuilder):
         result: CompletionChoice = {
             "index": index,
             "text": choice.text,
-            "logprobs": self._logprobs(delta, self._text_offsets(i)),
+            "logprobs": self._logprobs(delta, TextOffsets(self.serving.tokenizer)),
             "finish_reason": choice.finish_reason,
             "prompt_logprobs": prompt_logprobs,
         }

@@ -39,18 +39,14 @@ class TextOffsets:
     """Where tokens begin in their text, in characters. Counted by the tokens themselves: text may
     still be pending when the log-probabilities of its tokens are sent."""
 
-    def __init__(self, tokenizer: Tokenizer, num_hidden: int = 0):
-        """The first ``num_hidden`` tokens have no text."""
-        self._tokenizer, self._num_hidden, self._offset = tokenizer, num_hidden, 0
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._offset = tokenizer, 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def next(self, token: int) -> int:
         """The token's offset; the next token begins after it."""
         offset = self._offset
-        if self._num_hidden > 0:
-            self._num_hidden -= 1
-        else:
-            self._offset += len(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+        self._offset += len(self._decoder.decode(self._tokenizer.decode_bytes([token])))
         return offset
 
 
