@@ -46,6 +46,10 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
     },
     "nanochat_ray/engine/in_flight.py": {
         "statement: logprobs.fetch()  →  pass": ("logprobs.fetch()", GPU),
+        "arguments: LogprobTable(logits, token_ids, [])  →  LogprobTable(token_ids, logits, [])": (
+            "",
+            "nothing is read of a table without requests",
+        ),
     },
     "nanochat_ray/engine/loop.py": {
         "constant: 0.0  →  0.5": ("until - time.monotonic()", "half a second of a limit of 30"),
