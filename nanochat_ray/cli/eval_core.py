@@ -88,13 +88,16 @@ def _measure(
 def print_progress(label: str) -> Callable[[int, int], None]:
     """Prints the rate and the time that is left, every few seconds."""
     start = last = time.perf_counter()
+    first_count: int | None = None
 
     def show(count: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, first_count
+        if first_count is None:
+            first_count = count - 1  # a command that continues begins behind what was there
         now = time.perf_counter()
         if now - last >= PROGRESS_S:
             last = now
-            rate = count / (now - start)
+            rate = (count - first_count) / (now - start)
             seconds_left = (total - count) / rate
             text = f"{label}: {count}/{total}, {rate:.1f} a second, {seconds_left:.0f} s left"
             print(text, file=sys.stderr)

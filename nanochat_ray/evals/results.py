@@ -16,7 +16,7 @@ Z = 1.96
 """Standard deviations of a 95% confidence interval."""
 
 
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+def wilson_interval(correct: float, total: int) -> tuple[float, float]:
     """95% confidence interval of a share (Wilson, JASA 1927), which holds near 0 and 1 too."""
     share = correct / total
     scale = 1 + Z**2 / total

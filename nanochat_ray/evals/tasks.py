@@ -53,11 +53,14 @@ class TaskScore:
 
     def interval(self) -> tuple[float, float]:
         """95% confidence interval of the accuracy. The answers of one question are not independent,
-        so with several the spread is that of the questions."""
+        so with several the spread is that of the questions; if all are alike, Wilson's interval of
+        as many single answers."""
         if self.samples == 1:
             return wilson_interval(self.correct, self.total)
         mean = self.accuracy
         squares = sum((c / self.samples - mean) ** 2 for c in self.num_right)
+        if not squares:
+            return wilson_interval(mean * self.total, self.total)
         spread = Z * math.sqrt(squares / max(self.total - 1, 1) / self.total)
         return max(0.0, mean - spread), min(1.0, mean + spread)
 

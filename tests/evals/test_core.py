@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nanochat_ray.cli import eval as job
+from nanochat_ray.cli import eval_core
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.request import TokenLogprob
 from nanochat_ray.evals import core, core_data
@@ -315,3 +316,15 @@ def test_the_tasks_are_those_of_core() -> None:
         },
     }
     assert len({task.label for task in core_data.TASKS}) == 22
+
+
+def test_the_rate_leaves_out_what_was_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that continues behind 100 answers gives the 101st after 5 s, the 120th after 10."""
+    times = iter((0.0, 5.0, 10.0))
+    monkeypatch.setattr(eval_core.time, "perf_counter", lambda: next(times))
+    show = eval_core.print_progress("x")
+    show(101, 200)
+    show(120, 200)
+    assert capsys.readouterr().err == "x: 120/200, 2.0 a second, 40 s left\n"

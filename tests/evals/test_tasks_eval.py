@@ -102,6 +102,8 @@ def test_pass_at_k_by_hand() -> None:
     # The standard deviation of (1/4, 1/2, 3/4) is 1/4, and 1.96 / 4 / sqrt(3) is 0.2829.
     interval = TaskScore("x", [1, 2, 3], 4, []).interval()
     assert interval == pytest.approx((0.5 - 0.2829, 0.5 + 0.2829), abs=1e-4)
+    # None of 10 questions: 1.96² / (10 + 1.96²).
+    assert TaskScore("x", [0] * 10, 4, []).interval() == pytest.approx((0, 0.27754), abs=1e-5)
 
 
 def test_samples_differ_and_are_repeatable() -> None:
