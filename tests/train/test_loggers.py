@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from nanochat_ray.train.hooks import Hooks
-from nanochat_ray.train.loggers import ProgressPrinter, finite_metrics, progress_line, should_log
+from nanochat_ray.train.loggers import (
+    ProgressPrinter,
+    TensorBoardLogger,
+    finite_metrics,
+    progress_line,
+    should_log,
+)
 
 STEP: dict[str, Any] = {
     "kind": "train",
@@ -107,6 +113,30 @@ def test_one_step_in_every_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 def test_finite_numbers_are_metrics() -> None:
     record = {"kind": "eval", "step": 3, "steps": 9, "time": 1.0, "a": 2, "b": math.inf, "c": "x"}
     assert finite_metrics(record) == {"eval/a": 2.0}
+
+
+def test_tensorboard_gets_names_values_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorboard = pytest.importorskip("tensorboardX")
+    calls: list[tuple[Any, ...]] = []
+
+    class Writer:
+        def __init__(self, folder: str):
+            calls.append((folder,))
+
+        def add_scalar(self, *args: Any) -> None:
+            calls.append(args)
+
+        add_text = add_scalar
+
+        def close(self) -> None:
+            calls.append(())
+
+    monkeypatch.setattr(tensorboard, "SummaryWriter", Writer)
+    logger = TensorBoardLogger("board/run")
+    logger.on_record({"kind": "eval", "step": 3, "val_loss": 2.5})
+    logger.on_record({"kind": "sample", "step": 4, "prompt": "a", "text": "b"})
+    logger.close()
+    assert calls == [("board/run",), ("eval/val_loss", 2.5, 3), ("a", "b", 4), ()]
 
 
 def test_hooks_want_nothing_by_default() -> None:
