@@ -172,3 +172,8 @@ def test_weak_model_outputs_are_valid_json() -> None:
         ids = tokens(outputs)
         value = json.loads(TOK.decode(ids[:-1] if outputs[-1].last_token_is_stop else ids))
         jsonschema.validate(value, {**schema, "additionalProperties": False})
+
+
+def test_bounds_are_no_less_than_the_least() -> None:
+    assert bound_schema({"type": "array", "minItems": 100})["maxItems"] == 100
+    assert bound_schema({"type": "string", "minLength": 300})["maxLength"] == 300

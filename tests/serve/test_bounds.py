@@ -133,3 +133,15 @@ def test_fields_that_are_not_supported(field: str, neutral: Any, other: Any) -> 
         model.model_validate({**body, field: neutral})
         with pytest.raises(ValidationError, match=f"{field} is not supported"):
             model.model_validate({**body, field: other})
+
+
+def test_structured_outputs_have_one_kind() -> None:
+    def grammar(**fields: Any) -> Any:
+        body = {"prompt": "x", "structured_outputs": fields}
+        return CompletionRequest.model_validate(body).grammar
+
+    assert grammar(json_object=True) == {"json_object": True}
+    assert grammar(json_object=False, regex="a") == {"regex": "a"}
+    for fields in ({}, {"json_object": False}, {"json_object": True, "regex": "a"}):
+        with pytest.raises(ValidationError, match="structured_outputs needs one of"):
+            grammar(**fields)
