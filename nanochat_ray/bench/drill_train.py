@@ -179,7 +179,7 @@ def disturb(args: Args, command: Command, part: str, rng: random.Random) -> Roun
         time.sleep(args.outage_s)
         subprocess.run(args.mend_command, shell=True, check=True)
     else:
-        _kill_one(command, part, rng)
+        _kill_one(command, part, rng, start + args.recover_s)
         if args.mend_command:
             subprocess.run(args.mend_command, shell=True, check=True)
     if _await_checkpoint(command, counts.checkpoint, start + args.recover_s, again=True):
@@ -188,9 +188,12 @@ def disturb(args: Args, command: Command, part: str, rng: random.Random) -> Roun
     return counts
 
 
-def _kill_one(command: Command, part: str, rng: random.Random) -> None:
-    processes = command.processes(part)
-    require(bool(processes), "parts", part, "the run has no such process on this host")
+def _kill_one(command: Command, part: str, rng: random.Random, deadline: float) -> None:
+    """Waits for a process of the part: the run may still be starting again."""
+    while not (processes := command.processes(part)):
+        requirement = "the run has no such process on this host"
+        require(time.monotonic() < deadline, "parts", part, requirement)
+        time.sleep(POLL_S)
     rng.choice(processes).kill()
 
 
