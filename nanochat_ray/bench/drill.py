@@ -75,7 +75,7 @@ class Args:
     tokens: int = 200
     """Of each answer."""
     recover_s: float = 120.0
-    """How long the endpoint may take to answer again, and the part to be replaced."""
+    """Seconds until the endpoint must answer. Also until the part must be replaced."""
     session: str = ""
     """Name of the Ray session, where this host has several clusters."""
     seed: int = 0

@@ -30,10 +30,9 @@ from nanochat_ray.data import corpus, sources
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.evals.core_data import MAX_SHOTS
 from nanochat_ray.evals.results import Results
-from nanochat_ray.evals.tasks import MAX_TOKENS
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.tasks.registry import make_task
-from nanochat_ray.tasks.task import Task
+from nanochat_ray.tasks.task import MAX_ANSWER_TOKENS, Task
 from nanochat_ray.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class Args:
     """Questions of each task, none of them trained on. Fewer where a task has fewer."""
     samples: int = 1
     """Answers to each question; of k of them also pass@k."""
-    max_tokens: int = MAX_TOKENS
+    max_tokens: int = MAX_ANSWER_TOKENS
     """Of an answer; nanochat takes 512 for gsm8k."""
     temperature: float | None = None
     """Of the answers; by default 0, greedy, for one answer, and 1 for several."""

@@ -76,8 +76,8 @@ class Args:
     engines: int = 0
     """Ray: engines that sample, each an actor; 0: 1 with --gpus, else one for each core up to 4."""
     endpoint: str = ""
-    """Ray: a Serve application, such as nanochat, that of nanochat-ray serve. Its replicas sample
-    in the time that users leave, in place of --engines; what they serve does not change."""
+    """Ray: a Serve application whose replicas sample. They do so in the time that users leave, in
+    place of --engines; what they serve does not change. nanochat-ray serve starts "nanochat"."""
     workers: int = 1
     """Ray: processes that train, data-parallel."""
     threads: int = 0

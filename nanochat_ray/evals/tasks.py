@@ -11,12 +11,9 @@ from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.offline import run_requests
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.evals.results import Z, wilson_interval
-from nanochat_ray.tasks.task import Task
+from nanochat_ray.tasks.task import MAX_ANSWER_TOKENS, Task
 from nanochat_ray.text.chat import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
-
-MAX_TOKENS = 128
-"""Of an answer."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def evaluate(
     samples: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = MAX_ANSWER_TOKENS,
     previous_answers: Mapping[str, str] | None = None,
     on_answer: Callable[[str, str], None] = lambda request_id, text: None,
     progress: Callable[[int, int], None] = lambda num_answered, total: None,

@@ -37,6 +37,8 @@ TaskFactory = Callable[..., Task]
 """(split, at most how many examples, seed, and options by keyword) → task. None is all, or
 ``DEFAULT_SIZE`` of a task that generates its examples."""
 DEFAULT_SIZE = 1000
+MAX_ANSWER_TOKENS = 128
+"""Where an evaluation cuts an answer, by default."""
 
 
 def calculator_turn(expression: str, result: str, text: str) -> list[Message]:

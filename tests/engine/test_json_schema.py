@@ -177,3 +177,13 @@ def test_weak_model_outputs_are_valid_json() -> None:
 def test_bounds_are_no_less_than_the_least() -> None:
     assert bound_schema({"type": "array", "minItems": 100})["maxItems"] == 100
     assert bound_schema({"type": "string", "minLength": 300})["maxLength"] == 300
+
+
+def test_objects_in_each_place_of_a_tuple_are_closed() -> None:
+    pet = {"type": "object", "properties": {"name": {"type": "string"}}}
+    for key in ("prefixItems", "items"):
+        (first,) = bound_schema({"type": "array", key: [pet]})[key]
+        assert first["additionalProperties"] is False
+        # Also by a reference, which an open place would leave open.
+        schema = {"$defs": {"Pet": pet}, "type": "array", key: [{"$ref": "#/$defs/Pet"}]}
+        assert bound_schema(schema)["$defs"]["Pet"]["additionalProperties"] is False
