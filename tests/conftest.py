@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,9 @@ os.environ["AWS_ACCESS_KEY_ID"] = S3_KEYS["accessKey"]
 os.environ["AWS_SECRET_ACCESS_KEY"] = S3_KEYS["secretKey"]
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts jobs in the background so, and processes that the tests interrupt inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 from torch import Tensor
 
 from nanochat_ray.engine.config import EngineConfig
@@ -44,8 +44,8 @@ class RemoteEngine(Protocol):
         """``RolloutEngine.generate``; one of LOST if the engine dies."""
         ...
 
-    def wait_until_ready(self) -> None:
-        """One of LOST if it has died again."""
+    def is_ready(self) -> bool:
+        """Whether it answers within ``POLL_S``."""
         ...
 
 
@@ -59,8 +59,12 @@ class ActorEngine:
         rollouts: list[Any] = ray.get(self.actor.generate.remote(version, weights, requests))
         return rollouts
 
-    def wait_until_ready(self) -> None:
-        ray.get(self.actor.ping.remote())
+    def is_ready(self) -> bool:
+        try:
+            ray.get(self.actor.ping.remote(), timeout=POLL_S)
+        except (*LOST, GetTimeoutError):
+            return False
+        return True
 
 
 class EndpointEngine:
@@ -73,17 +77,20 @@ class EndpointEngine:
 
     def generate(self, version: int, weights: Sequence[Any], requests: Sequence[Any]) -> list[Any]:
         call = self._handle.generate_rollouts.remote(*self._run, version, weights, requests)
-        return self._result(call)
 
-    def wait_until_ready(self) -> None:
-        self._result(self._handle.status.remote())
-
-    def _result(self, call: Any) -> Any:
         while True:
             try:
-                return call.result(timeout_s=10 * POLL_S)
+                rollouts: list[Any] = call.result(timeout_s=10 * POLL_S)
+                return rollouts
             except TimeoutError:  # rollouts may wait for users for as long as they like
                 num_replicas(self.application)
+
+    def is_ready(self) -> bool:
+        try:
+            self._handle.status.remote().result(timeout_s=POLL_S)
+        except (*LOST, TimeoutError):
+            return False
+        return True
 
 
 def num_replicas(application: str) -> int:
@@ -108,8 +115,8 @@ class Fleet:
         self._idle: queue.SimpleQueue[RemoteEngine] = queue.SimpleQueue()
         for engine in engines:
             self._idle.put(engine)
-        self._times_of_death: dict[int, float] = {}
-        """Of engines that have not come back, by their id."""
+        self._times_of_death: dict[RemoteEngine, float] = {}
+        """Of engines that have not come back."""
         self._version = -1
         self._weights: Any = None
         self.num_lost_engines = 0
@@ -122,8 +129,16 @@ class Fleet:
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         size = max(1, -(-len(requests) // (CHUNKS_PER_ENGINE * len(self._engines))))
         chunks = [requests[first : first + size] for first in range(0, len(requests), size)]
-        with ThreadPoolExecutor(len(self._engines), "rollouts") as pool:
-            return [rollout for part in pool.map(self._run, chunks) for rollout in part]
+        # Not longer than this call: a thread of its own would start a Ray when there is none.
+        end = threading.Event()
+        reviver = threading.Thread(target=self._revive, args=(end,), name="reviver")
+        reviver.start()
+        try:
+            with ThreadPoolExecutor(len(self._engines), "rollouts") as pool:
+                return [rollout for part in pool.map(self._run, chunks) for rollout in part]
+        finally:
+            end.set()
+            reviver.join()
 
     def _run(self, requests: Sequence[Request]) -> list[Rollout]:
         wires = [request.to_wire() for request in requests]
@@ -133,8 +148,7 @@ class Fleet:
                 answers = engine.generate(self._version, [self._weights], wires)
             except LOST:
                 self.num_lost_engines += 1
-                self._times_of_death[id(engine)] = time.monotonic()
-                threading.Thread(target=self._revive, args=(engine,), daemon=True).start()
+                self._times_of_death[engine] = time.monotonic()
                 continue
             self._idle.put(engine)
             rollouts = [Rollout.from_wire(wire) for wire in answers]
@@ -155,15 +169,13 @@ class Fleet:
                         f"within {RESTART_DEADLINE_S:.0f} s"
                     ) from None
 
-    def _revive(self, engine: RemoteEngine) -> None:
-        while True:
-            try:
-                engine.wait_until_ready()
-                break
-            except LOST:
-                time.sleep(0.2)  # not once more at once: the machine may be gone
-        del self._times_of_death[id(engine)]
-        self._idle.put(engine)
+    def _revive(self, end: threading.Event) -> None:
+        """Until ``end``, gives engines that are back their turns again."""
+        while not end.wait(POLL_S / 5):
+            for engine in list(self._times_of_death):
+                if engine.is_ready():
+                    del self._times_of_death[engine]
+                    self._idle.put(engine)
 
 
 def start_engines(

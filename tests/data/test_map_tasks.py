@@ -94,7 +94,7 @@ def test_interrupted_workers_print_nothing(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         textwrap.dedent("""
-        import pathlib, signal, sys, time
+        import pathlib, sys, time
         from nanochat_ray import container
         from nanochat_ray.data import map_tasks
 
@@ -106,8 +106,6 @@ def test_interrupted_workers_print_nothing(tmp_path: Path) -> None:
 
         if __name__ == "__main__":
             container.cores = lambda: 2
-            # A job in a shell's background ignores SIGINT, and so do the tests that it runs.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 list(map_tasks.map_in_processes(sys.argv[1:] * 100, work))
             except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +25,8 @@ class Engine:
             raise EngineStoppedError("gone")
         return [[[int(wire["id"])], [0.0], "stop", version] for wire in requests]
 
-    def wait_until_ready(self) -> None:
-        if not self.comes_back:
-            raise EngineStoppedError("gone")
+    def is_ready(self) -> bool:
+        return self.comes_back
 
 
 def answers(fleet: Fleet, count: int) -> list[int]:
@@ -35,9 +35,8 @@ def answers(fleet: Fleet, count: int) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rl, "POLL_S", 0.01)
-    monkeypatch.setattr(rl.time, "sleep", lambda seconds: None)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
@@ -50,7 +49,11 @@ def test_other_engines_take_the_requests() -> None:
     fleet = Fleet([dead, alive])
     assert answers(fleet, 9) == list(range(9))
     assert (dead.num_calls, alive.num_calls, fleet.num_lost_engines) == (1, 3, 1)
-    dead.comes_back = True
+    assert "reviver" not in [thread.name for thread in threading.enumerate()]
+    # In a later call it is back.
+    dead.num_failures, dead.comes_back = 0, True
+    alive.num_failures = 99
+    assert answers(fleet, 9) == list(range(9))
 
 
 def test_an_engine_that_comes_back_continues() -> None:
@@ -64,5 +67,3 @@ def test_a_fleet_without_engines_gives_up(monkeypatch: pytest.MonkeyPatch) -> No
     engines = [Engine(1, comes_back=False), Engine(1, comes_back=False)]
     with pytest.raises(RuntimeError, match="all 2 rollout engines have died"):
         answers(Fleet(engines), 4)
-    for engine in engines:
-        engine.comes_back = True
