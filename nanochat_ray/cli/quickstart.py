@@ -29,10 +29,10 @@ from nanochat_ray.storage import Store, absolute, default_root
 PROMISE_S = 690
 """Seconds that all of it may take on a CPU, before the answers: the promise is 12 minutes."""
 MOST_MINUTES, SFT_MINUTES = 5.2, 2.0
-REST = 4
+REST = 5
 """What else there is to do takes this many times as long as preparing the text, on a fast and on a
 slow machine."""
-RL_STEPS, RL_REST = 40, 4
+RL_STEPS, RL_REST = 40, 5
 """Steps of reinforcement learning, and the same ratio for them."""
 QUESTIONS = ("Who are you?", "What is 47 + 38 - 9?")
 
