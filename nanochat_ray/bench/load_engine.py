@@ -11,6 +11,7 @@ from nanochat_ray.bench.load import Prompt, Result
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.loading import engine_from_run
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
@@ -53,7 +54,7 @@ def is_trained(run: Store) -> bool:
 
 def make_engine(run: Store, threads: int, config: EngineConfig) -> Engine:
     torch.set_num_threads(threads)
-    engine, _ = Engine.from_run(run, config)
+    engine, _ = engine_from_run(run, config)
     return engine
 
 

@@ -97,7 +97,7 @@ def serve_here(config: ServeConfig, args: Args) -> None:
     """The same API over an engine in this process, until Ctrl-C."""
     import torch
 
-    from nanochat_ray.engine.engine import Engine
+    from nanochat_ray.engine.loading import engine_from_run
     from nanochat_ray.machine import engine_threads, run_in_temporary_thread
     from nanochat_ray.serve import access, hosts, http_server
     from nanochat_ray.serve.app import build_app
@@ -112,7 +112,7 @@ def serve_here(config: ServeConfig, args: Args) -> None:
     def load() -> tuple[Engine, Tokenizer]:
         torch.set_num_threads(config.threads or engine_threads(sharing=1))
         device = "cuda" if config.gpus else "cpu"
-        return Engine.from_run(run, config.engine, checkpoint_name, device)
+        return engine_from_run(run, config.engine, checkpoint_name, device)
 
     http_server.bind(args.host, args.port).close()  # before the model is loaded
     engine, tokenizer = run_in_temporary_thread(load)

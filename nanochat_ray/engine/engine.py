@@ -16,13 +16,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.acceptance import accept_tokens, append_token
 from nanochat_ray.engine.admission import Admitter
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.in_flight import ForwardOutput, InFlightStep, sample
-from nanochat_ray.engine.precision import checkpoint_dtype
 from nanochat_ray.engine.prefill_cost import PrefillCostModel
 from nanochat_ray.engine.queue_time import QueueTime
 from nanochat_ray.engine.request import Request, RequestOutput, TokenLogprob
@@ -32,7 +30,6 @@ from nanochat_ray.engine.scheduler import ScheduledChunk, Scheduler
 from nanochat_ray.engine.sequence import Sequence
 from nanochat_ray.engine.stats import Stats
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.text.tools import Tool, calculator_tool
 
@@ -106,31 +103,6 @@ class Engine:
     ) -> Self:
         """An engine with the calculator and with grammars."""
         return cls(model, config, calculator_tool(tokenizer), tokenizer.byte_table(), device)
-
-    @classmethod
-    def from_run(
-        cls,
-        run: Store,
-        config: EngineConfig,
-        checkpoint_name: str = "",
-        device: str | torch.device = "cpu",
-        tokenizer_fingerprint: str = "",
-    ) -> tuple[Self, Tokenizer]:
-        """An engine for a checkpoint of a run, the latest by default, and its tokenizer.
-
-        ValueError if there is no such checkpoint, or if ``tokenizer_fingerprint`` is set and is not
-        that of its tokenizer. Threads that torch starts here end with the calling thread: see
-        ``machine.run_in_temporary_thread``.
-        """
-        name = checkpoint.resolve(run, checkpoint_name)
-        dtype = checkpoint_dtype(config.precision)
-        # To the CPU: the memory of a GPU is for the engine's copy of the weights and its KV cache.
-        model, tokenizer = checkpoint.load_model(run, name, dtype=dtype)
-        if tokenizer_fingerprint not in ("", tokenizer.fingerprint):
-            raise ValueError(f"checkpoint={name!r} has another tokenizer than the one in use")
-        engine = cls.from_model(model, tokenizer, config, device)
-        engine.weight_version = checkpoint.weight_version(run, name)
-        return engine, tokenizer
 
     @property
     def has_work(self) -> bool:

@@ -1,6 +1,6 @@
 """An engine in this process behind the client's interface: for tests, notebooks and plain uvicorn.
 
-    engine, tokenizer = Engine.from_run(run, EngineConfig())
+    engine, tokenizer = engine_from_run(run, EngineConfig())
     client = LocalClient(engine)
     uvicorn.run(build_app(client, tokenizer, "my-model", client.max_model_len))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,33 @@ from nanochat_ray.storage import Store
 
 STEPS = 20
 PROGRAM = f"""
-import os, sys, time
+import os, signal, sys
 run, flags = os.path.join(sys.argv[2], "runs", sys.argv[4]), sys.argv[5:]
 os.makedirs(run, exist_ok=True)
 with open(run + ".starts", "a+") as starts:
     starts.write("x")
     starts.seek(0)
     num_kills = len(starts.read()) - 1
-step, is_last = len(os.listdir(run)), False
-while not is_last:
-    step += 1
-    is_disturbed = not run.endswith("-undisturbed") and flags[:1] == ["kills"]
-    is_last = step >= {STEPS} and (not is_disturbed or num_kills == int(flags[1]))
-    is_last = is_last and (flags[:1] != ["until"] or os.path.exists(flags[1]))
-    time.sleep(0.02)
-    os.makedirs(os.path.join(run, f"step-{{step:06d}}"), exist_ok=True)
-    open(os.path.join(run, f"step-{{step:06d}}", "manifest.json"), "w").close()
-    if flags == ["fail"]:
-        sys.exit("no more steps")
+
+def save():
+    name = f"step-{{len(os.listdir(run)) + 1:06d}}"
+    os.makedirs(os.path.join(run, name))
+    open(os.path.join(run, name, "manifest.json"), "w").close()
+
+save()
+if flags == ["fail"]:
+    sys.exit("no more steps")
+while len(os.listdir(run)) < {STEPS}:
+    save()
+if not run.endswith("-undisturbed"):
+    if flags[:1] == ["kills"] and num_kills < int(flags[1]):
+        signal.pause()
+    if flags[:1] == ["until"]:
+        open(flags[1]).read()
+        save()
 """
-"""Ends after so many steps; if its flags say so, not before a number of kills, nor until a file
-exists."""
+"""Ends after so many steps; if its flags say so, not before a number of kills, nor until something
+is written to a named pipe."""
 
 
 @pytest.fixture(autouse=True)
@@ -66,12 +73,13 @@ def test_a_killed_driver_is_started_again(tmp_path: Path) -> None:
 
 def test_an_outage_is_two_commands(tmp_path: Path) -> None:
     commands = {name: f"date +%s.%N > {tmp_path}/{name}" for name in ("break", "mend")}
+    os.mkfifo(tmp_path / "pipe")
     args = arguments(
         tmp_path,
-        train=f"until {tmp_path}/mend",
+        train=f"until {tmp_path}/pipe",
         parts=("outage",),
         break_command=commands["break"],
-        mend_command=commands["mend"],
+        mend_command=f"{commands['mend']}; echo > {tmp_path}/pipe",
         outage_s=0.1,
     )
     (counts,) = drill_train.drill_run(args, tmp_path)

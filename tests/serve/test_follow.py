@@ -21,7 +21,7 @@ from nanochat_ray.checkpoint.follow import (
 )
 from nanochat_ray.cli import rollback
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.loading import engine_from_run
 from nanochat_ray.serve import follow
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.follow import Follower
@@ -45,7 +45,7 @@ def run(root: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 @pytest.fixture
 def url(run: Store) -> Iterator[str]:
-    engine, tokenizer = Engine.from_run(run, CONFIG)
+    engine, tokenizer = engine_from_run(run, CONFIG)
     client = LocalClient(engine)
 
     def roll(new: Any) -> None:
@@ -63,7 +63,7 @@ def url(run: Store) -> Iterator[str]:
 
 def answer(run: Store, name: str) -> str:
     """Of an engine that has served no other checkpoint."""
-    engine, tokenizer = Engine.from_run(run, CONFIG, name)
+    engine, tokenizer = engine_from_run(run, CONFIG, name)
     client = LocalClient(engine)
     with serving(build_app(client, tokenizer, "r", client.max_model_len)) as url:
         text: str = post(f"{url}/v1/completions", json=BODY).json()["choices"][0]["text"]

@@ -10,11 +10,11 @@ import pytest
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.loading import engine_from_run
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.local import LocalClient
 from nanochat_ray.storage import Store
-from tests.engine.test_from_run import write_run
+from tests.engine.test_loading import write_run
 from tests.serve.serving import get, post, serving
 
 ENDPOINTS = {
@@ -30,7 +30,7 @@ def version_and_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
     write_run(run)
     manifest = json.loads((folder / "step-000000" / "manifest.json").read_text())
     digest = manifest["files"]["weights.msgpack"]["sha256"]
-    engine, tokenizer = Engine.from_run(run, EngineConfig(max_num_seqs=2))
+    engine, tokenizer = engine_from_run(run, EngineConfig(max_num_seqs=2))
     client = LocalClient(engine)
     with serving(build_app(client, tokenizer, "tiny", client.max_model_len)) as url:
         yield f"step-000000-{digest[:8]}", url

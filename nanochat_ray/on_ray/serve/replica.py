@@ -24,7 +24,7 @@ from nanochat_ray.checkpoint.checkpoint import load, load_config, weight_version
 from nanochat_ray.checkpoint.lease import Lease
 from nanochat_ray.config import from_json
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.loading import engine_from_run
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import (
     EngineFull,
@@ -206,7 +206,7 @@ class EngineReplica:
         torch.set_num_threads(self.threads or engine_threads(self.sharing))
         # A replica that cannot start is started again at once, which costs a core.
         engine, tokenizer = retry(
-            lambda: Engine.from_run(self.run, self.config, name, self.device, self.tokenizer),
+            lambda: engine_from_run(self.run, self.config, name, self.device, self.tokenizer),
             f"checkpoint {name}",
         )
         self.tokenizer = tokenizer.fingerprint

@@ -12,7 +12,7 @@ import pytest
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import to_json
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.loading import engine_from_run
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.on_ray.serve.client import RayEngineClient
 from nanochat_ray.on_ray.serve.follow import FollowDeployment
@@ -99,7 +99,7 @@ async def generate(client: RayEngineClient, id: str) -> tuple[str, list[int]]:
 
 
 def reference(root: Store, name: str) -> list[int]:
-    engine, _ = Engine.from_run(root.child("runs", "tiny"), ENGINE, name)
+    engine, _ = engine_from_run(root.child("runs", "tiny"), ENGINE, name)
     return answer(engine, Request(id="r", prompt=PROMPT, params=PARAMS))
 
 

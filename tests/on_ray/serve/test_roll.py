@@ -16,7 +16,7 @@ from ray import serve
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import to_json
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.loading import engine_from_run
 from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.on_ray.serve.deployment import build
 from nanochat_ray.serve.app import build_app
@@ -80,7 +80,7 @@ def stream(url: str) -> tuple[str, str]:
 
 def reference(run: Store, name: str) -> str:
     """The text of an engine that has served no other checkpoint."""
-    engine, tokenizer = Engine.from_run(run, ENGINE, name)
+    engine, tokenizer = engine_from_run(run, ENGINE, name)
     client = LocalClient(engine)
     with serving(build_app(client, tokenizer, "tiny", client.max_model_len)) as url:
         text = stream(url)[1]

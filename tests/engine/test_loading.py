@@ -1,4 +1,4 @@
-"""``Engine.from_run``, and the example in the engine's README."""
+"""``engine_from_run``, and the example in the engine's README."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import nanochat_ray
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.loading import engine_from_run
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
@@ -41,11 +41,11 @@ def write_run(run: Store, steps: int = 1) -> list[GPT]:
     return models
 
 
-def test_from_run_opens_latest_or_named_checkpoint(tmp_path: Path) -> None:
+def test_latest_or_named_checkpoint(tmp_path: Path) -> None:
     run = Store.at(str(tmp_path))
     models = write_run(run, steps=2)
     for name, model in (("", models[1]), ("step-000000", models[0]), ("step-000001", models[1])):
-        engine, tokenizer = Engine.from_run(run, EngineConfig(max_num_seqs=2), name)
+        engine, tokenizer = engine_from_run(run, EngineConfig(max_num_seqs=2), name)
         assert tokenizer.fingerprint == TOKENIZER.fingerprint
         request = Request(
             id="r", prompt=[1, 2], params=SamplingParams(max_tokens=8, temperature=0.0)
@@ -59,9 +59,9 @@ def test_from_run_opens_latest_or_named_checkpoint(tmp_path: Path) -> None:
 def test_another_tokenizer_is_rejected(tmp_path: Path) -> None:
     run = Store.at(str(tmp_path))
     write_run(run)
-    Engine.from_run(run, EngineConfig(), tokenizer_fingerprint=TOKENIZER.fingerprint)
+    engine_from_run(run, EngineConfig(), tokenizer_fingerprint=TOKENIZER.fingerprint)
     with pytest.raises(ValueError, match=r"checkpoint='step-000000' has another tokenizer"):
-        Engine.from_run(run, EngineConfig(), tokenizer_fingerprint="0" * 64)
+        engine_from_run(run, EngineConfig(), tokenizer_fingerprint="0" * 64)
 
 
 def test_readme_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
