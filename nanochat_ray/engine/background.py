@@ -50,7 +50,10 @@ class Job:
     def end(self, error: BaseException) -> None:
         if self._is_wanted():
             self.result.set_exception(error)
-        self._steps.close()
+        try:
+            self._steps.close()
+        except BaseException:
+            logger.exception("a background job did not end cleanly")
 
 
 class Background:

@@ -136,7 +136,7 @@ class StepGraphs:
         """Decodes, prompts and rows of logits of a graph, at most."""
         if not has_prompts:
             return num_tokens, 0, num_tokens
-        num_decodes = min(num_tokens, self._limits.max_num_seqs)
+        num_decodes = min(num_tokens, self._limits.max_decodes)
         return num_decodes, MIXED_PROMPTS, min(num_tokens, num_decodes + MIXED_PROMPTS)
 
     def _example(self, has_prompts: bool, num_tokens: int) -> tuple[list[Tensor], int]:

@@ -67,7 +67,7 @@ class Engine:
             config.max_num_seqs, self.vocab_size, self.runner.device, self.runner.native
         )
         if self.runner.graphs is not None:
-            self.runner.graphs.record(self._sampling.plain_sampler())
+            self.runner.graphs.record(self._sampling.plain_sampler)
         self.scheduler = Scheduler(
             kv_cache=self.runner.kv_manager,
             num_slots=config.max_num_seqs,

@@ -72,11 +72,10 @@ class EngineLoop:
         self._requests: dict[str, ExpectedWait | None] = {}
         """By id, until the last output; with what is expected until the first, if it must wait."""
         self._background = Background(engine.config.background_share)
-        self._is_in_background = False
         self._swap: WeightSwap | None = None
         """While it waits, requests stay in the inbox unless they need the old weights."""
         self._version = engine.weight_version
-        self._clock = StepClock()
+        self._clock, self._job_clock = StepClock(), StepClock()
         self._stopping = self._dropping = False
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -102,8 +101,8 @@ class EngineLoop:
     def is_hung(self, limit_s: float) -> bool:
         """Whether a step takes longer than ``limit_s`` and than a sound one may (``StepClock``)."""
         # Any step of a job may compile a kernel.
-        num_tokens = sys.maxsize if self._is_in_background else self._engine.num_step_tokens
-        return self._clock.is_hung(limit_s, num_tokens)
+        is_job_hung = self._job_clock.is_hung(limit_s, sys.maxsize)
+        return is_job_hung or self._clock.is_hung(limit_s, self._engine.num_step_tokens)
 
     def swap_weights(
         self, weights: Mapping[str, Tensor], version: str, drain_s: float
@@ -243,6 +242,7 @@ class EngineLoop:
                 failures = 0
             except BaseException as error:  # a panic in Rust is not an Exception
                 logger.exception("a step of the engine failed")
+                self._clock.cancel()
                 failures += 1
                 outputs = self._fail(f"{type(error).__name__}: {error}")
                 if failures >= MAX_FAILURES:
@@ -253,11 +253,9 @@ class EngineLoop:
                 self._end_others()
                 return
             if self._background.has_jobs:
-                self._clock.begin()
-                self._is_in_background = True
+                self._job_clock.begin()
                 self._background.take_turn(self._engine.scheduler)
-                self._is_in_background = False
-                self._clock.end(0)
+                self._job_clock.end(0)
         self._end_others()
         self._engine.reset()
         with self._condition:
@@ -306,9 +304,9 @@ class EngineLoop:
         """Ends the swap and the background jobs that the loop will not do."""
         with self._condition:
             swap, self._swap = self._swap, None
-        self._background.end(EngineStoppedError("the engine has ended"))
         if swap is not None:
             swap.completion.set_exception(RuntimeError("the engine has ended"))
+        self._background.end(EngineStoppedError("the engine has ended"))
 
     def _apply(
         self, inbox: list[tuple[Request, Future[Any] | None]], aborts: list[str]

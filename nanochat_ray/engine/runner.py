@@ -108,7 +108,7 @@ class Runner:
 
     def _run_eagerly(self, step: StepInputs, previous_step_ids: Tensor | None) -> Tensor:
         count, indices = len(step.token_ids), step.logits_indices
-        num_tokens = self.cache.prepare(step.spans)
+        num_tokens = self.cache.prepare(step.spans_S4)
         table = np.zeros((2, num_tokens), dtype=np.int64)
         table[0, :count], table[1, :count] = step.token_ids, step.previous_ids
         tokens_2N = send(torch.from_numpy(table), self.device)

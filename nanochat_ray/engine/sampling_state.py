@@ -38,6 +38,10 @@ class SamplingState:
         self._top_k = np.zeros(slots + 1, dtype=np.int64)
         """``top_k`` of slots that use it, else 0; on the host."""
         self._native = None if native is None else NativeSampler(native.library, self._parameters)
+        self.plain_sampler = self._make_plain_sampler()
+        """What ``choose`` does for slots that ``adjusts`` is false of, without the host: tokens
+        int64 ``[R]`` of logits ``[R, V]``, slots and positions int64 ``[R]`` on the device. Slot
+        ``slots`` is greedy. None where there is no kernel for it."""
 
     @property
     def counts_tokens(self) -> bool:
@@ -48,10 +52,7 @@ class SamplingState:
         """Whether a request in these slots changes logits: by penalties, bias or bans."""
         return bool((self._features[list(slots)] & (PENALTY | BIAS | BAN)).any())
 
-    def plain_sampler(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-        """What ``choose`` does for slots that ``adjusts`` is false of, without the host: tokens
-        int64 ``[R]`` of logits ``[R, V]``, slots and positions int64 ``[R]`` on the device. Slot
-        ``slots`` is greedy. None where there is no kernel for it."""
+    def _make_plain_sampler(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         if not use_triton(self.device):
             return None
         from nanochat_ray.engine import triton_sampler
@@ -142,9 +143,8 @@ class SamplingState:
         if not features:
             return sampler.greedy(logits)
         positions_S = self._ids(list(positions))
-        plain = self.plain_sampler() if features & sampler.SAMPLED else None
-        if plain is not None:
-            return plain(logits, self._ids(list(slots)), positions_S)
+        if self.plain_sampler is not None and features & sampler.SAMPLED:
+            return self.plain_sampler(logits, self._ids(list(slots)), positions_S)
         return sampler.choose(logits, self._rows(slots), positions_S, features)
 
     def distribution(

@@ -12,7 +12,7 @@ prompt, or compile a kernel."""
 
 
 class StepClock:
-    """Times the steps of one engine. One thread calls ``begin`` and ``end``, any ``is_hung``."""
+    """Times the steps of one engine. One thread begins and ends them, any calls ``is_hung``."""
 
     def __init__(self) -> None:
         self._start: float | None = None
@@ -27,6 +27,10 @@ class StepClock:
         if self._start is not None:
             self._longest = max(self._longest, time.monotonic() - self._start)
         self._most_tokens = max(self._most_tokens, num_tokens)
+        self._start = None
+
+    def cancel(self) -> None:
+        """The step has failed: its time says nothing of others."""
         self._start = None
 
     def is_hung(self, limit_s: float, num_tokens: int) -> bool:

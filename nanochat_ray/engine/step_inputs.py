@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.scheduler import ScheduledChunk
 from nanochat_ray.engine.sequence import PLACEHOLDER
 
@@ -45,14 +44,8 @@ class StepInputs:
         for chunk in chunks[len(plain) :]:
             self._add(chunk)
         self.spans_S4 = np.array(self._columns, dtype=np.int64).T
-        """Rows as ``Span``."""
+        """Rows as ``kvcache.base.Span``."""
         self.num_decodes = int(self.spans_S4[:, 3].sum())
-
-    @property
-    def spans(self) -> list[Span]:
-        slots, starts, counts, are_decodes = self._columns
-        columns = zip(slots, starts, counts, map(bool, are_decodes), strict=True)
-        return [Span(*values) for values in columns]
 
     @property
     def placeholders(self) -> list[tuple[int, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +11,6 @@ from dataclasses import dataclass, field
 from nanochat_ray.retry import backoff, reason
 
 _LOG = logging.getLogger(__name__)
-MAX_WAIT_S = 60.0
-"""Between two looks at the time; whatever changes meanwhile notifies."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +164,10 @@ class CheckpointWriter:
             self._condition.notify_all()
             end = time.monotonic() + delay
             while not self._is_late and (self._is_on_hold or time.monotonic() < end):
-                times = [None if self._is_on_hold else end, self._deadline]
-                next_time = min((t for t in times if t is not None), default=math.inf)
-                self._condition.wait(min(MAX_WAIT_S, max(0.0, next_time - time.monotonic())))
+                times = [] if self._is_on_hold else [end]
+                times += [] if self._deadline is None else [self._deadline]
+                # What has no end is ended by a notification.
+                self._condition.wait(max(0.0, min(times) - time.monotonic()) if times else None)
             self._is_waiting = False
             if self._is_late and self._pending is not None:
                 self._end(self._pending, self._final_error(self._pending, error))

@@ -263,6 +263,7 @@ class Trainer:
         # A checkpoint may follow this step: no attempt to write an older one is to begin meanwhile.
         may_save = self.save_pending or poll
         may_save |= _is_due(step, config.save_every) or _is_due(step, config.eval_every)
+        may_save |= step == config.steps
         return RankVotes(
             stop=any(stops),
             poll=poll,

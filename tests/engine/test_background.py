@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
+from nanochat_ray.engine import step_clock
 from nanochat_ray.engine.background import Background
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.offline import run_steps
@@ -103,6 +104,37 @@ def test_failed_job_leaves_the_others() -> None:
     with pytest.raises(ValueError, match="a bad step"):
         first.result(0)
     assert last.result(0) == [0]
+
+
+def test_a_job_that_cannot_be_closed_ends_alone() -> None:
+    def stubborn() -> Generator[int, None, None]:
+        try:
+            yield 1
+        finally:
+            raise ValueError("no end")
+
+    background = Background(0.25, Clock())
+    jobs = [background.submit(stubborn()) for _ in range(2)]
+    background.take_turn(idle())
+    background.end(EngineStoppedError("over"))
+    for job in jobs:
+        with pytest.raises(EngineStoppedError, match="over"):
+            job.result(0)
+
+
+def test_long_jobs_do_not_excuse_hung_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(step_clock.time, "monotonic", lambda: now[0])
+    engine_loop = EngineLoop(make_engine(make_model("modern")), print)
+    engine_loop._job_clock.begin()
+    now[0] = 60.0
+    assert not engine_loop.is_hung(10)  # it may compile
+    engine_loop._job_clock.end(0)
+    engine_loop._clock.begin()
+    engine_loop._clock.end(0)
+    engine_loop._clock.begin()
+    now[0] = 71.0
+    assert engine_loop.is_hung(10)
 
 
 @pytest.fixture

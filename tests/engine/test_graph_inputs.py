@@ -162,8 +162,7 @@ def step_of(spans: list[Span], rows: dict[int, int] | None = None) -> StepInputs
 def by_hand(graphs: StepGraphs, step: StepInputs, ids: list[int]) -> Tensor:
     cache, model = graphs._cache, graphs._model
     assert isinstance(cache, PagedCache)
-    spans = [Span(*map(int, row[:3]), bool(row[3])) for row in step.spans_S4]
-    cache.prepare(spans)
+    cache.prepare(step.spans_S4)
     hidden = model.hidden(torch.tensor(ids), torch.tensor(step.previous_ids), cache)
     return model.logits(hidden[step.logits_indices])
 

@@ -50,3 +50,15 @@ def test_steps_of_a_slow_model_may_take_long(now: list[float]) -> None:
     assert not clock.is_hung(10, num_tokens=8)
     now[0] += 2
     assert clock.is_hung(10, num_tokens=8)
+
+
+def test_a_failed_step_is_over_and_says_nothing(now: list[float]) -> None:
+    clock = StepClock()
+    clock.begin()
+    now[0] = 50.0
+    clock.cancel()
+    now[0] = 500.0
+    assert not clock.is_hung(10, num_tokens=0)
+    clock.begin()
+    now[0] += 11.0
+    assert clock.is_hung(10, num_tokens=0)  # not 4 times the 50 s

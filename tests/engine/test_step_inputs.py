@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.padding import padded_length, padded_queries, slot_length
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.engine.scheduler import ScheduledChunk
@@ -38,13 +37,13 @@ def test_tokens_chunk_by_chunk() -> None:
     )
     assert step.token_ids == [11, 21, 22, 23, PLACEHOLDER, 30, 31, 32, 36, 37, 51, 52]
     assert step.previous_ids == [10, 20, 21, 22, 41, -1, 30, 31, 35, 36, 50, 51]
-    assert step.spans == [
-        Span(1, 1, 1, True),
-        *(Span(2, position, 1, True) for position in (1, 2, 3)),
-        Span(5, 2, 1, True),
-        Span(3, 0, 3, False),
-        Span(4, 1, 2, False),
-        Span(6, 1, 2, False),
+    assert step.spans_S4.tolist() == [
+        [1, 1, 1, 1],
+        *([2, position, 1, 1] for position in (1, 2, 3)),
+        [5, 2, 1, 1],
+        [3, 0, 3, 0],
+        [4, 1, 2, 0],
+        [6, 1, 2, 0],
     ]
     assert step.num_decodes == 5
     assert step.logits_indices == [0, 1, 2, 3, 4, 9, 10, 11]
@@ -70,7 +69,9 @@ def test_plain_decodes_are_as_one_by_one() -> None:
     long = StepInputs([ScheduledChunk(decodes[0].sequence, 0, 0), *decodes])
     assert short.token_ids == long.token_ids == [11, 12, PLACEHOLDER]
     assert short.previous_ids == [10, -1, 41]
-    assert short.spans == [Span(slot, start, 1, True) for slot, start in ((1, 1), (2, 0), (5, 2))]
+    assert short.spans_S4.tolist() == [
+        [slot, start, 1, 1] for slot, start in ((1, 1), (2, 0), (5, 2))
+    ]
     for name in ("source_rows", "logits_indices", "logits_slots", "logits_positions"):
         assert getattr(short, name) == getattr(long, name), name
 
@@ -78,7 +79,7 @@ def test_plain_decodes_are_as_one_by_one() -> None:
 def test_a_first_token_has_none_before_it() -> None:
     step = StepInputs([ScheduledChunk.of(sequence(0, [7], 0), 1)])
     assert (step.token_ids, step.previous_ids) == ([7], [-1])
-    assert step.spans == [Span(0, 0, 1, False)]
+    assert step.spans_S4.tolist() == [[0, 0, 1, 0]]
     assert (step.logits_indices, step.placeholders) == ([0], [])
 
 

@@ -6,7 +6,7 @@ sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -49,8 +49,6 @@ class AttentionMetadata:
     """int32 ``[P, S, M]``: the pages that hold the keys of a span and of the tokens before it."""
     slot_mapping: Tensor
     """int64 ``[P, N]``: where the tokens' own keys are written, page by page."""
-    buffer: Tensor | None = field(default=None, init=False)
-    """What the tensors are views of, on a GPU."""
 
     @classmethod
     def zeros(cls, shape: MetadataShape, num_pools: int, max_blocks: int) -> AttentionMetadata:
@@ -72,7 +70,5 @@ class AttentionMetadata:
         tensors = self.tensors()
         if device.type != "cuda":
             return AttentionMetadata(self.num_decodes, *(t.to(device) for t in tensors))
-        buffer = send(pack(tensors), device)
-        metadata = AttentionMetadata(self.num_decodes, *unpack(buffer, tensors))
-        metadata.buffer = buffer
-        return metadata
+        views = unpack(send(pack(tensors), device), tensors)
+        return AttentionMetadata(self.num_decodes, *views)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nanochat_ray.engine.cuda_graphs import GraphLimits, StepGraphs
-from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.model import InferenceModel
 from nanochat_ray.engine.step_plan import StepPlan
 
@@ -44,8 +43,9 @@ class KVCache(ABC):
         """Memory of all keys and values."""
 
     @abstractmethod
-    def prepare(self, spans: Sequence[Span]) -> int:
-        """Sets up a step: decodes, by ascending slot, then prompt chunks.
+    def prepare(self, spans: ArrayLike) -> int:
+        """Sets up a step of ``spans``, int64 rows as ``Span``: decodes, by ascending slot, then
+        prompt chunks.
 
         Returns N, the tokens of the forward, of which the last few may be padding. Sets
         ``positions``.

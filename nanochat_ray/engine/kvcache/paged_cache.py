@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nanochat_ray.engine.cuda_graphs import GraphLimits, StepGraphs
@@ -22,7 +23,6 @@ from nanochat_ray.engine.kvcache.attention_metadata import (
     MetadataShape,
     tile_tokens,
 )
-from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
 from nanochat_ray.engine.kvcache.kv_cache import KVCache, KVTarget
 from nanochat_ray.engine.kvcache.memory import layer_windows
@@ -60,9 +60,8 @@ class PagedCache(KVCache):
             # Zeros, not garbage: a masked value is multiplied by 0, and 0 * nan is nan.
             keys, values = torch.zeros((2, pages, *shape), dtype=dtype, device=device)
             self._pages.append((pool, keys, values))
-        # Padding has a slot too, the last one, without blocks.
         self._max_blocks = -(-max_model_len // allocator.block_size)
-        shape = (len(allocator.pools), num_slots + 1, self._max_blocks)
+        shape = (len(allocator.pools), num_slots, self._max_blocks)
         self._block_tables = np.zeros(shape, dtype=np.int32)
         self._attention: Callable[..., Tensor] = gathered_attention
         self._store: Callable[..., None] = store_by_index
@@ -89,7 +88,7 @@ class PagedCache(KVCache):
     def step_graphs(self, model: InferenceModel, limits: GraphLimits) -> StepGraphs | None:
         return StepGraphs(model, self, limits) if self.device.type == "cuda" else None
 
-    def prepare(self, spans: Sequence[Span]) -> int:
+    def prepare(self, spans: ArrayLike) -> int:
         self.use(self.make_metadata(spans).to(self.device))
         return self.positions.size(0)
 
@@ -97,9 +96,9 @@ class PagedCache(KVCache):
         """Sets the step of the next forward."""
         self.metadata, self.positions = metadata, metadata.positions
 
-    def make_metadata(self, spans: Sequence[Span], num_tokens: int = 0) -> AttentionMetadata:
+    def make_metadata(self, spans: ArrayLike, num_tokens: int = 0) -> AttentionMetadata:
         """The step of these spans, padded to at least ``num_tokens``, in pageable CPU memory."""
-        table = np.array(spans, dtype=np.int64).reshape(-1, 4)
+        table = np.asarray(spans, dtype=np.int64).reshape(-1, 4)
         counts = table[:, 2]
         num_prompts = int((table[:, 3] == 0).sum())
         padding = max(0, max(num_tokens, self._min_num_tokens) - int(counts.sum()))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nanochat_ray.engine.kvcache.base import Span
@@ -96,10 +97,10 @@ class SlotCache(KVCache):
         for layer in range(2 * self.keys.size(0)):
             self._memory.release((layer * num_slots + slot) * num_bytes, num_bytes)
 
-    def prepare(self, spans: Sequence[Span]) -> int:
-        counts = np.array([span.num_tokens for span in spans])
-        starts = np.array([span.start for span in spans])
-        slots = np.repeat([span.slot for span in spans], counts)
+    def prepare(self, spans: ArrayLike) -> int:
+        spans_S4 = np.asarray(spans, dtype=np.int64).reshape(-1, 4)
+        slots, starts, counts, is_decode = spans_S4.T
+        slots = np.repeat(slots, counts)
         total = int(counts.sum())
         offset = np.arange(total) - np.repeat(counts.cumsum() - counts, counts)
         positions = np.repeat(starts, counts) + offset
@@ -112,13 +113,14 @@ class SlotCache(KVCache):
             self.slots_and_positions = torch.from_numpy(np.stack([slots, positions]))
             self.tile_starts = self._native.tile_starts(slots, positions)
             return num_tokens
-        self._num_decodes = sum(span.is_decode for span in spans)
-        self._prefills = list(spans[self._num_decodes :])
+        self._num_decodes = int(is_decode.sum())
+        rows = [Span(slot, start, n, bool(decode)) for slot, start, n, decode in spans_S4.tolist()]
+        self._prefills = rows[self._num_decodes :]
         self._masks.clear()
         heads, length = self.keys.shape[2:4]
         mapping = (slots[:, None] * heads + np.arange(heads)) * length + positions[:, None]
         self._slot_mapping = send(torch.from_numpy(mapping.reshape(-1)), device)
-        self._runs = self._find_runs(spans[: self._num_decodes])
+        self._runs = self._find_runs(rows[: self._num_decodes])
         return num_tokens
 
     def _find_runs(self, decodes: Sequence[Span]) -> list[_Run]:
