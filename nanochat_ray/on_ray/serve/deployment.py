@@ -37,6 +37,10 @@ GRACEFUL_SHUTDOWN_S = 30.0
 MAX_REQUESTS = 4_096
 """Of an ingress at a time: as many as HAProxy has connections, or clients that send slowly would
 use up what the others need. The queues of the engines bound what waits for them."""
+MAX_ENGINE_CALLS = 1_000
+"""Of an engine replica at a time, through Ray. Rollouts take minutes: with Serve's default of 5
+they would keep out ``endpoint``, ``status`` and ``swap``, and the ingresses would lose a replica
+that is well. ``max_queue_size`` bounds the requests of users, which come by other connections."""
 RETRY_AFTER_S = 2.0
 """For a client whose request is one too many."""
 
@@ -84,6 +88,7 @@ def _engine_application(config: ServeConfig, checkpoint_name: str) -> Applicatio
     deployment = serve.deployment(
         name="engine",
         **_replicas(config),
+        max_ongoing_requests=MAX_ENGINE_CALLS,
         user_config={"follow": config.follow} if config.follow else {"checkpoint": checkpoint_name},
         health_check_period_s=5,
         health_check_timeout_s=config.liveness_timeout_s,

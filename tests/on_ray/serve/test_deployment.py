@@ -59,6 +59,14 @@ def test_one_request_too_many_is_429(root: Store) -> None:
     assert (backpressure.status_code, backpressure.retry_after_s) == (429, 2.0)
 
 
+def test_rollouts_keep_no_other_call_out(root: Store) -> None:
+    """Serve lets 5 calls into a replica by default; the rollouts of a run may be more."""
+    write_run(root)
+    application: Any = build_application(ServeConfig(storage=root.uri))
+    (engines,) = application._bound_deployment.init_args
+    assert engines._bound_deployment._deployment_config.max_ongoing_requests >= 100
+
+
 def test_keys_in_a_workers_environment_are_refused(
     root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
