@@ -25,7 +25,7 @@ from nanochat_ray.checks import check_int
 from nanochat_ray.cli import rl
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.on_ray import session
-from nanochat_ray.on_ray.rl import EndpointEngine, Fleet, num_replicas
+from nanochat_ray.on_ray.rl import endpoint_fleet
 from nanochat_ray.rl.questions import prompts as prompts_of
 from nanochat_ray.rl.rollout import make_requests
 from nanochat_ray.rl.source import make_tasks
@@ -108,8 +108,7 @@ def rollouts(args: Args) -> Callable[[int], int]:
         prompt = prompts[number % len(tasks)][number // len(tasks)]
         requests += make_requests(prompt, range(args.samples), params, str(number))
     engine = rl.engine_config(flags)
-    count = num_replicas(args.endpoint)
-    fleet = Fleet([EndpointEngine(args.endpoint, config, engine) for _ in range(count)])
+    fleet = endpoint_fleet(args.endpoint, config, engine)
     version = 0
 
     def sample(_: int) -> int:

@@ -18,12 +18,14 @@ from typing import Any, Protocol
 
 import ray
 from ray import serve
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.request import EngineStoppedError, Request
 from nanochat_ray.on_ray.rollout_engine import RolloutEngine
+from nanochat_ray.on_ray.serve.endpoints import CALL_ERRORS
 from nanochat_ray.on_ray.train import fit
 from nanochat_ray.rl.config import RLConfig
 from nanochat_ray.rl.rollout import Rollout
@@ -70,10 +72,17 @@ class ActorEngine:
 class EndpointEngine:
     """A replica of a Serve application, another one in each call: Serve chooses."""
 
-    def __init__(self, application: str, config: TrainerConfig, engine: EngineConfig):
-        self.application = application
+    def __init__(
+        self,
+        application: str,
+        handle: DeploymentHandle,
+        config: TrainerConfig,
+        engine: EngineConfig,
+    ):
+        """``handle``: of the application's engines. All engines of a fleet share one, which knows
+        how many calls each replica has."""
+        self.application, self._handle = application, handle
         self._run = config, engine
-        self._handle = serve.get_deployment_handle("engine", application)
 
     def generate(self, version: int, weights: Sequence[Any], requests: Sequence[Any]) -> list[Any]:
         call = self._handle.generate_rollouts.remote(*self._run, version, weights, requests)
@@ -82,13 +91,16 @@ class EndpointEngine:
             try:
                 rollouts: list[Any] = call.result(timeout_s=10 * POLL_S)
                 return rollouts
-            except TimeoutError:  # rollouts may wait for users for as long as they like
+            except TimeoutError as error:
+                if isinstance(error, RayTaskError):
+                    raise  # by the replica, not by this wait
+                # Rollouts may wait for users for as long as they like.
                 num_replicas(self.application)
 
     def is_ready(self) -> bool:
         try:
             self._handle.status.remote().result(timeout_s=POLL_S)
-        except (*LOST, TimeoutError):
+        except CALL_ERRORS:
             return False
         return True
 
@@ -150,6 +162,9 @@ class Fleet:
                 self.num_lost_engines += 1
                 self._times_of_death[engine] = time.monotonic()
                 continue
+            except BaseException:
+                self._idle.put(engine)  # it lives, and other threads wait for one
+                raise
             self._idle.put(engine)
             rollouts = [Rollout.from_wire(wire) for wire in answers]
             assert all(rollout.version == self._version for rollout in rollouts)
@@ -178,6 +193,13 @@ class Fleet:
                     self._idle.put(engine)
 
 
+def endpoint_fleet(application: str, config: TrainerConfig, engine: EngineConfig) -> Fleet:
+    """An engine for each replica of a Serve application. ValueError if it does not run."""
+    count = num_replicas(application)
+    handle = serve.get_deployment_handle("engine", application)
+    return Fleet([EndpointEngine(application, handle, config, engine) for _ in range(count)])
+
+
 def start_engines(
     config: TrainerConfig, engine: EngineConfig, *, count: int, gpus: bool, threads: int
 ) -> list[Any]:
@@ -192,8 +214,7 @@ def _make_source(
     def make_fleet(*_: Any) -> Fleet:
         if not endpoint:
             return Fleet([ActorEngine(actor) for actor in actors])
-        count = num_replicas(endpoint)
-        return Fleet([EndpointEngine(endpoint, config, engine) for _ in range(count)])
+        return endpoint_fleet(endpoint, config, engine)
 
     return RolloutSource(config, rl, engine, make_fleet)
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorUnavailableError, RayTaskError
+from ray.serve.exceptions import RayServeException
 
 from nanochat_ray.engine.request import EngineStoppedError, Request
 from nanochat_ray.on_ray import rl
-from nanochat_ray.on_ray.rl import Fleet
+from nanochat_ray.on_ray.rl import EndpointEngine, Fleet
 
 
 class Engine:
@@ -67,3 +69,58 @@ def test_a_fleet_without_engines_gives_up(monkeypatch: pytest.MonkeyPatch) -> No
     engines = [Engine(1, comes_back=False), Engine(1, comes_back=False)]
     with pytest.raises(RuntimeError, match="all 2 rollout engines have died"):
         answers(Fleet(engines), 4)
+
+
+def test_an_error_leaves_the_engine_to_others() -> None:
+    """A bad request, say: the other threads of the call do not wait for ever."""
+
+    class Refuses(Engine):
+        def generate(self, version: int, weights: Any, requests: Sequence[Any]) -> list[Any]:
+            if self.num_calls == 0:
+                self.num_calls += 1
+                raise ValueError("prompt=[] is not allowed")
+            return super().generate(version, weights, requests)
+
+    fleet = Fleet([Refuses()])
+    with pytest.raises(ValueError, match="prompt"):
+        answers(fleet, 4)
+    assert answers(fleet, 4) == list(range(4))
+
+
+class Handle:
+    """Of a deployment whose calls have these outcomes."""
+
+    def __init__(self, *outcomes: Any):
+        self.outcomes = list(outcomes)
+        self.generate_rollouts = self.status = self
+
+    def remote(self, *_: Any) -> Handle:
+        return self
+
+    def result(self, timeout_s: float) -> Any:
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+def endpoint_engine(*outcomes: Any) -> EndpointEngine:
+    handle: Any = Handle(*outcomes)
+    config: Any = None
+    return EndpointEngine("app", handle, config, config)
+
+
+def test_a_timeout_of_the_replica_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rl, "num_replicas", lambda application: 1)
+    assert endpoint_engine(TimeoutError(), TimeoutError(), ["a"]).generate(1, [], []) == ["a"]
+    error = RayTaskError("f", "trace", TimeoutError("in the replica"), "p", 1, "127.0.0.1")
+    with pytest.raises(TimeoutError):
+        endpoint_engine(error.as_instanceof_cause(), ["a"]).generate(1, [], [])
+
+
+@pytest.mark.parametrize(
+    "error", [TimeoutError(), RayServeException("it restarts"), ActorUnavailableError("x", None)]
+)
+def test_a_call_that_fails_is_not_ready(error: Exception) -> None:
+    assert not endpoint_engine(error).is_ready()
+    assert endpoint_engine({}).is_ready()

@@ -22,7 +22,7 @@ from ray import serve
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.request import SamplingParams
 from nanochat_ray.on_ray.config import ServeConfig
-from nanochat_ray.on_ray.rl import EndpointEngine, Fleet, num_replicas
+from nanochat_ray.on_ray.rl import endpoint_fleet, num_replicas
 from nanochat_ray.on_ray.serve.deployment import build_application
 from nanochat_ray.rl.rollout import EngineGenerator, make_requests
 from nanochat_ray.serve import keys
@@ -139,7 +139,7 @@ def test_rollouts_run_beside_streams(client: openai.OpenAI, url: str, root: Stor
     local = EngineGenerator.of_model(model, TOKENIZER, ENGINE)
     params = SamplingParams(max_tokens=12, logprobs=0)
     requests = make_requests([1, 2], range(64), params, "r")
-    fleet = Fleet([EndpointEngine("tiny", config, ENGINE) for _ in range(num_replicas("tiny"))])
+    fleet = endpoint_fleet("tiny", config, ENGINE)
 
     def ask() -> Iterator[str]:
         chunks = client.chat.completions.create(model="tiny", messages=USER, stream=True, **LONG)
