@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,5 +64,111 @@ def test_guest_samples_with_the_weights_of_a_call(
             await sample(5)
         guest.leave()
         assert not guest.is_here
+
+    asyncio.run(run())
+
+
+class Host:
+    """Its jobs end when the test says so."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Future[list[Any]]] = []
+
+    def run_in_background(self, steps: Any) -> Future[list[Any]]:
+        self.jobs.append(Future())
+        return self.jobs[-1]
+
+
+class Calls:
+    """Calls of a guest, and what they make and read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.guest = GuestEngine("cpu")
+        self.generators: list[Any] = []
+        self.reads: list[Any] = []
+        monkeypatch.setattr(rollout_engine, "make_generator", self._make)
+        monkeypatch.setattr(rollout_engine, "read_weights", self.reads.append)
+
+    def _make(self, *_: Any) -> Any:
+        generator = SimpleNamespace(version=-1, steps=lambda *_: None)
+        self.generators.append(generator)
+        return generator
+
+    def start(self, host: Any, run: Any, version: int = 1) -> asyncio.Task[list[Any]]:
+        weights: Any = f"of {version}"
+        return asyncio.ensure_future(self.guest.generate(host, run, ENGINE, version, weights, []))
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("other", ["host", "run"])
+def test_a_new_owner_waits_for_calls_that_run(monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    """One guest is never stepped by two threads, and two are never in memory."""
+
+    async def run() -> None:
+        calls, hosts = Calls(monkeypatch), (Host(), Host())
+        first = calls.start(hosts[0], "a")
+        await until(lambda: hosts[0].jobs)
+        host, name = (hosts[1], "a") if other == "host" else (hosts[0], "b")
+        second = calls.start(host, name)
+        # It is cancelled, but its job runs: a thread cannot be interrupted in a step.
+        hosts[0].jobs[0].set_running_or_notify_cancel()
+        first.cancel()
+        await asyncio.wait([first])
+        assert first.cancelled()
+        await asyncio.sleep(0.01)
+        assert len(calls.generators) == 1
+        hosts[0].jobs[0].set_result([])
+        await until(lambda: len(hosts[0].jobs + hosts[1].jobs) == 2)
+        assert len(calls.generators) == 2
+        host.jobs[-1].set_result([])
+        assert await second == []
+
+    asyncio.run(run())
+
+
+def test_weights_are_read_if_they_are_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        calls, host = Calls(monkeypatch), Host()
+        first = calls.start(host, "a", 1)
+        await until(lambda: host.jobs)
+        host.jobs[0].set_result([])
+        await first
+        (generator,) = calls.generators
+        generator.version = 1
+        # The job of version 2 has not begun. When the last 1 follows it, its weights are needed.
+        others = [calls.start(host, "a", version) for version in (1, 2, 1)]
+        await until(lambda: len(host.jobs) == 4)
+        assert calls.reads == ["of 1", "of 2", "of 1"]
+        for result in host.jobs[1:]:
+            result.set_result([])
+        await asyncio.gather(*others)
+
+    asyncio.run(run())
+
+
+def test_a_guest_leaves_after_its_last_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_engine, "IDLE_S", 0.0)
+
+    async def run() -> None:
+        calls, host = Calls(monkeypatch), Host()
+        tasks = [calls.start(host, "a"), calls.start(host, "a")]
+        await until(lambda: len(host.jobs) == 2)
+        host.jobs[0].set_result([])
+        await tasks[0]
+        await asyncio.sleep(0.01)  # however long the other takes
+        assert calls.guest.is_here
+        host.jobs[1].set_result([])
+        await until(lambda: not calls.guest.is_here)
+        # Another call gets another engine.
+        last = calls.start(host, "a")
+        await until(lambda: len(host.jobs) == 3)
+        host.jobs[2].set_result([])
+        await asyncio.gather(last, tasks[1])
+        assert len(calls.generators) == 2
 
     asyncio.run(run())
