@@ -7,8 +7,8 @@
     nanochat-ray eval --run chat --checkpoint all --tasks gsm8k,path=data/gsm8k --max-tokens 512
 
 Figures are stored beside the checkpoint (evals/step-000200.json of the run) and shown in the run's
-report.html. A command that is killed continues: what is measured, and each answer that is complete,
-is not computed again.
+report.html. A command that is killed continues: a task, also of CORE, that is measured, and each
+answer that is complete, is not computed again. Bits per byte are.
 
 The last line is one JSON object.
 """
@@ -29,7 +29,7 @@ from nanochat_ray.cli.flags import EVERYDAY, overrides
 from nanochat_ray.data import corpus, sources
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.evals.core_data import MAX_SHOTS
-from nanochat_ray.evals.results import Results
+from nanochat_ray.evals.results import Results, engine_settings
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.tasks.task import MAX_ANSWER_TOKENS, Task
@@ -159,7 +159,7 @@ def text_figures(
         f"{config.precision}",
         flush=True,
     )
-    settings = {"text_tokens": args.text_tokens, "precision": config.precision}
+    settings = {"text_tokens": args.text_tokens, **engine_settings(engine)}
     figures = {"bits_per_byte": score.bits_per_byte, "bytes": score.bytes}
     results.store("text", " ".join(args.text), settings, figures)
     return {"text_bits_per_byte": score.bits_per_byte, "text_bytes": score.bytes}
@@ -200,12 +200,15 @@ def checkpoint_figures(
     results = Results(store, name, checkpoint.weight_version(store, name))
     if args.text:
         result |= text_figures(args, model, tokenizer, config, results)
+    # Each engine is freed before the next one takes its memory: no variable holds one.
     if tasks:
-        engine = Engine.from_model(model, tokenizer, config)
-        result |= task_figures(args, engine, tokenizer, tasks, results)
+        result |= task_figures(
+            args, Engine.from_model(model, tokenizer, config), tokenizer, tasks, results
+        )
     if args.core:
-        engine = core_engine(model, tokenizer, config)
-        result |= core_figures(engine, tokenizer, args.core, args.core_count, results)
+        result |= core_figures(
+            core_engine(model, tokenizer, config), tokenizer, args.core, args.core_count, results
+        )
     return result
 
 

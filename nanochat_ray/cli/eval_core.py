@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nanochat_ray.evals import core_data
-from nanochat_ray.evals.results import Results
+from nanochat_ray.evals.results import Results, engine_settings
 from nanochat_ray.storage import cache_root
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ def core_figures(
         settings = {
             "questions": count,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "precision": engine.config.precision,
-            "max_model_len": engine.max_model_len,
+            **engine_settings(engine),
         }
         start = time.perf_counter()
         score, is_new = _measure(engine, tokenizer, task, path, count, settings, results)

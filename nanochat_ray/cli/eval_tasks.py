@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nanochat_ray.cli.eval_core import print_progress
-from nanochat_ray.evals.results import Results
+from nanochat_ray.evals.results import Results, engine_settings
 from nanochat_ray.tasks.task import Task
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -41,16 +41,16 @@ def task_figures(
 
 def _settings(args: Args, engine: Engine, task: Task) -> dict[str, Any]:
     total = min(args.count, len(task))
-    questions = json.dumps([task.question(i) for i in range(total)])
+    # With the reference answers, which grade.
+    examples = json.dumps([(task.question(i), task.example(i)) for i in range(total)])
     return {
         "questions": args.count,
-        "sha256": hashlib.sha256(questions.encode()).hexdigest(),
+        "sha256": hashlib.sha256(examples.encode()).hexdigest(),
         "samples": args.samples,
         "temperature": args.temperature,
         "max_tokens": args.max_tokens,
-        "max_model_len": engine.max_model_len,
         "seed": args.seed,
-        "precision": engine.config.precision,
+        **engine_settings(engine),
     }
 
 

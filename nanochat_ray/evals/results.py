@@ -6,9 +6,12 @@ import json
 import math
 import re
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanochat_ray.storage import Store
+
+if TYPE_CHECKING:
+    from nanochat_ray.engine.engine import Engine
 
 SAVE_S = 10.0
 """Between two writes of answers."""
@@ -23,6 +26,19 @@ def wilson_interval(correct: float, total: int) -> tuple[float, float]:
     center = share + Z**2 / (2 * total)
     spread = Z * math.sqrt(share * (1 - share) / total + Z**2 / (4 * total**2))
     return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
+
+
+def engine_settings(engine: Engine) -> dict[str, Any]:
+    """What of an engine decides figures, for the settings under which they are stored: not its
+    speed or memory."""
+    config = engine.config
+    return {
+        "device": engine.runner.device.type,
+        "precision": config.precision,
+        "kv_precision": config.kv_precision,
+        "batch_invariant": config.batch_invariant,
+        "max_model_len": engine.max_model_len,
+    }
 
 
 class Results:

@@ -133,6 +133,9 @@ class Short:
     def question(self, index: int) -> list[dict[str, str]]:
         return [{"role": "user", "content": "x" * (900 if index == 2 else 1)}]
 
+    def example(self, index: int) -> list[dict[str, str]]:
+        return [*self.question(index), {"role": "assistant", "content": "y"}]
+
     def grade(self, index: int, answer: str) -> bool:
         return False
 
