@@ -24,8 +24,7 @@ import re
 import signal
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -256,16 +255,10 @@ async def _send_signal(args: Args, victim: psutil.Process) -> None:
         victim.send_signal(signal.SIGCONT)
 
 
-def _model(args: Args) -> str:
-    headers = {"authorization": f"Bearer {args.key}"} if args.key else {}
-    request = urllib.request.Request(f"{args.url}/v1/models", headers=headers)
-    with urllib.request.urlopen(request, timeout=10) as response:
-        return str(json.load(response)["data"][0]["id"])
-
-
 async def drill(args: Args) -> list[Round]:
     """Rounds in the order in which they happened; they end when the endpoint is dead."""
-    cluster, model = Cluster(args.session), _model(args)
+    cluster = Cluster(args.session)
+    model = await asyncio.to_thread(load.model_at, args.url, args.key, args.recover_s)
     prompts = load.random_prompts(
         args.streams, vocab=VOCAB, prompt=24, output=args.tokens, seed=args.seed
     )
@@ -300,13 +293,15 @@ def _row(part: str, rounds: Sequence[Round]) -> str:
     sums = (sum(getattr(r, name) for r in rounds) for name in names)
     cells = [part, str(len(rounds)), *map(str, sums)]
     cells += [f"{gaps[len(gaps) // 2]:.2f}", f"{gaps[-1]:.2f}"]
-    cells += [_slowest([r.recovery_s for r in rounds]), _slowest([r.replacement_s for r in rounds])]
+    cells += [seconds_of([r.recovery_s for r in rounds], max)]
+    cells += [seconds_of([r.replacement_s for r in rounds], max)]
     return "| " + " | ".join(cells) + " |"
 
 
-def _slowest(times: Sequence[float | None]) -> str:
+def seconds_of(times: Sequence[float | None], figure: Callable[[list[float]], float]) -> str:
+    """A figure of the times, such as their maximum; "never" if one of them is None."""
     seconds = [time for time in times if time is not None]
-    return f"{max(seconds):.1f}" if len(seconds) == len(times) else "never"
+    return f"{figure(seconds):.1f}" if len(seconds) == len(times) else "never"
 
 
 def table(rounds: Sequence[Round]) -> str:

@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shlex
 import statistics
 import subprocess
@@ -100,11 +101,16 @@ class Round:
 
     part: str
     checkpoint: str
-    """The latest one when it began."""
+    """The latest one right after a kill, or right before an outage."""
     recovery_s: float | None = None
     """Until there was a newer one; None: not within the time."""
     restarts: int = 0
     """How often the command had to be given again."""
+
+
+def has_supervisor(train: str) -> bool:
+    """Whether flags of nanochat-ray train make it a supervisor, whose child trains."""
+    return re.search(r"--restarts[= ]+0*[1-9]", train) is not None
 
 
 class Command:
@@ -113,7 +119,9 @@ class Command:
     def __init__(self, args: Args, run: str, log: Path):
         self.store = Store.at(args.storage).child("runs", run)
         self._argv = [*TRAIN, "--storage", args.storage, "--run", run, *shlex.split(args.train)]
+        self._has_supervisor = has_supervisor(args.train)
         self._log = log
+        self._latest = ""
         joins = os.environ.get("RAY_ADDRESS", "") not in ("", "local")
         self._cluster = drill.Cluster(args.session) if joins else None
         self.restarts = 0
@@ -125,10 +133,11 @@ class Command:
 
     @property
     def latest(self) -> str:
-        """Name of the latest checkpoint; "" without one, or while storage does not answer."""
+        """Name of the latest checkpoint that the storage has shown, also while it does not answer;
+        "" before the first."""
         with contextlib.suppress(OSError):
-            return _latest(self.store)
-        return ""
+            self._latest = max(self._latest, _latest(self.store))
+        return self._latest
 
     def runs(self, *, again: bool) -> bool:
         """Whether it still runs; one that failed is started again if ``again``. Raises ValueError
@@ -150,8 +159,8 @@ class Command:
         """Those of the part: of the Ray that the command has started, else of this host's."""
         process = psutil.Process(self._process.pid)
         if part == "driver":
-            # Under --restarts the command is a supervisor, whose only child is the driver.
-            return process.children() if "--restarts" in self._argv else [process]
+            # A supervisor's only child is the driver.
+            return process.children() if self._has_supervisor else [process]
         if self._cluster is not None:
             return self._cluster.matching(TITLES[part])
         return [p for p in process.children(recursive=True) if drill.matches(p, TITLES[part])]
@@ -172,14 +181,16 @@ def disturb(args: Args, command: Command, part: str, rng: random.Random) -> Roun
     time.sleep(rng.uniform(0.0, args.delay_s))
     requirement = f"the run was complete before a disturbance of {part}: train longer"
     require(command.runs(again=True), "rounds", args.rounds, requirement)
-    counts, restarts = Round(part, command.latest), command.restarts
-    start = time.monotonic()
+    restarts, start = command.restarts, time.monotonic()
     if part == "outage":
+        counts = Round(part, command.latest)
         subprocess.run(args.break_command, shell=True, check=True)
         time.sleep(args.outage_s)
         subprocess.run(args.mend_command, shell=True, check=True)
     else:
         _kill_one(command, part, rng, start + args.recover_s)
+        # What was published until the kill is no recovery.
+        counts = Round(part, command.latest)
         if args.mend_command:
             subprocess.run(args.mend_command, shell=True, check=True)
     if _await_checkpoint(command, counts.checkpoint, start + args.recover_s, again=True):
@@ -265,11 +276,9 @@ def sha256(run: Store) -> str:
 
 
 def _row(part: str, rounds: Sequence[Round]) -> str:
-    times = [r.recovery_s for r in rounds if r.recovery_s is not None]
-    is_complete = len(times) == len(rounds)
-    median = f"{statistics.median(times):.1f}" if is_complete else "never"
-    slowest = f"{max(times):.1f}" if is_complete else "never"
-    cells = [part, str(len(rounds)), str(sum(r.restarts for r in rounds)), median, slowest]
+    times = [r.recovery_s for r in rounds]
+    cells = [part, str(len(rounds)), str(sum(r.restarts for r in rounds))]
+    cells += [drill.seconds_of(times, statistics.median), drill.seconds_of(times, max)]
     return "| " + " | ".join(cells) + " |"
 
 

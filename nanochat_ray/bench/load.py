@@ -12,6 +12,7 @@ import json
 import random
 import re
 import time
+import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -97,6 +98,28 @@ def shared_prefix_prompts(
     return [
         Prompt(prefix + [rng.randrange(vocab) for _ in range(own)], output) for _ in range(count)
     ]
+
+
+def fetch(url: str, key: str) -> str:
+    """The body of a GET; OSError if there is no answer."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=5) as response:
+        return str(response.read().decode())
+
+
+def model_at(url: str, key: str, seconds: float = 600.0, process: Any = None) -> str:
+    """The name of the model at ``url``, once it answers. ValueError if it does not in time, or if
+    the process that shall serve it ends."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return str(json.loads(fetch(f"{url}/v1/models", key))["data"][0]["id"])
+        except (OSError, ValueError) as error:
+            is_over = process is not None and process.poll() is not None
+            if is_over or time.monotonic() > until:
+                raise ValueError(f"{url} does not answer: {error}") from None
+            time.sleep(0.3)
 
 
 class _Stream(asyncio.Protocol):

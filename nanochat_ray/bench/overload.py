@@ -37,7 +37,6 @@ from nanochat_ray.bench.overload_report import (
     flood_table,
     seconds_text,
 )
-from nanochat_ray.bench.systems import model_at
 from nanochat_ray.checks import check_float, check_int, require
 
 VOCAB = 256
@@ -270,7 +269,7 @@ async def run_attack(endpoint: Endpoint, memory: Memory, name: str) -> AttackRep
 
 
 async def overload(args: Args) -> tuple[Flood | None, list[AttackReport]]:
-    endpoint = Endpoint(args, await asyncio.to_thread(model_at, args.url, args.key))
+    endpoint = Endpoint(args, await asyncio.to_thread(load.model_at, args.url, args.key))
     memory = Memory.of(args.url, args.session)
     watching = asyncio.ensure_future(memory.watch())
     try:

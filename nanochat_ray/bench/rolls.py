@@ -27,7 +27,6 @@ from typing import Any
 from nanochat_ray.bench import load
 from nanochat_ray.bench.checkpoint_writer import REASONS, CheckpointWriter
 from nanochat_ray.bench.rolls_report import Answer, BadCheckpoint, Report, Roll, failures, table
-from nanochat_ray.bench.systems import fetch, model_at
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.storage import Store, absolute, default_root
@@ -86,7 +85,7 @@ class Endpoint:
 
     def __init__(self, args: Args):
         self.args = args
-        self.model = model_at(args.url, args.key)
+        self.model = load.model_at(args.url, args.key)
 
     async def complete(self, prompt: load.Prompt) -> load.Result:
         return await load.complete(self.args.url, self.model, prompt, self.args.key)
@@ -94,7 +93,7 @@ class Endpoint:
     async def health(self) -> dict[str, Any]:
         """Of the endpoint; {} while it does not answer."""
         try:
-            text = await asyncio.to_thread(fetch, f"{self.args.url}/health", self.args.key)
+            text = await asyncio.to_thread(load.fetch, f"{self.args.url}/health", self.args.key)
             return dict(json.loads(text))
         except (OSError, ValueError):
             return {}

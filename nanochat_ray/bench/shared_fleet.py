@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanochat_ray.bench import load
-from nanochat_ray.bench.systems import model_at
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_int
 from nanochat_ray.cli import rl
@@ -138,7 +137,7 @@ def medians(phases: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def main(args: Args) -> None:
     session.connect()
-    model, sample = model_at(args.url, args.key), rollouts(args)
+    model, sample = load.model_at(args.url, args.key), rollouts(args)
     sample(0)  # the replicas start their second engine
     users(args, model, seed=0)
     phases: dict[str, list[dict[str, Any]]] = {"alone": [], "beside rollouts": []}

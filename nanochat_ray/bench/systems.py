@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,27 +119,6 @@ def pairs(values: list[str], flag: str) -> dict[str, str]:
         if not all(value.partition("=")):
             raise ValueError(f"{flag}={value!r} is not allowed: NAME=VALUE")
     return {name: rest for name, _, rest in (value.partition("=") for value in values)}
-
-
-def fetch(url: str, key: str) -> str:
-    """The body of a GET; OSError if there is no answer."""
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
-    with urllib.request.urlopen(request, timeout=5) as response:
-        return response.read().decode()
-
-
-def model_at(url: str, key: str, seconds: float = 600.0, process: Any = None) -> str:
-    """The name of the model at ``url``, once it answers. ValueError if it does not, or if the
-    process that shall serve it ends."""
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            return json.loads(fetch(f"{url}/v1/models", key))["data"][0]["id"]
-        except (OSError, ValueError) as error:
-            is_over = process is not None and process.poll() is not None
-            if is_over or time.monotonic() > until:
-                raise ValueError(f"{url} does not answer: {error}") from None
-            time.sleep(0.3)
 
 
 def num_drafts(run: Store) -> int:
@@ -252,15 +230,15 @@ def wait_for(system: System, args: Args, work: Path) -> None:
         return
     log = work / f"{urlsplit(system.url).port}.log"
     try:
-        system.model = model_at(system.url, args.key, process=system.process)
+        system.model = load.model_at(system.url, args.key, process=system.process)
     except ValueError as error:
         raise ValueError(f"{error}\n{log.read_text()[-2000:] if log.exists() else ''}") from None
     if system.kind == "vllm":
-        version = json.loads(fetch(f"{system.url}/version", args.key))["version"]
+        version = json.loads(load.fetch(f"{system.url}/version", args.key))["version"]
         text = log.read_text() if log.exists() else ""
         architecture = re.search(r"Resolved architecture: (\w+)", text)
         name = architecture[1] if architecture else "unknown architecture"
         system.about = f"version {version}, {name}, no draft tokens"
     else:
-        kernels = re.search(r'kernels="(\w+)"', fetch(f"{system.url}/metrics", args.key))
+        kernels = re.search(r'kernels="(\w+)"', load.fetch(f"{system.url}/metrics", args.key))
         system.about = f"kernels {kernels[1] if kernels else 'unknown'}, {drafts} draft tokens"

@@ -14,6 +14,7 @@ from nanochat_ray.bench import drill_train
 from nanochat_ray.bench.drill_train import Args, Round
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.storage import Store
+from tests.tiny import wait_for
 
 STEPS = 20
 PROGRAM = f"""
@@ -33,17 +34,17 @@ def save():
 save()
 if flags == ["fail"]:
     sys.exit("no more steps")
+is_drill = not run.endswith("-undisturbed")
+if is_drill and flags[:1] == ["kills"] and num_kills < int(flags[1]):
+    signal.pause()
 while len(os.listdir(run)) < {STEPS}:
     save()
-if not run.endswith("-undisturbed"):
-    if flags[:1] == ["kills"] and num_kills < int(flags[1]):
-        signal.pause()
-    if flags[:1] == ["until"]:
-        open(flags[1]).read()
-        save()
+if is_drill and flags[:1] == ["until"]:
+    open(flags[1]).read()
+    save()
 """
-"""Ends after so many steps; if its flags say so, not before a number of kills, nor until something
-is written to a named pipe."""
+"""Ends after so many steps. Flags: "kills N" lets the first N starts save one checkpoint and wait
+for a signal; "until PIPE" waits at the end until something is written to a named pipe."""
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +68,48 @@ def test_a_killed_driver_is_started_again(tmp_path: Path) -> None:
     rounds = drill_train.drill_run(args, tmp_path)
     assert [(r.part, r.restarts) for r in rounds] == [("driver", 1), ("driver", 1)]
     assert all(r.recovery_s for r in rounds)
-    assert rounds[0].checkpoint < rounds[1].checkpoint
-    assert latest(tmp_path, "drill") >= checkpoint.name_of(STEPS)
+    assert [r.checkpoint for r in rounds] == [checkpoint.name_of(1), checkpoint.name_of(2)]
+    assert latest(tmp_path, "drill") == checkpoint.name_of(STEPS)
+
+
+def test_what_precedes_a_kill_is_no_recovery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_one = drill_train._kill_one
+
+    def publish_and_kill(command: drill_train.Command, *args: Any) -> None:
+        folder = tmp_path / "runs" / "drill" / checkpoint.name_of(2)
+        folder.mkdir()
+        (folder / "manifest.json").touch()
+        kill_one(command, *args)
+
+    monkeypatch.setattr(drill_train, "_kill_one", publish_and_kill)
+    args = arguments(tmp_path, parts=("driver",), train="kills 1")
+    (counts,) = drill_train.drill_run(args, tmp_path)
+    assert counts.checkpoint == checkpoint.name_of(2)
+    assert counts.recovery_s
+
+
+def test_silent_storage_keeps_the_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def latest_of_silent_storage(_: Store) -> str:
+        raise OSError
+
+    args = arguments(tmp_path, train="kills 1")
+    with drill_train._command(args, "drill", tmp_path) as command:
+        wait_for(lambda: command.latest == checkpoint.name_of(1))
+        monkeypatch.setattr(drill_train, "_latest", latest_of_silent_storage)
+        assert command.latest == checkpoint.name_of(1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_supervisor"),
+    [
+        *(("--restarts 50", True), ("--depth 2 --restarts=50", True), ("--restarts 05", True)),
+        *(("--restarts 0", False), ("--restarts=00 --depth 2", False), ("--depth 2", False)),
+    ],
+)
+def test_restarts_make_a_supervisor(flags: str, has_supervisor: bool) -> None:
+    assert drill_train.has_supervisor(flags) == has_supervisor
 
 
 def test_an_outage_is_two_commands(tmp_path: Path) -> None:
