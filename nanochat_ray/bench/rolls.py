@@ -49,6 +49,8 @@ class Args:
     """Run that the endpoint serves; checkpoints are added to it."""
     dashboard: str = ""
     """URL of Ray's dashboard: checkpoints are deployed there. By default the endpoint follows."""
+    application: str = "nanochat"
+    """With dashboard: the Serve application that gets the checkpoints; others stay as they are."""
     rolls: int = 3
     """Checkpoints to roll out."""
     bad: int = 0
@@ -111,14 +113,17 @@ class Endpoint:
         """Names a checkpoint in the application's ``user_config``."""
         url = f"{self.args.dashboard}/api/serve/applications/"
         status = json.loads(_dashboard(url))
-        applications = [
-            _with_checkpoint(app["deployed_app_config"], name)
-            for app in status["applications"].values()
+        configs = {
+            key: app["deployed_app_config"]
+            for key, app in status["applications"].items()
             if app.get("deployed_app_config")
-        ]
-        require(bool(applications), "dashboard", self.args.dashboard, "one with a deployed app")
+        }
+        application = self.args.application
+        rule = f"a deployed one: {', '.join(configs) or 'there is none'}"
+        require(application in configs, "application", application, rule)
+        configs[application] = _with_checkpoint(configs[application], name)
         fields = {key: status[key] for key in ("proxy_location", "http_options") if key in status}
-        _dashboard(url, json.dumps({**fields, "applications": applications}).encode())
+        _dashboard(url, json.dumps({**fields, "applications": list(configs.values())}).encode())
 
 
 def _dashboard(url: str, body: bytes | None = None) -> str:

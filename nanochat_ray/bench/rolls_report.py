@@ -59,11 +59,11 @@ class Report:
     answers: list[Answer] = field(default_factory=list)
 
     def is_changed(self, answer: Answer) -> bool:
-        """Whether its text is not that of the checkpoint that it names."""
+        """Whether its text is not that of the checkpoint that it names, or it names none."""
         result = answer.result
-        if result.error or len(result.fingerprints) != 1:
+        if result.error or len(result.fingerprints) > 1:
             return False
-        digest = result.fingerprints[0].rpartition("-")[2]
+        digest = "".join(result.fingerprints).rpartition("-")[2]
         return self.texts.get(digest, [])[answer.index : answer.index + 1] != [result.text]
 
     def _is_in_roll(self, answer: Answer) -> bool:
@@ -141,7 +141,8 @@ def failures(report: Report) -> list[str]:
     if figures["two_checkpoints"]:
         texts.append(f"{figures['two_checkpoints']} answers name two checkpoints")
     if figures["changed"]:
-        texts.append(f"{figures['changed']} answers have another text than their checkpoint gives")
+        count = figures["changed"]
+        texts.append(f"{count} answers name no checkpoint, or have another text than it gives")
     texts += [f"{r.checkpoint} was not served in time" for r in report.rolls if not r.is_served]
     for bad in report.bad:
         if not bad.is_refused:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from nanochat_ray.bench import load, rolls
@@ -60,6 +62,28 @@ def test_a_deployment_gets_the_checkpoint_alone() -> None:
     assert only == {"name": "engine", "user_config": {"checkpoint": "y"}}
 
 
+def test_one_application_is_deployed(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, other = ({"name": name, "deployments": []} for name in ("nanochat", "other"))
+    applications = {each["name"]: {"deployed_app_config": each} for each in (other, app)}
+    status = {"proxy_location": "HeadOnly", "applications": {**applications, "run": {}}}
+    bodies: list[bytes] = []
+
+    def dashboard(url: str, body: bytes | None = None) -> str:
+        bodies.extend([body] if body else [])
+        return json.dumps(status)
+
+    monkeypatch.setattr(rolls, "_dashboard", dashboard)
+    monkeypatch.setattr(load, "model_at", lambda *_: "chat")
+    rolls.Endpoint(rolls.Args(dashboard="http://x")).deploy("step-000002")
+    engine = {"name": "engine", "user_config": {"checkpoint": "step-000002"}}
+    after = [other, {"name": "nanochat", "deployments": [engine]}]
+    assert [json.loads(body) for body in bodies] == [
+        {"proxy_location": "HeadOnly", "applications": after}
+    ]
+    with pytest.raises(ValueError, match=r"application='run' is not allowed: .*: other, nanochat"):
+        rolls.Endpoint(rolls.Args(dashboard="http://x", application="run")).deploy("step-000003")
+
+
 def test_served_means_by_every_engine() -> None:
     engines = [{"weight_version": "step-000002-ab"}, {"weight_version": "step-000001-cd"}]
     assert not rolls.serves("step-000002")({"engines": engines})
@@ -82,18 +106,19 @@ def test_counts_by_hand() -> None:
         answer(10.0, 0.4, "two", "step-000002-bb"),
         answer(12.0, 0.4, "onetwo", "step-000001-aa", "step-000002-bb"),
         answer(13.0, 0.0, "", error="status 503"),
+        answer(13.0, 0.2, "one"),  # of no checkpoint
     ]
     figures = report.figures()
     names = ("answers", "failed", "two_checkpoints", "changed")
-    assert [figures[name] for name in names] == [5, 1, 1, 1]
+    assert [figures[name] for name in names] == [6, 1, 1, 2]
     assert figures["first_token_beside_rolls_p50_s"] == pytest.approx(0.2)
     assert figures["first_token_in_rolls_p50_s"] == 0.4
-    cells = "| 2 | 5 | 1 | 1 | 1 | 3.00 / 4.00 | 0.200, 0.400, 2.00 | 0.298, 0.400, 1.34 |"
+    cells = "| 2 | 6 | 1 | 1 | 2 | 3.00 / 4.00 | 0.200, 0.400, 2.00 | 0.298, 0.400, 1.34 |"
     assert table(report).splitlines()[2] == cells
     assert failures(report) == [
         "1 answers failed: status 503",
         "1 answers name two checkpoints",
-        "1 answers have another text than their checkpoint gives",
+        "2 answers name no checkpoint, or have another text than it gives",
         "step-000003 was not served in time",
     ]
 
