@@ -24,11 +24,12 @@ import torch
 from nanochat_ray.bench import nanochat_checkout
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_int, require
-from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.cli import rl
 from nanochat_ray.engine.request import SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rl.config import DEFAULT_TASKS, RLConfig
 from nanochat_ray.rl.rollout import EngineGenerator, Rollout, make_requests, rollout_seed
+from nanochat_ray.rl.source import sampling_params
 from nanochat_ray.storage import Store, default_root
 from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.text.chat import render_prompt
@@ -58,9 +59,19 @@ class Args:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("questions", "samples", "batch", "max_tokens", "repeats", "threads"):
+        self.rl_args()
+        for name in ("batch", "repeats", "threads"):
             check_int(name, getattr(self, name), 1)
         require(not self.samples % self.batch, "batch", self.batch, "a divisor of --samples")
+
+    def rl_args(self) -> rl.Args:
+        """Those of ``nanochat-ray rl`` that samples so."""
+        names = ("questions", "samples", "max_tokens")
+        flags = {name: getattr(self, name) for name in names}
+        run = f"{self.run}-rollouts"
+        return rl.Args(
+            storage=self.storage, parent=self.run, run=run, tasks=self.tasks, rl=flags, ray=False
+        )
 
 
 class NanochatTokenizer:
@@ -80,27 +91,16 @@ def nanochat_engine(checkout: Path, model: GPT, tokenizer: Tokenizer) -> Any:
 
 
 def make_generator(model: GPT, tokenizer: Tokenizer, args: Args) -> EngineGenerator:
-    """With the batches of ``nanochat-ray rl``."""
-    config = EngineConfig(
-        max_num_seqs=min(64, args.questions * args.samples),
-        max_num_batched_tokens=512,
-        prefill_chunk=512,
-        max_queue_size=1024,
-        max_queue_s=0.0,
-    )
-    generator = EngineGenerator.of_model(model, tokenizer, config)
+    """That of ``nanochat-ray rl``."""
+    generator = EngineGenerator.of_model(model, tokenizer, rl.engine_config(args.rl_args()))
     generator.load(0, model.state_dict())
     return generator
 
 
 def ours(
-    generator: EngineGenerator, tokenizer: Tokenizer, prompts: list[list[int]], args: Args
+    generator: EngineGenerator, params: SamplingParams, prompts: list[list[int]], args: Args
 ) -> Sample:
-    params = SamplingParams(
-        max_tokens=args.max_tokens,
-        eos_ids=(tokenizer.special("<|assistant_end|>"), tokenizer.bos),
-        logprobs=0,  # which training needs; nanochat's script has none
-    )
+    """With the log-probabilities that training needs; nanochat's script has none."""
 
     def sample(seed: int) -> list[list[int]]:
         requests = []
@@ -137,11 +137,10 @@ def theirs(engine: Any, prompts: list[list[int]], args: Args) -> Sample:
 
 
 def equal_greedy_answers(
-    generator: EngineGenerator, engine: Any, tokenizer: Tokenizer, prompts: list[list[int]]
+    generator: EngineGenerator, engine: Any, params: SamplingParams, prompts: list[list[int]]
 ) -> float:
     """The share of prompts whose greedy answers are equal, token for token."""
-    eos_ids = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
-    params = SamplingParams(temperature=0.0, max_tokens=GREEDY_TOKENS, eos_ids=eos_ids)
+    params = replace(params, temperature=0.0, max_tokens=GREEDY_TOKENS)
     equal = 0
     for number, prompt in enumerate(prompts):
         (rollout,) = generator.generate(make_requests(prompt, [0], params, str(number)))
@@ -181,9 +180,10 @@ def main(args: Args) -> None:
     prompts = [render_prompt(tokenizer, question) for question in questions]
     engine = nanochat_engine(args.nanochat, model, tokenizer)
     generator = make_generator(model, tokenizer, args)
-    equal = equal_greedy_answers(generator, engine, tokenizer, prompts)
+    params = sampling_params(args.rl_args().rl_config(), tokenizer)
+    equal = equal_greedy_answers(generator, engine, params, prompts)
     print(f"equal greedy answers: {equal:.0%} of {len(prompts)}", flush=True)
-    systems = {"nanochat_ray": ours(generator, tokenizer, prompts, args)}
+    systems = {"nanochat_ray": ours(generator, params, prompts, args)}
     for batch in (args.batch, args.samples):
         name = f"nanochat, {batch} at once"
         systems[name] = theirs(engine, prompts, replace(args, batch=batch))

@@ -11,10 +11,12 @@ trainer would be on another machine. The last line is one JSON object.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +24,12 @@ from nanochat_ray.bench import load
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_int
 from nanochat_ray.cli import rl
-from nanochat_ray.engine.request import Request, SamplingParams
+from nanochat_ray.engine.request import Request
 from nanochat_ray.on_ray import session
 from nanochat_ray.on_ray.rl import endpoint_fleet
 from nanochat_ray.rl.questions import prompts as prompts_of
 from nanochat_ray.rl.rollout import make_requests
-from nanochat_ray.rl.source import make_tasks
+from nanochat_ray.rl.source import make_tasks, sampling_params
 from nanochat_ray.storage import Store, default_root
 
 VOCAB = 256
@@ -65,55 +67,59 @@ class Args:
 
 
 class Sampling:
-    """Rollouts in a thread, one round after the other, until the block ends."""
+    """Rollouts in a thread, one round after the other, until the block ends. The end of the block
+    raises what a round has raised."""
 
-    def __init__(self, sample: Callable[[int], int]):
-        """``sample``: (round) → tokens."""
+    def __init__(self, sample: Callable[[], int]):
+        """``sample`` samples a round and returns its tokens."""
         self._sample = sample
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self.num_rounds = self.num_tokens = 0
         self.seconds = 0.0
 
     def _run(self) -> None:
         start = time.monotonic()
         while not self._stop.is_set():
-            self.num_tokens += self._sample(self.num_rounds)
+            self.num_tokens += self._sample()
             self.num_rounds += 1
             self.seconds = time.monotonic() - start
 
     def __enter__(self) -> Sampling:
-        self._thread.start()
+        self._future = self._thread.submit(self._run)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.shutdown()
+        if error is None:
+            self._future.result()
+        elif failure := self._future.exception():
+            error.add_note(f"Sampling has failed too: {failure!r}")
 
 
-def rollouts(args: Args) -> Callable[[int], int]:
-    """(round) → tokens of one round on the endpoint, each with weights that are new to it."""
+def rollouts(args: Args) -> Callable[[], int]:
+    """Samples one round on the endpoint, each with weights that are new to it, and returns its
+    tokens."""
     flags = rl.Args(
         storage=args.storage, parent=args.run, run="shared-fleet", endpoint=args.endpoint
     )
     config = rl.build(flags)
     model, tokenizer = checkpoint.load_model(Store.at(args.storage).child("runs", args.run))
-    tasks = make_tasks(flags.rl_config(), "train", args.questions, seed=0)
+    rl_config = flags.rl_config()
+    tasks = make_tasks(rl_config, "train", args.questions, seed=0)
     prompts = prompts_of(tasks, tokenizer)
-    eos_ids = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
-    params = SamplingParams(max_tokens=96, eos_ids=eos_ids, logprobs=0)
+    params = sampling_params(rl_config, tokenizer)
     requests: list[Request] = []
     for number in range(args.questions):
         prompt = prompts[number % len(tasks)][number // len(tasks)]
         requests += make_requests(prompt, range(args.samples), params, str(number))
     engine = rl.engine_config(flags)
     fleet = endpoint_fleet(args.endpoint, config, engine)
-    version = 0
+    versions = itertools.count(1)
 
-    def sample(_: int) -> int:
-        nonlocal version
-        version += 1
-        fleet.load(version, model.state_dict())
+    def sample() -> int:
+        fleet.load(next(versions), model.state_dict())
         return sum(len(rollout.tokens) for rollout in fleet.generate(requests))
 
     return sample
@@ -138,7 +144,7 @@ def medians(phases: Sequence[dict[str, Any]]) -> dict[str, float]:
 def main(args: Args) -> None:
     session.connect()
     model, sample = load.model_at(args.url, args.key), rollouts(args)
-    sample(0)  # the replicas start their second engine
+    sample()  # the replicas start their second engine
     users(args, model, seed=0)
     phases: dict[str, list[dict[str, Any]]] = {"alone": [], "beside rollouts": []}
     rates = []

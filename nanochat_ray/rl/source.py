@@ -82,6 +82,17 @@ def describe(config: TrainerConfig, rl: RLConfig) -> dict[str, Any]:
     }
 
 
+def sampling_params(rl: RLConfig, tokenizer: Tokenizer) -> SamplingParams:
+    """Of answers to train on: with the log-probabilities of the distribution that is sampled."""
+    return SamplingParams(
+        temperature=rl.temperature,
+        max_tokens=rl.max_tokens,
+        eos_ids=(tokenizer.special("<|assistant_end|>"), tokenizer.bos),
+        logprobs=0,
+        logprobs_mode="processed_logprobs",
+    )
+
+
 def questions_needed(config: RLConfig, num_groups: int, num_with_signal: int) -> int:
     """Questions of the next round: as many as will give the missing groups with signal, if as many
     of them have it as of those so far."""
@@ -150,13 +161,7 @@ class RolloutSource:
                 f"{longest} tokens, which leaves {room} of sequence_len="
                 f"{model.config.sequence_len}"
             )
-        self.sampling_params = SamplingParams(
-            temperature=self.rl.temperature,
-            max_tokens=self.rl.max_tokens,
-            eos_ids=(self.tokenizer.special("<|assistant_end|>"), self.tokenizer.bos),
-            logprobs=0,
-            logprobs_mode="processed_logprobs",
-        )
+        self.sampling_params = sampling_params(self.rl, self.tokenizer)
         self.generator = self._make_generator(model, self.tokenizer, self.engine_config)
         max_diff = self.rl.max_logprob_diff
         if max_diff is None:

@@ -9,6 +9,7 @@ import pytest
 
 from nanochat_ray.bench import rollouts
 from nanochat_ray.bench.rollouts import Args, answer_of, measure
+from nanochat_ray.cli import rl
 from nanochat_ray.rl.rollout import Rollout
 
 
@@ -39,6 +40,15 @@ def test_answers_have_no_final_token() -> None:
     logprobs: list[float | None] = [0.0, 0.0]
     assert answer_of(Rollout([5, 9], logprobs, "stop", 0)) == [5]
     assert answer_of(Rollout([5, 9], logprobs, "length", 0)) == [5, 9]
+
+
+def test_settings_are_those_of_rl() -> None:
+    args = Args(nanochat=Path(), questions=3, samples=8, max_tokens=40)
+    assert rl.engine_config(args.rl_args()).max_num_seqs == 24
+    config = args.rl_args().rl_config()
+    assert (config.questions, config.samples, config.max_tokens) == (3, 8, 40)
+    with pytest.raises(ValueError, match="samples=1 is not allowed"):
+        Args(nanochat=Path(), samples=1, batch=1)
 
 
 def test_a_batch_must_divide_the_samples() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
@@ -14,8 +15,10 @@ from nanochat_ray.bench.shared_fleet import SHOWN, Args, Sampling, medians, user
 def test_rollouts_are_counted_by_whole_rounds() -> None:
     has_begun, may_end = threading.Event(), threading.Event()
 
-    def sample(number: int) -> int:
-        if number == 2:
+    rounds = itertools.count()
+
+    def sample() -> int:
+        if next(rounds) == 2:
             has_begun.set()
             assert may_end.wait(60)
         return 10
@@ -25,6 +28,26 @@ def test_rollouts_are_counted_by_whole_rounds() -> None:
         sampling._stop.set()
         may_end.set()
     assert (sampling.num_rounds, sampling.num_tokens) == (3, 30)
+
+
+def sample_in_vain() -> int:
+    raise OSError("the fleet has gone")
+
+
+def test_an_error_of_sampling_is_raised() -> None:
+    with pytest.raises(OSError, match="the fleet has gone"), Sampling(sample_in_vain):
+        pass
+
+
+def test_an_error_of_the_block_comes_first() -> None:
+    def fail_late() -> None:
+        with Sampling(sample_in_vain) as sampling:
+            assert sampling._future.exception(60)
+            raise ValueError("503")
+
+    with pytest.raises(ValueError, match="503") as error:
+        fail_late()
+    assert error.value.__notes__ == ["Sampling has failed too: OSError('the fleet has gone')"]
 
 
 def test_medians_of_each_figure() -> None:
