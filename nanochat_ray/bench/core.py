@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from nanochat_ray.bench.environment import machine
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_int, check_name, require
 from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.engine import Engine
 from nanochat_ray.evals import core, core_data
 from nanochat_ray.evals.core_data import CoreTask, Example
 from nanochat_ray.storage import Store, absolute, cache_root, default_root
@@ -179,6 +180,28 @@ def margin(logits_of: Callable[[Tensor], Tensor], item: core.Question) -> float:
     return second - first
 
 
+def choose_tasks(args: Args, paths: Mapping[str, Path]) -> list[CoreTask]:
+    """Those to compare whose files are there. ValueError without one."""
+    tasks = [t for t in core_data.TASKS if not args.tasks or t.label in args.tasks]
+    tasks = [t for t in tasks if t.file in paths]
+    require(bool(tasks), "tasks", args.tasks, f"tasks whose files are in {args.core}")
+    return tasks
+
+
+def compare_task(
+    task: CoreTask, examples: Sequence[Example], engine: Engine, tokenizer: Tokenizer, peer: Peer
+) -> Comparison:
+    """Compares the decisions of ``engine`` with those of ``peer``."""
+
+    def margin_of(i: int) -> float:
+        return margin(peer.model, core.question(task, tokenizer, examples, i))
+
+    def ours() -> Sequence[bool]:
+        return core.evaluate(engine, tokenizer, task, examples)[1]
+
+    return compare(task, examples, ours, lambda: peer.decide(task, examples), margin_of)
+
+
 def _sum(seconds: Sequence[Seconds]) -> Seconds:
     return Seconds(sum(s.wall for s in seconds), sum(s.cpu for s in seconds))
 
@@ -208,32 +231,18 @@ def table(comparisons: Sequence[Comparison]) -> str:
 
 def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
+    paths = core_data.find_files(args.core, cache_root() / "evals")
+    tasks = choose_tasks(args, paths)
     run = Store.at(args.storage).child("runs", args.run)
     name = checkpoint.resolve(run, args.checkpoint)
     model, tokenizer = checkpoint.load_model(run, name)
     engine = core.core_engine(model, tokenizer, EngineConfig())
     peer = Peer(args.nanochat, model, tokenizer)
-    paths = core_data.find_files(args.core, cache_root() / "evals")
     print(f"{machine()}; {args.threads} threads; {args.run}/{name}", flush=True)
     comparisons = []
-    tasks = [t for t in core_data.TASKS if not args.tasks or t.label in args.tasks]
     for task in tasks:
-        if task.file not in paths:
-            continue
         examples = core.choose(core_data.load(task, paths[task.file]), args.count)
-
-        def margin_of(
-            i: int, task: CoreTask = task, examples: Sequence[Example] = examples
-        ) -> float:
-            return margin(peer.model, core.question(task, tokenizer, examples, i))
-
-        def ours(task: CoreTask = task, examples: Sequence[Example] = examples) -> Sequence[bool]:
-            return core.evaluate(engine, tokenizer, task, examples)[1]
-
-        def theirs(task: CoreTask = task, examples: Sequence[Example] = examples) -> Sequence[bool]:
-            return peer.decide(task, examples)
-
-        comparisons.append(compare(task, examples, ours, theirs, margin_of))
+        comparisons.append(compare_task(task, examples, engine, tokenizer, peer))
         print(table(comparisons[-1:]).splitlines()[2], flush=True)
         for difference in comparisons[-1].differences:
             print(f"    question {difference.question}: margin {difference.margin:.2e}", flush=True)

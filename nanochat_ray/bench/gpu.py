@@ -43,13 +43,14 @@ class Args:
     quick: bool = False
     """Sizes that only show whether it runs; the figures mean nothing."""
     match: str = ""
-    """Only what has this in its name, such as "d12", "swap" or "gradients"."""
+    """Only what has this in its name, such as "d12", "swap" or "gradients"; not with "all"."""
     out: str = ""
     """File for the figures, as JSON."""
 
     def __post_init__(self) -> None:
         require(self.part in get_args(Part), "part", self.part, " or ".join(get_args(Part)))
         check_int("max_seconds", self.max_seconds, 0)
+        require(not self.match or self.part != "all", "match", self.match, "empty with part all")
         if self.part == "nanochat" or (self.part == "all" and self.checkout):
             is_checkout = (Path(self.checkout) / "nanochat" / "gpt.py").exists()
             require(is_checkout, "checkout", self.checkout, "a folder with nanochat/gpt.py")
@@ -66,19 +67,25 @@ def main(args: Args) -> int:
     capability = torch.cuda.get_device_capability()
     report.note("torch", torch.__version__)
     report.note("device", f"{torch.cuda.get_device_name()}, capability {capability}")
-    if args.part != "all":
-        _run(args.part, report, args)
+    if args.part == "all":
+        run_all(report, args)
     else:
-        for part, name in VALUE:
-            if part != "nanochat" or args.checkout:
-                report.match = name
-                _run(part, report, args)
+        run_part(args.part, report, args)
     report.write()
     print(f"{len(report.failures)} failures: {', '.join(report.failures) or 'none'}")
     return 1 if report.failures else 0
 
 
-def _run(part: Part, report: Report, args: Args) -> None:
+def run_all(report: Report, args: Args) -> None:
+    """Every part, in the order of ``VALUE``; that of nanochat only with a checkout."""
+    for part, name in VALUE:
+        if part != "nanochat" or args.checkout:
+            report.match = name
+            run_part(part, report, args)
+
+
+def run_part(part: Part, report: Report, args: Args) -> None:
+    """What the report selects of one part, which is not "all"."""
     from nanochat_ray.bench import gpu_checks, gpu_serve, gpu_train
 
     if part == "check":

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanochat_ray.bench import nanochat_checkout
 from nanochat_ray.bench.gpu_report import Report, device_ms
 from nanochat_ray.model.config import ModelConfig, flops_per_token
 from nanochat_ray.model.gpt import GPT
@@ -154,15 +155,11 @@ def _time_ours(report: Report, name: str, depth: int, size: int, _: str) -> None
 
 
 def _time_nanochat(report: Report, name: str, depth: int, size: int, checkout: str) -> None:
-    from nanochat_ray.bench import nanochat_checkout
-
     torch.cuda.reset_peak_memory_stats()
     module = nanochat_checkout.load(checkout, "bfloat16", compiles=True)
     config = recipe.model_config(depth, 32768, sequence_len=2048, window_pattern="L")
-    names = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len")
-    fields = {field: getattr(config, field) for field in (*names, "window_pattern")}
     with CUDA:
-        model = module.GPT(module.GPTConfig(**fields))
+        model = module.GPT(module.GPTConfig(**nanochat_checkout.shape_of(config)))
     model.init_weights()
     optimizer = model.setup_optimizer()
     run_model = torch.compile(model, dynamic=False)

@@ -19,6 +19,11 @@ SHAPE_FIELDS = (
 """Fields of its ``GPTConfig``, named as ours."""
 
 
+def shape_of(config: ModelConfig) -> dict[str, Any]:
+    """Arguments of its ``GPTConfig``."""
+    return {name: getattr(config, name) for name in SHAPE_FIELDS}
+
+
 def load(checkout: str, dtype: str, compiles: bool = False) -> Any:
     """Its module ``nanochat.gpt``, computing in ``dtype``. Once a process: it reads that at import.
 
@@ -43,8 +48,7 @@ def model_of(checkout: str, model: GPT) -> Any:
     ValueError if it has no such architecture."""
     weights = weights_of(model)
     peer = load(checkout, "float32")
-    fields = {name: getattr(model.config, name) for name in SHAPE_FIELDS}
-    gpt = peer.GPT(peer.GPTConfig(**fields))
+    gpt = peer.GPT(peer.GPTConfig(**shape_of(model.config)))
     gpt.init_weights()
     gpt.load_state_dict(weights)
     return gpt.eval().requires_grad_(False)
@@ -56,10 +60,9 @@ def weights_of(model: GPT) -> dict[str, torch.Tensor]:
     A model without backout subtracts nothing. ValueError names the field of an architecture that it
     does not have."""
     config = model.config
-    shape = {name: getattr(config, name) for name in SHAPE_FIELDS}
     # Of what is left, ``dropout`` and ``residual_decay`` only change training.
     rest = {name: getattr(config, name) for name in ("backout", "dropout", "residual_decay")}
-    nearest = ModelConfig.modern(**shape, **rest)
+    nearest = ModelConfig.modern(**shape_of(config), **rest)
     for name, value in vars(nearest).items():
         if getattr(config, name) != value:
             raise ValueError(

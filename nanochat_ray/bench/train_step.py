@@ -59,16 +59,7 @@ def theirs(
 ) -> dict[str, Any]:
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
     peer = nanochat_checkout.load(checkout, dtype)
-    fields = (
-        "vocab_size",
-        "n_layer",
-        "n_head",
-        "n_kv_head",
-        "n_embd",
-        "sequence_len",
-        "window_pattern",
-    )
-    model = peer.GPT(peer.GPTConfig(**{name: getattr(config, name) for name in fields}))
+    model = peer.GPT(peer.GPTConfig(**nanochat_checkout.shape_of(config)))
     model.init_weights()
     by_formula(model.named_parameters())
     ids = batch_of(config, tokens)

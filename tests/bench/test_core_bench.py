@@ -68,6 +68,13 @@ def test_weights_are_those_of_the_model() -> None:
         weights_of(GPT(tiny_config("classic")))
 
 
+def test_tasks_need_their_files() -> None:
+    args = bench.Args(nanochat=Path(), core="x", tasks=("copa",))
+    assert [task.label for task in bench.choose_tasks(args, {"copa.jsonl": Path()})] == ["copa"]
+    with pytest.raises(ValueError, match=r"tasks=\('copa',\) is not allowed: .* files are in x"):
+        bench.choose_tasks(args, {"piqa.jsonl": Path()})
+
+
 def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="count=10 is not allowed"):
         bench.Args(nanochat=Path(), core="x", count=10)

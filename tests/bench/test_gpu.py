@@ -68,7 +68,11 @@ def test_parts_run_once_and_in_time() -> None:
     assert list(report.values) == ["left out c"]
 
 
-def test_all_is_every_part_in_the_order_of_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_every_part_in_the_order_of_value(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "nanochat").mkdir()
+    (tmp_path / "nanochat" / "gpt.py").touch()
     names: list[str] = []
 
     def part(report: Report, name: str, *_: object, **__: object) -> None:
@@ -78,17 +82,25 @@ def test_all_is_every_part_in_the_order_of_value(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Report, "part", part)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    args, report = gpu.Args(part="all"), Report()
-    for kind, match in gpu.VALUE:
-        report.match = match
-        gpu._run(kind, report, args)
+    args = gpu.Args(part="all", checkout=str(tmp_path))
+    gpu.run_all(Report(), args)
     first = ["fused forward", "engine", "engine, batch-invariant"]
     assert names[:4] == [*first, "d12 × 32, full attention, ours, turn 0"]
     whole = Report()
     before, names[:] = set(names), []
     for kind in ("check", "train", "serve", "nanochat"):
-        gpu._run(kind, whole, args)  # type: ignore[arg-type]
+        gpu.run_part(kind, whole, args)  # type: ignore[arg-type]
     assert before == set(names)
+    names.clear()
+    gpu.run_all(Report(), gpu.Args(part="all"))
+    assert set(names) == {
+        name for name in before if "nanochat" not in name and ", ours" not in name
+    }
+
+
+def test_all_takes_no_match() -> None:
+    with pytest.raises(ValueError, match="match='d12' is not allowed: empty with part all"):
+        gpu.Args(part="all", match="d12")
 
 
 @pytest.mark.gpu
