@@ -24,6 +24,8 @@ ORDER_SEED, SHOT_SEED = 1337, 1234
 CONTEXTS = 10
 """Positions that nanochat evaluates, as a multiple of the training's: prompts with ten shots are
 longer than its context, and attention slides over them."""
+LEAST_TOKENS = 32
+"""Of a text, nearly always: a step has room for no more sequences than this allows."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,23 @@ def core_metric(scores: Sequence[CoreScore]) -> tuple[float, float]:
 
 def core_engine(model: GPT, tokenizer: Tokenizer, config: EngineConfig) -> Engine:
     """An engine for ``evaluate``, whose context is nanochat's unless ``config.max_model_len`` says
-    another."""
+    another.
+
+    It touches little memory, since the system takes longer to hand out a new page than a model of
+    this size takes to fill it: as many slots as fill a step, and a prefix cache for the questions
+    that run, not for those before them, unless ``config.prefix_cache_tokens`` says another.
+    """
     length = config.max_model_len or CONTEXTS * model.config.sequence_len
-    return Engine.from_model(model, tokenizer, replace(config, max_model_len=length))
+    cache_tokens = config.prefix_cache_tokens
+    engine_config = replace(
+        config,
+        max_model_len=length,
+        max_num_seqs=min(
+            config.max_num_seqs, max(1, config.max_num_batched_tokens // LEAST_TOKENS)
+        ),
+        prefix_cache_tokens=2 * length if cache_tokens is None else cache_tokens,
+    )
+    return Engine.from_model(model, tokenizer, engine_config)
 
 
 def choose(examples: Sequence[Example], count: int = 0) -> list[Example]:

@@ -185,6 +185,17 @@ def test_decisions_equal_a_forward_pass(kind: core_data.Kind, layout: str, lengt
     engine.check_integrity()
 
 
+def test_core_engine_touches_little_memory() -> None:
+    gpt = GPT(tiny_config(sequence_len=28))
+    engine = core.core_engine(gpt, TOKENIZER, EngineConfig(max_num_batched_tokens=100))
+    assert engine.config.max_num_seqs == 100 // 32
+    assert (engine.max_model_len, engine.config.prefix_cache_tokens) == (280, 560)
+    config = EngineConfig(max_num_seqs=2, prefix_cache_tokens=64, max_model_len=40)
+    engine = core.core_engine(gpt, TOKENIZER, config)
+    assert (engine.config.max_num_seqs, engine.config.prefix_cache_tokens) == (2, 64)
+    assert engine.max_model_len == 40
+
+
 def write(folder: Path, count: int = 12) -> None:
     lines = [{"context": f"{i} is", "continuation": str(i)} for i in range(count)]
     texts = "".join(json.dumps(line) + "\n" for line in lines)
