@@ -121,14 +121,17 @@ class Args:
 def measure_http(
     args: Args, open_systems: list[System], text: list[int]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Median figures by system and load ("32 sampled")."""
+    """Median figures by system and load ("32 sampled").
+
+    The first round is not measured. It has as many requests as the others: an engine gets memory
+    from the system as its slots are used for the first time, and requests would wait for that.
+    """
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     loads = list(itertools.product(args.concurrency, args.sampling))
-    for repeat in range(-1, args.repeats):  # the first one warms up
+    for repeat in range(-1, args.repeats):
         for number, (streams, sampling) in enumerate(loads):
-            count = max(8, args.requests * streams) if repeat >= 0 else min(8, streams)
             prompts = load.random_prompts(
-                count,
+                max(8, args.requests * streams),
                 vocab=VOCAB,
                 prompt=args.prompt,
                 output=args.output,
