@@ -1,5 +1,6 @@
-"""Short texts of a model in training, for a person to read: greedy and without a cache. As in a
-served answer, the calculator is run.
+"""Short texts of a model in training, for a person to read: how it continues texts, or answers
+questions, of the validation split. Greedy and without a cache. As in a served answer, the
+calculator is run.
 
 The engine does this fast, but training may not import it (its layer is beside this one), and a
 few dozen tokens need no speed.
@@ -7,17 +8,19 @@ few dozen tokens need no speed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.text.chat import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.text.tools import Tool, ToolState, calculator_tool
 
-BASE_PROMPTS = ("The capital of France is", "To make a cake, first", "If 3 + 4 = 7, then")
-SFT_PROMPTS = ("Who are you?", "What is 12 + 7?", "Why is the sky blue?")
+NUM_PROMPTS = 3
+PROMPT_TOKENS = 12
+"""Of a document."""
 LENGTHS = 128
 """Rows are padded to a multiple of this."""
 
@@ -56,21 +59,52 @@ def greedy(
     return row[0, first:last].tolist()
 
 
+def choose_prompts(
+    tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray | None
+) -> dict[str, list[int]]:
+    """Token ids of at most ``NUM_PROMPTS`` prompts by their texts, from the sequences ``ids [n, T +
+    1]``: beginnings of documents or, with the ``mask`` of targets, conversations up to their first
+    answer, whose text is the question before it."""
+    prompts: dict[str, list[int]] = {}
+    for row in range(len(ids)):
+        starts = np.flatnonzero(ids[row] == tokenizer.bos)
+        for start, end in itertools.pairwise([*starts.tolist(), ids.shape[1]]):
+            document = ids[row, start:end].tolist()
+            if mask is None:
+                text, prompt = _prefix(tokenizer, document)
+            else:
+                prompt = document[: int(mask[row, start:end].argmax())]
+                text = _last_question(tokenizer, prompt)
+            if text.strip() and len(prompt) < len(document):
+                prompts.setdefault(text, prompt)
+            if len(prompts) == NUM_PROMPTS:
+                return prompts
+    return prompts
+
+
+def _prefix(tokenizer: Tokenizer, document: list[int]) -> tuple[str, list[int]]:
+    """At most ``PROMPT_TOKENS`` tokens, without a last one that ends inside a character."""
+    prompt = document[: 1 + PROMPT_TOKENS]
+    while (text := tokenizer.decode(prompt[1:])).endswith("\N{REPLACEMENT CHARACTER}"):
+        prompt.pop()
+    return text, prompt
+
+
+def _last_question(tokenizer: Tokenizer, prompt: list[int]) -> str:
+    last = tokenizer.decode(prompt).split("<|user_start|>")[-1]
+    return last.partition("<|user_end|>")[0]
+
+
 def make_sampler(
-    tokenizer: Tokenizer, stage: str, count: int
+    tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray | None, count: int
 ) -> Callable[[GPT], list[tuple[str, str]]]:
-    """A function from a model to (prompt, text) pairs, ``count`` tokens each."""
-    ends = [tokenizer.bos]
-    prompts, tool = BASE_PROMPTS, None
-    if stage == "sft":
+    """A function from a model to (prompt, text) pairs, ``count`` tokens each. The prompts are those
+    of ``choose_prompts``."""
+    prompts = choose_prompts(tokenizer, ids, mask)
+    ends, tool = [tokenizer.bos], None
+    if mask is not None:
         tool = calculator_tool(tokenizer)
         ends.append(tokenizer.special("<|assistant_end|>"))
-        prompts = SFT_PROMPTS
-
-    def ids_of(prompt: str) -> list[int]:
-        if stage == "sft":
-            return render_prompt(tokenizer, [{"role": "user", "content": prompt}])
-        return [tokenizer.bos, *tokenizer.encode(prompt)]
 
     def text_of(ids: list[int]) -> str:
         """A call and its result as ``[12 + 7 = 19]``."""
@@ -89,6 +123,6 @@ def make_sampler(
         return text
 
     def sample(model: GPT) -> list[tuple[str, str]]:
-        return [(p, text_of(greedy(model, ids_of(p), count, ends, tool))) for p in prompts]
+        return [(text, text_of(greedy(model, p, count, ends, tool))) for text, p in prompts.items()]
 
     return sample

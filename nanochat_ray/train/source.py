@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 from nanochat_ray.data.shards import SequenceReader
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
@@ -20,6 +22,9 @@ from nanochat_ray.train.ranks import Ranks
 from nanochat_ray.train.samples import make_sampler
 from nanochat_ray.train.step import CrossEntropy, Objective
 from nanochat_ray.train.validation import Validator
+
+SAMPLE_SEQUENCES = 16
+"""Of the validation split: the first ones, in which the prompts of samples are looked for."""
 
 
 class Source(DataLoader, Protocol):
@@ -77,7 +82,9 @@ class DatasetSource:
             self.data_loader = ShardDataLoader(reader, train, rank, world)
         self.validator = Validator(train, dataset, self.manifest, self.tokenizer, rank, world)
         self.bytes_per_token = self.validator.bytes_per_token
-        self.sampler = make_sampler(self.tokenizer, train.stage, train.sample_tokens)
+        reader = SequenceReader(dataset, self.manifest, "val")
+        ids, mask = reader.read(np.arange(min(SAMPLE_SEQUENCES, len(reader))))
+        self.sampler = make_sampler(self.tokenizer, ids, mask, train.sample_tokens)
 
     def identity(self) -> Mapping[str, Any]:
         config, root = self.config, Store.at(self.config.storage)

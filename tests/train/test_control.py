@@ -21,16 +21,15 @@ import torch
 
 from nanochat_ray import retry
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
-from nanochat_ray.train import checkpointer, loggers, preflight, samples, trainer
+from nanochat_ray.train import checkpointer, loggers, preflight, trainer
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from nanochat_ray.train.data_loader import prefetch
 from nanochat_ray.train.step import Batch
 from nanochat_ray.train.stop import STOPPED
 from tests.processes import run_job
-from tests.tiny import TOKENIZER, tiny_config, wait_for, write_dataset
+from tests.tiny import tiny_config, wait_for, write_dataset
 from tests.train.run_trainer import run_trainer
 
 REPO = Path(__file__).parents[2]
@@ -311,7 +310,7 @@ def test_report_and_progress_lines(root: Store, tmp_path: Path) -> None:
     page = root.child("runs", "run").read_text("report.html")
     for text in (
         *("validation, bits per byte", "training loss", "learning rate", "gradient norm"),
-        *("tokens per second", "MFU", "Greedy texts after step 12", "The capital of France is"),
+        *("tokens per second", "MFU", "Greedy texts after step 12"),
         *("Hardware", "TFLOP/s in fp32", "Configuration", "matrix_lr"),
     ):
         assert text in page, text
@@ -339,54 +338,3 @@ def test_missing_wandb_is_named() -> None:
         ):
             loggers.check_installed(wandb="p")
     loggers.check_installed(wandb="")
-
-
-@pytest.mark.parametrize("stage", ["base", "sft"])
-def test_samples_are_greedy_within_the_context(stage: str) -> None:
-    model = GPT(tiny_config())
-    model.init_weights(torch.Generator().manual_seed(0))
-    model.eval()
-    ids = [TOKENIZER.bos, 5, 9]
-    tokens = samples.greedy(model, ids, 100, ends=[])
-    assert len(tokens) == model.config.sequence_len - len(ids)
-    whole = torch.tensor([ids + tokens])
-    with torch.no_grad():
-        assert model(whole)[0, 2:-1].argmax(dim=-1).tolist() == tokens
-    assert samples.greedy(model, ids, 100, ends=[tokens[0]]) == []
-    texts = samples.make_sampler(TOKENIZER, stage, 3)(model)
-    assert len(texts) == 3
-    assert all(prompt for prompt, _ in texts)
-
-
-@pytest.mark.parametrize("length", [8, 12, 24])
-@pytest.mark.parametrize("stage", ["base", "sft"])
-def test_samples_fit_into_a_short_context(stage: str, length: int) -> None:
-    model = GPT(tiny_config(sequence_len=length))
-    model.init_weights(torch.Generator().manual_seed(0))
-    texts = samples.make_sampler(TOKENIZER, stage, 48)(model)
-    assert len(texts) == 3
-
-
-def test_samples_run_the_calculator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that always calls it: what follows the call is the result, as when it is served."""
-    call = [TOKENIZER.special("<|python_start|>"), *TOKENIZER.encode("12+7")]
-    call.append(TOKENIZER.special("<|python_end|>"))
-    end = TOKENIZER.special("<|assistant_end|>")
-    script = [*call, *TOKENIZER.encode("Yes"), end]
-    rows: list[list[int]] = []
-
-    def hidden(model: GPT, row: torch.Tensor, eager: bool = False) -> torch.Tensor:
-        rows.append(row[0].tolist())
-        return torch.zeros(1, row.shape[1], 1)
-
-    def logits(model: GPT, x: torch.Tensor) -> torch.Tensor:
-        token = script[(len(rows) - 1) % len(script)]
-        return torch.nn.functional.one_hot(torch.tensor([token]), TOKENIZER.vocab_size).float()
-
-    model = GPT(tiny_config(sequence_len=128))
-    monkeypatch.setattr(GPT, "hidden", hidden)
-    monkeypatch.setattr(GPT, "logits", logits)
-    for _, text in samples.make_sampler(TOKENIZER, "sft", 48)(model):
-        assert text == "[12+7 = 19] Yes"
-    # The model reads the result before it goes on.
-    assert [t for t in rows[-1] if t in TOKENIZER.encode("19")][-2:] == TOKENIZER.encode("19")
