@@ -196,7 +196,8 @@ def sample(
         masks = rows.grammar_masks(grammars)
     if sampling.counts_tokens:
         uncounted_tokens, in_flight = rows.uncounted_tokens(previous_ids is not None)
-        if previous_ids is not None and in_flight:
+        if in_flight:
+            assert previous_ids is not None
             device_tokens = in_flight, previous_ids
     arguments = (rows.slots, rows.positions, masks, uncounted_tokens, device_tokens)
     token_ids = forward.token_ids

@@ -58,7 +58,7 @@ class TaskScore:
         squares = sum((c / self.samples - mean) ** 2 for c in self.num_right)
         if not squares:
             return wilson_interval(mean * self.total, self.total)
-        spread = Z * math.sqrt(squares / max(self.total - 1, 1) / self.total)
+        spread = Z * math.sqrt(squares / (self.total - 1) / self.total)
         return max(0.0, mean - spread), min(1.0, mean + spread)
 
 

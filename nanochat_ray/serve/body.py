@@ -169,7 +169,7 @@ def _field(location: Sequence[int | str]) -> str:
     return name
 
 
-def _depth(location: Sequence[int | str]) -> tuple[int, int]:
-    """Levels, then items before the first wrong one."""
+def _depth(location: Sequence[int | str]) -> tuple[int, list[int]]:
+    """Levels, then how many items were right at each."""
     levels = len(_PATH_PART.findall(_field(location)))
-    return levels, max((part for part in location if isinstance(part, int)), default=0)
+    return levels, [part for part in location if isinstance(part, int)]
