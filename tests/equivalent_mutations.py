@@ -37,6 +37,12 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
     "nanochat_ray/engine/json_schema.py": {
         "constant: 0  →  1": ('schema.get("min', "both are less than the bound that is set"),
     },
+    "nanochat_ray/engine/stats.py": {
+        "constant: 0  →  1": [
+            (field, "the engine replaces it in all that it returns")
+            for field in ("num_lookup_tokens", "num_hit_tokens", "num_queued", "preemptions")
+        ],
+    },
     "nanochat_ray/engine/detokenizer.py": {
         "comparison: self._inside >= 0  →  self._inside > 0": ("", "no delimiter has the id 0"),
     },
@@ -158,6 +164,10 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
         "constant: 3  →  4": ("ndim == 3", SPEED),
     },
     "nanochat_ray/optim/device_update.py": {
+        "constant: 0.0  →  0.5": (
+            "grads * rates.grad_factor, 0.0",
+            "its learning rate and its weight in the momentum are 0",
+        ),
         "constant: False  →  True": ("torch.compile(_muon_update_, dynamic=False)", GPU),
     },
     "nanochat_ray/model/config.py": {

@@ -96,7 +96,7 @@ def replace_shard(root: Store, rows: SequenceReader, array: pa.Array) -> Sequenc
             pa.array([[1, 2, 3], None], pa.list_(pa.uint16(), 3)),
             "has a column 'ids' that is not sequences of 3",
         ),
-        (pa.array([1, 2], pa.uint16()), "is no shard of sequences"),
+        (pa.array([1, 2], pa.uint16()), "is no shard of sequences: ."),
         (pa.array([[1, 2, 3]] * 2, pa.list_(pa.uint32(), 3)), "has sequences of 3 uint32"),
         (pa.array([[1, 2]] * 2, pa.list_(pa.uint16(), 2)), "has sequences of 2 uint16"),
     ],

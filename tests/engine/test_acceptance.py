@@ -176,8 +176,10 @@ def test_missing_prompt_logprobs() -> None:
 def test_the_next_token_is_at_one_position() -> None:
     s = sequence([9])
     assert [s.needs_token_at(position) for position in (3, 4, 5)] == [False, True, False]
+    s.num_placeholders = 1
+    assert [s.needs_token_at(position) for position in (3, 4, 5)] == [False, False, True]
     s.is_finished = True
-    assert not s.needs_token_at(4)
+    assert not s.needs_token_at(5)
 
 
 def test_drafts_need_the_last_token() -> None:

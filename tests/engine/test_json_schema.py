@@ -80,6 +80,11 @@ def accepts(grammars: Grammars, schema: Any, text: str) -> bool:
         ({"allOf": [{"$ref": "#/$defs/B"}], "$defs": {"B": BASE}}, '{"a":1}', '{"a":1,"b":2}'),
         ({"anyOf": [BASE, MORE]}, '{"b":1}', '{"b":1,"c":2}'),
         (
+            {"type": "array", "prefixItems": [{"$ref": "#/$defs/B"}], "$defs": {"B": BASE}},
+            '[{"a":1}]',
+            '[{"a":1,"b":2}]',
+        ),
+        (
             {"type": "object", "properties": {"n": {"$ref": "#"}}},
             '{"n":{"n":{}}}',
             '{"n":{"m":1}}',
@@ -100,6 +105,11 @@ def test_contradicted_bounds_are_dropped(grammars: Grammars) -> None:
     assert accepts(grammars, {"enum": [10**17]}, str(10**17))
     grammars.check({"json_schema": {"type": "number", "const": 1e-12}})
     grammars.check({"json_schema": tiny})
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, MAX_ITEMS), (MAX_ITEMS + 9, MAX_ITEMS + 9)])
+def test_lists_may_have_the_items_they_need(least: int, most: int) -> None:
+    assert bound_schema({"type": "array", "minItems": least})["maxItems"] == most
 
 
 def test_bound_schema_leaves_its_input_unchanged() -> None:

@@ -99,6 +99,11 @@ def test_pass_at_k_by_hand() -> None:
     assert score.accuracy == pytest.approx((0 + 1 / 4 + 1) / 3)
     assert score.pass_at(2) == pytest.approx((0 + 1 / 2 + 1) / 3)
     assert score.pass_at(4) == pytest.approx(2 / 3)
+    assert [TaskScore("x", num_right, 1, []).accuracy for num_right in ([], [1], [1, 0])] == [
+        0,
+        1,
+        1 / 2,
+    ]
     # The standard deviation of (1/4, 1/2, 3/4) is 1/4, and 1.96 / 4 / sqrt(3) is 0.2829.
     interval = TaskScore("x", [1, 2, 3], 4, []).interval()
     assert interval == pytest.approx((0.5 - 0.2829, 0.5 + 0.2829), abs=1e-4)

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from nanochat_ray.serve.app import build_app
-from nanochat_ray.serve.body import Body, _check_headers
+from nanochat_ray.serve.body import Body, _check_headers, from_validation
 from nanochat_ray.serve.openai.errors import MAX_MESSAGE, ApiError
 from nanochat_ray.serve.openai.schema import requests
 from nanochat_ray.serve.openai.schema.requests import (
@@ -96,6 +96,30 @@ def test_the_branch_that_came_furthest_is_named(url: str, prompt: Any, param: st
     error = post(f"{url}/v1/completions", json={"prompt": prompt}).json()["error"]
     assert error["param"] == param
     assert param in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("problems", "param", "message"),
+    [
+        ([("missing", ("body",), "Field required")], None, "A JSON object is needed as the body."),
+        ([("type", ("body",), "Input should be a dictionary")], None, "Input should be"),
+        ([("value_error", ("body",), "Value error, top_k=-1 is bad")], "top_k", "top_k=-1 is bad"),
+        ([("missing", ("body", "prompt"), "Field required")], "prompt", "prompt: Field required"),
+        ([("value_error", ("body", "n"), "seed: no")], "n", "n: seed: no"),
+        # Of the branches of a union: the deepest, then the one with most items that are right.
+        ([("a", ("body", "x", "str"), "A"), ("b", ("body", "x", "list", 0), "B")], "x[0]", "B"),
+        ([("a", ("body", "x", 5), "A"), ("b", ("body", "x", 0, 0), "B")], "x[0][0]", "B"),
+        ([("a", ("body", "x", 1, 0), "A"), ("b", ("body", "x", 0, 5), "B")], "x[1][0]", "A"),
+        ([("a", ("body", "x", "int"), "A"), ("b", ("body", "x", "str"), "B")], "x", "x: A or B"),
+        ([("a", ("body", "x"), "A"), ("b", ("body", "y", 0), "B")], "x", "x: A"),
+    ],
+)
+def test_one_problem_names_its_field(
+    problems: list[tuple[str, tuple[int | str, ...], str]], param: str | None, message: str
+) -> None:
+    error = from_validation([{"type": t, "loc": loc, "msg": text} for t, loc, text in problems])
+    assert (error.status, error.param) == (400, param)
+    assert message in error.message
 
 
 JSON = {"content-type": "application/json"}

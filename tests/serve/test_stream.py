@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -91,6 +92,38 @@ def test_a_stream_that_is_closed_aborts_at_once() -> None:
         return len(engine.aborts)
 
     assert asyncio.run(run()) == 1
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_response_ends_with_its_events(leaves: bool) -> None:
+    """The generator has ended when the response has, also if the client takes no more."""
+    calls: list[str] = []
+
+    async def events() -> AsyncGenerator[str, None]:
+        try:
+            yield "data: 1\n\n"
+            yield "data: 2\n\n"
+        finally:
+            calls.append("closed")
+
+    async def run() -> None:
+        full = asyncio.Event()
+
+        async def send(message: Message) -> None:
+            calls.append(message.get("body", b"start").decode().strip())
+            if leaves and "body" in message:
+                full.set()  # its client reads no more
+                await asyncio.Event().wait()
+
+        async def receive() -> Message:
+            await full.wait()
+            return {"type": "http.disconnect"}
+
+        await EventStream(events(), {})({"type": "http"}, receive, send)
+        others = ["closed"] if leaves else ["data: 2", "closed", ""]
+        assert calls == ["start", "data: 1", *others]
+
+    asyncio.run(run())
 
 
 def test_a_whole_answer() -> None:

@@ -21,6 +21,14 @@ CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 
 
+def test_each_split_has_its_conversations(tmp_path: Path) -> None:
+    path = tmp_path / "my.jsonl"
+    rows = [[USER, {**YES, "content": str(i)}] for i in range(40)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    (own,) = load([Entry(str(path))], 0)
+    assert [len(own.split(name)) for name in ("train", "val")] == [38, 2]
+
+
 def read_one(path: Path, record: Any) -> list[dict[str, Any]]:
     """The conversation of a record, wherever the split has put it."""
     path.write_text("\n".join(json.dumps(r) for r in (record, OTHER)) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -134,6 +135,25 @@ def test_requests_leave_a_host_that_vanished() -> None:
         assert list(healthy.requests[0].output_token_ids) == [7]
 
     asyncio.run(run())
+
+
+def test_a_host_may_be_silent_for_10_s() -> None:
+    """For the kernel too, which drops a connection whose data is not acknowledged for so long."""
+    handle: Any = Handle([])
+    assert RayEngineClient(handle).liveness_timeout_s == 10
+    options: list[tuple[int, int, int]] = []
+
+    class Socket:
+        def setsockopt(self, *option: int) -> None:
+            options.append(option)  # type: ignore[arg-type]
+
+    class Transport(asyncio.Transport):
+        pass
+
+    Connection(lambda *_: None, lambda _: None).connection_made(Transport({"socket": Socket()}))
+    assert (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1) in options
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        assert (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000) in options
 
 
 def test_other_weights_continue_no_answer() -> None:
