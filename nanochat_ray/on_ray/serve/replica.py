@@ -120,18 +120,29 @@ class EngineReplica:
         if target:
             name = await asyncio.to_thread(self._first_checkpoint, target)
         await self.listen()
+        version = self.engine.weight_version if self.engine is not None else ""
         try:
-            # Nobody calls again after an outage of the storage.
-            await asyncio.to_thread(retry, lambda: weight_version(self.run, name), name)
-            await self._serve(name)
-        except (ValueError, OSError) as error:
+            await self._serve_when_readable(name)
+        except (ValueError, OSError, RuntimeError) as error:
             if self.engine is None:
                 raise
             # Serve would end this replica and every other one, and start none that works.
             self.refusals = {name: str(error)}
             logger.error("checkpoint %s is refused: %s", name, error)
+            if self.engine.weight_version != version:  # it failed while they were replaced
+                await self._serve_when_readable(self.checkpoint)
         else:
             self.refusals = {}
+
+    async def _serve_when_readable(self, name: str) -> None:
+        """``_serve``, again while storage is away: Serve would not call again, and would start a
+        replica that cannot start again at once, which costs a core."""
+        loop = asyncio.get_running_loop()
+
+        def serve() -> None:
+            asyncio.run_coroutine_threadsafe(self._serve(name), loop).result()
+
+        await asyncio.to_thread(retry, serve, f"checkpoint {name}")
 
     def _first_checkpoint(self, target: follow.Target) -> str:
         return retry(
@@ -151,7 +162,8 @@ class EngineReplica:
         return ""
 
     async def _serve(self, name: str) -> None:
-        """Raises ValueError if the checkpoint cannot be served; then nothing has changed."""
+        """Raises ValueError if the checkpoint cannot be served, OSError if it cannot be read; then
+        nothing has changed. RuntimeError if the engine fails, or memory for another one."""
         async with self._swap_lock:
             loop, old = asyncio.get_running_loop(), self.engine
             if old is None or not await self._swap_in_place(old, name):
@@ -204,10 +216,8 @@ class EngineReplica:
         import torch
 
         torch.set_num_threads(self.threads or engine_threads(self.sharing))
-        # A replica that cannot start is started again at once, which costs a core.
-        engine, tokenizer = retry(
-            lambda: engine_from_run(self.run, self.config, name, self.device, self.tokenizer),
-            f"checkpoint {name}",
+        engine, tokenizer = engine_from_run(
+            self.run, self.config, name, self.device, self.tokenizer
         )
         self.tokenizer = tokenizer.fingerprint
         self.architecture = load_config(self.run, name).model

@@ -12,6 +12,7 @@ import pytest
 
 from nanochat_ray.config import to_json
 from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.on_ray.serve.connection import ACCEPTED, Connection, Handshakes
 from nanochat_ray.on_ray.serve.replica import EngineReplica
@@ -174,6 +175,50 @@ def test_a_bad_deployment_leaves_the_old_weights(tiny_run: Store) -> None:
         await EngineReplica.__del__(replica)
 
     asyncio.run(run())
+
+
+def test_weights_that_fail_to_load_are_replaced_by_the_old(
+    tiny_run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory, for example, when a part of them has been replaced."""
+    load_weights, failures = Engine.load_weights, [RuntimeError("out of memory")]
+
+    def failing_load(engine: Engine, *args: Any) -> None:
+        load_weights(engine, *args)
+        if failures:
+            raise failures.pop()
+
+    async def run() -> None:
+        replica = await start_replica(tiny_run)
+        assert replica.engine is not None
+        version = replica.engine.weight_version
+        write_checkpoint(tiny_run, 1)
+        monkeypatch.setattr(Engine, "load_weights", failing_load)
+        await replica.reconfigure({"checkpoint": "step-000101"})
+        assert replica.status()["refused"] == {"step-000101": "out of memory"}
+        assert replica.status()["checkpoint"] == "step-000100"
+        assert replica.engine.weight_version == version
+        await EngineReplica.__del__(replica)
+
+    asyncio.run(run())
+
+
+def test_a_deployment_waits_for_storage(tiny_run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve would not deploy it again."""
+    outage = Outage(monkeypatch)
+    outage.most_failures = 2
+
+    async def run() -> None:
+        replica = await start_replica(tiny_run)
+        write_checkpoint(tiny_run, 1)
+        outage.is_on = True
+        await replica.reconfigure({"checkpoint": "step-000101"})
+        assert replica.status()["checkpoint"] == "step-000101"
+        assert not replica.status()["refused"]
+        await EngineReplica.__del__(replica)
+
+    asyncio.run(run())
+    assert outage.num_failures == 2
 
 
 def test_a_replica_starts_when_storage_is_back(
