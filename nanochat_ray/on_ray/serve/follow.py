@@ -12,13 +12,14 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from nanochat_ray.checkpoint import follow
 from nanochat_ray.checkpoint.follow import CheckpointWatcher, NewCheckpoint, ServedCheckpoint
 from nanochat_ray.on_ray.serve.endpoints import CALL_ERRORS, list_endpoints
 from nanochat_ray.on_ray.serve.metrics import RaySink
-from nanochat_ray.retry import reason, retry
+from nanochat_ray.retry import is_outage, reason, retry
 from nanochat_ray.serve.follow import Follower
 from nanochat_ray.serve.metrics import FollowMetrics
 from nanochat_ray.storage import Store
@@ -118,10 +119,13 @@ class FollowDeployment:
         refusal = next((r for r in results if isinstance(r, str) and r), None)
         if refusal is not None:
             raise ValueError(refusal)
-        # Ray's error of a call is of the class that was raised there, too.
-        outage = next((r for r in results if isinstance(r, OSError)), None)
-        if outage is not None:
-            raise OSError(f"engine replica {replica} cannot read it: {reason(outage)}")
+        for result in results:
+            # Of Ray's errors, RayTaskError is what the replica raised; others say that it died.
+            cause = result.cause if isinstance(result, RayTaskError) else result
+            if isinstance(cause, OSError) and is_outage(cause):
+                raise OSError(f"engine replica {replica} cannot read it: {reason(cause)}")
+            if isinstance(result, RayTaskError | OSError):
+                raise ValueError(f"engine replica {replica} failed: {reason(cause)}")
 
     async def _close(self) -> None:
         if self.follower is not None:

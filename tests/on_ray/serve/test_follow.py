@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.config import to_json
@@ -167,6 +168,36 @@ def test_an_outage_in_a_replica_is_no_swap(
             assert [r.checkpoint for r in replicas] == ["step-000101"] * 2
             assert not failures
             assert deployment.follower.status()["num_refusals"] == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("error", "refusal"),
+    [
+        (PermissionError("forbidden"), "b failed: forbidden"),
+        (RayTaskError("swap", "Traceback …", KeyError("wte")), "b failed: 'wte'"),
+    ],
+)
+def test_a_checkpoint_that_one_cannot_load_is_refused(
+    tiny_run: Store, monkeypatch: pytest.MonkeyPatch, error: Exception, refusal: str
+) -> None:
+    """The other replica returns to the old one."""
+    swap = LocalReplica.swap
+
+    async def failing_swap(replica: LocalReplica, name: str, target: str) -> str | None:
+        if replica.name == name == "b" and target == "step-000101":
+            raise error
+        return await swap(replica, name, target)
+
+    monkeypatch.setattr(LocalReplica, "swap", failing_swap)
+
+    async def run() -> None:
+        async with endpoint(tiny_run) as (replicas, _, deployment):
+            await asyncio.to_thread(write_checkpoint, tiny_run, 1)
+            await until(lambda: deployment.follower.status()["num_refusals"])
+            assert refusal in deployment.follower.status()["refused"]["step-000101"]
+            assert [r.checkpoint for r in replicas] == ["step-000100"] * 2
 
     asyncio.run(run())
 
