@@ -29,6 +29,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.metrics import Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.claim import check_reference, hold_claim
@@ -50,8 +51,6 @@ FINAL = (ValueError, FloatingPointError, PermissionError, FileNotFoundError)
 or a network, and the run resumes from its latest checkpoint."""
 FINAL_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of the operating system that a restart would repeat."""
-NODE_ID_LABEL = "ray.io/node-id"
-"""The label that Ray gives to each node."""
 GAUGES = {
     "step": "Steps done.",
     "loss": "Training loss, nats per token.",
@@ -258,8 +257,9 @@ def fit(
     if _completed_steps(run) < config.train.steps:
         with hold_claim(Store.at(config.storage), "runs", config.run) as claim:
             # On the driver's node: it is of no use when that one is gone.
-            here = {NODE_ID_LABEL: ray.get_runtime_context().get_node_id()}
-            flag = ray.remote(num_cpus=0, label_selector=here)(StopFlag).remote()
+            node = ray.get_runtime_context().get_node_id()
+            here = NodeAffinitySchedulingStrategy(node, soft=False)
+            flag = ray.remote(num_cpus=0)(StopFlag).options(scheduling_strategy=here).remote()
             values = {
                 "config": config.to_json(),
                 "threads": threads,

@@ -42,9 +42,9 @@ from nanochat_ray.serve.client import OutputStream, UnavailableError
 logger = logging.getLogger(__name__)
 
 POLL_S = 5.0
-"""How often replicas are listed. One that disconnects or drains is noticed at once."""
+"""How often replicas are listed, and the follower is asked. A replica that disconnects or drains is
+noticed at once."""
 POLL_UNREADY_S = 0.2
-POLL_FOLLOWER_S = 5.0
 CALL_TIMEOUT_S = 10.0
 
 
@@ -145,7 +145,7 @@ class RayEngineClient:
             with contextlib.suppress(*CALL_ERRORS):
                 call = follower.status.remote()
                 self.follow_status = await asyncio.wait_for(call, CALL_TIMEOUT_S)
-            await asyncio.sleep(POLL_FOLLOWER_S)
+            await asyncio.sleep(POLL_S)
 
     async def _update_replicas(self, endpoints: list[dict[str, Any]]) -> None:
         addresses = {e["replica"]: (e["address"], e["secret"]) for e in endpoints}
