@@ -449,6 +449,7 @@ def test_help_fits_one_screen(command: str, capsys: pytest.CaptureFixture[str]) 
         assert len(lines) <= 45
         assert max(map(len, lines)) <= 100
         assert not [line for line in lines if "…" in line]
+        assert lines[2] == module.__doc__.splitlines()[0].replace("``", "")
         texts = [line[31:] for line in lines if line.startswith("  --")]
         assert all(texts), "a flag without a description"
 
