@@ -22,6 +22,12 @@ BETWEEN_TOKENS_S = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.4
 END_TO_END_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 960)
 
 
+REASONS = ("stop", "length", "abort", "error")
+"""Values of the label ``finished_reason``."""
+REFUSALS = ("429", "500", "503", "504")
+"""Values of the label ``status``."""
+
+
 class Sink(Protocol):
     """Where metrics are written. ``label`` names the one label of a metric; "" for none."""
 
@@ -151,6 +157,11 @@ class RequestMetrics:
             "503 (no engine), 504 (request_timeout_s) or 500.",
             "status",
         )
+        # Prometheus sees no rise where a series begins at 1.
+        for reason in REASONS:
+            self.success(0, reason)
+        for status in REFUSALS:
+            self.refusals(0, status)
 
     def timer(self) -> Timer:
         return Timer(self)

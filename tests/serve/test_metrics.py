@@ -43,6 +43,17 @@ def test_dashboard_names_are_served() -> None:
     assert {f"nanochat{name}" for name in board_names} <= names
 
 
+def test_counters_of_requests_begin_with_zero() -> None:
+    """increase() sees no rise where a series begins at 1."""
+    sink, *_ = page()
+    text = sink.text().decode()
+    pattern = r'^nanochat_(request_\w+_total)\{.*(?:status|finished_reason)="(\w+)".*\} 0\.0$'
+    counters = re.findall(pattern, text, re.MULTILINE)
+    reasons = [("request_success_total", r) for r in ("stop", "length", "abort", "error")]
+    statuses = [("request_refusals_total", s) for s in ("429", "500", "503", "504")]
+    assert sorted(counters) == sorted(reasons + statuses)
+
+
 class Clock:
     """Stands still until it is set."""
 
