@@ -53,6 +53,7 @@ FINAL_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of the operating system that a restart would repeat."""
 GAUGES = {
     "step": "Steps done.",
+    "steps": "Steps of the complete run.",
     "loss": "Training loss, nats per token.",
     "bits_per_byte": "Bits per byte of the validation split.",
     "tokens_per_s": "Tokens per second of all workers.",

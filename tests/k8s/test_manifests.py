@@ -9,8 +9,6 @@ import importlib
 import json
 import re
 import shlex
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,31 +20,14 @@ import pytest
 import yaml
 
 from nanochat_ray.cli.flags import all_flags
+from tests.k8s.rendered import K8S, REPO, find, manifests, render
 
-REPO = Path(__file__).parents[2]
-K8S = REPO / "k8s"
 KUBERNETES = "1.33"
 # The v1 schemas of KubeRay's CRDs (controller-gen 0.16.5), descriptions and defaults left out.
 SCHEMAS = json.loads(gzip.decompress((Path(__file__).parent / "kuberay-v1.json.gz").read_bytes()))
 CUSTOM = {"RayJob", "RayService", "LocalQueue", "PodMonitor", "PrometheusRule"}
 """Kinds that Kubernetes itself does not know."""
 FOLDERS = ("train", "train-two-nodes", "rl", "serve", "eval", "monitoring")
-
-
-@functools.cache
-def render(folder: str) -> str:
-    command = ["kubectl", "kustomize", str(K8S / folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def manifests(folder: str) -> list[dict[str, Any]]:
-    """What ``kubectl apply -k`` sends."""
-    return list(yaml.safe_load_all(render(folder)))
-
-
-def find(folder: str, kind: str) -> dict[str, Any]:
-    (manifest,) = (m for m in manifests(folder) if m["kind"] == kind)
-    return manifest
 
 
 def strict(schema: Any) -> Any:
@@ -297,134 +278,3 @@ def test_no_secret_is_in_a_file() -> None:
     files = [path for path in (REPO / "cluster").rglob("*") if path.is_file()]
     for path in [*K8S.rglob("*.yaml"), *files]:
         assert not re.search(r"AKIA[0-9A-Z]{16}|kind: Secret", path.read_text()), path
-
-
-# --- monitoring ---------------------------------------------------------------------------------
-
-
-def exported_names() -> set[str]:
-    """Names of all metrics as Prometheus has them, through Ray."""
-    from nanochat_ray.on_ray.train import GAUGES
-    from nanochat_ray.serve.reference import metric_rows
-
-    names = {f"ray_nanochat_train_{name}" for name in GAUGES}
-    for row in metric_rows():
-        name, kind = re.findall(r"[\w]+", row)[:2]
-        suffixes = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
-        names |= {f"ray_{name}{suffix}" for suffix in suffixes}
-    return names
-
-
-def panel_queries() -> list[str]:
-    """Of all dashboards, as for metrics through Ray."""
-    boards = find("monitoring", "ConfigMap")["data"]
-    assert boards.keys() == {"serving.json", "training.json"}
-    panels = [panel for text in boards.values() for panel in json.loads(text)["panels"]]
-    queries = [target["expr"] for panel in panels for target in panel["targets"]]
-    return [query.replace("${prefix}", "ray_nanochat") for query in queries]
-
-
-def test_every_metric_has_a_panel() -> None:
-    queries = " ".join(panel_queries())
-    # Of a histogram the quantiles are shown, which its buckets give.
-    names = {n for n in exported_names() if not n.endswith(("_sum", "_count"))}
-    assert {name for name in names if not re.search(rf"\b{name}\b", queries)} == set()
-
-
-def test_rules_and_dashboards_name_real_metrics() -> None:
-    from ray.serve._private import replica
-
-    texts = [
-        r["expr"]
-        for g in find("monitoring", "PrometheusRule")["spec"]["groups"]
-        for r in g["rules"]
-    ]
-    texts += panel_queries()
-    names = {name for text in texts for name in re.findall(r"ray_\w+", text)}
-    (serve,) = {name for name in names if not name.startswith("ray_nanochat")}
-    starts = serve.removeprefix("ray_").removesuffix("_total")
-    assert f'"{starts}"' in Path(replica.__file__).read_text()
-    assert names - {serve} <= exported_names()
-
-
-RULE_TESTS = """
-evaluation_interval: 1m
-tests:
-  - interval: 1m
-    input_series:
-      - series: ray_nanochat_num_engines{model_name="m",kernels="amx"}
-        values: 1 1 0 0 0 0
-      - series: ray_nanochat_num_requests_waiting{model_name="m",engine="a"}
-        values: 0+0x3 9x9
-      - series: ray_nanochat_num_requests_running{model_name="m",engine="a"}
-        values: 4x12
-      - series: ray_nanochat_train_checkpoint_timestamp_seconds{run="r"}
-        values: 0+0x200
-      - series: ray_nanochat_request_refusals_total{model_name="m",status="429"}
-        values: 0+0x20 0+60x20
-      - series: ray_nanochat_request_success_total{model_name="m",finished_reason="stop"}
-        values: 0+600x40
-      - series: ray_nanochat_checkpoints_refused_total{model_name="m"}
-        values: 0x5 1x40
-      - series: ray_nanochat_num_engines_by_checkpoint{model_name="m",checkpoint="a"}
-        values: 2x2 1x40
-      - series: ray_nanochat_num_engines_by_checkpoint{model_name="m",checkpoint="b"}
-        values: 0x2 1x40
-      - series: ray_nanochat_train_logprob_diff{run="r"}
-        values: 0.001x5 0.5x40
-    alert_rule_test:
-      - {eval_time: 1m, alertname: NanochatNoEngine}
-      - eval_time: 4m
-        alertname: NanochatNoEngine
-        exp_alerts: [{exp_labels: {severity: critical, model_name: m}}]
-      - {eval_time: 8m, alertname: NanochatQueueFull}
-      - eval_time: 10m
-        alertname: NanochatQueueFull
-        exp_alerts: [{exp_labels: {severity: warning, model_name: m}}]
-      - {eval_time: 100m, alertname: NanochatCheckpointTooOld}
-      - eval_time: 125m
-        alertname: NanochatCheckpointTooOld
-        exp_alerts: [{exp_labels: {severity: warning, run: r}}]
-      - {eval_time: 20m, alertname: NanochatRefuses}
-      - eval_time: 32m
-        alertname: NanochatRefuses
-        exp_alerts: [{exp_labels: {severity: warning, model_name: m}}]
-      - {eval_time: 5m, alertname: NanochatCheckpointRefused}
-      - eval_time: 7m
-        alertname: NanochatCheckpointRefused
-        exp_alerts: [{exp_labels: {severity: warning, model_name: m}}]
-      - {eval_time: 12m, alertname: NanochatCheckpointsDiffer}
-      - eval_time: 14m
-        alertname: NanochatCheckpointsDiffer
-        exp_alerts: [{exp_labels: {severity: warning, model_name: m}}]
-      - {eval_time: 5m, alertname: NanochatRolloutsDiffer}
-      - eval_time: 12m
-        alertname: NanochatRolloutsDiffer
-        exp_alerts: [{exp_labels: {severity: warning, run: r}}]
-      - {eval_time: 3m, alertname: NanochatReplicaRestarts}
-      - eval_time: 12m
-        alertname: NanochatReplicaRestarts
-        exp_alerts: [{exp_labels: {severity: warning, deployment: engine}}]
-"""
-
-
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Prometheus) is missing")
-def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
-    spec = find("monitoring", "PrometheusRule")["spec"]
-    annotations = {
-        rule["alert"]: rule["annotations"] for group in spec["groups"] for rule in group["rules"]
-    }
-    tests = yaml.safe_load(RULE_TESTS)
-    starts = 'ray_serve_deployment_replica_starts_total{application="nanochat",deployment="engine"'
-    tests["tests"][0]["input_series"] += [
-        {"series": f'{starts},replica="{i}"}}', "values": "1x4 stale" if i < 4 else "1x20"}
-        for i in range(6)
-    ]
-    for case in tests["tests"][0]["alert_rule_test"]:
-        for alert in case.get("exp_alerts", ()):
-            alert["exp_annotations"] = annotations[case["alertname"]]
-    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(spec))
-    (tmp_path / "tests.yaml").write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], **tests}))
-    for command in (("check", "rules", "rules.yaml"), ("test", "rules", "tests.yaml")):
-        run = subprocess.run(["promtool", *command], cwd=tmp_path, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout + run.stderr
