@@ -14,11 +14,13 @@ import contextlib
 import importlib.util
 import os
 import random
+import re
 import shlex
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 
@@ -62,6 +64,8 @@ SETTINGS = {
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
 }
 """Of Serve on one machine."""
+PREFIX, OWNER = "nanochat-", "owner"
+"""Of a folder's name; and its file that says which process has started the cluster."""
 MAX_FOLDER = 28
 """Characters: Serve appends a node's id of 56 and a file's name; HAProxy allows a path of 97."""
 
@@ -87,10 +91,13 @@ def set_serve_environment() -> None:
     """Sets those variables for processes that this one starts; variables that are set are kept.
 
     When this process ends, and its cluster with it, the folder is removed, and HAProxy ends: it
-    outlives an actor of Serve that is killed, and would keep the port of the endpoint.
+    outlives an actor of Serve that is killed, and would keep the port of the endpoint. After a
+    SIGKILL of this process, the next one that calls this does so.
     """
+    _end_orphans()
     variables = serve_environment()
     folder = variables[STATE_BASE].rstrip("/")
+    Path(folder, OWNER).write_text(_identity(psutil.Process()))
     atexit.register(_clear, folder)
     preset = set(os.environ)
     for name, value in variables.items():
@@ -110,11 +117,38 @@ def prefer_haproxy() -> None:
     set_serve_environment()
 
 
+def _identity(process: psutil.Process) -> str:
+    """Of no other process of this host, also later."""
+    return f"{process.pid} {process.create_time()}"
+
+
+def _haproxies() -> Iterator[tuple[psutil.Process, list[str]]]:
+    """Each HAProxy of this host, and its command line."""
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] == "haproxy":
+            yield process, process.info["cmdline"] or []
+
+
+def _end_orphans() -> None:
+    """Ends each HAProxy that has outlived the process in which ``set_serve_environment`` ran."""
+    for _, arguments in list(_haproxies()):
+        folders = [re.match(rf".*/{PREFIX}\w+(?=/)", argument) for argument in arguments]
+        for folder in filter(None, folders):
+            with contextlib.suppress(OSError):  # another user's, or nobody's
+                if not _is_alive(Path(folder[0], OWNER).read_text()):
+                    _clear(folder[0])
+
+
+def _is_alive(identity: str) -> bool:
+    with contextlib.suppress(psutil.Error, ValueError):
+        return _identity(psutil.Process(int(identity.split()[0]))) == identity
+    return False
+
+
 def _clear(folder: str) -> None:
     """Ends the HAProxy that uses ``folder`` and removes the folder."""
-    for process in psutil.process_iter(["name", "cmdline"]):
-        arguments = process.info["cmdline"] or []
-        if process.info["name"] == "haproxy" and any(a.startswith(folder) for a in arguments):
+    for process, arguments in _haproxies():
+        if any(argument.startswith(f"{folder}/") for argument in arguments):
             with contextlib.suppress(psutil.Error):
                 process.kill()
     shutil.rmtree(folder, ignore_errors=True)
@@ -122,9 +156,9 @@ def _clear(folder: str) -> None:
 
 def _new_folder() -> str:
     base = tempfile.gettempdir()
-    if len(base) > MAX_FOLDER - len("/nanochat-") - 8:
+    if len(base) > MAX_FOLDER - len(PREFIX) - 9:
         base = "/tmp"
-    return tempfile.mkdtemp(prefix="nanochat-", dir=base)
+    return tempfile.mkdtemp(prefix=PREFIX, dir=base)
 
 
 def _free_block() -> int:

@@ -10,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from ray.serve._private import constants
 
@@ -136,19 +138,44 @@ def test_the_local_cluster_has_its_own_ports(
     assert ports.LAST <= 32_768
 
 
-def test_haproxy_ends_with_its_cluster(tmp_path: Path) -> None:
+@pytest.fixture
+def haproxies(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
+    """Starts a process that is called haproxy in a new folder."""
     processes = []
-    for name in ("own", "other"):
+
+    def start(name: str) -> subprocess.Popen[bytes]:
         (tmp_path / name).mkdir()
         program = shutil.copy(shutil.which("sleep") or "", tmp_path / name / "haproxy")
         processes.append(subprocess.Popen([program, "60"]))
-    own, other = processes
-    try:
-        ports._clear(str(tmp_path / "own"))
-        assert own.wait(10) == -signal.SIGKILL
-        assert other.poll() is None
-        assert not (tmp_path / "own").exists()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_haproxy_ends_with_its_cluster(
+    tmp_path: Path, haproxies: Callable[[str], subprocess.Popen[bytes]]
+) -> None:
+    own, other = haproxies("own"), haproxies("own2")
+    ports._clear(str(tmp_path / "own"))
+    assert own.wait(10) == -signal.SIGKILL
+    assert other.poll() is None
+    assert not (tmp_path / "own").exists()
+
+
+def test_haproxy_without_its_process_ends(
+    tmp_path: Path, haproxies: Callable[[str], subprocess.Popen[bytes]]
+) -> None:
+    """A process that was killed could not end it."""
+    orphan, other, stranger = map(haproxies, ("nanochat-a", "nanochat-b", "nanochat-c"))
+    with subprocess.Popen(["sleep", "60"]) as starter:
+        identity = ports._identity(psutil.Process(starter.pid))
+        starter.kill()
+    (tmp_path / "nanochat-a/owner").write_text(identity)
+    (tmp_path / "nanochat-b/owner").write_text(ports._identity(psutil.Process()))
+    ports._end_orphans()
+    assert orphan.wait(10) == -signal.SIGKILL
+    assert other.poll() is stranger.poll() is None
+    assert not (tmp_path / "nanochat-a").exists()
