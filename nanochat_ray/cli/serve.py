@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import logging
 import os
 import socket
@@ -19,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nanochat_ray.checks import check_port, require
+from nanochat_ray.checks import check_int, check_port, require
+from nanochat_ray.cli import supervise
 from nanochat_ray.cli.flags import EVERYDAY, overrides
 from nanochat_ray.engine.config import GPU_DEFAULTS, EngineConfig
 from nanochat_ray.on_ray.config import ServeConfig
@@ -60,9 +62,14 @@ class Args:
     """Where this command starts Ray, put HAProxy before the HTTP replicas."""
     block: bool = True
     """Stay until Ctrl-C; --no-block returns once the model answers."""
+    restarts: int = 0
+    """Times to start again when this process dies. Also when Ray's control service or node does,
+    if they were started here."""
 
     def __post_init__(self) -> None:
         check_port("port", self.port)
+        check_int("restarts", self.restarts, 0)
+        require(not self.restarts or self.block, "restarts", self.restarts, "0 with --no-block")
         if (gpus := self.config.get("gpus")) and not self.ray:
             import torch
 
@@ -221,11 +228,14 @@ def deploy_app(config: ServeConfig, args: Args) -> None:
         thread.shutdown(wait=False, cancel_futures=True)
 
 
-def main(args: Args) -> None:
+def main(args: Args) -> int:
+    if args.restarts and not supervise.is_child():
+        # Any failure may be repeated: what a user can mend ends with another status.
+        return supervise.supervise(args.restarts, itertools.count().__next__)
     config = config_of(args)
     if not args.ray:
         serve_here(config, args)
-        return
+        return 0
     from nanochat_ray.on_ray import ports, session
 
     if args.haproxy and not session.joins_cluster():
@@ -242,3 +252,4 @@ def main(args: Args) -> None:
     print(f"  terminal:      nanochat-ray chat --url {url}", flush=True)
     if args.block:
         deploy.stay()
+    return 0

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 import ray
 from ray._private import services, utils, worker
+from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER, PROCESS_TYPE_RAYLET
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 """Exit status of a command that SIGINT or SIGTERM ended, as a shell counts it."""
@@ -32,6 +33,7 @@ GCS_END_S = 5.0
 """How long a cluster that ends may take to end its control service."""
 SHUTDOWN_S = 15.0
 """How long ``ray.shutdown`` may take."""
+NODE_SERVICES = (PROCESS_TYPE_GCS_SERVER, PROCESS_TYPE_RAYLET)
 _is_terminated = False
 _groups: list[int] = []
 """Process groups of the Ray that this process has started."""
@@ -133,6 +135,16 @@ def is_up() -> bool:
     if node.dead_processes():
         return False
     return is_listening(ray.get_runtime_context().gcs_address)
+
+
+def dead_services() -> list[str]:
+    """Which of the processes without which a node ends have died, of a node that this process has
+    started."""
+    node = worker._global_node
+    names: list[str] = []
+    if node is not None:
+        names = [name for name, _ in node.dead_processes()]
+    return [name for name in names if name in NODE_SERVICES]
 
 
 def is_listening(address: str) -> bool:

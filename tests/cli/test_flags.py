@@ -179,6 +179,8 @@ BAD_FLAGS = {
         ),
         ("--gpus -1", "gpus=-1.0"),
         ("--threads -1", "threads=-1"),
+        ("--restarts -1", "restarts=-1"),
+        ("--restarts 1 --no-block", "restarts=1 is not allowed: 0 with --no-block"),
         ("--engine.max-num-seqs 0", "max_num_seqs=0"),
         ("--engine.max-model-len -1", "max_model_len=-1"),
         ("--engine.max-num-batched-tokens -1", "max_num_batched_tokens=-1"),

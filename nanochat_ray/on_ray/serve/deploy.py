@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from nanochat_ray.on_ray import session
-from nanochat_ray.on_ray.leave import GCS_END_S, is_listening, leave
+from nanochat_ray.on_ray.leave import GCS_END_S, dead_services, is_listening, leave
 
 APP = "nanochat"
 POLL_S = 0.2
@@ -129,7 +129,7 @@ def remove() -> bool:
 
 def stay() -> None:
     """Waits for SIGINT or SIGTERM and removes the application. The process ends with status 0 if
-    its Ray ends with it or is gone, and at a second signal."""
+    its Ray ends with it or is gone, and at a second signal. SystemExit if its Ray dies before."""
     num_signals = 0
 
     def count(number: int, frame: FrameType | None) -> None:
@@ -143,5 +143,8 @@ def stay() -> None:
         signal.signal(number, count)
     while not num_signals:
         time.sleep(POLL_S)
+        if services := dead_services():
+            # Ray itself would notice the death of its control service after a minute.
+            raise SystemExit(f"{' and '.join(services)} of Ray died: nothing is served any more")
     if not remove() or session.has_started_ray():
         leave(0, shutdown=False)

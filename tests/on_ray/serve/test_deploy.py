@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
+from nanochat_ray.on_ray import leave
 from nanochat_ray.on_ray.serve import deploy
 
 
@@ -69,3 +71,18 @@ def test_errors_count_only_while_the_cluster_lives(
         deploy.remove()
     gcs.close()
     assert not deploy.remove()
+
+
+def test_serving_ends_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with its dashboard; ``--restarts`` starts it again."""
+    deaths = [[("dashboard", None)], [("dashboard", None), ("gcs_server", None)]]
+    node = SimpleNamespace(dead_processes=lambda: deaths.pop(0))
+    monkeypatch.setattr(leave.worker, "_global_node", node)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit, match=r"^gcs_server of Ray died"):
+            deploy.stay()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert not deaths
