@@ -6,11 +6,11 @@
 
 Parts are engine, ingress, haproxy, proxy, controller, dashboard, agent, gcs and raylet. The last
 three are left out by default: a node ends with its agent and its raylet, and a cluster that does
-not store its state with its gcs. The drill sends signals to processes of the cluster: use it on one
-that may be disturbed. Every answer is greedy, and its text is compared with that of an undisturbed
-one. Status 1 if a stream breaks or changes that should not have (those of an ingress, of HAProxy,
-its manager (proxy) and a node may break), if the endpoint answers no more, or if a part is not
-replaced that Serve replaces.
+not store its state with its gcs (``serve --restarts`` starts another). The drill sends signals to
+processes of the cluster: use it on one that may be disturbed. Every answer is greedy, and its text
+is compared with that of an undisturbed one. Status 1 if a stream breaks or changes that should not
+have (those of an ingress, of HAProxy, its manager (proxy) and a node may break), if the endpoint
+answers no more, or if a part is not replaced that Serve replaces.
 """
 
 from __future__ import annotations
@@ -46,10 +46,12 @@ PARTS: Mapping[str, str] = {
 }
 """Part → what the command line of its processes begins with."""
 DEFAULT_PARTS = ("engine", "ingress", "haproxy", "proxy", "controller", "dashboard")
-MAY_BREAK = {"ingress", "haproxy", "proxy", "agent", "raylet"}
-"""Streams run through these, so theirs end with them."""
-NOT_REPLACED = {"dashboard", "agent", "gcs", "raylet"}
-"""Nothing in a cluster starts these again: KubeRay does, or whoever has started the node."""
+MAY_BREAK = {"ingress", "haproxy", "proxy", "agent", "gcs", "raylet"}
+"""Streams run through these, or on a node that ends with them, so theirs end with them."""
+NODE_PARTS = {"agent", "gcs", "raylet"}
+"""A node ends with these. ``serve --restarts`` starts another, KubeRay another pod."""
+NOT_REPLACED = {"dashboard", *NODE_PARTS}
+"""Nothing in a cluster starts these again."""
 STEADY_S = 2.0
 """Without a broken stream before a signal is sent."""
 VOCAB = 256
@@ -75,6 +77,8 @@ class Args:
     """Of each answer."""
     recover_s: float = 120.0
     """Seconds until the endpoint must answer. Also until the part must be replaced."""
+    watch_s: float = 5.0
+    """Seconds that a round lasts at least. Without its gcs a cluster ends after 60 s."""
     session: str = ""
     """Name of the Ray session, where this host has several clusters."""
     seed: int = 0
@@ -88,6 +92,7 @@ class Args:
             check_int(name, getattr(self, name), least)
         for name in ("stop_s", "recover_s"):
             check_float(name, getattr(self, name), above=True)
+        check_float("watch_s", self.watch_s)
 
 
 @dataclass
@@ -117,14 +122,20 @@ class Round:
 
 
 class Cluster:
-    """The processes of one Ray session on this host."""
+    """The processes of one Ray session on this host; of its successor, once there is one."""
 
     def __init__(self, session: str = ""):
-        sessions = set(_sessions())
+        self._older = sessions = set(_sessions())
         if session:
-            sessions &= {session}
+            sessions = sessions & {session}
         require(len(sessions) == 1, "session", session, f"one of {', '.join(sorted(sessions))}")
         (self.session,) = sessions
+
+    def look_for_successor(self) -> None:
+        """The session that has started since, as ``serve --restarts`` does."""
+        for session in set(_sessions()) - self._older:
+            self._older.add(session)
+            self.session = session
 
     def processes(self, part: str) -> list[psutil.Process]:
         return self.matching(PARTS[part])
@@ -225,21 +236,22 @@ async def disturb(args: Args, cluster: Cluster, streams: Streams, part: str, rng
     began = time.perf_counter()
     sending = asyncio.create_task(_send_signal(args, victim))
     await asyncio.sleep(0)  # it is sent
-    while not counts.is_over and (now := time.perf_counter()) < began + args.recover_s:
+    while (now := time.perf_counter()) < began + args.watch_s + args.recover_s:
+        if counts.is_over and now > max(began + args.watch_s, streams.last_break + STEADY_S):
+            break
         if streams.last_answer <= max(began, streams.last_break):
             counts.recovery_s = None
         elif counts.recovery_s is None:
             counts.recovery_s = streams.last_answer - began
         # One that is killed may be listed still; one that is stopped counts when it runs again.
         has_victim = args.signal == "stop" and sending.done()
+        if part in NODE_PARTS:
+            cluster.look_for_successor()
         others = [p for p in cluster.processes(part) if has_victim or p != victim]
         if counts.replacement_s is None and len(others) >= len(processes):
             counts.replacement_s = now - began
         await asyncio.sleep(0.2)
     await sending
-    if counts.recovery_s is not None:
-        # What was under way at the signal is judged too.
-        await streams.steady()
     streams.round = None
     return counts
 

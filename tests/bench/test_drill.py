@@ -64,6 +64,18 @@ def test_several_clusters_must_be_told_apart(monkeypatch: pytest.MonkeyPatch) ->
         Cluster("session_c")
 
 
+def test_the_successor_of_a_session_is_drilled(monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions = ["session_a", "session_b"]
+    monkeypatch.setattr(drill, "_sessions", lambda: iter(sessions))
+    cluster = Cluster("session_b")
+    sessions.remove("session_b")
+    cluster.look_for_successor()
+    assert cluster.session == "session_b"
+    sessions.append("session_c")
+    cluster.look_for_successor()
+    assert cluster.session == "session_c"
+
+
 def result(text: str = "abc", error: str = "", gaps: tuple[float, ...] = (), first: float = 0.1):
     return load.Result(0.0, first_s=first, gaps_s=list(gaps), text=text, error=error)
 
@@ -110,7 +122,8 @@ def test_a_signal_reaches_one_process(
     cluster: Cluster, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drill, "STEADY_S", 0.0)
-    args = Args(signal=kind, stop_s=0.2, recover_s=0.5 if kind == "kill" else 60.0)
+    recover_s = 0.5 if kind == "kill" else 60.0
+    args = Args(signal=kind, stop_s=0.2, recover_s=recover_s, watch_s=0.0)
     streams = Streams(args, "m", [], [])
     if kind == "stop":
         streams.last_answer = math.inf  # so the round ends when the process counts again
