@@ -67,10 +67,11 @@ class ServedCheckpoint:
 
 @dataclass(frozen=True)
 class NewCheckpoint:
-    """A verified checkpoint, and its weights as a state dict in host memory."""
+    """A checkpoint that may be served, and its weights as a state dict in host memory."""
 
     about: ServedCheckpoint
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor] | None
+    """Verified; None if the engines read them (``CheckpointWatcher``)."""
 
 
 @dataclass
@@ -84,7 +85,11 @@ class Refusal:
 
 
 class CheckpointWatcher:
-    """Decides for one endpoint. ``name`` is the endpoint's (the model's name for clients)."""
+    """Decides for one endpoint. ``name`` is the endpoint's (the model's name for clients).
+
+    With ``reads_weights`` it reads and verifies the weights. Without, whoever loads them does, and
+    calls ``refuse`` if they are damaged.
+    """
 
     def __init__(
         self,
@@ -94,9 +99,11 @@ class CheckpointWatcher:
         current: ServedCheckpoint,
         *,
         margin: float,
+        reads_weights: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.run, self.target, self.margin = run, target, margin
+        self.reads_weights = reads_weights
         self.current = current
         self.previous = str(_record(run, name).get("previous") or "")
         self.pin_name: str | None = None
@@ -138,14 +145,15 @@ class CheckpointWatcher:
             except ValueError as error:
                 self.refuse(name, str(error), manifest)
                 continue
-            self.refusals.pop(name, None)
             if new is not None:
                 return new
+            self.refusals.pop(name, None)
         return None
 
     def accept(self, new: NewCheckpoint) -> None:
         """The endpoint serves it now."""
         self.previous, self.current = self.current.name, new.about
+        self.refusals.pop(self.current.name, None)
         self.num_swaps += 1
         self._lease.hold((self.current.name, self.previous))
         self._publish()
@@ -212,7 +220,8 @@ class CheckpointWatcher:
             self._check_metric(about)
         reader = CheckpointReader(self.run.child(name), checkpoint.step_of(name))
         reader.tokenizer(reader.config())
-        return NewCheckpoint(about, reader.tensors("weights.msgpack"))
+        weights = reader.tensors("weights.msgpack") if self.reads_weights else None
+        return NewCheckpoint(about, weights)
 
     def _check_fits(self, about: ServedCheckpoint) -> None:
         current = self.current

@@ -181,6 +181,7 @@ def hold_checkpoint(
         return
 
     def roll(new: NewCheckpoint) -> None:
+        assert new.weights is not None
         client.swap_weights(new.weights, new.about.version, config.drain_s).result()
 
     current = ServedCheckpoint.of(run, checkpoint_name)

@@ -71,6 +71,7 @@ def test_a_better_checkpoint_is_served(run: Store) -> None:
     assert new is not None
     assert new.about.version == checkpoint.weight_version(run, "step-000002")
     model, _ = checkpoint.load_model(run, "step-000002")
+    assert new.weights is not None
     assert all(torch.equal(new.weights[name], t) for name, t in model.state_dict().items())
     watcher.accept(new)
     assert watcher.poll() is None
@@ -160,7 +161,9 @@ def test_an_incomplete_one_is_refused_later(run: Store) -> None:
     assert watcher.poll() is None
     assert "manifest.json is missing" in watcher.refusals["step-000002"].reason
     run.write_bytes("step-000002/manifest.json", manifest)
-    assert watcher.poll() is not None
+    new = watcher.poll()
+    assert new is not None
+    watcher.accept(new)
     assert not watcher.refusals
 
 
@@ -203,6 +206,25 @@ def test_retries_of_a_refused_one_slow_down(run: Store) -> None:
         delays.append(refusal.delay)
         clock.now = refusal.retry_at
     assert delays == [10, 20, 40, 80, 160, 320, 600, 600, 600]
+    assert watcher.num_refusals == 1
+
+
+def test_weights_that_engines_refuse_are_refused(run: Store) -> None:
+    """The watcher does not read them then; retries slow down as for those that it reads."""
+    clock = Clock()
+    current = ServedCheckpoint.of(run, SERVED)
+    watcher = CheckpointWatcher(
+        run, "chat", "latest", current, margin=0.1, reads_weights=False, clock=clock
+    )
+    damage(run, "byte")
+    for delay in (10, 20, 40):
+        new = watcher.poll()
+        assert new is not None
+        assert new.weights is None
+        watcher.refuse(new.about.name, "weights.msgpack is damaged")
+        assert watcher.refusals[new.about.name].delay == delay
+        assert watcher.poll() is None
+        clock.now += delay
     assert watcher.num_refusals == 1
 
 

@@ -59,7 +59,10 @@ class FollowDeployment:
             return ServedCheckpoint.of(self.run, first)
 
         current = retry(current_checkpoint, "the checkpoint to begin with")
-        watcher = CheckpointWatcher(self.run, self.name, target, current, margin=margin)
+        # A replica reads the weights in any case, and verifies them before it takes them.
+        watcher = CheckpointWatcher(
+            self.run, self.name, target, current, margin=margin, reads_weights=False
+        )
         follower = Follower(watcher, self._roll, self._reconcile)
         follower.start()
         return follower

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,6 +169,23 @@ def test_an_outage_in_a_replica_is_no_swap(
             assert [r.checkpoint for r in replicas] == ["step-000101"] * 2
             assert not failures
             assert deployment.follower.status()["num_refusals"] == 0
+
+    asyncio.run(run())
+
+
+def test_damaged_weights_are_refused_by_name(tiny_run: Store, tmp_path: Path) -> None:
+    write_checkpoint(Store.at(str(tmp_path)), 1)
+    folder = tmp_path / "runs/tiny/step-000101"
+    (folder / "weights.msgpack").write_bytes(b"")
+
+    async def run() -> None:
+        async with endpoint(tiny_run) as (replicas, _, deployment):
+            # In one motion: before it was damaged it was sound, and would have been served.
+            folder.rename(Path(tiny_run.root) / "runs/tiny/step-000101")
+            await until(lambda: deployment.follower.status()["refused"])
+            refusal = deployment.follower.status()["refused"]["step-000101"]
+            assert "weights.msgpack is damaged" in refusal
+            assert [r.checkpoint for r in replicas] == ["step-000100"] * 2
 
     asyncio.run(run())
 
