@@ -252,7 +252,8 @@ class EngineLoop:
                 self._deliver(self._fail(self._failure))
                 self._end_others()
                 return
-            if self._background.has_jobs:
+            # A request that has arrived meanwhile is no prompt of the scheduler yet.
+            if self._background.has_jobs and not self._inbox:
                 self._job_clock.begin()
                 self._background.take_turn(self._engine.scheduler)
                 self._job_clock.end(0)

@@ -15,6 +15,7 @@ from nanochat_ray.engine.request import EngineStoppedError, RequestOutput
 from nanochat_ray.engine.scheduler import Scheduler
 from tests.engine.engine_kit import answer, ask, make_engine, make_model
 from tests.engine.test_loop import Collector
+from tests.tiny import wait_for
 
 
 class Clock:
@@ -167,6 +168,31 @@ def test_jobs_and_requests_keep_their_tokens(loop: tuple[EngineLoop, Collector])
     steps = jobs[0].result(60) + jobs[1].result(60)
     assert [outputs_of(steps, request.id) for request in requests] == reference
     assert [collector.tokens(user.id) for user in users] == user_reference
+
+
+def test_an_arrival_waits_for_no_job() -> None:
+    events: list[str] = []
+
+    def job() -> Generator[int, None, None]:
+        while True:
+            events.append("job")
+            yield 0
+
+    def on_step(outputs: list[RequestOutput]) -> None:
+        events.extend(output.request_id for output in outputs)
+        if events.count("first") == 1 and "second" not in events:
+            engine_loop.submit(ask("second", [1, 2], max_tokens=2))
+
+    engine_loop = EngineLoop(
+        make_engine(make_model("modern"), background_share=0.9), on_step=on_step
+    )
+    engine_loop.submit(ask("first", [1, 2], max_tokens=30))
+    engine_loop.run_in_background(job())
+    engine_loop.start()
+    wait_for(lambda: "second" in events)
+    engine_loop.stop()
+    first = events.index("first")
+    assert "job" not in events[first : events.index("second")]
 
 
 def test_stopped_loop_ends_its_jobs() -> None:
