@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from typing import Any, Self
@@ -162,12 +162,18 @@ class Engine:
         their tokens are recomputed. ValueError names a tensor with a wrong name, shape or dtype;
         then nothing has changed.
         """
+        for _ in self.load_steps(weights, version):
+            pass
+
+    def load_steps(self, weights: Mapping[str, Tensor], version: str = "") -> Iterator[None]:
+        """``load_weights``, a tensor at a time, for a caller with other work between them. The
+        engine must not step before the end: until then the weights are mixed."""
         self.check_weights(weights)
         self._settle()
         for sequence in list(self.scheduler.running):
             self.scheduler.preempt(sequence)
         self.runner.kv_manager.reset_prefix_cache()
-        self.runner.model.load_weights(weights)
+        yield from self.runner.model.load_steps(weights)
         self.weight_version = version
 
     def check_weights(self, weights: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ V = vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -135,7 +135,8 @@ class InferenceModel:
         self.q_scale = config.qk_scale**2 * yarn_sharpening(config.rope_factor)
         self.layers = [self._layer(i) for i in range(config.n_layer)]
         self._triton_forward = self._make_triton_forward() if use_triton(self.device) else None
-        self._copy(weights)
+        for _ in self._copy(weights):
+            pass
         uses_mkl = self.device.type == "cpu" and native is None
         self.min_num_tokens = min_num_tokens(sizes, weight_dtype) if uses_mkl else 1
 
@@ -185,17 +186,24 @@ class InferenceModel:
         drops them. ValueError that names a tensor with a wrong name, shape or dtype; then nothing
         has changed.
         """
+        for _ in self.load_steps(weights):
+            pass
+
+    def load_steps(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """``load_weights``, a tensor at a time. Until the end the weights are mixed."""
         self.check_weights(weights)
-        self._copy(weights)
+        yield from self._copy(weights)
 
     @torch.inference_mode()
-    def _copy(self, weights: Mapping[str, Tensor]) -> None:
+    def _copy(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         for name, sources in self._sources.items():
             parts = [weights[source].to(self.device) for source in sources]
             self.linears[name].load(torch.cat(parts) if len(parts) > 1 else parts[0])
+            yield
         for name, tensor in self.tensors.items():
             # Converted on the device: the host would take longer than the copy.
             tensor.copy_(weights[name].to(self.device))
+            yield
 
     def hidden(self, ids_N: Tensor, previous_N: Tensor, cache: AttentionCache) -> Tensor:
         """Final normalised activations ``[N, C]`` of the tokens ``ids_N`` (int64).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -81,8 +81,13 @@ class EngineGenerator:
         return cls(Engine.from_model(model, tokenizer, config))
 
     def load(self, version: int, weights: Mapping[str, Tensor]) -> None:
+        for _ in self._load_steps(version, weights):
+            pass
+
+    def _load_steps(self, version: int, weights: Mapping[str, Tensor]) -> Iterator[None]:
         if version != self.version:
-            self.engine.load_weights(weights)
+            self.version = -1  # if it ends early, the weights are of no version
+            yield from self.engine.load_steps(weights)
             self.version = version
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
@@ -91,8 +96,10 @@ class EngineGenerator:
     def steps(
         self, version: int, weights: Mapping[str, Tensor], requests: Sequence[Request]
     ) -> Generator[list[RequestOutput], None, None]:
-        """``load`` and ``generate``, one step of the engine at a time, for ``join_outputs``."""
-        self.load(version, weights)
+        """``load`` and ``generate``, for ``join_outputs``, in short steps: of one tensor, then of
+        one step of the engine. Users of an endpoint may have to wait for one of them."""
+        for _ in self._load_steps(version, weights):
+            yield []
         yield from run_steps(self.engine, requests)
 
 

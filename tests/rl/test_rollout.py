@@ -14,6 +14,7 @@ from nanochat_ray.rl.rollout import (
     EngineGenerator,
     Rollout,
     answer_text,
+    join_outputs,
     make_requests,
     rollout_seed,
 )
@@ -57,6 +58,23 @@ def test_keys_and_values_of_old_weights_are_dropped(
     second = answers(reuse, 2, model(1))
     assert reuse.engine.stats().num_hit_tokens > 0
     assert (second == reference) == drops_cache
+
+
+def test_weights_are_loaded_a_tensor_at_a_time() -> None:
+    reference = answers(generator(), 2, model(1))
+    reuse, weights = generator(), model(1).state_dict()
+    answers(reuse, 1, model(0))
+    requests = make_requests(PROMPT, [rollout_seed(3, sample) for sample in range(5)], PARAMS, "q")
+    is_early = reuse.steps(2, weights, requests)
+    assert next(is_early) == []
+    is_early.close()
+    assert reuse.version == -1  # of neither
+    steps = list(reuse.steps(2, weights, requests))
+    inference_model = reuse.engine.runner.model
+    num_tensors = len(inference_model.linears) + len(inference_model.tensors)
+    assert steps[:num_tensors] == [[]] * num_tensors
+    outputs = [output for step in steps for output in step]
+    assert join_outputs(requests, outputs, 2) == reference
 
 
 def test_a_seed_for_each_sample() -> None:
