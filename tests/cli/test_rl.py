@@ -101,11 +101,15 @@ def test_batches_are_larger_than_for_serving() -> None:
     """Sequences at most as many as a round has answers; fewer beside the users of an endpoint."""
     flags: dict[str, Any] = {"rl": {"questions": 8, "samples": 16}}
     sizes = ("max_num_seqs", "max_num_batched_tokens", "prefill_chunk", "max_queue_size")
-    reference = [(64, 512, 512, 1024), (32, 96, 512, 1024), (6, 512, 512, 1024)]
+    reference = [
+        *((64, 512, 512, 1024), (16, 48, 512, 1024), (32, 96, 512, 1024)),
+        (6, 512, 512, 1024),
+    ]
     for index, args in enumerate(
         (
             rl.Args(**flags),
             rl.Args(**flags, endpoint="app"),
+            rl.Args(**flags, endpoint="app", gpus=True),
             rl.Args(rl={"questions": 2, "samples": 3}),
         )
     ):
