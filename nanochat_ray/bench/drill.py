@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -80,7 +81,7 @@ class Args:
     watch_s: float = 5.0
     """Seconds that a round lasts at least. Without its gcs a cluster ends after 60 s."""
     session: str = ""
-    """Name of the Ray session, where this host has several clusters."""
+    """Name of the Ray session; by default the one of the endpoint."""
     seed: int = 0
     """Of moments, processes and prompts."""
 
@@ -122,20 +123,20 @@ class Round:
 
 
 class Cluster:
-    """The processes of one Ray session on this host; of its successor, once there is one."""
+    """The processes of one Ray session on this host: that of the endpoint at ``url``, if there are
+    several and no ``session`` is named."""
 
-    def __init__(self, session: str = ""):
-        self._older = sessions = set(_sessions())
-        if session:
-            sessions = sessions & {session}
-        require(len(sessions) == 1, "session", session, f"one of {', '.join(sorted(sessions))}")
+    def __init__(self, session: str = "", url: str = ""):
+        self._url = url
+        sessions = set(_sessions())
+        if session or len(sessions) > 1:
+            sessions &= {session or session_at(url)}
+        require(len(sessions) == 1, "session", session, f"one of {', '.join(sorted(_sessions()))}")
         (self.session,) = sessions
 
     def look_for_successor(self) -> None:
-        """The session that has started since, as ``serve --restarts`` does."""
-        for session in set(_sessions()) - self._older:
-            self._older.add(session)
-            self.session = session
+        """The session that serves now, such as after a restart by ``serve --restarts``."""
+        self.session = session_at(self._url) or self.session
 
     def processes(self, part: str) -> list[psutil.Process]:
         return self.matching(PARTS[part])
@@ -164,11 +165,37 @@ def _command(process: psutil.Process) -> str:
         return ""
 
 
+def _session_in(command: str) -> str:
+    match = re.search(r"session_[\w-]+", command)
+    return match[0] if match else ""
+
+
 def _sessions() -> Iterator[str]:
     for process in psutil.process_iter():
         command = _command(process)
-        if re.match(PARTS["gcs"], command) and (match := re.search(r"session_[\w-]+", command)):
-            yield match[0]
+        if re.match(PARTS["gcs"], command) and (session := _session_in(command)):
+            yield session
+
+
+def listeners(url: str) -> list[psutil.Process]:
+    """The processes that listen at the port of ``url``."""
+    port = urlsplit(url).port or 80
+    process_ids = {
+        c.pid
+        for c in psutil.net_connections("tcp")
+        if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == port and c.pid
+    }
+    return [psutil.Process(process_id) for process_id in process_ids]
+
+
+def session_at(url: str) -> str:
+    """The Ray session that listens at the port of ``url``; "" if there is none on this host."""
+    with contextlib.suppress(psutil.Error):
+        for listener in listeners(url) if url else ():
+            for process in (listener, *listener.parents()):
+                if session := _session_in(_command(process)):
+                    return session
+    return ""
 
 
 @dataclass

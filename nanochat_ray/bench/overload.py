@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from nanochat_ray.bench import hostile_clients, load
-from nanochat_ray.bench.drill import PARTS, Cluster
+from nanochat_ray.bench.drill import PARTS, Cluster, listeners
 from nanochat_ray.bench.overload_report import (
     AttackReport,
     Flood,
@@ -56,7 +56,7 @@ class Args:
     key: str = ""
     """API key."""
     session: str = ""
-    """Name of the Ray session, where this host has several clusters."""
+    """Name of the Ray session; by default the one of the endpoint."""
     factor: float = 10.0
     """Arrivals per second in the flood, in capacities; 0: no flood."""
     capacity: float = 0.0
@@ -109,16 +109,10 @@ class Memory:
 
     @classmethod
     def of(cls, url: str, session: str = "") -> Memory:
-        port = urlsplit(url).port or 80
-        listeners = {
-            c.pid
-            for c in psutil.net_connections("tcp")
-            if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == port and c.pid
-        }
-        processes = {pid: psutil.Process(pid) for pid in listeners}
+        processes = {process.pid: process for process in listeners(url)}
         require(bool(processes), "url", url, "an endpoint on this host")
         if any("haproxy" in p.name() or p.name().startswith("ray::") for p in processes.values()):
-            cluster = Cluster(session)
+            cluster = Cluster(session, url)
             for part in SERVER_PARTS:
                 processes |= {p.pid: p for p in cluster.processes(part)}
         assert set(SERVER_PARTS) <= set(PARTS)

@@ -55,7 +55,7 @@ def test_parts_are_the_processes_of_one_session(cluster: Cluster) -> None:
     assert cluster.processes("engine") == []
 
 
-def test_several_clusters_must_be_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_clusters_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drill, "_sessions", lambda: iter(["session_a", "session_b"]))
     with pytest.raises(ValueError, match="session='' is not allowed: one of session_a, session_b"):
         Cluster()
@@ -64,16 +64,30 @@ def test_several_clusters_must_be_told_apart(monkeypatch: pytest.MonkeyPatch) ->
         Cluster("session_c")
 
 
-def test_the_successor_of_a_session_is_drilled(monkeypatch: pytest.MonkeyPatch) -> None:
-    sessions = ["session_a", "session_b"]
-    monkeypatch.setattr(drill, "_sessions", lambda: iter(sessions))
-    cluster = Cluster("session_b")
-    sessions.remove("session_b")
+SERVER = """
+import socket, sys
+server = socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_session_of_the_endpoint_is_drilled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when another one serves there after a restart."""
+    monkeypatch.setattr(drill, "_sessions", lambda: iter(["session_a", "session_b"]))
+    runner = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[2]])"
+    command = [sys.executable, "-c", runner, "--session=session_b/logs", SERVER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        url = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        cluster = Cluster("", url)
+        assert cluster.session == "session_b"
+        cluster.session = "session_a"
+        cluster.look_for_successor()
+        assert cluster.session == "session_b"
+        process.communicate(b"")
     cluster.look_for_successor()
     assert cluster.session == "session_b"
-    sessions.append("session_c")
-    cluster.look_for_successor()
-    assert cluster.session == "session_c"
 
 
 def result(text: str = "abc", error: str = "", gaps: tuple[float, ...] = (), first: float = 0.1):
