@@ -1,8 +1,9 @@
 """A Ray cluster of several nodes on one host, whose links can be cut.
 
-Each node is a network namespace with an address of its own on one bridge, and has its own /tmp/ray
-and /tmp/haproxy-serve, as a host would. The first node is the head. The tests' own process is
-another host on the bridge.
+Each node has a network namespace with an address of its own on one bridge, a PID namespace, and its
+own /tmp/ray and /tmp/haproxy-serve, as a host would. (Ray looks for its raylet among the processes:
+it must not see those of other nodes.) The first node is the head. The tests' own process is another
+host on the bridge.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import contextlib
 import os
 import re
 import secrets
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +27,9 @@ PORT = 6379
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 PRIVATE_FOLDERS = ("/tmp/ray", "/tmp/haproxy-serve")
 START_S = 120.0
+UNSHARE = ("unshare", "--mount", "--pid", "--fork", "--mount-proc")
+INIT = "sleep infinity & wait"
+"""A node's first process: it collects the exit status of those that have lost their parent."""
 
 
 def missing_requirement() -> str:
@@ -37,7 +40,7 @@ def missing_requirement() -> str:
     for command in (
         ("ip", "netns", "add", name),
         ("ip", "link", "add", f"nc{os.getpid()}", "type", "veth", "peer", "netns", name),
-        ("ip", "netns", "exec", name, "unshare", "--mount", "true"),
+        ("ip", "netns", "exec", name, *UNSHARE, "env", "--chdir=/", "true"),
         ("ip", "netns", "delete", name),
     ):
         try:
@@ -60,11 +63,13 @@ class Node:
     folder: Path
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """``argv`` as a command that runs on the node."""
-        binds = [f"mount --bind {self.folder / Path(path).name} {path}" for path in PRIVATE_FOLDERS]
-        script = " && ".join([*binds, 'exec "$@"'])
-        inside = ["unshare", "--mount", "sh", "-c", script, "node", *argv]
-        return ["ip", "netns", "exec", self.name, *inside]
+        """``argv`` as a command that runs on the node, in its folder."""
+        (init,) = self.processes("sh -c .*" + INIT)
+        namespaces = ["--net", "--mount", "--pid"]
+        return [
+            *("nsenter", f"--target={init.pid}", *namespaces),
+            *("env", f"--chdir={self.folder}", *argv),
+        ]
 
     def processes(self, title: str = "") -> list[psutil.Process]:
         """The node's processes whose command line begins with the regular expression."""
@@ -102,6 +107,7 @@ class Nodes:
             for i in range(count)
         ]
         self.head = self.nodes[0]
+        self._first_processes: dict[str, subprocess.Popen[bytes]] = {}
         self.gcs_address = f"{self.head.address}:{PORT}"
         self.environment = {
             **os.environ,
@@ -116,6 +122,12 @@ class Nodes:
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "3000",
             "RAY_health_check_failure_threshold": "3",
+            # A head that starts again knows its cluster, for which the nodes wait.
+            "RAY_gcs_storage": "rocksdb",
+            "RAY_gcs_storage_path": str(folder / "gcs"),
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "300",
+            # Ray's 15 would starve them on a host that does something else too.
+            "RAY_worker_niceness": "0",
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_HAPROXY_NBTHREAD": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
@@ -139,7 +151,16 @@ class Nodes:
             for interface in ("lo", "eth0"):
                 _run(*inside, "link", "set", interface, "up")
         for node in self.nodes:
+            self.boot(node)
             self.start_ray(node)
+
+    def boot(self, node: Node) -> None:
+        """Starts the node's first process, with which all others of the node end."""
+        binds = [f"mount --bind {node.folder / Path(path).name} {path}" for path in PRIVATE_FOLDERS]
+        script = "; ".join(["set -e", *binds, INIT])
+        command = ["ip", "netns", "exec", node.name, *UNSHARE, "sh", "-c", script]
+        self._first_processes[node.name] = subprocess.Popen(command, start_new_session=True)
+        wait_for(lambda: node.processes("sleep infinity"), 30, f"the first process of {node.name}")
 
     def start_ray(self, node: Node) -> None:
         """Returns when the node is part of the cluster."""
@@ -155,7 +176,7 @@ class Nodes:
         node: Node,
         argv: Sequence[str],
         environment: Mapping[str, str] | None = None,
-        timeout_s: float = 120.0,
+        timeout_s: float = 300.0,
     ) -> str:
         """What a command on the node writes. Raises AssertionError with it if the command fails."""
         result = subprocess.run(
@@ -165,7 +186,6 @@ class Nodes:
             stderr=subprocess.STDOUT,
             text=True,
             timeout=timeout_s,
-            cwd=self.folder,
             check=False,
         )
         assert result.returncode == 0, result.stdout[-4000:]
@@ -181,9 +201,15 @@ class Nodes:
                 env={**self.environment, **environment},
                 stdout=output,
                 stderr=output,
-                cwd=self.folder,
                 start_new_session=True,
             )
+
+    def restore(self, node: Node) -> None:
+        """Starts a node again that was cut or that has lost processes."""
+        self.join(node)
+        self.kill(node)
+        self.boot(node)
+        self.start_ray(node)
 
     def cut(self, node: Node) -> None:
         """Cuts the node's link: what is sent to it or by it is lost, and no connection closes."""
@@ -194,10 +220,11 @@ class Nodes:
         _run("ip", "link", "set", node.link, "up")
 
     def kill(self, node: Node) -> None:
-        """Ends every process of the node, by SIGKILL."""
-        for process in node.processes():
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(signal.SIGKILL)
+        """Ends every process of the node at once, as a loss of power does."""
+        for process in node.processes("sh -c .*" + INIT):
+            process.kill()
+        if first := self._first_processes.pop(node.name, None):
+            first.wait(timeout=30)
         wait_for(lambda: not node.processes(), 30, f"the end of {node.name}'s processes")
 
     def close(self) -> None:
