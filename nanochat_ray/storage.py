@@ -36,8 +36,9 @@ def cache_root() -> Path:
 
 
 def default_root() -> str:
-    """Where datasets, tokenizers and runs are, unless a flag says otherwise."""
-    return str(cache_root())
+    """``$NANOCHAT_STORAGE``, else ``cache_root()``: where datasets, tokenizers and runs are stored,
+    unless a flag says otherwise."""
+    return os.environ.get("NANOCHAT_STORAGE") or str(cache_root())
 
 
 def split_uri(uri: str) -> tuple[str, str, str]:

@@ -164,8 +164,14 @@ def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = Store.at("s3://b/x?region=us-east-1&scheme=http").child("y")
     assert there.uri == "s3://b/x/y?region=us-east-1&scheme=http"
     assert there.path("z") == "b/x/y/z"
+
+
+def test_the_default_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    monkeypatch.setenv("NANOCHAT_STORAGE", "")
     assert default_root() == "/cache/nanochat_ray"
+    monkeypatch.setenv("NANOCHAT_STORAGE", "s3://bucket/nanochat")
+    assert default_root() == "s3://bucket/nanochat"
 
 
 def test_a_full_disk_names_the_file(root: Store) -> None:
