@@ -10,18 +10,13 @@ from nanochat_ray.serve.metrics import Record
 
 
 class RaySink:
-    """A ``serve.metrics.Sink``.
+    """A ``serve.metrics.Sink``. Ray adds the labels of node and worker."""
 
-    Ray labels nodes, not processes: by default it adds up counters of the processes of a node that
-    have the same labels, and exports one of their gauges. Gauges need ``engine`` then.
-    """
-
-    def __init__(self, model: str, engine: str = ""):
-        """``engine``: the label of this process' metrics, if it is an engine replica."""
-        self._tags = {"model_name": model, **({"engine": engine} if engine else {})}
+    def __init__(self, model: str):
+        self._tags = {"model_name": model}
 
     def _keys(self, label: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self._tags, *([label] if label else []))))
+        return ("model_name", label) if label else ("model_name",)
 
     def counter(self, name: str, about: str, label: str = "") -> Record:
         metric = metrics.Counter(name, about, self._keys(label)).set_default_tags(self._tags)

@@ -110,7 +110,7 @@ class EngineReplica:
         """The connection and the engine of each request, by request id."""
         self._guest: GuestEngine | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._metrics = EngineMetrics(RaySink(self.model, self.name))
+        self._metrics = EngineMetrics(RaySink(self.model))
         freeze_gc()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
