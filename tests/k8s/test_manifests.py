@@ -27,7 +27,7 @@ KUBERNETES = "1.33"
 SCHEMAS = json.loads(gzip.decompress((Path(__file__).parent / "kuberay-v1.json.gz").read_bytes()))
 CUSTOM = {"RayJob", "RayService", "LocalQueue", "PodMonitor", "PrometheusRule"}
 """Kinds that Kubernetes itself does not know."""
-FOLDERS = ("train", "train-two-nodes", "rl", "serve", "eval", "monitoring")
+FOLDERS = ("train", "train-two-nodes", "rl", "serve", "eval", "example", "monitoring")
 
 
 def strict(schema: Any) -> Any:
@@ -100,13 +100,15 @@ PODS = [
     for i, pod in enumerate(pod_specs(m))
 ]
 JOBS = ("train", "train-two-nodes", "rl")
-RAY = [*((folder, "RayJob") for folder in JOBS), ("serve", "RayService")]
+RAY = [*((f, "RayJob") for f in JOBS), ("serve", "RayService"), ("example", "RayService")]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_kubernetes_accepts_the_manifests(folder: str) -> None:
     for manifest in manifests(folder):
-        assert manifest["kind"] == "Namespace" or manifest["metadata"]["namespace"] == "nanochat"
+        namespace = manifest["metadata"].get("namespace")
+        if manifest["kind"] not in ("Namespace", "PriorityClass"):
+            assert namespace == ("team-a" if folder == "example" else "nanochat")
         if manifest["kind"] not in CUSTOM:
             kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
 
@@ -138,6 +140,7 @@ def test_pods_are_restricted(pod: dict[str, Any]) -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert pod["serviceAccountName"] == "nanochat"
+    assert pod["priorityClassName"] in ("nanochat-serve", "nanochat-train")
     for container in pod["containers"]:
         security = container["securityContext"]
         assert security["allowPrivilegeEscalation"] is False
@@ -202,6 +205,18 @@ def test_one_tag_names_every_image(tmp_path: Path) -> None:
         version = re.search(r'^version = "(.*)"', (REPO / "pyproject.toml").read_text(), re.M)
         assert version is not None
         assert images == {f"nanochat-ray:{version[1]}"}
+
+
+def test_a_site_changes_registry_storage_host_and_nodes() -> None:
+    text = render("example")
+    assert set(re.findall(r"image: (\S+)/", text)) == {
+        "registry.example.com/team-a",
+        "registry.example.com/mirror",
+    }
+    assert "BUCKET" not in text
+    assert "host: chat.example.com" not in text
+    worker = cluster_of(find("example", "RayService"))["workerGroupSpecs"][0]
+    assert worker["template"]["spec"]["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-L40S"}
 
 
 def flags_of(job: str) -> set[str]:
