@@ -49,6 +49,18 @@ def run_attention(of: Step, window: int, level: str = "auto") -> Tensor:
     return native.attention(*of, native.tile_starts(*positions.numpy()), window)
 
 
+def bf16_order(head_dim: int, level: str) -> list[int]:
+    """The elements of a bfloat16 head by lane: of two registers' elements the even ones, then the
+    odd ones; in order where only one register is left."""
+    width = 16 if level.startswith(("amx", "avx512")) else 8 if level.startswith("avx") else 4
+    order: list[int] = []
+    for first in range(0, head_dim, 2 * width):
+        count = min(2 * width, head_dim - first)
+        step = 2 if count == 2 * width else 1
+        order += [first + i for half in range(step) for i in range(half, count, step)]
+    return order
+
+
 def step(head_dim: int, group: int, slots: list[int], positions: list[int], heads: int = 2) -> Step:
     noise = torch.Generator().manual_seed(head_dim + group)
     n = len(slots)
@@ -93,6 +105,7 @@ def test_attention_equals_its_definition(head_dim: int, group: int, window: int)
     assert torch.equal(values[slots, :, positions], v)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [-1, 0, 70])
 @pytest.mark.parametrize(
     ("head_dim", "group", "level"),
@@ -100,14 +113,15 @@ def test_attention_equals_its_definition(head_dim: int, group: int, window: int)
     + [(*size, level) for size in COMMON_SIZES for level in LEVELS[1:]],
 )
 def test_prompt_chunks_are_bitwise_equal(
-    head_dim: int, group: int, level: str, window: int
+    head_dim: int, group: int, level: str, window: int, dtype: torch.dtype
 ) -> None:
     n = 150
     q, k, v, keys, values, positions = step(head_dim, group, [2] * n, list(range(n)))
+    k, v, keys, values = (x.to(dtype).float() for x in (k, v, keys, values))
+    want = reference_attention((q, k, v, keys, values, positions), window)
+    keys, values = keys.to(dtype), values.to(dtype)
     whole = run_attention((q, k, v, keys, values, positions), window, level)
-    torch.testing.assert_close(
-        whole, reference_attention((q, k, v, keys, values, positions), window), rtol=2e-5, atol=2e-6
-    )
+    torch.testing.assert_close(whole, want, rtol=2e-5, atol=2e-6)
     for size in (1, 2, 7, 64):
         keys[2], values[2] = torch.nan, torch.nan  # who is not yet written is not read
         for first in range(0, n, size):
@@ -121,16 +135,19 @@ def test_prompt_chunks_are_bitwise_equal(
     [(*size, LEVELS[0]) for size in SIZES] + [(64, 1, level) for level in LEVELS[1:]],
 )
 def test_bf16_keys_are_rounded_float32_keys(head_dim: int, group: int, level: str) -> None:
-    """The same bits as with float32 keys and values that were rounded before."""
+    """The same bits as with float32 keys and values that were rounded before, if their dot products
+    add up elements in the same order."""
     # Decodes about the borders of blocks, and a prompt in tiles.
     slots = [3, 0, 0, 0, 4, 1] + [2] * 90
     q, k, v, keys, values, where = step(
         head_dim, group, slots, [0, 62, 63, 64, 127, 399, *range(90)]
     )
     short_keys, short_values = keys.bfloat16(), values.bfloat16()
+    order = bf16_order(head_dim, load_level(head_dim, group, level).level)
     for window in (-1, 0, 70):
-        operands = [x.bfloat16().float() for x in (k, v, keys, values)]
-        want = run_attention((q, *operands, where), window, level)
+        k16, v16, keys16, values16 = (x.bfloat16().float() for x in (k, v, keys, values))
+        operands = (q[..., order], k16[..., order], v16, keys16[..., order], values16)
+        want = run_attention((*operands, where), window, level)
         result = run_attention((q, k, v, short_keys, short_values, where), window, level)
         assert torch.equal(result, want), window
         assert torch.equal(short_keys[where[0], :, where[1]], k.bfloat16())

@@ -1,6 +1,6 @@
 /* Attention over keys and values by slot, in float32 or bfloat16, for a CPU engine; `kernels.py`
-   compiles it at engine start-up. All arithmetic is in float32. A token's result depends on that token alone: not on the batch, the number of threads or
-   the thread that computes it.
+   compiles it at engine start-up. All arithmetic is in float32. A token's result depends on that token
+   alone: not on the batch, the number of threads or the thread that computes it.
 
    Compile-time constants: HEAD_DIM (a multiple of 16), GROUP_SIZE, the queries of a key/value head,
    and TILE_TOKENS, the tokens of a sequence that read their keys together, at most. */
@@ -40,8 +40,37 @@
 #define ODD_LANES 1, 3, 5, 7
 #endif
 
-static inline void prefetch_head(const float *row) {
-    for (int i = 0; i < HEAD_DIM; i += 16) __builtin_prefetch(row + i);
+#define HEAD_BYTES(is_bf16) (HEAD_DIM * ((is_bf16) ? sizeof(uint16_t) : sizeof(float)))
+
+ALWAYS_INLINE void prefetch_head(const int is_bf16, const char *row) {
+    for (int i = 0; i < HEAD_BYTES(is_bf16); i += 64) __builtin_prefetch(row + i);
+}
+
+/* In bfloat16 two vectors of a head are the even and then the odd elements of 2 * SIMD_WIDTH, since a shift
+   and a mask make them float32. A last vector that has no other one is in order. */
+#define IS_PAIRED(i) ((i) / 2 * 2 + 1 < HEAD_VECTORS)
+
+/* Vector i of a head in float32 or bfloat16. */
+ALWAYS_INLINE vec load_vector(const int is_bf16, const char *head, const int i) {
+    if (!is_bf16) return ((const vec *)head)[i];
+    if (!IS_PAIRED(i)) return widen_bf16((const uint16_t *)head + i * SIMD_WIDTH);
+    const ivec pairs = ((const unaligned_ivec *)head)[i / 2];
+    return i % 2 ? (vec)(pairs & (int)0xffff0000) : (vec)(pairs << 16);
+}
+
+/* Orders a head's vectors as `load_vector` does. */
+static inline void pair_vectors(vec *head) {
+    for (int i = 0; i + 1 < HEAD_VECTORS; i += 2) {
+        const vec x = head[i], y = head[i + 1];
+        head[i] = SHUFFLE(x, y, EVEN_LANES), head[i + 1] = SHUFFLE(x, y, ODD_LANES);
+    }
+}
+
+/* The inverse of `pair_vectors`. */
+static inline void store_in_order(const vec *head, float *out) {
+    for (int i = 0; i < HEAD_VECTORS; i++)
+        for (int j = 0; j < SIMD_WIDTH; j++)
+            out[IS_PAIRED(i) ? i / 2 * 2 * SIMD_WIDTH + 2 * j + i % 2 : i * SIMD_WIDTH + j] = head[i][j];
 }
 
 /* Sums of neighbouring lanes: those of x, then those of y. */
@@ -53,19 +82,17 @@ static inline vec add_neighbours(vec x, vec y) {
    by lane: SIMD_WIDTH / N partial sums of the first key, then of the second key, and so on, so that
    dot_<SIMD_WIDTH> is one dot product in each lane. Also prefetches the rows from `next` on. */
 #define DOT(N) \
-    ALWAYS_INLINE vec dot_##N(const vec *query, const float *keys, const float *next)
+    ALWAYS_INLINE vec dot_##N(const int is_bf16, const vec *query, const char *keys, const char *next)
 #define FROM_TWO(N) \
     { \
-        vec x = dot_##N(query, keys, next); \
-        return add_neighbours( \
-            x, dot_##N(query, keys + N * HEAD_DIM, next ? next + N * HEAD_DIM : 0) \
-        ); \
+        const int64_t bytes = N * HEAD_BYTES(is_bf16); \
+        vec x = dot_##N(is_bf16, query, keys, next); \
+        return add_neighbours(x, dot_##N(is_bf16, query, keys + bytes, next ? next + bytes : 0)); \
     }
 DOT(1) {
-    const vec *key = (const vec *)keys;
-    if (next) prefetch_head(next);
+    if (next) prefetch_head(is_bf16, next);
     vec products = {0}; /* without it, heads of 16 would fuse the product with a later addition */
-    for (int i = 0; i < HEAD_VECTORS; i++) products += query[i] * key[i];
+    for (int i = 0; i < HEAD_VECTORS; i++) products += query[i] * load_vector(is_bf16, keys, i);
     return products;
 }
 DOT(2) FROM_TWO(1)
@@ -78,16 +105,17 @@ DOT(16) FROM_TWO(8)
 /* Adds the values [KEY_BLOCK, HEAD_DIM] from `from` to `to`, weighted, to the outputs of `queries`
    queries. Also prefetches the rows of `next` before `next_rows`. */
 ALWAYS_INLINE void add_values(
-    const int queries, vec (*outputs)[HEAD_VECTORS], float (*weights)[KEY_BLOCK],
-    const float *values, int from, int to, const float *next, int next_rows
+    const int is_bf16, const int queries, vec (*outputs)[HEAD_VECTORS], float (*weights)[KEY_BLOCK],
+    const char *values, int from, int to, const char *next, int next_rows
 ) {
     vec sums[QUERIES_PER_PASS][HEAD_VECTORS];
     memcpy(sums, outputs, queries * sizeof *outputs);
     for (int j = from; j < to; j++) {
-        const vec *value = (const vec *)(values + j * HEAD_DIM);
-        if (j < next_rows) prefetch_head(next + j * HEAD_DIM);
+        const char *value = values + j * HEAD_BYTES(is_bf16);
+        if (j < next_rows) prefetch_head(is_bf16, next + j * HEAD_BYTES(is_bf16));
         for (int n = 0; n < queries; n++)
-            for (int i = 0; i < HEAD_VECTORS; i++) sums[n][i] += weights[n][j] * value[i];
+            for (int i = 0; i < HEAD_VECTORS; i++)
+                sums[n][i] += weights[n][j] * load_vector(is_bf16, value, i);
     }
     memcpy(outputs, sums, queries * sizeof *outputs);
 }
@@ -95,13 +123,12 @@ ALWAYS_INLINE void add_values(
 /* Rows from `from` to `to` of a block of bfloat16, as float32 into the same rows of `out`. Also
    prefetches the rows of `next` before `next_rows`. */
 static inline void widen_rows(
-    const uint16_t *rows, int from, int to, float *out, const uint16_t *next, int next_rows
+    const char *rows, int from, int to, float *out, const char *next, int next_rows
 ) {
     for (int j = from; j < to; j++) {
-        for (int i = 0; j < next_rows && i < HEAD_DIM; i += 32)
-            __builtin_prefetch(next + j * HEAD_DIM + i);
-        for (int i = 0; i < HEAD_DIM; i += SIMD_WIDTH)
-            *(vec *)(out + j * HEAD_DIM + i) = widen_bf16(rows + j * HEAD_DIM + i);
+        if (j < next_rows) prefetch_head(1, next + j * HEAD_BYTES(1));
+        for (int i = 0; i < HEAD_VECTORS; i++)
+            *(vec *)(out + j * HEAD_DIM + i * SIMD_WIDTH) = load_vector(1, rows + j * HEAD_BYTES(1), i);
     }
 }
 
@@ -113,21 +140,25 @@ static inline void widen_rows(
    added up in their order, with a running maximum and a running sum for each query; so the result does
    not depend on which tokens are computed together. Up to SIMD_WIDTH - 1 keys around the visible ones
    are read and masked. While keys are read their values are prefetched, and while values are read the
-   next keys: more prefetches at a time would wait for each other. With `is_bf16`, a constant, a block
-   of keys and then of values is bfloat16 and becomes float32 first. */
+   next keys: more prefetches at a time would wait for each other. With `is_bf16`, a constant, keys and
+   values are bfloat16: they become float32 in registers for one query, and for more in the L1 cache, a
+   block at a time. */
 ALWAYS_INLINE void attend(
     const int is_bf16, const int tokens, int64_t used, const float *q, int64_t q_stride,
-    const void *keys, const void *values, int64_t position, int64_t window, float scale, float *y, int64_t y_stride
+    const char *keys, const char *values, int64_t position, int64_t window, float scale, float *y,
+    int64_t y_stride
 ) {
+    const int is_widened = is_bf16 && tokens * GROUP_SIZE > 1, reads_bf16 = is_bf16 && !is_widened;
     vec query[TILE_TOKENS * GROUP_SIZE][HEAD_VECTORS], output[TILE_TOKENS * GROUP_SIZE][HEAD_VECTORS];
     vec running_sum[TILE_TOKENS * GROUP_SIZE]; /* partial sums in each lane */
     float running_max[TILE_TOKENS * GROUP_SIZE], weights[TILE_TOKENS * GROUP_SIZE][KEY_BLOCK];
-    float widened[is_bf16 ? KEY_BLOCK * HEAD_DIM : 1];
+    float widened[is_widened ? KEY_BLOCK * HEAD_DIM : 1];
     vec lane_index;
     for (int i = 0; i < SIMD_WIDTH; i++) lane_index[i] = i;
     for (int n = 0; n < tokens * GROUP_SIZE; n++) {
         int64_t token = n / GROUP_SIZE < used ? n / GROUP_SIZE : used - 1;
         memcpy(query[n], q + token * q_stride + n % GROUP_SIZE * HEAD_DIM, sizeof *query);
+        if (is_bf16) pair_vectors(query[n]);
         for (int i = 0; i < HEAD_VECTORS; i++) query[n][i] *= scale, output[n][i] = (vec){0};
         running_max[n] = -INFINITY, running_sum[n] = (vec){0};
     }
@@ -137,22 +168,21 @@ ALWAYS_INLINE void attend(
     for (int64_t block = begin / KEY_BLOCK * KEY_BLOCK; block < end; block += KEY_BLOCK) {
         int from = begin > block ? begin - block : 0;
         int to = end - block < KEY_BLOCK ? end - block : KEY_BLOCK;
-        const int64_t at = block * HEAD_DIM;
-        const uint16_t *short_keys = (const uint16_t *)keys + at;
-        const uint16_t *short_values = (const uint16_t *)values + at;
-        const float *block_keys = is_bf16 ? widened : (const float *)keys + at;
-        const float *block_values = is_bf16 ? widened : (const float *)values + at;
+        const char *short_keys = keys + block * HEAD_BYTES(is_bf16);
+        const char *short_values = values + block * HEAD_BYTES(is_bf16);
+        const char *block_keys = is_widened ? (const char *)widened : short_keys;
+        const char *block_values = is_widened ? (const char *)widened : short_values;
         const int first_row = from / SIMD_WIDTH * SIMD_WIDTH;
         const int last_row = (to + SIMD_WIDTH - 1) / SIMD_WIDTH * SIMD_WIDTH;
         /* Attention scores. */
-        if (is_bf16) widen_rows(short_keys, first_row, last_row, widened, short_values, to);
-        for (int j = first_row * HEAD_DIM; j < last_row * HEAD_DIM; j += SIMD_WIDTH * HEAD_DIM) {
-            const float *next = is_bf16 ? 0 : block_values + j;
-            *(vec *)(*weights + j / HEAD_DIM) = DOT_FUNCTION(SIMD_WIDTH)(*query, block_keys + j, next);
-            for (int n = 1; n < tokens * GROUP_SIZE; n++)
-                *(vec *)(weights[n] + j / HEAD_DIM) =
-                    DOT_FUNCTION(SIMD_WIDTH)(query[n], block_keys + j, 0);
-        }
+        if (is_widened) widen_rows(short_keys, first_row, last_row, widened, short_values, to);
+        for (int j = first_row; j < last_row; j += SIMD_WIDTH)
+            for (int n = 0; n < tokens * GROUP_SIZE; n++) {
+                const int64_t row = j * HEAD_BYTES(reads_bf16);
+                const char *next = is_widened || n > 0 ? 0 : block_values + row;
+                *(vec *)(weights[n] + j) =
+                    DOT_FUNCTION(SIMD_WIDTH)(reads_bf16, query[n], block_keys + row, next);
+            }
         /* Scores to weights, with a rescaling of what has been added up before. */
         for (int n = 0; n < tokens * GROUP_SIZE; n++) {
             int64_t at = position + (n / GROUP_SIZE < used ? n / GROUP_SIZE : used - 1) - block;
@@ -183,23 +213,24 @@ ALWAYS_INLINE void attend(
             for (int i = 0; i < HEAD_VECTORS; i++) output[n][i] *= rescale;
         }
         /* Weighted sums of values. */
-        const float *next_keys = (const float *)keys + at + KEY_BLOCK * HEAD_DIM;
+        const char *next_keys = short_keys + KEY_BLOCK * HEAD_BYTES(is_bf16);
         int n = 0, next_rows = end - block - KEY_BLOCK;
-        if (is_bf16) {
-            const uint16_t *short_next = short_keys + KEY_BLOCK * HEAD_DIM;
-            widen_rows(short_values, from, to, widened, short_next, next_rows);
+        if (is_widened) {
+            widen_rows(short_values, from, to, widened, next_keys, next_rows);
             next_rows = 0;
         }
         for (; n + QUERIES_PER_PASS <= tokens * GROUP_SIZE; n += QUERIES_PER_PASS, next_rows = 0)
-            add_values(QUERIES_PER_PASS, output + n, weights + n, block_values, from, to, next_keys,
-                       next_rows);
+            add_values(reads_bf16, QUERIES_PER_PASS, output + n, weights + n, block_values, from, to,
+                       next_keys, next_rows);
         for (; n < tokens * GROUP_SIZE; n++, next_rows = 0)
-            add_values(1, output + n, weights + n, block_values, from, to, next_keys, next_rows);
+            add_values(reads_bf16, 1, output + n, weights + n, block_values, from, to, next_keys, next_rows);
     }
     for (int n = 0; n < used * GROUP_SIZE; n++) {
         float sum = sum_lanes(running_sum[n]);
         for (int i = 0; i < HEAD_VECTORS; i++) output[n][i] /= sum;
-        memcpy(y + n / GROUP_SIZE * y_stride + n % GROUP_SIZE * HEAD_DIM, output[n], sizeof *output);
+        float *out = y + n / GROUP_SIZE * y_stride + n % GROUP_SIZE * HEAD_DIM;
+        if (is_bf16) store_in_order(output[n], out);
+        else memcpy(out, output[n], sizeof *output);
     }
 }
 
@@ -228,7 +259,6 @@ void slot_attention(
     const int64_t *tile_starts, float *y, int64_t tiles, int64_t tokens, int64_t heads,
     int64_t length, int64_t window, int is_bf16, float scale, int threads
 ) {
-    const int64_t head_bytes = HEAD_DIM * (is_bf16 ? sizeof(uint16_t) : sizeof(float));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for
@@ -242,7 +272,7 @@ void slot_attention(
         for (int64_t item = 0; item < tiles * heads; item++) {
             int64_t t = item % tiles, h = item / tiles;
             int64_t r = tile_starts[t], used = tile_starts[t + 1] - r;
-            int64_t at = (slots[r] * heads + h) * length * head_bytes;
+            int64_t at = (slots[r] * heads + h) * length * HEAD_BYTES(is_bf16);
             int64_t y_stride = heads * GROUP_SIZE * HEAD_DIM;
             const float *tile_q = q + r * q_stride + h * GROUP_SIZE * HEAD_DIM;
             float *tile_y = y + r * y_stride + h * GROUP_SIZE * HEAD_DIM;
