@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,3 +125,23 @@ def test_a_timeout_of_the_replica_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 def test_a_call_that_fails_is_not_ready(error: Exception) -> None:
     assert not endpoint_engine(error).is_ready()
     assert endpoint_engine({}).is_ready()
+
+
+def test_engines_of_an_endpoint_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    states: dict[str, int] = {"RUNNING": 2, "STARTING": 1}
+    engine = SimpleNamespace(replica_states=states)
+    applications = {
+        "app": SimpleNamespace(deployments={"engine": engine}),
+        "other": SimpleNamespace(deployments={}),
+    }
+    monkeypatch.setattr(rl.serve, "status", lambda: SimpleNamespace(applications=applications))
+    assert rl.num_replicas("app") == 3
+    states.clear()
+    assert rl.num_replicas("app") == 1  # one that will start
+    with pytest.raises(ValueError, match="endpoint='other' is no application of nanochat-ray"):
+        rl.num_replicas("other")
+    with pytest.raises(ValueError, match=r"endpoint='x' is no Serve .*; there is app, other"):
+        rl.num_replicas("x")
+    applications.clear()
+    with pytest.raises(ValueError, match="there is none"):
+        rl.num_replicas("x")

@@ -20,6 +20,7 @@ from nanochat_ray.engine.request import (
 from nanochat_ray.on_ray.serve import client as client_module
 from nanochat_ray.on_ray.serve.client import RayEngineClient
 from nanochat_ray.on_ray.serve.connection import ACCEPTED, NOT_HERE, QUEUE_FULL, Connection
+from nanochat_ray.on_ray.serve.endpoints import list_endpoints
 from nanochat_ray.serve.client import OutputStream, UnavailableError
 
 
@@ -30,7 +31,8 @@ class Replica:
     def __init__(self, name: str, vanishes: bool, version: str = "v1"):
         self.name, self.vanishes, self.version = name, vanishes, version
         self.is_swapping = self.replaces_weights = False
-        self.reply = ACCEPTED
+        self.swaps_at_a_request = False
+        self.reply: str | None = ACCEPTED
         self.requests: list[Request] = []
         self.aborted_ids: list[str] = []
         self.silent = False
@@ -52,6 +54,11 @@ class Replica:
         elif message[0] == "submit":
             request = Request.from_wire(message[1])
             self.requests.append(request)
+            if self.reply is None:
+                return
+            if self.swaps_at_a_request:
+                self.is_swapping = True
+                connection.send("heartbeat", self.status(1))
             details = [6.5] if self.reply == QUEUE_FULL else []
             connection.send("reply", request.id, self.reply, *details)
             if self.is_swapping or self.reply != ACCEPTED:
@@ -122,6 +129,20 @@ async def tokens_of(client: RayEngineClient) -> list[list[int]]:
     stream = OutputStream()
     await client.submit(Request(id="r", prompt=[1, 2], params=SamplingParams(max_tokens=2)), stream)
     return [list(output.tokens) async for batch in stream for output in batch]
+
+
+def test_replicas_that_do_not_answer_are_left_out() -> None:
+    options: dict[str, Any] = {}
+
+    class Broadcast(Handle):
+        async def results_async(self, **others: Any) -> list[Any]:
+            options.update(others)
+            return [{"replica": "a"}, RuntimeError("gone"), {"replica": "b"}]
+
+    handle: Any = Broadcast([])
+    endpoints = asyncio.run(list_endpoints(handle))
+    assert endpoints == [{"replica": "a"}, {"replica": "b"}]
+    assert options == {"timeout_s": 10, "return_exceptions": True}
 
 
 def test_requests_leave_a_host_that_vanished() -> None:
@@ -206,6 +227,22 @@ def test_requests_without_tokens_leave_a_swap() -> None:
     asyncio.run(run())
 
 
+def test_a_swap_may_begin_before_the_reply() -> None:
+    """The request is not migrated while it is dispatched, but by the dispatch itself."""
+
+    async def run() -> None:
+        swapping, other = Replica("a", True), Replica("b", False)
+        swapping.swaps_at_a_request = True
+        async with connected_client(swapping, other) as client:
+            client.replicas.by_name["b"].in_flight["x"] = None  # type: ignore[assignment]
+            assert await tokens_of(client) == [[7]]
+            await until(lambda: swapping.aborted_ids)
+        assert (len(swapping.requests), len(other.requests)) == (1, 1)
+        assert other.requests[0].id == "r.1"
+
+    asyncio.run(run())
+
+
 async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(30):
         while not condition():
@@ -260,6 +297,24 @@ def test_a_closed_stream_aborts_its_request() -> None:
             assert list(client.replicas.by_name["a"].in_flight) == ["r.0"]
             stream.close()
             assert not client.replicas.by_name["a"].in_flight
+            await until(lambda: replica.aborted_ids)
+        assert replica.aborted_ids == ["r.0"]
+
+    asyncio.run(run())
+
+
+def test_a_client_may_leave_before_the_reply() -> None:
+    async def run() -> None:
+        replica, stream = Replica("a", False), OutputStream()
+        replica.reply = None
+        request = Request(id="r", prompt=[1], params=SamplingParams(max_tokens=2))
+        async with connected_client(replica) as client:
+            submission = asyncio.ensure_future(client.submit(request, stream))
+            await until(lambda: replica.requests)
+            submission.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await submission
+            assert [batch async for batch in stream] == []
             await until(lambda: replica.aborted_ids)
         assert replica.aborted_ids == ["r.0"]
 

@@ -12,9 +12,10 @@ import pytest
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import serve as job
 from nanochat_ray.config import to_json
+from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.config import ServeConfig
-from nanochat_ray.on_ray.serve import deploy
+from nanochat_ray.on_ray.serve import deploy, replica
 from nanochat_ray.on_ray.serve.deployment import build, build_application
 from nanochat_ray.serve import keys
 from nanochat_ray.storage import Store
@@ -65,6 +66,46 @@ def test_rollouts_keep_no_other_call_out(root: Store) -> None:
     application: Any = build_application(ServeConfig(storage=root.uri))
     (engines,) = application._bound_deployment.init_args
     assert engines._bound_deployment._deployment_config.max_ongoing_requests >= 100
+
+
+def test_the_engines_get_their_share(root: Store) -> None:
+    """Of the machine's threads, and of the memory of a GPU that several share."""
+    write_run(root)
+    engine = EngineConfig(gpu_memory_share=0.9)
+
+    def engines_of(**fields: Any) -> Any:
+        config = ServeConfig(storage=root.uri, run="chat", engine=engine, **fields)
+        application: Any = build_application(config)
+        (engines,) = application._bound_deployment.init_args
+        return engines._bound_deployment
+
+    deployment = engines_of(
+        num_replicas=2, max_replicas=5, gpus=0.5, cpus=3, name="m", swap_drain_s=4
+    )
+    arguments = deployment.init_kwargs
+    assert arguments["engine"]["gpu_memory_share"] == 0.5
+    assert (arguments["device"], arguments["sharing"], arguments["model"]) == ("cuda", 5, "m")
+    assert (arguments["drain_s"], arguments["liveness_timeout_s"]) == (4, 10)
+    assert deployment.ray_actor_options == {"num_cpus": 3, "num_gpus": 0.5}
+    scaling = deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.look_back_period_s) == (2, 5, 15)
+    deployment = engines_of(num_replicas=2, swap="immediate")
+    arguments = deployment.init_kwargs
+    assert (arguments["device"], arguments["sharing"], arguments["model"]) == ("cpu", 2, "chat")
+    assert (arguments["engine"]["gpu_memory_share"], arguments["drain_s"]) == (0.9, 0)
+    assert deployment.num_replicas == 2
+    assert deployment._deployment_config.autoscaling_config is None
+    config = deployment._deployment_config
+    # Serve waits longer for a replica than that drains.
+    assert config.graceful_shutdown_timeout_s > replica.DRAIN_S
+    assert (config.health_check_period_s, config.health_check_timeout_s) == (5, 10)
+
+
+def test_defaults_that_operators_read() -> None:
+    config = ServeConfig()
+    assert (config.deadline_s, config.liveness_timeout_s, config.swap_drain_s) == (60, 10, 30)
+    assert (config.follow_margin, config.request_timeout_s) == (0.05, 0)
+    assert (config.num_replicas, config.max_replicas, config.num_ingress_replicas) == (1, 0, 1)
 
 
 def test_keys_in_a_workers_environment_are_refused(

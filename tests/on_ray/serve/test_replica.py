@@ -236,6 +236,34 @@ def test_a_replica_starts_when_storage_is_back(
     assert outage.num_failures == 3
 
 
+def test_health_is_that_of_the_engine(tiny_run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        replica = await start_replica(tiny_run)
+        await replica.check_health()
+        engine = replica.engine
+        assert engine is not None
+        stats = engine.stats()
+        assert replica.record_autoscaling_stats() == {
+            name: getattr(stats, name) for name in ("running", "waiting", "slots", "kv_cache_usage")
+        }
+        limits: list[float] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "is_hung", lambda limit_s: not limits.append(limit_s))
+            with pytest.raises(RuntimeError, match="a step of the engine hangs"):
+                await replica.check_health()
+            assert (await replica.endpoint())["address"] is None
+        assert set(limits) == {10.0}
+        await EngineReplica.__del__(replica)
+        assert not engine._thread.is_alive()
+        assert not replica.run.list("leases")
+        replica.engine = None
+        assert replica.record_autoscaling_stats() == {}
+        with pytest.raises(RuntimeError, match="the engine is dead: not started"):
+            await replica.check_health()
+
+    asyncio.run(run())
+
+
 def test_strangers_cannot_use_up_connections(root: Store) -> None:
     """Connections that never send the secret are bounded in number and in time."""
 
