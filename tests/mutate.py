@@ -88,7 +88,8 @@ def replacement(node: ast.AST) -> Iterator[tuple[str, Callable[[ast.AST], ast.AS
         node.targets[0], (ast.Name, ast.Tuple)
     )
     is_dropped = isinstance(node, (ast.AugAssign, ast.Continue, ast.Break)) or in_place
-    if is_dropped or (isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.Await))):
+    is_effect = isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.Await))
+    if is_dropped or (is_effect and counts(node.value)):
         yield "statement", lambda n: ast.Pass()
 
 

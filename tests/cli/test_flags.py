@@ -480,6 +480,29 @@ def test_help_needs_neither_torch_nor_ray() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=REPO)
 
 
+def test_usage_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["-h"], ["--help"]):
+        with pytest.raises(SystemExit) as exit_:
+            entry.dispatch("p", {"a": "One.", "long": "Two."}, argv, cli.module_of)
+        assert exit_.value.code == 0
+        assert capsys.readouterr().out.splitlines() == [
+            *("usage: p COMMAND [flags]", "", "  a     One.", "  long  Two.", ""),
+            "p COMMAND --help shows the flags of a command.",
+        ]
+
+
+def test_the_status_is_that_of_the_command() -> None:
+    from nanochat_ray.cli.chat import Args
+
+    for code, status, line in (
+        *((0, 0, ""), (None, 0, ""), (75, 75, ""), (3, 3, "")),
+        ("Ray died", 1, "Ray died\n"),
+    ):
+        assert exit_of(_raise(SystemExit(code)), Args) == (status, line)
+        if not isinstance(code, str):
+            assert exit_of(lambda args, code=code: code, Args) == (status, "")
+
+
 def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for argv, line in (
         (["fly"], "error: nanochat-ray has no command 'fly': one of prepare, "),

@@ -236,6 +236,28 @@ def test_a_plan_that_does_not_fit_is_said(
         assert lines == (["memory    does not fit: use more"] if advice else [])
 
 
+@pytest.mark.parametrize("gpus", [False, True])
+def test_ranks_join_one_process_group(monkeypatch: pytest.MonkeyPatch, gpus: bool) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", calls.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("end"))
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+
+    def join() -> list[Any]:
+        calls.clear()
+        with train_run.process_group(gpus=gpus):
+            calls.append("block")
+        return calls
+
+    assert join() == ["block"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join() == ["block"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert join() == [*([1, "nccl"] if gpus else ["gloo"]), "block", "end"]
+
+
 @pytest.fixture
 def supervisions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
