@@ -278,15 +278,17 @@ def test_every_file_is_in_a_kustomization() -> None:
 
 
 def test_the_launcher_file_is_valid() -> None:
-    import ray
+    from ray.autoscaler._private.util import prepare_config, validate_config
 
-    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
     cluster = yaml.safe_load((REPO / "cluster" / "gpu-cloud.yaml").read_text())
-    jsonschema.validate(cluster, schema)
+    validate_config(prepare_config(copy.deepcopy(cluster)))
     assert cluster["head_node_type"] in cluster["available_node_types"]
+    # What the launcher runs in the container.
+    image = (REPO / "cluster" / "Dockerfile").read_text()
+    assert {"rsync", "openssh-client", "boto3", "HOME=/home/ray"} <= set(image.split())
     cluster["providr"] = {}
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(cluster, schema)
+        validate_config(cluster)
 
 
 def test_no_secret_is_in_a_file() -> None:
