@@ -64,6 +64,7 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
         "constant: 0  →  1": ("tokens = [0]", "of rows whose log-probability nobody reads"),
     },
     "nanochat_ray/engine/scheduler.py": {
+        "constant: 1  →  2": ("self._last_admission.get(", "both are less than the first, 0"),
         "sign or not: -1  →  1": ("default=-1", "admissions are counted from any number on"),
         "comparison: self.num_preemptions > num_preemptions  →  "
         "self.num_preemptions >= num_preemptions": ("", "else every chunk has a slot"),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from nanochat_ray.engine import loop as loop_module
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Request, RequestOutput
 from tests.engine.engine_kit import answer, ask, make_engine, make_model
@@ -115,6 +116,23 @@ def test_arrivals_count_until_they_are_added() -> None:
     loop._num_arriving = len(inbox)  # as the thread sets it
     assert loop._apply(inbox, []) == []
     assert loop._num_arriving == 0
+
+
+def test_waits_are_compared_with_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the submission to the first token, for requests that had to wait."""
+    engine = make_engine(make_model("modern"))
+    loop = EngineLoop(engine, lambda outputs: None)
+    times, waits = iter((100.0, 103.5)), iter((5.0, 0.0))
+    records: list[tuple[float, float]] = []
+    monkeypatch.setattr(loop_module.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(engine.queue_time, "wait_s", lambda *_: next(waits))
+    monkeypatch.setattr(engine.queue_time, "first_token_s", lambda request, wait_s: 2 + wait_s)
+    monkeypatch.setattr(engine.queue_time, "record_wait", lambda *args: records.append(args))
+    for name in ("waits", "runs"):
+        loop.submit(ask(name, [1]))
+        for tokens in ([], [1], [2]):
+            loop._deliver([RequestOutput(request_id=name, tokens=tokens)])
+    assert records == [(7.0, 3.5)]
 
 
 def test_full_queue_compiles_no_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
