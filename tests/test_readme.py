@@ -15,7 +15,7 @@ from nanochat_ray import cli
 from nanochat_ray.cli import bench, entry
 
 REPO = Path(__file__).parent.parent
-READMES = sorted([*REPO.glob("*.md"), *REPO.glob("nanochat_ray/**/*.md")])
+READMES = sorted([*REPO.glob("*.md"), *REPO.glob("k8s/*.md"), *REPO.glob("nanochat_ray/**/*.md")])
 TEXT = {path: path.read_text() for path in READMES}
 
 
@@ -37,8 +37,9 @@ COMMANDS = [
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_command_of_a_readme_is_valid(words: list[str]) -> None:
     """Its flags are parsed and checked; a script exists and knows its flags."""
-    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
-        words = words[1:]
+    while re.match(r"[A-Z_]+=", words[0]):
+        if not (words := words[1:]):
+            return  # an assignment alone
     program, *arguments = words
     if program == "python" and arguments[0].startswith("jobs/"):
         program, arguments = "nanochat-ray", [Path(arguments[0]).stem, *arguments[1:]]
@@ -60,14 +61,39 @@ def test_a_command_of_a_readme_is_valid(words: list[str]) -> None:
         for flag in (word for word in flags if word.startswith("--")):
             assert flag in text or script == "cluster/check.sh"  # which passes them to pytest
     else:
-        programs = ("serve", "kubectl", "ray", "pip", "python", "pytest", "torchrun", "eval")
+        programs = (
+            "serve",
+            "kubectl",
+            "ray",
+            "pip",
+            "python",
+            "pytest",
+            "torchrun",
+            "eval",
+            "docker",
+        )
         assert program in programs
+        if program == "kubectl" and "-k" in arguments:
+            assert (REPO / arguments[arguments.index("-k") + 1] / "kustomization.yaml").exists()
 
 
 @pytest.mark.parametrize("path", READMES, ids=[str(p.relative_to(REPO)) for p in READMES])
 def test_links_of_a_readme_exist(path: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT[path]):
         assert (path.parent / target).exists(), target
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", READMES, ids=[str(p.relative_to(REPO)) for p in READMES])
+def test_headings_that_links_name_exist(path: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*\.md|)#([^)]+)\)", TEXT[path]):
+        page = TEXT[(path.parent / target).resolve()] if target else TEXT[path]
+        assert anchor in anchors(page), f"{target}#{anchor}"
 
 
 def test_the_readme_stays_short() -> None:
