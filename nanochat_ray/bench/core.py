@@ -27,7 +27,7 @@ from nanochat_ray.bench.environment import machine
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_int, check_name, require
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.offline import LocalEngine
 from nanochat_ray.evals import core, core_data
 from nanochat_ray.evals.core_data import CoreTask, Example
 from nanochat_ray.storage import Store, absolute, cache_root, default_root
@@ -189,7 +189,11 @@ def choose_tasks(args: Args, paths: Mapping[str, Path]) -> list[CoreTask]:
 
 
 def compare_task(
-    task: CoreTask, examples: Sequence[Example], engine: Engine, tokenizer: Tokenizer, peer: Peer
+    task: CoreTask,
+    examples: Sequence[Example],
+    engine: LocalEngine,
+    tokenizer: Tokenizer,
+    peer: Peer,
 ) -> Comparison:
     """Compares the decisions of ``engine`` with those of ``peer``."""
 
@@ -236,7 +240,9 @@ def main(args: Args) -> None:
     run = Store.at(args.storage).child("runs", args.run)
     name = checkpoint.resolve(run, args.checkpoint)
     model, tokenizer = checkpoint.load_model(run, name)
-    engine = core.core_engine(model, tokenizer, EngineConfig())
+    engine = LocalEngine.from_model(
+        model, tokenizer, core.core_engine_config(model.config, EngineConfig())
+    )
     peer = Peer(args.nanochat, model, tokenizer)
     print(f"{machine()}; {args.threads} threads; {args.run}/{name}", flush=True)
     comparisons = []
@@ -246,6 +252,5 @@ def main(args: Args) -> None:
         print(table(comparisons[-1:]).splitlines()[2], flush=True)
         for difference in comparisons[-1].differences:
             print(f"    question {difference.question}: margin {difference.margin:.2e}", flush=True)
-    engine.check_integrity()
     print(table(comparisons))
     print(json.dumps({"tasks": [asdict(c) for c in comparisons]}))

@@ -25,10 +25,11 @@ from nanochat_ray.bench import nanochat_checkout
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_int, require
 from nanochat_ray.cli import rl
+from nanochat_ray.engine.offline import LocalEngine
 from nanochat_ray.engine.request import SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rl.config import DEFAULT_TASKS, RLConfig
-from nanochat_ray.rl.rollout import EngineGenerator, Rollout, make_requests, rollout_seed
+from nanochat_ray.rl.rollout import Rollout, make_requests, rollout_seed, sample_rollouts
 from nanochat_ray.rl.source import sampling_params
 from nanochat_ray.storage import Store, default_root
 from nanochat_ray.tasks.registry import make_task
@@ -90,15 +91,15 @@ def nanochat_engine(checkout: Path, model: GPT, tokenizer: Tokenizer) -> Any:
     return engine.Engine(peer, NanochatTokenizer(tokenizer))
 
 
-def make_generator(model: GPT, tokenizer: Tokenizer, args: Args) -> EngineGenerator:
+def make_engine(model: GPT, tokenizer: Tokenizer, args: Args) -> LocalEngine:
     """That of ``nanochat-ray rl``."""
-    generator = EngineGenerator.of_model(model, tokenizer, rl.engine_config(args.rl_args()))
-    generator.load(0, model.state_dict())
-    return generator
+    engine = LocalEngine.from_model(model, tokenizer, rl.engine_config(args.rl_args()))
+    engine.load(0, model.state_dict())
+    return engine
 
 
 def ours(
-    generator: EngineGenerator, params: SamplingParams, prompts: list[list[int]], args: Args
+    engine: LocalEngine, params: SamplingParams, prompts: list[list[int]], args: Args
 ) -> Sample:
     """With the log-probabilities that training needs; nanochat's script has none."""
 
@@ -107,7 +108,7 @@ def ours(
         for number, prompt in enumerate(prompts):
             seeds = [rollout_seed(seed, number, i) for i in range(args.samples)]
             requests += make_requests(prompt, seeds, params, str(number))
-        return [answer_of(rollout) for rollout in generator.generate(requests)]
+        return [answer_of(rollout) for rollout in sample_rollouts(engine, requests)]
 
     return sample
 
@@ -137,14 +138,14 @@ def theirs(engine: Any, prompts: list[list[int]], args: Args) -> Sample:
 
 
 def equal_greedy_answers(
-    generator: EngineGenerator, engine: Any, params: SamplingParams, prompts: list[list[int]]
+    engine: LocalEngine, peer: Any, params: SamplingParams, prompts: list[list[int]]
 ) -> float:
     """The share of prompts whose greedy answers are equal, token for token."""
     params = replace(params, temperature=0.0, max_tokens=GREEDY_TOKENS)
     equal = 0
     for number, prompt in enumerate(prompts):
-        (rollout,) = generator.generate(make_requests(prompt, [0], params, str(number)))
-        sequences, _ = engine.generate_batch(
+        (rollout,) = sample_rollouts(engine, make_requests(prompt, [0], params, str(number)))
+        sequences, _ = peer.generate_batch(
             prompt, num_samples=1, max_tokens=GREEDY_TOKENS, temperature=0.0
         )
         equal += answer_of(rollout) == sequences[0][len(prompt) :]
@@ -178,15 +179,15 @@ def main(args: Args) -> None:
     tasks = [make_task(name, "train", size=args.questions, seed=0) for name in args.tasks]
     questions = [tasks[i % len(tasks)].question(i // len(tasks)) for i in range(args.questions)]
     prompts = [render_prompt(tokenizer, question) for question in questions]
-    engine = nanochat_engine(args.nanochat, model, tokenizer)
-    generator = make_generator(model, tokenizer, args)
+    peer = nanochat_engine(args.nanochat, model, tokenizer)
+    engine = make_engine(model, tokenizer, args)
     params = sampling_params(args.rl_args().rl_config(), tokenizer)
-    equal = equal_greedy_answers(generator, engine, params, prompts)
+    equal = equal_greedy_answers(engine, peer, params, prompts)
     print(f"equal greedy answers: {equal:.0%} of {len(prompts)}", flush=True)
-    systems = {"nanochat_ray": ours(generator, params, prompts, args)}
+    systems = {"nanochat_ray": ours(engine, params, prompts, args)}
     for batch in (args.batch, args.samples):
         name = f"nanochat, {batch} at once"
-        systems[name] = theirs(engine, prompts, replace(args, batch=batch))
+        systems[name] = theirs(peer, prompts, replace(args, batch=batch))
     figures = measure(systems, args.repeats)
     own = figures["nanochat_ray"]["tokens_per_s"]
     for name, each in figures.items():

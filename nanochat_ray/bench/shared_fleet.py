@@ -26,7 +26,8 @@ from nanochat_ray.checks import check_int
 from nanochat_ray.cli import rl
 from nanochat_ray.engine.request import Request
 from nanochat_ray.on_ray import session
-from nanochat_ray.on_ray.rl import endpoint_fleet
+from nanochat_ray.on_ray.fleet import Fleet, endpoint_engines
+from nanochat_ray.on_ray.rl import engine_spec
 from nanochat_ray.rl.questions import prompts as prompts_of
 from nanochat_ray.rl.rollout import make_requests
 from nanochat_ray.rl.source import make_tasks, sampling_params
@@ -114,13 +115,13 @@ def rollouts(args: Args) -> Callable[[], int]:
     for number in range(args.questions):
         prompt = prompts[number % len(tasks)][number // len(tasks)]
         requests += make_requests(prompt, range(args.samples), params, str(number))
-    engine = rl.engine_config(flags)
-    fleet = endpoint_fleet(args.endpoint, config, engine)
+    spec = engine_spec(config, rl.engine_config(flags))
+    fleet = Fleet(endpoint_engines(args.endpoint), spec)
     versions = itertools.count(1)
 
     def sample() -> int:
         fleet.load(next(versions), model.state_dict())
-        return sum(len(rollout.tokens) for rollout in fleet.generate(requests))
+        return sum(len(output.tokens) for output in fleet.run(requests))
 
     return sample
 

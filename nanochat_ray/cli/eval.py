@@ -5,20 +5,24 @@
     nanochat-ray eval --storage DIR --run base --core bundle    # or a folder or .zip with its files
 
     nanochat-ray eval --run chat --checkpoint all --tasks gsm8k,path=data/gsm8k --max-tokens 512
+    nanochat-ray eval --run chat --engines 4              # on Ray
+    nanochat-ray eval --run chat --endpoint nanochat      # on the replicas that serve
 
 Figures are stored beside the checkpoint (evals/step-000200.json of the run) and shown in the run's
-report.html. A command that is killed continues: a task, also of CORE, that is measured, and each
-answer that is complete, is not computed again. Bits per byte are.
+report.html; any number of engines gives the same ones. A command that is killed continues: a task,
+also of CORE, that is measured, and each answer that is stored, is not computed again. Bits per byte
+are.
 
 The last line is one JSON object.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +31,7 @@ from nanochat_ray.cli.eval_core import core_figures
 from nanochat_ray.cli.eval_tasks import task_figures
 from nanochat_ray.cli.flags import EVERYDAY, overrides
 from nanochat_ray.data import corpus, sources
-from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.config import GUEST_DEFAULTS, EngineConfig
 from nanochat_ray.evals.core_data import MAX_SHOTS
 from nanochat_ray.evals.results import Results, engine_settings
 from nanochat_ray.storage import Store, absolute, default_root
@@ -36,9 +40,11 @@ from nanochat_ray.tasks.task import MAX_ANSWER_TOKENS, Task
 from nanochat_ray.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from nanochat_ray.engine.offline import OfflineEngine
     from nanochat_ray.model.gpt import GPT
 
     EngineFlags = dict[str, Any]
+    MakeEngine = Callable[[GPT, Tokenizer, EngineConfig], OfflineEngine]
 else:
     EngineFlags = overrides(EngineConfig)
 
@@ -74,10 +80,15 @@ class Args:
     """Questions of each of its tasks, at most; 0 is all."""
     seed: int = 1
     """Seed of the questions."""
+    engines: int = 0
+    """Ray: engines that share the questions, each an actor; 0: one engine in this process."""
+    endpoint: str = ""
+    """Ray: a Serve application whose replicas answer. They do so in the time that users leave, in
+    place of --engines. nanochat-ray serve starts "nanochat"."""
     device: str = "cpu"
-    """cpu, cuda or cuda:1."""
+    """cpu, cuda or cuda:1; with --engines, cuda is a GPU for each. Replicas have their own."""
     threads: int = 0
-    """Torch threads on a CPU; 0 is all cores but one."""
+    """Torch threads of each engine on a CPU; 0 is its share of all cores but one."""
     engine: EngineFlags = field(
         default_factory=dict, metadata={EVERYDAY: ("precision", "max_num_seqs")}
     )
@@ -91,7 +102,7 @@ class Args:
             check_name("checkpoint", self.checkpoint)
         for name in ("count", "samples", "max_tokens"):
             check_int(name, getattr(self, name), 1, 1 << 30)
-        for name in ("seed", "threads"):
+        for name in ("seed", "threads", "engines"):
             check_int(name, getattr(self, name), 0, 1 << 30)
         check_int("show_wrong", self.show_wrong, 0)
         if self.temperature is None:
@@ -102,7 +113,22 @@ class Args:
         requirement = f"0, or more than {MAX_SHOTS}, the examples before a question"
         require(enough, "core_count", self.core_count, requirement)
         require(all(self.text), "text", self.text, "files, folders, globs or URIs")
-        check_device("device", self.device)
+        if self.endpoint:
+            require(not self.engines, "engines", self.engines, "not with --endpoint")
+        if self.on_ray:
+            require(self.device in ("cpu", "cuda"), "device", self.device, "on Ray, cpu or cuda")
+        else:
+            check_device("device", self.device)
+
+        self.engine_config()
+
+    def engine_config(self) -> EngineConfig:
+        defaults = GUEST_DEFAULTS[self.device] if self.endpoint else {}
+        return EngineConfig(**{**defaults, **self.engine})
+
+    @property
+    def on_ray(self) -> bool:
+        return bool(self.engines or self.endpoint)
 
 
 def check_device(field: str, name: str) -> None:
@@ -144,19 +170,17 @@ def documents(text: Sequence[str]) -> Iterator[str]:
 
 
 def text_figures(
-    args: Args, model: GPT, tokenizer: Tokenizer, config: EngineConfig, results: Results
+    args: Args, engine: OfflineEngine, tokenizer: Tokenizer, results: Results
 ) -> dict[str, float]:
     """Bits per byte of --text."""
-    from nanochat_ray.evals.bpb import evaluate_text, scoring_engine
+    from nanochat_ray.evals.bpb import evaluate_text
 
     start = time.perf_counter()
-    engine = scoring_engine(model, tokenizer, config)
     score = evaluate_text(engine, tokenizer, documents(args.text), max_tokens=args.text_tokens)
-    engine.check_integrity()
     print(
         f"text: {score.bits_per_byte:.4f} bits per byte of {score.bytes:,} bytes ({score.tokens:,} "
         f"tokens of {score.documents:,} documents) in {time.perf_counter() - start:.1f} s, "
-        f"{config.precision}",
+        f"{engine.config.precision}",
         flush=True,
     )
     settings = {"text_tokens": args.text_tokens, **engine_settings(engine)}
@@ -182,51 +206,83 @@ def make_tasks(args: Args, names: Sequence[str]) -> list[Task]:
 
 
 def checkpoint_figures(
-    args: Args, store: Store, name: str, config: EngineConfig, tasks: Sequence[Task]
+    args: Args, store: Store, name: str, make_engine: MakeEngine, tasks: Sequence[Task]
 ) -> dict[str, Any]:
     """Measures one checkpoint and stores its figures beside it."""
     from nanochat_ray.checkpoint import checkpoint
-    from nanochat_ray.engine.engine import Engine
-    from nanochat_ray.engine.precision import checkpoint_dtype
-    from nanochat_ray.evals.core import core_engine
+    from nanochat_ray.evals.bpb import scoring_config
+    from nanochat_ray.evals.core import core_engine_config
 
+    config = args.engine_config()
     trainer = checkpoint.load_trainer(store, name)
     is_base = trainer.get("train_config", {}).get("stage") == "base"
     if args.tasks is None and not args.text and not args.core and not is_base:
         tasks = make_tasks(args, CHAT_TASKS)
-    dtype = checkpoint_dtype(config.precision)
-    model, tokenizer = checkpoint.load_model(store, name, device=args.device, dtype=dtype)
+    model, tokenizer = load_model(args, store, name, config)
     result: dict[str, Any] = training_figures(args, trainer)
     results = Results(store, name, checkpoint.weight_version(store, name))
-    if args.text:
-        result |= text_figures(args, model, tokenizer, config, results)
     # Each engine is freed before the next one takes its memory: no variable holds one.
+    if args.text:
+        scoring = scoring_config(model.config, config)
+        result |= text_figures(args, make_engine(model, tokenizer, scoring), tokenizer, results)
     if tasks:
         result |= task_figures(
-            args, Engine.from_model(model, tokenizer, config), tokenizer, tasks, results
+            args, make_engine(model, tokenizer, config), tokenizer, tasks, results
         )
     if args.core:
-        result |= core_figures(
-            core_engine(model, tokenizer, config), tokenizer, args.core, args.core_count, results
-        )
+        core_config = core_engine_config(model.config, config)
+        engine = make_engine(model, tokenizer, core_config)
+        result |= core_figures(engine, tokenizer, args.core, args.core_count, results)
     return result
 
 
-def main(args: Args) -> None:
+def load_model(args: Args, store: Store, name: str, config: EngineConfig) -> tuple[GPT, Tokenizer]:
+    from nanochat_ray.checkpoint import checkpoint
+    from nanochat_ray.engine.precision import checkpoint_dtype
+
+    if args.on_ray:
+        return checkpoint.load_model(store, name)  # the engines round the weights
+    dtype = checkpoint_dtype(config.precision)
+    return checkpoint.load_model(store, name, device=args.device, dtype=dtype)
+
+
+@contextlib.contextmanager
+def open_engines(args: Args, store: Store) -> Iterator[MakeEngine]:
+    """Makes an engine of this process, or one of many on Ray. One at a time."""
     import torch
 
+    from nanochat_ray.engine.offline import LocalEngine
     from nanochat_ray.machine import engine_threads
+
+    threads = args.threads or engine_threads(sharing=args.engines or 1)
+    torch.set_num_threads(threads)
+    if not args.on_ray:
+        yield LocalEngine.from_model
+        return
+    from nanochat_ray.on_ray import session
+    from nanochat_ray.on_ray.evals import open_fleets
+
+    session.connect()
+    gpus = args.device == "cuda"
+    session.check_gpus(args.engines if gpus else 0)
+    with open_fleets(
+        store, engines=args.engines, endpoint=args.endpoint, gpus=gpus, threads=threads
+    ) as make_fleet:
+        yield make_fleet
+
+
+def main(args: Args) -> None:
     from nanochat_ray.train import eval_report
 
-    config = EngineConfig(**args.engine)
     tasks = make_tasks(args, args.tasks or ())
-    torch.set_num_threads(args.threads or engine_threads(sharing=1))
     store = Store.at(args.storage).child("runs", args.run)
     results: dict[str, dict[str, Any]] = {}
-    for name in checkpoints(args, store):
-        if args.checkpoint == "all":
-            print(f"{args.run}/{name}", flush=True)
-        results[name] = checkpoint_figures(args, store, name, config, tasks)
+    names = checkpoints(args, store)
+    with open_engines(args, store) as make_engine:
+        for name in names:
+            if args.checkpoint == "all":
+                print(f"{args.run}/{name}", flush=True)
+            results[name] = checkpoint_figures(args, store, name, make_engine, tasks)
     eval_report.update(store)
     if args.checkpoint == "all":
         print(json.dumps({"run": args.run, "checkpoints": results}))

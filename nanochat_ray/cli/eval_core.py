@@ -13,7 +13,7 @@ from nanochat_ray.evals.results import Results, engine_settings
 from nanochat_ray.storage import cache_root
 
 if TYPE_CHECKING:
-    from nanochat_ray.engine.engine import Engine
+    from nanochat_ray.engine.offline import OfflineEngine
     from nanochat_ray.evals.core import CoreScore
     from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -21,7 +21,7 @@ PROGRESS_S = 10.0
 
 
 def core_figures(
-    engine: Engine, tokenizer: Tokenizer, source: str, count: int, results: Results
+    engine: OfflineEngine, tokenizer: Tokenizer, source: str, count: int, results: Results
 ) -> dict[str, Any]:
     """Measures the tasks whose files ``source`` has, with ``count`` questions of each (0: all)."""
     from nanochat_ray.evals.core import core_metric
@@ -62,7 +62,7 @@ def core_figures(
 
 
 def _measure(
-    engine: Engine,
+    engine: OfflineEngine,
     tokenizer: Tokenizer,
     task: core_data.CoreTask,
     path: Any,

@@ -15,11 +15,11 @@ from nanochat_ray.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from nanochat_ray.cli.eval import Args
-    from nanochat_ray.engine.engine import Engine
+    from nanochat_ray.engine.offline import OfflineEngine
 
 
 def task_figures(
-    args: Args, engine: Engine, tokenizer: Tokenizer, tasks: Sequence[Task], results: Results
+    args: Args, engine: OfflineEngine, tokenizer: Tokenizer, tasks: Sequence[Task], results: Results
 ) -> dict[str, Any]:
     """Measures each task, unless its figures are stored already."""
     accuracy, questions, pass_at_k = {}, {}, {}
@@ -34,12 +34,11 @@ def task_figures(
         _print(task.name, figures, args, time.perf_counter() - start if is_new else None)
         accuracy[task.name], questions[task.name] = figures["accuracy"], figures["total"]
         pass_at_k[task.name] = figures[f"pass@{args.samples}"]
-    engine.check_integrity()
     result: dict[str, Any] = {"accuracy": accuracy, "questions": questions}
     return result | ({"pass_at_k": pass_at_k} if args.samples > 1 else {})
 
 
-def _settings(args: Args, engine: Engine, task: Task) -> dict[str, Any]:
+def _settings(args: Args, engine: OfflineEngine, task: Task) -> dict[str, Any]:
     total = min(args.count, len(task))
     # With the reference answers, which grade.
     examples = json.dumps([(task.question(i), task.example(i)) for i in range(total)])
@@ -56,7 +55,7 @@ def _settings(args: Args, engine: Engine, task: Task) -> dict[str, Any]:
 
 def _measure(
     args: Args,
-    engine: Engine,
+    engine: OfflineEngine,
     tokenizer: Tokenizer,
     task: Task,
     settings: dict[str, Any],

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.cli.flags import EVERYDAY, overrides
-from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.config import GUEST_DEFAULTS, EngineConfig
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.rl.config import DEFAULT_TASKS, RLConfig
 from nanochat_ray.storage import Store, absolute, default_root
@@ -125,15 +125,14 @@ class Args:
 
 def engine_config(args: Args) -> EngineConfig:
     """Larger batches than for serving, where the first token must not wait, unless they share the
-    engines of an endpoint. There a step must be short; on a CPU one of 16 sequences takes about
-    half the time of one of 32."""
+    engines of an endpoint."""
     rollouts = args.rl_config().questions * args.rl_config().samples
-    sizes = (64, 512)
+    sizes = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
     if args.endpoint:
-        sizes = (32, 96) if args.gpus else (16, 48)
+        sizes = GUEST_DEFAULTS["cuda" if args.gpus else "cpu"]
     defaults = {
-        "max_num_seqs": min(sizes[0], rollouts),
-        "max_num_batched_tokens": sizes[1],
+        **sizes,
+        "max_num_seqs": min(sizes["max_num_seqs"], rollouts),
         "prefill_chunk": 512,
         "max_queue_size": 1024,
         "max_queue_s": 0.0,
@@ -202,7 +201,8 @@ def run_on_ray(config: TrainerConfig, args: Args) -> dict[str, Any]:
     from nanochat_ray.container import cores
     from nanochat_ray.machine import engine_threads
     from nanochat_ray.on_ray import session
-    from nanochat_ray.on_ray.rl import fit_rl, num_replicas
+    from nanochat_ray.on_ray.fleet import num_replicas
+    from nanochat_ray.on_ray.rl import fit_rl
 
     session.connect()
     if args.endpoint:

@@ -29,6 +29,14 @@ GPU_DEFAULTS = {
 """What ``serve`` takes in place of ``EngineConfig``'s defaults on a GPU, whose matmuls wait for the
 weights up to hundreds of tokens. Not measured yet."""
 
+GUEST_DEFAULTS = {
+    "cpu": {"max_num_seqs": 16, "max_num_batched_tokens": 48},
+    "cuda": {"max_num_seqs": 32, "max_num_batched_tokens": 96},
+}
+"""Of an engine that runs in the time that the users of another one leave. Their first tokens wait
+for a step of it, so that it must be short: on a CPU one of 16 sequences takes about half the time
+of one of 32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nanochat_ray.engine.config import EngineConfig
-from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.offline import run_requests
+from nanochat_ray.engine.offline import OfflineEngine
 from nanochat_ray.engine.request import Request, SamplingParams, TokenLogprob
 from nanochat_ray.evals.core_data import CoreTask, Example
-from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.text.tokenizer import Tokenizer
 
 ORDER_SEED, SHOT_SEED = 1337, 1234
@@ -78,25 +77,23 @@ def core_metric(scores: Sequence[CoreScore]) -> tuple[float, float]:
     return mean, math.sqrt(sum(s.standard_error**2 for s in scores)) / len(scores)
 
 
-def core_engine(model: GPT, tokenizer: Tokenizer, config: EngineConfig) -> Engine:
-    """An engine for ``evaluate``, whose context is nanochat's unless ``config.max_model_len`` says
-    another.
+def core_engine_config(model: ModelConfig, config: EngineConfig) -> EngineConfig:
+    """That of an engine for ``evaluate``, whose context is nanochat's unless
+    ``config.max_model_len`` says another.
 
     It touches little memory, since the system takes longer to hand out a new page than a model of
     this size takes to fill it: as many slots as fill a step, and a prefix cache for the questions
     that run, not for those before them, unless ``config.prefix_cache_tokens`` says another.
     """
-    length = config.max_model_len or CONTEXTS * model.config.sequence_len
+    length = config.max_model_len or CONTEXTS * model.sequence_len
     cache_tokens = config.prefix_cache_tokens
-    engine_config = replace(
+    num_seqs = max(1, config.max_num_batched_tokens // LEAST_TOKENS)
+    return replace(
         config,
         max_model_len=length,
-        max_num_seqs=min(
-            config.max_num_seqs, max(1, config.max_num_batched_tokens // LEAST_TOKENS)
-        ),
+        max_num_seqs=min(config.max_num_seqs, num_seqs),
         prefix_cache_tokens=2 * length if cache_tokens is None else cache_tokens,
     )
-    return Engine.from_model(model, tokenizer, engine_config)
 
 
 def choose(examples: Sequence[Example], count: int = 0) -> list[Example]:
@@ -182,7 +179,7 @@ def is_right(question: Question, scores: Sequence[Sequence[TokenLogprob]]) -> bo
 
 
 def evaluate(
-    engine: Engine,
+    engine: OfflineEngine,
     tokenizer: Tokenizer,
     task: CoreTask,
     examples: Sequence[Example],
@@ -191,8 +188,7 @@ def evaluate(
 ) -> tuple[CoreScore, list[bool]]:
     """Score of a task over ``examples`` (see ``choose``), and whether each one is right.
 
-    The engine is this function's alone while it runs. Questions longer than its context lose their
-    first tokens.
+    Questions longer than the engine's context lose their first tokens.
     """
     decisions: list[bool] = []
     num_cropped = 0
@@ -208,7 +204,7 @@ def evaluate(
 
 
 def _scores_of(
-    engine: Engine, questions: Iterator[Question]
+    engine: OfflineEngine, questions: Iterator[Question]
 ) -> Iterator[tuple[Question, list[list[TokenLogprob]], bool]]:
     """Each question, in order, with the scores of its options, and whether it was cropped.
 
@@ -233,9 +229,7 @@ def _scores_of(
                 )
                 yield Request(id=f"{number}/{i}", prompt=option.token_ids, params=params)
 
-    for output in run_requests(engine, requests()):
-        if output.finish == "error":
-            raise RuntimeError(f"question {output.request_id}: {output.error}")
+    for output in engine.run(requests()):
         scores[output.request_id] = output.prompt_logprobs or []
         while next_index in pending:
             item, is_cropped = pending[next_index]

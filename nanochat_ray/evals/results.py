@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nanochat_ray.storage import Store
 
 if TYPE_CHECKING:
-    from nanochat_ray.engine.engine import Engine
+    from nanochat_ray.engine.offline import OfflineEngine
 
 SAVE_S = 10.0
 """Between two writes of answers."""
@@ -28,12 +28,12 @@ def wilson_interval(correct: float, total: int) -> tuple[float, float]:
     return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
 
 
-def engine_settings(engine: Engine) -> dict[str, Any]:
+def engine_settings(engine: OfflineEngine) -> dict[str, Any]:
     """What of an engine decides figures, for the settings under which they are stored: not its
     speed or memory."""
     config = engine.config
     return {
-        "device": engine.runner.device.type,
+        "device": engine.device_type,
         "precision": config.precision,
         "kv_precision": config.kv_precision,
         "batch_invariant": config.batch_invariant,

@@ -1,15 +1,14 @@
-"""Accuracy of a chat model on tasks, through the engine that serves it: greedy, or pass@k."""
+"""Accuracy of a chat model on tasks, through the engines that serve it: greedy, or pass@k."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from nanochat_ray.engine.detokenizer import IncrementalDetokenizer
-from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.offline import run_requests
-from nanochat_ray.engine.request import Request, SamplingParams
+from nanochat_ray.engine.offline import OfflineEngine
+from nanochat_ray.engine.request import Request
+from nanochat_ray.evals.answers import answer_params, answer_text
 from nanochat_ray.evals.results import Z, wilson_interval
 from nanochat_ray.tasks.task import MAX_ANSWER_TOKENS, Task
 from nanochat_ray.text.chat import render_prompt
@@ -63,7 +62,7 @@ class TaskScore:
 
 
 def evaluate(
-    engine: Engine,
+    engine: OfflineEngine,
     tokenizer: Tokenizer,
     task: Task,
     *,
@@ -78,53 +77,33 @@ def evaluate(
 ) -> TaskScore:
     """Asks the first ``count`` questions of ``task``, each ``samples`` times, and grades answers.
 
-    The engine is this function's alone while it runs. A question that does not fit into the
-    context counts as wrong. ``previous_answers``: by request id, such as 3/0 for the first answer
-    to the fourth question; these are not asked. ``on_answer`` gets each other one when it is
-    complete.
+    A question that does not fit into the context counts as wrong. ``previous_answers``: by request
+    id, such as 3/0 for the first answer to the fourth question; these are not asked. ``on_answer``
+    gets each other one when it is complete.
     """
     previous = dict(previous_answers or {})
     total = min(count, len(task))
-    ends = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
-    detokenizers: dict[str, IncrementalDetokenizer] = {}
-    answers: dict[str, str] = {}
-    too_long: set[int] = set()
-
-    def requests() -> Iterator[Request]:
-        for index in range(total):
-            prompt = render_prompt(tokenizer, task.question(index))
-            for i in range(samples):
-                params = SamplingParams(
-                    temperature=temperature,
-                    max_tokens=max_tokens,
-                    eos_ids=ends,
-                    seed=(seed * samples + i) % 2**63,
-                )
-                request = Request(id=f"{index}/{i}", prompt=prompt, params=params)
-                answers[request.id] = previous.get(request.id, "")
-                try:
-                    engine.validate(request)
-                except ValueError:
-                    too_long.add(index)
-                    continue
-                if request.id in previous:
-                    continue
-                detokenizers[request.id] = IncrementalDetokenizer(tokenizer)
-                yield request
-
-    num_answered = len(previous)
-    for output in run_requests(engine, requests()):
-        if output.finish == "error":
-            raise RuntimeError(f"question {output.request_id}: {output.error}")
-        detokenizer = detokenizers[output.request_id]
-        answers[output.request_id] += detokenizer.add(output)
-        if output.finish is not None:
-            answers[output.request_id] += detokenizer.flush()
-            del detokenizers[output.request_id]
-            on_answer(output.request_id, answers[output.request_id])
-            num_answered += 1
-            progress(num_answered + samples * len(too_long), total * samples)
-    return _score(task, answers, total, samples, len(too_long))
+    requests: list[Request] = []
+    answers = {f"{index}/{i}": "" for index in range(total) for i in range(samples)} | previous
+    num_too_long = 0
+    for index in range(total):
+        prompt = render_prompt(tokenizer, task.question(index))
+        if len(prompt) >= engine.max_model_len:
+            num_too_long += 1
+            continue
+        for i in range(samples):
+            sample_seed = (seed * samples + i) % 2**63
+            params = answer_params(
+                tokenizer, temperature=temperature, max_tokens=max_tokens, seed=sample_seed
+            )
+            requests.append(Request(id=f"{index}/{i}", prompt=prompt, params=params))
+    num_answered = len(previous) + samples * num_too_long
+    for output in engine.run([r for r in requests if r.id not in previous]):
+        text = answers[output.request_id] = answer_text(tokenizer, output.tokens)
+        on_answer(output.request_id, text)
+        num_answered += 1
+        progress(num_answered, total * samples)
+    return _score(task, answers, total, samples, num_too_long)
 
 
 def _score(

@@ -23,20 +23,15 @@ import numpy as np
 from nanochat_ray import config as configs
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.offline import LocalEngine, OfflineEngine
 from nanochat_ray.engine.request import SamplingParams
+from nanochat_ray.evals.answers import answer_params, answer_text
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rl.batch import Group, make_batch
 from nanochat_ray.rl.config import RLConfig
 from nanochat_ray.rl.losses import PolicyLoss
 from nanochat_ray.rl.questions import Curriculum, Question, content_digest, prompts
-from nanochat_ray.rl.rollout import (
-    EngineGenerator,
-    Rollout,
-    RolloutGenerator,
-    answer_text,
-    make_requests,
-    rollout_seed,
-)
+from nanochat_ray.rl.rollout import Rollout, make_requests, rollout_seed, sample_rollouts
 from nanochat_ray.storage import Store
 from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.tasks.task import Split, Task
@@ -54,11 +49,15 @@ EVAL_STEP = -1
 """Stands for the step in the seeds of validation, whose samples differ by the weights alone."""
 
 
-def load_tokenizer(config: TrainerConfig) -> Tokenizer:
-    """That of the run, or of its parent where the run has not begun."""
+def tokenizer_run(config: TrainerConfig) -> Store:
+    """The run, or its parent where it has not begun."""
     runs = Store.at(config.storage).child("runs")
     run = runs.child(config.run)
-    return checkpoint.load_tokenizer(run if checkpoint.latest(run) else runs.child(config.parent))
+    return run if checkpoint.latest(run) else runs.child(config.parent)
+
+
+def load_tokenizer(config: TrainerConfig) -> Tokenizer:
+    return checkpoint.load_tokenizer(tokenizer_run(config))
 
 
 def make_tasks(config: RLConfig, split: Split, size: int, seed: int) -> list[Task]:
@@ -84,10 +83,10 @@ def describe(config: TrainerConfig, rl: RLConfig) -> dict[str, Any]:
 
 def sampling_params(rl: RLConfig, tokenizer: Tokenizer) -> SamplingParams:
     """Of answers to train on: with the log-probabilities of the distribution that is sampled."""
-    return SamplingParams(
+    return answer_params(
+        tokenizer,
         temperature=rl.temperature,
         max_tokens=rl.max_tokens,
-        eos_ids=(tokenizer.special("<|assistant_end|>"), tokenizer.bos),
         logprobs=0,
         logprobs_mode="processed_logprobs",
     )
@@ -129,13 +128,13 @@ class RolloutSource:
         config: TrainerConfig,
         rl: RLConfig,
         engine: EngineConfig,
-        make_generator: Callable[[GPT, Tokenizer, EngineConfig], RolloutGenerator] = (
-            EngineGenerator.of_model
+        make_engine: Callable[[GPT, Tokenizer, EngineConfig], OfflineEngine] = (
+            LocalEngine.from_model
         ),
     ):
-        """``make_generator`` is called once, when the model is there."""
+        """``make_engine`` is called once, when the model is there."""
         self.config, self.rl, self.engine_config = config, rl, engine
-        self._make_generator = make_generator
+        self._make_engine = make_engine
         seed = config.train.seed
         self.tasks = make_tasks(rl, "train", rl.pool, seed)
         self.val_tasks = make_tasks(rl, "val", rl.eval_questions, seed)
@@ -162,7 +161,7 @@ class RolloutSource:
                 f"{model.config.sequence_len}"
             )
         self.sampling_params = sampling_params(self.rl, self.tokenizer)
-        self.generator = self._make_generator(model, self.tokenizer, self.engine_config)
+        self.engine = self._make_engine(model, self.tokenizer, self.engine_config)
         max_diff = self.rl.max_logprob_diff
         if max_diff is None:
             on_policy = not self.rl.stale and self.config.train.precision == "fp32"
@@ -208,7 +207,7 @@ class RolloutSource:
             for step in range(start, train.steps):
                 rollouts = self._take(step)
                 if self.rl.stale and step + 1 < train.steps:
-                    self.generator.load(step, self.model.state_dict())
+                    self.engine.load(step, self.model.state_dict())
                     self._ahead = thread.submit(self._sample, step + 1)
                 self._version = step + 1  # that of the weights when the next method is called
                 yield make_batch(
@@ -225,7 +224,7 @@ class RolloutSource:
         if self._ahead is not None:
             rollouts, self._ahead = self._ahead.result(), None
             return rollouts
-        self.generator.load(step, self.model.state_dict())
+        self.engine.load(step, self.model.state_dict())
         return self._sample(step)
 
     def _sample(self, step: int) -> StepRollouts:
@@ -274,12 +273,11 @@ class RolloutSource:
         for number in range(rank, len(questions), world):
             q = questions[number]
             seeds = [
-                rollout_seed(seed, step, first + number, q.task, q.index, sample)
-                for sample in range(samples)
+                rollout_seed(seed, step, first + number, q.task, q.index, i) for i in range(samples)
             ]
             prompt = task_prompts[q.task][q.index]
             requests += make_requests(prompt, seeds, self.sampling_params, str(number))
-        rollouts = self.generator.generate(requests)
+        rollouts = sample_rollouts(self.engine, requests)
         data = json.dumps([rollout.to_wire() for rollout in rollouts]).encode()
         shares = [
             [Rollout.from_wire(wire) for wire in json.loads(share)]
@@ -300,7 +298,7 @@ class RolloutSource:
             key = tuple(rollout.tokens)
             if key not in by_tokens:
                 is_wrong = rollout.is_truncated and self.rl.truncation == "wrong"
-                text = answer_text(self.tokenizer, rollout)
+                text = answer_text(self.tokenizer, rollout.tokens)
                 reward = 0.0 if is_wrong else float(task.grade(index, text))
                 if not math.isfinite(reward):
                     raise ValueError(f"task={task.name!r} gave the reward {reward}: a number")
@@ -314,7 +312,7 @@ class RolloutSource:
         """``error_rate``, 1 - pass@1; pass@1 of each task and of all, and pass@k for k samples."""
         if self._ahead is not None:
             self._ahead.result()  # the engines sample with other weights
-        self.generator.load(self._version, model.state_dict())
+        self.engine.load(self._version, model.state_dict())
         questions = [
             Question(number, index)
             for number, task in enumerate(self.val_tasks)
@@ -342,7 +340,7 @@ class RolloutSource:
             result.append(
                 {
                     "prompt": str(task.question(group.question.index)[-1]["content"]),
-                    "text": answer_text(self.tokenizer, group.rollouts[0], shows_tools=True),
+                    "text": answer_text(self.tokenizer, group.rollouts[0].tokens, shows_tools=True),
                     "reward": float(group.rewards[0]),
                 }
             )

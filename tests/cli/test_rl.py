@@ -13,8 +13,8 @@ from nanochat_ray import container
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import rl, train_run
 from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.on_ray import fleet, session
 from nanochat_ray.on_ray import rl as rl_on_ray
-from nanochat_ray.on_ray import session
 from nanochat_ray.rl import source as sources
 from nanochat_ray.storage import Store
 from nanochat_ray.train.stop import STOPPED
@@ -193,7 +193,7 @@ def test_engines_and_threads_fit_the_machine(
     monkeypatch.setattr(container, "cores", lambda: cores)
     monkeypatch.setattr(session, "connect", lambda: None)
     monkeypatch.setattr(session, "check_gpus", lambda n: calls.update(checked_gpus=n))
-    monkeypatch.setattr(rl_on_ray, "num_replicas", lambda application: 5)
+    monkeypatch.setattr(fleet, "num_replicas", lambda application: 5)
 
     def fit(config: Any, rl_config: Any, engine: EngineConfig, **options: Any) -> dict[str, Any]:
         calls.update(options)

@@ -15,9 +15,9 @@ import torch
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import eval as job
 from nanochat_ray.engine.config import EngineConfig, EnginePrecision
-from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.offline import LocalEngine
 from nanochat_ray.evals import results
-from nanochat_ray.evals.bpb import evaluate_text, scoring_engine
+from nanochat_ray.evals.bpb import evaluate_text, scoring_config
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from tests.tiny import TOKENIZER, tiny_config
@@ -30,9 +30,10 @@ def model() -> GPT:
     return gpt.eval().requires_grad_(False)
 
 
-def engine_of(gpt: GPT, precision: EnginePrecision = "fp32") -> Engine:
+def engine_of(gpt: GPT, precision: EnginePrecision = "fp32") -> LocalEngine:
     # 3 sequences at a time: some wait for others.
-    return scoring_engine(gpt, TOKENIZER, EngineConfig(max_num_seqs=3, precision=precision))
+    config = scoring_config(gpt.config, EngineConfig(max_num_seqs=3, precision=precision))
+    return LocalEngine.from_model(gpt, TOKENIZER, config)
 
 
 def test_every_byte_counts_once() -> None:

@@ -15,6 +15,7 @@ import torch
 from nanochat_ray.cli import eval as job
 from nanochat_ray.cli import eval_core
 from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.offline import LocalEngine
 from nanochat_ray.engine.request import TokenLogprob
 from nanochat_ray.evals import core, core_data
 from nanochat_ray.evals.core import CoreScore, Option, Question
@@ -173,7 +174,8 @@ def test_decisions_equal_a_forward_pass(kind: core_data.Kind, layout: str, lengt
         max_model_len=length,
         kv_layout=layout,  # type: ignore[arg-type]
     )
-    engine = core.core_engine(gpt, TOKENIZER, config)
+    config = core.core_engine_config(gpt.config, config)
+    engine = LocalEngine.from_model(gpt, TOKENIZER, config)
     calls: list[tuple[int, int]] = []
     score, decisions = core.evaluate(
         engine, TOKENIZER, task, examples, progress=lambda *call: calls.append(call)
@@ -182,18 +184,15 @@ def test_decisions_equal_a_forward_pass(kind: core_data.Kind, layout: str, lengt
     assert (score.correct, score.total) == (sum(decisions), 24)
     assert (score.num_cropped > 0) == (length == 28)
     assert calls[-1] == (24, 24)
-    engine.check_integrity()
 
 
 def test_core_engine_touches_little_memory() -> None:
-    gpt = GPT(tiny_config(sequence_len=28))
-    engine = core.core_engine(gpt, TOKENIZER, EngineConfig(max_num_batched_tokens=100))
-    assert engine.config.max_num_seqs == 100 // 32
-    assert (engine.max_model_len, engine.config.prefix_cache_tokens) == (280, 560)
-    config = EngineConfig(max_num_seqs=2, prefix_cache_tokens=64, max_model_len=40)
-    engine = core.core_engine(gpt, TOKENIZER, config)
-    assert (engine.config.max_num_seqs, engine.config.prefix_cache_tokens) == (2, 64)
-    assert engine.max_model_len == 40
+    model = tiny_config(sequence_len=28)
+    config = core.core_engine_config(model, EngineConfig(max_num_batched_tokens=100))
+    assert config.max_num_seqs == 100 // 32
+    assert (config.max_model_len, config.prefix_cache_tokens) == (280, 560)
+    small = EngineConfig(max_num_seqs=2, prefix_cache_tokens=64, max_model_len=40)
+    assert core.core_engine_config(model, small) == small
 
 
 def write(folder: Path, count: int = 12) -> None:

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from nanochat_ray.cli import eval as job
 from nanochat_ray.cli.eval_tasks import task_figures
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.offline import LocalEngine
 from nanochat_ray.evals.core_data import MAX_SHOTS
 from nanochat_ray.evals.results import Results, engine_settings
 from nanochat_ray.storage import Store
@@ -26,7 +26,7 @@ from tests.tiny import TOKENIZER
 def engine(device: str = "cpu", length: int = 64, **config: Any) -> Any:
     return SimpleNamespace(
         config=EngineConfig(**config),
-        runner=SimpleNamespace(device=torch.device(device)),
+        device_type=device,
         max_model_len=length,
     )
 
@@ -34,7 +34,7 @@ def engine(device: str = "cpu", length: int = 64, **config: Any) -> Any:
 @pytest.mark.parametrize(
     "other",
     [
-        engine("cuda:1"),
+        engine("cuda"),
         engine(length=65),
         engine(precision="bf16"),
         engine(kv_precision="fp8"),
@@ -70,7 +70,7 @@ class Letter:
 
 def test_other_reference_answers_are_graded_anew(root: Store) -> None:
     args = job.Args(storage=root.uri, count=2, max_tokens=2, show_wrong=0)
-    real = Engine.from_model(model(), TOKENIZER, EngineConfig(max_num_seqs=2))
+    real = LocalEngine.from_model(model(), TOKENIZER, EngineConfig(max_num_seqs=2))
     results = Results(root, "step-000001", "w")
     first, same, other = Letter("a"), Letter("a"), Letter("b")
     for task in (first, same, other):

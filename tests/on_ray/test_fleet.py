@@ -12,8 +12,10 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from nanochat_ray.engine.request import EngineStoppedError, Request
-from nanochat_ray.on_ray import rl
-from nanochat_ray.on_ray.rl import EndpointEngine, Fleet
+from nanochat_ray.on_ray import fleet as fleet_module
+from nanochat_ray.on_ray.fleet import EndpointEngine, Fleet
+from nanochat_ray.on_ray.fleet_engine import EngineSpec
+from tests.on_ray.test_fleet_engine import SPEC
 
 
 class Engine:
@@ -21,35 +23,58 @@ class Engine:
 
     def __init__(self, num_failures: int = 0, *, comes_back: bool = True):
         self.num_failures, self.comes_back, self.num_calls = num_failures, comes_back, 0
+        self.sizes: list[int] = []
+        """Of the calls."""
 
-    def generate(self, version: int, weights: Sequence[Any], requests: Sequence[Any]) -> list[Any]:
+    def run(self, spec: EngineSpec, version: int, weights: Any, wires: Sequence[Any]) -> list[Any]:
         self.num_calls += 1
         if self.num_calls <= self.num_failures:
             raise EngineStoppedError("gone")
-        return [[[int(wire["id"])], [0.0], "stop", version] for wire in requests]
+        self.sizes.append(len(wires))
+        return [
+            {"id": w["id"], "tokens": [int(w["id"])], "weight_version": str(version)} for w in wires
+        ]
 
     def is_ready(self) -> bool:
         return self.comes_back
 
 
+def requests(count: int) -> list[Request]:
+    return [Request(id=str(i), prompt=[1]) for i in range(count)]
+
+
 def answers(fleet: Fleet, count: int) -> list[int]:
-    rollouts = fleet.generate([Request(id=str(i), prompt=[1]) for i in range(count)])
-    return [rollout.tokens[0] for rollout in rollouts]
+    return sorted(output.tokens[0] for output in fleet.run(requests(count)))
+
+
+def fleet_of(*engines: Engine) -> Fleet:
+    return Fleet(engines, SPEC)
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rl, "POLL_S", 0.01)
+    monkeypatch.setattr(fleet_module, "POLL_S", 0.01)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
-def test_rollouts_keep_the_order_of_requests(count: int) -> None:
-    assert answers(Fleet([Engine(), Engine()]), count) == list(range(count))
+def test_each_request_is_answered_once(count: int) -> None:
+    assert answers(fleet_of(Engine(), Engine()), count) == list(range(count))
+
+
+def test_calls_have_equal_parts_up_to_a_bound() -> None:
+    """Four calls for two engines; of a source without a length, four times what runs at once."""
+    engines = Engine(), Engine()
+    assert len(answers(fleet_of(*engines), 40)) == 40
+    assert sorted(engines[0].sizes + engines[1].sizes) == [10, 10, 10, 10]
+    alone = Engine()
+    outputs = list(fleet_of(alone).run(iter(requests(70))))
+    assert sorted(alone.sizes) == [6, 32, 32]
+    assert sorted(output.tokens[0] for output in outputs) == list(range(70))
 
 
 def test_other_engines_take_the_requests() -> None:
     dead, alive = Engine(99, comes_back=False), Engine()
-    fleet = Fleet([dead, alive])
+    fleet = fleet_of(dead, alive)
     assert answers(fleet, 9) == list(range(9))
     assert (dead.num_calls, alive.num_calls, fleet.num_lost_engines) == (1, 3, 1)
     assert "reviver" not in [thread.name for thread in threading.enumerate()]
@@ -60,29 +85,29 @@ def test_other_engines_take_the_requests() -> None:
 
 
 def test_an_engine_that_comes_back_continues() -> None:
-    fleet = Fleet([Engine(2)])
+    fleet = fleet_of(Engine(2))
     assert answers(fleet, 5) == list(range(5))
     assert fleet.num_lost_engines == 2
 
 
 def test_a_fleet_without_engines_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rl, "RESTART_DEADLINE_S", 0.02)
+    monkeypatch.setattr(fleet_module, "RESTART_DEADLINE_S", 0.02)
     engines = [Engine(1, comes_back=False), Engine(1, comes_back=False)]
-    with pytest.raises(RuntimeError, match="all 2 rollout engines have died"):
-        answers(Fleet(engines), 4)
+    with pytest.raises(RuntimeError, match="all 2 engines have died"):
+        answers(fleet_of(*engines), 4)
 
 
 def test_an_error_leaves_the_engine_to_others() -> None:
     """A bad request, say: the other threads of the call do not wait for ever."""
 
     class Refuses(Engine):
-        def generate(self, version: int, weights: Any, requests: Sequence[Any]) -> list[Any]:
+        def run(self, *call: Any) -> list[Any]:
             if self.num_calls == 0:
                 self.num_calls += 1
                 raise ValueError("prompt=[] is not allowed")
-            return super().generate(version, weights, requests)
+            return super().run(*call)
 
-    fleet = Fleet([Refuses()])
+    fleet = fleet_of(Refuses())
     with pytest.raises(ValueError, match="prompt"):
         answers(fleet, 4)
     assert answers(fleet, 4) == list(range(4))
@@ -93,7 +118,7 @@ class Handle:
 
     def __init__(self, *outcomes: Any):
         self.outcomes = list(outcomes)
-        self.generate_rollouts = self.status = self
+        self.run_guest = self.status = self
 
     def remote(self, *_: Any) -> Handle:
         return self
@@ -107,16 +132,15 @@ class Handle:
 
 def endpoint_engine(*outcomes: Any) -> EndpointEngine:
     handle: Any = Handle(*outcomes)
-    config: Any = None
-    return EndpointEngine("app", handle, config, config)
+    return EndpointEngine("app", handle)
 
 
 def test_a_timeout_of_the_replica_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rl, "num_replicas", lambda application: 1)
-    assert endpoint_engine(TimeoutError(), TimeoutError(), ["a"]).generate(1, [], []) == ["a"]
+    monkeypatch.setattr(fleet_module, "num_replicas", lambda application: 1)
+    assert endpoint_engine(TimeoutError(), TimeoutError(), ["a"]).run(SPEC, 1, [], []) == ["a"]
     error = RayTaskError("f", "trace", TimeoutError("in the replica"), "p", 1, "127.0.0.1")
     with pytest.raises(TimeoutError):
-        endpoint_engine(error.as_instanceof_cause(), ["a"]).generate(1, [], [])
+        endpoint_engine(error.as_instanceof_cause(), ["a"]).run(SPEC, 1, [], [])
 
 
 @pytest.mark.parametrize(
@@ -134,14 +158,16 @@ def test_engines_of_an_endpoint_are_counted(monkeypatch: pytest.MonkeyPatch) -> 
         "app": SimpleNamespace(deployments={"engine": engine}),
         "other": SimpleNamespace(deployments={}),
     }
-    monkeypatch.setattr(rl.serve, "status", lambda: SimpleNamespace(applications=applications))
-    assert rl.num_replicas("app") == 3
+    monkeypatch.setattr(
+        fleet_module.serve, "status", lambda: SimpleNamespace(applications=applications)
+    )
+    assert fleet_module.num_replicas("app") == 3
     states.clear()
-    assert rl.num_replicas("app") == 1  # one that will start
+    assert fleet_module.num_replicas("app") == 1  # one that will start
     with pytest.raises(ValueError, match="endpoint='other' is no application of nanochat-ray"):
-        rl.num_replicas("other")
+        fleet_module.num_replicas("other")
     with pytest.raises(ValueError, match=r"endpoint='x' is no Serve .*; there is app, other"):
-        rl.num_replicas("x")
+        fleet_module.num_replicas("x")
     applications.clear()
     with pytest.raises(ValueError, match="there is none"):
-        rl.num_replicas("x")
+        fleet_module.num_replicas("x")

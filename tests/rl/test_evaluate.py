@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nanochat_ray.engine.request import Request
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rl.losses import PolicyLoss
 from nanochat_ray.rl.rollout import Rollout, rollout_seed
 from nanochat_ray.rl.source import EVAL_STEP, RolloutSource, make_tasks
 from nanochat_ray.storage import Store
 from nanochat_ray.train.ranks import Ranks
-from tests.rl.tiny_rl import ENGINE, RL, TASK, job, save_parent
+from tests.rl.tiny_rl import ENGINE, RL, TASK, FakeEngine, job, save_parent
 from tests.tiny import TOKENIZER, tiny_config
 
 END = TOKENIZER.special("<|assistant_end|>")
@@ -26,39 +24,26 @@ ANSWERS = ["B", "C", "C", "C", "C", "C", "B", "D", "F", "C", "B", "C"]
 OTHER = f"{TASK},extra=x"
 
 
-class Script:
-    """Gives ``ANSWERS`` in the order of the requests, and keeps these."""
-
-    def __init__(self) -> None:
-        self.requests: list[Request] = []
-        self.versions: list[int] = []
-
-    def load(self, version: int, weights: Any) -> None:
-        self.versions.append(version)
-
-    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        self.requests = list(requests)
-        return [
-            Rollout([ord(letter), END], [-1.0, -1.0], "stop", 0)
-            for letter, _ in zip(ANSWERS, requests, strict=True)
-        ]
+def script() -> FakeEngine:
+    """Gives ``ANSWERS``, the first one to the first request."""
+    return FakeEngine(lambda number, _: ([ord(ANSWERS[number]), END], [-1.0, -1.0], "stop"))
 
 
-def make_source(root: Store, script: Script, **changes: Any) -> RolloutSource:
+def make_source(root: Store, engine: FakeEngine, **changes: Any) -> RolloutSource:
     save_parent(root)
     fields = {"tasks": (TASK, OTHER), "truncation": "wrong", **changes}
     train = {name: fields.pop(name) for name in ("precision",) if name in fields}
     rl = dataclasses.replace(RL, **fields)
     config = job(root, "run", rl=rl)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
-    source = RolloutSource(config, rl, ENGINE, lambda *_: script)
+    source = RolloutSource(config, rl, ENGINE, lambda *_: engine)
     source.setup(GPT(tiny_config(sequence_len=48)), Ranks())
     return source
 
 
 def test_pass_at_k_by_hand(root: Store) -> None:
-    script = Script()
-    source = make_source(root, script)
+    engine = script()
+    source = make_source(root, engine)
     figures = source.evaluate(source.model)
     assert figures == {
         # One of six and four of six right; each task counts alike.
@@ -72,14 +57,14 @@ def test_pass_at_k_by_hand(root: Store) -> None:
         {"prompt": "va 0", "text": "B", "reward": 1.0},
         {"prompt": "vax 0", "text": "B", "reward": 1.0},
     ]
-    assert script.versions == [0]
+    assert engine.versions == [0]
     # Seed of the run, "validation", number of the question, task, index, sample.
-    assert [r.params.seed for r in script.requests] == [
+    assert [r.params.seed for r in engine.requests] == [
         rollout_seed(0, EVAL_STEP, number, number // 2, number % 2, sample)
         for number in range(4)
         for sample in range(3)
     ]
-    params = script.requests[0].params
+    params = engine.requests[0].params
     assert (params.temperature, params.max_tokens, params.logprobs) == (1.0, 4, 0)
     assert params.eos_ids == (END, TOKENIZER.bos)
 
@@ -88,7 +73,7 @@ def test_pass_at_k_by_hand(root: Store) -> None:
     ("truncation", "golden"), [("wrong", [1, 0, 0]), ("grade", [1, 1, 0]), ("mask", [1, 1, 0])]
 )
 def test_truncated_answers_are_graded(root: Store, truncation: str, golden: list[float]) -> None:
-    source = make_source(root, Script(), truncation=truncation)
+    source = make_source(root, script(), truncation=truncation)
     rollouts = [
         Rollout([ord("B"), END], [-1.0, -1.0], "stop", 0),
         Rollout([ord("B"), ord("B")], [-1.0, -1.0], "length", 0),
@@ -98,7 +83,7 @@ def test_truncated_answers_are_graded(root: Store, truncation: str, golden: list
 
 
 def test_a_reward_is_a_number(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = make_source(root, Script())
+    source = make_source(root, script())
     monkeypatch.setattr("tests.rl.tiny_rl.EvenFirst.grade", lambda *_: math.nan)
     with pytest.raises(ValueError, match="gave the reward nan"):
         source.evaluate(source.model)
@@ -116,14 +101,14 @@ def test_a_reward_is_a_number(root: Store, monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_the_bound_of_a_run(root: Store, changes: dict[str, Any], bound: float) -> None:
-    objective = make_source(root, Script(), **changes).objective
+    objective = make_source(root, script(), **changes).objective
     assert isinstance(objective, PolicyLoss)
     assert objective.max_diff == bound
     assert objective.reference is None
 
 
 def test_kl_is_to_the_parents_weights(root: Store) -> None:
-    source = make_source(root, Script(), kl=0.5)
+    source = make_source(root, script(), kl=0.5)
     assert isinstance(source.objective, PolicyLoss)
     reference = source.objective.reference
     assert reference is not None
@@ -135,7 +120,7 @@ def test_kl_is_to_the_parents_weights(root: Store) -> None:
 
 
 def test_tasks_have_the_questions_of_their_split(root: Store) -> None:
-    source = make_source(root, Script())
+    source = make_source(root, script())
     assert [len(task) for task in source.tasks] == [12, 12]
     assert [len(task) for task in source.val_tasks] == [2, 2]
     with pytest.raises(ValueError, match=r"has no questions in the split val"):

@@ -8,16 +8,10 @@ import hashlib
 import pytest
 import torch
 
+from nanochat_ray.engine.offline import LocalEngine, whole_outputs
 from nanochat_ray.engine.request import SamplingParams
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.rl.rollout import (
-    EngineGenerator,
-    Rollout,
-    answer_text,
-    join_outputs,
-    make_requests,
-    rollout_seed,
-)
+from nanochat_ray.rl.rollout import Rollout, make_requests, rollout_seed, sample_rollouts
 from tests.rl.tiny_rl import ENGINE
 from tests.tiny import TOKENIZER, tiny_config
 
@@ -34,22 +28,22 @@ def model(seed: int) -> GPT:
     return policy.requires_grad_(False)
 
 
-def answers(generator: EngineGenerator, version: int, policy: GPT) -> list[Rollout]:
-    generator.load(version, policy.state_dict())
+def answers(engine: LocalEngine, version: int, policy: GPT) -> list[Rollout]:
+    engine.load(version, policy.state_dict())
     seeds = [rollout_seed(3, sample) for sample in range(5)]
-    return generator.generate(make_requests(PROMPT, seeds, PARAMS, "q"))
+    return sample_rollouts(engine, make_requests(PROMPT, seeds, PARAMS, "q"))
 
 
-def generator() -> EngineGenerator:
-    return EngineGenerator.of_model(model(0), TOKENIZER, ENGINE)
+def local_engine() -> LocalEngine:
+    return LocalEngine.from_model(model(0), TOKENIZER, ENGINE)
 
 
 @pytest.mark.parametrize("drops_cache", [True, False])
 def test_keys_and_values_of_old_weights_are_dropped(
     monkeypatch: pytest.MonkeyPatch, drops_cache: bool
 ) -> None:
-    reference = answers(generator(), 2, model(1))
-    reuse = generator()
+    reference = answers(local_engine(), 2, model(1))
+    reuse = local_engine()
     first = answers(reuse, 1, model(0))
     assert {rollout.version for rollout in first} == {1}
     if not drops_cache:  # what this test would see
@@ -61,8 +55,8 @@ def test_keys_and_values_of_old_weights_are_dropped(
 
 
 def test_weights_are_loaded_a_tensor_at_a_time() -> None:
-    reference = answers(generator(), 2, model(1))
-    reuse, weights = generator(), model(1).state_dict()
+    reference = answers(local_engine(), 2, model(1))
+    reuse, weights = local_engine(), model(1).state_dict()
     answers(reuse, 1, model(0))
     requests = make_requests(PROMPT, [rollout_seed(3, sample) for sample in range(5)], PARAMS, "q")
     is_early = reuse.steps(2, weights, requests)
@@ -74,7 +68,8 @@ def test_weights_are_loaded_a_tensor_at_a_time() -> None:
     num_tensors = len(inference_model.linears) + len(inference_model.tensors)
     assert steps[:num_tensors] == [[]] * num_tensors
     outputs = [output for step in steps for output in step]
-    assert join_outputs(requests, outputs, 2) == reference
+    by_id = {output.request_id: Rollout.of(output) for output in whole_outputs(outputs)}
+    assert [by_id[request.id] for request in requests] == reference
 
 
 def test_a_seed_for_each_sample() -> None:
@@ -95,16 +90,10 @@ def test_requests_have_the_seeds() -> None:
     assert all(dataclasses.replace(r.params, seed=PARAMS.seed) == PARAMS for r in requests)
 
 
-def test_the_token_that_ends_an_answer_is_no_text() -> None:
-    tokens = [*b"so", TOKENIZER.bos]
-    assert answer_text(TOKENIZER, Rollout(tokens, [], "stop", 0)) == "so"
-    assert answer_text(TOKENIZER, Rollout([*b"so"], [], "length", 0)) == "so"
-
-
 def test_a_failed_request_is_an_error() -> None:
-    broken = generator()
+    broken = local_engine()
     nan = {name: torch.full_like(t, torch.nan) for name, t in model(0).state_dict().items()}
     broken.engine.runner.model.load_weights(nan)
     broken.version = 1
-    with pytest.raises(RuntimeError, match=r"rollout q/0 failed: error .*not finite"):
-        broken.generate(make_requests(PROMPT, [1], PARAMS, "q"))
+    with pytest.raises(RuntimeError, match=r"request q/0 failed: error .*not finite"):
+        sample_rollouts(broken, make_requests(PROMPT, [1], PARAMS, "q"))

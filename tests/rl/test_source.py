@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.engine.request import Request
+from nanochat_ray.engine.offline import LocalEngine
+from nanochat_ray.engine.request import Finish, Request
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rl.config import RLConfig
-from nanochat_ray.rl.rollout import EngineGenerator, Rollout, answer_text
 from nanochat_ray.rl.source import RolloutSource, questions_needed
 from nanochat_ray.storage import Store
-from nanochat_ray.text.chat import tool_delimiters
 from nanochat_ray.train.ranks import Ranks
 from nanochat_ray.train.step import Batch
-from tests.rl.tiny_rl import ENGINE, RL, TASK, job, run_rl, save_parent, weights_digest
-from tests.tiny import TOKENIZER, tiny_config
+from tests.rl.tiny_rl import (
+    ENGINE,
+    RL,
+    TASK,
+    FakeEngine,
+    job,
+    run_rl,
+    save_parent,
+    weights_digest,
+)
+from tests.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +84,18 @@ def test_they_agree_at_other_temperatures(whole: tuple[Store, Any], temperature:
     assert 0 < diff < 2e-5
 
 
-class StaleGenerator(EngineGenerator):
+class StaleEngine(LocalEngine):
     """Keeps the weights of step 0 under any version."""
 
     def load(self, version: int, weights: Any) -> None:
         if self.version < 0:
             super().load(version, weights)
-        self.version = version
+        self.engine.weight_version = str(version)
 
 
 def test_stale_weights_are_an_error(whole: tuple[Store, Any]) -> None:
     def make_source(*args: Any) -> RolloutSource:
-        return RolloutSource(*args, make_generator=StaleGenerator.of_model)
+        return RolloutSource(*args, make_engine=StaleEngine.from_model)
 
     with pytest.raises(FloatingPointError, match=r"logprob_diff=.*max_logprob_diff=0\.0001"):
         run_rl(whole[0], "stale", make_source=make_source)
@@ -156,25 +163,17 @@ def test_rounds_are_as_large_as_needed(num_groups: int, num_with_signal: int, co
 RIGHT, WRONG = [66, 7], [67, 68, 69]  # "B" and a stop token; "CDE"
 
 
-class FixedGenerator:
+def fixed_answer(_: int, request: Request) -> tuple[list[int], list[float | None], Finish]:
     """Two of three samples give ``RIGHT``, the third ``WRONG``, which is truncated."""
-
-    def load(self, version: int, weights: Any) -> None:
-        self.version = version
-
-    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        return [
-            Rollout(WRONG, [-1.0, None, -3.0], "length", self.version)
-            if request.id.endswith("/2")
-            else Rollout(RIGHT, [-0.5, -0.25], "stop", self.version)
-            for request in requests
-        ]
+    if request.id.endswith("/2"):
+        return WRONG, [-1.0, None, -3.0], "length"
+    return RIGHT, [-0.5, -0.25], "stop"
 
 
 def first_batch(root: Store, **changes: Any) -> Batch:
     rl = dataclasses.replace(RL, questions=1, samples=3, min_groups=1, **changes)
     config = job(root, "fixed", rl=rl)
-    source = RolloutSource(config, rl, ENGINE, lambda *_: FixedGenerator())
+    source = RolloutSource(config, rl, ENGINE, lambda *_: FakeEngine(fixed_answer))
     source.setup(GPT(tiny_config(sequence_len=48)), Ranks())
     return next(source.batches(0))
 
@@ -203,11 +202,3 @@ def test_masked_truncated_answers_are_left_out(whole: tuple[Store, Any]) -> None
     batch = first_batch(whole[0], truncation="mask")
     assert batch.ids.shape[0] == 1
     assert batch.denominator == 4
-
-
-def test_calls_are_shown_to_people_only() -> None:
-    ids = tool_delimiters(TOKENIZER)
-    tokens = [ids.call_start, *b"1+2", ids.call_end, ids.result_start, *b"3", ids.result_end]
-    rollout = Rollout([*tokens, *b"so 3"], [], "length", 0)
-    assert answer_text(TOKENIZER, rollout) == "so 3"
-    assert answer_text(TOKENIZER, rollout, shows_tools=True) == "[1+2 = 3] so 3"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
 from torch import Tensor
 
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.engine.request import Request
+from nanochat_ray.engine.offline import LocalEngine
+from nanochat_ray.engine.request import Request, RequestOutput
 from nanochat_ray.rl.config import RLConfig
-from nanochat_ray.rl.rollout import EngineGenerator, Rollout
 from nanochat_ray.rl.source import RolloutSource
 from nanochat_ray.storage import Store
 from tests.rl.tiny_rl import RL, run_rl, save_parent, weights_digest
@@ -21,14 +21,14 @@ from tests.rl.tiny_rl import RL, run_rl, save_parent, weights_digest
 STALE = dataclasses.replace(RL, stale=1)
 
 
-class LoggingGenerator(EngineGenerator):
+class LoggingEngine(LocalEngine):
     """Records (version, thread) of each call."""
 
     calls: list[tuple[int, str]]
 
-    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+    def run(self, requests: Iterable[Request]) -> Iterator[RequestOutput]:
         self.calls.append((self.version, threading.current_thread().name))
-        return super().generate(requests)
+        return super().run(requests)
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[dict[st
 
 def test_answers_are_one_step_old(whole: tuple[Store, Any]) -> None:
     rl = dataclasses.replace(STALE, max_rounds=1)
-    LoggingGenerator.calls = []
+    LoggingEngine.calls = []
 
     def make_source(*args: Any) -> RolloutSource:
-        return RolloutSource(*args, make_generator=LoggingGenerator.of_model)
+        return RolloutSource(*args, make_engine=LoggingEngine.from_model)
 
     run_rl(whole[0], "versions", rl=rl, steps=4, make_source=make_source)
-    calls = LoggingGenerator.calls
+    calls = LoggingEngine.calls
     # Validation, step 0, then steps 1 to 3 ahead, and the last validation.
     assert [version for version, _ in calls] == [0, 0, 0, 1, 2, 4]
     ahead = ["rollouts" in name for _, name in calls]
@@ -83,17 +83,16 @@ def test_checkpoint_holds_the_answers_ahead(whole: tuple[Store, Any]) -> None:
     assert checkpoint.load_trainer(root.child("runs", "whole"))["source"]["ahead"] is None
 
 
-class UnreadyGenerator(EngineGenerator):
+class UnreadyEngine(LocalEngine):
     """Rollouts of another version than the step's."""
 
     def load(self, version: int, weights: Mapping[str, Tensor]) -> None:
-        super().load(version, weights)
-        self.version = -7
+        super().load(-7, weights)
 
 
 def test_answers_of_another_version_are_an_error(whole: tuple[Store, Any]) -> None:
     def make_source(*args: Any) -> RolloutSource:
-        return RolloutSource(*args, make_generator=UnreadyGenerator.of_model)
+        return RolloutSource(*args, make_engine=UnreadyEngine.from_model)
 
     with pytest.raises(AssertionError):
         run_rl(whole[0], "unready", rl=STALE, make_source=make_source)

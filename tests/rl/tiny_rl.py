@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.config import EngineConfig
+from nanochat_ray.engine.request import Finish, Request, RequestOutput, TokenLogprob
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.rl.config import RLConfig
@@ -64,6 +65,33 @@ class EvenFirst:
 
     def grade(self, index: int, answer: str) -> bool:
         return answer != "" and ord(answer[0]) % 2 == 0
+
+
+class FakeEngine:
+    """``OfflineEngine`` whose answers are known: tokens, log-probabilities, finish."""
+
+    config, max_model_len, device_type = ENGINE, 48, "cpu"
+
+    def __init__(self, answer: Callable[[int, Request], tuple[list[int], list[Any], Finish]]):
+        """``answer``: of the number of a request and the request."""
+        self.answer = answer
+        self.requests: list[Request] = []
+        self.versions: list[int] = []
+
+    def load(self, version: int, weights: Any) -> None:
+        self.versions.append(version)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[RequestOutput]:
+        self.requests = list(requests)
+        for number, request in reversed(list(enumerate(self.requests))):  # in any order
+            tokens, logprobs, finish = self.answer(number, request)
+            yield RequestOutput(
+                request_id=request.id,
+                tokens=tokens,
+                finish=finish,
+                logprobs=[None if x is None else TokenLogprob(logprob=x, top=[]) for x in logprobs],
+                weight_version=str(self.versions[-1]),
+            )
 
 
 def save_parent(root: Store) -> None:

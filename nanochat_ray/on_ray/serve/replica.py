@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import Coroutine, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray.util
 from ray import serve
@@ -28,13 +28,13 @@ from nanochat_ray.engine.loading import engine_from_run
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import (
     EngineFull,
-    EngineStoppedError,
     Request,
     RequestOutput,
     WeightsReplacedError,
 )
 from nanochat_ray.machine import engine_threads, run_in_temporary_thread
 from nanochat_ray.model.config import ModelConfig
+from nanochat_ray.on_ray.fleet_engine import GuestEngine
 from nanochat_ray.on_ray.serve.connection import (
     ACCEPTED,
     HEARTBEAT_S,
@@ -50,9 +50,6 @@ from nanochat_ray.retry import retry
 from nanochat_ray.serve.collector import freeze_gc
 from nanochat_ray.serve.metrics import EngineMetrics
 from nanochat_ray.storage import Store
-
-if TYPE_CHECKING:
-    from nanochat_ray.on_ray.rollout_engine import GuestEngine
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +105,7 @@ class EngineReplica:
         self.handshakes = Handshakes()
         self.owners: dict[str, tuple[Connection, EngineLoop]] = {}
         """The connection and the engine of each request, by request id."""
-        self._guest: GuestEngine | None = None
+        self._guest = GuestEngine(device)
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics = EngineMetrics(RaySink(self.model))
         freeze_gc()
@@ -318,14 +315,9 @@ class EngineReplica:
             "weight_version": self.engine.weight_version if self.engine is not None else "",
         }
 
-    async def generate_rollouts(self, *call: Any) -> list[Any]:
-        """``GuestEngine.generate``, for a run of reinforcement learning."""
-        from nanochat_ray.on_ray.rollout_engine import GuestEngine  # imports the trainer
-
-        if self.engine is None:
-            raise EngineStoppedError("the engine has not started")
-        self._guest = self._guest or GuestEngine(self.device)
-        return await self._guest.generate(self.engine, *call)
+    async def run_guest(self, *call: Any) -> list[Any]:
+        """``GuestEngine.run``, for reinforcement learning or an evaluation."""
+        return await self._guest.run(self.engine, *call)
 
     @property
     def is_hung(self) -> bool:
@@ -335,12 +327,13 @@ class EngineReplica:
         """Name, checkpoint and load."""
         return {
             "replica": self.name,
+            "device": self.device,
             "checkpoint": self.checkpoint,
             "refused": self.refusals,
             "weight_version": self.engine.weight_version if self.engine is not None else "",
             "is_swapping": self.engine is not None and self.engine.is_swapping,
             "requests": len(self.owners),
-            "samples_rollouts": self._guest is not None and self._guest.is_here,
+            "has_guest": self._guest.is_here,
             **(dataclasses.asdict(self.engine.stats()) if self.engine is not None else {}),
         }
 

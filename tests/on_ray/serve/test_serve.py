@@ -20,16 +20,18 @@ import pytest
 from ray import serve
 
 from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.engine.offline import LocalEngine
 from nanochat_ray.engine.request import SamplingParams
 from nanochat_ray.on_ray.config import ServeConfig
-from nanochat_ray.on_ray.rl import endpoint_fleet, num_replicas
+from nanochat_ray.on_ray.evals import open_fleets
+from nanochat_ray.on_ray.fleet import num_replicas
 from nanochat_ray.on_ray.serve.deployment import build_application
-from nanochat_ray.rl.rollout import EngineGenerator, make_requests
+from nanochat_ray.rl.rollout import make_requests, sample_rollouts
 from nanochat_ray.serve import keys
 from nanochat_ray.serve.keys import hash_key
 from nanochat_ray.storage import Store
 from tests.on_ray.serve.tiny_run import KEY, engines
-from tests.rl.tiny_rl import ENGINE, job, save_parent
+from tests.rl.tiny_rl import ENGINE, save_parent
 from tests.tiny import TOKENIZER, wait_for
 
 pytestmark = pytest.mark.ray
@@ -134,12 +136,11 @@ def test_replicas_follow_the_load(client: openai.OpenAI, url: str) -> None:
 
 def test_rollouts_run_beside_streams(client: openai.OpenAI, url: str, root: Store) -> None:
     save_parent(root)  # of another shape than the model that is served
-    config = job(root, "rl")
-    model, _ = checkpoint.load_model(root.child("runs", "chat"))
-    local = EngineGenerator.of_model(model, TOKENIZER, ENGINE)
+    run = root.child("runs", "chat")
+    model, _ = checkpoint.load_model(run)
+    local = LocalEngine.from_model(model, TOKENIZER, ENGINE)
     params = SamplingParams(max_tokens=12, logprobs=0)
     requests = make_requests([1, 2], range(64), params, "r")
-    fleet = endpoint_fleet("tiny", config, ENGINE)
 
     def ask() -> Iterator[str]:
         chunks = client.chat.completions.create(model="tiny", messages=USER, stream=True, **LONG)
@@ -147,12 +148,14 @@ def test_rollouts_run_beside_streams(client: openai.OpenAI, url: str, root: Stor
 
     reference, streams = "".join(ask()), [ask() for _ in range(4)]
     texts = [next(stream) for stream in streams]
-    for version in (3, 4):
-        local.load(version, model.state_dict())
-        fleet.load(version, model.state_dict())
-        assert fleet.generate(requests) == local.generate(requests)
-        for weight in model.state_dict().values():
-            weight.mul_(1.01)
+    with open_fleets(run, engines=0, endpoint="tiny") as make_fleet:
+        for version in (0, 1):
+            local.load(version, model.state_dict())
+            fleet = make_fleet(model, TOKENIZER, ENGINE)
+            assert fleet.device_type == "cpu"
+            assert sample_rollouts(fleet, requests) == sample_rollouts(local, requests)
+            for weight in model.state_dict().values():
+                weight.mul_(1.01)
     assert [text + "".join(rest) for text, rest in zip(texts, streams, strict=True)] == 4 * [
         reference
     ]

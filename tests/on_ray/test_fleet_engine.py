@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -14,14 +15,25 @@ import torch
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.loop import EngineLoop
+from nanochat_ray.engine.offline import LocalEngine
 from nanochat_ray.engine.request import EngineStoppedError, SamplingParams
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.on_ray import rollout_engine
-from nanochat_ray.on_ray.rollout_engine import GuestEngine
-from nanochat_ray.rl.rollout import EngineGenerator, make_requests
+from nanochat_ray.on_ray import fleet_engine
+from nanochat_ray.on_ray.fleet_engine import EngineSpec, GuestEngine
+from nanochat_ray.rl.rollout import make_requests
 from nanochat_ray.storage import Store
-from tests.rl.tiny_rl import ENGINE, job, save_parent
+from tests.rl.tiny_rl import ENGINE, save_parent
 from tests.tiny import TOKENIZER, tiny_config
+
+SPEC = EngineSpec(owner="", model=tiny_config(sequence_len=48), tokenizer_run="", config=ENGINE)
+
+
+def spec_of(root: Store) -> EngineSpec:
+    return dataclasses.replace(SPEC, tokenizer_run=root.child("runs", "chat").uri)
+
+
+def in_order(wires: list[Any]) -> list[Any]:
+    return sorted(wires, key=lambda wire: int(wire["id"].partition("/")[2]))
 
 
 def host() -> EngineLoop:
@@ -35,11 +47,11 @@ def host() -> EngineLoop:
 def test_guest_samples_with_the_weights_of_a_call(
     root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rollout_engine.ray, "get", lambda arrays: arrays)
+    monkeypatch.setattr(fleet_engine.ray, "get", lambda arrays: arrays)
     save_parent(root)
-    config = job(root, "rl")
     model, _ = checkpoint.load_model(root.child("runs", "chat"))
-    local = EngineGenerator.of_model(model, TOKENIZER, ENGINE)
+    spec = spec_of(root)
+    local = LocalEngine.from_model(model, TOKENIZER, ENGINE)
     requests = make_requests([1, 2], range(12), SamplingParams(max_tokens=9, logprobs=0), "r")
     wires = [request.to_wire() for request in requests]
 
@@ -49,13 +61,13 @@ def test_guest_samples_with_the_weights_of_a_call(
 
         async def sample(version: int) -> list[Any]:
             arrays = {name: t.numpy().copy() for name, t in model.state_dict().items()}
-            return await guest.generate(loop, config, ENGINE, version, [arrays], wires)
+            return in_order(await guest.run(loop, spec, version, [arrays], wires))
 
         for version in (3, 4):
             local.load(version, model.state_dict())
-            reference = [rollout.to_wire() for rollout in local.generate(requests)]
+            reference = in_order([output.to_wire() for output in local.run(requests)])
             assert await sample(version) == reference
-            assert {rollout[-1] for rollout in reference} == {version}
+            assert {output["weight_version"] for output in reference} == {str(version)}
             for weight in model.state_dict().values():
                 weight.mul_(1.1)
         assert loop.weight_version == version_of_host
@@ -84,19 +96,20 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.guest = GuestEngine("cpu")
-        self.generators: list[Any] = []
+        self.engines: list[Any] = []
         self.reads: list[Any] = []
-        monkeypatch.setattr(rollout_engine, "make_generator", self._make)
-        monkeypatch.setattr(rollout_engine, "read_weights", self.reads.append)
+        monkeypatch.setattr(EngineSpec, "make", self._make)
+        monkeypatch.setattr(fleet_engine, "read_weights", self.reads.append)
 
     def _make(self, *_: Any) -> Any:
-        generator = SimpleNamespace(version=-1, steps=lambda *_: None)
-        self.generators.append(generator)
-        return generator
+        engine = SimpleNamespace(version=-1, steps=lambda *_: None)
+        self.engines.append(engine)
+        return engine
 
-    def start(self, host: Any, run: Any, version: int = 1) -> asyncio.Task[list[Any]]:
+    def start(self, host: Any, owner: str, version: int = 1) -> asyncio.Task[list[Any]]:
+        spec = dataclasses.replace(SPEC, owner=owner)
         weights: Any = f"of {version}"
-        return asyncio.ensure_future(self.guest.generate(host, run, ENGINE, version, weights, []))
+        return asyncio.ensure_future(self.guest.run(host, spec, version, weights, []))
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -121,10 +134,10 @@ def test_a_new_owner_waits_for_calls_that_run(monkeypatch: pytest.MonkeyPatch, o
         await asyncio.wait([first])
         assert first.cancelled()
         await asyncio.sleep(0.01)
-        assert len(calls.generators) == 1
+        assert len(calls.engines) == 1
         hosts[0].jobs[0].set_result([])
         await until(lambda: len(hosts[0].jobs + hosts[1].jobs) == 2)
-        assert len(calls.generators) == 2
+        assert len(calls.engines) == 2
         host.jobs[-1].set_result([])
         assert await second == []
 
@@ -138,8 +151,8 @@ def test_weights_are_read_if_they_are_new(monkeypatch: pytest.MonkeyPatch) -> No
         await until(lambda: host.jobs)
         host.jobs[0].set_result([])
         await first
-        (generator,) = calls.generators
-        generator.version = 1
+        (engine,) = calls.engines
+        engine.version = 1
         # The job of version 2 has not begun. When the last 1 follows it, its weights are needed.
         others = [calls.start(host, "a", version) for version in (1, 2, 1)]
         await until(lambda: len(host.jobs) == 4)
@@ -152,7 +165,7 @@ def test_weights_are_read_if_they_are_new(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_guest_leaves_after_its_last_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_engine, "IDLE_S", 0.0)
+    monkeypatch.setattr(fleet_engine, "IDLE_S", 0.0)
 
     async def run() -> None:
         calls, host = Calls(monkeypatch), Host()
@@ -169,6 +182,6 @@ def test_a_guest_leaves_after_its_last_call(monkeypatch: pytest.MonkeyPatch) -> 
         await until(lambda: len(host.jobs) == 3)
         host.jobs[2].set_result([])
         await asyncio.gather(last, tasks[1])
-        assert len(calls.generators) == 2
+        assert len(calls.engines) == 2
 
     asyncio.run(run())

@@ -1,7 +1,7 @@
-"""Engines that sample for a run of reinforcement learning: an actor, or a guest of a replica.
+"""The engines of a ``Fleet``: an actor, or a guest of a replica that serves.
 
-Every call names the version of the weights and where the object store has them. An engine reads
-them if they are new to it.
+Every call names the engine and the weights that it is for, and where the object store has these. An
+engine reads them if they are new to it.
 """
 
 from __future__ import annotations
@@ -11,31 +11,45 @@ import itertools
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 from torch import Tensor
 
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.loop import EngineLoop
+from nanochat_ray.engine.offline import LocalEngine, whole_outputs
 from nanochat_ray.engine.precision import checkpoint_dtype
-from nanochat_ray.engine.request import Request, RequestOutput
+from nanochat_ray.engine.request import EngineStoppedError, Request, RequestOutput
 from nanochat_ray.machine import run_in_temporary_thread
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.rl.rollout import EngineGenerator, join_outputs
-from nanochat_ray.rl.source import load_tokenizer
-from nanochat_ray.train.config import TrainerConfig
+from nanochat_ray.storage import Store
 
 IDLE_S = 600.0
 """How long a guest stays after its last call."""
 
 
-def make_generator(config: TrainerConfig, engine: EngineConfig, device: str) -> EngineGenerator:
-    """Its weights come with the first call."""
-    model = GPT(config.model, compute_dtype=checkpoint_dtype(engine.precision))
-    model.to(device).eval().requires_grad_(False)
-    return EngineGenerator.of_model(model, load_tokenizer(config), engine)
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """What an engine is made of, but for the weights."""
+
+    owner: str
+    """Names the command: versions of weights are unique within it."""
+    model: ModelConfig
+    tokenizer_run: str
+    """URI of a run that has the tokenizer."""
+    config: EngineConfig
+
+    def make(self, device: str) -> LocalEngine:
+        """Its weights come with the first call."""
+        tokenizer = checkpoint.load_tokenizer(Store.at(self.tokenizer_run))
+        model = GPT(self.model, compute_dtype=checkpoint_dtype(self.config.precision))
+        model.to(device).eval().requires_grad_(False)
+        return LocalEngine.from_model(model, tokenizer, self.config)
 
 
 def read_weights(weights: Sequence[Any]) -> dict[str, Tensor]:
@@ -45,36 +59,43 @@ def read_weights(weights: Sequence[Any]) -> dict[str, Tensor]:
         return {name: torch.from_numpy(array) for name, array in ray.get(weights[0]).items()}
 
 
-class RolloutEngine:
+class FleetEngine:
     """An actor with one engine."""
 
-    def __init__(self, config: TrainerConfig, engine: EngineConfig, gpu: bool, threads: int):
+    def __init__(self, gpu: bool, threads: int):
         torch.set_num_threads(threads)
-        self._generator = make_generator(config, engine, "cuda" if gpu else "cpu")
+        self._device = "cuda" if gpu else "cpu"
+        self._spec: EngineSpec | None = None
+        self._engine: LocalEngine | None = None
 
     def ping(self) -> None:
-        """Returns when the engine is ready."""
+        """Returns when the actor is ready."""
 
-    def generate(self, version: int, weights: Sequence[Any], requests: Sequence[Any]) -> list[Any]:
-        """Rollouts in wire form."""
-        if self._generator.version != version:
-            self._generator.load(version, read_weights(weights))
-        rollouts = self._generator.generate([Request.from_wire(wire) for wire in requests])
-        return [rollout.to_wire() for rollout in rollouts]
+    def run(
+        self, spec: EngineSpec, version: int, weights: Sequence[Any], wires: Sequence[Any]
+    ) -> list[Any]:
+        """The whole output of each request, in any order; requests and outputs in wire form."""
+        if self._engine is None or self._spec != spec:
+            self._engine = None  # its memory is free before the next one takes its own
+            self._engine, self._spec = spec.make(self._device), spec
+        if self._engine.version != version:
+            self._engine.load(version, read_weights(weights))
+        requests = [Request.from_wire(wire) for wire in wires]
+        return [output.to_wire() for output in self._engine.run(requests)]
 
 
 class GuestEngine:
     """An engine on the thread of one that serves, in the time that its requests leave
     (``engine.background``). It has weights, keys and values of its own, so that what is served
-    does not change. One run at a time: another one takes its place once no call of the first
+    does not change. One command at a time: another one takes its place once no call of the first
     runs."""
 
     def __init__(self, device: str):
         self._device = device
-        self._owner: tuple[EngineLoop, TrainerConfig, EngineConfig] | None = None
-        """Whose thread steps the generator, for which run."""
-        self._generator: EngineGenerator | None = None
-        self._turn = asyncio.Lock()  # fair: no run waits for ever behind the calls of another
+        self._owner: tuple[EngineLoop, EngineSpec] | None = None
+        """Whose thread steps the engine, for which command."""
+        self._engine: LocalEngine | None = None
+        self._turn = asyncio.Lock()  # fair: no command waits for ever behind the calls of another
         self._versions: list[int] = []
         """Of the calls that run."""
         self._idle = asyncio.Event()
@@ -82,46 +103,45 @@ class GuestEngine:
         self._idle.set()
         self._timer: asyncio.TimerHandle | None = None
 
-    async def generate(
+    async def run(
         self,
-        host: EngineLoop,
-        config: TrainerConfig,
-        engine: EngineConfig,
+        host: EngineLoop | None,
+        spec: EngineSpec,
         version: int,
         weights: Sequence[Any],
         wires: Sequence[Any],
     ) -> list[Any]:
-        """As ``RolloutEngine.generate``. EngineStoppedError if the ``host`` ends."""
+        """As ``FleetEngine.run``. EngineStoppedError if the ``host`` ends or has not started."""
+        if host is None:
+            raise EngineStoppedError("the engine has not started")
         requests = [Request.from_wire(wire) for wire in wires]
         async with self._turn:
-            await self._prepare(host, config, engine)
+            await self._prepare(host, spec)
             job = await self._submit(host, version, weights, requests)
         steps: list[list[RequestOutput]] = await asyncio.wrap_future(job)
-        outputs = itertools.chain.from_iterable(steps)
-        return [rollout.to_wire() for rollout in join_outputs(requests, outputs, version)]
+        outputs = whole_outputs(itertools.chain.from_iterable(steps))
+        return [output.to_wire() for output in outputs]
 
-    async def _prepare(self, host: EngineLoop, config: TrainerConfig, engine: EngineConfig) -> None:
-        owner = host, config, engine
+    async def _prepare(self, host: EngineLoop, spec: EngineSpec) -> None:
+        owner = host, spec
         if self._owner == owner:
             return
         await self._idle.wait()
         self.leave()  # its memory is free before the next one takes its own
-        self._generator = await asyncio.to_thread(
-            run_in_temporary_thread, make_generator, config, engine, self._device
-        )
+        self._engine = await asyncio.to_thread(run_in_temporary_thread, spec.make, self._device)
         self._owner = owner
 
     async def _submit(
         self, host: EngineLoop, version: int, weights: Sequence[Any], requests: Sequence[Request]
     ) -> Future[list[Any]]:
-        generator = self._generator
-        assert generator is not None
+        engine = self._engine
+        assert engine is not None
         # Jobs run in the order of their submission: one of another version changes the weights.
-        has_weights = generator.version == version and set(self._versions) <= {version}
+        has_weights = engine.version == version and set(self._versions) <= {version}
         self._begin_call(version)
         try:
             tensors = {} if has_weights else await asyncio.to_thread(read_weights, weights)
-            job = host.run_in_background(generator.steps(version, tensors, requests))
+            job = host.run_in_background(engine.steps(version, tensors, requests))
         except BaseException:
             self._end_call(version)
             raise
@@ -148,9 +168,9 @@ class GuestEngine:
 
     @property
     def is_here(self) -> bool:
-        return self._generator is not None
+        return self._engine is not None
 
     def leave(self) -> None:
         """Frees its memory until the next call. Not while a call runs."""
         self._stop_timer()
-        self._generator = self._owner = None
+        self._engine = self._owner = None
