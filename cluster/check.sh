@@ -13,13 +13,13 @@ export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0
 
 command -v "${CC:-cc}" >/dev/null || say "no C compiler (cc): tests of the compiled kernels are skipped"
-# The page is tested in a real browser, alert rules with promtool: from the system's packages where
-# they are to be had.
+# The chat page is tested in a real browser, alert rules with promtool; both are installed from the
+# system's packages if they can be.
 for program in chromium:chromium promtool:prometheus; do
   if ! command -v "${program%:*}" >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
     say "installing ${program#*:}"
     { apt-get update && apt-get install -y --no-install-recommends "${program#*:}"; } \
-      >"$VENV/${program#*:}.log" 2>&1 || say "${program#*:} is not to be had: its tests are skipped"
+      >"$VENV/${program#*:}.log" 2>&1 || say "${program#*:} is not available: its tests are skipped"
   fi
 done
 

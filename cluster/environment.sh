@@ -26,7 +26,7 @@ environment() {
   if [ -f "$stamp" ] && cmp -s "$stamp" "$REPO/pyproject.toml"; then return; fi
   say "making the environment in $VENV (log: $log)"
   [ -x "$VENV/bin/python" ] || "$(find_python)" -m venv "$VENV"
-  # torch first and by its exact version, so that an index with a CPU build is free to give it.
+  # torch first and by its exact version, so that an index with a CPU build can provide it.
   local torch
   torch="$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' "$REPO/pyproject.toml")"
   if ! { "$VENV/bin/python" -m pip install "$torch" &&
