@@ -159,6 +159,10 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
         ),
     },
     "nanochat_ray/optim/muon.py": {
+        "operator: update * weights  →  update / weights": (
+            "",
+            "of the same sign but at a weight of 0, whose decay is 0",
+        ),
         "constant: 1e-07  →  1.5e-07": ("", GUARD),
         "constant: 1e-20  →  1.4999999999999998e-20": ("", GUARD),
         "constant: 1e-10  →  1.5e-10": ("", GUARD),

@@ -91,6 +91,17 @@ def test_uncounted_tokens_are_penalised_once() -> None:
     assert state.choose(row, [0, 1], [6, 5]).tolist() == [30, 9]
 
 
+def test_bans_end_with_their_request() -> None:
+    """The next one in its slot has none, also beside a row that has."""
+    state = SamplingState(2, VOCAB, CPU)
+    for slot in (0, 1):
+        state.admit(sequence(slot, [], min_tokens=2, stop_ids=(7,), temperature=0.0))
+    state.admit(sequence(1, [], temperature=0.0))
+    row = torch.zeros(2, VOCAB)
+    row[:, 7], row[:, 9] = 3.0, 1.0
+    assert state.choose(row, [0, 1], [4, 4]).tolist() == [9, 7]
+
+
 def test_stop_tokens_are_banned_until_the_minimum() -> None:
     state = SamplingState(2, VOCAB, CPU)
     state.admit(sequence(0, [], min_tokens=2, stop_ids=(7,), eos_ids=(8,), temperature=0.0))

@@ -69,6 +69,16 @@ def test_an_idle_engine_counts_an_abort() -> None:
     assert not engine.has_work
 
 
+def test_a_reset_engine_has_no_outputs() -> None:
+    engine = make_engine(make_model("classic"))
+    for name in "ab":
+        engine.add(ask(name, [1]))
+    engine.abort("a")
+    assert engine.reset() == ["b"]
+    assert not engine.has_work
+    assert engine.step() == []
+
+
 def test_an_output_that_is_complete_already_ends_at_once() -> None:
     """The engine before this one was lost before it said so."""
     tokenizer = Tokenizer.bytes_only()

@@ -6,9 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim import flat as flat_module
+from nanochat_ray.optim import sharded
+from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.optim.flat import FlatGroup, Span
 from nanochat_ray.optim.groups import Group
+from nanochat_ray.optim.sharded import ShardedOptimizer
+from tests.tiny import tiny_config
 
 
 def flat_group(kind: str, shapes: list[tuple[int, ...]], rank: int, world: int) -> FlatGroup:
@@ -79,3 +84,40 @@ def test_other_parameters_are_split_anywhere() -> None:
         "momentum": (4, 7, (3,)),
         "second_moment": (4, 7, (3,)),
     }
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_reductions_are_waited_for(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Two ranks with equal gradients, whose sum is there only after the wait."""
+
+    class Reduction:
+        def __init__(self, grads: torch.Tensor):
+            self.grads = grads
+
+        def wait(self) -> None:
+            self.grads *= 2
+
+    def reduce(grads: torch.Tensor, **_: object) -> Reduction:
+        return Reduction(grads)
+
+    def reduce_scatter(share: torch.Tensor, grads: torch.Tensor, **_: object) -> Reduction:
+        return Reduction(grads)
+
+    for name, function in (
+        ("is_initialized", lambda: True),
+        ("get_rank", lambda: 0),
+        ("get_world_size", lambda: 2),
+        ("get_backend", lambda: backend),
+        ("broadcast", lambda weights, src: None),
+        ("all_reduce", reduce),
+        ("reduce", reduce),
+        ("reduce_scatter_single", reduce_scatter),
+    ):
+        monkeypatch.setattr(sharded.dist, name, function)
+    optimizer = ShardedOptimizer(GPT(tiny_config()), OptimConfig())
+    for flat in optimizer.flats:
+        flat.grads.fill_(1.0)
+    optimizer._finish_reductions()
+    for flat in optimizer.flats:
+        for bucket in flat.buckets():
+            assert (flat.grads[bucket.start : bucket.stop] == 2).all()

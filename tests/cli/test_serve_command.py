@@ -1,0 +1,143 @@
+"""``nanochat-ray serve``: where it serves, in which order it starts, and what it leases."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.serve
+
+from nanochat_ray.checkpoint import checkpoint, follow
+from nanochat_ray.cli import serve as command
+from nanochat_ray.cli.serve import Args
+from nanochat_ray.on_ray import ports, session
+from nanochat_ray.on_ray.config import ServeConfig
+from nanochat_ray.on_ray.serve import deploy, deployment
+from nanochat_ray.serve import keys
+from nanochat_ray.storage import Store
+from tests.on_ray.serve.tiny_run import write_checkpoint
+
+
+class Calls:
+    """Replaces functions, and remembers which are called, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.monkeypatch, self.names = monkeypatch, list[str]()
+        self.arguments: dict[str, tuple[Any, ...]] = {}
+
+    def replace(self, owner: Any, name: str, result: Any = None) -> None:
+        def call(*args: Any, **options: Any) -> Any:
+            self.names.append(name)
+            self.arguments[name] = (*args, *options.values())
+            return result
+
+        self.monkeypatch.setattr(owner, name, call)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+@pytest.mark.parametrize("joins", [True, False])
+@pytest.mark.parametrize("haproxy", [True, False])
+@pytest.mark.parametrize("block", [True, False])
+def test_what_starts_ray_has_haproxy(
+    calls: Calls, capsys: pytest.CaptureFixture[str], joins: bool, haproxy: bool, block: bool
+) -> None:
+    calls.replace(session, "joins_cluster", joins)
+    calls.replace(ports, "prefer_haproxy")
+    for owner, name in ((command, "deploy_app"), (deploy, "wait_until_up"), (deploy, "stay")):
+        calls.replace(owner, name)
+    command.main(Args(config={"run": "mine"}, port=8123, haproxy=haproxy, block=block))
+    assert ("prefer_haproxy" in calls.names) == (haproxy and not joins)
+    rest = [n for n in calls.names if n not in ("joins_cluster", "prefer_haproxy")]
+    assert rest == ["deploy_app", "wait_until_up", *(["stay"] if block else [])]
+    assert calls.arguments["wait_until_up"] == ("http://127.0.0.1:8123", "mine")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "mine is served"
+    assert [line.split()[-1] for line in lines[1:]] == [
+        "http://127.0.0.1:8123",
+        "base_url=http://127.0.0.1:8123/v1",
+        "http://127.0.0.1:8123",
+    ]
+
+
+def test_without_ray_it_serves_here(calls: Calls) -> None:
+    calls.replace(command, "serve_here")
+    calls.replace(command, "deploy_app")
+    command.main(Args(config={"run": "mine", "name": "m"}, ray=False))
+    assert calls.names == ["serve_here"]
+    assert calls.arguments["serve_here"][0].name == "m"
+
+
+def test_the_cluster_is_there_before_its_parts(root: Store, calls: Calls) -> None:
+    write_checkpoint(root, 0)
+    application = object()
+    for owner, name, result in (
+        *((session, "connect", None), (session, "check_gpus", None), (ray.serve, "start", None)),
+        *((deploy, "check_port_is_free", None), (deploy, "wait_for_controller", None)),
+        *((deployment, "build_application", application), (deploy, "deploy", None)),
+    ):
+        calls.replace(owner, name, result)
+    config = ServeConfig(storage=root.uri, run="tiny", gpus=0.5)
+    command.deploy_app(config, Args(host="0.0.0.0", port=8123))
+    names = [name for name in calls.names if name != "start"]  # that runs beside the others
+    assert names == [
+        *("connect", "check_gpus", "check_port_is_free", "build_application"),
+        *("wait_for_controller", "deploy"),
+    ]
+    assert calls.arguments["check_gpus"] == (0.5,)
+    assert calls.arguments["check_port_is_free"] == ("0.0.0.0", 8123)
+    assert calls.arguments["start"] == ({"host": "0.0.0.0", "port": 8123},)
+    assert calls.arguments["build_application"] == (config,)
+    assert isinstance(calls.arguments["wait_for_controller"][0], Future)
+    assert calls.arguments["deploy"] == (application,)
+    with pytest.raises(ValueError, match="run='none' has no checkpoint in"):
+        command.deploy_app(ServeConfig(storage=root.uri, run="none"), Args())
+
+
+def test_keys_come_from_environment_and_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keys").write_text("of-the-file\n")
+    monkeypatch.setenv(keys.VARIABLE, "one-key,other-key")
+    config = command.config_of(Args(config={"key_file": str(tmp_path / "keys")}))
+    for hashes, names in (
+        (config.key_hashes, ["one-key", "other-key"]),
+        (command.key_file_hashes(config), ["of-the-file"]),
+    ):
+        ring = keys.KeyRing(list(hashes))
+        assert len(hashes) == len(names)
+        assert all(ring.name_of(name.encode()) for name in names)
+    assert command.key_file_hashes(ServeConfig()) == []
+
+
+def test_the_first_checkpoint_is_the_named_one(root: Store, calls: Calls) -> None:
+    """An endpoint that follows begins with what it served last."""
+    for seed in (0, 1):
+        write_checkpoint(root, seed)
+    run = root.child("runs", "tiny")
+    for choice, name in (("", "step-000101"), ("step-000100", "step-000100")):
+        config = ServeConfig(storage=root.uri, run="tiny", checkpoint=choice)
+        assert command.first_checkpoint(config, run) == name
+    calls.replace(follow, "first_checkpoint", "step-000100")
+    for name in ("", "m"):
+        config = ServeConfig(storage=root.uri, run="tiny", name=name, follow="best")
+        assert command.first_checkpoint(config, run) == "step-000100"
+        assert calls.arguments["first_checkpoint"] == (run, name or "tiny", "best")
+
+
+def test_the_served_checkpoint_is_leased(root: Store) -> None:
+    """The training run deletes none that is; the lease ends with the block."""
+    write_checkpoint(root, 0)
+    run, client = root.child("runs", "tiny"), object()
+    config: Any = ServeConfig(storage=root.uri, run="tiny")
+    engine_client: Any = client
+    name = checkpoint.resolve(run, "")
+    with command.hold_checkpoint(config, run, engine_client, name):
+        (file,) = run.list("leases")
+        assert name in run.read_text(f"leases/{file}")
+    assert run.list("leases") == []
