@@ -15,12 +15,15 @@ import openai
 import psutil
 import pytest
 
-from nanochat_ray.cli import entry
+from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.cli import chat, entry, quickstart
 from nanochat_ray.cli.quickstart import Args, base_minutes, learn, sft_minutes, tag, text_state
 from nanochat_ray.cli.quickstart_jobs import Jobs, user_line
+from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray import ports
 from nanochat_ray.on_ray.local_cluster import LocalCluster
-from tests.tiny import free_ports, wait_for
+from nanochat_ray.storage import Store
+from tests.tiny import TOKENIZER, free_ports, tiny_config, wait_for
 
 REPO = Path(__file__).parents[2]
 
@@ -152,6 +155,118 @@ def test_the_fine_tuned_model_is_served_if_rl_fails(
     assert learn(Args(storage=str(tmp_path)), jobs) == "rl40-d4"
     assert learn(Args(storage=str(tmp_path), rl_steps=0), jobs) == "chat-d4"
     assert learn(Args(storage=str(tmp_path), gpus=1), jobs) == "chat-d4"
+
+
+class Stages:
+    """In place of ``Jobs``: remembers the stages, in order, and runs none."""
+
+    tag, base_run, chat_run = "d4", "base-d4", "chat-d4"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def log(self, name: str) -> str:
+        return name
+
+    def rl_run(self, steps: int) -> str:
+        return f"rl{steps}-d4"
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: self.calls.append((name, *args))
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Any:
+    result = Stages()
+    monkeypatch.setattr(
+        chat, "main", lambda args: result.calls.append(("ask", args.url, args.once))
+    )
+    return result
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_no_stage_that_is_complete_runs_twice(
+    monkeypatch: pytest.MonkeyPatch, stages: Any, gpus: int, is_trained: bool
+) -> None:
+    monkeypatch.setattr(quickstart, "run_is_complete", lambda storage, run: is_trained)
+    monkeypatch.setattr(quickstart, "base_minutes", lambda *args: args[1:3])
+    clock = iter((100.0, 130.0))
+    monkeypatch.setattr(quickstart.time, "monotonic", lambda: next(clock))
+    quickstart.train(Args(storage="/s", gpus=gpus, text=("/a",)), stages, 90.0)
+    base = [
+        ("prepare_base", ("/a",)),
+        ("train_base", 4, None if gpus else ("base-d4", 30.0)),
+    ]
+    assert stages.calls == [
+        *([] if is_trained else base),
+        ("prepare_sft",),
+        ("train_sft", None if gpus else 2.0),
+        ("forget_eval", "chat-d4"),
+    ]
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_a_gpu_is_measured_before_it_serves(
+    monkeypatch: pytest.MonkeyPatch, stages: Any, gpus: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quickstart.time, "monotonic", lambda: 785.0)
+    quickstart.serve(Args(gpus=gpus, port=8001), stages, "rl40-d4", 100.0)
+    url = "http://127.0.0.1:8001"
+    steps = [
+        ("serve", "rl40-d4", 8001),
+        *(("ask", url, question) for question in quickstart.QUESTIONS),
+    ]
+    evaluation = [("evaluate", "rl40-d4")]
+    assert stages.calls == (evaluation + steps if gpus else steps + evaluation)
+    output = capsys.readouterr().out
+    assert f"done in 11:25; the chat page: {url}" in output
+    assert f"base_url={url}/v1, model=chat-d4" in output
+
+
+def test_a_run_is_complete_at_its_last_step(root: Store) -> None:
+    assert not quickstart.run_is_complete(root.uri, "base")
+    model = GPT(tiny_config())
+    for step, is_complete in ((1, False), (2, True), (3, True)):
+        checkpoint.save(
+            root.child("runs", "base"),
+            step,
+            model_config=model.config,
+            weights=dict(model.named_parameters()),
+            optimizer=None,
+            trainer={"step": step, "train_config": {"steps": 2}},
+            tokenizer=TOKENIZER,
+        )
+        assert quickstart.run_is_complete(root.uri, "base") is is_complete
+
+
+@pytest.mark.parametrize("is_up", [False, True])
+def test_only_a_cluster_of_its_own_ends_with_an_error(is_up: bool) -> None:
+    class Cluster:
+        port = 1
+
+        def __init__(self) -> None:
+            self.calls: list[Any] = []
+
+        def is_alive(self) -> bool:
+            return is_up
+
+        def variables(self) -> dict[str, str]:
+            return {"RAY_API_SERVER_ADDRESS": "a"}
+
+        def start(self, gpus: int) -> None:
+            self.calls.append(gpus)
+
+        def stop(self) -> int:
+            self.calls.append("stop")
+            return 1
+
+    cluster: Any = Cluster()
+    with quickstart._cluster_for(cluster, 3):
+        assert cluster.calls == ([] if is_up else [3])
+    with pytest.raises(KeyboardInterrupt), quickstart._cluster_for(cluster, 3):
+        raise KeyboardInterrupt
+    assert cluster.calls == ([] if is_up else [3, 3, "stop"])
 
 
 def test_stop_ends_only_its_own_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
