@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.checkpoint.follow import ServedCheckpoint
 from nanochat_ray.config import to_json
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.loading import engine_from_run
@@ -236,3 +238,94 @@ def test_a_hung_engine_counts_as_lost(tiny_run: Store, monkeypatch: pytest.Monke
             assert (version[:11], len(tokens)) == ("step-000100", 60)
 
     asyncio.run(run())
+
+
+class Answers:
+    """The handle of a deployment whose replicas answer each call with the next of these lists."""
+
+    def __init__(self, *answers: Any):
+        self.answers, self.calls = list(answers), list[tuple[Any, ...]]()
+
+    def broadcast(self, *call: Any) -> Answers:
+        self.calls.append(call)
+        return self
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        self.calls.append((timeout_s, return_exceptions))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer  # type: ignore[no-any-return]
+
+
+def served_checkpoint(name: str) -> ServedCheckpoint:
+    fields: dict[str, Any] = {"model": None, "tokenizer": "", "val_metric": None}
+    return ServedCheckpoint(name=name, version=f"version of {name}", **fields)
+
+
+def follower_of(handle: Any, root: Store) -> LocalFollower:
+    return LocalFollower(handle, root.uri, "tiny", "m", drain_s=30)
+
+
+def task_error(error: Exception) -> RayTaskError:
+    return RayTaskError("swap", "a trace", error)
+
+
+@pytest.mark.parametrize(
+    ("answers", "error", "message"),
+    [
+        ([None, ""], None, ""),
+        ([None, None], None, ""),  # it is gone; its successor is swapped later
+        ([None, ActorDiedError()], None, ""),
+        ([None, "another tokenizer"], ValueError, "^another tokenizer$"),
+        ([task_error(KeyError("x")), None], ValueError, "^engine replica a failed: 'x'$"),
+        (
+            [task_error(OSError("no bucket"))],
+            OSError,
+            "^engine replica a cannot read it: no bucket",
+        ),
+        ([OSError("no bucket")], OSError, "cannot read it"),
+        ([task_error(PermissionError("not yours"))], ValueError, "failed: not yours"),
+        ([PermissionError("not yours")], ValueError, "failed: not yours"),
+        (TimeoutError("late"), RuntimeError, "^engine replica a does not answer: late$"),
+    ],
+)
+def test_the_answer_of_one_replica_decides(
+    root: Store, answers: Any, error: type[Exception] | None, message: str
+) -> None:
+    handle = Answers(answers)
+    work = follower_of(handle, root)._swap("a", served_checkpoint("step-000007"))
+    if error is None:
+        asyncio.run(work)
+    else:
+        with pytest.raises(error, match=message):
+            asyncio.run(work)
+    # Loading takes up to two minutes beside the 30 s in which requests finish.
+    assert handle.calls == [("swap", "a", "step-000007"), (150, True)]
+
+
+def test_only_other_weights_are_swapped(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = served_checkpoint("step-000001"), served_checkpoint("step-000002")
+    endpoints = [
+        {"replica": name, "weight_version": version}
+        for name, version in (("a", old.version), ("b", new.version), ("c", ""))
+    ]
+    handle = Answers(endpoints, [""], [""], endpoints, ["it is damaged"], endpoints, [""], [""])
+    deployment = follower_of(handle, root)
+    monkeypatch.setattr(deployment, "_wait", asyncio.run)
+    deployment._swap_all(new)
+    swaps = [call[1:] for call in handle.calls if call[0] == "swap"]
+    assert swaps == [("a", new.name), ("c", new.name)]
+    # A replica that refuses the new checkpoint: all return to the old one.
+    handle.calls.clear()
+    follower: Any = SimpleNamespace(watcher=SimpleNamespace(current=old))
+    deployment.follower = follower
+    roll: Any = SimpleNamespace(about=new)
+    with pytest.raises(ValueError, match="it is damaged"):
+        deployment._roll(roll)
+    swaps = [call[1:] for call in handle.calls if call[0] == "swap"]
+    assert swaps == [("a", new.name), ("b", old.name), ("c", old.name)]
+    assert asyncio.run(follower_of(handle, root).status()) == {}
+    handle.answers = [TimeoutError("late")]
+    with pytest.raises(RuntimeError, match="the engine replicas cannot be listed: late"):
+        asyncio.run(deployment._versions())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 
 import pytest
@@ -49,6 +50,28 @@ def test_new_requests_avoid_a_replica_that_swaps_its_weights() -> None:
     running_entry = entry("v1")
     assert not replicas.may_leave(running_entry, replicas.by_name["a"])
     assert choose(replicas, running_entry) == "a"
+
+
+def test_load_and_use_by_hand() -> None:
+    one = replica("a")
+    one.in_flight = {"x": entry(), "y": entry()}
+    one.num_other_requests = 3
+    assert one.load == 5
+    usable = [
+        (one.is_ready, one.is_listed, one.is_draining)
+        for one.is_ready, one.is_listed, one.is_draining in itertools.product(
+            (True, False), repeat=3
+        )
+        if one.is_usable
+    ]
+    assert usable == [(True, True, False)]
+    swapping, other = replica("s", is_swapping=True), replica("b")
+    running_entry = entry()
+    running_entry.tokens = [1]
+    assert replica_set(swapping, other).may_leave(entry(), swapping)
+    assert not replica_set(swapping, other).may_leave(running_entry, swapping)
+    assert not replica_set(swapping).may_leave(entry(), swapping)
+    assert not replica_set(swapping, other).may_leave(entry(), other)
 
 
 def test_an_answer_stays_with_its_weights() -> None:
