@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray.serve
+import torch
 
 from nanochat_ray.checkpoint import checkpoint, follow
 from nanochat_ray.cli import serve as command
 from nanochat_ray.cli.serve import Args
+from nanochat_ray.engine import loading
 from nanochat_ray.on_ray import ports, session
 from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.on_ray.serve import deploy, deployment
-from nanochat_ray.serve import keys
+from nanochat_ray.serve import access, app, collector, http_server, keys, local
 from nanochat_ray.storage import Store
 from tests.on_ray.serve.tiny_run import write_checkpoint
 
@@ -141,3 +144,51 @@ def test_the_served_checkpoint_is_leased(root: Store) -> None:
         (file,) = run.list("leases")
         assert name in run.read_text(f"leases/{file}")
     assert run.list("leases") == []
+
+
+@pytest.mark.parametrize("access_log", [True, False])
+def test_here_the_flags_reach_the_app(
+    root: Store,
+    calls: Calls,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    access_log: bool,
+) -> None:
+    write_checkpoint(root, 0)
+    (tmp_path / "keys").write_text("a-key\n")
+    address = ("127.0.0.1", 8123)
+    runs: list[Any] = []
+    listener = SimpleNamespace(close=lambda: runs.append("free"), getsockname=lambda: address)
+    engine = SimpleNamespace(runner=SimpleNamespace(kernels="amx"))
+    client = SimpleNamespace(max_model_len=77, close=lambda: runs.append("close"))
+    server = SimpleNamespace(run=lambda sockets: runs.append(sockets))
+    for owner, name, result in (
+        *((http_server, "bind", listener), (http_server, "server_of", server)),
+        *((loading, "engine_from_run", (engine, "tokenizer")), (local, "LocalClient", client)),
+        *((app, "build_app", "app"), (collector, "freeze_gc", None), (access, "log_to", None)),
+        (torch, "set_num_threads", None),
+    ):
+        calls.replace(owner, name, result)
+    flags = {"storage": root.uri, "run": "tiny", "threads": 3, "request_timeout_s": 9.0}
+    flags |= {"key_file": str(tmp_path / "keys"), "suggestions": ("Hi?",), "access_log": access_log}
+    flags |= {"allowed_origins": ("https://a.example",), "allowed_hosts": ("h",)}
+    args = Args(config=flags, ray=False, port=8123)
+    config = command.config_of(args)
+    command.serve_here(config, args)
+    assert calls.arguments["bind"] == address
+    run = root.child("runs", "tiny")
+    assert calls.arguments["engine_from_run"] == (run, config.engine, "step-000100", "cpu")
+    assert calls.arguments["set_num_threads"] == (3,)
+    assert calls.arguments["LocalClient"] == (engine,)
+    *first, limits, hashes, origins, names, suggestions = calls.arguments["build_app"]
+    assert first == [client, "tokenizer", "tiny", 77]
+    assert limits.request_timeout_s == 9
+    assert keys.KeyRing(hashes).name_of(b"a-key")
+    assert (origins, names, suggestions) == (("https://a.example",), ("h",), ("Hi?",))
+    assert calls.arguments["server_of"] == ("app",)
+    assert runs == ["free", [listener], "close"]
+    assert ("log_to" in calls.names) == access_log
+    assert capsys.readouterr().out.splitlines() == [
+        "the engine computes with amx",
+        "tiny is served at http://127.0.0.1:8123",
+    ]
