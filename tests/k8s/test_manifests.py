@@ -265,9 +265,16 @@ def test_the_serve_configurations_are_valid() -> None:
 
 
 def test_only_the_endpoint_is_open_to_all() -> None:
-    policy = find("serve", "NetworkPolicy")
-    open_ports = [rule["ports"] for rule in policy["spec"]["ingress"] if "from" not in rule]
-    assert open_ports == [[{"port": 8000, "protocol": "TCP"}]]
+    """And the pod of cert-manager that proves who owns the host."""
+    policies = [m["spec"] for m in manifests("serve") if m["kind"] == "NetworkPolicy"]
+    open_ports = {
+        (*policy["podSelector"].get("matchLabels", {}), port["port"])
+        for policy in policies
+        for rule in policy["ingress"]
+        if "from" not in rule
+        for port in rule["ports"]
+    }
+    assert open_ports == {(8000,), ("acme.cert-manager.io/http01-solver", 8089)}
 
 
 def test_every_file_is_in_a_kustomization() -> None:
