@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.request import Request, RequestOutput
+from nanochat_ray.engine.request import Request, RequestOutput, SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -47,6 +47,14 @@ class LocalEngine:
     def from_model(cls, model: GPT, tokenizer: Tokenizer, config: EngineConfig) -> Self:
         """An engine with the calculator, on the model's device."""
         return cls(Engine.from_model(model, tokenizer, config))
+
+    def warm_up(self) -> None:
+        """Runs a sequence in each slot. The first steps take memory from the system, a page at a
+        time, and compile the kernels of a GPU: where others wait for steps, these come before."""
+        params = SamplingParams(max_tokens=2, logprobs=0)
+        slots = range(self.config.max_num_seqs)
+        for _ in self.run([Request(id=f"warm-up/{i}", prompt=[0], params=params) for i in slots]):
+            pass
 
     def load(self, version: int, weights: Mapping[str, Tensor]) -> None:
         for _ in self._load_steps(version, weights):

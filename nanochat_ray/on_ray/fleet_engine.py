@@ -45,11 +45,13 @@ class EngineSpec:
     config: EngineConfig
 
     def make(self, device: str) -> LocalEngine:
-        """Its weights come with the first call."""
+        """Warm, but with no weights before the first call."""
         tokenizer = checkpoint.load_tokenizer(Store.at(self.tokenizer_run))
         model = GPT(self.model, compute_dtype=checkpoint_dtype(self.config.precision))
         model.to(device).eval().requires_grad_(False)
-        return LocalEngine.from_model(model, tokenizer, self.config)
+        engine = LocalEngine.from_model(model, tokenizer, self.config)
+        engine.warm_up()
+        return engine
 
 
 def read_weights(weights: Sequence[Any]) -> dict[str, Tensor]:

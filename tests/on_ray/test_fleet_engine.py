@@ -14,6 +14,7 @@ import torch
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.kvcache.slot_manager import SlotManager
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.offline import LocalEngine
 from nanochat_ray.engine.request import EngineStoppedError, SamplingParams
@@ -78,6 +79,17 @@ def test_guest_samples_with_the_weights_of_a_call(
         assert not guest.is_here
 
     asyncio.run(run())
+
+
+def test_a_guest_has_run_in_all_slots(root: Store) -> None:
+    save_parent(root)
+    guest = spec_of(root).make("cpu")
+    manager = guest.engine.runner.kv_manager
+    assert isinstance(manager, SlotManager)
+    assert all(manager._pages.committed_bytes(slot) for slot in range(ENGINE.max_num_seqs))
+    stats = guest.engine.stats()
+    assert (stats.num_finished, stats.generated_tokens) == (8, 16)
+    assert (guest.version, guest.engine.has_work) == (-1, False)
 
 
 class Host:
