@@ -142,6 +142,18 @@ def medians(phases: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {name: load.percentile([phase[name] for phase in phases], 0.5) for name in SHOWN}
 
 
+def table(alone: dict[str, float], beside: dict[str, float]) -> str:
+    """A line for each figure, with the ratio: none to 0, which is the time between tokens that
+    arrive together."""
+    lines = []
+    for name in SHOWN:
+        ratio = f"{beside[name] / alone[name]:.2f}" if alone[name] else "-"
+        lines.append(
+            f"{name:<14} alone {alone[name]:9.1f}   beside rollouts {beside[name]:9.1f}   {ratio}"
+        )
+    return "\n".join(lines)
+
+
 def main(args: Args) -> None:
     session.connect()
     model, sample = load.model_at(args.url, args.key), rollouts(args)
@@ -156,12 +168,7 @@ def main(args: Args) -> None:
         rates.append(sampling.num_tokens / sampling.seconds)
     figures: dict[str, Any] = {name: medians(each) for name, each in phases.items()}
     alone, beside = figures["alone"], figures["beside rollouts"]
-    for name in SHOWN:
-        ratio = beside[name] / alone[name]
-        print(
-            f"{name:<14} alone {alone[name]:9.1f}   beside rollouts {beside[name]:9.1f}"
-            f"   {ratio:.2f}"
-        )
+    print(table(alone, beside))
     figures["rollout_tokens_per_s"] = load.percentile(rates, 0.5)
     figures["ttft_p99_ratio"] = beside["ttft_p99_ms"] / alone["ttft_p99_ms"]
     print(json.dumps(figures))

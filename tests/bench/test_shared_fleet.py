@@ -9,7 +9,7 @@ import pytest
 
 from nanochat_ray.bench import shared_fleet
 from nanochat_ray.bench.load import Result
-from nanochat_ray.bench.shared_fleet import SHOWN, Args, Sampling, medians, users
+from nanochat_ray.bench.shared_fleet import SHOWN, Args, Sampling, medians, table, users
 
 
 def test_rollouts_are_counted_by_whole_rounds() -> None:
@@ -48,6 +48,12 @@ def test_an_error_of_the_block_comes_first() -> None:
     with pytest.raises(ValueError, match="503") as error:
         fail_late()
     assert error.value.__notes__ == ["Sampling has failed too: OSError('the fleet has gone')"]
+
+
+def test_nothing_is_compared_with_zero() -> None:
+    alone = {**dict.fromkeys(SHOWN, 2.0), "itl_p50_ms": 0.0}
+    lines = table(alone, dict.fromkeys(SHOWN, 3.0)).splitlines()
+    assert [line.split()[-1] for line in lines] == ["1.50", "1.50", "-", "1.50", "1.50"]
 
 
 def test_medians_of_each_figure() -> None:
