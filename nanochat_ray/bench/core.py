@@ -74,28 +74,38 @@ class Peer:
         self._core_eval = importlib.import_module("nanochat.core_eval")
         self._tokenizer = _PeerTokenizer(tokenizer)
 
-    def decide(self, task: CoreTask, examples: Sequence[Example]) -> list[bool]:
+    def decide(self, task: CoreTask, examples: Sequence[Example]) -> list[bool | None]:
+        """None: not at all, since a text is longer than its ten contexts."""
         meta = {
             "task_type": task.kind,
             "num_fewshot": task.num_shots,
             "continuation_delimiter": task.delimiter,
         }
         arguments = (self.model, self._tokenizer, examples, "cpu", meta)
-        evaluate = self._core_eval.evaluate_example
-        return [bool(evaluate(i, *arguments)) for i in range(len(examples))]
+
+        def decide_one(i: int) -> bool | None:
+            try:
+                return bool(self._core_eval.evaluate_example(i, *arguments))
+            except AssertionError:
+                options = core.question(task, self._tokenizer.ours, examples, i).options
+                if max(len(option.token_ids) for option in options) <= self.model.cos.size(1):
+                    raise
+                return None
+
+        return [decide_one(i) for i in range(len(examples))]
 
 
 class _PeerTokenizer:
     """What ``core_eval`` calls of nanochat's tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+        self.ours = tokenizer
 
     def get_bos_token_id(self) -> int:
-        return self._tokenizer.bos
+        return self.ours.bos
 
     def __call__(self, prompts: list[str], prepend: int) -> list[list[int]]:
-        return [[prepend, *self._tokenizer.encode(prompt)] for prompt in prompts]
+        return [[prepend, *self.ours.encode(prompt)] for prompt in prompts]
 
 
 class Difference(NamedTuple):
@@ -128,6 +138,7 @@ class Comparison:
 
     label: str
     questions: int
+    """That nanochat can decide. The times are those of all."""
     correct: int
     """By ours."""
     seconds: Seconds
@@ -139,7 +150,7 @@ def compare(
     task: CoreTask,
     examples: Sequence[Example],
     ours: Callable[[], Sequence[bool]],
-    theirs: Callable[[], Sequence[bool]],
+    theirs: Callable[[], Sequence[bool | None]],
     margin_of: Callable[[int], float],
 ) -> Comparison:
     """Runs both sides over ``examples`` and times them."""
@@ -148,13 +159,15 @@ def compare(
     middle = Seconds.now()
     peer_decisions = theirs()
     peer_seconds = Seconds.now().since(middle)
-    differences = [
-        Difference(task.label, i, margin_of(i))
+    pairs = [
+        (i, a, b)
         for i, (a, b) in enumerate(zip(decisions, peer_decisions, strict=True))
-        if a != b
+        if b is not None
     ]
+    differences = [Difference(task.label, i, margin_of(i)) for i, a, b in pairs if a != b]
+    num_correct = sum(a for _, a, _ in pairs)
     seconds = middle.since(start)
-    return Comparison(task.label, len(examples), sum(decisions), seconds, peer_seconds, differences)
+    return Comparison(task.label, len(pairs), num_correct, seconds, peer_seconds, differences)
 
 
 @torch.inference_mode()

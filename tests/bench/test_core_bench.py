@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from nanochat_ray.bench.nanochat_checkout import weights_of
 from nanochat_ray.evals.core import Option, Question
 from nanochat_ray.evals.core_data import CoreTask
 from nanochat_ray.model.gpt import GPT
-from tests.tiny import tiny_config
+from tests.tiny import TOKENIZER, tiny_config
 
 TASK = CoreTask("copa", "copa.jsonl", "multiple_choice", 0, 0.5)
 
@@ -40,8 +42,8 @@ def test_margin_by_hand() -> None:
 
 
 def test_differences_are_counted_and_named() -> None:
-    examples = [{"query": str(i)} for i in range(4)]
-    ours, theirs = [True, False, True, True], [True, True, True, False]
+    examples = [{"query": str(i)} for i in range(5)]
+    ours, theirs = [True, False, True, True, True], [True, True, True, False, None]
     result = bench.compare(TASK, examples, lambda: ours, lambda: theirs, lambda i: i / 8)
     assert result.differences == [("copa", 1, 1 / 8), ("copa", 3, 3 / 8)]
     assert (result.questions, result.correct) == (4, 3)
@@ -53,6 +55,29 @@ def test_differences_are_counted_and_named() -> None:
         "| piqa | 6 | 6 | 1 | 6.00 | 0.86 | 7.0 | 3.0 |",
         "| all | 10 | 8 | 4 | 3.33 | 0.67 | 5.0 | 3.0 |",
     ]
+
+
+def test_nanochat_leaves_out_what_is_too_long() -> None:
+    def refuse_long(i: int, model: Any, tokenizer: Any, examples: Any, *_: Any) -> bool:
+        ids = tokenizer([examples[i]["query"] + " a"], prepend=tokenizer.get_bos_token_id())
+        assert len(ids[0]) <= model.cos.size(1)
+        return i == 0
+
+    peer = bench.Peer.__new__(bench.Peer)
+    peer.model = SimpleNamespace(cos=torch.zeros(1, 8))
+    peer._core_eval = SimpleNamespace(evaluate_example=refuse_long)
+    peer._tokenizer = bench._PeerTokenizer(TOKENIZER)
+    examples = [{"query": query, "choices": ["a", "b"], "gold": 0} for query in ("x", "y", "z" * 6)]
+    assert peer.decide(TASK, examples) == [True, False, None]
+    peer.model.cos = torch.zeros(1, 9)
+    assert peer.decide(TASK, examples) == [True, False, False]
+
+    def fail(*_: Any) -> bool:
+        raise AssertionError("another one")
+
+    peer._core_eval = SimpleNamespace(evaluate_example=fail)
+    with pytest.raises(AssertionError, match="another one"):
+        peer.decide(TASK, examples)
 
 
 def test_weights_are_those_of_the_model() -> None:
