@@ -264,6 +264,25 @@ def test_the_serve_configurations_are_valid() -> None:
         assert from_json(ServeConfig, application.args).run == "chat"
 
 
+def test_in_place_scaling_begins_with_the_numbers_of_args() -> None:
+    """The policy is ours: without it Serve would scale by its own count of requests."""
+    from ray.serve.config import AutoscalingConfig
+    from ray.serve.schema import ServeDeploySchema
+
+    from nanochat_ray.config import from_json
+    from nanochat_ray.on_ray.config import ServeConfig
+    from nanochat_ray.on_ray.serve.deployment import _ingress_deployment, _replicas
+
+    text = find("serve", "RayService")["spec"]["serveConfigV2"]
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
+    config = from_json(ServeConfig, application.args)
+    engine, ingress = application.deployments
+    assert (engine.name, ingress.name) == ("engine", "ingress")
+    scaling = AutoscalingConfig(**engine.autoscaling_config).model_dump()
+    assert scaling == _replicas(config)["autoscaling_config"].model_dump()
+    assert ingress.num_replicas == _ingress_deployment(config).num_replicas
+
+
 def test_only_the_endpoint_is_open_to_all() -> None:
     """And the pod of cert-manager that proves who owns the host."""
     policies = [m["spec"] for m in manifests("serve") if m["kind"] == "NetworkPolicy"]
