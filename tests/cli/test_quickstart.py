@@ -240,6 +240,38 @@ def test_a_run_is_complete_at_its_last_step(root: Store) -> None:
         assert quickstart.run_is_complete(root.uri, "base") is is_complete
 
 
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_the_stages_follow_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_trained: bool
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+    calls: list[Any] = []
+    looks = iter((False, True, True, False))  # at the start, and while it stays
+    monkeypatch.setattr(LocalCluster, "is_alive", lambda cluster: next(looks))
+    monkeypatch.setattr(LocalCluster, "start", lambda cluster, gpus: calls.append("start"))
+    monkeypatch.setattr(LocalCluster, "stop", lambda cluster: calls.append("stop") or 2)
+    monkeypatch.setattr(quickstart, "run_is_complete", lambda storage, run: is_trained)
+    monkeypatch.setattr(quickstart, "train", lambda *args: calls.append("train"))
+    monkeypatch.setattr(quickstart, "learn", lambda args, jobs: f"run of {jobs.tag}")
+    monkeypatch.setattr(quickstart, "serve", lambda args, jobs, run, start: calls.append(run))
+    monkeypatch.setattr(quickstart.time, "sleep", lambda seconds: calls.append("wait"))
+    stages = ["start", *([] if is_trained else ["train"]), "run of d4"]
+    try:
+        with pytest.raises(ValueError, match="Ray has ended by itself"):
+            quickstart.main(Args(storage=str(tmp_path), port=7, stay=True))
+        assert calls == [*stages, "wait", "wait", "stop"]
+        calls.clear()
+        looks = iter((False,))
+        quickstart.main(Args(storage=str(tmp_path), port=7, leave=True))
+        assert calls == stages
+        with pytest.raises(SystemExit) as end:
+            signal.raise_signal(signal.SIGTERM)
+        assert end.value.code == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize("is_up", [False, True])
 def test_only_a_cluster_of_its_own_ends_with_an_error(is_up: bool) -> None:
     class Cluster:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nanochat_ray.train import trainer as trainer_module
 from nanochat_ray.train.config import TrainConfig
@@ -18,6 +19,18 @@ from tests.train.run_trainer import FunctionHooks
 
 BATCH = Batch(np.zeros((1, 3), dtype=np.uint16))
 CONFIG = TrainConfig(steps=20, global_batch_size=1, micro_batch_size=1, eval_every=4, save_every=6)
+
+
+def test_deterministic_algorithms_are_those_of_cublas_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(trainer_module.os, "environ", environment)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", calls.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    trainer_module.use_deterministic_algorithms()
+    assert environment == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    assert calls == [True]
+    assert not torch.backends.cudnn.benchmark
 
 
 class Decider(Trainer):

@@ -253,8 +253,12 @@ def test_health_is_that_of_the_engine(tiny_run: Store, monkeypatch: pytest.Monke
                 await replica.check_health()
             assert (await replica.endpoint())["address"] is None
         assert set(limits) == {10.0}
+        tasks = list(replica._tasks)
         await EngineReplica.__del__(replica)
         assert not engine._thread.is_alive()
+        async with asyncio.timeout(30):
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(end) for end in ends] == [asyncio.CancelledError]  # the heartbeats
         assert not replica.run.list("leases")
         replica.engine = None
         assert replica.record_autoscaling_stats() == {}
