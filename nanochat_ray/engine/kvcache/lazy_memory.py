@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import sys
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +17,8 @@ from nanochat_ray.machine import HUGE_PAGE
 GIB = 1 << 30
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 """Address space may be larger than the memory. (Python names the flag from 3.13 on.)"""
+MADV_POPULATE_WRITE = 23
+"""Commits pages without changing what they hold (Linux 5.14; ``man 2 madvise``)."""
 
 
 class LazyMemory:
@@ -41,6 +45,27 @@ class LazyMemory:
                 self._map.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
         count = math.prod(shape)
         self.tensor = torch.frombuffer(self._map, dtype=dtype, count=count).view(tuple(shape))
+
+    def commit(self, start: int, num_bytes: int) -> threading.Thread:
+        """Commits ``[start, start + num_bytes)`` in a thread of its own, which it returns, so that
+        who writes there later does not wait for the system. Without effect on systems other than
+        Linux 5.14 and later.
+        """
+        thread = threading.Thread(target=self._commit, args=(start, num_bytes), daemon=True)
+        thread.start()
+        return thread
+
+    def _commit(self, start: int, num_bytes: int) -> None:
+        # Not mmap.madvise, which keeps the interpreter's lock. One call would also keep the lock of
+        # the address space, which allocations of other threads need.
+        if sys.platform != "linux":
+            return
+        madvise, address = ctypes.CDLL(None).madvise, self.tensor.data_ptr()
+        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        last = min(start + num_bytes, len(self._map))
+        for page in range(start // HUGE_PAGE * HUGE_PAGE, last, HUGE_PAGE):
+            if madvise(address + page, min(HUGE_PAGE, last - page), MADV_POPULATE_WRITE):
+                return
 
     def release(self, start: int, num_bytes: int) -> None:
         """Gives back the pages within ``[start, start + num_bytes)``, whose contents are lost."""

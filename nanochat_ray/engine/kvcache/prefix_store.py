@@ -10,6 +10,9 @@ from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
 from nanochat_ray.engine.kvcache.lazy_memory import LazyMemory
 from nanochat_ray.engine.kvcache.slot_cache import SlotCache
 
+COMMIT_BYTES = 32 << 20
+"""How much memory is committed at once, ahead of its first use, at most."""
+
 
 class PrefixStore:
     """Keys and values of cached prefixes, in blocks that a ``BlockAllocator`` numbers.
@@ -29,6 +32,8 @@ class PrefixStore:
             self._memory.tensor if self._memory else torch.zeros(shape, dtype=dtype, device=device)
         )
         """``[blocks, 2, layers, Hkv, BLOCK_SIZE, D]``: keys, then values."""
+        self._num_committed = 0
+        """Blocks from the first one on that have been committed ahead of their use."""
 
     def load(self, block_ids: Sequence[int], slot: int) -> None:
         """Copies blocks to the start of a slot."""
@@ -39,6 +44,17 @@ class PrefixStore:
         """Copies blocks of a slot, as (index in the slot, block id)."""
         for first, block_id, count in _runs(new_blocks):
             self._in_blocks(block_id, count).copy_(self._in_slot(slot, first, count))
+            self._commit_ahead(block_id + count)
+
+    def _commit_ahead(self, num_blocks: int) -> None:
+        """Blocks are first used in the order of their ids. Behind these, as many again have memory,
+        or will soon, up to COMMIT_BYTES."""
+        block_bytes = self._blocks[0].nbytes
+        count = min(num_blocks, -(-COMMIT_BYTES // block_bytes))
+        if self._memory is not None and num_blocks + count > self._num_committed:
+            first = max(num_blocks, self._num_committed)
+            self._num_committed = first + count
+            self._memory.commit(first * block_bytes, count * block_bytes)
 
     def release(self, block_id: int) -> None:
         """Gives the memory of a block back to the system."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import sys
+
 import psutil
 import pytest
 import torch
@@ -9,10 +12,12 @@ import torch
 from nanochat_ray.engine import runner
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
-from nanochat_ray.engine.kvcache import build
+from nanochat_ray.engine.kvcache import build, prefix_store
 from nanochat_ray.engine.kvcache.lazy_memory import LazyMemory, page_tokens
 from nanochat_ray.engine.kvcache.memory import bytes_per_token, max_prefix_tokens
 from nanochat_ray.engine.kvcache.memory_budget import STEP, MemoryBudget
+from nanochat_ray.engine.kvcache.prefix_store import PrefixStore
+from nanochat_ray.engine.kvcache.slot_cache import SlotCache
 from nanochat_ray.engine.kvcache.slot_manager import SlotManager
 from nanochat_ray.engine.kvcache.slot_pages import SlotPages
 from nanochat_ray.model.gpt import GPT
@@ -53,6 +58,45 @@ def test_memory_is_committed_when_written(huge_pages: bool) -> None:
     assert resident() - before < half + (8 << 20)
     with pytest.raises(ValueError, match=r"GiB of address space .* lower max_num_seqs"):
         LazyMemory((1 << 60,), torch.float32, huge_pages)
+
+
+def kernel_version() -> tuple[int, ...]:
+    numbers = platform.release().split("-")[0].split(".")
+    return tuple(int(n) for n in numbers if n.isdigit()) if sys.platform == "linux" else ()
+
+
+@pytest.mark.skipif(kernel_version() < (5, 14), reason="needs Linux 5.14")
+def test_memory_is_committed_ahead() -> None:
+    memory = LazyMemory((64 << 20,), torch.uint8, huge_pages=False)
+    memory.tensor[:5] = 7
+    before = resident()
+    memory.commit(0, 32 << 20).join()
+    assert 24 << 20 < resident() - before < 48 << 20
+    memory.commit(60 << 20, 32 << 20).join()  # no further than its end
+    assert memory.tensor[:8].tolist() == [7] * 5 + [0] * 3
+
+
+def test_blocks_are_committed_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as are in use, at most three at a time."""
+    device = torch.device("cpu")
+    cache = SlotCache(make_model("classic").config, 2, 128, torch.float32, device)
+    store = PrefixStore(cache, 40)
+    block_bytes = 16 * 2 * cache.keys[:, 0, :, 0].nbytes
+    monkeypatch.setattr(prefix_store, "COMMIT_BYTES", 3 * block_bytes - 1)
+    ranges: list[tuple[int, int]] = []
+    monkeypatch.setattr(LazyMemory, "commit", lambda self, *range_: ranges.append(range_))
+    for new_blocks in (
+        [(0, 0), (1, 1)],
+        [(2, 2)],
+        [(0, 3)],
+        [(1, 4)],
+        [(2, 5)],
+        [(3, 20)],
+        [(0, 4)],
+    ):
+        store.save(0, new_blocks)
+    want = [(2, 2), (4, 3), (7, 3), (21, 3)]
+    assert ranges == [(first * block_bytes, count * block_bytes) for first, count in want]
 
 
 def test_pages_hold_whole_tokens() -> None:
