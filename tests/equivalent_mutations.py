@@ -16,6 +16,9 @@ GPU = "runs on a GPU only, where the tests marked gpu cover it"
 
 Entry = tuple[str, str]
 EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
+    "nanochat_ray/cli/rollback.py": {
+        "statement: time.sleep(POLL_S)  →  pass": ("", "it looks more often"),
+    },
     "nanochat_ray/engine/sampler.py": {
         "function: min(V, max(1, rows.widest))  →  max(V, max(1, rows.widest))": ("", SPEED),
         "comparison: cumulative[:, -1] < goal  →  cumulative[:, -1] <= goal": ("", SPEED),
@@ -52,6 +55,7 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
     },
     "nanochat_ray/engine/in_flight.py": {
         "statement: logprobs.fetch()  →  pass": ("logprobs.fetch()", GPU),
+        "statement: event.record(torch.cuda.current_stream(token_ids.device))  →  pass": ("", GPU),
         "arguments: LogprobTable(logits, token_ids, [])  →  LogprobTable(token_ids, logits, [])": (
             "",
             "nothing is read of a table without requests",

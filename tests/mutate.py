@@ -75,7 +75,8 @@ def replacement(node: ast.AST) -> Iterator[tuple[str, Callable[[ast.AST], ast.AS
         yield "constant", lambda n: setattr(n, "value", n.value * 1.5 or 0.5)
     function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
     is_symmetric = function.rpartition(".")[2] in SYMMETRIC
-    if isinstance(node, ast.Call) and len(node.args) > 1 and not is_symmetric:
+    several = isinstance(node, ast.Call) and len({ast.dump(arg) for arg in node.args[:2]}) > 1
+    if several and not is_symmetric:
         yield "arguments", lambda n: n.args.insert(0, n.args.pop(1))
     if isinstance(node, ast.Call):
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
