@@ -296,7 +296,7 @@ async def _send_signal(args: Args, victim: psutil.Process) -> None:
 
 async def drill(args: Args) -> list[Round]:
     """Rounds in the order in which they happened; they end when the endpoint is dead."""
-    cluster = Cluster(args.session)
+    cluster = Cluster(args.session, args.url)
     model = await asyncio.to_thread(load.model_at, args.url, args.key, args.recover_s)
     prompts = load.random_prompts(
         args.streams, vocab=VOCAB, prompt=24, output=args.tokens, seed=args.seed
