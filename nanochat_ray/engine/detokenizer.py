@@ -10,7 +10,6 @@ import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nanochat_ray.engine.request import RequestOutput
 from nanochat_ray.text.chat import tool_delimiters
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -42,41 +41,25 @@ Event = TextEvent | ToolCallEvent | ToolResultEvent
 
 
 class IncrementalDetokenizer:
-    """The text of one answer, decoded as its tokens come.
+    """Text, decoded as its tokens come, none of which is a special one.
 
     Bytes wait until they form a character; text is held back only while it may be a prefix of a
-    stop string. Special tokens have no text, and the text between the delimiters of
-    a tool is left out unless ``show_tools``. However the tokens are split into calls of ``push``,
-    the joined text is the same.
+    stop string. However the tokens are split into calls of ``push``, the joined text is the same.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), show_tools: bool = False):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._special = frozenset(tokenizer.specials.values())
-        ids = tool_delimiters(tokenizer)
-        pairs = {ids.call_start: ids.call_end, ids.result_start: ids.result_end}
-        self._closes = {} if show_tools else pairs
-        self._hidden_until: int | None = None
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._pending = ""
         self.is_stopped = False
         """A stop string was matched: the request can be aborted, and no more text comes."""
 
-    def add(self, output: RequestOutput) -> str:
-        """New text after one step, and the rest of the text if the request has finished."""
-        tokens = output.tokens
-        if output.last_token_is_stop:
-            tokens = tokens[:-1]  # the token that ended the answer is no part of its text
-        text = self.push(tokens)
-        return text if output.finish is None else text + self.flush()
-
     def push(self, tokens: Iterable[int], may_stop: bool = True) -> str:
         """New text after ``tokens``. Stop strings end the text only if ``may_stop``."""
         if self.is_stopped:
             return ""
-        visible = [token for token in tokens if self._visible(token)]
-        return self._emit(self._decoder.decode(self._tokenizer.decode_bytes(visible)), may_stop)
+        return self._emit(self._decoder.decode(self._tokenizer.decode_bytes(tokens)), may_stop)
 
     def flush(self) -> str:
         """Text that was still pending; call it once, after the last token."""
@@ -85,14 +68,6 @@ class IncrementalDetokenizer:
         text = self._emit(self._decoder.decode(b"", final=True))
         rest, self._pending = self._pending, ""
         return text if self.is_stopped else text + rest
-
-    def _visible(self, token: int) -> bool:
-        if self._hidden_until is not None:
-            if token == self._hidden_until:
-                self._hidden_until = None
-            return False
-        self._hidden_until = self._closes.get(token)
-        return token not in self._special
 
     def _emit(self, new: str, may_stop: bool = True) -> str:
         text = self._pending + new

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from nanochat_ray.engine.detokenizer import IncrementalDetokenizer
-from nanochat_ray.engine.request import RequestOutput, TokenLogprob
+from nanochat_ray.engine.request import TokenLogprob
 from nanochat_ray.serve.openai.logprobs import TextOffsets, for_chat, for_completion
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -82,23 +82,6 @@ def test_a_character_is_never_split() -> None:
     assert pieces == ["", "é", "", "", "", "😀"]
     assert stream.push(TOKENIZER.encode("😀")[:2]) == ""
     assert stream.flush() == "�"
-
-
-@pytest.mark.parametrize(("show", "want"), [(False, "3+4=7."), (True, "3+4=3+477.")])
-def test_special_tokens_and_tool_turns(show: bool, want: str) -> None:
-    t = TOKENIZER
-    tokens = [*t.encode("3+4="), t.special("<|python_start|>"), *t.encode("3+4")]
-    tokens += [t.special("<|python_end|>"), t.special("<|output_start|>"), *t.encode("7")]
-    tokens += [t.special("<|output_end|>"), *t.encode("7.")]
-    stream = IncrementalDetokenizer(t, show_tools=show)
-    assert "".join(stream.push([token]) for token in tokens) == want
-
-
-def test_the_token_that_ended_the_answer_is_no_text() -> None:
-    stream = IncrementalDetokenizer(TOKENIZER, ["zzz"])
-    assert stream.add(RequestOutput(request_id="r", tokens=TOKENIZER.encode("abz"))) == "ab"
-    last_output = RequestOutput(request_id="r", tokens=TOKENIZER.encode("c;"), finish="stop")
-    assert stream.add(last_output) == "zc"
 
 
 def test_stop_strings_wait_for_min_tokens() -> None:
