@@ -140,6 +140,18 @@ def test_top_p_keeps_the_smallest_set() -> None:
         assert set(samples.tolist()) == want_ids
 
 
+def test_one_row_of_a_batch_may_need_many_tokens() -> None:
+    """Weights of r^i, r = exp(-1/1000), i < 1000: 90% of them are the first n with
+    1 - r^n >= 0.9 (1 - r^1000), so n = -1000 ln 0.43109 = 841.4, rounded up. The sort of the
+    likeliest 128 is enough for the other row alone."""
+    flat = torch.arange(1000.0) / -1000
+    logits = torch.stack((flat, 100 * flat))
+    logits[1, 0] = 50.0
+    step = rows([SamplingParams(top_p=0.9)] * 2)
+    weights = sampler.distribution(logits, step, SAMPLED | TOP_P | NUCLEUS)
+    assert weights.isfinite().sum(dim=-1).tolist() == [842, 1]
+
+
 def test_only_finite_maxima_give_tokens() -> None:
     logits = torch.tensor(
         [[0.0, 1.0], [0.0, torch.inf], [torch.nan, 0.0], [-torch.inf, -torch.inf]]

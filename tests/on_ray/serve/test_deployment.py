@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from nanochat_ray.config import to_json
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.config import ServeConfig
-from nanochat_ray.on_ray.serve import deploy, replica
+from nanochat_ray.on_ray.serve import deploy, ingress, replica
 from nanochat_ray.on_ray.serve.deployment import build, build_application
 from nanochat_ray.serve import keys
 from nanochat_ray.storage import Store
@@ -205,3 +206,58 @@ def test_a_replicas_refusal_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(deploy.serve, "run", fail("KeyError: 'a defect'"))
     with pytest.raises(RuntimeError, match="a defect"):
         deploy.deploy(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("access_log", [True, False])
+def test_an_ingress_hands_its_settings_on(
+    root: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, access_log: bool
+) -> None:
+    """To its client and its app, from what the deployment binds."""
+    write_run(root)
+    (tmp_path / "keys").write_text("of-the-file\n")
+    config = ServeConfig(
+        storage=root.uri,
+        run="chat",
+        name="m",
+        key_hashes=(keys.hash_key("of-the-deployment"),),
+        key_file=str(tmp_path / "keys"),
+        request_timeout_s=9,
+        deadline_s=8,
+        liveness_timeout_s=7,
+        allowed_origins=("https://a.example",),
+        allowed_hosts=("h",),
+        suggestions=("Hi?",),
+        access_log=access_log,
+    )
+    calls: dict[str, Any] = {}
+
+    def recorder(name: str) -> Any:
+        def record(*args: Any, **options: Any) -> Any:
+            calls[name] = (args, options)
+            return SimpleNamespace(start=recorder("start"))
+
+        return record
+
+    for owner, name in ((ingress, "RayEngineClient"), (ingress, "build_app")):
+        monkeypatch.setattr(owner, name, recorder(name))
+    monkeypatch.setattr(ingress, "freeze_gc", recorder("freeze_gc"))
+    monkeypatch.setattr(ingress.access, "log_to", recorder("log_to"))
+    plain: Any = ingress.Ingress.__mro__[1]  # below what Serve adds
+    # Without Serve nothing awaits ``__del__``.
+    local_ingress: Any = type("LocalIngress", (plain,), {"__del__": lambda self: None})
+    one = local_ingress("engines", **ingress_arguments(build_application(config)))
+    assert calls["RayEngineClient"] == (
+        ("engines",),
+        {"deadline_s": 8, "liveness_timeout_s": 7, "follower": None},
+    )
+    assert ("log_to" in calls) == access_log
+    asyncio.run(plain.__serve_build_asgi_app__(one))
+    assert {"start", "freeze_gc"} <= calls.keys()
+    (client, tokenizer, name, length), options = calls["build_app"]
+    assert client is one.client
+    assert (tokenizer.fingerprint, name, length) == (TOKENIZER.fingerprint, "m", 32)
+    assert options["limits"].request_timeout_s == 9
+    ring = keys.KeyRing(options["keys"])
+    assert all(ring.name_of(key) for key in (b"of-the-deployment", b"of-the-file"))
+    assert options["allowed_origins"] == ["https://a.example"]
+    assert (options["allowed_hosts"], options["suggestions"]) == (["h"], ["Hi?"])
