@@ -26,7 +26,7 @@ from ray.train import (
     ScalingConfig,
     UserCallback,
 )
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -34,6 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.claim import check_reference, hold_claim
 from nanochat_ray.on_ray.data_loader import RankDataConfig, RayDataLoader, step_dataset
+from nanochat_ray.on_ray.interface import NodeTorchConfig
 from nanochat_ray.on_ray.session import quiet_data
 from nanochat_ray.on_ray.stop_flag import StopFlag
 from nanochat_ray.storage import Store
@@ -316,7 +317,7 @@ def _torch_trainer(
         _worker,
         train_loop_config=values,
         # Long enough for data that stalls: a dead worker is noticed by its connections.
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
+        torch_config=NodeTorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
         scaling_config=scaling,
         **data,
         run_config=RunConfig(
