@@ -277,6 +277,10 @@ def fit(
                 use_gpu=gpus,
                 resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpus else {})},
             )
+            if min_workers:
+                # How long Ray waits for what a node that was just lost still seems to have: it
+                # looks at the nodes every 20 s.
+                os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
             trainer = _torch_trainer(config, run, values, scaling, max_failures)
             with _stop_on_signal(flag):
                 _run_ray_trainer(trainer)

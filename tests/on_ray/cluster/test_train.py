@@ -51,6 +51,7 @@ def trainer_config(storage: str, run: str) -> TrainerConfig:
         micro_batch_size=4,
         eval_sequences=8,
         save_every=20,
+        # At rates 30 times these, rounding that differs between 2 and 3 workers grows to 0.1.
         optim=OptimConfig(matrix_lr=6e-5, embedding_lr=1.5e-3, scalar_lr=1.5e-3),
     )
     return TrainerConfig(storage=storage, dataset="base", run=run, model=tiny_config(), train=train)
@@ -67,6 +68,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Store:
     write_dataset(root, "base")
     run_on_ranks(_train_rank, trainer_config(root.uri, "whole").to_json(), world=2)
     return root.child("runs", "whole")
+
+
+def losses(run: Store) -> list[float]:
+    records = map(json.loads, run.read_text("metrics.jsonl").splitlines())
+    return [record["loss"] for record in records if record["kind"] == "train"]
 
 
 class Training:
@@ -191,3 +197,14 @@ def test_killed_raylet_changes_no_bits(
     with Training(nodes, config, tmp_path / "log") as training:
         training.lose(kill_raylet)
     assert sha256(root.child("runs", "raylet")) == sha256(reference)
+
+
+def test_training_goes_on_with_fewer_nodes(
+    nodes: Nodes, storage: str, reference: Store, tmp_path: Path
+) -> None:
+    root = Store.at(storage).child("fewer")
+    write_dataset(root, "base")
+    config = trainer_config(root.uri, "fewer")
+    with Training(nodes, config, tmp_path / "log", workers=3, min_workers=2) as training:
+        training.lose(nodes.cut)
+    assert losses(root.child("runs", "fewer")) == pytest.approx(losses(reference), abs=1e-4)
