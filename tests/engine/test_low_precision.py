@@ -141,7 +141,7 @@ def test_rows_are_bitwise_independent(
     weight, x = random_pair(shape, 300)
     linear = linear_of(kernels, weight, dtype)
     result = linear(x)
-    for rows in (*range(1, 71), 127, 128, 129, 160, 257):
+    for rows in (*range(1, 71), 127, 128, 129, 160, 255, 256, 257):
         assert torch.equal(linear(x[-rows:]), result[-rows:]), rows
     for count in (2, 3):
         with threads(count):
