@@ -6,13 +6,14 @@ import random
 
 from nanochat_ray.tasks.identity import Identity
 from nanochat_ray.tasks.limits import Limits
-from nanochat_ray.tasks.reasoning import SpokenArithmetic, SpokenLegs
+from nanochat_ray.tasks.spoken import FollowUps, SpokenArithmetic, SpokenLegs, sent_back
 from nanochat_ray.tasks.task import DEFAULT_SIZE, Split, Task
 from nanochat_ray.text.chat import Message
 
 
 class Dialogue:
-    """Two to four examples of other tasks behind each other; the last one is graded."""
+    """Two to four examples of other tasks, one after the other; the last one is graded. In every
+    second dialogue the calculated answers before it are as clients send them back."""
 
     name = "dialogue"
 
@@ -26,6 +27,7 @@ class Dialogue:
             SpokenArithmetic("chain_sum", split, self._size, seed + 13),
             SpokenLegs(split, self._size, seed + 14),
             SpokenArithmetic("products", split, self._size, seed + 15),
+            FollowUps(split, self._size, seed + 16),
         ]
 
     def __len__(self) -> int:
@@ -40,7 +42,10 @@ class Dialogue:
         return self.example(index)[:-1]
 
     def example(self, index: int) -> list[Message]:
-        return [m for task, i in self._parts(index) for m in task.example(i)]
+        *before, last = [m for task, i in self._parts(index) for m in task.example(i)]
+        if index % 2:
+            before = [m if isinstance(m["content"], str) else sent_back(m) for m in before]
+        return [*before, last]
 
     def grade(self, index: int, answer: str) -> bool:
         task, last = self._parts(index)[-1]

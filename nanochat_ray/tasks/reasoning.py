@@ -100,7 +100,7 @@ def kind_of(name: str) -> Kind:
     return KINDS.get(name) or Kind(name)
 
 
-def _split_of(question: str) -> Split:
+def split_of(question: str) -> Split:
     """By the question's hash, so that no question can be in two splits."""
     bucket = hashlib.sha256(question.encode()).digest()[0] % 16
     return "test" if bucket == 0 else "val" if bucket == 1 else "train"
@@ -125,7 +125,7 @@ def _items(
     for number in range(size * 400):
         item = source[number]
         question, answer = item["question"], str(item["answer"])
-        if _split_of(question) != split or (split != "train" and question in questions):
+        if split_of(question) != split or (split != "train" and question in questions):
             continue
         questions.add(question)
         items.append((question, answer))
@@ -160,69 +160,3 @@ class ReasoningTask:
 
     def grade(self, index: int, answer: str) -> bool:
         return answer.strip() == self._items[index][1].strip()
-
-
-class SpokenArithmetic:
-    """The expressions of ``chain_sum`` or ``products`` as a person would ask for them."""
-
-    _ASK = ("What is {}?", "what is {}", "Compute {}.", "How much is {}?", "{} = ?", "{}", "{} =")
-    _WORDS = (("+", "plus"), ("-", "minus"), ("*", "times"))
-
-    def __init__(self, kind: str, split: Split, size: int | None, seed: int):
-        self.name = {"chain_sum": "spoken_sums", "products": "spoken_products"}[kind]
-        # The split of a question is that of its expression.
-        self._inner = ReasoningTask(kind, split, size, seed + 1)
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def _expression(self, index: int) -> str:
-        """12 + 7, 12+7 or 12 plus 7."""
-        text: str = self._inner.example(index)[1]["content"][0]["text"]
-        style = index // len(self._ASK) % 4
-        if style == 1:
-            return text.replace(" ", "")
-        if style == 2:
-            for sign, word in self._WORDS:
-                text = text.replace(f" {sign} ", f" {word} ")
-        return text
-
-    def question(self, index: int) -> list[Message]:
-        ask = self._ASK[index % len(self._ASK)]
-        return [{"role": "user", "content": ask.format(self._expression(index))}]
-
-    def example(self, index: int) -> list[Message]:
-        return [*self.question(index), self._inner.example(index)[1]]
-
-    def grade(self, index: int, answer: str) -> bool:
-        return self._inner.grade(index, answer)
-
-
-class SpokenLegs:
-    """The animals of ``leg_counting`` as a person would ask for them."""
-
-    name = "spoken_legs"
-    _ASK = (
-        *("How many legs do {} have?", "how many legs have {}", "Count the legs of {}."),
-        "How many legs are {}?",
-    )
-
-    def __init__(self, split: Split, size: int | None, seed: int):
-        # The split of a question is that of its animals in leg_counting.
-        self._inner = ReasoningTask("leg_counting", split, size, seed + 1)
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def question(self, index: int) -> list[Message]:
-        text = self._inner.question(index)[0]["content"]
-        *others, last = text.rsplit("if you have ", 1)[1].rstrip("?").split(", ")
-        animals = f"{', '.join(others)} and {last}" if others else last
-        ask = self._ASK[index % len(self._ASK)]
-        return [{"role": "user", "content": ask.format(animals)}]
-
-    def example(self, index: int) -> list[Message]:
-        return [*self.question(index), self._inner.example(index)[1]]
-
-    def grade(self, index: int, answer: str) -> bool:
-        return self._inner.grade(index, answer)

@@ -17,7 +17,9 @@ from nanochat_ray.tasks import hub
 from nanochat_ray.tasks.dialogue import Dialogue
 from nanochat_ray.tasks.identity import Identity
 from nanochat_ray.tasks.limits import Limits
-from nanochat_ray.tasks.reasoning import KINDS, ReasoningTask, SpokenArithmetic, SpokenLegs
+from nanochat_ray.tasks.reasoning import KINDS, ReasoningTask
+from nanochat_ray.tasks.spoken import FollowUps, SpokenArithmetic, SpokenLegs
+from nanochat_ray.tasks.stories import Stories
 from nanochat_ray.tasks.task import Split, Task, TaskFactory
 
 DEFAULT_MIXTURE = (
@@ -27,7 +29,10 @@ DEFAULT_MIXTURE = (
     "spoken_legs:1000",
     "products:2000",
     "spoken_products:700",
-    "identity:1000",
+    "spoken_quotients:600",
+    "follow_ups:600",
+    "stories:1000",
+    "identity:1800",
     "limits:1500",
     "dialogue:1500",
 )
@@ -39,6 +44,9 @@ _FACTORIES: dict[str, TaskFactory] = {
     "limits": Limits,
     "dialogue": Dialogue,
     "spoken_legs": SpokenLegs,
+    "follow_ups": FollowUps,
+    "stories": Stories,
+    "spoken_quotients": functools.partial(SpokenArithmetic, "quotients"),
     "spoken_products": functools.partial(SpokenArithmetic, "products"),
     "spoken_sums": functools.partial(SpokenArithmetic, "chain_sum"),
 }

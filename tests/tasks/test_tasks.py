@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import reasoning_gym
 
-from nanochat_ray.tasks import hub
+from nanochat_ray.tasks import hub, spoken
+from nanochat_ray.tasks.phrases import vary
 from nanochat_ray.tasks.reasoning import KINDS
 from nanochat_ray.tasks.registry import DEFAULT_MIXTURE, make_task, names
 from nanochat_ray.text.chat import render_conversation
@@ -73,7 +74,7 @@ def test_splits_never_share_a_question(name: str) -> None:
     other = make_task(name, "test", size=size, seed=1)
     other_questions = {other.question(i)[-1]["content"] for i in range(len(other))}
     assert not set(questions["train"]) & other_questions
-    if name not in ("identity", "limits", "dialogue"):
+    if name not in ("identity", "limits", "dialogue", "follow_ups"):
         assert len(other_questions) == len(other)
 
 
@@ -84,6 +85,81 @@ def test_spoken_sums_never_ask_a_test_sum_of_chain_sum() -> None:
     )
     sums = {train.example(i)[1]["content"][0]["text"] for i in range(2000)}
     assert not sums & {test.example(i)[1]["content"][0]["text"] for i in range(200)}
+
+
+def test_spoken_questions_have_their_terms_in_order() -> None:
+    """Read back by hand-written rules, in every way of asking: \"subtract 3 from 5\" is 5 - 3."""
+    signs = {"plus": "+", "minus": "-", "times": "*", "x": "*", "×": "*", "÷": "/", ":": "/"}
+    assert spoken.NUMBER_WORDS[13] == "thirteen"
+    values = {word: number for number, word in enumerate(spoken.NUMBER_WORDS)}
+    forms = set()
+    for name in ("spoken_sums", "spoken_products", "spoken_quotients"):
+        task = make_task(name, "train", size=1500)
+        for index in range(len(task)):
+            question, answer = task.example(index)
+            text, expression = question["content"], answer["content"][0]["text"]
+            words = re.findall(r"\d+|[a-z]+-?[a-z]+", text.lower())
+            terms = [
+                int(values.get(word, word)) for word in words if word.isdigit() or word in values
+            ]
+            reference = [int(term) for term in expression.split()[::2]]
+            if re.search("(?i)subtract|take .* away|go into", text) and "take away" not in text:
+                terms.reverse()
+            assert terms == reference, text
+            written_signs = [
+                signs.get(s, s) for s in re.findall(r"\b(?:plus|minus|times|x)\b|[-+*/×÷:]", text)
+            ]
+            forms.add(re.sub(r"\d+", "#", text))
+            if len(written_signs) == len(reference) - 1 and "-" not in "".join(words):
+                assert written_signs == expression.split()[1::2], text
+    assert len(forms) > 200
+
+
+def test_one_animal_has_an_article() -> None:
+    task = make_task("spoken_legs", "train", size=120)
+    ones = [task.question(index)[0]["content"] for index in range(0, 120, spoken.ONE_IN)]
+    assert all(re.search(r" (a [^aeiou]|an [aeiou])", text) for text in ones)
+    assert task.grade(0, task.example(0)[1]["content"][-1]["text"])
+
+
+def test_a_follow_up_begins_with_the_result_before_it() -> None:
+    task = make_task("follow_ups", "test", size=50)
+    for index in range(50):
+        (_, first, _, second) = task.example(index)
+        assert second["content"][0]["text"].startswith(first["content"][-1]["text"] + " ")
+
+
+@pytest.mark.parametrize("name", ["follow_ups", "dialogue"])
+def test_answers_sent_back_are_not_trained_on(name: str) -> None:
+    """Else the model would learn to answer without the calculator."""
+    task = make_task(name, "train", size=60)
+    for index in range(60):
+        *before, last = task.example(index)
+        calculations = [m["content"] for m in before if isinstance(m["content"], list)]
+        if index % 2:
+            assert all(len(parts) == 1 and parts[0]["weight"] == 0 for parts in calculations)
+        elif name == "follow_ups":
+            assert [len(parts) for parts in calculations] == [3]
+        ids, mask = render_conversation(TOK, [*before, last])
+        learned_text = TOK.decode(
+            [token for token, weight in zip(ids, mask, strict=True) if weight]
+        )
+        if name == "follow_ups" and index % 2:
+            call, _, text = (part["text"] for part in last["content"])
+            assert learned_text == f"<|python_start|>{call}<|python_end|>{text}<|assistant_end|>"
+
+
+def test_stories_never_have_less_than_nothing() -> None:
+    task = make_task("stories", "train", size=300)
+    expressions = [task.example(i)[1]["content"][0]["text"] for i in range(300)]
+    assert all(int(calculate(text) or "-1") >= 0 for text in expressions)
+    assert {text.split()[1] for text in expressions} == {"+", "-", "*"}
+
+
+def test_people_type_with_and_without_marks() -> None:
+    texts = {vary(random.Random(seed), "Who are you?") for seed in range(60)}
+    assert texts == {"Who are you?", "who are you?", "Who are you", "who are you"}
+    assert {vary(random.Random(seed), "?") for seed in range(20)} == {"?"}
 
 
 def test_equal_arguments_give_equal_examples() -> None:
@@ -247,7 +323,7 @@ def test_gsm8k_from_a_folder(tmp_path: Path, layout: str) -> None:
 def test_spoken_legs_by_hand() -> None:
     task = make_task("spoken_legs", "train", size=8)
     inner = make_task("leg_counting", "train", size=8, seed=1)
-    for index in range(8):
+    for index in range(1, spoken.ONE_IN):
         text = inner.question(index)[0]["content"].rsplit("if you have ", 1)[1][:-1]
         animals = " and ".join(text.rsplit(", ", 1))
         assert animals in task.question(index)[0]["content"]
@@ -270,16 +346,3 @@ def test_dialogues_mix_tasks() -> None:
     assert lengths >= {2, 3, 4}
     kinds = {type(m["content"]) for i in range(200) for m in task.example(i)[1::2]}
     assert kinds == {str, list}
-
-
-def test_spoken_expressions_in_each_style() -> None:
-    task, inner = (
-        make_task(name, "train", size=28, seed=seed)
-        for name, seed in (("spoken_products", 4), ("products", 5))
-    )
-    for index in (0, 7, 14, 21):
-        expression = inner.example(index)[1]["content"][0]["text"]
-        texts = {7: expression.replace(" ", ""), 14: expression.replace("*", "times")}
-        text = f"What is {texts.get(index, expression)}?"
-        assert task.question(index) == [{"role": "user", "content": text}]
-        assert task.example(index)[1] == inner.example(index)[1]
