@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from nanochat_ray.engine.acceptance import Acceptance, accept_tokens
+from nanochat_ray.engine.acceptance import Acceptance, accept_tokens, append_token
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.request import Request, SamplingParams, TokenLogprob
@@ -49,6 +50,28 @@ def test_tokens_up_to_the_first_rejected_one(
     assert s.tokens == [*PROMPT, 9, *tokens]
     # The last token is not computed; the accepted draft tokens are.
     assert s.num_computed_tokens == 4 + len(tokens) - 1
+
+
+@pytest.mark.parametrize(
+    ("sampled_ids", "fields", "is_appended"),
+    [
+        *(([5], {}, True), ([0], {}, True), ([49], {}, True)),
+        *(([-1], {}, False), ([50], {}, False), ([5, 6], {}, False)),
+        ([5], {"stop_token_ids": (6,)}, True),
+        ([5], {"stop_token_ids": (6, 5)}, False),
+        ([5], {"max_length": 6}, True),
+        ([5], {"max_length": 5}, False),  # it would be the last
+        ([5], {"grammar": object()}, False),
+        ([5], {"tool": SimpleNamespace(reacts_to=lambda token: token == 6)}, True),
+        ([5], {"tool": SimpleNamespace(reacts_to=lambda token: token == 5)}, False),
+    ],
+)
+def test_a_plain_token_is_appended(
+    sampled_ids: list[int], fields: dict[str, Any], is_appended: bool
+) -> None:
+    s = sequence(**fields)
+    assert append_token(s, sampled_ids, vocab_size=50) is is_appended
+    assert s.tokens == [*PROMPT, 9, *(sampled_ids if is_appended else [])]
 
 
 @pytest.mark.parametrize("token", [-1, 50])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -155,7 +156,9 @@ def test_stop_lets_requests_finish_or_aborts_them() -> None:
         loop.start()
         for i in range(6):
             loop.submit(ask(f"r{i}", [1, 2], max_tokens=100))
+        start = time.monotonic()
         loop.stop(deadline)
+        assert not deadline or time.monotonic() - start < deadline
         assert [out.ends(f"r{i}") for i in range(6)] == [[end]] * 6
         with pytest.raises(RuntimeError, match="stopping"):
             loop.submit(ask("late", [1]))

@@ -172,6 +172,8 @@ def test_a_log_is_read_up_to_the_checkpoint() -> None:
     assert again.grad_norms(9) == [1.0] * 3
     (note,) = metrics().resume(text.replace('"kind": "train"', '"kind": 7', 1), {}, before=5)
     assert "1 damaged lines and 4 of 5 steps" in note
+    for damage, note in (("{", "1 damaged lines and 5 of 5"), ("", "0 damaged lines and 5 of 6")):
+        assert note in metrics().resume(text + damage, {}, before=5 + (not damage))[0]
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3, 4, 5]
 
 
