@@ -163,6 +163,10 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
         ),
     },
     "nanochat_ray/optim/muon.py": {
+        "condition: if isinstance(lr, Tensor):  →  if not isinstance(lr, Tensor):": (
+            "",
+            "both subtract the product; one waits for a GPU",
+        ),
         "operator: update * weights  →  update / weights": (
             "",
             "of the same sign but at a weight of 0, whose decay is 0",
@@ -185,7 +189,11 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
     "nanochat_ray/optim/schedule.py": {
         "comparison: remaining >= warmdown  →  remaining > warmdown": ("", "both are 1 there"),
     },
+    "nanochat_ray/serve/auth.py": {
+        "constant: 0  →  1": ("length.isdigit() else 0", "a byte is less than any bound"),
+    },
     "nanochat_ray/optim/sharded.py": {
+        "condition: if not self._scatters:  →  if not not self._scatters:": ("", SPEED),
         "constant: 0  →  1": ("self.flats[0].weights.device", ONE_DEVICE),
         "constant: False  →  True": [
             ("compile_update: bool = False", GPU),

@@ -51,6 +51,16 @@ def run(s: Scheduler) -> dict[str, int]:
     return {chunk.sequence.request.id: chunk.num_tokens for chunk in chunks}
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "limit", "batches"),
+    [(0, 0, []), (0, 3, []), (1, 0, [1, 2, 3, 4]), (1, 3, [1, 2]), (5, 1, [])],
+)
+def test_small_batches_speculate(num_tokens: int, limit: int, batches: list[int]) -> None:
+    """``batches``: the numbers of decodes that have room for draft tokens; a limit of 0 is none."""
+    s = scheduler(num_speculative_tokens=num_tokens, speculative_disable_by_batch_size=limit)
+    assert [size for size in range(1, 5) if s.can_speculate(size)] == batches
+
+
 def test_decodes_come_before_long_prompts() -> None:
     s = scheduler()
     s.add(sequence("short"))
