@@ -30,6 +30,8 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
         "operator: p.min_tokens and sequence.stop_token_ids  →  "
         "p.min_tokens or sequence.stop_token_ids": ("", "no tokens, or none early, are banned"),
         "operator: features & BAN  →  features | BAN": ("", SPEED),
+        "operator: features & BAN and parameters.bans is not None  →  "
+        "features & BAN or parameters.bans is not None": ("", SPEED),
         "constant: 1  →  2": ("triton_sampler.MAX_VOCAB", GPU),
         "condition: if logits.size(1) <= triton_sampler.MAX_VOCAB:  →  "
         "if not logits.size(1) <= triton_sampler.MAX_VOCAB:": ("", GPU),

@@ -100,6 +100,10 @@ def test_rejections_come_at_once(loop: tuple[EngineLoop, Collector]) -> None:
     engine.abort("nobody")
 
 
+def test_an_engine_without_a_step_does_not_hang() -> None:
+    assert not EngineLoop(make_engine(make_model("modern")), lambda outputs: None).is_hung(0.0)
+
+
 def test_full_queue_is_rejected() -> None:
     engine = make_engine(make_model("modern"), max_num_seqs=1, max_queue_size=1)
     loop = EngineLoop(engine, lambda outputs: None)  # not started: nothing leaves the queue
