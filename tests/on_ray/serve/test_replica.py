@@ -73,8 +73,8 @@ def test_slow_grammars_delay_no_other_request(
         await until(lambda: not replica.owners)
         await until(lambda: ["reply", "slow", ACCEPTED] in answers)
         assert not any(a[:2] == ["reply", "aborted"] for a in answers)
-        assert replica.engine is not None
-        await asyncio.to_thread(replica.engine.stop)
+        connection.close()
+        await EngineReplica.__del__(replica)
 
     asyncio.run(run())
 
