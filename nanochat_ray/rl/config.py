@@ -16,9 +16,9 @@ DEFAULT_TASKS = (
     "products,min_terms=3,max_terms=3",
     "products,min_digits=3,max_digits=3",
     "basic_arithmetic,min_terms=2,max_terms=3",
-    *("chain_sum", "spoken_sums", "spoken_legs", "dialogue", "identity"),
+    *("chain_sum", "products", "spoken_sums", "spoken_legs", "dialogue", "identity"),
 )
-"""Five tasks that are harder than what the default fine-tuning shows, and five of those it shows,
+"""Five tasks that are harder than what the default fine-tuning shows, and six of those it shows,
 which the model would otherwise unlearn."""
 
 
