@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.data.shards import Manifest, write_shard
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.model.config import ModelConfig
+from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -66,6 +68,28 @@ def write_dataset(
     TOKENIZER.save(root.child("tokenizers", TOKENIZER.fingerprint[:16]))
     store.write_text("manifest.json", manifest.to_json())
     return manifest
+
+
+def save_model(
+    run: Store,
+    step: int,
+    model: GPT,
+    *,
+    tokenizer: Tokenizer = TOKENIZER,
+    val_metric: float | None = None,
+    **trainer: Any,
+) -> str:
+    """A checkpoint of the run without an optimizer; ``trainer`` adds to the trainer's state."""
+    return checkpoint.save(
+        run,
+        step,
+        model_config=model.config,
+        weights=model.state_dict(),
+        optimizer=None,
+        trainer={"step": step, **trainer},
+        tokenizer=tokenizer,
+        val_metric=val_metric,
+    )
 
 
 def wait_for(

@@ -34,7 +34,7 @@ from nanochat_ray.rl.source import make_tasks, sampling_params
 from nanochat_ray.storage import Store, default_root
 
 VOCAB = 256
-SHOWN = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "tokens_per_s")
+FIGURES = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "tokens_per_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,14 +139,14 @@ def users(args: Args, model: str, seed: int) -> dict[str, Any]:
 
 
 def medians(phases: Sequence[dict[str, Any]]) -> dict[str, float]:
-    return {name: load.percentile([phase[name] for phase in phases], 0.5) for name in SHOWN}
+    return {name: load.percentile([phase[name] for phase in phases], 0.5) for name in FIGURES}
 
 
 def table(alone: dict[str, float], beside: dict[str, float]) -> str:
     """A line for each figure, with the ratio: none to 0, which is the time between tokens that
     arrive together."""
     lines = []
-    for name in SHOWN:
+    for name in FIGURES:
         ratio = f"{beside[name] / alone[name]:.2f}" if alone[name] else "-"
         lines.append(
             f"{name:<14} alone {alone[name]:9.1f}   beside rollouts {beside[name]:9.1f}   {ratio}"

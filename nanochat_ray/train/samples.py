@@ -63,7 +63,7 @@ def choose_prompts(
     tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray | None
 ) -> dict[str, list[int]]:
     """Token ids of at most ``NUM_PROMPTS`` prompts by their texts, from the sequences ``ids [n, T +
-    1]``: beginnings of documents or, with the ``mask`` of targets, conversations up to their first
+    1]``: prefixes of documents or, with the ``mask`` of targets, conversations up to their first
     answer, whose text is the question before it."""
     prompts: dict[str, list[int]] = {}
     for row in range(len(ids)):

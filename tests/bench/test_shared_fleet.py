@@ -9,7 +9,7 @@ import pytest
 
 from nanochat_ray.bench import shared_fleet
 from nanochat_ray.bench.load import Result
-from nanochat_ray.bench.shared_fleet import SHOWN, Args, Sampling, medians, table, users
+from nanochat_ray.bench.shared_fleet import FIGURES, Args, Sampling, medians, table, users
 
 
 def test_rollouts_are_counted_by_whole_rounds() -> None:
@@ -51,14 +51,14 @@ def test_an_error_of_the_block_comes_first() -> None:
 
 
 def test_nothing_is_compared_with_zero() -> None:
-    alone = {**dict.fromkeys(SHOWN, 2.0), "itl_p50_ms": 0.0}
-    lines = table(alone, dict.fromkeys(SHOWN, 3.0)).splitlines()
+    alone = {**dict.fromkeys(FIGURES, 2.0), "itl_p50_ms": 0.0}
+    lines = table(alone, dict.fromkeys(FIGURES, 3.0)).splitlines()
     assert [line.split()[-1] for line in lines] == ["1.50", "1.50", "-", "1.50", "1.50"]
 
 
 def test_medians_of_each_figure() -> None:
-    phases = [dict.fromkeys(SHOWN, x) for x in (1.0, 9.0, 2.0)]
-    assert medians(phases) == dict.fromkeys(SHOWN, 2.0)
+    phases = [dict.fromkeys(FIGURES, x) for x in (1.0, 9.0, 2.0)]
+    assert medians(phases) == dict.fromkeys(FIGURES, 2.0)
 
 
 def test_a_failed_request_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:

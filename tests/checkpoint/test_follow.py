@@ -16,7 +16,7 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.outage import Outage
-from tests.tiny import TOKENIZER, tiny_config
+from tests.tiny import TOKENIZER, save_model, tiny_config
 
 SERVED = "step-000001"
 
@@ -30,16 +30,7 @@ def save(
 ) -> str:
     model = GPT(tiny_config(**fields))
     model.init_weights(torch.Generator().manual_seed(step))
-    return checkpoint.save(
-        run,
-        step,
-        model_config=model.config,
-        weights=model.state_dict(),
-        optimizer=None,
-        trainer={"step": step},
-        tokenizer=tokenizer,
-        val_metric=metric,
-    )
+    return save_model(run, step, model, tokenizer=tokenizer, val_metric=metric)
 
 
 class Clock:

@@ -14,20 +14,12 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray import local_cluster
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer, folder_of
-from tests.tiny import TOKENIZER, tiny_config
+from tests.tiny import TOKENIZER, save_model, tiny_config
 
 
 def save(root: Store, step: int) -> None:
     model = GPT(tiny_config())
-    checkpoint.save(
-        root.child("runs", "chat"),
-        step,
-        model_config=model.config,
-        weights=dict(model.named_parameters()),
-        optimizer=None,
-        trainer={"step": step, "metrics": {}},
-        tokenizer=TOKENIZER,
-    )
+    save_model(root.child("runs", "chat"), step, model, metrics={})
 
 
 @pytest.mark.parametrize("flags", [{}, {"out": "a", "import_from": "b"}])

@@ -15,7 +15,6 @@ import openai
 import psutil
 import pytest
 
-from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import chat, entry, quickstart
 from nanochat_ray.cli.quickstart import Args, base_minutes, learn, sft_minutes, tag, text_state
 from nanochat_ray.cli.quickstart_jobs import Jobs, user_line
@@ -23,7 +22,7 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray import ports
 from nanochat_ray.on_ray.local_cluster import LocalCluster
 from nanochat_ray.storage import Store
-from tests.tiny import TOKENIZER, free_ports, tiny_config, wait_for
+from tests.tiny import free_ports, save_model, tiny_config, wait_for
 
 REPO = Path(__file__).parents[2]
 
@@ -228,15 +227,7 @@ def test_a_run_is_complete_at_its_last_step(root: Store) -> None:
     assert not quickstart.run_is_complete(root.uri, "base")
     model = GPT(tiny_config())
     for step, is_complete in ((1, False), (2, True), (3, True)):
-        checkpoint.save(
-            root.child("runs", "base"),
-            step,
-            model_config=model.config,
-            weights=dict(model.named_parameters()),
-            optimizer=None,
-            trainer={"step": step, "train_config": {"steps": 2}},
-            tokenizer=TOKENIZER,
-        )
+        save_model(root.child("runs", "base"), step, model, train_config={"steps": 2})
         assert quickstart.run_is_complete(root.uri, "base") is is_complete
 
 

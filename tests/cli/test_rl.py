@@ -19,6 +19,7 @@ from nanochat_ray.rl import source as sources
 from nanochat_ray.storage import Store
 from nanochat_ray.train.stop import STOPPED
 from tests.rl.tiny_rl import TASK, save_parent
+from tests.tiny import save_model
 
 
 @pytest.mark.slow
@@ -152,15 +153,7 @@ def test_learning_rates_follow_a_fine_tuned_parent(root: Store) -> None:
     rates = []
     for step, stage in ((2, "sft"), (3, "base")):
         before = {"stage": stage, "optim": {"matrix_lr": 0.5}}
-        checkpoint.save(
-            run,
-            step,
-            model_config=model.config,
-            weights=dict(model.named_parameters()),
-            optimizer=None,
-            trainer={"step": step, "train_config": before},
-            tokenizer=tokenizer,
-        )
+        save_model(run, step, model, tokenizer=tokenizer, train_config=before)
         job = rl.build(rl.Args(storage=root.uri, tasks=(TASK,), rl={"max_tokens": 4}))
         rates.append(job.train.optim.matrix_lr)
     assert rates[0] == pytest.approx(0.05)  # a tenth

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from nanochat_ray import container
-from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import supervise, train, train_job, train_run
 from nanochat_ray.cli.train import Args
 from nanochat_ray.model.gpt import GPT
@@ -19,7 +18,7 @@ from nanochat_ray.train import recipe, throughput
 from nanochat_ray.train.config import TrainerConfig
 from nanochat_ray.train.stop import STOPPED
 from nanochat_ray.train.throughput import Throughput
-from tests.tiny import TOKENIZER, tiny_config, write_dataset
+from tests.tiny import TOKENIZER, save_model, tiny_config, write_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -42,15 +41,7 @@ def build(root: Store, **flags: Any) -> TrainerConfig:
 
 def save_run(root: Store, name: str, **about: Any) -> None:
     model = GPT(tiny_config())
-    checkpoint.save(
-        root.child("runs", name),
-        3,
-        model_config=model.config,
-        weights=dict(model.named_parameters()),
-        optimizer=None,
-        trainer={"step": 3, "metrics": {}, **about},
-        tokenizer=TOKENIZER,
-    )
+    save_model(root.child("runs", name), 3, model, metrics={}, **about)
 
 
 def test_the_batch_is_in_tokens_or_in_sequences(dataset: Store) -> None:

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 import nanochat_ray
-from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.loading import engine_from_run
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from tests.engine.engine_kit import answer, uncached_greedy
-from tests.tiny import TOKENIZER, tiny_config
+from tests.tiny import TOKENIZER, save_model, tiny_config
 
 README = Path(nanochat_ray.__file__).with_name("engine") / "README.md"
 
@@ -28,15 +27,7 @@ def write_run(run: Store, steps: int = 1) -> list[GPT]:
         generator = torch.Generator().manual_seed(step)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, 0, 0.3, generator=generator)
-        checkpoint.save(
-            run,
-            step,
-            model_config=model.config,
-            weights=model.state_dict(),
-            optimizer=None,
-            trainer={"step": step},
-            tokenizer=TOKENIZER,
-        )
+        save_model(run, step, model)
         models.append(model.eval())
     return models
 

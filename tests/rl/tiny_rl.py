@@ -22,7 +22,7 @@ from nanochat_ray.text.chat import Message
 from nanochat_ray.train import preflight
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from nanochat_ray.train.trainer import Trainer
-from tests.tiny import TOKENIZER, tiny_config
+from tests.tiny import save_model, tiny_config
 from tests.train.run_trainer import FunctionHooks
 
 TASK = "tests.rl.tiny_rl.EvenFirst"
@@ -101,15 +101,7 @@ def save_parent(root: Store) -> None:
     model.init_weights(generator)
     for p in model.parameters():
         p.data += 0.05 * torch.randn(p.shape, generator=generator)
-    checkpoint.save(
-        root.child("runs", "chat"),
-        1,
-        model_config=model.config,
-        weights=dict(model.named_parameters()),
-        optimizer=None,
-        trainer={"step": 1},
-        tokenizer=TOKENIZER,
-    )
+    save_model(root.child("runs", "chat"), 1, model)
 
 
 def job(root: Store, run: str, train: TrainConfig = TRAIN, rl: RLConfig = RL) -> TrainerConfig:

@@ -42,7 +42,7 @@ def test_samples_fit_into_a_short_context(stage: str, length: int) -> None:
     assert prompts == (texts if stage == "sft" else [text[:12] for text in texts])
 
 
-def test_prompts_are_beginnings_of_documents() -> None:
+def test_prompts_are_prefixes_of_documents() -> None:
     """In the language of the dataset, in whole characters, and different ones."""
     texts = [
         "天気がいいから",

@@ -14,8 +14,8 @@ from nanochat_ray.bench import load
 from nanochat_ray.bench.drill import VOCAB
 from nanochat_ray.storage import Store
 from tests.on_ray.cluster.nodes import Node, Nodes
-from tests.on_ray.serve.tiny_run import TOK, engines, write_checkpoint
-from tests.tiny import wait_for
+from tests.on_ray.serve.tiny_run import engines, write_checkpoint
+from tests.tiny import TOKENIZER, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -32,7 +32,7 @@ def url(nodes: Nodes, storage: str) -> Iterator[str]:
     """Three engines, of 2 of the 3 logical CPUs of a node each."""
     root = Store.at(storage).child("serve")
     write_checkpoint(root, 0)
-    TOK.save(root.child("tokenizers", TOK.fingerprint[:16]))
+    TOKENIZER.save(root.child("tokenizers", TOKENIZER.fingerprint[:16]))
     flags = ["--storage", root.uri, "--run", "tiny", "--num-replicas", "3", "--cpus", "2"]
     flags += ["--host", "0.0.0.0", "--port", str(PORT), "--no-block"]
     environment = {"RAY_ADDRESS": nodes.gcs_address}

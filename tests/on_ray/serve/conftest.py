@@ -15,15 +15,15 @@ from nanochat_ray.on_ray.serve import deployment
 from nanochat_ray.on_ray.serve.deployment import build
 from nanochat_ray.serve.keys import hash_key
 from nanochat_ray.storage import Store
-from tests.on_ray.serve.tiny_run import KEY, TOK, engines, write_checkpoint
-from tests.tiny import free_ports, wait_for
+from tests.on_ray.serve.tiny_run import KEY, engines, write_checkpoint
+from tests.tiny import TOKENIZER, free_ports, wait_for
 
 
 @pytest.fixture(scope="package")
 def config(s3: str) -> ServeConfig:
     root = Store.at(s3).child("serve")
     write_checkpoint(root, 0)
-    TOK.save(root.child("tokenizers", TOK.fingerprint[:16]))
+    TOKENIZER.save(root.child("tokenizers", TOKENIZER.fingerprint[:16]))
     return ServeConfig(
         storage=root.uri,
         run="tiny",

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import serve as job
 from nanochat_ray.config import to_json
 from nanochat_ray.engine.config import EngineConfig
@@ -20,21 +19,19 @@ from nanochat_ray.on_ray.serve import deploy, ingress, replica
 from nanochat_ray.on_ray.serve.deployment import build, build_application
 from nanochat_ray.serve import keys
 from nanochat_ray.storage import Store
-from tests.tiny import TOKENIZER, tiny_config
+from tests.tiny import TOKENIZER, save_model, tiny_config
 
 
 def write_run(root: Store) -> None:
     model = GPT(tiny_config())
     for step, val_metric in ((1, 2.0), (2, 3.0)):
-        checkpoint.save(
+        save_model(
             root.child("runs", "chat"),
             step,
-            model_config=model.config,
-            weights=dict(model.named_parameters()),
-            optimizer=None,
-            trainer={"step": step, "metrics": {}, "about": {"parent": ""}},
-            tokenizer=TOKENIZER,
+            model,
             val_metric=val_metric,
+            metrics={},
+            about={"parent": ""},
         )
 
 

@@ -22,9 +22,9 @@ from nanochat_ray.on_ray.serve.deployment import build
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.local import LocalClient
 from nanochat_ray.storage import Store
-from tests.on_ray.serve.tiny_run import TOK, engines, write_checkpoint
+from tests.on_ray.serve.tiny_run import engines, write_checkpoint
 from tests.serve.serving import serving
-from tests.tiny import wait_for
+from tests.tiny import TOKENIZER, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -37,7 +37,7 @@ PROMPT = [65, 66, 67]
 def run(tmp_path: Path) -> Store:
     root = Store.at(str(tmp_path))
     write_checkpoint(root, 0)
-    TOK.save(root.child("tokenizers", TOK.fingerprint[:16]))
+    TOKENIZER.save(root.child("tokenizers", TOKENIZER.fingerprint[:16]))
     return root
 
 

@@ -7,34 +7,20 @@ from typing import Any
 import httpx
 import torch
 
-from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray.serve.replica import EngineReplica
 from nanochat_ray.storage import Store
-from nanochat_ray.text.tokenizer import Tokenizer
+from tests.tiny import save_model, tiny_config
 
-TOK = Tokenizer.bytes_only()
 KEY = "test-key-of-the-deployment"
 
 
 def write_checkpoint(root: Store, seed: int) -> None:
-    config = ModelConfig.modern(
-        vocab_size=TOK.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, sequence_len=1024
-    )
-    model = GPT(config)
+    model = GPT(tiny_config(n_head=2, n_kv_head=1, sequence_len=1024))
     # Larger than a fresh model's, so that every token depends on all tokens before it.
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.3, generator=torch.Generator().manual_seed(seed))
-    checkpoint.save(
-        root.child("runs", "tiny"),
-        100 + seed,
-        model_config=config,
-        weights=model.state_dict(),
-        optimizer=None,
-        trainer={"step": 100 + seed},
-        tokenizer=TOK,
-    )
+    save_model(root.child("runs", "tiny"), 100 + seed, model)
 
 
 def engines(url: str) -> list[dict[str, Any]]:
