@@ -147,7 +147,7 @@ class GuestEngine:
         except BaseException:
             self._end_call(version)
             raise
-        # Not when ``generate`` ends: if it is cancelled, a job that has begun still runs.
+        # Not when ``run`` ends: if it is cancelled, a job that has begun still runs.
         loop = asyncio.get_running_loop()
         job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._end_call, version))
         return job
