@@ -33,7 +33,7 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     A balanced Feistel network is a bijection on 2^(2h) numbers; numbers that fall outside the
     range pass through it again until they are inside, which keeps it a bijection on the range.
     """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    half = np.uint64(((size - 1).bit_length() + 1) // 2)
     low_bits = np.uint64((1 << int(half)) - 1)
     round_keys = mix(np.arange(1, _ROUNDS + 1, dtype=np.uint64) + np.uint64(key % 2**64))
     out = index.astype(np.uint64)

@@ -20,6 +20,7 @@ def test_recorded_orders() -> None:
     index = np.arange(10, dtype=np.int64)
     assert permute(index, 10, 7).tolist() == [4, 7, 8, 6, 5, 2, 0, 9, 3, 1]
     assert permute(np.arange(3), 3, 11).tolist() == [2, 1, 0]
+    assert permute(np.arange(5), 5, 7).tolist() == [4, 1, 3, 0, 2]
     assert permute(np.arange(64), 64, 7)[:8].tolist() == [47, 11, 49, 1, 31, 61, 16, 19]
     assert global_batch_indices(1, 3, 3, 0).tolist() == [0, 0, 0]
     batches = [global_batch_indices(10, 3, 4, step).tolist() for step in range(5)]
