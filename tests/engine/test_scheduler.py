@@ -290,6 +290,18 @@ def test_draft_fits_budget_and_max_length() -> None:
     assert [(len(c.draft), c.num_logits) for c in s.plan().chunks] == [(2, 3), (4, 5), (0, 0)]
 
 
+@pytest.mark.parametrize("fields", [{"max_num_batched_tokens": 3},
+                                    {"speculative_disable_by_batch_size": 3}])  # fmt: skip
+def test_one_free_token_is_one_draft_token(fields: dict[str, int]) -> None:
+    s = scheduler(num_speculative_tokens=5, **fields)
+    for name in "ab":
+        s.add(sequence(name))
+        s.waiting[-1].prompt_lookup = PromptLookup(1)
+    while s.has_prompts:
+        run(s)
+    assert [len(c.draft) for c in s.plan().chunks] == [1, 0]
+
+
 def test_long_prompt_delays_no_decode() -> None:
     s = scheduler(num_slots=17, max_num_batched_tokens=256, prefill_chunk=64)
     for i in range(16):

@@ -88,14 +88,16 @@ def test_other_parameters_are_split_anywhere() -> None:
 
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
 def test_reductions_are_waited_for(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    """Two ranks with equal gradients, whose sum is there only after the wait."""
+    """Two ranks with equal gradients, whose sum is there only after the wait. In the second step
+    this rank has no sequence, so no backward pass starts a reduction."""
 
     class Reduction:
         def __init__(self, grads: torch.Tensor):
-            self.grads = grads
+            self.grads, self.factor = grads, 2
 
         def wait(self) -> None:
-            self.grads *= 2
+            self.grads *= self.factor
+            self.factor = 1
 
     def reduce(grads: torch.Tensor, **_: object) -> Reduction:
         return Reduction(grads)
@@ -115,9 +117,13 @@ def test_reductions_are_waited_for(monkeypatch: pytest.MonkeyPatch, backend: str
     ):
         monkeypatch.setattr(sharded.dist, name, function)
     optimizer = ShardedOptimizer(GPT(tiny_config()), OptimConfig())
-    for flat in optimizer.flats:
-        flat.grads.fill_(1.0)
-    optimizer._finish_reductions()
-    for flat in optimizer.flats:
-        for bucket in flat.buckets():
-            assert (flat.grads[bucket.start : bucket.stop] == 2).all()
+    for has_backward in (True, False):
+        optimizer.zero_grad()
+        if has_backward:
+            optimizer.last_backward()
+        for flat in optimizer.flats:
+            flat.grads.fill_(1.0)
+        optimizer._finish_reductions()
+        for flat in optimizer.flats:
+            for bucket in flat.buckets():
+                assert (flat.grads[bucket.start : bucket.stop] == 2).all()
