@@ -92,6 +92,26 @@ def test_block_mask_equals_dense_mask(window: int, T: int, has_documents: bool) 
     torch.testing.assert_close(flex.transpose(1, 2), dense)
 
 
+@pytest.mark.parametrize("window", [1, 5, 128, 129, 150, 512])
+@pytest.mark.parametrize("starts", [[], [3, 127], [128, 200, 256]])
+def test_blocks_are_those_of_all_pairs(window: int, starts: list[int]) -> None:
+    """Which blocks of 128 × 128 have a visible pair, and which have no other, of 300 tokens."""
+    documents = torch.zeros(1, 300, dtype=torch.int64)
+    documents[0, starts] = 1
+    documents = documents.cumsum(dim=1)
+    i, j = torch.meshgrid(torch.arange(300), torch.arange(300), indexing="ij")
+    visible = torch.zeros(384, 384, dtype=torch.bool)
+    visible[:300, :300] = (j <= i) & (i <= j + window) & (documents.T == documents)
+    blocks = visible.view(3, 128, 3, 128).transpose(1, 2).flatten(2)
+    mask = block_mask(300, window, documents if starts else None, torch.device("cpu"))
+    assert torch.equal(mask.to_dense()[0, 0].bool(), blocks.any(-1))
+    counts, indices = mask.full_kv_num_blocks, mask.full_kv_indices
+    assert counts is not None
+    assert indices is not None
+    whole = [sorted(indices[0, 0, i, : counts[0, 0, i]].tolist()) for i in range(3)]
+    assert whole == [row.nonzero()[:, 0].tolist() for row in blocks.all(-1)]
+
+
 def test_block_mask_skips_and_fills_blocks() -> None:
     # Four blocks; a document ends with the second. Within a window of 128 a query's block sees
     # itself and, where the document goes on, the block before it: all in part.

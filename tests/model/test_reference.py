@@ -112,13 +112,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
+# 150 tokens are more than the short window of 128 (a quarter of 300, rounded up to 128).
+@pytest.mark.parametrize("num_tokens", [10, pytest.param(150, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_logits_are_the_references(option: str) -> None:
+def test_logits_are_the_references(option: str, num_tokens: int) -> None:
     model, weights = random_model(**OPTIONS[option])
     c = model.config
-    # 150 tokens, more than the short window of 128 (a quarter of 300, rounded up to 128).
-    ids = torch.randint(0, 70, (2, 150), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 70, (2, num_tokens), generator=torch.Generator().manual_seed(1))
     windows = [128 if c.window_pattern[i % len(c.window_pattern)] == "S" else -1
                for i in range(c.n_layer)]  # fmt: skip
     windows[-1] = -1
