@@ -16,12 +16,18 @@ GPU = "runs on a GPU only, where the tests marked gpu cover it"
 
 Entry = tuple[str, str]
 EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
+    "nanochat_ray/checkpoint/checkpoint.py": {
+        "arguments: contextlib.suppress(OSError, ValueError)  →  "
+        "contextlib.suppress(ValueError, OSError)": ("", "both are suppressed"),
+        "constant: 1  →  2": ("indent=1", "spaces of a JSON text"),
+    },
     "nanochat_ray/cli/rollback.py": {
         "statement: time.sleep(POLL_S)  →  pass": ("", "it looks more often"),
     },
     "nanochat_ray/engine/sampler.py": {
         "function: min(V, max(1, rows.widest))  →  max(V, max(1, rows.widest))": ("", SPEED),
         "comparison: cumulative[:, -1] < goal  →  cumulative[:, -1] <= goal": ("", SPEED),
+        "sign or not: -1  →  1": ("short = nucleus", SPEED),
         "operator: features & NUCLEUS  →  features | NUCLEUS": ("", SPEED),
         "comparison: logits > 0  →  logits >= 0": ("", "0 divided or multiplied is 0"),
         "operator: features & MIN_P  →  features | MIN_P": ("", "a min-p of 0 masks nothing"),
@@ -33,8 +39,8 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
         "operator: features & BAN and parameters.bans is not None  →  "
         "features & BAN or parameters.bans is not None": ("", SPEED),
         "constant: 1  →  2": ("triton_sampler.MAX_VOCAB", GPU),
-        "condition: if logits.size(1) <= triton_sampler.MAX_VOCAB:  →  "
-        "if not logits.size(1) <= triton_sampler.MAX_VOCAB:": ("", GPU),
+        "condition: if self.vocab_size > triton_sampler.MAX_VOCAB:  →  "
+        "if not self.vocab_size > triton_sampler.MAX_VOCAB:": ("", GPU),
     },
     "nanochat_ray/engine/grammar.py": {
         "constant: 1  →  2": ("allocate_token_bitmask(1", "a second row, which nobody reads"),
@@ -65,6 +71,7 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
     },
     "nanochat_ray/engine/loop.py": {
         "constant: 0.0  →  0.5": ("until - time.monotonic()", "half a second of a limit of 30"),
+        "constant: 0  →  1": ("_job_clock.end(0)", "any step of a job may compile a kernel"),
     },
     "nanochat_ray/engine/logprobs.py": {
         "constant: 0  →  1": ("tokens = [0]", "of rows whose log-probability nobody reads"),
@@ -74,6 +81,10 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
         "sign or not: -1  →  1": ("default=-1", "admissions are counted from any number on"),
         "comparison: self.num_preemptions > num_preemptions  →  "
         "self.num_preemptions >= num_preemptions": ("", "else every chunk has a slot"),
+    },
+    "nanochat_ray/engine/step_plan.py": {
+        "comparison: self._scratch.numel() < threads * self._writer.scratch_size  →  "
+        "self._scratch.numel() <= threads * self._writer.scratch_size": ("", SPEED),
     },
     "nanochat_ray/engine/sequence.py": {
         "constant: 1  →  2": ("PLACEHOLDER = -1", "any id that is no token"),
@@ -192,6 +203,7 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
         "comparison: remaining >= warmdown  →  remaining > warmdown": ("", "both are 1 there"),
     },
     "nanochat_ray/serve/auth.py": {
+        "constant: 19  →  20": ("length[:19]", "both are more bytes than there are"),
         "constant: 0  →  1": ("length.isdigit() else 0", "a byte is less than any bound"),
     },
     "nanochat_ray/optim/sharded.py": {

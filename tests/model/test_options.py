@@ -101,7 +101,7 @@ def test_blocks_are_those_of_all_pairs(window: int, starts: list[int]) -> None:
     documents = documents.cumsum(dim=1)
     i, j = torch.meshgrid(torch.arange(300), torch.arange(300), indexing="ij")
     visible = torch.zeros(384, 384, dtype=torch.bool)
-    visible[:300, :300] = (j <= i) & (i <= j + window) & (documents.T == documents)
+    visible[:300, :300] = (j <= i) & (i <= j + window) & (documents == documents.T)
     blocks = visible.view(3, 128, 3, 128).transpose(1, 2).flatten(2)
     mask = block_mask(300, window, documents if starts else None, torch.device("cpu"))
     assert torch.equal(mask.to_dense()[0, 0].bool(), blocks.any(-1))
