@@ -114,13 +114,18 @@ def test_full_queue_is_rejected() -> None:
 
 
 def test_arrivals_count_until_they_are_added() -> None:
-    loop = EngineLoop(make_engine(make_model("modern"), max_queue_size=2), lambda outputs: None)
+    engine = make_engine(make_model("modern"), max_num_seqs=1, max_queue_size=1)
+    loop = EngineLoop(engine, lambda outputs: None)
     for name in ("a", "b"):
         loop.submit(ask(name, [1]))
     inbox = loop._take_inbox()
     loop._num_arriving = len(inbox)  # as the thread sets it
+    with pytest.raises(EngineFull, match="max_queue_size=1"):
+        loop.submit(ask("c", [1]))
     assert loop._apply(inbox, []) == []
     assert loop._num_arriving == 0
+    with pytest.raises(EngineFull, match="max_queue_size=1"):
+        loop.submit(ask("c", [1]))
 
 
 def test_waits_are_compared_with_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,15 @@ def test_stop_tokens_are_banned_until_the_minimum() -> None:
         assert state.choose(row, [0, 1], [position] * 2).tolist() == [token, 7]
 
 
+def test_output_counts_toward_the_minimum() -> None:
+    """Of a request that goes on elsewhere, or after preemption."""
+    state = SamplingState(1, VOCAB, CPU)
+    state.admit(sequence(0, [20], min_tokens=2, stop_ids=(7,), temperature=0.0))
+    row = torch.zeros(1, VOCAB)
+    row[:, 7], row[:, 9] = 3.0, 1.0
+    assert [state.choose(row, [0], [position]).tolist() for position in (5, 6)] == [[9], [7]]
+
+
 def test_a_grammar_masks_its_row_and_wins() -> None:
     state = SamplingState(2, VOCAB, CPU)
     state.admit(sequence(0, [], temperature=0.0))

@@ -13,7 +13,7 @@ from nanochat_ray.engine.kvcache.block_pool import BlockPool
 from nanochat_ray.engine.kvcache.paged_manager import PagedManager
 from nanochat_ray.engine.kvcache.slot_manager import SlotManager
 from nanochat_ray.engine.prefill_cost import PrefillCostModel
-from nanochat_ray.engine.request import EngineFull, Request
+from nanochat_ray.engine.request import EngineFull, Request, SamplingParams
 from nanochat_ray.engine.scheduler import Scheduler
 from nanochat_ray.engine.sequence import Sequence
 
@@ -258,6 +258,18 @@ def test_an_equal_prompt_waits_for_its_prefix(
     s.add(sequence("a", 32, cache_scope="x"))
     s.add(sequence("b", length, cache_scope=scope))
     assert run(s) == first_step
+
+
+def test_a_scored_prompt_waits_for_no_prefix() -> None:
+    """The logits of all its tokens are needed, so that none may come from the cache."""
+    manager = PagedManager(BlockAllocator([BlockPool(9)]), NoTables(), caches_prefixes=True)
+    s = Scheduler(
+        manager, num_slots=2, max_num_batched_tokens=64, prefill_chunk=64, max_queue_size=9
+    )
+    s.add(sequence("a", 32))
+    s.add(sequence("b", 32, params=SamplingParams(prompt_logprobs=0)))
+    s.waiting[-1].prompt_logprobs = []
+    assert run(s) == {"a": 32, "b": 32}
 
 
 def test_expire_removes_waiting_and_running() -> None:

@@ -111,6 +111,19 @@ def test_requests_abort_while_they_wait(loop: tuple[EngineLoop, Collector]) -> N
     assert out.tokens("1") == []
 
 
+def test_a_swap_keeps_the_order_of_arrival() -> None:
+    """Those that waited in the engine come before those that arrived later."""
+    engine = make_engine(make_model("modern"), max_num_seqs=1)
+    loop = EngineLoop(engine, lambda outputs: None)
+    for name in ("runs", "first", "second"):
+        engine.add(ask(name, PROMPT))
+    engine.step()
+    loop.swap_weights(other_weights(1), "b", drain_s=60)
+    loop.submit(ask("third", PROMPT))
+    assert loop._advance_swap() == []
+    assert [request.id for request, _ in loop._inbox] == ["first", "second", "third"]
+
+
 def test_wrong_weights_change_nothing(loop: tuple[EngineLoop, Collector]) -> None:
     engine, _ = loop
     weights = make_model("modern").state_dict()
