@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from nanochat_ray.optim import sharded
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.optim.groups import build_groups
 from nanochat_ray.optim.sharded import ShardedOptimizer
@@ -38,6 +39,26 @@ def test_state_comes_back() -> None:
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
     assert other.state_dict(on_rank=0).keys() == state.keys()
     assert other.state_dict(on_rank=1) == {}
+
+
+def test_ranks_load_their_shares_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = ShardedOptimizer(random_model(), CONFIG).state_dict()
+    state = {name: torch.randn(tensor.shape) for name, tensor in shapes.items()}
+    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_backend", "gloo")):
+        monkeypatch.setattr(sharded.dist, name, lambda value=value: value)
+    monkeypatch.setattr(sharded.dist, "broadcast", lambda weights, src: None)
+    optimizers: list[ShardedOptimizer] = []
+    for rank in range(2):
+        monkeypatch.setattr(sharded.dist, "get_rank", lambda rank=rank: rank)
+        optimizers.append(ShardedOptimizer(random_model(), CONFIG))
+        optimizers[rank].load_state_dict(state)
+    for flats in zip(*(optimizer.flats for optimizer in optimizers), strict=True):
+        for kind in ("momentum", "second_moment"):
+            whole = torch.cat([flat.state[kind] for flat in flats])
+            for span in flats[0].spans:
+                start, stop, _ = flats[0].state_sizes(span)[kind]
+                tensor = state[f"{span.name}/{kind}"]
+                assert torch.equal(whole[start:stop], tensor.flatten())
 
 
 def test_state_that_does_not_fit_is_named() -> None:
