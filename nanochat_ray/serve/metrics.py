@@ -25,7 +25,7 @@ END_TO_END_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 
 REASONS = ("stop", "length", "abort", "error")
 """Values of the label ``finished_reason``."""
 REFUSALS = ("429", "500", "503", "504")
-"""Values of the label ``status``."""
+"""Values of the label ``status``: of requests that are right and get no answer."""
 
 
 class Sink(Protocol):

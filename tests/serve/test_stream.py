@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -28,9 +29,12 @@ from tests.serve.scripted import ScriptedClient
 TOK = Tokenizer.bytes_only()
 
 
-async def answer(engine: ScriptedClient, leaves: bool = False, **fields: Any) -> Response:
+async def answer(
+    engine: ScriptedClient, leaves: bool = False, sink: PrometheusSink | None = None, **fields: Any
+) -> Response:
     """The response to a chat, whose client leaves at once or never."""
-    serving = Serving(engine, TOK, "tiny", 64, Limits(), RequestMetrics(PrometheusSink("tiny")))
+    metrics = RequestMetrics(sink or PrometheusSink("tiny"))
+    serving = Serving(engine, TOK, "tiny", 64, Limits(), metrics)
     body = ChatRequest.model_validate({"messages": [{"role": "user", "content": "hi"}], **fields})
     builder = ChatBuilder(serving, await parse_chat(serving, body), "chatcmpl-1")
 
@@ -73,12 +77,18 @@ def test_each_failure_has_its_status(
     else:
         engine.refuse = refusal
     fields = {"guided_regex": "a+"} if "grammar" in str(refusal) else {}
+    sink = PrometheusSink("tiny")
     with pytest.raises(ApiError) as failure:
-        asyncio.run(answer(engine, stream=stream, **fields))
+        asyncio.run(answer(engine, sink=sink, stream=stream, **fields))
     error = failure.value
     assert (error.status, error.retry_after, error.code) == (status, retry_after, code)
     params = {"top_k=-1 is not allowed": "top_k", "grammar: too large": "guided_regex"}
     assert error.param == params.get(str(refusal))
+    # Of requests that are right, each is counted once.
+    counts = re.findall(rb'_refusals_total\{.*status="(\d+)"\} (.+)', sink.text())
+    assert {int(key): float(count) for key, count in counts} == {
+        key: float(key == status) for key in (429, 500, 503, 504)
+    }
 
 
 def test_a_stream_that_is_closed_aborts_at_once() -> None:

@@ -16,14 +16,13 @@ from nanochat_ray.serve.generation import (
     EngineFailedError,
     GrammarError,
 )
+from nanochat_ray.serve.metrics import REFUSALS
 from nanochat_ray.serve.openai import errors
 from nanochat_ray.serve.openai.builder import ResponseBuilder
 from nanochat_ray.serve.openai.errors import ApiError
 from nanochat_ray.serve.sse import ClientGoneError, EventStream, unless_gone
 
 Deltas = AsyncGenerator[list[Delta], None]
-REFUSALS = (429, 500, 503, 504)
-"""Statuses of requests that are right and get no answer."""
 
 
 async def respond(builder: ResponseBuilder, http: HttpRequest) -> Response:
@@ -31,8 +30,8 @@ async def respond(builder: ResponseBuilder, http: HttpRequest) -> Response:
     try:
         return await _respond(builder, http)
     except ApiError as error:
-        if error.status in REFUSALS:
-            builder.serving.metrics.refusals(1, str(error.status))
+        if (status := str(error.status)) in REFUSALS:
+            builder.serving.metrics.refusals(1, status)
         raise
 
 
