@@ -68,6 +68,8 @@ def test_a_better_checkpoint_is_served(run: Store) -> None:
     assert watcher.poll() is None
     assert watcher.status()["checkpoint"] == "step-000002"
     assert watcher.status()["previous"] == SERVED
+    # A rollback needs the one before.
+    assert leased_checkpoints(run) == {SERVED, "step-000002"}
 
 
 def damage(run: Store, kind: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanochat_ray.checkpoint import hf
-from nanochat_ray.checkpoint.folder import local_copy
+from nanochat_ray.checkpoint.folder import local_copy, writing
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.chat import render_prompt
@@ -318,6 +318,13 @@ def test_an_export_replaces_only_an_export(tokenizer: Tokenizer, tmp_path: Path)
     with pytest.raises(ValueError, match=r"out='.*out' is not allowed: the folder has notes\.txt"):
         hf.export(model, tokenizer, folder, dtype=torch.float32)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {**before, "notes.txt": b"mine"}
+    (folder / "notes.txt").unlink()
+    export = writing(Store.at(str(folder)))
+    (export.__enter__() / "config.json").write_text("{}")
+    (folder / "new.txt").write_text("mine")  # meanwhile
+    with pytest.raises(ValueError, match=r"the folder has new\.txt"):
+        export.__exit__(None, None, None)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {**before, "new.txt": b"mine"}
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(ValueError, match="it is no folder"):

@@ -129,17 +129,18 @@ def random_model(seed: int) -> GPT:
     return model
 
 
-def test_loss_by_the_definition() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_loss_by_the_definition(temperature: float) -> None:
     model, reference = random_model(0), random_model(1)
-    objective = PolicyLoss(
-        RLConfig(kl=0.5), max_diff=0, device=torch.device("cpu"), reference=reference
-    )
+    config = RLConfig(kl=0.5, temperature=temperature)
+    objective = PolicyLoss(config, max_diff=0, device=torch.device("cpu"), reference=reference)
     micro = micro_batch(2.0)
     loss = objective.loss(model, micro).item()
     terms, diffs, divergences = [], [], []
     for position, target in ((1, 3), (2, 0)):
         own, other = (
-            m(micro.inputs).log_softmax(-1)[0, position, target].item() for m in (model, reference)
+            (m(micro.inputs) / temperature).log_softmax(-1)[0, position, target].item()
+            for m in (model, reference)
         )
         divergence = math.exp(other - own) - (other - own) - 1
         terms.append(3.0 * (0.5 * divergence - 2.0 * own))

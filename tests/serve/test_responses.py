@@ -44,6 +44,7 @@ def test_text_in_text_out(client: openai.OpenAI, engine: ScriptedClient) -> None
         model="tiny", input="hi", instructions="Be kind.", metadata={"a": "b"}
     )
     assert (answer.output_text, answer.status) == ("Grüße 🙂", "completed")
+    assert answer.completed_at >= answer.created_at
     assert answer.usage.input_tokens == len(engine.requests[0].prompt)
     assert answer.usage.output_tokens == len(engine.tokens) + 1
     assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
@@ -74,6 +75,7 @@ def test_answer_that_is_cut_is_incomplete(client: openai.OpenAI) -> None:
     answer = client.responses.create(model="tiny", input="hi", max_output_tokens=3)
     assert answer.status == "incomplete"
     assert answer.incomplete_details.reason == "max_output_tokens"
+    assert answer.completed_at is None
     *_, last = client.responses.create(model="tiny", input="hi", max_output_tokens=3, stream=True)
     assert last.type == "response.incomplete"
 

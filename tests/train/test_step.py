@@ -228,8 +228,8 @@ def test_a_batch_without_trained_tokens_is_a_step() -> None:
     optimizer = ShardedOptimizer(model, CONFIG.optim)
     train_step(model, optimizer, random_batch(0, True), 0, CONFIG)
     before = model.lm_head.weight.detach().clone()
-    untrained = Batch(np.zeros((1, 9), dtype=np.uint16), np.zeros((1, 9), dtype=np.uint8))
-    result = train_step(model, optimizer, untrained, 1, CONFIG)
+    context = Batch(np.zeros((1, 9), dtype=np.uint16), np.zeros((1, 9), dtype=np.uint8))
+    result = train_step(model, optimizer, context, 1, CONFIG)
     assert (result.weights_updated, result.grad_norm, result.loss) == (True, 0.0, 0.0)
     assert (result.tokens, result.trained_tokens) == (8, 0)
     assert not torch.equal(model.lm_head.weight, before)  # by the momentum
