@@ -79,6 +79,7 @@ RANGES: dict[str, tuple[type, dict[str, Any], dict[str, tuple[list[Any], list[An
             "clip_low": ([0, 1], [-1e-9, 1.001]),
             "clip_high": ([0, 9], [-1e-9]),
             "kl": ([0, 9], [-1e-9]),
+            "rehearsal": ([None, 0, 9], [-1e-9]),
             "max_logprob_diff": ([None, 0], [-1e-9]),
         },
     ),
@@ -127,5 +128,5 @@ def test_defaults_of_reinforcement_learning() -> None:
     assert (c.pool, c.questions, c.samples, c.min_groups, c.max_rounds) == (2000, 24, 16, 8, 4)
     assert (c.max_tokens, c.temperature, c.loss, c.truncation) == (96, 1.0, "reinforce", "wrong")
     assert (c.clip_low, c.clip_high, c.kl, c.stale) == (0.2, 0.2, 0, 0)
-    assert (c.curriculum, c.max_logprob_diff) == (True, None)
+    assert (c.curriculum, c.rehearsal, c.max_logprob_diff) == (True, None, None)
     assert (c.eval_questions, c.eval_samples) == (32, 4)

@@ -86,7 +86,7 @@ class Args:
     """A GPU for each engine and each worker; with --no-ray one for both."""
     rl: RLFlags = field(
         default_factory=dict,
-        metadata={EVERYDAY: ("questions", "samples", "max_tokens", "kl")},
+        metadata={EVERYDAY: ("questions", "samples", "max_tokens", "rehearsal")},
     )
     train: TrainFlags = field(
         default_factory=dict,
@@ -147,6 +147,7 @@ def build(args: Args) -> TrainerConfig:
     from nanochat_ray.rl.source import describe, load_tokenizer
     from nanochat_ray.train import preflight, recipe
     from nanochat_ray.train.config import TrainerConfig
+    from nanochat_ray.train.identity import STAGE_CONFIG
 
     run = Store.at(args.storage).child("runs", args.parent)
     if checkpoint.latest(run) is None:
@@ -177,7 +178,10 @@ def build(args: Args) -> TrainerConfig:
     # A group that torchrun restarts continues the run that it started.
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         preflight.check_resume(args.storage, args.run, args.resume)
-    return preflight.check_run(config, tokenizer, describe(config, rl))
+    about = describe(config, rl)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(rehearsal_line(about[STAGE_CONFIG]["rehearsal_dataset"]), flush=True)
+    return preflight.check_run(config, tokenizer, about)
 
 
 def run_here(config: TrainerConfig, args: Args) -> dict[str, Any]:
@@ -223,6 +227,12 @@ def run_on_ray(config: TrainerConfig, args: Args) -> dict[str, Any]:
         threads=args.threads or engine_threads(sharing=max(engines, args.workers)),
         print_every=args.print_every,
     )
+
+
+def rehearsal_line(dataset: str | None) -> str:
+    if dataset:
+        return f"rehearsing the conversations of dataset {dataset}"
+    return "no conversations are rehearsed: what is not asked may be unlearned"
 
 
 def gain_lines(result: dict[str, Any], tasks: tuple[str, ...]) -> list[str]:

@@ -6,6 +6,7 @@ number: the gradient is the same, for less work.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,11 @@ import numpy as np
 
 from nanochat_ray.rl import advantages as adv
 from nanochat_ray.rl.config import RLConfig
+from nanochat_ray.rl.losses import TOKEN_INPUTS
 from nanochat_ray.rl.questions import Question
+from nanochat_ray.rl.rehearsal import Conversation
 from nanochat_ray.rl.rollout import Rollout
 from nanochat_ray.train.step import Batch
-
-TOKEN_INPUTS = ("weights", "advantages", "logprobs")
-"""What ``losses.PolicyLoss`` needs of each token; ``logprobs`` are the engine's."""
 
 
 @dataclass(frozen=True)
@@ -50,37 +50,40 @@ class Group:
 
 
 @dataclass(frozen=True)
-class TrainedAnswer:
-    """One distinct answer of a group."""
+class TrainedSequence:
+    """A distinct answer of a group behind its prompt, or a rehearsed conversation."""
 
-    prompt: Sequence[int]
-    rollout: Rollout
-    advantage: float
-    count: int
+    ids: Sequence[int] | np.ndarray
+    indices: np.ndarray
+    """Of the tokens that are trained on; a tool's output is not."""
+    count: int = 0
     """Samples of the group that are this answer."""
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.rollout.tokens)
-
-    @property
-    def sampled_indices(self) -> list[int]:
-        """Of the tokens that the model sampled, as opposed to a tool's output."""
-        return [i for i, logprob in enumerate(self.rollout.logprobs) if logprob is not None]
+    advantage: float = 0.0
+    logprobs: np.ndarray | float = 0.0
+    """The engine's, of the trained tokens."""
 
 
-def distinct_answers(group: Group, config: RLConfig) -> list[TrainedAnswer]:
+def distinct_answers(group: Group, config: RLConfig) -> list[TrainedSequence]:
     """The answers of a group that are trained on, in the order of their first sample."""
-    counts: dict[tuple[int, ...], int] = {}
-    values: dict[tuple[int, ...], tuple[Rollout, float]] = {}
     advantages = adv.advantages(group.rewards, adv.KINDS[config.loss])
+    counts = Counter(tuple(rollout.tokens) for rollout in group.rollouts)
+    answers = []
     for rollout, advantage in zip(group.rollouts, advantages, strict=True):
-        if rollout.is_truncated and config.truncation == "mask":
+        count = counts.pop(tuple(rollout.tokens), 0)
+        if not count or (rollout.is_truncated and config.truncation == "mask"):
             continue
-        key = tuple(rollout.tokens)
-        counts[key] = counts.get(key, 0) + 1
-        values.setdefault(key, (rollout, float(advantage)))
-    return [TrainedAnswer(group.prompt, *values[key], count) for key, count in counts.items()]
+        logprobs = np.array(rollout.logprobs, dtype=np.float64)  # None becomes NaN
+        sampled_indices = np.flatnonzero(~np.isnan(logprobs))
+        answers.append(
+            TrainedSequence(
+                [*group.prompt, *rollout.tokens],
+                len(group.prompt) + sampled_indices,
+                count,
+                float(advantage),
+                logprobs[sampled_indices],
+            )
+        )
+    return answers
 
 
 def make_batch(
@@ -88,36 +91,40 @@ def make_batch(
     config: RLConfig,
     seconds: float,
     *,
+    conversations: Sequence[Conversation] = (),
     micro_batch_size: int,
     rank: int,
     world: int,
 ) -> Batch:
     """The part of a rank: whole micro-batches, which are the same for any number of ranks.
 
-    ``seconds``: how long the rollouts took.
+    ``seconds``: how long the rollouts took. ``conversations`` are rehearsed with the weight
+    ``config.rehearsal``, unless no group has signal.
     """
     kind = adv.KINDS[config.loss]
     answers = [a for group in groups if group.has_signal for a in distinct_answers(group, config)]
-    answers.sort(key=lambda answer: answer.length)  # micro-batches of nearly equal lengths
-    num_tokens = np.array(
-        [n for a in answers for n in [len(a.sampled_indices)] * a.count], dtype=np.int64
-    )
-    width = max((a.length for a in answers), default=2)
-    per_rank = -(-len(answers) // (micro_batch_size * world)) * micro_batch_size
-    own = answers[rank * per_rank : (rank + 1) * per_rank]
+    num_tokens = np.repeat([len(a.indices) for a in answers], [a.count for a in answers])
+    denominator = adv.denominator(kind, num_tokens, config.max_tokens) if answers else 1.0
+    talks = [TrainedSequence(c.ids, c.indices) for c in conversations if answers]
+    # Of a mean over the conversations' tokens, whatever the answers' sum is divided by.
+    rehearsal = (config.rehearsal or 0.0) * denominator
+    rehearsal /= max(1, sum(len(sequence.indices) for sequence in talks))
+    # Micro-batches of nearly equal lengths.
+    sequences = sorted([*answers, *talks], key=lambda sequence: len(sequence.ids))
+    width = max((len(sequence.ids) for sequence in sequences), default=2)
+    per_rank = -(-len(sequences) // (micro_batch_size * world)) * micro_batch_size
+    own = sequences[rank * per_rank : (rank + 1) * per_rank]
     ids = np.zeros((len(own), width), dtype=np.int32)
     mask = np.zeros(ids.shape, dtype=np.uint8)
     inputs = {name: np.zeros(ids.shape, dtype=np.float32) for name in TOKEN_INPUTS}
-    for row, answer in enumerate(own):
-        first, sampled_indices = len(answer.prompt), answer.sampled_indices
-        columns = [first + i for i in sampled_indices]
-        ids[row, : answer.length] = [*answer.prompt, *answer.rollout.tokens]
+    for row, sequence in enumerate(own):
+        columns = sequence.indices
+        ids[row, : len(sequence.ids)] = sequence.ids
         mask[row, columns] = 1
-        weight = answer.count * adv.sequence_weight(kind, len(columns))
-        inputs["weights"][row, columns] = weight
-        inputs["advantages"][row, columns] = answer.advantage
-        inputs["logprobs"][row, columns] = [answer.rollout.logprobs[i] for i in sampled_indices]
-    denominator = adv.denominator(kind, num_tokens, config.max_tokens) if answers else 1.0
+        inputs["weights"][row, columns] = sequence.count * adv.sequence_weight(kind, len(columns))
+        inputs["advantages"][row, columns] = sequence.advantage
+        inputs["logprobs"][row, columns] = sequence.logprobs
+        inputs["rehearsal"][row, columns] = 0.0 if sequence.count else rehearsal
     return Batch(ids, mask, inputs, denominator, figures(groups, config, len(answers), seconds))
 
 

@@ -51,6 +51,9 @@ class RLConfig:
     """The same above 1 plus this; DAPO's clip-higher is 0.28."""
     kl: float = 0.0
     """Coefficient of the divergence from the parent's weights; 0: none."""
+    rehearsal: float | None = None
+    """Weight of the parent's fine-tuning conversations; 0: none. Their likelihood is a part of the
+    loss, so that what no task asks is not unlearned. By default 1 where the storage has them."""
     stale: int = 0
     """1: the answers of a step are sampled while the step before trains, so with weights that are
     one step old, and the loss has the ratio of both policies; 0: with the step's own weights."""
@@ -83,5 +86,7 @@ class RLConfig:
         require(0 <= self.clip_low <= 1, "clip_low", self.clip_low, "from 0 to 1")
         for name in ("clip_high", "kl"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        weight = self.rehearsal
+        require(weight is None or weight >= 0, "rehearsal", weight, "0 (none) or more")
         bound = self.max_logprob_diff
         require(bound is None or bound >= 0, "max_logprob_diff", bound, "0 (never) or more")

@@ -11,6 +11,9 @@ and b under the engine that sampled it, and the ratio r = exp(l - b), a step min
 Rollouts are on-policy to rounding, so all ratios are 1 up to the engine's last bits. With
 ``RLConfig.stale`` they are those of the step before: then reinforce and rloo minimise -w · r · A,
 with the exact ratio, which is not clipped (importance sampling; its gradient is r · A · grad l).
+
+Tokens of rehearsed conversations (``rehearsal.py``) have w = 0 and a weight v of their own, and add
+-v · l.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rl.advantages import KINDS
 from nanochat_ray.rl.config import RLConfig
 from nanochat_ray.train.step import MicroBatch
+
+TOKEN_INPUTS = ("weights", "advantages", "logprobs", "rehearsal")
+"""What ``PolicyLoss`` needs of each token: w, A, b and v above."""
 
 
 def surrogate(
@@ -82,8 +88,8 @@ class PolicyLoss:
 
     def loss(self, model: GPT, micro: MicroBatch) -> Tensor:
         mask = micro.targets >= 0
-        weights, advantages, sampling_logprobs = (
-            micro.token_inputs[name][mask] for name in ("weights", "advantages", "logprobs")
+        weights, advantages, sampling_logprobs, rehearsal = (
+            micro.token_inputs[name][mask] for name in TOKEN_INPUTS
         )
         logprobs = model.token_logprobs(micro.inputs, micro.targets, self.config.temperature)
         gain = surrogate(self.config, logprobs, sampling_logprobs, advantages, mask.nonzero()[:, 0])
@@ -95,20 +101,27 @@ class PolicyLoss:
                 )
             divergence = kl_estimate(logprobs, reference)
         with torch.no_grad():
-            self._largest.append((logprobs - sampling_logprobs).abs().max())
-            self._sums.append(torch.stack([(weights * divergence).sum(), weights.sum()]))
-        return (weights * (self.config.kl * divergence - gain)).sum()
+            difference = (logprobs - sampling_logprobs).abs()
+            self._largest.append(difference.where(weights > 0, 0).max())
+            sums = (weights * divergence, weights, -rehearsal * logprobs, rehearsal)
+            self._sums.append(torch.stack([values.sum() for values in sums]))
+        policy_loss = weights * (self.config.kl * divergence - gain)
+        return (policy_loss - rehearsal * logprobs).sum()
 
     def finish(self) -> Mapping[str, float]:
         """``logprob_diff``: the largest difference between trainer and engine. FloatingPointError
-        if it is above the bound: then the engine sampled from another policy."""
+        if it is above the bound: then the engine sampled from another policy. ``kl`` and
+        ``rehearsal_loss``: nats per token, where the run has them."""
         largest = torch.stack([torch.zeros((), device=self.device), *self._largest]).max()
-        sums = torch.stack([torch.zeros(2, device=self.device), *self._sums]).sum(dim=0)
+        sums = torch.stack([torch.zeros(4, device=self.device), *self._sums]).sum(dim=0)
         self._largest, self._sums = [], []
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
             dist.all_reduce(sums)
-        diff = float(largest)
+        diff, divergence, weight, rehearsal_loss, rehearsal_weight = [
+            float(largest),
+            *sums.tolist(),
+        ]
         if not diff <= (self.max_diff or float("inf")):
             raise FloatingPointError(
                 f"logprob_diff={diff:.3g}: the engine's log-probabilities of its samples differ "
@@ -117,5 +130,7 @@ class PolicyLoss:
             )
         figures = {"logprob_diff": diff}
         if self.reference is not None:
-            figures["kl"] = float(sums[0] / sums[1].clamp_min(1e-9))
+            figures["kl"] = divergence / max(weight, 1e-9)
+        if rehearsal_weight:
+            figures["rehearsal_loss"] = rehearsal_loss / rehearsal_weight
         return figures

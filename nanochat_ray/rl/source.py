@@ -11,6 +11,7 @@ schedule of versions as one that was never stopped.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -31,6 +32,8 @@ from nanochat_ray.rl.batch import Group, make_batch
 from nanochat_ray.rl.config import RLConfig
 from nanochat_ray.rl.losses import PolicyLoss
 from nanochat_ray.rl.questions import Curriculum, Question, content_digest, prompts
+from nanochat_ray.rl.rehearsal import Rehearsal
+from nanochat_ray.rl.rehearsal import describe as describe_rehearsal
 from nanochat_ray.rl.rollout import Rollout, make_requests, rollout_seed, sample_rollouts
 from nanochat_ray.storage import Store
 from nanochat_ray.tasks.registry import make_task
@@ -70,14 +73,17 @@ def make_tasks(config: RLConfig, split: Split, size: int, seed: int) -> list[Tas
 
 
 def describe(config: TrainerConfig, rl: RLConfig) -> dict[str, Any]:
-    """What a checkpoint's ``about`` holds of an RL run: its questions by content, its parent, and
-    its configuration."""
-    tasks = make_tasks(rl, "train", rl.pool, config.train.seed)
+    """What a checkpoint's ``about`` holds of an RL run: its questions and what it rehearses by
+    content, its parent, and its configuration. ValueError if there is nothing to rehearse."""
+    tasks, root = make_tasks(rl, "train", rl.pool, config.train.seed), Store.at(config.storage)
+    rehearsal = describe_rehearsal(
+        root, tokenizer_run(config), load_tokenizer(config), rl.rehearsal
+    )
     return {
         "dataset": "questions",
         "dataset_digest": content_digest(tasks),
-        **identity.describe_parent(Store.at(config.storage), config.parent),
-        identity.STAGE_CONFIG: configs.to_json(rl),
+        **identity.describe_parent(root, config.parent),
+        identity.STAGE_CONFIG: configs.to_json(rl) | rehearsal,
     }
 
 
@@ -167,9 +173,24 @@ class RolloutSource:
             on_policy = not self.rl.stale and self.config.train.precision == "fp32"
             max_diff = MAX_LOGPROB_DIFF if on_policy else 0.0
         reference = self._reference(model).to(ranks.device) if self.rl.kl else None
+        self._set_up_rehearsal(model.config.sequence_len + 1)
         self.objective: Objective = PolicyLoss(
             self.rl, max_diff=max_diff, device=ranks.device, reference=reference
         )
+
+    def _set_up_rehearsal(self, max_len: int) -> None:
+        """As the checkpoints of the run describe it."""
+        about = self.config.about[identity.STAGE_CONFIG]
+        self.rl = dataclasses.replace(self.rl, rehearsal=about["rehearsal"] or 0.0)
+        self.rehearsal = None
+        if name := about["rehearsal_dataset"]:
+            self.rehearsal = Rehearsal.open(
+                Store.at(self.config.storage),
+                name,
+                self.tokenizer,
+                seed=self.config.train.seed,
+                max_len=max_len,
+            )
 
     def _reference(self, model: GPT) -> GPT:
         """The parent, whose weights the policy started from."""
@@ -214,6 +235,7 @@ class RolloutSource:
                     rollouts.groups,
                     self.rl,
                     rollouts.seconds,
+                    conversations=self.rehearsal.conversations(step) if self.rehearsal else (),
                     micro_batch_size=train.micro_batch_size,
                     rank=ranks.rank,
                     world=ranks.world,

@@ -80,6 +80,7 @@ CURVES = (
     ("entropy", "entropy (nats per sampled token)"),
     ("logprob_diff", "largest difference of log-probabilities, trainer to engine"),
     ("kl", "divergence from the parent (nats per token)"),
+    ("rehearsal_loss", "loss of rehearsed conversations (nats per token)"),
     ("rollout_tokens_per_s", "rollout tokens per second"),
     ("loss", "training loss (nats per token)"),
     ("lr_factor", "learning rate (share of the full one)"),

@@ -36,6 +36,7 @@ def test_two_steps_and_a_report(root: Store, capsys: pytest.CaptureFixture[str])
     )
     assert rl.main(args) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "rehearsing the conversations of dataset talk"
     (first,) = (line for line in lines if line.startswith("step 1/2"))
     for figure in ("reward", "signal", "|Δlogp|", "rollout tokens/s", "entropy", "truncated"):
         assert figure in first
@@ -43,7 +44,12 @@ def test_two_steps_and_a_report(root: Store, capsys: pytest.CaptureFixture[str])
     assert "pass@1 on new questions, before → after" in lines
     assert (result["run"], result["step"], result["done"]) == ("rl", 2, True)
     report = root.child("runs", "rl").read_text("report.html")
-    for title in ("reward (mean over", "validation, pass@1", "Sampled texts after step 2"):
+    for title in (
+        "reward (mean over",
+        "validation, pass@1",
+        "rehearsed",
+        "Sampled texts after step 2",
+    ):
         assert title in report
     assert rl.main(args) == 0  # complete: nothing to do
 

@@ -115,7 +115,7 @@ def test_kl_estimate() -> None:
 
 def micro_batch(advantage: float) -> MicroBatch:
     inputs, targets = torch.tensor([[1, 2, 3]]), torch.tensor([[-1, 3, 0]])
-    columns = {"weights": 3.0, "advantages": advantage, "logprobs": -5.0}
+    columns = {"weights": 3.0, "advantages": advantage, "logprobs": -5.0, "rehearsal": 0.0}
     return MicroBatch(
         inputs, targets, {name: torch.full((1, 3), value) for name, value in columns.items()}
     )
@@ -164,6 +164,7 @@ def test_a_sequences_ratio_is_of_its_own_tokens() -> None:
         "weights": torch.ones(2, 3),
         "advantages": torch.tensor([[2.0] * 3, [1.0] * 3]),
         "logprobs": (logprobs - ratios.log()).detach(),
+        "rehearsal": torch.zeros(2, 3),
     }
     objective = PolicyLoss(RLConfig(loss="gspo"), max_diff=0, device=torch.device("cpu"))
     loss = objective.loss(model, MicroBatch(inputs, targets, columns)).item()

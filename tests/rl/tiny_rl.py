@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nanochat_ray import config as configs
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.request import Finish, Request, RequestOutput, TokenLogprob
@@ -22,7 +23,7 @@ from nanochat_ray.text.chat import Message
 from nanochat_ray.train import preflight
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from nanochat_ray.train.trainer import Trainer
-from tests.tiny import save_model, tiny_config
+from tests.tiny import save_model, tiny_config, write_dataset
 from tests.train.run_trainer import FunctionHooks
 
 TASK = "tests.rl.tiny_rl.EvenFirst"
@@ -95,13 +96,16 @@ class FakeEngine:
 
 
 def save_parent(root: Store) -> None:
-    """A random policy as run "chat"."""
+    """A random policy as run "chat", fine-tuned on the conversations "talk"."""
     model = GPT(tiny_config(sequence_len=48))
     generator = torch.Generator().manual_seed(0)
     model.init_weights(generator)
     for p in model.parameters():
         p.data += 0.05 * torch.randn(p.shape, generator=generator)
-    save_model(root.child("runs", "chat"), 1, model)
+    write_dataset(root, "talk", "sft")
+    tuning = configs.to_json(dataclasses.replace(TRAIN, stage="sft"))
+    about = {"dataset": "talk"}
+    save_model(root.child("runs", "chat"), 1, model, train_config=tuning, about=about)
 
 
 def job(root: Store, run: str, train: TrainConfig = TRAIN, rl: RLConfig = RL) -> TrainerConfig:
