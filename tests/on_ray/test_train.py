@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import threading
-import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import psutil
 import pytest
 import torch
 
+from nanochat_ray.bench.drill import matches
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
@@ -30,8 +33,10 @@ CONFIG = TrainConfig(
     micro_batch_size=4,
     eval_sequences=8,
     save_every=4,
-    optim=OptimConfig(matrix_lr=0.002, embedding_lr=0.05, scalar_lr=0.05),
+    optim=OptimConfig(matrix_lr=0.002, embedding_lr=0.05, scalar_lr=0.05, warmup_ratio=0.0),
 )
+ENDLESS = 50_000
+"""Steps of runs that are stopped: no machine ends them while a test looks at them."""
 
 
 def job(storage: str, run: str, **changes: Any) -> TrainerConfig:
@@ -64,33 +69,55 @@ def test_two_workers_on_s3_equal_one_process(s3: str, tmp_path: Path) -> None:
     assert (again["step"], again["loss"]) == (12, result["loss"])
 
 
+@contextlib.contextmanager
+def during(work: Callable[[], None]) -> Iterator[None]:
+    """Does ``work`` in a thread beside the block; then Ctrl-C, which the block has to end by."""
+
+    def work_and_interrupt() -> None:
+        try:
+            work()
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work_and_interrupt)
+        yield
+        future.result()
+
+
+def stop_after(step: int, *, start: int = 0) -> Callable[[], bool]:
+    """``should_stop`` of a run that begins behind step ``start`` and ends with ``step``."""
+    return iter([*[False] * (step - start - 1), True]).__next__
+
+
+def worker_processes() -> list[psutil.Process]:
+    """Of the tests' Ray."""
+    processes = psutil.Process().children(recursive=True)
+    return [process for process in processes if matches(process, "ray::.*RayTrainWorker")]
+
+
 def test_killed_worker_changes_no_weights(tmp_path: Path) -> None:
     from nanochat_ray.on_ray.train import fit
 
     root = Store.at(str(tmp_path))
     write_dataset(root, "base")
-    whole, victim = job(root.uri, "whole", steps=300), job(root.uri, "killed", steps=300)
-    run_trainer(whole)
+    killed, whole = (job(root.uri, run, steps=ENDLESS) for run in ("killed", "whole"))
+    run = root.child("runs", "killed")
+    victims: list[psutil.Process] = []
 
     def kill() -> None:
-        run = root.child("runs", "killed")
-        wait_for(lambda: checkpoint.latest(run) is not None, 60, "a first checkpoint")
-        ours = [
-            p
-            for p in psutil.Process().children(recursive=True)
-            if p.name().startswith("ray::") and "RayTrainWorker" in " ".join(p.cmdline())
-        ]
-        assert ours
-        os.kill(ours[0].pid, signal.SIGKILL)
-        death_times.append(time.monotonic())
+        wait_for(lambda: checkpoint.latest(run) is not None, 120, "a first checkpoint")
+        victims.extend(worker_processes())
+        victims[0].kill()
+        wait_for(lambda: set(worker_processes()) - set(victims), 120, "another worker")
+        latest = checkpoint.latest(run)
+        wait_for(lambda: checkpoint.latest(run) != latest, 120, "a checkpoint of its own")
 
-    death_times: list[float] = []
-    killer = threading.Thread(target=kill)
-    killer.start()
-    result = fit(victim, workers=1, cpus_per_worker=0.5)
-    killer.join()
-    assert death_times
-    assert result["done"]
+    with during(kill):
+        result = fit(killed, workers=1, cpus_per_worker=0.5)
+    assert len(victims) == 1
+    assert not result["done"]
+    run_trainer(whole, should_stop=stop_after(result["step"]))
     one, other = weights(root, "whole"), weights(root, "killed")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -101,7 +128,7 @@ def test_stopped_run_resumes_on_fewer_workers(tmp_path: Path) -> None:
 
     root = Store.at(str(tmp_path))
     write_dataset(root, "base")
-    one, whole = (job(root.uri, run, steps=600) for run in ("stopped", "whole"))
+    one, whole = (job(root.uri, run, steps=ENDLESS) for run in ("stopped", "whole"))
     run, latest = root.child("runs", "stopped"), None
 
     def send(number: signal.Signals) -> None:
@@ -117,8 +144,11 @@ def test_stopped_run_resumes_on_fewer_workers(tmp_path: Path) -> None:
         assert not result["done"]
         assert checkpoint.latest(run) == checkpoint.name_of(result["step"]) != latest
         latest = checkpoint.latest(run)
-    assert run_trainer(one)["done"]  # it ends without Ray
-    run_trainer(whole)
+    # It goes on without Ray.
+    last = result["step"] + 5
+    assert run_trainer(one, should_stop=stop_after(last, start=result["step"]))["step"] == last
+    run_trainer(whole, should_stop=stop_after(last))
+    assert len(losses(root, "stopped")) == last
     assert losses(root, "stopped") == pytest.approx(losses(root, "whole"), abs=1e-4)
 
 
