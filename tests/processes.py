@@ -9,11 +9,12 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -24,6 +25,18 @@ FORKSERVER.set_forkserver_preload(
     ["nanochat_ray.train.trainer", "nanochat_ray.cli.train", "pytest", "tests.tiny"]
 )
 REPO = Path(__file__).parents[1]
+
+
+def have_ended(processes: Iterable[psutil.Process]) -> bool:
+    """Counts those whose exit status nobody has collected: in a container nobody may ever do so."""
+
+    def has_ended(process: psutil.Process) -> bool:
+        try:
+            return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    return all(map(has_ended, processes))
 
 
 def _run_script(argv: list[str], stdout: Path, stderr: Path) -> None:

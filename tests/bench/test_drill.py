@@ -20,8 +20,9 @@ from tests.tiny import wait_for
 SESSION = "session_2026-01-01_00-00-00_000000_1"
 PROGRAM = """
 import subprocess, sys
-command = ["bash", "-c", 'exec -a "$0" sleep 1000']
-children = [subprocess.Popen([*command, title]) for title in sys.argv[2:]]
+# exec -a: the title that Ray gives the process. A shell, since other programs may go by their name.
+command = ["bash", "-c", 'exec -a "$0" bash -c read']
+children = [subprocess.Popen([*command, title], stdin=subprocess.PIPE) for title in sys.argv[2:]]
 print("ready", flush=True)
 sys.stdin.read()
 for child in children:
@@ -42,7 +43,8 @@ def cluster() -> Iterator[Cluster]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(drill, "_sessions", lambda: iter([SESSION]))
             one = Cluster()
-            wait_for(lambda: len(one.processes("engine")) == 2)
+            # A process has its title when it has replaced the shell that began it.
+            wait_for(lambda: len(one.matching("ray::")) == len(titles) + 1)
             yield one
         process.communicate(b"")
 

@@ -63,12 +63,13 @@ def test_failure_is_repeated_only_after_progress(tmp_path: Path) -> None:
 
 def test_sigterm_is_passed_on_and_ends_restarts(tmp_path: Path) -> None:
     def terminate() -> None:
-        wait_for((tmp_path / "ready").exists, 30)
+        wait_for((tmp_path / "ready").exists, 60)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=terminate)
     thread.start()
+    before = signal.getsignal(signal.SIGTERM)
     script = "trap 'exit 75' TERM; touch ready; while :; do sleep 0.02; done"
     assert run(tmp_path, 3, script) == (75, 1)
     thread.join()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before

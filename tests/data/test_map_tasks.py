@@ -17,6 +17,7 @@ import pytest
 
 from nanochat_ray import container
 from nanochat_ray.data.map_tasks import MapTasks, TaskResult, map_in_processes, map_serially
+from tests.processes import have_ended
 from tests.tiny import wait_for
 
 
@@ -146,6 +147,6 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     )
     with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True) as p:
         assert p.stdout is not None
-        workers = [int(p.stdout.readline()) for _ in range(2)]
+        workers = [psutil.Process(int(p.stdout.readline())) for _ in range(2)]
         p.kill()
-    wait_for(lambda: not any(map(psutil.pid_exists, workers)), what="the workers' end")
+    wait_for(lambda: have_ended(workers), what="the workers' end")

@@ -82,7 +82,7 @@ def test_two_clusters_share_nothing() -> None:
                 env={**os.environ, **environment},
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=120,
                 check=True,
             )
             clusters.append(json.loads(process.stdout.splitlines()[-1]))
@@ -131,7 +131,7 @@ def test_the_local_cluster_has_its_own_ports(
         ["bash", "-c", "\n".join([*lines, 'echo "$RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"'])],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=120,
     )
     assert int(process.stdout) >= ports.FIRST
     assert 20_000 <= local_cluster.PORTS.start < local_cluster.PORTS.stop <= ports.FIRST
@@ -145,14 +145,15 @@ def haproxies(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[bytes
 
     def start(name: str) -> subprocess.Popen[bytes]:
         (tmp_path / name).mkdir()
-        program = shutil.copy(shutil.which("sleep") or "", tmp_path / name / "haproxy")
-        processes.append(subprocess.Popen([program, "60"]))
+        # A shell: another program may be one of many in a file, which it goes by its name.
+        program = shutil.copy(shutil.which("bash") or "", tmp_path / name / "haproxy")
+        processes.append(subprocess.Popen([program, "-c", "read"], stdin=subprocess.PIPE))
         return processes[-1]
 
     yield start
     for process in processes:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def test_haproxy_ends_with_its_cluster(
@@ -160,7 +161,7 @@ def test_haproxy_ends_with_its_cluster(
 ) -> None:
     own, other = haproxies("own"), haproxies("own2")
     ports._clear(str(tmp_path / "own"))
-    assert own.wait(10) == -signal.SIGKILL
+    assert own.wait(60) == -signal.SIGKILL
     assert other.poll() is None
     assert not (tmp_path / "own").exists()
 
@@ -170,12 +171,12 @@ def test_haproxy_without_its_process_ends(
 ) -> None:
     """A process that was killed could not end it."""
     orphan, other, stranger = map(haproxies, ("nanochat-a", "nanochat-b", "nanochat-c"))
-    with subprocess.Popen(["sleep", "60"]) as starter:
+    with subprocess.Popen(["bash", "-c", "read"], stdin=subprocess.PIPE) as starter:
         identity = ports._identity(psutil.Process(starter.pid))
         starter.kill()
     (tmp_path / "nanochat-a/owner").write_text(identity)
     (tmp_path / "nanochat-b/owner").write_text(ports._identity(psutil.Process()))
     ports._end_orphans()
-    assert orphan.wait(10) == -signal.SIGKILL
+    assert orphan.wait(60) == -signal.SIGKILL
     assert other.poll() is stranger.poll() is None
     assert not (tmp_path / "nanochat-a").exists()

@@ -36,7 +36,7 @@ class GatedEngine(FleetEngine):
     def run(self, *args: Any) -> list[Any]:
         if (folder := getattr(self, "folder", None)) is not None:  # it has not been restarted
             (folder / f"call-{os.getpid()}").touch()
-            wait_for((folder / "gate").exists, 60, "the gate")
+            wait_for((folder / "gate").exists, 180, "the gate")
         return super().run(*args)
 
 
@@ -62,14 +62,14 @@ def test_requests_of_a_dead_engine_run_elsewhere(
     answers: list[list[Rollout]] = []
     thread = threading.Thread(target=lambda: answers.append(sample_rollouts(fleet, requests(30))))
     thread.start()
-    wait_for(lambda: len(list(tmp_path.glob("call-*"))) == 2, 60, "a call of each engine")
+    wait_for(lambda: len(list(tmp_path.glob("call-*"))) == 2, 120, "a call of each engine")
     ray.kill(engines[0], no_restart=False)
     (tmp_path / "gate").touch()
-    wait_for(lambda: not thread.is_alive(), 60, "the rollouts")
+    wait_for(lambda: not thread.is_alive(), 120, "the rollouts")
     assert fleet.num_lost_engines == 1
     assert answers == [reference]
     # The engine that was restarted takes the weights of the version that a call names.
-    ray.get(engines[0].ping.options(max_task_retries=-1).remote(), timeout=60)
+    ray.get(engines[0].ping.options(max_task_retries=-1).remote(), timeout=120)
     assert sample_rollouts(fleet, requests(30)) == reference
     for engine in engines:
         ray.kill(engine)

@@ -81,8 +81,13 @@ def test_sigterm_saves_exits_75_and_resumes(root: Store) -> None:
     flags += ["--tokens", str(128 * 150)]
     command = [sys.executable, str(REPO / "jobs" / "train.py"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    # The run is at most two pipes of lines, some 80 steps, ahead of what is read here.
     with subprocess.Popen(
-        [*command, "--run", "stopped"], env=environment, stdout=subprocess.PIPE, text=True
+        [*command, "--run", "stopped"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        pipesize=4096,
     ) as process:
         assert process.stdout is not None
         lines: list[str] = []

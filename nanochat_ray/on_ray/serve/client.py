@@ -34,6 +34,7 @@ from nanochat_ray.on_ray.serve.connection import (
     OTHER_WEIGHTS,
     QUEUE_FULL,
     Connection,
+    SilenceLimit,
 )
 from nanochat_ray.on_ray.serve.endpoints import CALL_ERRORS, list_endpoints
 from nanochat_ray.on_ray.serve.replica_set import InFlightRequest, ReplicaHandle, ReplicaSet
@@ -180,9 +181,10 @@ class RayEngineClient:
     async def _watch_connections(self) -> None:
         """Sends heartbeats. Migrates the requests of a replica that is silent, since it hangs or
         its host has vanished, which closes no connection."""
+        silence = SilenceLimit(self.liveness_timeout_s)
         while True:
             await asyncio.sleep(min(HEARTBEAT_S, self.liveness_timeout_s / 10))
-            oldest = time.monotonic() - self.liveness_timeout_s
+            oldest = silence.oldest()
             for replica in list(self.replicas.by_name.values()):
                 connection = replica.connection
                 if connection is None:

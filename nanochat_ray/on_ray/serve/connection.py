@@ -19,6 +19,7 @@ of every answer: other weights never continue it.
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import time
 from collections.abc import Callable
@@ -113,6 +114,24 @@ class Connection(asyncio.Protocol):
         """As ``close``, but unsent data is discarded."""
         if self._transport is not None:
             self._transport.abort()
+
+
+class SilenceLimit:
+    """How long a peer may be silent, for a process that looks several times in ``seconds``.
+
+    While that process stands still, stopped or short of CPU time, it hears nobody. When it goes on
+    it reads what has arrived before it calls a peer silent.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._last_look = time.monotonic()
+
+    def oldest(self) -> float:
+        """At a look: a peer whose last message is older (``time.monotonic``) is silent."""
+        before, self._last_look = self._last_look, time.monotonic()
+        stood_still = self._last_look - before > self._seconds / 2
+        return -math.inf if stood_still else self._last_look - self._seconds
 
 
 class Handshakes:

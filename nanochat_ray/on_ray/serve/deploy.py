@@ -144,7 +144,11 @@ def stay() -> None:
     while not num_signals:
         time.sleep(POLL_S)
         if services := dead_services():
-            # Ray itself would notice the death of its control service after a minute.
-            raise SystemExit(f"{' and '.join(services)} of Ray died: nothing is served any more")
+            # Whoever ends all processes of a service may end this one last.
+            time.sleep(POLL_S)
+            if not num_signals:
+                # Ray itself would notice the death of its control service after a minute.
+                text = f"{' and '.join(services)} of Ray died: nothing is served any more"
+                raise SystemExit(text)
     if not remove() or session.has_started_ray():
         leave(0, shutdown=False)

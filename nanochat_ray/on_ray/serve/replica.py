@@ -44,6 +44,7 @@ from nanochat_ray.on_ray.serve.connection import (
     QUEUE_FULL,
     Connection,
     Handshakes,
+    SilenceLimit,
 )
 from nanochat_ray.on_ray.serve.metrics import RaySink
 from nanochat_ray.retry import retry
@@ -85,6 +86,7 @@ class EngineReplica:
     ):
         self.run = Store.at(storage).child("runs", run)
         self.drain_s, self.liveness_timeout_s = drain_s, liveness_timeout_s
+        self._silence = SilenceLimit(liveness_timeout_s)
         self.config = from_json(EngineConfig, engine)
         self.device = device
         self.threads, self.sharing = threads, sharing
@@ -361,7 +363,7 @@ class EngineReplica:
     def _abort_dead_connections(self) -> None:
         """Aborts those of ingresses that are silent; all, if the engine hangs, so that its requests
         are migrated."""
-        oldest = time.monotonic() - self.liveness_timeout_s
+        oldest = self._silence.oldest()
         if self.is_hung and self.connections:
             logger.error("a step of the engine hangs: its requests are migrated")
         for connection in list(self.connections):

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-import httpx
 import pytest
 
 from nanochat_ray.bench import load
@@ -93,10 +92,7 @@ def wait_for_engines(name: str, url: str, start: float) -> None:
 
 
 def is_served(url: str) -> bool:
-    try:
-        return len(engines(url)) == 3
-    except (httpx.HTTPError, ValueError):  # no proxy, or one that has no replica yet
-        return False
+    return len(engines(url)) == 3
 
 
 def spare_node(nodes: Nodes) -> Node:

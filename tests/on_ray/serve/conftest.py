@@ -49,6 +49,6 @@ def url(ray_session: None, config: ServeConfig) -> Iterator[str]:
         patch.setattr(deployment, "LOOK_BACK_S", 3)
         serve.run(build(to_json(config)), name="tiny", route_prefix="/")
     url = f"http://127.0.0.1:{port}"
-    wait_for(lambda: len(engines(url)) == 2, 60)
+    wait_for(lambda: len(engines(url)) == 2, 180, "two engines")
     yield url
     serve.shutdown()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -175,6 +176,22 @@ def test_a_host_may_be_silent_for_10_s() -> None:
     assert (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1) in options
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         assert (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000) in options
+
+
+def test_own_standstill_is_no_silence() -> None:
+    """Of a process that was stopped, or got no CPU time: it has only not listened."""
+
+    async def run() -> None:
+        async with connected_client(Replica("a", False)) as client:
+            connection = client.replicas.by_name["a"].connection
+            assert connection is not None
+            before = connection.last_received
+            time.sleep(0.6)  # more than the limit
+            await until(lambda: connection.last_received > before)
+            await asyncio.sleep(0.1)  # two looks
+            assert client.replicas.by_name["a"].connection is connection
+
+    asyncio.run(run())
 
 
 def test_other_weights_continue_no_answer() -> None:

@@ -15,9 +15,11 @@ import httpx
 import psutil
 import pytest
 
+from nanochat_ray.bench.drill import matches
+from tests.processes import have_ended
 from tests.tiny import free_ports, wait_for
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(800)]
 
 CLUSTER = """
 import os, sys
@@ -53,12 +55,19 @@ entry.run(main, Args, None)
 def answer(url: str) -> str:
     """Who answers a request with success, else nothing."""
     try:
+        # No longer: the gap between two ingresses is to be seen.
         response = httpx.get(f"{url}/health", timeout=1)
     except httpx.TransportError:
         return ""
     if response.status_code != 200:
         return ""
     return str(response.json()["model"])
+
+
+def is_answered_by_the_first(url: str) -> bool:
+    text = answer(url)
+    assert text in ("", "tiny")
+    return bool(text)
 
 
 @contextlib.contextmanager
@@ -73,7 +82,7 @@ def second_cluster(port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
         )
     processes = [psutil.Process(process.pid)]
     try:
-        wait_for(lambda: process.poll() is not None or "is served" in log.read_text(), 120, "Serve")
+        wait_for(lambda: process.poll() is not None or "is served" in log.read_text(), 240, "Serve")
         assert process.poll() is None
         yield process
     except BaseException as error:
@@ -93,27 +102,28 @@ def test_requests_stay_in_their_cluster(url: str, tmp_path: Path) -> None:
     (port,) = free_ports(1)
     second = f"http://127.0.0.1:{port}"
     with second_cluster(port, tmp_path / "log") as process:
-        wait_for(lambda: answer(second).startswith("second"), 60, "an answer of the second cluster")
-        assert answer(url) == "tiny"
-        pid = answer(second).split()[1]
-        os.kill(int(pid), signal.SIGKILL)
         answers: list[str] = []
 
-        def is_restarted() -> bool:
+        def is_from_another_than(ingress: str) -> bool:
             answers.append(answer(second))
-            return answers[-1].startswith("second") and answers[-1] != f"second {pid}"
+            return answers[-1].startswith("second") and answers[-1] != ingress
 
-        wait_for(is_restarted, 60, "another ingress")
+        wait_for(lambda: is_from_another_than(""), 120, "an answer of the second one")
+        victim = answers[-1]
+        wait_for(lambda: is_answered_by_the_first(url), 120, "an answer of the first one")
+        os.kill(int(victim.split()[1]), signal.SIGKILL)
+        answers.clear()
+        wait_for(lambda: is_from_another_than(victim), 180, "another ingress")
         assert "" in answers
         assert {text.split(" ")[0] for text in answers} == {"", "second"}
-        assert answer(url) == "tiny"
+        wait_for(lambda: is_answered_by_the_first(url), 120, "an answer of the first one")
         # As a supervisor ends a service: Ray too ends at once, and there is nothing left to drain.
         processes = psutil.Process(process.pid).children(recursive=True)
-        assert any(each.name() == "raylet" for each in processes)
+        assert any(matches(each, r"\S*/raylet ") for each in processes)
         for each in [*processes, psutil.Process(process.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.terminate()
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=120) == 0
+        wait_for(lambda: have_ended(processes), 60, "the end of its processes")
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
-        assert psutil.wait_procs(processes, timeout=30)[1] == []

@@ -91,6 +91,27 @@ def test_serving_ends_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not deaths
 
 
+def test_the_end_of_a_service_may_reach_ray_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its signal comes before the death of Ray is reported."""
+    deaths = iter([[], [("raylet", None)]])
+    sleeps = iter([None, None, signal.SIGTERM])
+    node = SimpleNamespace(dead_processes=lambda: next(deaths))
+    monkeypatch.setattr(leave.worker, "_global_node", node)
+    monkeypatch.setattr(
+        deploy.time, "sleep", lambda seconds: (n := next(sleeps)) and signal.raise_signal(n)
+    )
+    monkeypatch.setattr(deploy, "remove", lambda: False)
+    calls: list[tuple[int, bool]] = []
+    monkeypatch.setattr(deploy, "leave", lambda status, shutdown: calls.append((status, shutdown)))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        deploy.stay()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert calls == [(0, False)]
+
+
 class Controllers:
     """Whether Serve's controller exists, at one look after another."""
 

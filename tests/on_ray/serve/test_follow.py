@@ -121,12 +121,14 @@ def test_answers_outlive_three_rolls(tiny_run: Store) -> None:
 
         async with endpoint(tiny_run) as (replicas, client, _):
             clients = [asyncio.ensure_future(ask(number)) for number in range(12)]
+            await until(lambda: answers)
             for seed in (1, 2, 3):
                 await asyncio.to_thread(write_checkpoint, tiny_run, seed)
                 name = f"step-{100 + seed:06d}"
                 await until(lambda name=name: all(r.checkpoint == name for r in replicas))
             has_ended.set()
             await asyncio.gather(*clients)
+            answers.append(await generate(client, "last"))
         return answers
 
     answers = asyncio.run(run())

@@ -52,7 +52,7 @@ def followed_url(url: str, run: Store) -> Iterator[str]:
         engine=ENGINE,
     )
     serve.run(build(to_json(config)), name="follow", route_prefix="/follow")
-    wait_for(lambda: len(engines(f"{url}/follow")) == 2, 60)
+    wait_for(lambda: len(engines(f"{url}/follow")) == 2, 180, "two engines")
     yield f"{url}/follow"
     serve.delete("follow")
 
@@ -65,7 +65,7 @@ def stream(url: str) -> tuple[str, str]:
         "POST",
         f"{url}/v1/completions",
         json={**body, "stream": True},
-        timeout=60,
+        timeout=120,
     ) as response:
         assert response.status_code == 200, response.read()
         for line in response.iter_lines():
@@ -90,13 +90,16 @@ def reference(run: Store, name: str) -> str:
 
 def test_streams_outlive_three_rolls(followed_url: str, run: Store) -> None:
     end = threading.Event()
+    answers: list[tuple[str, str]] = []
 
-    def client() -> list[tuple[str, str]]:
-        return [stream(followed_url) for _ in iter(end.is_set, True)]
+    def client() -> None:
+        for _ in iter(end.is_set, True):
+            answers.append(stream(followed_url))
 
     with ThreadPoolExecutor(4) as pool:
         clients = [pool.submit(client) for _ in range(4)]
         try:
+            wait_for(lambda: answers, 120, "an answer with the first checkpoint")
             for seed in (1, 2, 3):
                 write_checkpoint(run, seed)
                 name = f"step-{100 + seed:06d}"
@@ -104,11 +107,14 @@ def test_streams_outlive_three_rolls(followed_url: str, run: Store) -> None:
                     lambda name=name: (
                         [e["checkpoint"] for e in engines(followed_url)] == [name] * 2
                     ),
-                    60,
+                    120,
+                    name,
                 )
         finally:
             end.set()
-        answers = [each for c in clients for each in c.result()]
+        for each in clients:
+            each.result()
+    answers.append(stream(followed_url))  # with the last one
     store = run.child("runs", "tiny")
     names = [f"step-{100 + seed:06d}" for seed in range(4)]
     texts = {checkpoint.weight_version(store, n): reference(store, n) for n in names}
