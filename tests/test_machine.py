@@ -41,14 +41,15 @@ def test_loading_leaves_no_threads() -> None:
     process, before = psutil.Process(), torch.get_num_threads()
 
     def load() -> int:
+        num_before = process.num_threads()
         torch.set_num_threads(3)
         torch.ones(2_000_000).add_(1)
-        return process.num_threads()
+        return process.num_threads() - num_before
 
     had = process.num_threads()
     try:
-        assert machine.run_in_temporary_thread(load) > had + 1
-        wait_for(lambda: process.num_threads() == had, 10, "the team's end")
+        assert machine.run_in_temporary_thread(load) > 0
+        wait_for(lambda: process.num_threads() <= had, 60, "the team's end")
     finally:
         torch.set_num_threads(before)
     with pytest.raises(ZeroDivisionError):

@@ -31,12 +31,12 @@ class Collector:
                 self.results.setdefault(output.request_id, []).append(output)
             self._condition.notify_all()
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 20) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         with self._condition:
             assert self._condition.wait_for(condition, timeout=seconds), self.results
 
     @contextlib.contextmanager
-    def pause_when(self, condition: Callable[[], bool], seconds: float = 20) -> Iterator[None]:
+    def pause_when(self, condition: Callable[[], bool], seconds: float = 60) -> Iterator[None]:
         """Once the condition holds, the engine waits with its next output for the block to end."""
         with self._condition:
             assert self._condition.wait_for(condition, timeout=seconds), self.results
@@ -91,12 +91,13 @@ def test_many_threads_submit_and_abort(loop: tuple[EngineLoop, Collector]) -> No
 
 
 def test_rejections_come_at_once(loop: tuple[EngineLoop, Collector]) -> None:
-    engine, _ = loop
+    engine, out = loop
     with pytest.raises(ValueError, match="128 tokens"):
         engine.submit(ask("long", [1] * 128))
-    engine.submit(ask("r", [1], max_tokens=100))
-    with pytest.raises(ValueError, match="'r'"):
-        engine.submit(ask("r", [1]))
+    with out.pause_when(lambda: True):  # the first is not complete when the second comes
+        engine.submit(ask("r", [1], max_tokens=100))
+        with pytest.raises(ValueError, match="'r'"):
+            engine.submit(ask("r", [1]))
     engine.abort("nobody")
 
 
@@ -159,14 +160,19 @@ def test_full_queue_compiles_no_grammar(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_stop_lets_requests_finish_or_aborts_them() -> None:
-    for deadline, end in ((20.0, "length"), (0.0, "abort")):
+    for deadline, end in ((100.0, "length"), (0.0, "abort")):
         out = Collector()
         loop = EngineLoop(make_engine(make_model("modern")), out)
         loop.start()
-        for i in range(6):
-            loop.submit(ask(f"r{i}", [1, 2], max_tokens=100))
-        start = time.monotonic()
-        loop.stop(deadline)
+        with out.pause_when(lambda: True):
+            for i in range(6):
+                loop.submit(ask(f"r{i}", [1, 2], max_tokens=100))
+            start = time.monotonic()
+            stopping = threading.Thread(target=loop.stop, args=(deadline,))
+            stopping.start()
+            if not deadline:  # the requests are not complete when the time is up
+                wait_for(lambda loop=loop: loop._dropping)
+        stopping.join()
         assert not deadline or time.monotonic() - start < deadline
         assert [out.ends(f"r{i}") for i in range(6)] == [[end]] * 6
         with pytest.raises(RuntimeError, match="stopping"):
@@ -231,7 +237,7 @@ def test_loop_that_keeps_failing_reports_it() -> None:
     for i in range(3):
         loop.submit(ask(f"r{i}", [1]))
         out.wait(lambda name=f"r{i}": out.ends(name) == ["error"])  # type: ignore[misc]
-    wait_for(lambda: loop.failure is not None, 10, "the loop's end")
+    wait_for(lambda: loop.failure is not None, 60, "the loop's end")
     assert "device lost" in str(loop.failure)
     with pytest.raises(RuntimeError, match="dead"):
         loop.submit(ask("late", [1]))

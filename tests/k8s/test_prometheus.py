@@ -85,7 +85,7 @@ def prometheus(page: str, tmp_path: Path) -> Iterator[str]:
     with log.open("wb") as file, subprocess.Popen(command, cwd=tmp_path, stderr=file) as process:
         try:
             pattern = r"Listening on.*address=(127\.0\.0\.1:\d+)"
-            wait_for(lambda: re.search(pattern, log.read_text()))
+            wait_for(lambda: re.search(pattern, log.read_text()), 120, "Prometheus")
             match = re.search(pattern, log.read_text())
             assert match is not None
             yield f"http://{match[1]}"
@@ -95,7 +95,7 @@ def prometheus(page: str, tmp_path: Path) -> Iterator[str]:
 
 def query(address: str, expression: str) -> list[Any]:
     url = f"{address}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
-    with urllib.request.urlopen(url, timeout=10) as response:
+    with urllib.request.urlopen(url, timeout=60) as response:
         result: list[Any] = json.load(response)["data"]["result"]
     return result
 
@@ -115,4 +115,4 @@ def test_every_serving_panel_shows_data(prometheus: str) -> None:
         def has_data(text: str = text) -> bool:
             return any(row["value"][1] != "NaN" for row in query(prometheus, text))
 
-        wait_for(has_data, what=f"a value of {text}")
+        wait_for(has_data, 60, f"a value of {text}")

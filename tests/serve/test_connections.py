@@ -151,7 +151,7 @@ def connect(guard: ConnectionGuard) -> Iterator[Callable[[], socket.socket]]:
         sockets: list[socket.socket] = []
 
         def new() -> socket.socket:
-            sockets.append(socket.create_connection((address[0], int(address[1])), timeout=20))
+            sockets.append(socket.create_connection((address[0], int(address[1])), timeout=60))
             return sockets[-1]
 
         yield new

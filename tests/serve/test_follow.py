@@ -103,13 +103,17 @@ def test_no_answer_has_two_checkpoints(run: Store, url: str) -> None:
             answers.append(stream(url, n=1 + i % 2))
         return answers
 
+    first = stream(url, n=1)
     with ThreadPoolExecutor(4) as pool:
         clients = [pool.submit(client, i) for i in range(4)]
-        for step in (2, 3, 4):
-            save(run, step, 1.0)
-            wait_for(lambda name=f"step-{step:06d}": checkpoint_of(url) == name)
-        end.set()
+        try:
+            for step in (2, 3, 4):
+                save(run, step, 1.0)
+                wait_for(lambda name=f"step-{step:06d}": checkpoint_of(url) == name, 60)
+        finally:
+            end.set()
         answers = [answer for each in clients for answer in each.result()]
+    answers += [first, stream(url, n=1)]
     names = [f"step-{step:06d}" for step in (1, 2, 3, 4)]
     texts = {checkpoint.weight_version(run, name): answer(run, name) for name in names}
     assert len(set(texts.values())) == 4
@@ -160,7 +164,7 @@ def test_an_unexpected_error_does_not_end_the_following(
 
 def test_rollback_pins_until_it_is_resumed(root: Store, run: Store, url: str) -> None:
     def roll_back(**fields: Any) -> None:
-        rollback.main(rollback.Args(storage=root.uri, run="r", wait_s=30, **fields))
+        rollback.main(rollback.Args(storage=root.uri, run="r", wait_s=120, **fields))
 
     with pytest.raises(ValueError, match="has served no checkpoint before"):
         roll_back()

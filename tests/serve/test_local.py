@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.cuda_graphs import StepResult
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.grammar import MAX_CACHED, Grammars
+from nanochat_ray.engine.kernels import LEVELS
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Request, SamplingParams
 from nanochat_ray.engine.scheduler import ScheduledChunk
@@ -221,7 +224,9 @@ def test_penalties_and_bias_are_taken(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_leaving_frees_the_slots_within_a_step(url: str, local: LocalClient, n: int) -> None:
+def test_leaving_frees_the_slots_within_a_step(
+    url: str, local: LocalClient, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fields = {"messages": USER, "stream": True, "max_tokens": 450, "ignore_eos": True, "n": n}
     body = json.dumps(fields).encode()
     host, port = url.removeprefix("http://").split(":")
@@ -233,15 +238,21 @@ def test_leaving_frees_the_slots_within_a_step(url: str, local: LocalClient, n: 
         abort_steps.append(local.engine.stats().steps)
         abort(request_id)
 
-    local._engine_loop.abort = note_abort  # type: ignore[method-assign]
-    try:
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            assert b"200 OK" in connection.recv(65536)
-            wait_for(lambda: local.engine.stats().running == n)
-        wait_for(lambda: not local.engine.has_work)
-    finally:
-        local._engine_loop.abort = abort  # type: ignore[method-assign]
+    run, steps = local.engine.runner.run, itertools.count()
+
+    def stand_still(chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None) -> StepResult:
+        # In the middle of the answers, or they could be complete before the client leaves.
+        if next(steps) >= 20:
+            wait_for(lambda: len(abort_steps) == n, 60, "the aborts")
+        return run(chunks, previous_ids)
+
+    monkeypatch.setattr(local._engine_loop, "abort", note_abort)
+    monkeypatch.setattr(local.engine.runner, "run", stand_still)
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert b"200 OK" in connection.recv(65536)
+        wait_for(lambda: local.engine.stats().running == n)
+    wait_for(lambda: not local.engine.has_work, 60)
     assert len(abort_steps) == n
     assert local.engine.stats().steps <= abort_steps[-1] + 2  # the one that ran, and one begun then
     local.engine.check_integrity()
@@ -258,11 +269,15 @@ def test_a_full_queue_is_said_so(url: str, local: LocalClient) -> None:
 @pytest.fixture
 def hurried_url(local: LocalClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Another server over the same engine, whose requests have a deadline. It passes when an answer
-    has 3 tokens, or while a request waits: whatever the speed of the machine."""
+    has 3 tokens, or while a request waits: whatever the speed of the machine. Four requests without
+    one stand still until another comes."""
     run, scheduler = local.engine.runner.run, local.engine.scheduler
+    has_come = threading.Event()
 
     def late(chunks: list[ScheduledChunk], previous_ids: torch.Tensor | None) -> StepResult:
-        time.sleep(0.005)  # those without a deadline are still there when the next request comes
+        if [s.request.deadline for s in scheduler.running] == [None] * 4 and not has_come.is_set():
+            wait_for(lambda: local._engine_loop._inbox, 60, "another request")
+            has_come.set()
         decoding = [s for s in scheduler.running if len(s.tokens) >= len(s.request.prompt) + 3]
         for s in (*decoding, *scheduler.waiting):
             if s.request.deadline is not None:
@@ -294,7 +309,6 @@ def test_an_answer_that_takes_too_long_is_ended(
     assert json.loads(end.removeprefix("data: "))["error"]["code"] == "request_timeout"
 
 
-@pytest.mark.slow
 def test_an_answer_that_waits_too_long_is_refused(
     hurried_url: str, url: str, local: LocalClient
 ) -> None:
@@ -312,16 +326,7 @@ def test_health_tells_the_load(url: str) -> None:
     result = get(f"{url}/health").json()
     assert result["status"] == "ok"
     assert result["engines"][0]["slots"] == 4
-    assert result["engines"][0]["kernels"] in (
-        "amx",
-        "avx512_bf16",
-        "avx512",
-        "avx2",
-        "avx",
-        "sse2",
-        "neon",
-        "torch",
-    )
+    assert result["engines"][0]["kernels"] in {*LEVELS, "sse2", "neon", "torch"}
 
 
 def test_metrics_tell_what_happened(url: str, client: openai.OpenAI) -> None:
@@ -346,11 +351,12 @@ def test_metrics_tell_what_happened(url: str, client: openai.OpenAI) -> None:
     assert rise("generation_tokens_total") == 9
     assert rise("prompt_tokens_total") == 41
     assert rise("time_to_first_token_seconds_count") == 1
-    assert 1 <= rise("inter_token_latency_seconds_count") <= 8  # steps may come together
+    assert rise("inter_token_latency_seconds_count") <= 8  # steps may come together
     assert rise("e2e_request_latency_seconds_count") == 1
     assert rise("request_success_total", 'finished_reason="length",') == 1
     assert rise("prefix_cache_queries_total", 'engine="0",') > 0
-    assert after['nanochat_num_requests_running{engine="0",model_name="tiny"}'] == 0
+    running = 'nanochat_num_requests_running{engine="0",model_name="tiny"}'
+    wait_for(lambda: figures()[running] == 0)
 
 
 def test_usage_tells_what_was_cached(client: openai.OpenAI) -> None:

@@ -35,8 +35,9 @@ def faulty(outage: Outage, first: int, last: int) -> Callable[[dict[str, Any]], 
     """A hook: storage fails from step ``first`` to ``last``, at least once."""
 
     def on_record(record: dict[str, Any]) -> None:
-        if record["kind"] == "train" and record["step"] == last:
+        if record["kind"] == "train" and record["step"] == last - 1:
             wait_for(lambda: outage.num_failures > 0, what="a failure")
+        elif record["kind"] == "train" and record["step"] == last:
             outage.is_on = False
         elif record["kind"] == "train" and record["step"] == first:
             outage.is_on = True
