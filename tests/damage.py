@@ -276,7 +276,7 @@ def check_damage(
     seed: int,
     reseal: Callable[[Path], None] | None = None,
     refusals: tuple[type[Exception], ...] = (ValueError,),
-    limit: float = 10.0,
+    limit: float = 60.0,
 ) -> Counter[str]:
     """Loads ``count`` damaged copies; fails at the first that hangs, crashes or is another.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 
 import pytest
 import torch
@@ -206,18 +207,18 @@ def test_grammar_refusals_are_short(
 def test_large_grammars_do_not_delay_small_ones() -> None:
     grammars = Grammars(TOK.byte_table(), TOK.vocab_size)
     fields = {f"name of property {i}": {"type": "string"} for i in range(1200)}
-    slow = [
-        grammars.compile({"json_schema": {"properties": fields, "title": str(i)}}) for i in range(4)
-    ]
-    grammars.check({"regex": "[a-z]+"})
-    assert not all(future.done() for future in slow), "the small one waited for the large ones"
-    with pytest.raises(EngineFull, match="grammars=32"):
-        _compile_many(grammars, fields)
-
-
-def _compile_many(grammars: Grammars, fields: dict[str, object]) -> None:
-    for i in range(40):
-        grammars.compile({"json_schema": {"properties": fields, "title": f"more {i}"}})
+    gate = threading.Event()
+    hold_up = grammars._large.submit(gate.wait, 60)
+    try:
+        for i in range(32):
+            grammars.compile({"json_schema": {"properties": fields, "title": str(i)}})
+        grammars.check({"regex": "[a-z]+"})
+        with pytest.raises(EngineFull, match="grammars=32"):
+            grammars.compile({"json_schema": {"properties": fields, "title": "one more"}})
+        assert not hold_up.done(), "the small one waited for the large ones"
+    finally:
+        grammars._large.shutdown(wait=False, cancel_futures=True)
+        gate.set()
 
 
 def test_tool_that_raises_fails_only_its_request() -> None:
