@@ -101,7 +101,7 @@ def test_killed_worker_changes_no_weights(tmp_path: Path) -> None:
 
     root = Store.at(str(tmp_path))
     write_dataset(root, "base")
-    killed, whole = (job(root.uri, run, steps=ENDLESS) for run in ("killed", "whole"))
+    victim, whole = (job(root.uri, run, steps=ENDLESS) for run in ("killed", "whole"))
     run = root.child("runs", "killed")
     victims: list[psutil.Process] = []
 
@@ -114,7 +114,7 @@ def test_killed_worker_changes_no_weights(tmp_path: Path) -> None:
         wait_for(lambda: checkpoint.latest(run) != latest, 120, "a checkpoint of its own")
 
     with during(kill):
-        result = fit(killed, workers=1, cpus_per_worker=0.5)
+        result = fit(victim, workers=1, cpus_per_worker=0.5)
     assert len(victims) == 1
     assert not result["done"]
     run_trainer(whole, should_stop=stop_after(result["step"]))
