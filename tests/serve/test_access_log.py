@@ -93,7 +93,8 @@ def test_the_context_has_the_id(log: Lines) -> None:
         ids.append(access.request_id.get())
 
     call(AccessLog(app), http(x_request_id="mine"), b"")
-    assert ids == ["mine"]
+    call(AccessLog(app), http(x_request_id="a\nb"), b"")
+    assert (ids[0], len(ids[1])) == ("mine", 32)
 
 
 def test_head_is_get_without_a_body(log: Lines) -> None:
