@@ -49,18 +49,6 @@ def run_attention(of: Step, window: int, level: str = "auto") -> Tensor:
     return native.attention(*of, native.tile_starts(*positions.numpy()), window)
 
 
-def bf16_order(head_dim: int, level: str) -> list[int]:
-    """The elements of a bfloat16 head by lane: of two registers' elements the even ones, then the
-    odd ones; in order where only one register is left."""
-    width = 16 if level.startswith(("amx", "avx512")) else 8 if level.startswith("avx") else 4
-    order: list[int] = []
-    for first in range(0, head_dim, 2 * width):
-        count = min(2 * width, head_dim - first)
-        step = 2 if count == 2 * width else 1
-        order += [first + i for half in range(step) for i in range(half, count, step)]
-    return order
-
-
 def step(head_dim: int, group: int, slots: list[int], positions: list[int], heads: int = 2) -> Step:
     noise = torch.Generator().manual_seed(head_dim + group)
     n = len(slots)
@@ -135,23 +123,17 @@ def test_prompt_chunks_are_bitwise_equal(
     [(*size, LEVELS[0]) for size in SIZES] + [(64, 1, level) for level in LEVELS[1:]],
 )
 def test_bf16_keys_are_rounded_float32_keys(head_dim: int, group: int, level: str) -> None:
-    """The same bits as with float32 keys and values that were rounded before, if their dot products
-    add up elements in the same order."""
-    # Decodes about the borders of blocks, and a prompt in tiles.
-    slots = [3, 0, 0, 0, 4, 1] + [2] * 90
-    q, k, v, keys, values, where = step(
-        head_dim, group, slots, [0, 62, 63, 64, 127, 399, *range(90)]
-    )
-    short_keys, short_values = keys.bfloat16(), values.bfloat16()
-    order = bf16_order(head_dim, load_level(head_dim, group, level).level)
+    """Bitwise the results over float32 keys and values that were rounded before."""
+    prompts = step(head_dim, group, [0] * 150 + [3] * 70, [*range(150), *range(70)])
+    decodes = step(head_dim, group, [3, 0, 0, 0, 0], [70, 62, 64, 127, 150])
+    exact = torch.zeros_like(prompts[3]), torch.zeros_like(prompts[4])
+    short = exact[0].bfloat16(), exact[1].bfloat16()
     for window in (-1, 0, 70):
-        k16, v16, keys16, values16 = (x.bfloat16().float() for x in (k, v, keys, values))
-        operands = (q[..., order], k16[..., order], v16, keys16[..., order], values16)
-        want = run_attention((*operands, where), window, level)
-        result = run_attention((q, k, v, short_keys, short_values, where), window, level)
-        assert torch.equal(result, want), window
-        assert torch.equal(short_keys[where[0], :, where[1]], k.bfloat16())
-        assert torch.equal(short_values[where[0], :, where[1]], v.bfloat16())
+        for q, k, v, _, _, where in (prompts, decodes):
+            k16, v16 = k.bfloat16().float(), v.bfloat16().float()
+            want = run_attention((q, k16, v16, *exact, where), window, level)
+            result = run_attention((q, k, v, *short, where), window, level)
+            assert torch.equal(result, want), window
 
 
 def test_large_scores_do_not_overflow() -> None:

@@ -46,8 +46,8 @@ ALWAYS_INLINE void prefetch_head(const int is_bf16, const char *row) {
     for (int i = 0; i < HEAD_BYTES(is_bf16); i += 64) __builtin_prefetch(row + i);
 }
 
-/* In bfloat16 two vectors of a head are the even and then the odd elements of 2 * SIMD_WIDTH, since a shift
-   and a mask make them float32. A last vector that has no other one is in order. */
+/* In bfloat16 two vectors of a head are stored as one of pairs, which a shift and a mask make float32. A
+   last vector that has no other one is in order. */
 #define IS_PAIRED(i) ((i) / 2 * 2 + 1 < HEAD_VECTORS)
 
 /* Vector i of a head in float32 or bfloat16. */
@@ -56,21 +56,6 @@ ALWAYS_INLINE vec load_vector(const int is_bf16, const char *head, const int i) 
     if (!IS_PAIRED(i)) return widen_bf16((const uint16_t *)head + i * SIMD_WIDTH);
     const ivec pairs = ((const unaligned_ivec *)head)[i / 2];
     return i % 2 ? (vec)(pairs & (int)0xffff0000) : (vec)(pairs << 16);
-}
-
-/* Orders a head's vectors as `load_vector` does. */
-static inline void pair_vectors(vec *head) {
-    for (int i = 0; i + 1 < HEAD_VECTORS; i += 2) {
-        const vec x = head[i], y = head[i + 1];
-        head[i] = SHUFFLE(x, y, EVEN_LANES), head[i + 1] = SHUFFLE(x, y, ODD_LANES);
-    }
-}
-
-/* The inverse of `pair_vectors`. */
-static inline void store_in_order(const vec *head, float *out) {
-    for (int i = 0; i < HEAD_VECTORS; i++)
-        for (int j = 0; j < SIMD_WIDTH; j++)
-            out[IS_PAIRED(i) ? i / 2 * 2 * SIMD_WIDTH + 2 * j + i % 2 : i * SIMD_WIDTH + j] = head[i][j];
 }
 
 /* Sums of neighbouring lanes: those of x, then those of y. */
@@ -120,18 +105,6 @@ ALWAYS_INLINE void add_values(
     memcpy(outputs, sums, queries * sizeof *outputs);
 }
 
-/* Rows from `from` to `to` of a block of bfloat16, as float32 into the same rows of `out`. Also
-   prefetches the rows of `next` before `next_rows`. */
-static inline void widen_rows(
-    const char *rows, int from, int to, float *out, const char *next, int next_rows
-) {
-    for (int j = from; j < to; j++) {
-        if (j < next_rows) prefetch_head(1, next + j * HEAD_BYTES(1));
-        for (int i = 0; i < HEAD_VECTORS; i++)
-            *(vec *)(out + j * HEAD_DIM + i * SIMD_WIDTH) = load_vector(1, rows + j * HEAD_BYTES(1), i);
-    }
-}
-
 /* Attention of the queries q [used, GROUP_SIZE, HEAD_DIM] of consecutive tokens, the first one at
    `position`, over the keys and values [.., HEAD_DIM] of their head, into y. `tokens` >= `used` are
    computed, a constant.
@@ -141,24 +114,20 @@ static inline void widen_rows(
    not depend on which tokens are computed together. Up to SIMD_WIDTH - 1 keys around the visible ones
    are read and masked. While keys are read their values are prefetched, and while values are read the
    next keys: more prefetches at a time would wait for each other. With `is_bf16`, a constant, keys and
-   values are bfloat16: they become float32 in registers for one query, and for more in the L1 cache, a
-   block at a time. */
+   values are bfloat16, which become float32 in registers. */
 ALWAYS_INLINE void attend(
     const int is_bf16, const int tokens, int64_t used, const float *q, int64_t q_stride,
     const char *keys, const char *values, int64_t position, int64_t window, float scale, float *y,
     int64_t y_stride
 ) {
-    const int is_widened = is_bf16 && tokens * GROUP_SIZE > 1, reads_bf16 = is_bf16 && !is_widened;
     vec query[TILE_TOKENS * GROUP_SIZE][HEAD_VECTORS], output[TILE_TOKENS * GROUP_SIZE][HEAD_VECTORS];
     vec running_sum[TILE_TOKENS * GROUP_SIZE]; /* partial sums in each lane */
     float running_max[TILE_TOKENS * GROUP_SIZE], weights[TILE_TOKENS * GROUP_SIZE][KEY_BLOCK];
-    float widened[is_widened ? KEY_BLOCK * HEAD_DIM : 1];
     vec lane_index;
     for (int i = 0; i < SIMD_WIDTH; i++) lane_index[i] = i;
     for (int n = 0; n < tokens * GROUP_SIZE; n++) {
         int64_t token = n / GROUP_SIZE < used ? n / GROUP_SIZE : used - 1;
         memcpy(query[n], q + token * q_stride + n % GROUP_SIZE * HEAD_DIM, sizeof *query);
-        if (is_bf16) pair_vectors(query[n]);
         for (int i = 0; i < HEAD_VECTORS; i++) query[n][i] *= scale, output[n][i] = (vec){0};
         running_max[n] = -INFINITY, running_sum[n] = (vec){0};
     }
@@ -168,20 +137,15 @@ ALWAYS_INLINE void attend(
     for (int64_t block = begin / KEY_BLOCK * KEY_BLOCK; block < end; block += KEY_BLOCK) {
         int from = begin > block ? begin - block : 0;
         int to = end - block < KEY_BLOCK ? end - block : KEY_BLOCK;
-        const char *short_keys = keys + block * HEAD_BYTES(is_bf16);
-        const char *short_values = values + block * HEAD_BYTES(is_bf16);
-        const char *block_keys = is_widened ? (const char *)widened : short_keys;
-        const char *block_values = is_widened ? (const char *)widened : short_values;
-        const int first_row = from / SIMD_WIDTH * SIMD_WIDTH;
-        const int last_row = (to + SIMD_WIDTH - 1) / SIMD_WIDTH * SIMD_WIDTH;
+        const char *block_keys = keys + block * HEAD_BYTES(is_bf16);
+        const char *block_values = values + block * HEAD_BYTES(is_bf16);
         /* Attention scores. */
-        if (is_widened) widen_rows(short_keys, first_row, last_row, widened, short_values, to);
-        for (int j = first_row; j < last_row; j += SIMD_WIDTH)
+        for (int j = from / SIMD_WIDTH * SIMD_WIDTH; j < to; j += SIMD_WIDTH)
             for (int n = 0; n < tokens * GROUP_SIZE; n++) {
-                const int64_t row = j * HEAD_BYTES(reads_bf16);
-                const char *next = is_widened || n > 0 ? 0 : block_values + row;
-                *(vec *)(weights[n] + j) =
-                    DOT_FUNCTION(SIMD_WIDTH)(reads_bf16, query[n], block_keys + row, next);
+                const int64_t row = j * HEAD_BYTES(is_bf16);
+                *(vec *)(weights[n] + j) = DOT_FUNCTION(SIMD_WIDTH)(
+                    is_bf16, query[n], block_keys + row, n ? 0 : block_values + row
+                );
             }
         /* Scores to weights, with a rescaling of what has been added up before. */
         for (int n = 0; n < tokens * GROUP_SIZE; n++) {
@@ -213,35 +177,42 @@ ALWAYS_INLINE void attend(
             for (int i = 0; i < HEAD_VECTORS; i++) output[n][i] *= rescale;
         }
         /* Weighted sums of values. */
-        const char *next_keys = short_keys + KEY_BLOCK * HEAD_BYTES(is_bf16);
+        const char *next_keys = block_keys + KEY_BLOCK * HEAD_BYTES(is_bf16);
         int n = 0, next_rows = end - block - KEY_BLOCK;
-        if (is_widened) {
-            widen_rows(short_values, from, to, widened, next_keys, next_rows);
-            next_rows = 0;
-        }
         for (; n + QUERIES_PER_PASS <= tokens * GROUP_SIZE; n += QUERIES_PER_PASS, next_rows = 0)
-            add_values(reads_bf16, QUERIES_PER_PASS, output + n, weights + n, block_values, from, to,
+            add_values(is_bf16, QUERIES_PER_PASS, output + n, weights + n, block_values, from, to,
                        next_keys, next_rows);
         for (; n < tokens * GROUP_SIZE; n++, next_rows = 0)
-            add_values(reads_bf16, 1, output + n, weights + n, block_values, from, to, next_keys, next_rows);
+            add_values(is_bf16, 1, output + n, weights + n, block_values, from, to, next_keys,
+                       next_rows);
     }
     for (int n = 0; n < used * GROUP_SIZE; n++) {
         float sum = sum_lanes(running_sum[n]);
         for (int i = 0; i < HEAD_VECTORS; i++) output[n][i] /= sum;
         float *out = y + n / GROUP_SIZE * y_stride + n % GROUP_SIZE * HEAD_DIM;
-        if (is_bf16) store_in_order(output[n], out);
-        else memcpy(out, output[n], sizeof *output);
+        memcpy(out, output[n], sizeof *output);
     }
 }
 
-/* Stores HEAD_DIM floats in row `row` of a table. */
+/* bfloat16 in the upper halves of the lanes, as `round_to_bf16`. */
+static inline ivec round_vec(vec x) {
+    const ivec bits = (ivec)x, is_number = x == x;
+    return (((bits + 0x7fff + (bits >> 16 & 1)) & is_number) | (0x7fc00000 & ~is_number)) & (int)0xffff0000;
+}
+
+/* Stores HEAD_DIM floats in row `row` of a table, as `load_vector` reads them. */
 static inline void store_head(void *table, int is_bf16, int64_t row, const float *x) {
     if (!is_bf16) {
         memcpy((float *)table + row * HEAD_DIM, x, HEAD_DIM * sizeof(float));
         return;
     }
     uint16_t *out = (uint16_t *)table + row * HEAD_DIM;
-    for (int i = 0; i < HEAD_DIM; i++) out[i] = round_to_bf16(x[i]) >> 16;
+    for (int i = 0; i < HEAD_VECTORS; i++, x += SIMD_WIDTH)
+        if (!IS_PAIRED(i))
+            for (int j = 0; j < SIMD_WIDTH; j++) out[i * SIMD_WIDTH + j] = round_to_bf16(x[j]) >> 16;
+        else if (i % 2)
+            ((unaligned_ivec *)out)[i / 2] = (round_vec(*(vec *)(x - SIMD_WIDTH)) >> 16 & 0xffff) |
+                                             round_vec(*(vec *)x);
 }
 
 /* Copies k and v [tokens, heads, HEAD_DIM] to their slots and positions in keys and values [slots,

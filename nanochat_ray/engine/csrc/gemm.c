@@ -17,7 +17,6 @@
 #define MAX_PASS_ROWS 128 /* converted rows of x that share a panel; they fit into the L2 cache */
 
 #include "gemm_amx.h"
-#include "gemm_amx_bf16.h"
 
 /* All rows of x times `vectors` registers' width of a panel. */
 ALWAYS_INLINE void multiply_panel(
@@ -93,8 +92,8 @@ void linear(
     int64_t panels, int threads
 ) {
 #ifdef HAVE_AMX
-    if (format == FP32) linear_amx(x, w, y, scratch, rows, inputs, panels, threads);
-    if (format == BF16) linear_amx_bf16(x, w, y, scratch, rows, inputs, panels, threads);
+    if (format == FP32) linear_amx(FP32, x, w, y, scratch, rows, inputs, panels, threads);
+    if (format == BF16) linear_amx(BF16, x, w, y, scratch, rows, inputs, panels, threads);
 #else
     if (format == FP32) linear_simd(FP32, x, w, y, scratch, rows, inputs, panels, threads);
     if (format == BF16) linear_simd(BF16, x, w, y, scratch, rows, inputs, panels, threads);
