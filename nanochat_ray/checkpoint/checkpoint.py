@@ -24,6 +24,11 @@ from torch import Tensor
 from nanochat_ray import config as configs
 from nanochat_ray.checkpoint.codec import write_tensors
 from nanochat_ray.checkpoint.lease import leased_checkpoints
+from nanochat_ray.checkpoint.names import is_complete as is_complete
+from nanochat_ray.checkpoint.names import latest as latest
+from nanochat_ray.checkpoint.names import name_of as name_of
+from nanochat_ray.checkpoint.names import names as names
+from nanochat_ray.checkpoint.names import step_of as step_of
 from nanochat_ray.checkpoint.reader import (
     FORMAT,
     CheckpointReader,
@@ -51,22 +56,6 @@ class Checkpoint:
     optimizer: dict[str, Tensor] | None
     trainer: dict[str, Any]
     tokenizer: Tokenizer
-
-
-def name_of(step: int) -> str:
-    return f"step-{step:06d}"
-
-
-def step_of(name: str) -> int:
-    """ValueError for a name that ``name_of`` does not give."""
-    digits = name.removeprefix("step-")
-    # Not str.isdigit alone, which takes other scripts' digits and "²" too.
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= 12):
-        digits = ""
-    if not digits or name_of(int(digits)) != name:
-        text = short_repr(name)
-        raise ValueError(f"checkpoint={text} is not allowed: a name such as {name_of(100)}")
-    return int(digits)
 
 
 def save(
@@ -138,22 +127,6 @@ def _write(
         add(file, stream)
     check_publish()
     folder.write_text("manifest.json", json.dumps({**header, "files": files}, indent=1))
-
-
-def latest(run: Store) -> str | None:
-    """Name of the newest complete checkpoint, or None if there is none.
-
-    The folders decide, not the file ``latest``, which a crash may have left behind or emptied.
-    """
-    return next((name for name in names(run) if is_complete(run, name)), None)
-
-
-def is_complete(run: Store, name: str) -> bool:
-    try:
-        run.size(f"{name}/manifest.json")
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 
 def resume_warnings(run: Store) -> list[str]:
@@ -265,15 +238,6 @@ def _val_metrics(run: Store, names: Iterable[str]) -> dict[str, float]:
             if isinstance(metric, int | float) and math.isfinite(metric):
                 metrics[name] = float(metric)
     return metrics
-
-
-def names(run: Store) -> list[str]:
-    """Folders of checkpoints, complete or not, the newest first; not other names."""
-    steps = []
-    for name in run.list():
-        with contextlib.suppress(ValueError):
-            steps.append((step_of(name), name))
-    return [name for _, name in sorted(steps, reverse=True)]
 
 
 def val_metrics(run: Store) -> dict[str, float]:

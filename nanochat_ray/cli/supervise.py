@@ -56,12 +56,12 @@ def supervise(
             if stop.is_set():  # before there was a child to pass it on to
                 child.terminate()
             status = child.wait()
-            if status >= 0 and status != FAILED:
+            if stop.is_set() or (status >= 0 and status != FAILED):
                 break
             before_attempt, state = state, progress()
             has_progress = state != before_attempt
             is_retryable = status < 0 or has_progress
-            if not is_retryable or stop.is_set() or attempt == restarts:
+            if not is_retryable or attempt == restarts:
                 break
             delay = FIRST_DELAY_S if has_progress or not delay else min(2 * delay, LAST_DELAY_S)
             end = signal.Signals(-status).name if status < 0 else f"status {status}"

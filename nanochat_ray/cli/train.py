@@ -16,11 +16,13 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from nanochat_ray.checkpoint.names import latest
 from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.cli import supervise
 from nanochat_ray.cli.flags import EVERYDAY, overrides
 from nanochat_ray.model.config import ModelConfig, Preset
 from nanochat_ray.optim.config import OptimConfig
+from nanochat_ray.retry import retry
 from nanochat_ray.storage import Store, absolute, default_root
 from nanochat_ray.train.config import TrainConfig
 
@@ -196,15 +198,11 @@ def main(args: Args) -> int:
             "LOCAL_WORLD_SIZE" not in os.environ, "restarts", args.restarts, "not with torchrun"
         )
         run = Store.at(args.storage).child("runs", args.run_name)
-        return supervise.supervise(args.restarts, lambda: _latest(run))
+
+        def progress() -> str | None:
+            return retry(lambda: latest(run), f"the checkpoints of {run.uri}")
+
+        return supervise.supervise(args.restarts, progress)
     from nanochat_ray.cli import train_run
 
     return train_run.run(args)
-
-
-def _latest(run: Store) -> bytes | None:
-    """Names the latest checkpoint, without torch; None without one."""
-    try:
-        return run.read_bytes("latest")
-    except FileNotFoundError:
-        return None

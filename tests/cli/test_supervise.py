@@ -61,7 +61,8 @@ def test_failure_is_repeated_only_after_progress(tmp_path: Path) -> None:
     assert run(tmp_path, 5, "[ $n -ge 3 ] || echo >> progress; exit 1") == (1, 3)
 
 
-def test_sigterm_is_passed_on_and_ends_restarts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", [1, 75])
+def test_sigterm_is_passed_on_and_ends_restarts(tmp_path: Path, status: int) -> None:
     def terminate() -> None:
         wait_for((tmp_path / "ready").exists, 60)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -69,7 +70,7 @@ def test_sigterm_is_passed_on_and_ends_restarts(tmp_path: Path) -> None:
     thread = threading.Thread(target=terminate)
     thread.start()
     before = signal.getsignal(signal.SIGTERM)
-    script = "trap 'exit 75' TERM; touch ready; while :; do sleep 0.02; done"
-    assert run(tmp_path, 3, script) == (75, 1)
+    trap = f"trap 'echo >> progress; exit {status}' TERM"
+    assert run(tmp_path, 3, f"{trap}; touch ready; while :; do sleep 0.02; done") == (status, 1)
     thread.join()
     assert signal.getsignal(signal.SIGTERM) == before

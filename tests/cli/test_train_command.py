@@ -268,9 +268,11 @@ def test_restarts_need_a_supervisor(
 ) -> None:
     args = Args(storage=root.uri, restarts=2)
     assert train.main(args) == 75
-    root.child("runs", "base").write_text("latest", "step-000003")
+    run = root.child("runs", "base")
+    run.write_text("step-000003/manifest.json", "{}")  # killed before it wrote the file latest
+    run.write_text("step-000004/config.json", "{}")
     assert train.main(args) == 75
-    assert supervisions == [(2, None), (2, b"step-000003")]
+    assert supervisions == [(2, None), (2, "step-000003")]
     assert train.main(Args(storage=root.uri)) == 3
     assert train.main(Args(storage=root.uri, restarts=2, plan_only=True)) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

@@ -40,10 +40,18 @@ def driver(supervisor: int) -> psutil.Process:
     return process
 
 
-def controllers() -> list[psutil.Process]:
+def actors(title: str) -> list[psutil.Process]:
     """Those of the tests' Ray, which the driver has joined."""
     processes = psutil.Process().children(recursive=True)
-    return [process for process in processes if matches(process, "ray::TrainController")]
+    return [process for process in processes if matches(process, f"ray::{title}")]
+
+
+def stop_workers() -> None:
+    """Stops the training, so that it cannot end before its driver or controller is killed."""
+    workers = actors("RayTrainWorker")
+    assert workers
+    for worker in workers:
+        worker.suspend()
 
 
 @pytest.mark.timeout(600)
@@ -64,12 +72,12 @@ def test_killed_run_starts_again(tmp_path: Path) -> None:
         )
     try:
         await_checkpoint(root, "killed", after=None)
-        first = controllers()
+        stop_workers()
+        first, latest = actors("TrainController"), checkpoint.latest(root.child("runs", "killed"))
         driver(supervisor.pid).kill()
-        # The workers may go on for a while before Ray ends them.
-        wait_for(lambda: len(controllers()) == 1 and controllers() != first, 180, "another one")
-        await_checkpoint(root, "killed", after=checkpoint.latest(root.child("runs", "killed")))
-        (second,) = controllers()
+        await_checkpoint(root, "killed", after=latest)
+        stop_workers()
+        (second,) = set(actors("TrainController")) - set(first)
         second.kill()
         assert supervisor.wait(timeout=180) == 0
     finally:
