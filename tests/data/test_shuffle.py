@@ -35,6 +35,15 @@ def test_shuffle_is_a_permutation_with_masks(root: Store, has_mask: bool) -> Non
     assert (np.diff(out[:, 0].astype(int)) == 7).mean() < 0.03
 
 
+def test_recorded_shuffle(root: Store) -> None:
+    """Twelve sequences of two parts: their shards, and the order within these."""
+    rows = np.repeat(np.arange(12, dtype=np.uint16)[:, None], 2, axis=1)
+    for number, part in enumerate((rows[:7], rows[7:])):
+        scatter(root, f"part-{number}", part, None, num_shards=2, key=number)
+    shards = [gather(root, ["part-0", "part-1"], shard, key=5)[0] for shard in range(2)]
+    assert [ids[:, 0].tolist() for ids in shards] == [[0, 8, 2, 9, 6, 3], [5, 10, 7, 4, 1, 11]]
+
+
 def test_shards_are_assigned_evenly() -> None:
     counts = np.bincount(assign_shards(100_000, 7, key=3))
     assert counts.sum() == 100_000

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+
 import numpy as np
 import pytest
 
@@ -12,7 +15,7 @@ from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.data_loader import ShardDataLoader, open_dataset, prefetch
 from nanochat_ray.train.rank_sequences import rank_sequences
 from nanochat_ray.train.step import Batch
-from tests.tiny import TOKENIZER, write_dataset
+from tests.tiny import TOKENIZER, wait_for, write_dataset
 
 CONFIG = TrainConfig(steps=9, global_batch_size=5, micro_batch_size=5, seed=3)
 
@@ -56,6 +59,16 @@ def test_prefetch_passes_ids_and_masks_on() -> None:
     assert np.array_equal(one.mask, mask)
     assert one.mask.flags.writeable
     assert two.mask is None
+
+
+def test_the_thread_ends_with_the_iterator() -> None:
+    batch = Batch(np.zeros((1, 3), dtype=np.uint16))
+    iterator = prefetch(itertools.repeat(batch), pin=False)
+    next(iterator)
+    threads = [thread for thread in threading.enumerate() if thread.name == "data-loader"]
+    assert threads
+    iterator.close()
+    wait_for(lambda: not any(thread.is_alive() for thread in threads))
 
 
 def test_a_missing_dataset_is_named(root: Store) -> None:

@@ -61,6 +61,9 @@ def test_norms_are_the_last_100_finite_ones() -> None:
     assert m.grad_norms(3) == [149, 148, 147]
     assert len(m.grad_norms(1000)) == 100
     assert m.grad_norms(1000)[-1] == 49
+    # An empty batch has a gradient of 0, which moved nothing.
+    m.step(151, result(grad_norm=0.0, weights_updated=False), seconds=1, data_wait=0)
+    assert m.grad_norms(1) == [149]
     again = metrics()
     again.resume("", {"grad_norms": m.state()["grad_norms"]}, before=0)
     assert again.grad_norms(1000) == m.grad_norms(1000)

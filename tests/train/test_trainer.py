@@ -78,6 +78,9 @@ def test_a_run_by_its_records(root: Store) -> None:
     about = last.trainer["about"]
     assert (about["dataset"], about["dataset_digest"]) == ("base", source.manifest.digest)
     assert checkpoint.val_metric(run, "step-000005") == 7.0
+    # Another start has nothing left to train or to validate.
+    again = Trainer(config, source=Figures(config, iter([]))).run()
+    assert (again["step"], again["done"], again["bits_per_byte"]) == (5, True, 7.0)
 
 
 def test_the_best_validation_is_below_the_others(root: Store) -> None:
