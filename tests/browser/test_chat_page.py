@@ -103,7 +103,7 @@ def test_text_is_never_html(page: Page, engine: ScriptedClient) -> None:
 
 @pytest.mark.parametrize("by_key", [True, False])
 def test_stop_frees_the_slot(page: Page, engine: ScriptedClient, by_key: bool) -> None:
-    engine.tokens, engine.delay = answer("word " * 300), 0.02
+    engine.tokens, engine.delay, engine.finish = answer("word " * 300), 0.02, None
     say(page, "go on")
     expect(page.locator(".assistant .text")).to_contain_text("word word")  # it streams
     if by_key:
