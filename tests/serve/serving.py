@@ -18,6 +18,7 @@ from tests.tiny import wait_for
 get = functools.partial(httpx.get, timeout=60, verify=False)
 post = functools.partial(httpx.post, timeout=60, verify=False)
 head = functools.partial(httpx.head, timeout=60, verify=False)
+open_stream = functools.partial(httpx.stream, timeout=60, verify=False)
 """What these fetch must come, not come soon: a busy machine may take its time."""
 
 

@@ -32,7 +32,7 @@ from nanochat_ray.serve.client import OutputStream
 from nanochat_ray.serve.generation import Limits
 from nanochat_ray.serve.local import LocalClient
 from nanochat_ray.text.tokenizer import Tokenizer
-from tests.serve.serving import get, post, serving
+from tests.serve.serving import get, open_stream, post, serving
 from tests.tiny import hold_up_grammars, wait_for
 
 TOK = Tokenizer.bytes_only()
@@ -267,7 +267,17 @@ def test_a_full_queue_is_said_so(url: str, local: LocalClient) -> None:
 
 
 @pytest.fixture
-def hurried_url(local: LocalClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def may_be_late() -> threading.Event:
+    """While it is not set, no deadline passes, and no answer goes on that could miss one."""
+    event = threading.Event()
+    event.set()
+    return event
+
+
+@pytest.fixture
+def hurried_url(
+    local: LocalClient, may_be_late: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
     """Another server over the same engine, whose requests have a deadline. It passes when an answer
     has 3 tokens, or while a request waits: whatever the speed of the machine. Four requests without
     one stand still until another comes."""
@@ -281,6 +291,7 @@ def hurried_url(local: LocalClient, monkeypatch: pytest.MonkeyPatch) -> Iterator
         decoding = [s for s in scheduler.running if len(s.tokens) >= len(s.request.prompt) + 3]
         for s in (*decoding, *scheduler.waiting):
             if s.request.deadline is not None:
+                assert may_be_late.wait(60)
                 object.__setattr__(s.request, "deadline", time.time())
         return run(chunks, previous_ids)
 
@@ -294,7 +305,7 @@ def hurried_url(local: LocalClient, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_an_answer_that_takes_too_long_is_ended(
-    hurried_url: str, local: LocalClient, n: int
+    hurried_url: str, local: LocalClient, may_be_late: threading.Event, n: int
 ) -> None:
     fields = {"prompt": "x", "max_tokens": 450, "n": n, "ignore_eos": True}
     late = post(f"{hurried_url}/v1/completions", json=fields)
@@ -302,9 +313,14 @@ def test_an_answer_that_takes_too_long_is_ended(
     error = late.json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "request_timeout")
     wait_for(lambda: not local.engine.has_work)  # else the next request may have to wait for slots
-    stream_text = post(f"{hurried_url}/v1/completions", json={**fields, "stream": True})
-    assert stream_text.status_code == 200
-    *_, token, end = stream_text.text.strip().split("\n\n")
+    may_be_late.clear()
+    streaming = {**fields, "stream": True}
+    with open_stream("POST", f"{hurried_url}/v1/completions", json=streaming) as answer:
+        assert answer.status_code == 200
+        lines = answer.iter_lines()
+        first = next(lines)
+        may_be_late.set()  # an answer that has not begun would be an error
+        *_, token, end = filter(None, [first, *lines])
     assert json.loads(token.removeprefix("data: "))["choices"]
     assert json.loads(end.removeprefix("data: "))["error"]["code"] == "request_timeout"
 
