@@ -14,18 +14,26 @@ Legend: N tokens, K input features, H heads, Hkv key/value heads, D head size.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from nanochat_ray.engine.plan_operations import (
+    WEIGHT_FORMATS,
+    Index,
+    Kind,
+    Operation,
+    Step,
+    operation,
+)
 
 PANEL_WIDTH, K_BLOCK, MAX_PASS_ROWS = 32, 64, 128
 """Outputs of a weight panel, the multiple that its inputs are padded to, and the rows that are
 converted for one pass over the panels: as in ``csrc/``."""
 SCRATCH_BYTES = 6
 """Of each element of x in its converted form, at most."""
-WEIGHT_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
-"""By the dtype of the packed weight, as in ``csrc/weight_formats.h``."""
 FLOAT_EPS = torch.finfo(torch.float32).eps
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
@@ -40,36 +48,18 @@ class Native:
         """``tile_tokens``: how many tokens of a sequence read their keys together, at most."""
         self.attention_scale, self._tile_tokens = head_dim**-0.5, tile_tokens
         self.library = library
-        self._attention = library.slot_attention
-        self._attention.argtypes = [
-            *(_POINTER, _INT) * 3,
-            *(_POINTER,) * 6,
-            *(_INT,) * 5,
-            *(ctypes.c_int, ctypes.c_float, ctypes.c_int),
-        ]
-        self._linear = library.linear
-        self._linear.argtypes = [ctypes.c_int, *(_POINTER,) * 4, *(_INT,) * 3, ctypes.c_int]
+        self.run_step = library.run_step
+        """Of operations, their number and a ``Step``."""
+        self.run_step.argtypes, self.run_step.restype = [_POINTER, _INT, _POINTER], None
         self.amx = bool(library.amx_available())
         """Matmuls use Intel's AMX."""
         library.isa_name.restype = ctypes.c_char_p
         self.level: str = "amx" if self.amx else library.isa_name().decode()
         """The instructions in use: amx, avx512, avx2, avx, sse2, neon or generic."""
-        self._rotary_qk_norm = library.rotary_qk_norm
-        self._rotary_qk_norm.argtypes = [
-            *(_POINTER, _INT, _POINTER, _POINTER, _INT, _INT),
-            *(ctypes.c_float, ctypes.c_int),
-        ]
-        self._rms_norm = library.rms_norm
-        self._rms_norm.argtypes = [_POINTER, _POINTER, _INT, _INT, ctypes.c_float, ctypes.c_int]
-        self._relu_squared = library.relu_squared
-        self._relu_squared.argtypes = [_POINTER, _INT, ctypes.c_int]
-        self._softcap = library.softcap
-        self._softcap.argtypes = [_POINTER, _INT, ctypes.c_float, ctypes.c_int]
-        self._sigmoid = library.sigmoid
-        self._sigmoid.argtypes = [_POINTER, _INT]
-        rowwise = (self._rotary_qk_norm, self._rms_norm, self._relu_squared, self._sigmoid)
-        for function in (self._attention, self._linear, *rowwise, self._softcap):
-            function.restype = None
+
+    def _run(self, one: Operation, rows: int, **fields: Any) -> None:
+        step = Step(rows=rows, threads=torch.get_num_threads(), **fields)
+        self.run_step(ctypes.addressof(one), 1, ctypes.addressof(step))
 
     def attention(
         self,
@@ -89,15 +79,29 @@ class Native:
         ``tile_starts`` returns for them, ``length`` is a multiple of 16. ``keys`` and ``values``
         are float32 or bfloat16, all else is float32.
         """
-        q, k, v = (x if x.stride()[1:] == (x.size(2), 1) else x.contiguous() for x in (q, k, v))
-        y = torch.empty(q.shape)
-        self._attention(
-            *(q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)),
-            *(keys.data_ptr(), values.data_ptr()),
-            *(slot_mapping[0].data_ptr(), slot_mapping[1].data_ptr()),
-            *(tile_starts.data_ptr(), y.data_ptr(), tile_starts.size(0) - 1, q.size(0)),
-            *(keys.size(1), keys.size(2), window, keys.dtype == torch.bfloat16),
-            *(self.attention_scale, torch.get_num_threads()),
+        y, (slots, positions) = torch.empty(q.shape), slot_mapping
+        qkv, H, D = torch.cat((q, k, v), dim=1), q.size(1), q.size(2)
+        one = operation(
+            Kind.ATTENTION,
+            y,
+            qkv,
+            weight=keys,
+            factor=values,
+            width=H * D,
+            count=keys.size(1),
+            extra=window,
+        )
+        indices = [None] * len(Index)
+        indices[Index.POSITIONS] = positions.data_ptr()
+        self._run(
+            one,
+            q.size(0),
+            indices=tuple(indices),
+            slots=slots.data_ptr(),
+            tile_starts=tile_starts.data_ptr(),
+            tiles=tile_starts.size(0) - 1,
+            kv_length=keys.size(2),
+            attention_scale=self.attention_scale,
         )
         return y
 
@@ -118,10 +122,13 @@ class Native:
         x = x.contiguous()
         (N, K), count = x.shape, panels.size(0)
         y = torch.empty((N, count * PANEL_WIDTH))
-        threads, weight_format = torch.get_num_threads(), WEIGHT_FORMATS[panels.dtype]
-        scratch = torch.empty(threads * self.scratch_size(N, K, panels.dtype), dtype=torch.uint8)
-        pointers = (x.data_ptr(), panels.data_ptr(), y.data_ptr(), scratch.data_ptr())
-        self._linear(weight_format, *pointers, N, K, count, threads)
+        size = torch.get_num_threads() * self.scratch_size(N, K, panels.dtype)
+        scratch = torch.empty(size, dtype=torch.uint8)
+        weight_format = WEIGHT_FORMATS[panels.dtype]
+        one = operation(
+            Kind.LINEAR, y, x, weight=panels, width=K, weight_format=weight_format, count=count
+        )
+        self._run(one, N, scratch=scratch.data_ptr())
         return y
 
     def scratch_size(self, N: int, K: int, dtype: torch.dtype) -> int:
@@ -133,8 +140,8 @@ class Native:
 
     def rms_norm(self, x: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
-        y, (N, C) = torch.empty_like(x), x.shape
-        self._rms_norm(x.data_ptr(), y.data_ptr(), N, C, eps, torch.get_num_threads())
+        y = torch.empty_like(x)
+        self._run(operation(Kind.RMS_NORM, y, x, value=eps), x.size(0))
         return y
 
     def rotary_qk_norm(self, x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
@@ -143,25 +150,25 @@ class Native:
         assert x.stride()[1:] == (D, 1)
         assert cos.is_contiguous()
         assert sin.is_contiguous()
-        pointers = (x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr())
-        self._rotary_qk_norm(*pointers, N, H, eps, torch.get_num_threads())
+        self._run(operation(Kind.ROTARY, x, cos, weight=sin, count=H, value=eps), N)
         return x
 
     def relu_squared(self, x: Tensor) -> Tensor:
         """In place."""
         assert x.is_contiguous()
-        self._relu_squared(x.data_ptr(), x.numel(), torch.get_num_threads())
+        self._run(operation(Kind.RELU_SQUARED, x, x), x.size(0))
         return x
 
     def sigmoid(self, x: Tensor) -> Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
-        self._sigmoid(x.data_ptr(), x.numel())
-        return x
+        gates, y = x.contiguous(), torch.ones(x.shape)
+        N, H = x.shape
+        self._run(operation(Kind.GATE, y, y, weight=gates, width=1, count=H), N)
+        return y
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
         """In place if ``logits`` is contiguous."""
         if not cap:
             return logits
         logits = logits.contiguous()
-        self._softcap(logits.data_ptr(), logits.numel(), cap, torch.get_num_threads())
+        self._run(operation(Kind.SOFTCAP, logits, logits, value=cap), logits.size(0))
         return logits

@@ -11,8 +11,7 @@ Legend: N tokens, R of them with logits, C = n_embd, H heads, Hkv key/value head
 from __future__ import annotations
 
 import ctypes
-from enum import IntEnum, auto
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,54 +19,15 @@ from torch import Tensor
 
 from nanochat_ray.engine.linear import Linear
 from nanochat_ray.engine.model import InferenceModel, Layer
-from nanochat_ray.engine.native import PANEL_WIDTH, WEIGHT_FORMATS, Native
-
-_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
-
-
-class Kind(IntEnum):
-    """As in ``csrc/step.c``."""
-
-    GATHER = 0
-    RMS_NORM = auto()
-    LINEAR = auto()
-    ROTARY = auto()
-    ATTENTION = auto()
-    RELU_SQUARED = auto()
-    SOFTCAP = auto()
-    ADD = auto()
-    SCALE = auto()
-    GATE = auto()
-
-
-class Index(IntEnum):
-    """Which rows GATHER takes."""
-
-    IDS = 0
-    PREVIOUS = auto()
-    POSITIONS = auto()
-    LOGITS = auto()
-
-
-class _Operation(ctypes.Structure):
-    _fields_ = (
-        ("kind", _INT),
-        *((name, _POINTER) for name in ("x", "y", "weight", "factor")),
-        *((name, _INT) for name in ("x_stride", "y_stride", "weight_stride", "width")),
-        *((name, _INT) for name in ("format", "count", "extra")),
-        ("value", ctypes.c_float),
-    )
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        ("indices", _POINTER * len(Index)),
-        *((name, _POINTER) for name in ("slots", "tile_starts")),
-        *((name, _INT) for name in ("rows", "num_logits", "tiles", "document_start", "kv_length")),
-        ("attention_scale", ctypes.c_float),
-        *((name, _POINTER) for name in ("logits", "scratch")),
-        ("threads", _INT),
-    )
+from nanochat_ray.engine.native import PANEL_WIDTH, Native
+from nanochat_ray.engine.plan_operations import (
+    WEIGHT_FORMATS,
+    Index,
+    Kind,
+    Operation,
+    Step,
+    operation,
+)
 
 
 class SlotMemory(Protocol):
@@ -87,7 +47,7 @@ class PlanWriter:
     same, so that they stay in a processor's cache."""
 
     def __init__(self, native: Native, capacity: int):
-        self.operations: list[_Operation] = []
+        self.operations: list[Operation] = []
         self.scratch_size = 0
         """Bytes, for each thread."""
         self.capacity = capacity
@@ -101,39 +61,9 @@ class PlanWriter:
             self._buffers[key] = torch.zeros((self.capacity, width))
         return self._buffers[key]
 
-    def add_operation(
-        self,
-        kind: Kind,
-        y: Tensor | None,
-        x: Tensor,
-        *,
-        weight: Tensor | None = None,
-        factor: Tensor | None = None,
-        width: int = 0,
-        weight_format: int | None = None,
-        count: int = 0,
-        extra: int = 0,
-        value: float = 1.0,
-    ) -> None:
-        """Appends ``y = kind(x)``; y None is the logits of the step. ``width`` is y's by default;
-        ``weight_format`` that of the factor or of x."""
-        dtype = x.dtype if factor is None else factor.dtype
-        fields: dict[str, int | float | None] = {
-            "kind": kind,
-            "x": x.data_ptr(),
-            "y": None if y is None else y.data_ptr(),
-            "weight": None if weight is None else weight.data_ptr(),
-            "factor": None if factor is None else factor.data_ptr(),
-            "x_stride": x.stride(0),
-            "y_stride": 0 if y is None else y.stride(0),
-            "weight_stride": 0 if weight is None else weight.stride(0),
-            "width": width or (0 if y is None else y.size(1)),
-            "format": WEIGHT_FORMATS[dtype] if weight_format is None else weight_format,
-            "count": count,
-            "extra": extra,
-            "value": value,
-        }
-        self.operations.append(_Operation(**fields))
+    def add_operation(self, kind: Kind, y: Tensor | None, x: Tensor, **fields: Any) -> None:
+        """Appends ``plan_operations.operation`` of these arguments."""
+        self.operations.append(operation(kind, y, x, **fields))
 
     def linear(self, layer: Linear, x: Tensor, name: str) -> Tensor:
         """The buffer with the result, ``[capacity, N rounded up to PANEL_WIDTH]``."""
@@ -168,9 +98,7 @@ class StepPlan:
 
     def __init__(self, model: InferenceModel, cache: SlotMemory, native: Native):
         self._model, self._cache, self._native = model, cache, native
-        self._run = native.library.run_step
-        self._run.argtypes, self._run.restype = [_POINTER, _INT, _POINTER], None
-        self._step = _Step(
+        self._step = Step(
             document_start=model.config.document_start,
             kv_length=cache.keys.size(3),
             attention_scale=native.attention_scale,
@@ -182,7 +110,7 @@ class StepPlan:
         self._writer = PlanWriter(self._native, capacity)
         _write_forward(self._writer, self._model, self._cache)
         operations = self._writer.operations
-        self._operations = (_Operation * len(operations))(*operations)
+        self._operations = (Operation * len(operations))(*operations)
 
     def run(self, tokens: np.ndarray, logits_indices: list[int]) -> Tensor:
         """float32 ``[R, V]``, the logits of those tokens, of int64 ``tokens [2, N]``: their ids,
@@ -206,7 +134,7 @@ class StepPlan:
         step.rows, step.num_logits, step.tiles = N, R, tile_starts.size(0) - 1
         step.logits, step.scratch = logits.data_ptr(), self._scratch.data_ptr()
         step.threads = threads
-        self._run(self._operations, len(self._operations), ctypes.addressof(step))
+        self._native.run_step(self._operations, len(self._operations), ctypes.addressof(step))
         return logits[:, : config.vocab_size]
 
 

@@ -249,13 +249,13 @@ def test_relu_squared() -> None:
     x = torch.randn((33, 7), generator=torch.Generator().manual_seed(4))
     want = relu_squared(x)
     assert torch.equal(load_level(64, 1).relu_squared(x.clone()), want)
-    assert load_level(64, 1).relu_squared(torch.tensor([-1.0, torch.nan])).tolist()[0] == 0.0
+    assert load_level(64, 1).relu_squared(torch.tensor([[-1.0, torch.nan]]))[0, 0] == 0.0
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_softcap(level: str) -> None:
     native = load_level(64, 1, level)
-    x = torch.tensor([0.0, -0.0, 1e-4, -3.0, 14.9, 40.0, -1e4, 1e30, torch.inf, -torch.inf])
+    x = torch.tensor([[0.0, -0.0, 1e-4, -3.0, 14.9, 40.0, -1e4, 1e30, torch.inf, -torch.inf]])
     want = 15 * torch.tanh(x / 15)
     result = native.softcap(x.clone(), 15.0)
     torch.testing.assert_close(result, want, rtol=1e-6, atol=2e-6)

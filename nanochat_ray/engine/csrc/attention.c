@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "bfloat16.h"
+#include "plan.h"
 #include "simd.h"
 #include "vector_math.h"
 
@@ -215,41 +216,36 @@ static inline void store_head(void *table, int is_bf16, int64_t row, const float
                                              round_vec(*(vec *)x);
 }
 
-/* Copies k and v [tokens, heads, HEAD_DIM] to their slots and positions in keys and values [slots,
-   heads, length, HEAD_DIM], where length is a multiple of SIMD_WIDTH, which are float32, or bfloat16 if
-   `is_bf16`. Then computes the attention of q
-   [tokens, heads * GROUP_SIZE, HEAD_DIM] into y: each token attends to itself and at most `window`
-   tokens before it, to all if `window` < 0.
-
-   The tokens from tile_starts[t] on, up to before tile_starts[t + 1], at most TILE_TOKENS, are
-   consecutive tokens of one slot. All tiles of a head follow each other, so that the tiles of a prompt
-   find its keys in the cache. q, k and v have their own distance in floats between two tokens. */
-void slot_attention(
-    const float *q, int64_t q_stride, const float *k, int64_t k_stride, const float *v,
-    int64_t v_stride, void *keys, void *values, const int64_t *slots, const int64_t *positions,
-    const int64_t *tile_starts, float *y, int64_t tiles, int64_t tokens, int64_t heads,
-    int64_t length, int64_t window, int is_bf16, float scale, int threads
-) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
+/* Copies the keys and values [heads, HEAD_DIM] of each token to its slot and position in tables [slots, heads,
+   kv_length, HEAD_DIM], where kv_length is a multiple of SIMD_WIDTH. Then computes the attention of its
+   queries [heads * GROUP_SIZE, HEAD_DIM]: each token attends to itself and at most `window` tokens before
+   it, to all if that is negative. All tiles of a head follow each other, so that the tiles of a prompt
+   find its keys in the cache. */
+void slot_attention(const Operation *op, const Step *step) {
+    const int64_t *slots = step->slots, *positions = step->indices[POSITIONS];
+    const int64_t heads = op->count, length = step->kv_length, stride = op->x_stride, y_stride = op->y_stride;
+    const int is_bf16 = op->format == BFLOAT16;
+    const float *q = op->x, *k = q + heads * GROUP_SIZE * HEAD_DIM, *v = k + heads * HEAD_DIM;
+    char *keys = (char *)op->weight, *values = (char *)op->factor;
+#pragma omp parallel num_threads(step->threads) if (step->threads > 1)
     {
 #pragma omp for
-        for (int64_t r = 0; r < tokens; r++)
+        for (int64_t r = 0; r < step->rows; r++)
             for (int64_t h = 0; h < heads; h++) {
                 int64_t row = (slots[r] * heads + h) * length + positions[r];
-                store_head(keys, is_bf16, row, k + r * k_stride + h * HEAD_DIM);
-                store_head(values, is_bf16, row, v + r * v_stride + h * HEAD_DIM);
+                store_head(keys, is_bf16, row, k + r * stride + h * HEAD_DIM);
+                store_head(values, is_bf16, row, v + r * stride + h * HEAD_DIM);
             }
 #pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < tiles * heads; item++) {
-            int64_t t = item % tiles, h = item / tiles;
-            int64_t r = tile_starts[t], used = tile_starts[t + 1] - r;
+        for (int64_t item = 0; item < step->tiles * heads; item++) {
+            int64_t t = item % step->tiles, h = item / step->tiles;
+            int64_t r = step->tile_starts[t], used = step->tile_starts[t + 1] - r;
             int64_t at = (slots[r] * heads + h) * length * HEAD_BYTES(is_bf16);
-            int64_t y_stride = heads * GROUP_SIZE * HEAD_DIM;
-            const float *tile_q = q + r * q_stride + h * GROUP_SIZE * HEAD_DIM;
-            float *tile_y = y + r * y_stride + h * GROUP_SIZE * HEAD_DIM;
+            const float *tile_q = q + r * stride + h * GROUP_SIZE * HEAD_DIM;
+            float *tile_y = op->y + r * y_stride + h * GROUP_SIZE * HEAD_DIM;
 #define ATTEND(is_bf16, tokens) \
-    attend(is_bf16, tokens, used, tile_q, q_stride, (char *)keys + at, (char *)values + at, \
-           positions[r], window, scale, tile_y, y_stride)
+    attend(is_bf16, tokens, used, tile_q, stride, keys + at, values + at, positions[r], op->extra, \
+           step->attention_scale, tile_y, y_stride)
             if (used == 1 && is_bf16) ATTEND(1, 1);
             else if (used == 1) ATTEND(0, 1);
             else if (is_bf16) ATTEND(1, TILE_TOKENS);
