@@ -27,10 +27,10 @@ from nanochat_ray.checks import check_int, require
 from nanochat_ray.cli import rl
 from nanochat_ray.engine.offline import LocalEngine
 from nanochat_ray.engine.request import SamplingParams
+from nanochat_ray.evals.answers import make_requests
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rl.config import DEFAULT_TASKS, RLConfig
-from nanochat_ray.rl.rollout import Rollout, make_requests, rollout_seed, sample_rollouts
-from nanochat_ray.rl.source import sampling_params
+from nanochat_ray.rl.rollout import Rollout, rollout_seed, sample_rollouts, sampling_params
 from nanochat_ray.storage import Store, default_root
 from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.text.chat import render_prompt

@@ -25,12 +25,12 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_int
 from nanochat_ray.cli import rl
 from nanochat_ray.engine.request import Request
+from nanochat_ray.evals.answers import make_requests
 from nanochat_ray.on_ray import session
 from nanochat_ray.on_ray.fleet import Fleet, endpoint_engines
 from nanochat_ray.on_ray.rl import engine_spec
-from nanochat_ray.rl.questions import prompts as prompts_of
-from nanochat_ray.rl.rollout import make_requests
-from nanochat_ray.rl.source import make_tasks, sampling_params
+from nanochat_ray.rl.questions import Question, QuestionSet
+from nanochat_ray.rl.rollout import sampling_params
 from nanochat_ray.storage import Store, default_root
 
 VOCAB = 256
@@ -108,12 +108,12 @@ def rollouts(args: Args) -> Callable[[], int]:
     config = rl.build(flags)
     model, tokenizer = checkpoint.load_model(Store.at(args.storage).child("runs", args.run))
     rl_config = flags.rl_config()
-    tasks = make_tasks(rl_config, "train", args.questions, seed=0)
-    prompts = prompts_of(tasks, tokenizer)
+    questions = QuestionSet(rl_config.tasks, "train", args.questions, 0, tokenizer)
     params = sampling_params(rl_config, tokenizer)
     requests: list[Request] = []
     for number in range(args.questions):
-        prompt = prompts[number % len(tasks)][number // len(tasks)]
+        index, task = divmod(number, len(questions.tasks))
+        prompt = questions.prompt(Question(task, index))
         requests += make_requests(prompt, range(args.samples), params, str(number))
     spec = engine_spec(config, rl.engine_config(flags))
     fleet = Fleet(endpoint_engines(args.endpoint), spec)

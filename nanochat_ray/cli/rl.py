@@ -144,7 +144,7 @@ def build(args: Args) -> TrainerConfig:
     """The job that the flags describe. ValueError if the parent or the run does not fit it."""
     from nanochat_ray import config as configs
     from nanochat_ray.checkpoint import checkpoint
-    from nanochat_ray.rl.source import describe, load_tokenizer
+    from nanochat_ray.rl.parent import describe, load_tokenizer
     from nanochat_ray.train import preflight, recipe
     from nanochat_ray.train.config import TrainerConfig
     from nanochat_ray.train.identity import STAGE_CONFIG

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -146,3 +147,27 @@ def pack_conversations(
         np.stack(mask) if mask else np.empty(shape, dtype=np.uint8),
         len(conversations) - len(fitting),
     )
+
+
+class Conversation(NamedTuple):
+    """``ids`` with BOS, up to the last trained token, and the ``indices`` of the trained ones."""
+
+    ids: np.ndarray
+    indices: np.ndarray
+
+
+def unpack_conversations(
+    ids: np.ndarray, mask: np.ndarray, bos: int, max_len: int
+) -> list[Conversation]:
+    """The conversations of packed sequences ``ids [n, T + 1]`` with the loss ``mask``, each cut to
+    its first ``max_len`` tokens; those without a trained token, such as padding, are left out."""
+    conversations = []
+    for sequence, sequence_mask in zip(ids, mask, strict=True):
+        starts = np.flatnonzero(sequence == bos)
+        for part, part_mask in zip(
+            np.split(sequence, starts), np.split(sequence_mask, starts), strict=True
+        ):
+            indices = np.flatnonzero(part_mask[:max_len])
+            if len(indices):
+                conversations.append(Conversation(part[: indices[-1] + 1], indices))
+    return conversations

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from nanochat_ray.engine.detokenizer import OutputProcessor, TextEvent, ToolResultEvent
-from nanochat_ray.engine.request import SamplingParams
+from nanochat_ray.engine.request import Request, SamplingParams
+from nanochat_ray.tasks.task import Task
+from nanochat_ray.text.chat import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
+
+
+def task_prompts(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of each question of the task."""
+    return [render_prompt(tokenizer, task.question(index)) for index in range(len(task))]
 
 
 def answer_params(tokenizer: Tokenizer, **params: Any) -> SamplingParams:
     """``SamplingParams`` of an answer, which the end of the chat turn ends."""
     ends = (tokenizer.special("<|assistant_end|>"), tokenizer.bos)
     return SamplingParams(eos_ids=ends, **params)
+
+
+def make_requests(
+    prompt: Sequence[int], seeds: Sequence[int], params: SamplingParams, name: str
+) -> list[Request]:
+    """A request for each seed, with ``params`` otherwise; ids begin with ``name``."""
+    return [
+        Request(id=f"{name}/{sample}", prompt=prompt, params=replace(params, seed=seed))
+        for sample, seed in enumerate(seeds)
+    ]
 
 
 def answer_text(tokenizer: Tokenizer, tokens: list[int], *, shows_tools: bool = False) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nanochat_ray.engine.offline import OfflineEngine
 from nanochat_ray.engine.request import Request
-from nanochat_ray.evals.answers import answer_params, answer_text
+from nanochat_ray.evals.answers import answer_params, answer_text, make_requests
 from nanochat_ray.evals.results import Z, wilson_interval
 from nanochat_ray.tasks.task import MAX_ANSWER_TOKENS, Task
 from nanochat_ray.text.chat import render_prompt
@@ -86,17 +86,14 @@ def evaluate(
     requests: list[Request] = []
     answers = {f"{index}/{i}": "" for index in range(total) for i in range(samples)} | previous
     num_too_long = 0
+    params = answer_params(tokenizer, temperature=temperature, max_tokens=max_tokens)
+    seeds = [(seed * samples + i) % 2**63 for i in range(samples)]
     for index in range(total):
         prompt = render_prompt(tokenizer, task.question(index))
         if len(prompt) >= engine.max_model_len:
             num_too_long += 1
             continue
-        for i in range(samples):
-            sample_seed = (seed * samples + i) % 2**63
-            params = answer_params(
-                tokenizer, temperature=temperature, max_tokens=max_tokens, seed=sample_seed
-            )
-            requests.append(Request(id=f"{index}/{i}", prompt=prompt, params=params))
+        requests += make_requests(prompt, seeds, params, str(index))
     num_answered = len(previous) + samples * num_too_long
     for output in engine.run([r for r in requests if r.id not in previous]):
         text = answers[output.request_id] = answer_text(tokenizer, output.tokens)

@@ -13,7 +13,8 @@ from nanochat_ray.on_ray.fleet import Fleet, RemoteEngine, actor_engines, endpoi
 from nanochat_ray.on_ray.fleet_engine import EngineSpec
 from nanochat_ray.on_ray.train import fit
 from nanochat_ray.rl.config import RLConfig
-from nanochat_ray.rl.source import RolloutSource, tokenizer_run
+from nanochat_ray.rl.parent import tokenizer_run
+from nanochat_ray.rl.source import RolloutSource
 from nanochat_ray.train.config import TrainerConfig
 
 

@@ -1,4 +1,4 @@
-"""From graded groups of answers to a batch of the trainer. numpy only.
+"""From graded groups of answers to a batch of the trainer.
 
 Groups without signal are left out. Equal answers of a group are one sequence, whose weight is their
 number: the gradient is the same, for less work.
@@ -9,44 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from nanochat_ray.rl import advantages as adv
+from nanochat_ray.data.packing import Conversation
 from nanochat_ray.rl.config import RLConfig
-from nanochat_ray.rl.losses import TOKEN_INPUTS
-from nanochat_ray.rl.questions import Question
-from nanochat_ray.rl.rehearsal import Conversation
-from nanochat_ray.rl.rollout import Rollout
+from nanochat_ray.rl.losses import KINDS, TOKEN_INPUTS
+from nanochat_ray.rl.rollout import Group
 from nanochat_ray.train.step import Batch
-
-
-@dataclass(frozen=True)
-class Group:
-    """The answers to one question."""
-
-    question: Question
-    prompt: Sequence[int]
-    rollouts: Sequence[Rollout]
-    rewards: np.ndarray
-    """float64 ``[samples]``"""
-
-    @property
-    def has_signal(self) -> bool:
-        return bool(np.ptp(self.rewards) > 0)
-
-    def to_wire(self) -> list[Any]:
-        """JSON values, without the prompt."""
-        rollouts = [rollout.to_wire() for rollout in self.rollouts]
-        return [self.question.task, self.question.index, rollouts, self.rewards.tolist()]
-
-    @classmethod
-    def from_wire(cls, wire: Sequence[Any], prompts: Sequence[Sequence[Sequence[int]]]) -> Group:
-        """``prompts``: token ids of each question of each task."""
-        task, index, rollouts, rewards = wire
-        answers = [Rollout.from_wire(rollout) for rollout in rollouts]
-        return cls(Question(task, index), prompts[task][index], answers, np.array(rewards))
 
 
 @dataclass(frozen=True)
@@ -65,7 +35,7 @@ class TrainedSequence:
 
 def distinct_answers(group: Group, config: RLConfig) -> list[TrainedSequence]:
     """The answers of a group that are trained on, in the order of their first sample."""
-    advantages = adv.advantages(group.rewards, adv.KINDS[config.loss])
+    advantages = KINDS[config.loss].advantages(np.array(group.rewards))
     counts = Counter(tuple(rollout.tokens) for rollout in group.rollouts)
     answers = []
     for rollout, advantage in zip(group.rollouts, advantages, strict=True):
@@ -89,31 +59,29 @@ def distinct_answers(group: Group, config: RLConfig) -> list[TrainedSequence]:
 def make_batch(
     groups: Sequence[Group],
     config: RLConfig,
-    seconds: float,
-    *,
     conversations: Sequence[Conversation] = (),
+    rehearsal: float = 0.0,
+    *,
     micro_batch_size: int,
     rank: int,
     world: int,
 ) -> Batch:
     """The part of a rank: whole micro-batches, which are the same for any number of ranks.
 
-    ``seconds``: how long the rollouts took. ``conversations`` are rehearsed with the weight
-    ``config.rehearsal``, unless no group has signal.
+    ``conversations`` are trained on with the weight ``rehearsal``, unless no group has signal.
     """
-    kind = adv.KINDS[config.loss]
+    kind = KINDS[config.loss]
     answers = [a for group in groups if group.has_signal for a in distinct_answers(group, config)]
     num_tokens = np.repeat([len(a.indices) for a in answers], [a.count for a in answers])
-    denominator = adv.denominator(kind, num_tokens, config.max_tokens) if answers else 1.0
+    denominator = kind.denominator(num_tokens, config.max_tokens)
     talks = [TrainedSequence(c.ids, c.indices) for c in conversations if answers]
     # Of a mean over the conversations' tokens, whatever the answers' sum is divided by.
-    rehearsal = (config.rehearsal or 0.0) * denominator
-    rehearsal /= max(1, sum(len(sequence.indices) for sequence in talks))
+    talk_weight = rehearsal * denominator / max(1, sum(len(talk.indices) for talk in talks))
     # Micro-batches of nearly equal lengths.
     sequences = sorted([*answers, *talks], key=lambda sequence: len(sequence.ids))
-    width = max((len(sequence.ids) for sequence in sequences), default=2)
     per_rank = -(-len(sequences) // (micro_batch_size * world)) * micro_batch_size
     own = sequences[rank * per_rank : (rank + 1) * per_rank]
+    width = max((len(sequence.ids) for sequence in sequences), default=2)
     ids = np.zeros((len(own), width), dtype=np.int32)
     mask = np.zeros(ids.shape, dtype=np.uint8)
     inputs = {name: np.zeros(ids.shape, dtype=np.float32) for name in TOKEN_INPUTS}
@@ -121,34 +89,8 @@ def make_batch(
         columns = sequence.indices
         ids[row, : len(sequence.ids)] = sequence.ids
         mask[row, columns] = 1
-        inputs["weights"][row, columns] = sequence.count * adv.sequence_weight(kind, len(columns))
+        inputs["weights"][row, columns] = sequence.count * kind.sequence_weight(len(columns))
         inputs["advantages"][row, columns] = sequence.advantage
         inputs["logprobs"][row, columns] = sequence.logprobs
-        inputs["rehearsal"][row, columns] = 0.0 if sequence.count else rehearsal
-    return Batch(ids, mask, inputs, denominator, figures(groups, config, len(answers), seconds))
-
-
-def figures(
-    groups: Sequence[Group], config: RLConfig, num_sequences: int, seconds: float
-) -> dict[str, float]:
-    """What the record of a step says of its rollouts."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    logprobs = [x for rollout in rollouts for x in rollout.logprobs if x is not None]
-    tokens = sum(len(rollout.tokens) for rollout in rollouts)
-    result = {
-        "reward": float(np.mean([group.rewards.mean() for group in groups])),
-        "groups": len(groups),
-        "groups_with_signal": sum(group.has_signal for group in groups),
-        "sequences": num_sequences,
-        "answer_tokens": tokens / len(rollouts),
-        "truncated_share": sum(r.is_truncated for r in rollouts) / len(rollouts),
-        # An unbiased estimate: the mean of -log p over samples of p.
-        "entropy": -sum(logprobs) / max(len(logprobs), 1),
-        "rollout_seconds": seconds,
-        "rollout_tokens_per_s": tokens / seconds,
-    }
-    for number, name in enumerate(config.tasks):
-        rewards = [g.rewards.mean() for g in groups if g.question.task == number]
-        if rewards:
-            result[f"reward/{name}"] = float(np.mean(rewards))
-    return result
+        inputs["rehearsal"][row, columns] = 0.0 if sequence.count else talk_weight
+    return Batch(ids, mask, inputs, denominator, {"sequences": len(answers)})

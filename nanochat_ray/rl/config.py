@@ -7,9 +7,12 @@ from typing import Literal, get_args
 
 from nanochat_ray.checks import check_int, require
 from nanochat_ray.config import require_finite
+from nanochat_ray.model.config import Precision
 
 Loss = Literal["reinforce", "rloo", "grpo", "dapo", "dr_grpo", "gspo", "cispo"]
 Truncation = Literal["wrong", "mask", "grade"]
+MAX_LOGPROB_DIFF = 1e-4
+"""Default bound in fp32; measured: 6e-5 at most (rl/BENCHMARKS.md)."""
 DEFAULT_TASKS = (
     "chain_sum,min_terms=4,max_terms=4",
     "chain_sum,min_digits=3,max_digits=3",
@@ -68,6 +71,12 @@ class RLConfig:
     """Questions of each task's validation split."""
     eval_samples: int = 4
     """Answers to each of them, sampled as in training."""
+
+    def logprob_bound(self, precision: Precision) -> float:
+        """``max_logprob_diff``, or its default; 0: none."""
+        if self.max_logprob_diff is not None:
+            return self.max_logprob_diff
+        return 0.0 if self.stale or precision != "fp32" else MAX_LOGPROB_DIFF
 
     def __post_init__(self) -> None:
         require_finite(self)

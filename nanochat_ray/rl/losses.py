@@ -1,7 +1,7 @@
-"""Policy-gradient objectives on the tokens of sampled answers.
+"""Policy-gradient objectives: from rewards to advantages, weights of tokens, and a loss.
 
-For each token with advantage A and weight w (``advantages.py``), log-probability l under the policy
-and b under the engine that sampled it, and the ratio r = exp(l - b), a step minimises the sum of
+For each token with advantage A and weight w, log-probability l under the policy and b under the
+engine that sampled it, and the ratio r = exp(l - b), a step minimises the sum of
 
 - reinforce, rloo:       -w · A · l
 - grpo, dapo, dr_grpo:   -w · min(r · A, clip(r, 1 - clip_low, 1 + clip_high) · A)
@@ -19,18 +19,81 @@ Tokens of rehearsed conversations (``rehearsal.py``) have w = 0 and a weight v o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.rl.advantages import KINDS
-from nanochat_ray.rl.config import RLConfig
+from nanochat_ray.rl.config import Loss, RLConfig
 from nanochat_ray.train.step import MicroBatch
 
 TOKEN_INPUTS = ("weights", "advantages", "logprobs", "rehearsal")
 """What ``PolicyLoss`` needs of each token: w, A, b and v above."""
+Baseline = Literal["mean", "leave_one_out"]
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
+Ratio = Literal["none", "clip", "sequence_clip", "weight"]
+STD_EPSILON = 1e-6
+"""Added to a group's standard deviation (GRPO's and DAPO's reference code)."""
+
+
+@dataclass(frozen=True)
+class LossKind:
+    """The choices in which the objectives of ``RLConfig.loss`` differ."""
+
+    baseline: Baseline = "mean"
+    divides_by_std: bool = False
+    aggregation: Aggregation = "token_mean"
+    ratio: Ratio = "none"
+    """How r enters."""
+
+    def advantages(self, rewards: np.ndarray) -> np.ndarray:
+        """float64 ``[n]`` for the ``rewards [n]`` of a group.
+
+        A = r - mean(r), or r minus the mean of the others; divided by std(r), with n - 1 degrees of
+        freedom, if the kind says so.
+        """
+        deviations = rewards - rewards.mean()
+        if self.baseline == "leave_one_out":
+            # r_i - sum_{j≠i} r_j / (n - 1) = n / (n - 1) · (r_i - mean(r)).
+            deviations = deviations * (len(rewards) / (len(rewards) - 1))
+        if self.divides_by_std:
+            deviations = deviations / (rewards.std(ddof=1) + STD_EPSILON)
+        return deviations
+
+    def sequence_weight(self, num_tokens: int) -> float:
+        """Weight of each token of an answer that has ``num_tokens`` sampled ones."""
+        return 1.0 / num_tokens if self.aggregation == "sequence_mean" else 1.0
+
+    def denominator(self, num_tokens: np.ndarray, max_tokens: int) -> float:
+        """What the weighted sum over all tokens is divided by; ``num_tokens [N]`` of all answers.
+        1 if there are none."""
+        if self.aggregation == "token_mean":
+            return float(num_tokens.sum() or 1)
+        return float(len(num_tokens) or 1) * (max_tokens if self.aggregation == "constant" else 1)
+
+
+KINDS: dict[Loss, LossKind] = {
+    # Williams 1992, with the group's mean as baseline and a mean over tokens, as nanochat's
+    # chat_rl does it.
+    "reinforce": LossKind(),
+    # Ahmadian et al., arXiv 2402.14740: the mean of the other answers as baseline, and the
+    # log-probability of the answer as a whole.
+    "rloo": LossKind(baseline="leave_one_out", aggregation="sequence_sum"),
+    # Shao et al., arXiv 2402.03300.
+    "grpo": LossKind(divides_by_std=True, aggregation="sequence_mean", ratio="clip"),
+    # Yu et al., arXiv 2503.14476: a mean over tokens (and clip_high above clip_low).
+    "dapo": LossKind(divides_by_std=True, ratio="clip"),
+    # Liu et al., arXiv 2503.20783: no division by std or by the length.
+    "dr_grpo": LossKind(aggregation="constant", ratio="clip"),
+    # Zheng et al., arXiv 2507.18071: one ratio for a sequence.
+    "gspo": LossKind(divides_by_std=True, aggregation="sequence_mean", ratio="sequence_clip"),
+    # MiniMax, arXiv 2506.13585: the clipped ratio is a constant weight.
+    "cispo": LossKind(divides_by_std=True, ratio="weight"),
+}
 
 
 def surrogate(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanochat_ray.data.order import derive_key, permute
-from nanochat_ray.tasks.task import Task
-from nanochat_ray.text.chat import render_prompt
+from nanochat_ray.evals.answers import task_prompts
+from nanochat_ray.rl.config import RLConfig
+from nanochat_ray.tasks.registry import make_tasks
+from nanochat_ray.tasks.task import Split
 from nanochat_ray.text.tokenizer import Tokenizer
 
 REWARD_DECAY = 0.8
@@ -21,30 +21,46 @@ MIN_WEIGHT = 0.1
 """Weight of a task that is solved, so that it is not forgotten."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """Example ``index`` of task number ``task``."""
+class Question(NamedTuple):
+    """An ``example`` of a ``task``, both by their numbers."""
 
     task: int
-    index: int
+    example: int
 
 
-def content_digest(tasks: Sequence[Task]) -> str:
-    """SHA-256 (hex) of all questions of the tasks with their ideal answers."""
-    sha = hashlib.sha256()
-    for task in tasks:
-        for index in range(len(task)):
-            sha.update(json.dumps(task.example(index), sort_keys=True).encode() + b"\n")
-        sha.update(b"\n")
-    return sha.hexdigest()
+class QuestionSet:
+    """The tasks of a split, with the token ids of each question's prompt."""
+
+    def __init__(
+        self, names: Sequence[str], split: Split, size: int, seed: int, tokenizer: Tokenizer
+    ):
+        self.tasks = make_tasks(names, split, size, seed)
+        self._prompts = [task_prompts(task, tokenizer) for task in self.tasks]
+
+    def prompt(self, question: Question) -> list[int]:
+        return self._prompts[question.task][question.example]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(task) for task in self.tasks]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(prompt) for prompts in self._prompts for prompt in prompts)
+
+    def every_question(self) -> list[Question]:
+        return [Question(task, i) for task, size in enumerate(self.sizes) for i in range(size)]
 
 
-def prompts(tasks: Sequence[Task], tokenizer: Tokenizer) -> list[list[list[int]]]:
-    """Token ids of each question of each task."""
-    return [
-        [render_prompt(tokenizer, task.question(index)) for index in range(len(task))]
-        for task in tasks
-    ]
+def questions_needed(config: RLConfig, num_groups: int, num_with_signal: int) -> int:
+    """Questions of the next round: as many as will give the missing groups with signal, if as many
+    of them have it as of those so far."""
+    missing = config.min_groups - num_with_signal
+    if not num_groups or missing <= 0:
+        return 0 if num_groups else config.questions
+    share = max(1, num_with_signal) / num_groups
+    return min(config.questions, math.ceil(missing / share))
 
 
 class Curriculum:
@@ -60,21 +76,22 @@ class Curriculum:
         equal weights."""
         self.sizes, self.seed, self.adaptive = list(sizes), seed, adaptive
         self.asked_counts = [0] * len(sizes)
-        self.rewards = [0.0] * len(sizes)
+        self.rewards = np.zeros(len(sizes))
         """Running mean reward."""
-        self._credits = [0.0] * len(sizes)
+        self._credits = np.zeros(len(sizes))
 
-    def weights(self) -> list[float]:
+    def weights(self) -> np.ndarray:
+        """float64 ``[tasks]``"""
         if not self.adaptive:
-            return [1.0] * len(self.sizes)
-        return [max(MIN_WEIGHT, 1 - reward) for reward in self.rewards]
+            return np.ones(len(self.sizes))
+        return np.maximum(MIN_WEIGHT, 1 - self.rewards)
 
     def draw(self, count: int) -> list[Question]:
         weights, questions = self.weights(), []
         for _ in range(count):
-            self._credits = [c + w for c, w in zip(self._credits, weights, strict=True)]
-            task = max(range(len(weights)), key=lambda i: self._credits[i])
-            self._credits[task] -= sum(weights)
+            self._credits += weights
+            task = int(self._credits.argmax())
+            self._credits[task] -= math.fsum(weights)
             questions.append(Question(task, self._next_index(task)))
         return questions
 
@@ -86,20 +103,18 @@ class Curriculum:
 
     def observe(self, questions: Sequence[Question], rewards: Sequence[float]) -> None:
         """The mean rewards of the groups of ``questions``."""
-        for task in range(len(self.sizes)):
-            own = [r for q, r in zip(questions, rewards, strict=True) if q.task == task]
-            if own:
-                mean = sum(own) / len(own)
-                self.rewards[task] += (1 - REWARD_DECAY) * (mean - self.rewards[task])
+        tasks, values = np.array([q.task for q in questions]), np.array(rewards)
+        for task in np.unique(tasks):
+            mean = values[tasks == task].mean()
+            self.rewards[task] += (1 - REWARD_DECAY) * (mean - self.rewards[task])
 
     def state(self) -> dict[str, Any]:
         return {
             "asked_counts": list(self.asked_counts),
-            "rewards": list(self.rewards),
-            "credits": list(self._credits),
+            "rewards": self.rewards.tolist(),
+            "credits": self._credits.tolist(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.asked_counts = [int(n) for n in state["asked_counts"]]
-        self.rewards = [float(x) for x in state["rewards"]]
-        self._credits = [float(x) for x in state["credits"]]
+        self.rewards, self._credits = np.array(state["rewards"]), np.array(state["credits"])

@@ -1,20 +1,29 @@
-"""Rollouts: sampled answers, each a pure function of (weights, seed, question, sample)."""
+"""Rollouts: sampled answers, each a pure function of (weights, seed, question, sample); and their
+rewards."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, Self
+
+import numpy as np
 
 from nanochat_ray.engine.offline import OfflineEngine
 from nanochat_ray.engine.request import Finish, Request, RequestOutput, SamplingParams
+from nanochat_ray.evals.answers import answer_params, answer_text, make_requests
+from nanochat_ray.rl.config import RLConfig
+from nanochat_ray.rl.questions import Question, QuestionSet
+from nanochat_ray.tasks.task import Task
+from nanochat_ray.text.tokenizer import Tokenizer
+from nanochat_ray.train.ranks import Ranks
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """One answer. ``logprobs[i]`` is that of ``tokens[i]`` when it was sampled, or None if a tool
-    injected the token."""
+class Rollout(NamedTuple):
+    """One answer, of JSON values. ``logprobs[i]`` is that of ``tokens[i]`` when it was sampled, or
+    None if a tool injected the token."""
 
     tokens: list[int]
     logprobs: list[float | None]
@@ -23,7 +32,7 @@ class Rollout:
     """Of the weights that sampled it."""
 
     @classmethod
-    def of(cls, output: RequestOutput) -> Rollout:
+    def of(cls, output: RequestOutput) -> Self:
         """``output``: all of a request, by an engine that has loaded a version."""
         assert output.finish is not None
         logprobs = [None if entry is None else entry.logprob for entry in output.logprobs or ()]
@@ -33,13 +42,28 @@ class Rollout:
     def is_truncated(self) -> bool:
         return self.finish == "length"
 
-    def to_wire(self) -> list[Any]:
-        return [self.tokens, self.logprobs, self.finish, self.version]
+
+class Group(NamedTuple):
+    """The answers to one question, of JSON values, each with its reward."""
+
+    question: Question
+    prompt: list[int]
+    rollouts: list[Rollout]
+    rewards: list[float]
 
     @classmethod
-    def from_wire(cls, wire: Sequence[Any]) -> Rollout:
-        tokens, logprobs, finish, version = wire
-        return cls(tokens, logprobs, finish, version)
+    def from_json(cls, values: Sequence[Any]) -> Self:
+        question, prompt, rollouts, rewards = values
+        return cls(Question(*question), prompt, [Rollout(*r) for r in rollouts], rewards)
+
+    @property
+    def reward(self) -> float:
+        """The mean."""
+        return float(np.mean(self.rewards))
+
+    @property
+    def has_signal(self) -> bool:
+        return min(self.rewards) < max(self.rewards)
 
 
 def rollout_seed(*key: int) -> int:
@@ -47,17 +71,72 @@ def rollout_seed(*key: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
 
 
-def make_requests(
-    prompt: Sequence[int], seeds: Sequence[int], params: SamplingParams, name: str
-) -> list[Request]:
-    """A request for each seed, with ``params`` otherwise; ids begin with ``name``."""
-    return [
-        Request(id=f"{name}/{sample}", prompt=prompt, params=replace(params, seed=seed))
-        for sample, seed in enumerate(seeds)
-    ]
-
-
 def sample_rollouts(engine: OfflineEngine, requests: Sequence[Request]) -> list[Rollout]:
     """The rollout of each request, in their order."""
     by_id = {output.request_id: output for output in engine.run(requests)}
     return [Rollout.of(by_id[request.id]) for request in requests]
+
+
+def sampling_params(rl: RLConfig, tokenizer: Tokenizer) -> SamplingParams:
+    """Of answers to train on: with the log-probabilities of the distribution that is sampled."""
+    return answer_params(
+        tokenizer,
+        temperature=rl.temperature,
+        max_tokens=rl.max_tokens,
+        logprobs=0,
+        logprobs_mode="processed_logprobs",
+    )
+
+
+class GroupSampler:
+    """Samples a group of answers to each question, with the weights that ``engine`` has loaded."""
+
+    def __init__(
+        self, rl: RLConfig, tokenizer: Tokenizer, engine: OfflineEngine, ranks: Ranks, seed: int
+    ):
+        self.rl, self.tokenizer, self.engine = rl, tokenizer, engine
+        self.ranks, self.seed = ranks, seed
+        self.params = sampling_params(rl, tokenizer)
+
+    def sample(
+        self,
+        question_set: QuestionSet,
+        questions: Sequence[Question],
+        *,
+        samples: int,
+        step: int,
+        first: int = 0,
+    ) -> list[Group]:
+        """A group of ``samples`` answers to each question, on all ranks. Collective: each samples
+        its share.
+
+        ``first`` is the number of the first question within the step.
+        """
+        requests, rank, world = [], self.ranks.rank, self.ranks.world
+        for number in range(rank, len(questions), world):
+            key = (self.seed, step, first + number, *questions[number])
+            seeds = [rollout_seed(*key, sample) for sample in range(samples)]
+            prompt = question_set.prompt(questions[number])
+            requests += make_requests(prompt, seeds, self.params, str(number))
+        data = json.dumps(sample_rollouts(self.engine, requests)).encode()
+        shares = [[Rollout(*r) for r in json.loads(share)] for share in self.ranks.gather(data)]
+        groups = []
+        for number, question in enumerate(questions):
+            start = number // world * samples
+            rollouts = shares[number % world][start : start + samples]
+            rewards = self.grade(question_set.tasks[question.task], question.example, rollouts)
+            groups.append(Group(question, question_set.prompt(question), rollouts, rewards))
+        return groups
+
+    def grade(self, task: Task, index: int, rollouts: Sequence[Rollout]) -> list[float]:
+        """The reward of each rollout; equal ones are graded once. ValueError for a NaN."""
+        rewards: dict[tuple[int, ...], float] = {}
+        for rollout in rollouts:
+            key = tuple(rollout.tokens)
+            if rollout.is_truncated and self.rl.truncation == "wrong":
+                rewards[key] = 0.0
+            elif key not in rewards:
+                rewards[key] = float(task.grade(index, answer_text(self.tokenizer, rollout.tokens)))
+                if not math.isfinite(rewards[key]):
+                    raise ValueError(f"task={task.name!r} gave the reward {rewards[key]}: a number")
+        return [rewards[tuple(rollout.tokens)] for rollout in rollouts]

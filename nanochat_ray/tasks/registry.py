@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from nanochat_ray.checks import require
@@ -94,6 +95,15 @@ def make_task(name: str, split: Split, size: int | None = None, seed: int = 0) -
         raise ValueError(f"task={name!r} has an unknown option: {error}") from None
     task.name = name
     return task
+
+
+def make_tasks(names: Sequence[str], split: Split, size: int | None, seed: int) -> list[Task]:
+    """The tasks of ``names``. ValueError also for one that has no questions in the split."""
+    tasks = [make_task(name, split, size=size, seed=seed) for name in names]
+    for task in tasks:
+        if not len(task):
+            raise ValueError(f"tasks={task.name!r} has no questions in the split {split}")
+    return tasks
 
 
 def _import_factory(path: str) -> TaskFactory:

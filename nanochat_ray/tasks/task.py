@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from nanochat_ray.text.chat import Message
@@ -31,6 +33,16 @@ class Task(Protocol):
     def grade(self, index: int, answer: str) -> bool:
         """Whether ``answer``, the text of the assistant, is right."""
         ...
+
+
+def content_digest(tasks: Sequence[Task]) -> str:
+    """SHA-256 (hex) of all questions of the tasks with their ideal answers."""
+    sha = hashlib.sha256()
+    for task in tasks:
+        for index in range(len(task)):
+            sha.update(json.dumps(task.example(index), sort_keys=True).encode() + b"\n")
+        sha.update(b"\n")
+    return sha.hexdigest()
 
 
 TaskFactory = Callable[..., Task]

@@ -18,10 +18,10 @@ from nanochat_ray.engine.kvcache.slot_manager import SlotManager
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.offline import LocalEngine
 from nanochat_ray.engine.request import EngineStoppedError, SamplingParams
+from nanochat_ray.evals.answers import make_requests
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray import fleet_engine
 from nanochat_ray.on_ray.fleet_engine import EngineSpec, GuestEngine
-from nanochat_ray.rl.rollout import make_requests
 from nanochat_ray.storage import Store
 from tests.rl.tiny_rl import ENGINE, save_parent
 from tests.tiny import TOKENIZER, tiny_config

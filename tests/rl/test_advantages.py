@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.rl.advantages import KINDS, advantages, denominator, sequence_weight
 from nanochat_ray.rl.config import RLConfig
-from nanochat_ray.rl.losses import PolicyLoss, kl_estimate, surrogate
+from nanochat_ray.rl.losses import KINDS, PolicyLoss, kl_estimate, surrogate
 from nanochat_ray.train.step import MicroBatch
 from tests.tiny import tiny_config
 
@@ -19,19 +18,19 @@ REWARDS = np.array([1.0, 0.0, 0.0, 1.0, 0.0])  # mean 0.4
 
 
 def test_baseline_is_the_groups_mean() -> None:
-    assert advantages(REWARDS, KINDS["reinforce"]) == pytest.approx([0.6, -0.4, -0.4, 0.6, -0.4])
+    assert KINDS["reinforce"].advantages(REWARDS) == pytest.approx([0.6, -0.4, -0.4, 0.6, -0.4])
 
 
 def test_rloo_leaves_the_answer_out() -> None:
     # Others of a right answer: 1 of 4 right; of a wrong one: 2 of 4.
-    assert advantages(REWARDS, KINDS["rloo"]) == pytest.approx([0.75, -0.5, -0.5, 0.75, -0.5])
+    assert KINDS["rloo"].advantages(REWARDS) == pytest.approx([0.75, -0.5, -0.5, 0.75, -0.5])
 
 
 def test_grpo_divides_by_the_deviation() -> None:
     # Variance with n - 1 = 4 degrees of freedom: (2·0.36 + 3·0.16) / 4 = 0.3.
     std = math.sqrt(0.3)
     reference = [0.6 / std, -0.4 / std, -0.4 / std, 0.6 / std, -0.4 / std]
-    assert advantages(REWARDS, KINDS["grpo"]) == pytest.approx(reference, rel=1e-5)
+    assert KINDS["grpo"].advantages(REWARDS) == pytest.approx(reference, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +47,8 @@ def test_grpo_divides_by_the_deviation() -> None:
 )
 def test_aggregation(loss: str, first_weight: float, divisor: float) -> None:
     kind = KINDS[loss]  # type: ignore[index]
-    assert sequence_weight(kind, 2) == first_weight
-    assert denominator(kind, np.array([2, 4, 1]), 10) == divisor
+    assert kind.sequence_weight(2) == first_weight
+    assert kind.denominator(np.array([2, 4, 1]), 10) == divisor
 
 
 # Two tokens of sequence 0 with ratios 1.5 and 0.5, one token of sequence 1 with ratio 2.

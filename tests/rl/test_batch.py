@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pytest
 
-from nanochat_ray.rl.batch import Group, figures, make_batch
+from nanochat_ray.rl.batch import make_batch
 from nanochat_ray.rl.config import RLConfig
+from nanochat_ray.rl.figures import step_figures
 from nanochat_ray.rl.questions import Question
-from nanochat_ray.rl.rollout import Rollout
+from nanochat_ray.rl.rollout import Group, Rollout
 from nanochat_ray.train.step import Batch
 
 A = Rollout([3, 4], [-1.0, -2.0], "stop", 0)
@@ -20,18 +21,16 @@ C = Rollout([9], [-0.25], "stop", 0)
 D = Rollout([11], [-3.0], "stop", 0)
 E = Rollout([12, 13], [-0.75, -4.0], "stop", 0)
 GROUPS = [
-    Group(Question(0, 5), [1, 2], [A, A, B], np.array([1.0, 1.0, 0.0])),
-    Group(Question(1, 0), [8], [C, C, C], np.array([0.0, 0.0, 0.0])),
-    Group(Question(1, 1), [8, 9, 10], [D, E, D], np.array([0.0, 1.0, 0.0])),
+    Group(Question(0, 5), [1, 2], [A, A, B], [1.0, 1.0, 0.0]),
+    Group(Question(1, 0), [8], [C, C, C], [0.0, 0.0, 0.0]),
+    Group(Question(1, 1), [8, 9, 10], [D, E, D], [0.0, 1.0, 0.0]),
 ]
 CONFIG = RLConfig(tasks=("a", "b", "c"), loss="grpo", max_tokens=10)
 
 
 def batch(micro_batch_size: int, rank: int = 0, world: int = 1, loss: str = "grpo") -> Batch:
     config = dataclasses.replace(CONFIG, loss=loss)  # type: ignore[arg-type]
-    return make_batch(
-        GROUPS, config, 0.5, micro_batch_size=micro_batch_size, rank=rank, world=world
-    )
+    return make_batch(GROUPS, config, micro_batch_size=micro_batch_size, rank=rank, world=world)
 
 
 def test_sequences_by_hand() -> None:
@@ -95,18 +94,17 @@ def test_ranks_share_whole_micro_batches(
 
 
 def test_groups_without_signal_give_an_empty_batch() -> None:
-    b = make_batch(GROUPS[1:2], CONFIG, 0.5, micro_batch_size=4, rank=0, world=1)
+    b = make_batch(GROUPS[1:2], CONFIG, micro_batch_size=4, rank=0, world=1)
     assert b.ids.shape == (0, 2)
     assert b.denominator == 1
-    assert (b.metrics["sequences"], b.metrics["groups_with_signal"]) == (0, 0)
+    assert b.metrics == {"sequences": 0}
 
 
 def test_figures_by_hand() -> None:
-    assert figures(GROUPS, CONFIG, 4, 0.5) == {
+    assert step_figures(GROUPS, CONFIG.tasks, 0.5) == {
         "reward": pytest.approx((2 / 3 + 0 + 1 / 3) / 3),
         "groups": 3,
         "groups_with_signal": 2,
-        "sequences": 4,
         "answer_tokens": pytest.approx((7 + 3 + 4) / 9),
         "truncated_share": pytest.approx(1 / 9),
         "entropy": pytest.approx((3 + 3 + 2 + 0.75 + 3 + 4.75 + 3) / 13),

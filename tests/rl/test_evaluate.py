@@ -6,14 +6,14 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rl.losses import PolicyLoss
 from nanochat_ray.rl.rollout import Rollout, rollout_seed
-from nanochat_ray.rl.source import EVAL_STEP, RolloutSource, make_tasks
+from nanochat_ray.rl.source import EVAL_STEP, RolloutSource
 from nanochat_ray.storage import Store
+from nanochat_ray.tasks.registry import make_tasks
 from nanochat_ray.train.ranks import Ranks
 from tests.rl.tiny_rl import ENGINE, RL, TASK, FakeEngine, job, save_parent
 from tests.tiny import TOKENIZER, tiny_config
@@ -79,7 +79,7 @@ def test_truncated_answers_are_graded(root: Store, truncation: str, golden: list
         Rollout([ord("B"), ord("B")], [-1.0, -1.0], "length", 0),
         Rollout([ord("C"), END], [-1.0, -1.0], "stop", 0),
     ]
-    assert np.array_equal(source._grade(source.tasks[0], 0, rollouts), golden)
+    assert source.sampler.grade(source.questions.tasks[0], 0, rollouts) == golden
 
 
 def test_a_reward_is_a_number(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,10 +121,10 @@ def test_kl_is_to_the_parents_weights(root: Store) -> None:
 
 def test_tasks_have_the_questions_of_their_split(root: Store) -> None:
     source = make_source(root, script())
-    assert [len(task) for task in source.tasks] == [12, 12]
-    assert [len(task) for task in source.val_tasks] == [2, 2]
+    assert source.questions.sizes == [12, 12]
+    assert source.val_questions.sizes == [2, 2]
     with pytest.raises(ValueError, match=r"has no questions in the split val"):
-        make_tasks(dataclasses.replace(RL, tasks=(Empty.name,)), "val", 3, 0)
+        make_tasks((Empty.name,), "val", 3, 0)
 
 
 class Empty:

@@ -11,7 +11,7 @@ from nanochat_ray.rl.questions import Curriculum, Question
 
 def test_each_question_once_per_epoch() -> None:
     curriculum = Curriculum([7], seed=3, adaptive=False)
-    epochs = [[q.index for q in curriculum.draw(7)] for _ in range(3)]
+    epochs = [[q.example for q in curriculum.draw(7)] for _ in range(3)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
@@ -19,8 +19,8 @@ def test_each_question_once_per_epoch() -> None:
 def test_recorded_questions() -> None:
     """Runs must stay reproducible: the order within a task is that of its own key."""
     questions = Curriculum([7, 5], 3, adaptive=False).draw(14)
-    assert [q.index for q in questions if q.task == 0] == [3, 2, 1, 0, 5, 6, 4]
-    assert [q.index for q in questions if q.task == 1] == [2, 3, 0, 1, 4, 2, 3]
+    assert [q.example for q in questions if q.task == 0] == [3, 2, 1, 0, 5, 6, 4]
+    assert [q.example for q in questions if q.task == 1] == [2, 3, 0, 1, 4, 2, 3]
 
 
 def test_tasks_take_turns() -> None:
@@ -45,7 +45,7 @@ def test_state_continues_the_order() -> None:
     whole, first = (Curriculum([11, 5], 1, adaptive=True) for _ in range(2))
     for curriculum in (whole, first):
         questions = curriculum.draw(6)
-        curriculum.observe(questions, [q.index / 11 for q in questions])
+        curriculum.observe(questions, [q.example / 11 for q in questions])
     second = Curriculum([11, 5], 1, adaptive=True)
     second.load_state(json.loads(json.dumps(first.state())))
     assert second.draw(20) == whole.draw(20)

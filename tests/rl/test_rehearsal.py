@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.data.packing import Conversation, unpack_conversations
+from nanochat_ray.data.shards import SequenceReader
 from nanochat_ray.rl.batch import make_batch
 from nanochat_ray.rl.config import RLConfig
 from nanochat_ray.rl.losses import TOKEN_INPUTS, PolicyLoss
-from nanochat_ray.rl.rehearsal import REHEARSAL, Conversation, Rehearsal, split_conversations
-from nanochat_ray.rl.source import describe
+from nanochat_ray.rl.parent import REHEARSAL, describe
+from nanochat_ray.rl.rehearsal import Rehearsal
 from nanochat_ray.storage import Store
 from nanochat_ray.train.step import MicroBatch
 from tests.rl.test_advantages import random_model
@@ -33,7 +35,7 @@ def test_conversations_of_a_packed_sequence() -> None:
     # Two conversations, one without a trained token, and padding; then one that is cut.
     ids = np.array([[BOS, 1, 2, 3, BOS, 4, 5, BOS, 6, BOS], [BOS, 1, 2, 3, 4, 5, 6, 7, 8, 9]])
     mask = np.array([[0, 0, 1, 0, 0, 1, 1, 0, 0, 0], [0, 1, 0, 1, 0, 0, 0, 1, 1, 1]])
-    assert as_lists(split_conversations(ids, mask, BOS, 8)) == [
+    assert as_lists(unpack_conversations(ids, mask, BOS, 8)) == [
         ([BOS, 1, 2], [2]),
         ([BOS, 4, 5], [1, 2]),
         ([BOS, 1, 2, 3, 4, 5, 6, 7], [1, 3, 7]),
@@ -41,11 +43,15 @@ def test_conversations_of_a_packed_sequence() -> None:
 
 
 def test_steps_walk_through_the_dataset(root: Store) -> None:
-    write_dataset(root, "talk", "sft", rows=6)
-    rehearsal = Rehearsal.open(root, "talk", TOKENIZER, seed=3, max_len=33)
-    steps = [as_lists(rehearsal.conversations(step)) for step in range(6)]
-    again = Rehearsal.open(root, "talk", TOKENIZER, seed=3, max_len=33)
-    assert as_lists(again.conversations(4)) == steps[4]  # whatever came before
+    store, manifest = root.child("datasets", "talk"), write_dataset(root, "talk", "sft", rows=6)
+
+    def rehearsal() -> Rehearsal:
+        reader = SequenceReader(store, manifest, "train")
+        return Rehearsal(reader, 1.0, seed=3, bos=BOS, max_len=33)
+
+    walk = rehearsal()
+    steps = [as_lists(walk.conversations(step)) for step in range(6)]
+    assert as_lists(rehearsal().conversations(4)) == steps[4]  # whatever came before
     epochs = [[c for step in steps[i : i + 3] for c in step] for i in (0, 3)]
     assert len(epochs[0]) == 6
     assert sorted(epochs[0]) == sorted(epochs[1])
@@ -54,15 +60,12 @@ def test_steps_walk_through_the_dataset(root: Store) -> None:
 
 def test_weights_of_a_batch_by_hand() -> None:
     """Three trained tokens share the weight 2 of the answers' mean over 6 sequences (grpo)."""
-    config = dataclasses.replace(CONFIG, rehearsal=2.0)
     conversations = [
         Conversation(np.array([20, 21]), np.array([1])),
         Conversation(np.array([22, 23, 24, 25, 26, 27]), np.array([3, 5])),
     ]
-    b = make_batch(
-        GROUPS, config, 0.5, conversations=conversations, micro_batch_size=4, rank=0, world=1
-    )
-    plain = make_batch(GROUPS, config, 0.5, micro_batch_size=4, rank=0, world=1)
+    b = make_batch(GROUPS, CONFIG, conversations, 2.0, micro_batch_size=4, rank=0, world=1)
+    plain = make_batch(GROUPS, CONFIG, micro_batch_size=4, rank=0, world=1)
     assert b.ids.tolist()[0] == [20, 21, 0, 0, 0, 0]
     assert b.ids.tolist()[-1] == [22, 23, 24, 25, 26, 27]
     assert b.token_inputs["rehearsal"][0].tolist() == [0, 4, 0, 0, 0, 0]
@@ -75,11 +78,8 @@ def test_weights_of_a_batch_by_hand() -> None:
 
 
 def test_without_signal_nothing_is_rehearsed() -> None:
-    config = dataclasses.replace(CONFIG, rehearsal=1.0)
     talk = [Conversation(np.array([20, 21]), np.array([1]))]
-    b = make_batch(
-        GROUPS[1:2], config, 0.5, conversations=talk, micro_batch_size=4, rank=0, world=1
-    )
+    b = make_batch(GROUPS[1:2], CONFIG, talk, 1.0, micro_batch_size=4, rank=0, world=1)
     assert len(b.ids) == 0
 
 

@@ -10,8 +10,9 @@ import torch
 
 from nanochat_ray.engine.offline import LocalEngine, whole_outputs
 from nanochat_ray.engine.request import SamplingParams
+from nanochat_ray.evals.answers import make_requests
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.rl.rollout import Rollout, make_requests, rollout_seed, sample_rollouts
+from nanochat_ray.rl.rollout import Rollout, rollout_seed, sample_rollouts
 from tests.rl.tiny_rl import ENGINE
 from tests.tiny import TOKENIZER, tiny_config
 

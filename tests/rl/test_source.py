@@ -13,7 +13,8 @@ from nanochat_ray.engine.offline import LocalEngine
 from nanochat_ray.engine.request import Finish, Request
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rl.config import RLConfig
-from nanochat_ray.rl.source import RolloutSource, questions_needed
+from nanochat_ray.rl.questions import questions_needed
+from nanochat_ray.rl.source import RolloutSource
 from nanochat_ray.storage import Store
 from nanochat_ray.train.ranks import Ranks
 from nanochat_ray.train.step import Batch
@@ -69,9 +70,8 @@ def test_the_longest_question_bounds_max_tokens(whole: tuple[Store, Any]) -> Non
         return source
 
     source = setup(1)
-    longest = max(len(p) for task in (*source.prompts, *source.val_prompts) for p in task)
-    room = 48 - longest
-    assert setup(room).sampling_params.max_tokens == room
+    room = 48 - max(source.questions.longest, source.val_questions.longest)
+    assert setup(room).sampler.params.max_tokens == room
     with pytest.raises(ValueError, match=rf"max_tokens={room + 1} .* leaves {room} of"):
         setup(room + 1)
 

@@ -16,7 +16,8 @@ from nanochat_ray.engine.request import Finish, Request, RequestOutput, TokenLog
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.rl.config import RLConfig
-from nanochat_ray.rl.source import RolloutSource, describe, load_tokenizer
+from nanochat_ray.rl.parent import describe, load_tokenizer
+from nanochat_ray.rl.source import RolloutSource
 from nanochat_ray.storage import Store
 from nanochat_ray.tasks.task import Split
 from nanochat_ray.text.chat import Message

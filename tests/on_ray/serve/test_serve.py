@@ -21,11 +21,12 @@ from ray import serve
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.offline import LocalEngine
 from nanochat_ray.engine.request import SamplingParams
+from nanochat_ray.evals.answers import make_requests
 from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.on_ray.evals import open_fleets
 from nanochat_ray.on_ray.fleet import num_replicas
 from nanochat_ray.on_ray.serve.deployment import build_application
-from nanochat_ray.rl.rollout import make_requests, sample_rollouts
+from nanochat_ray.rl.rollout import sample_rollouts
 from nanochat_ray.serve import keys
 from nanochat_ray.serve.keys import hash_key
 from nanochat_ray.storage import Store
