@@ -56,7 +56,7 @@ class RLConfig:
     """Coefficient of the divergence from the parent's weights; 0: none."""
     rehearsal: float | None = None
     """Weight of the parent's fine-tuning conversations; 0: none. Their likelihood is a part of the
-    loss, so that what no task asks is not unlearned. By default 1 where the storage has them."""
+    loss, so that what no task asks is not unlearned. By default 3 where the storage has them."""
     stale: int = 0
     """1: the answers of a step are sampled while the step before trains, so with weights that are
     one step old, and the loss has the ratio of both policies; 0: with the step's own weights."""

@@ -19,7 +19,7 @@ from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train import identity
 from nanochat_ray.train.config import TrainerConfig
 
-REHEARSAL = 1.0
+REHEARSAL = 3.0
 """Default weight of the conversations' log-likelihood beside the policy gradient."""
 
 

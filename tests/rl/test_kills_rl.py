@@ -21,6 +21,7 @@ from tests.tiny import wait_for
 
 KILLS = int(os.environ.get("NANOCHAT_KILLS", "2"))
 STEPS = 6
+DEADLINE_S = 300
 
 
 def train(root_uri: str, run: str, stale: int) -> None:
@@ -41,9 +42,13 @@ def test_killed_at_any_moment_ends_equal(root: Store, stale: int) -> None:
         process.start()
         return process
 
+    def complete(process: multiprocessing.process.BaseProcess) -> None:
+        process.join(DEADLINE_S)
+        assert process.exitcode == 0
+
     for name in ("first", "whole"):  # the first also starts the server of processes
         begin = time.monotonic()
-        start(name).join(60)
+        complete(start(name))
         seconds = time.monotonic() - begin
     reference = weights_digest(root, "whole")
     rng, kills = random.Random(time.time_ns()), 0
@@ -51,14 +56,14 @@ def test_killed_at_any_moment_ends_equal(root: Store, stale: int) -> None:
         run = f"killed-{kills}-{time.time_ns()}"
         process = start(run)
         end = time.monotonic() + rng.uniform(0.1, 0.9) * seconds
-        wait_for(lambda at=end: time.monotonic() > at, 60, "the moment to kill", every=0.001)
+        wait_for(
+            lambda at=end: time.monotonic() > at, DEADLINE_S, "the moment to kill", every=0.001
+        )
         process.kill()
-        process.join(20)
+        process.join(DEADLINE_S)
         if process.exitcode != -signal.SIGKILL:
             continue  # it was faster than the moment
-        again = start(run)
-        again.join(60)
-        assert again.exitcode == 0
+        complete(start(run))
         assert weights_digest(root, run) == reference
         kills += 1
     print(f"{kills} of {kills} killed runs ended with the bits of the uninterrupted one")
