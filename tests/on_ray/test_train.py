@@ -23,7 +23,7 @@ from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from tests.tiny import tiny_config, wait_for, write_dataset
-from tests.train.run_trainer import run_trainer
+from tests.train.run_trainer import ENDLESS, run_trainer, stop_after
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -35,8 +35,6 @@ CONFIG = TrainConfig(
     save_every=4,
     optim=OptimConfig(matrix_lr=0.002, embedding_lr=0.05, scalar_lr=0.05, warmup_ratio=0.0),
 )
-ENDLESS = 50_000
-"""Steps of runs that are stopped: no machine ends them while a test looks at them."""
 
 
 def job(storage: str, run: str, **changes: Any) -> TrainerConfig:
@@ -83,11 +81,6 @@ def during(work: Callable[[], None]) -> Iterator[None]:
         future = pool.submit(work_and_interrupt)
         yield
         future.result()
-
-
-def stop_after(step: int, *, start: int = 0) -> Callable[[], bool]:
-    """``should_stop`` of a run that begins behind step ``start`` and ends with ``step``."""
-    return iter([*[False] * (step - start - 1), True]).__next__
 
 
 def worker_processes() -> list[psutil.Process]:

@@ -9,6 +9,14 @@ from nanochat_ray.train.config import TrainerConfig
 from nanochat_ray.train.hooks import Hooks
 from nanochat_ray.train.trainer import Trainer
 
+ENDLESS = 50_000
+"""Steps of runs that are stopped: no machine ends them while a test looks at them."""
+
+
+def stop_after(step: int, *, start: int = 0) -> Callable[[], bool]:
+    """``should_stop`` of a run that begins behind step ``start`` and ends with ``step``."""
+    return iter([*[False] * (step - start - 1), True]).__next__
+
 
 class FunctionHooks(Hooks):
     def __init__(
