@@ -93,7 +93,7 @@ def save_model(
 
 
 def wait_for(
-    condition: Callable[[], Any], seconds: float = 30.0, what: str = "it", every: float = 0.02
+    condition: Callable[[], Any], seconds: float = 60.0, what: str = "it", every: float = 0.02
 ) -> None:
     """Waits until ``condition`` holds; fails, saying ``what``, when the time is up."""
     deadline = time.monotonic() + seconds

@@ -50,7 +50,7 @@ async def fuzz(url: str, count: int, seed: int) -> dict[int, int]:
     gate = asyncio.Semaphore(12)
     # No bound of the client's own: its pool loses places when a call is cancelled.
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
 
         async def one(mutation: Mutation) -> None:
             method, raw, leaves = mutation.method, mutation.body, mutation.leaves_after_s

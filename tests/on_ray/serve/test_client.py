@@ -116,7 +116,7 @@ async def connected_client(
     handle: Any = Handle(replicas)
     client = RayEngineClient(handle, deadline_s=30, liveness_timeout_s=0.5, follower=follower)
     client.start()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while sum(r.is_usable for r in client.replicas.by_name.values()) < len(replicas):
             await asyncio.sleep(0.01)
         yield client
@@ -261,7 +261,7 @@ def test_a_swap_may_begin_before_the_reply() -> None:
 
 
 async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 

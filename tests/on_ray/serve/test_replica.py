@@ -106,7 +106,7 @@ def test_a_new_checkpoint_is_swapped_in_place(tiny_run: Store) -> None:
             return connection
 
         async def until(ready: Callable[[], Any]) -> None:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 while not ready():
                     await asyncio.sleep(0.01)
 
@@ -255,7 +255,7 @@ def test_health_is_that_of_the_engine(tiny_run: Store, monkeypatch: pytest.Monke
         tasks = list(replica._tasks)
         await EngineReplica.__del__(replica)
         assert not engine._thread.is_alive()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             ends = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(end) for end in ends] == [asyncio.CancelledError]  # the heartbeats
         assert not replica.run.list("leases")

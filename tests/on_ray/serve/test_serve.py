@@ -46,7 +46,7 @@ def client(url: str) -> openai.OpenAI:
 
 
 def test_health_keeps_the_secret(url: str) -> None:
-    assert "secret" not in httpx.get(f"{url}/health", timeout=10).text
+    assert "secret" not in httpx.get(f"{url}/health", timeout=60).text
 
 
 def is_idle(url: str) -> bool:
@@ -195,7 +195,7 @@ def test_keys_of_a_redeployment_count(
     def status(key: str) -> int:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            return httpx.get(f"{url}/v1/models", headers=headers, timeout=10).status_code
+            return httpx.get(f"{url}/v1/models", headers=headers, timeout=60).status_code
         except httpx.TransportError:
             return 0
 
