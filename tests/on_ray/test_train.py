@@ -70,16 +70,21 @@ def test_two_workers_on_s3_equal_one_process(s3: str, tmp_path: Path) -> None:
 @contextlib.contextmanager
 def during(work: Callable[[], None]) -> Iterator[None]:
     """Does ``work`` in a thread beside the block; then Ctrl-C, which the block has to end by."""
+    has_ended = threading.Event()
 
     def work_and_interrupt() -> None:
         try:
             work()
         finally:
-            os.kill(os.getpid(), signal.SIGINT)
+            if not has_ended.is_set():
+                os.kill(os.getpid(), signal.SIGINT)
 
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work_and_interrupt)
-        yield
+        try:
+            yield
+        finally:
+            has_ended.set()
         future.result()
 
 
