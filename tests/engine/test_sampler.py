@@ -117,6 +117,16 @@ def test_equals_the_slow_sampler_row_by_row(vocab: int) -> None:
             assert alone.tolist() == [actual[i]]
 
 
+def test_each_row_has_its_own_top_k() -> None:
+    """Without top-p, by hand: the tokens that are left of 4, 3, 2, 1, 0."""
+    logits = torch.arange(5).flip(0).float().expand(4, 5)
+    params = [SamplingParams(top_k=k) for k in (1, 3, 0, 9)]
+    masked = sampler.distribution(logits, rows(params), SAMPLED | TOP_K)
+    assert masked.isfinite().sum(dim=-1).tolist() == [1, 3, 5, 5]
+    assert masked[1].tolist() == [0, -1, -2, -math.inf, -math.inf]
+    assert torch.equal(masked, sampler.distribution(logits, rows(params), ALL))
+
+
 def test_ties_at_the_threshold_are_kept() -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0, -5.0]])
     for params, want_ids in (

@@ -124,6 +124,20 @@ def test_a_swap_keeps_the_order_of_arrival() -> None:
     assert [request.id for request, _ in loop._inbox] == ["first", "second", "third"]
 
 
+def test_a_swap_waits_for_requests_of_the_old_weights() -> None:
+    """One that arrives when the engine is idle, but for which no step has run yet."""
+    engine = make_engine(make_model("modern"))
+    engine.weight_version = "a"
+    loop = EngineLoop(engine, lambda outputs: None)
+    completion = loop.swap_weights(other_weights(1), "b", drain_s=60)
+    loop.submit(dataclasses.replace(ask("old", PROMPT), weight_version="a"))
+    assert loop._advance_swap() == []
+    assert loop.is_swapping
+    assert loop._take_inbox()[0][0].id == "old"
+    loop._advance_swap()
+    assert (completion.done(), engine.weight_version) == (True, "b")
+
+
 def test_wrong_weights_change_nothing(loop: tuple[EngineLoop, Collector]) -> None:
     engine, _ = loop
     weights = make_model("modern").state_dict()
