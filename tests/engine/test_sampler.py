@@ -121,10 +121,10 @@ def test_each_row_has_its_own_top_k() -> None:
     """Without top-p, by hand: the tokens that are left of 4, 3, 2, 1, 0."""
     logits = torch.arange(5).flip(0).float().expand(4, 5)
     params = [SamplingParams(top_k=k) for k in (1, 3, 0, 9)]
-    masked = sampler.distribution(logits, rows(params), SAMPLED | TOP_K)
-    assert masked.isfinite().sum(dim=-1).tolist() == [1, 3, 5, 5]
-    assert masked[1].tolist() == [0, -1, -2, -math.inf, -math.inf]
-    assert torch.equal(masked, sampler.distribution(logits, rows(params), ALL))
+    log_weights = sampler.distribution(logits, rows(params), SAMPLED | TOP_K)
+    assert log_weights.isfinite().sum(dim=-1).tolist() == [1, 3, 5, 5]
+    assert log_weights[1].tolist() == [0, -1, -2, -math.inf, -math.inf]
+    assert torch.equal(log_weights, sampler.distribution(logits, rows(params), ALL))
 
 
 def test_ties_at_the_threshold_are_kept() -> None:

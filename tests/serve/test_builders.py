@@ -42,10 +42,12 @@ def chat_builder(deltas: list[Delta], **fields: Any) -> ChatBuilder:
     return result
 
 
-def test_usage_counts_a_prompt_once() -> None:
+@pytest.mark.parametrize("choices", [{"n": 2}, {"n": 1, "best_of": 2}])
+def test_usage_counts_a_prompt_once(choices: dict[str, int]) -> None:
     """Two prompts of 2 and 3 tokens with two choices each, of which the first has the cache's."""
     deltas = [Delta(i, num_tokens=10 + i, cached_tokens=[1, 7, 2, 8][i]) for i in range(4)]
-    response = builder([*deltas, Delta(0, num_tokens=5)], prompt=["a", "bc"], n=2).response()
+    deltas.append(Delta(0, num_tokens=5))
+    response = builder(deltas, prompt=["a", "bc"], **choices).response()
     assert response["usage"] == {
         "prompt_tokens": 5,
         "completion_tokens": 10 + 11 + 12 + 13 + 5,

@@ -31,11 +31,7 @@ from nanochat_ray.serve.responses.schema import (
 from nanochat_ray.serve.serving import Serving
 
 LOGPROBS = "message.output_text.logprobs"
-CHAT_NAMES = {
-    "max_completion_tokens": "max_output_tokens",
-    "response_format": "text.format",
-    "messages": "input",
-}
+CHAT_NAMES = {"response_format": "text.format", "messages": "input"}
 """Fields of a chat request in error messages, and their names here."""
 
 
