@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Path
+from fastapi import APIRouter, FastAPI, Path
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
@@ -31,7 +31,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from nanochat_ray.serve.access import AccessLog
 from nanochat_ray.serve.auth import AuthMiddleware, BodySizeLimit, client_of
-from nanochat_ray.serve.body import JsonRoute, from_validation
+from nanochat_ray.serve.body import JsonRoute, from_validation, route_class
 from nanochat_ray.serve.client import EngineClient, UnavailableError
 from nanochat_ray.serve.generation import Limits
 from nanochat_ray.serve.hosts import HostCheck
@@ -271,23 +271,29 @@ def _add_tokens(app: FastAPI, serving: Serving) -> None:
 
 
 def _add_generation(app: FastAPI, serving: Serving) -> None:
-    @app.post("/v1/completions", response_model=CompletionResponse, responses=ANSWER)
+    async def admit(request: HttpRequest) -> None:
+        await serving.admit(client_of(request))
+
+    router = APIRouter(route_class=route_class(admit))
+
+    @router.post("/v1/completions", response_model=CompletionResponse, responses=ANSWER)
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         generation = await parse_completion(serving, body, client_of(http))
         name = f"cmpl-{secrets.token_hex(12)}"
         return await respond(CompletionBuilder(serving, generation, name), http)
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ANSWER)
+    @router.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ANSWER)
     async def chat(body: ChatRequest, http: HttpRequest) -> Response:
         generation = await parse_chat(serving, body, client_of(http))
         name = f"chatcmpl-{secrets.token_hex(12)}"
         return await respond(ChatBuilder(serving, generation, name), http)
 
-    @app.post("/v1/responses", response_model=ResponsesResponse, responses=ANSWER)
+    @router.post("/v1/responses", response_model=ResponsesResponse, responses=ANSWER)
     async def responses(body: ResponsesRequest, http: HttpRequest) -> Response:
         generation = await parse_responses(serving, body, client_of(http))
         return await respond(ResponsesBuilder(serving, generation, body), http)
 
+    app.include_router(router)
     add_stream_schemas(app, STREAMS)
 
 

@@ -8,7 +8,7 @@ stops 200 levels deep, and takes 10 ms for 450,000 numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -61,12 +61,19 @@ class Body(BaseModel):
 # --- parsing ------------------------------------------------------------------------------------
 
 
+Admit = Callable[[Request], Awaitable[None]]
+"""Lets a request pass, or raises ApiError."""
+
+
 class JsonRequest(Request):
     """A request whose ``json`` is parsed in advance; FastAPI reads the result."""
 
-    async def parse(self) -> None:
-        """Raises ApiError: 415 for a content type that is not JSON, 400 for invalid JSON."""
+    async def parse(self, admit: Admit | None = None) -> None:
+        """Raises ApiError: 415 for a content type that is not JSON, 400 for invalid JSON, and what
+        ``admit`` raises before the body is read."""
         _check_headers(self.headers.get("content-type"), self.headers.get("content-encoding"))
+        if admit is not None:
+            await admit(self)
         body = await self.body()
         if not body.strip():
             raise errors.invalid("The body is empty: a JSON object is needed.", code="invalid_json")
@@ -117,6 +124,8 @@ def _check_headers(content_type: str | None, encoding: str | None) -> None:
 class JsonRoute(APIRoute):
     """A route whose body, if it has one, is parsed by ``JsonRequest``."""
 
+    admit: Admit | None = None
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
         if self.body_field is None:
@@ -124,10 +133,19 @@ class JsonRoute(APIRoute):
 
         async def parse_and_handle(request: Request) -> Response:
             body = JsonRequest(request.scope, request.receive)
-            await body.parse()
+            await body.parse(self.admit)
             return await handler(body)
 
         return parse_and_handle
+
+
+def route_class(admit_request: Admit) -> type[JsonRoute]:
+    """A ``JsonRoute`` with this ``admit``."""
+
+    class AdmittingRoute(JsonRoute):
+        admit = staticmethod(admit_request)
+
+    return AdmittingRoute
 
 
 # --- validation errors --------------------------------------------------------------------------

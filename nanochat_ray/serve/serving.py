@@ -8,10 +8,11 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from nanochat_ray.engine.request import Request, SamplingParams
+from nanochat_ray.engine.request import EngineFull, Request, SamplingParams
 from nanochat_ray.serve.client import EngineClient
+from nanochat_ray.serve.gate import AdmissionGate
 from nanochat_ray.serve.generation import Delta, GenerationRequest, Limits, generate
 from nanochat_ray.serve.metrics import RequestMetrics
 from nanochat_ray.serve.openai import errors
@@ -43,6 +44,15 @@ class Serving:
     """Longest prompt plus answer, in tokens."""
     limits: Limits
     metrics: RequestMetrics
+    gate: AdmissionGate = field(default_factory=AdmissionGate)
+
+    async def admit(self, client: str) -> None:
+        """Waits until a request may begin; ApiError 429 if the engines would refuse it."""
+        try:
+            await self.gate.enter(client)
+        except EngineFull as refusal:
+            self.metrics.refusals(1, "429")
+            raise errors.queue_full(str(refusal), refusal.retry_after_s) from None
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.name:

@@ -12,7 +12,13 @@ def http(path: str = "/v1/models", method: str = "POST", **headers: str) -> Scop
     raw_headers = [
         (name.replace("_", "-").encode(), text.encode()) for name, text in headers.items()
     ]
-    return {"type": "http", "method": method, "path": path, "headers": raw_headers}
+    return {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "query_string": b"",
+        "headers": raw_headers,
+    }
 
 
 def call(app: ASGIApp, scope: Scope, *parts: bytes) -> list[Message]:

@@ -275,14 +275,14 @@ def test_refusals(
 
 
 def test_full_queue_and_no_engine(url: str, engine: ScriptedClient) -> None:
-    engine.refuse = full()
-    response = post(f"{url}/v1/chat/completions", json=chat(stream=True))
-    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
     engine.refuse = UnavailableError("no engine is running")
     response = post(f"{url}/v1/chat/completions", json=chat())
     assert (response.status_code, response.headers["retry-after"]) == (503, "2")
     assert response.json()["error"]["code"] == "engine_unavailable"
     assert get(f"{url}/health").status_code == 503
+    engine.refuse = full()
+    response = post(f"{url}/v1/chat/completions", json=chat(stream=True))
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
     figures = get(f"{url}/metrics").text
     for status in (429, 503):
         labels = f'model_name="tiny",status="{status}"'

@@ -58,6 +58,9 @@ async def _next(deltas: Deltas, builder: ResponseBuilder) -> list[Delta]:
     try:
         return await anext(deltas)
     except EngineFull as error:
+        if len(builder.generation.requests) == 1:  # of several, one may have been admitted
+            request = builder.generation.requests[0]
+            builder.serving.gate.record(request.client, request.priority, error)
         raise errors.queue_full(str(error), error.retry_after_s) from error
     except UnavailableError as error:
         raise errors.unavailable(str(error)) from error

@@ -1,0 +1,150 @@
+"""What a flood of requests does before any of them is parsed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from nanochat_ray.engine.request import EngineFull
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.serve.gate import MAX_STARTS, REFUSAL_S, AdmissionGate
+from nanochat_ray.text.tokenizer import Tokenizer
+from tests.serve.asgi import call, http
+from tests.serve.scripted import ScriptedClient
+
+FULL = EngineFull("max_queue_s=2: a request would wait 3.5 s", 3.5)
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def is_refused(gate: AdmissionGate, client: str = "") -> bool:
+    try:
+        gate.check(client)
+    except EngineFull:
+        return True
+    return False
+
+
+def test_a_refusal_counts_for_a_while_and_one_client() -> None:
+    clock = Clock()
+    gate = AdmissionGate(clock)
+
+    def state() -> tuple[bool, bool]:
+        return is_refused(gate, "a"), is_refused(gate, "b")
+
+    assert state() == (False, False)
+    gate.record("a", 0, FULL)
+    assert state() == (True, False)
+    clock.now += REFUSAL_S / 2
+    gate.record("b", 0, FULL)
+    assert state() == (True, True)
+    clock.now += REFUSAL_S / 2
+    assert state() == (False, True)
+    gate.record("b", 0, FULL)
+    clock.now += REFUSAL_S / 2
+    assert state() == (False, True)  # from the latest one on
+
+
+def test_a_less_urgent_request_tells_nothing() -> None:
+    gate = AdmissionGate()
+    gate.record("", 1, FULL)
+    assert not is_refused(gate)
+
+
+async def starts(gate: AdmissionGate, clients: list[str]) -> list[str]:
+    """What becomes of requests that come at once, in the order in which they begin, with a mark at
+    the end of each iteration of the event loop."""
+    events: list[str] = []
+
+    async def request(number: int, client: str) -> None:
+        try:
+            await gate.enter(client)
+        except EngineFull:
+            events.append(f"refused {number}")
+        else:
+            events.append(str(number))
+
+    tasks = [asyncio.ensure_future(request(i, client)) for i, client in enumerate(clients)]
+    while not all(task.done() for task in tasks):
+        await asyncio.sleep(0)
+        events.append("|")
+    return events
+
+
+def test_few_requests_begin_at_once_in_order() -> None:
+    count = 2 * MAX_STARTS + 3
+    events = asyncio.run(starts(AdmissionGate(), [""] * count))
+    assert [e for e in events if e != "|"] == [str(i) for i in range(count)]
+    groups = [group.split() for group in " ".join(events).split("|")]
+    assert [len(group) for group in groups if group] == [MAX_STARTS, MAX_STARTS, 3]
+
+
+def test_a_refusal_ends_the_wait_of_its_client_alone() -> None:
+    async def run() -> list[str]:
+        gate = AdmissionGate()
+        task = asyncio.ensure_future(starts(gate, ["a"] * (MAX_STARTS + 2) + ["b"]))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # the first ones have begun
+        gate.record("a", 0, FULL)
+        return await task
+
+    first = [str(i) for i in range(MAX_STARTS)]
+    events = [event for event in asyncio.run(run()) if event != "|"]
+    assert events[:MAX_STARTS] == first
+    rest = [f"refused {MAX_STARTS}", f"refused {MAX_STARTS + 1}", str(MAX_STARTS + 2)]
+    assert sorted(events[MAX_STARTS:]) == sorted(rest)
+
+
+def test_a_client_that_leaves_keeps_nobody_waiting() -> None:
+    async def run() -> None:
+        gate = AdmissionGate()
+        tasks = [asyncio.ensure_future(gate.enter("")) for _ in range(MAX_STARTS + 2)]
+        await asyncio.sleep(0)
+        tasks[MAX_STARTS].cancel()
+        await asyncio.wait_for(tasks[MAX_STARTS + 1], 10)
+
+    asyncio.run(run())
+
+
+def post(app: Any, path: str = "/v1/completions", body: bytes | None = None, **fields: Any) -> Any:
+    """Status, Retry-After and error of a request."""
+    body = json.dumps({"prompt": "x", **fields}).encode() if body is None else body
+    start, *rest = call(app, http(path, content_type="application/json"), body)
+    headers = dict(start["headers"])
+    error = json.loads(b"".join(message["body"] for message in rest)).get("error")
+    return start["status"], headers.get(b"retry-after"), error
+
+
+def test_the_next_request_is_refused_unparsed() -> None:
+    engine = ScriptedClient([65])
+    app = build_app(engine, Tokenizer.bytes_only(), "m", 256)
+    engine.refuse = FULL
+    by_engine = post(app)
+    assert by_engine[:2] == (429, b"4")
+    assert by_engine[2]["code"] == "queue_full"
+    engine.refuse = None
+    assert post(app) == by_engine
+    assert post(app, "/v1/chat/completions", b"no JSON") == by_engine
+    assert post(app, "/v1/responses", b"{}") == by_engine
+    assert engine.requests == []
+    assert post(app, "/tokenize")[0] == 200  # it needs no engine
+    refusals = call(app, http("/metrics", "GET"))[1]["body"].decode()
+    assert 'nanochat_request_refusals_total{model_name="m",status="429"} 4.0' in refusals
+
+
+@pytest.mark.parametrize("fields", [{"n": 2}, {"priority": 1}])
+def test_what_says_nothing_of_other_requests(fields: dict[str, Any]) -> None:
+    engine = ScriptedClient([65])
+    app = build_app(engine, Tokenizer.bytes_only(), "m", 256)
+    engine.refuse = FULL
+    assert post(app, **fields)[0] == 429
+    engine.refuse = None
+    assert post(app)[0] == 200
