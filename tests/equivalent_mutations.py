@@ -21,6 +21,12 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
         "contextlib.suppress(ValueError, OSError)": ("", "both are suppressed"),
         "constant: 1  →  2": ("indent=1", "spaces of a JSON text"),
     },
+    "nanochat_ray/cli/eval.py": {
+        "constant: True  →  False": ("flush=True", "it is printed later"),
+    },
+    "nanochat_ray/cli/quickstart.py": {
+        "constant: 30  →  31": ("1 << 30", "beyond any depth or number of GPUs"),
+    },
     "nanochat_ray/cli/rollback.py": {
         "statement: time.sleep(POLL_S)  →  pass": ("", "it looks more often"),
     },

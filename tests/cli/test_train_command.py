@@ -163,6 +163,10 @@ class Runs:
 
     def recorder(self, name: str, value: Any) -> Any:
         def call(*args: Any, **options: Any) -> Any:
+            if name in ("print_plan", "run_here", "run_on_ray"):
+                job, flags = args
+                assert job is self.job
+                assert isinstance(flags, Args)
             self.calls.append((name, (*args, *options.values())))
             return value
 
