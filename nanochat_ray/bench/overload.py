@@ -7,7 +7,8 @@
 First a closed loop measures the capacity in requests/s and single requests the usual time to the
 first token. Then requests arrive as a Poisson process at ``--factor`` times the capacity, whatever
 the answers are (an open loop), and probes measure the time until a first token takes as long as
-usual again. Each attack of ``hostile_clients`` runs beside one request after the other. The server
+usual again. Each attack of ``hostile_clients`` runs beside one request after the other, and its
+recovery is measured too. The server
 must be on this host: the memory of its processes is watched. Status 1 if something broke: an answer
 without a status or with another than 200, 429 and 503, a refusal without Retry-After, a first token
 after ``--max-ttft-s``, a recovery after ``--max-recovery-s``, or more growth than
@@ -76,7 +77,8 @@ class Args:
     max_ttft_s: float = 0.0
     """Bound on the 99th percentile of the time to the first token of admitted requests; 0: none."""
     max_recovery_s: float = 5.0
-    """Bound on the time from the last arrival to the usual time to the first token."""
+    """Bound on the time from the last arrival, or the end of an attack, to the usual time to the
+    first token."""
     max_growth_mib: float = 64.0
     """Bound on the growth of the server's memory."""
     seed: int = 0
@@ -231,8 +233,9 @@ def _count(report: Flood, results: Sequence[load.Result]) -> None:
 
 
 async def run_attack(endpoint: Endpoint, memory: Memory, name: str) -> AttackReport:
-    """One attack, and one request after the other beside it."""
+    """One attack, and one request after the other beside it; then the recovery."""
     args = endpoint.args
+    usual_s = await endpoint.usual_first_token_s()
     target = hostile_clients.Target(
         url=args.url,
         key=args.key,
@@ -248,14 +251,18 @@ async def run_attack(endpoint: Endpoint, memory: Memory, name: str) -> AttackRep
         results.append(await endpoint.probe())
         await asyncio.sleep(0.1)
     outcomes = await attacking
+    recovery_s = await _recovery_s(endpoint, time.perf_counter(), usual_s)
     first = [r.first_s for r in results if not r.error]
+    refused_answers = sum(r.status in REFUSALS and r.retry_after_s is not None for r in results)
     return AttackReport(
         name,
         outcomes,
         answers=len(first),
-        failed_answers=len(results) - len(first),
+        refused_answers=refused_answers,
+        failed_answers=len(results) - len(first) - refused_answers,
         first_token_p50_s=load.percentile(first, 0.5),
         first_token_p99_s=load.percentile(first, 0.99),
+        recovery_s=recovery_s,
         rss_before_mib=before,
         rss_peak_mib=memory.peak_mib,
         rss_after_mib=memory.mib(),
@@ -287,11 +294,13 @@ def failures(args: Args, report: Flood | None, attacks: Sequence[AttackReport]) 
             texts.append(f"recovery: {seconds_text(report.recovery_s)} s")
         texts += _growth(args, "flood", report)
     for attack in attacks:
-        if attack.failed_answers or not attack.answers:
+        if attack.failed_answers or not attack.answers + attack.refused_answers:
             texts.append(
                 f"{attack.name}: {attack.failed_answers} requests beside it failed, "
                 f"{attack.answers} were answered"
             )
+        if attack.recovery_s is None or attack.recovery_s > args.max_recovery_s:
+            texts.append(f"{attack.name}: recovery: {seconds_text(attack.recovery_s)} s")
         texts += _growth(args, attack.name, attack)
     return texts
 

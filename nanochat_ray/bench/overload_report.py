@@ -42,9 +42,13 @@ class AttackReport:
     name: str
     outcomes: Counter[str]
     answers: int
+    refused_answers: int
+    """429 or 503 with Retry-After: an attack that asks for answers may fill the queues."""
     failed_answers: int
     first_token_p50_s: float
     first_token_p99_s: float
+    recovery_s: float | None
+    """From the end of the attack, as in ``Flood``."""
     rss_before_mib: float
     rss_peak_mib: float
     rss_after_mib: float
@@ -79,15 +83,17 @@ def flood_table(report: Flood) -> str:
 
 
 def attack_table(attacks: Sequence[AttackReport]) -> str:
-    head = ["attack", "its connections", "answers", "failed", "first token p50 / p99 (s)"]
-    head.append("RSS before / peak / after (MiB)")
+    head = ["attack", "its connections", "answers", "refused", "failed"]
+    head += ["first token p50 / p99 (s)", "recovery (s)", "RSS before / peak / after (MiB)"]
     lines = [
         [
             attack.name,
             ", ".join(f"{count} {outcome}" for outcome, count in attack.outcomes.most_common()),
             str(attack.answers),
+            str(attack.refused_answers),
             str(attack.failed_answers),
             f"{attack.first_token_p50_s:.3f} / {attack.first_token_p99_s:.3f}",
+            seconds_text(attack.recovery_s),
             _rss(attack),
         ]
         for attack in attacks

@@ -59,25 +59,23 @@ def test_refusals_are_counted_with_their_header() -> None:
     assert report.tokens_per_s == 2.0
 
 
-def test_a_refusal_says_when_to_retry() -> None:
+@pytest.mark.parametrize(("wait_s", "retry_after_s"), [(6.2, 7), (1e9, 60)])
+def test_a_refusal_says_when_to_retry(wait_s: float, retry_after_s: int) -> None:
     engine = client()
-    engine.refuse = EngineFull("full", retry_after_s=6.2)
+    engine.refuse = EngineFull("full", wait_s)
     with serving(build_app(engine, TOK, "tiny", 256)) as url:
         result = asyncio.run(load.complete(url, "tiny", load.Prompt([1, 2], 2)))
-        assert (result.status, result.retry_after_s) == (429, 7)
-        engine.refuse = EngineFull("full", retry_after_s=1e9)
-        result = asyncio.run(load.complete(url, "tiny", load.Prompt([1, 2], 2)))
-        assert result.retry_after_s == 60
+    assert (result.status, result.retry_after_s) == (429, retry_after_s)
 
 
 def test_what_breaks_is_a_failure() -> None:
     flood = Flood(recovery_s=1.0, first_token_p99_s=2.0, rss_after_mib=50.0)
-    attack = AttackReport("idle", Counter(open=3), 5, 0, 0.1, 0.1, 0.0, 0.0, 0.0)
+    attack = AttackReport("idle", Counter(open=3), 5, 2, 0, 0.1, 0.1, 4.0, 0.0, 0.0, 0.0)
     args = Args(max_ttft_s=3.0)
     assert overload.failures(args, flood, [attack]) == []
     flood.recovery_s, flood.first_token_p99_s, flood.rss_after_mib = None, 3.5, 70.0
     flood.failures, flood.without_retry_after = Counter({"status 500": 2}), 4
-    attack.failed_answers, attack.rss_after_mib = 1, 65.0
+    attack.failed_answers, attack.recovery_s, attack.rss_after_mib = 1, 6.0, 65.0
     assert overload.failures(args, flood, [attack]) == [
         "2 requests: status 500",
         "4 refusals had no Retry-After",
@@ -85,12 +83,20 @@ def test_what_breaks_is_a_failure() -> None:
         "recovery: never s",
         "flood: memory grew by 70 MiB",
         "idle: 1 requests beside it failed, 5 were answered",
+        "idle: recovery: 6.000 s",
         "idle: memory grew by 65 MiB",
     ]
     lines = (overload.flood_table(flood) + "\n" + overload.attack_table([attack])).splitlines()
     assert len({line.count("|") for line in lines[:3]}) == 1
     assert "| never |" in lines[2]
-    assert "| 3 open |" in lines[5]
+    assert "| 3 open | 5 | 2 | 1 |" in lines[5]
+    # Refusals alone are no failure, silence is.
+    quiet = AttackReport("idle", Counter(), 0, 2, 0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+    assert overload.failures(args, None, [quiet]) == []
+    quiet.refused_answers = 0
+    assert overload.failures(args, None, [quiet]) == [
+        "idle: 0 requests beside it failed, 0 were answered"
+    ]
 
 
 def test_each_attack_ends_as_the_server_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +140,9 @@ def test_figures_are_one_json_line(
 ) -> None:
     async def fake(args: Args) -> tuple[Flood | None, list[AttackReport]]:
         flood = Flood(num_offered=3, recovery_s=1.0, failures=Counter({"status 500": 2}))
-        return flood, [AttackReport("idle", Counter(closed=3), 5, 0, 0.1, 0.1, 0.0, 0.0, 0.0)]
+        return flood, [
+            AttackReport("idle", Counter(closed=3), 5, 0, 0, 0.1, 0.1, 0.1, 0.0, 0.0, 0.0)
+        ]
 
     monkeypatch.setattr(overload, "overload", fake)
     assert overload.main(Args()) == 1
