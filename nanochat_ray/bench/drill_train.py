@@ -4,14 +4,16 @@
     nanochat-ray drill-train --parts worker driver --rounds 5 --train="--dataset base"
     nanochat-ray drill-train --parts outage --break-command "ip link set n1 down" \\
         --mend-command "ip link set n1 up" --outage-s 30 --train="--dataset base"
+    nanochat-ray drill-train --command rl --parts engine worker controller driver --rounds 5 \\
+        --train="--parent chat --steps 60 --save-every 1"
 
-The command ``nanochat-ray train`` with the flags of --train runs twice: undisturbed, then with one
-SIGKILL after the other. A run that ends early is started again by the same command. Parts are
-worker, controller, driver, raylet and gcs, of the Ray that the command starts or of that at
-RAY_ADDRESS on this host, and outage: two commands of yours that break something and mend it, such
-as a link, a storage server or a pod. The drill sends signals to processes of the cluster: use it on
-one that may be disturbed. Status 1 if a tensor of the weights or of the optimizer differs in a bit,
-or if a round has no new checkpoint in time.
+The command ``nanochat-ray train``, or ``rl``, with the flags of --train runs twice: undisturbed,
+then with one SIGKILL after the other. A run that ends early is started again by the same command.
+Parts are worker, controller, driver, raylet, gcs and the engines of ``rl``, of the Ray that the
+command starts or of that at RAY_ADDRESS on this host, and outage: two commands of yours that break
+something and mend it, such as a link, a storage server or a pod. The drill sends signals to
+processes of the cluster: use it on one that may be disturbed. Status 1 if a tensor of the weights
+or of the optimizer differs in a bit, or if a round has no new checkpoint in time.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import psutil
 
@@ -42,12 +45,13 @@ from nanochat_ray.storage import Store, absolute, default_root
 TITLES = {
     "worker": r"ray::.*RayTrainWorker",
     "controller": r"ray::TrainController",
+    "engine": r"ray::FleetEngine",
     "raylet": drill.PARTS["raylet"],
     "gcs": drill.PARTS["gcs"],
 }
 """Part → what the command line of its processes begins with."""
 PARTS = (*TITLES, "driver", "outage")
-TRAIN = (sys.executable, "-m", "nanochat_ray", "train")
+PROGRAM = (sys.executable, "-m", "nanochat_ray")
 POLL_S = 0.1
 LOG_TAIL = 3000
 """Characters of the command's output that an error shows."""
@@ -56,7 +60,9 @@ LOG_TAIL = 3000
 @dataclass(frozen=True, kw_only=True)
 class Args:
     train: str
-    """Flags of nanochat-ray train, without --storage and --run."""
+    """Flags of the command, without --storage and --run."""
+    command: Literal["train", "rl"] = "train"
+    """What trains."""
     storage: str = field(default_factory=default_root)
     """Folder, s3:// or gs:// that holds the dataset and gets the runs."""
     run: str = "drill"
@@ -114,11 +120,12 @@ def has_supervisor(train: str) -> bool:
 
 
 class Command:
-    """``nanochat-ray train`` of one run, in a process of its own."""
+    """The command of one run, in a process of its own."""
 
     def __init__(self, args: Args, run: str, log: Path):
         self.store = Store.at(args.storage).child("runs", run)
-        self._argv = [*TRAIN, "--storage", args.storage, "--run", run, *shlex.split(args.train)]
+        own = ("--storage", args.storage, "--run", run)
+        self._argv = [*PROGRAM, args.command, *own, *shlex.split(args.train)]
         self._has_supervisor = has_supervisor(args.train)
         self._log = log
         self._latest = ""
@@ -146,7 +153,7 @@ class Command:
         if status is None or status == 0:
             return status is None
         if not again:
-            raise ValueError(f"train ended with status {status}: {self.output[-LOG_TAIL:]}")
+            raise ValueError(f"the command ended with status {status}: {self.output[-LOG_TAIL:]}")
         self.restarts += 1
         self._start()
         return True

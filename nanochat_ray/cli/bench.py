@@ -11,6 +11,7 @@ COMMANDS = {
     "overload": "more requests than a server can answer, and clients that hold it up",
     "rolls": "new checkpoints of a run rolled out under streams, sound ones and bad ones",
     "rollouts": "sampling for reinforcement learning, beside nanochat's",
+    "rl-gain": "what reinforcement learning gives and unlearns, over seeds",
     "shared-fleet": "users of an endpoint whose replicas also sample rollouts",
     "replay": "broken requests beside steady streams: no stream may suffer",
 }

@@ -19,7 +19,7 @@ from tests.tiny import wait_for
 STEPS = 20
 PROGRAM = f"""
 import os, signal, sys
-run, flags = os.path.join(sys.argv[2], "runs", sys.argv[4]), sys.argv[5:]
+run, flags = os.path.join(sys.argv[3], "runs", sys.argv[5]), sys.argv[6:]
 os.makedirs(run, exist_ok=True)
 with open(run + ".starts", "a+") as starts:
     starts.write("x")
@@ -49,7 +49,7 @@ for a signal; "until PIPE" waits at the end until something is written to a name
 
 @pytest.fixture(autouse=True)
 def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drill_train, "TRAIN", (sys.executable, "-c", PROGRAM))
+    monkeypatch.setattr(drill_train, "PROGRAM", (sys.executable, "-c", PROGRAM))
     monkeypatch.setattr(drill_train, "POLL_S", 0.002)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
@@ -139,7 +139,7 @@ def test_a_run_that_is_too_short_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_by_itself_is_shown(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="train ended with status 1: no more steps"):
+    with pytest.raises(ValueError, match="the command ended with status 1: no more steps"):
         drill_train.train_undisturbed(arguments(tmp_path, train="fail"), "run", tmp_path)
 
 
