@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import random
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from nanochat_ray.bench import drill, load
 from nanochat_ray.bench.drill import Args, Cluster, Round, Streams
 from tests.tiny import wait_for
 
-SESSION = "session_2026-01-01_00-00-00_000000_1"
+SESSION = f"session_2026-01-01_00-00-00_000000_{os.getpid()}"
 PROGRAM = """
 import subprocess, sys
 # exec -a: the title that Ray gives the process. A shell, since other programs may go by their name.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from nanochat_ray.on_ray import drain_node
@@ -21,7 +22,11 @@ from tests.tiny import wait_for
         (drain_node.TRAIN_WORKER, "ray::RayTrainWorker"),
     ],
 )
-def test_processes_are_counted_by_title(pattern: re.Pattern[str], title: str) -> None:
+def test_processes_are_counted_by_title(
+    pattern: re.Pattern[str], title: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Other tests start such processes too.
+    monkeypatch.setattr(drain_node.psutil, "process_iter", psutil.Process().children)
     before = drain_node.num_processes(pattern)
     program = "import sys; print('ready', flush=True); sys.stdin.read()"
     # exec -a: the title that Ray gives the process.
