@@ -34,6 +34,9 @@ def test_turns_follow_wrong_answers() -> None:
     curriculum.observe(questions, [1.0, 0.5, 0.0, 0.0])
     # 1 - 0.2 · 0.75, and 1.
     assert curriculum.weights() == pytest.approx([0.85, 1.0])
+    curriculum.observe(questions[:1], [0.5])
+    # 0.15 + 0.2 · (0.5 - 0.15); the other task was not asked.
+    assert curriculum.weights() == pytest.approx([1 - 0.22, 1.0])
     for _ in range(60):
         curriculum.observe(questions, [1.0, 1.0, 0.0, 0.0])
     assert curriculum.weights() == pytest.approx([0.1, 1.0])  # the floor

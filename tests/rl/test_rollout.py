@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanochat_ray.engine.offline import LocalEngine, whole_outputs
-from nanochat_ray.engine.request import SamplingParams
+from nanochat_ray.engine.request import RequestOutput, SamplingParams, TokenLogprob
 from nanochat_ray.evals.answers import make_requests
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rl.rollout import Rollout, rollout_seed, sample_rollouts
@@ -71,6 +71,15 @@ def test_weights_are_loaded_a_tensor_at_a_time() -> None:
     outputs = [output for step in steps for output in step]
     by_id = {output.request_id: Rollout.of(output) for output in whole_outputs(outputs)}
     assert [by_id[request.id] for request in requests] == reference
+
+
+def test_tokens_of_a_tool_have_no_logprob() -> None:
+    """So they are not trained on."""
+    logprobs = [TokenLogprob(logprob=-0.5, top=[]), None]
+    output = RequestOutput(
+        request_id="q/0", tokens=[5, 6], finish="stop", logprobs=logprobs, weight_version="7"
+    )
+    assert Rollout.of(output) == Rollout([5, 6], [-0.5, None], "stop", 7)
 
 
 def test_a_seed_for_each_sample() -> None:
