@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from nanochat_ray import container
-from nanochat_ray.data.map_tasks import MapTasks, TaskResult, map_in_processes, map_serially
+from nanochat_ray.data.map_tasks import MapTasks, map_in_processes, map_serially
+from tests.data.pool_work import die, fail_on_three, square, touch
 from tests.processes import have_ended
 from tests.tiny import wait_for
 
@@ -24,33 +25,6 @@ from tests.tiny import wait_for
 @pytest.fixture(autouse=True)
 def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(container, "cores", lambda: 2)
-
-
-def square(item: Any) -> TaskResult:
-    return {"number": item, "square": item**2, "pid": os.getpid()}
-
-
-def fail_on_three(item: Any) -> TaskResult:
-    if item == 3:
-        raise FileNotFoundError(2, "text file late.txt is missing")
-    if item == 4:
-        raise ValueError("text file late.txt is not text")
-    return {"number": item}
-
-
-def touch(folder: str, item: Any) -> TaskResult:
-    """Item 0 fails once another task runs; the others wait until its error has come out."""
-    (Path(folder) / str(item)).touch()
-    if item == 0:
-        wait_for(lambda: len(os.listdir(folder)) > 1, what="another task")
-        raise ValueError("item 0")
-    wait_for((Path(folder) / "error").exists, what="the error")
-    return {}
-
-
-def die(item: Any) -> TaskResult:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return {}
 
 
 def test_processes_give_the_results_of_all_items() -> None:

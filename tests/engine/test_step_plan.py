@@ -23,6 +23,10 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("modern", SKIPS),
 ]
 
+BEST, *OTHERS = available() or ["torch"]
+LEVELS = [BEST, *(pytest.param(level, marks=pytest.mark.slow) for level in OTHERS)]
+"""Of the kernels; each may have to be compiled."""
+
 
 def engine_of(preset: str, fields: dict[str, Any], **settings: Any) -> Engine:
     return make_engine(make_model(preset, **fields), **settings)
@@ -42,7 +46,7 @@ def compare(runner: Runner, spans: list[Span], rng: random.Random) -> None:
     assert torch.equal(result, want)
 
 
-@pytest.mark.parametrize("level", available())
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("preset", "fields"), MODELS)
 def test_plan_equals_calls_bitwise(
