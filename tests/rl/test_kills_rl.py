@@ -1,6 +1,6 @@
 """SIGKILL at any moment of an RL run, then the same command: the same weights, bitwise.
 
-``NANOCHAT_KILLS=20 pytest tests/rl/test_kills_rl.py -s`` kills as often as it says.
+``NANOCHAT_KILLS=20 pytest tests/rl/test_kills_rl.py -s --timeout 0`` kills as often as it says.
 """
 
 from __future__ import annotations
