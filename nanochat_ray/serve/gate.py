@@ -18,8 +18,12 @@ REFUSAL_S = 0.1
 """For so long after a refusal no engine is asked again. It is short beside the time that requests
 may wait in a queue, so that no queue runs empty meanwhile."""
 MAX_STARTS = 8
-"""Requests that begin in one iteration of the event loop. Between two iterations the streams that
-run get their tokens, and refusals by the engines arrive."""
+"""Requests that begin in one iteration of the event loop; more if the last one took long. Between
+two iterations the streams that run get their tokens, and refusals by the engines arrive …"""
+STARTS_PER_S = 400
+"""… so that requests that begin take about a quarter of a busy event loop's time."""
+MAX_WAIT_S = 2.0
+"""A request that has not begun by then is refused."""
 
 
 class AdmissionGate:
@@ -33,10 +37,11 @@ class AdmissionGate:
         self._clock = clock
         self._refusals: dict[str, tuple[float, EngineFull]] = {}
         """The latest of each client, and until when it counts; the one that ends first is first."""
-        self._waiting: deque[tuple[str, asyncio.Future[None]]] = deque()
-        """For an iteration in which they may begin: clients in the order of arrival."""
-        self._num_starts = 0
+        self._waiting: deque[tuple[str, float, asyncio.Future[None]]] = deque()
+        """For an iteration in which they may begin: clients and times in the order of arrival."""
+        self._num_starts, self._max_starts = 0, MAX_STARTS
         """In this iteration of the event loop."""
+        self._iteration_start = 0.0
 
     def record(self, client: str, priority: int, refusal: EngineFull) -> None:
         """The engines have refused a request of the client. Only one of ``priority`` 0, the most
@@ -45,7 +50,7 @@ class AdmissionGate:
             return
         self._refusals.pop(client, None)
         self._refusals[client] = self._clock() + REFUSAL_S, refusal
-        for name, turn in self._waiting:
+        for name, _, turn in self._waiting:
             if name == client and not turn.done():
                 turn.set_result(None)
 
@@ -62,25 +67,35 @@ class AdmissionGate:
             raise EngineFull(str(refusal), refusal.retry_after_s)
 
     async def enter(self, client: str) -> None:
-        """Waits until the request may begin. EngineFull as ``check``, at once."""
+        """Waits until the request may begin. EngineFull as ``check``, at once, or after
+        ``MAX_WAIT_S``."""
         self.check(client)
-        if not self._waiting and self._num_starts < MAX_STARTS:
+        if not self._waiting and self._num_starts < self._max_starts:
             self._start()
             return
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((client, turn))
+        self._waiting.append((client, self._clock(), turn))
         await turn
         self.check(client)
 
     def _start(self) -> None:
         if not self._num_starts:
+            self._iteration_start = self._clock()
             asyncio.get_running_loop().call_soon(self._next_iteration)
         self._num_starts += 1
 
     def _next_iteration(self) -> None:
-        self._num_starts = 0
-        while self._waiting and self._num_starts < MAX_STARTS:
-            _, turn = self._waiting.popleft()
-            if not turn.done():  # else it is refused, or its client has left
+        now = self._clock()
+        seconds = now - self._iteration_start
+        self._num_starts, self._max_starts = 0, max(MAX_STARTS, int(STARTS_PER_S * seconds))
+        while self._waiting and self._num_starts < self._max_starts:
+            _, arrival, turn = self._waiting.popleft()
+            if turn.done():  # refused, or its client has left
+                continue
+            if now - arrival > MAX_WAIT_S:
+                turn.set_exception(EngineFull("more requests came than the server can begin"))
+            else:
                 self._start()
                 turn.set_result(None)
+        if not self._num_starts:
+            self._max_starts = MAX_STARTS

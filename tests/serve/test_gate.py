@@ -10,7 +10,13 @@ import pytest
 
 from nanochat_ray.engine.request import EngineFull
 from nanochat_ray.serve.app import build_app
-from nanochat_ray.serve.gate import MAX_STARTS, REFUSAL_S, AdmissionGate
+from nanochat_ray.serve.gate import (
+    MAX_STARTS,
+    MAX_WAIT_S,
+    REFUSAL_S,
+    STARTS_PER_S,
+    AdmissionGate,
+)
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.asgi import call, http
 from tests.serve.scripted import ScriptedClient
@@ -59,9 +65,11 @@ def test_a_less_urgent_request_tells_nothing() -> None:
     assert not is_refused(gate)
 
 
-async def starts(gate: AdmissionGate, clients: list[str]) -> list[str]:
+async def starts(
+    gate: AdmissionGate, clients: list[str], clock: Clock | None = None, seconds: float = 0.0
+) -> list[str]:
     """What becomes of requests that come at once, in the order in which they begin, with a mark at
-    the end of each iteration of the event loop."""
+    the end of each iteration of the event loop, which takes so many ``seconds``."""
     events: list[str] = []
 
     async def request(number: int, client: str) -> None:
@@ -74,17 +82,42 @@ async def starts(gate: AdmissionGate, clients: list[str]) -> list[str]:
 
     tasks = [asyncio.ensure_future(request(i, client)) for i, client in enumerate(clients)]
     while not all(task.done() for task in tasks):
+        if clock is not None:
+            clock.now += seconds
         await asyncio.sleep(0)
         events.append("|")
     return events
+
+
+def sizes(events: list[str]) -> list[int]:
+    """How many requests an iteration decided, without the iterations that decided none."""
+    groups = [group.strip(",") for group in ",".join(events).split("|")]
+    return [len(group.split(",")) for group in groups if group]
 
 
 def test_few_requests_begin_at_once_in_order() -> None:
     count = 2 * MAX_STARTS + 3
     events = asyncio.run(starts(AdmissionGate(), [""] * count))
     assert [e for e in events if e != "|"] == [str(i) for i in range(count)]
-    groups = [group.split() for group in " ".join(events).split("|")]
-    assert [len(group) for group in groups if group] == [MAX_STARTS, MAX_STARTS, 3]
+    assert sizes(events) == [MAX_STARTS, MAX_STARTS, 3]
+
+
+def test_more_begin_after_a_long_iteration() -> None:
+    clock = Clock()
+    gate = AdmissionGate(clock)
+    # 400 a second: 50 in 0.125 s.
+    events = asyncio.run(starts(gate, [""] * (MAX_STARTS + 120), clock, 0.125))
+    assert sizes(events) == [MAX_STARTS, 50, 50, 20]
+    clock.now += 60.0
+    assert sizes(asyncio.run(starts(gate, [""] * 20))) == [MAX_STARTS, MAX_STARTS, 4]
+
+
+def test_a_request_that_waits_too_long_is_refused() -> None:
+    clock = Clock()
+    count = MAX_STARTS + int(STARTS_PER_S * (MAX_WAIT_S - 0.5)) + 3
+    events = asyncio.run(starts(AdmissionGate(clock), [""] * count, clock, MAX_WAIT_S - 0.5))
+    assert sizes(events) == [MAX_STARTS, count - MAX_STARTS - 3, 3]
+    assert [e for e in events if "refused" in e] == [f"refused {i}" for i in range(count)[-3:]]
 
 
 def test_a_refusal_ends_the_wait_of_its_client_alone() -> None:
