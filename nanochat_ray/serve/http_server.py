@@ -189,6 +189,9 @@ def server_of(app: FastAPI, guard: ConnectionGuard | None = None) -> uvicorn.Ser
         app,
         guard or ConnectionGuard(raise_file_limit()),
         http=_Protocol,
+        # uvloop accepts one connection in an iteration of its event loop (libuv since 1.47): in a
+        # flood they would wait for seconds to be refused.
+        loop="asyncio",
         ws="none",
         log_config=None,
         access_log=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import resource
 import socket
@@ -14,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from nanochat_ray.serve import connections
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.connections import ConnectionGuard
-from nanochat_ray.serve.http_server import _H11, MAX_HEAD_BYTES
+from nanochat_ray.serve.http_server import _H11, MAX_HEAD_BYTES, bind, server_of
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient
 from tests.serve.serving import post, serving
@@ -241,10 +243,37 @@ def test_idle_connections_leave_room(connect: Callable[[], socket.socket]) -> No
 def test_busy_connections_are_503(
     connect: Callable[[], socket.socket], guard: ConnectionGuard
 ) -> None:
-    busy = [connect() for _ in range(3)]
-    for one in busy:
-        one.sendall(HEAD + b"Content-Length: 5\r\n\r\n")
-    wait_for(lambda: not guard._waiting)
+    for _ in range(3):
+        busy = connect()
+        wait_for(lambda: len(guard._waiting) == 1)  # accepted
+        busy.sendall(HEAD + b"Content-Length: 5\r\n\r\n")
+        wait_for(lambda: not guard._waiting)
     answer = read(connect())
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"\r\nretry-after: 1\r\n" in answer
+
+
+def test_connections_that_wait_are_accepted_together() -> None:
+    """A busy event loop has few iterations: in a flood each must accept all that wait."""
+    server, listener = (
+        server_of(build_app(ScriptedClient([65]), TOK, "tiny", 256)),
+        bind("127.0.0.1", 0),
+    )
+    num_connections = 100
+
+    async def run() -> int:
+        server.config.load()
+        server.lifespan = server.config.lifespan_class(server.config)
+        await server.startup(sockets=[listener])
+        address = ("127.0.0.1", listener.getsockname()[1])
+        with contextlib.ExitStack() as stack:
+            for _ in range(num_connections):
+                stack.enter_context(socket.create_connection(address))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            count = len(server.server_state.connections)
+        await server.shutdown(sockets=[listener])
+        return count
+
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        assert runner.run(run()) == num_connections

@@ -43,6 +43,14 @@ they would keep out ``endpoint``, ``status`` and ``swap``, and the ingresses wou
 that is well. ``max_queue_size`` bounds the requests of users, which come by other connections."""
 RETRY_AFTER_S = 2.0
 """For a client whose request is one too many."""
+INGRESS_ENVIRONMENT = {
+    # Nothing here blocks. A separate thread would pass every chunk on, which adds 6 ms to the time
+    # to first token (BENCHMARKS.md).
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # uvloop accepts one connection in an iteration of its event loop (libuv since 1.47), asyncio
+    # all that wait. In a flood they waited for seconds to be refused (BENCHMARKS.md).
+    "RAY_USE_UVLOOP": "0",
+}
 
 
 def build_application(config: ServeConfig) -> Application:
@@ -139,9 +147,7 @@ def _ingress_deployment(config: ServeConfig) -> serve.Deployment:
         logging_config=LoggingConfig(enable_access_log=False),
         ray_actor_options={
             "num_cpus": config.ingress_cpus,
-            # Nothing here blocks. A separate thread would pass every chunk on, which adds 6 ms to
-            # the time to first token (BENCHMARKS.md).
-            "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}},
+            "runtime_env": {"env_vars": dict(INGRESS_ENVIRONMENT)},
         },
     )(Ingress)
 
