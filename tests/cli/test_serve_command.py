@@ -54,7 +54,8 @@ def test_what_starts_ray_has_haproxy(
     calls.replace(ports, "prefer_haproxy")
     for owner, name in ((command, "deploy_app"), (deploy, "wait_until_up"), (deploy, "stay")):
         calls.replace(owner, name)
-    command.main(Args(config={"run": "mine"}, port=8123, haproxy=haproxy, block=block))
+    args = Args(config={"run": "mine"}, port=8123, haproxy=haproxy, block=block)
+    assert command.main(args) == 0
     assert ("prefer_haproxy" in calls.names) == (haproxy and not joins)
     rest = [n for n in calls.names if n not in ("joins_cluster", "prefer_haproxy")]
     assert rest == ["deploy_app", "wait_until_up", *(["stay"] if block else [])]
@@ -71,7 +72,7 @@ def test_what_starts_ray_has_haproxy(
 def test_without_ray_it_serves_here(calls: Calls) -> None:
     calls.replace(command, "serve_here")
     calls.replace(command, "deploy_app")
-    command.main(Args(config={"run": "mine", "name": "m"}, ray=False))
+    assert command.main(Args(config={"run": "mine", "name": "m"}, ray=False)) == 0
     assert calls.names == ["serve_here"]
     assert calls.arguments["serve_here"][0].name == "m"
 

@@ -129,6 +129,22 @@ def test_a_plan_multiplies_the_speed_of_one(
     assert (shares, num_threads) == ([1, 2], [threads, threads])
 
 
+def test_only_what_trains_here_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for elsewhere in (Args(gpus=True), Args(gpus=True, ray=False, plan_only=True)):
+        assert elsewhere.gpus
+    message = "gpus=True is not allowed: this machine has no CUDA device"
+    with pytest.raises(ValueError, match=message):
+        Args(gpus=True, ray=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert Args(gpus=True).gpus
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="this machine has 2 CUDA devices for 3 workers"):
+        Args(gpus=True)
+
+
 def test_the_hardware_is_that_of_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert train_job.planned_hardware(Args(hardware="h100", gpus=True)).name == "h100"
     assert train_job.planned_hardware(Args()).name == "cpu"

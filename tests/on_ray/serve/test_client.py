@@ -121,6 +121,7 @@ async def connected_client(
             await asyncio.sleep(0.01)
         yield client
     await client.close()
+    assert not [task for task in asyncio.all_tasks() if "RayEngineClient" in repr(task.get_coro())]
     for replica in replicas:
         replica.heartbeats.cancel()
         replica.server.close()
