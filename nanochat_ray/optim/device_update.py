@@ -96,6 +96,8 @@ class DeviceUpdate:
     def apply(self, flat: FlatGroup, dtype: torch.dtype) -> None:
         """Updates this rank's weights of a group; ``dtype`` is that of Muon's iteration."""
         group = flat.group
+        if not flat.is_owner:
+            return
         if group.kind == "muon":
             self._muon_update_(
                 *flat.buffers(),

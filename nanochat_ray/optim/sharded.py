@@ -175,7 +175,7 @@ class ShardedOptimizer:
             if clip > 0 and norm > clip:
                 for flat in self.flats:
                     flat.grads[flat.own_share].mul_(clip / norm)
-        gathers = []
+        gathers: list[dist.Work | None] = []
         for flat in self.flats:
             if update is not None:
                 update.apply(flat, self.compute_dtype)
@@ -184,11 +184,20 @@ class ShardedOptimizer:
             if self.world > 1:
                 share = flat.weights[flat.own_share]
                 source = share if self._scatters else share.clone()
-                gathers.append(dist.all_gather_single(flat.weights, source, async_op=True))
+                gathers += self._gather(flat.weights, source, flat.owners)
         for work in gathers:
             if work is not None:
                 work.wait()
         return norm
+
+    def _gather(self, whole: Tensor, share: Tensor, owners: int) -> list[dist.Work | None]:
+        """Starts to fill ``whole`` with the shares of the first ``owners`` ranks, in order."""
+        if owners == self.world:
+            return [dist.all_gather_single(whole, share, async_op=True)]
+        shares = whole.chunk(owners)
+        if self.rank < owners:
+            shares[self.rank].copy_(share)
+        return [dist.broadcast(part, src=rank, async_op=True) for rank, part in enumerate(shares)]
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         if self.world > 1:
@@ -206,8 +215,10 @@ class ShardedOptimizer:
             for kind, share in flat.state.items():
                 whole = share
                 if self.world > 1:
-                    whole = share.new_empty(share.numel() * self.world)
-                    dist.all_gather_single(whole, share)
+                    whole = share.new_empty(flat.state_shares[kind] * flat.owners)
+                    for work in self._gather(whole, share, flat.owners):
+                        if work is not None:
+                            work.wait()
                 if on_rank not in (None, self.rank):
                     continue
                 for span in flat.spans:
@@ -223,7 +234,7 @@ class ShardedOptimizer:
         keys: set[str] = set()
         for flat in self.flats:
             for kind, share in flat.state.items():
-                whole = share.new_zeros(share.numel() * self.world)
+                whole = share.new_zeros(flat.state_shares[kind] * flat.owners)
                 for span in flat.spans:
                     start, stop, shape = flat.state_sizes(span)[kind]
                     key = f"{span.name}/{kind}"
@@ -232,7 +243,7 @@ class ShardedOptimizer:
                         actual = tuple(tensors[key].shape) if key in tensors else "nothing"
                         raise ValueError(f"optimizer state {key}: expected {shape}, found {actual}")
                     whole[start:stop].copy_(tensors[key].reshape(-1))
-                at = self.rank * share.numel()
+                at = self.rank * flat.state_shares[kind]
                 share.copy_(whole[at : at + share.numel()])
         unknown = sorted(set(tensors) - keys)
         if unknown:
