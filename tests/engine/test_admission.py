@@ -72,6 +72,18 @@ def test_tokens_of_another_engine_count() -> None:
         admitter().validate(ask("a", [1] * 5, [2] * 5))
 
 
+@pytest.mark.parametrize(("max_tokens", "limit"), [(6, 6), (7, 7), (99, 7)])
+def test_a_grammar_ends_with_the_context(
+    monkeypatch: pytest.MonkeyPatch, max_tokens: int, limit: int
+) -> None:
+    """Its limit is in tokens of the output, of 10 less 3 of the prompt."""
+    grammars, limits = Grammars(TOK.byte_table(), TOK.vocab_size), list[int]()
+    start = grammars.start
+    monkeypatch.setattr(grammars, "start", lambda *args: limits.append(args[-1]) or start(*args))
+    admit([], {"grammars": grammars}, grammar={"regex": "a+"}, max_tokens=max_tokens)
+    assert limits == [limit]
+
+
 @pytest.mark.parametrize(("max_tokens", "max_length"), [(1, 4), (6, 9), (7, 10), (99, 10)])
 def test_outputs_end_with_the_context(max_tokens: int, max_length: int) -> None:
     sequence = admit([], max_tokens=max_tokens).sequence

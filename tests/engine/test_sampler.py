@@ -210,7 +210,7 @@ def test_samples_follow_the_softmax() -> None:
 def test_penalties_follow_their_definitions() -> None:
     logits = torch.tensor([[2.0, -2.0, 1.0, 0.5]])
     token_ids = torch.tensor([[True, True, False, False]])
-    counts = torch.tensor([[3.0, 0.0, 0.0, 0.0]])
+    counts = torch.tensor([[3.0, 1.0, 0.0, 0.0]])
     one = torch.ones(1)
     actual = sampler.penalise(logits, token_ids, counts, 2 * one, 0.5 * one, 0.25 * one)
-    torch.testing.assert_close(actual, torch.tensor([[1.0 - 0.75 - 0.5, -4.0, 1.0, 0.5]]))
+    torch.testing.assert_close(actual, torch.tensor([[1 - 0.75 - 0.5, -4 - 0.25 - 0.5, 1.0, 0.5]]))

@@ -10,7 +10,7 @@ import pytest
 
 from nanochat_ray.train import metrics as metrics_module
 from nanochat_ray.train.loggers import progress_line
-from nanochat_ray.train.metrics import Metrics, to_jsonl, val_metric
+from nanochat_ray.train.metrics import Metrics, duration, to_jsonl, val_metric
 from nanochat_ray.train.step import RankVotes, StepResult
 
 
@@ -182,6 +182,13 @@ def test_a_log_is_read_up_to_the_checkpoint() -> None:
 
 def test_an_unknown_peak_is_said() -> None:
     assert "MFU unknown" in progress_line(metrics().step(1, result(), seconds=1, data_wait=0))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00"), (95, "1:35"), (3599.4, "59:59"), (3600, "1:00:00")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_the_progress_line() -> None:

@@ -17,6 +17,7 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.optim.schedule import lr_factor
 from nanochat_ray.optim.sharded import ShardedOptimizer
+from nanochat_ray.train import step as step_module
 from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.step import (
     Batch,
@@ -359,6 +360,19 @@ def test_dropout_depends_on_seed_and_step() -> None:
             assert torch.initial_seed() == seeds.generate_state(1)[0]
     assert losses["one"] == losses["again"]
     assert len({result.loss for result in losses.values()}) == 3
+
+
+def test_dropout_of_the_second_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its two micro-batches of two sequences are the third and fourth of the global batch."""
+    model = random_model(dropout=0.5)
+    config = dataclasses.replace(CONFIG, seed=7, micro_batch_size=2)
+    optimizer = ShardedOptimizer(model, config.optim)
+    optimizer.rank = 1
+    seeds: list[tuple[int, ...]] = []
+    monkeypatch.setattr(step_module, "_seed_dropout", lambda *seed: seeds.append(seed))
+    batch = Batch(np.zeros((4, 9), dtype=np.uint16))
+    _accumulate(model, optimizer, batch, 5, config, CrossEntropy(), 64)
+    assert seeds == [(7, 5, 2), (7, 5, 3)]
 
 
 @pytest.mark.parametrize("sequences", [4, 5])
