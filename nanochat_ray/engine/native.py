@@ -55,7 +55,7 @@ class Native:
         """Matmuls use Intel's AMX."""
         library.isa_name.restype = ctypes.c_char_p
         self.level: str = "amx" if self.amx else library.isa_name().decode()
-        """The instructions in use: amx, avx512, avx2, avx, sse2, neon or generic."""
+        """The instructions in use: one of ``kernels.LEVELS``."""
 
     def _run(self, one: Operation, rows: int, **fields: Any) -> None:
         step = Step(rows=rows, threads=torch.get_num_threads(), **fields)

@@ -17,7 +17,7 @@ from torch import Tensor
 from nanochat_ray.engine.slot_parameters import SlotParameters
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
-SCRATCH_ROWS, SCRATCH_MULTIPLE = 4, 16
+SCRATCH_ROWS, SCRATCH_MULTIPLE = 3, 16
 """Scratch of a thread: rows of V floats, padded to this multiple; as in ``csrc/sampling.c``."""
 
 _COLUMNS = (

@@ -91,8 +91,7 @@ def test_each_level_is_used(level: str) -> None:
     loaded_kernels = ANEW(64, 1, level)
     if loaded_kernels is None:
         pytest.skip(f"this compiler does not know {level}")
-    target = {"sse2", "neon", "generic"} if level == "generic" else {level}
-    assert loaded_kernels.level in target
+    assert loaded_kernels.level == level
     assert loaded_kernels.amx == (level == "amx")
 
 
@@ -100,7 +99,7 @@ def test_each_level_is_used(level: str) -> None:
 def test_auto_is_the_best_level() -> None:
     loaded_kernels = ANEW(64, 1)
     assert loaded_kernels is not None
-    best = {"generic": loaded_kernels.level}.get(available()[0], available()[0])
+    best = available()[0]
     assert loaded_kernels.level == best or best == "amx"  # an old compiler does not know AMX
 
 
@@ -211,7 +210,7 @@ def test_old_compiler_uses_the_baseline(
         caplog.clear()
         loaded_kernels = ANEW(64, 1)
         assert loaded_kernels is not None
-        assert loaded_kernels.level in ("sse2", "neon", "generic")
+        assert loaded_kernels.level == "generic"
         assert "who?" in caplog.text
 
 

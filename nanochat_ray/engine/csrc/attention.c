@@ -9,7 +9,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "bfloat16.h"
 #include "plan.h"
 #include "simd.h"
 #include "vector_math.h"
@@ -59,34 +58,26 @@ ALWAYS_INLINE vec load_vector(const int is_bf16, const char *head, const int i) 
     return i % 2 ? (vec)(pairs & (int)0xffff0000) : (vec)(pairs << 16);
 }
 
-/* Sums of neighbouring lanes: those of x, then those of y. */
-static inline vec add_neighbours(vec x, vec y) {
-    return SHUFFLE(x, y, EVEN_LANES) + SHUFFLE(x, y, ODD_LANES);
-}
-
-/* dot_N: the dot products of a query with N consecutive keys, N a power of two up to SIMD_WIDTH. Lane
-   by lane: SIMD_WIDTH / N partial sums of the first key, then of the second key, and so on, so that
-   dot_<SIMD_WIDTH> is one dot product in each lane. Also prefetches the rows from `next` on. */
-#define DOT(N) \
-    ALWAYS_INLINE vec dot_##N(const int is_bf16, const vec *query, const char *keys, const char *next)
-#define FROM_TWO(N) \
-    { \
-        const int64_t bytes = N * HEAD_BYTES(is_bf16); \
-        vec x = dot_##N(is_bf16, query, keys, next); \
-        return add_neighbours(x, dot_##N(is_bf16, query, keys + bytes, next ? next + bytes : 0)); \
+/* The dot products of a query with SIMD_WIDTH consecutive keys, one in each lane. Also prefetches the rows
+   from `next` on, unless that is null. */
+ALWAYS_INLINE vec dot_products(const int is_bf16, const vec *query, const char *keys, const char *next) {
+    vec sums[SIMD_WIDTH];
+#pragma GCC unroll 16
+    for (int j = 0; j < SIMD_WIDTH; j++) {
+        if (next) prefetch_head(is_bf16, next + j * HEAD_BYTES(is_bf16));
+        sums[j] = (vec){0}; /* without it, heads of 16 would fuse the product with a later addition */
+        for (int i = 0; i < HEAD_VECTORS; i++)
+            sums[j] += query[i] * load_vector(is_bf16, keys + j * HEAD_BYTES(is_bf16), i);
     }
-DOT(1) {
-    if (next) prefetch_head(is_bf16, next);
-    vec products = {0}; /* without it, heads of 16 would fuse the product with a later addition */
-    for (int i = 0; i < HEAD_VECTORS; i++) products += query[i] * load_vector(is_bf16, keys, i);
-    return products;
+    /* Of each two vectors, neighbouring lanes are added up: those of the first, then of the second. */
+#pragma GCC unroll 4
+    for (int n = SIMD_WIDTH / 2; n; n /= 2)
+#pragma GCC unroll 8
+        for (int j = 0; j < n; j++)
+            sums[j] = SHUFFLE(sums[2 * j], sums[2 * j + 1], EVEN_LANES) +
+                      SHUFFLE(sums[2 * j], sums[2 * j + 1], ODD_LANES);
+    return sums[0];
 }
-DOT(2) FROM_TWO(1)
-DOT(4) FROM_TWO(2)
-DOT(8) FROM_TWO(4)
-DOT(16) FROM_TWO(8)
-#define DOT_FUNCTION(N) CONCATENATE(dot_, N)
-#define CONCATENATE(a, b) a##b
 
 /* Adds the values [KEY_BLOCK, HEAD_DIM] from `from` to `to`, weighted, to the outputs of `queries`
    queries. Also prefetches the rows of `next` before `next_rows`. */
@@ -144,9 +135,8 @@ ALWAYS_INLINE void attend(
         for (int j = from / SIMD_WIDTH * SIMD_WIDTH; j < to; j += SIMD_WIDTH)
             for (int n = 0; n < tokens * GROUP_SIZE; n++) {
                 const int64_t row = j * HEAD_BYTES(is_bf16);
-                *(vec *)(weights[n] + j) = DOT_FUNCTION(SIMD_WIDTH)(
-                    is_bf16, query[n], block_keys + row, n ? 0 : block_values + row
-                );
+                *(vec *)(weights[n] + j) =
+                    dot_products(is_bf16, query[n], block_keys + row, n ? 0 : block_values + row);
             }
         /* Scores to weights, with a rescaling of what has been added up before. */
         for (int n = 0; n < tokens * GROUP_SIZE; n++) {

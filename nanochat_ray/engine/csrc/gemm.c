@@ -92,11 +92,11 @@ void linear(
     int64_t panels, int threads
 ) {
 #ifdef HAVE_AMX
-    if (format == FP32) linear_amx(FP32, x, w, y, scratch, rows, inputs, panels, threads);
-    if (format == BF16) linear_amx(BF16, x, w, y, scratch, rows, inputs, panels, threads);
+#define LINEAR_FLOATS linear_amx
 #else
-    if (format == FP32) linear_simd(FP32, x, w, y, scratch, rows, inputs, panels, threads);
-    if (format == BF16) linear_simd(BF16, x, w, y, scratch, rows, inputs, panels, threads);
+#define LINEAR_FLOATS linear_simd
 #endif
+    if (format == FP32) LINEAR_FLOATS(FP32, x, w, y, scratch, rows, inputs, panels, threads);
+    if (format == BF16) LINEAR_FLOATS(BF16, x, w, y, scratch, rows, inputs, panels, threads);
     if (format == INT8) linear_simd(INT8, x, w, y, scratch, rows, inputs, panels, threads);
 }

@@ -1,6 +1,6 @@
 /* From logits to tokens, as `sampler.py` defines it, for a CPU engine. A row's token depends on that
    row alone. Nothing is sorted: top-k and top-p keep the tokens up to a distance from the likeliest
-   one, which is found by bisection among few candidates.
+   one, which is found by bisection.
 
    V tokens; a token's distance is (largest logit - logit) / temperature, from 0 to infinity, its weight
    exp(-distance). The bits of such floats, seen as integers, have the floats' order. */
@@ -10,7 +10,6 @@
 #include <string.h>
 
 #include "simd.h"
-#include "threads.h"
 #include "vector_math.h"
 
 enum { SAMPLED = 1, TOP_K = 2, TOP_P = 4, MIN_P = 8, PENALTY = 32, BIAS = 64, BAN = 128 };
@@ -18,7 +17,8 @@ enum { SAMPLED = 1, TOP_K = 2, TOP_P = 4, MIN_P = 8, PENALTY = 32, BIAS = 64, BA
 #define INFINITE 0x7f800000     /* the bits of infinity */
 #define PADDING INT32_MAX       /* beyond every distance */
 #define ZERO_WEIGHT 104         /* exp(-distance) in float32 is 0 from this distance on */
-#define GROUP (16 * SIMD_WIDTH) /* tokens of which `top_k_bound` sees only SIMD_WIDTH distances */
+#define ALL_WEIGHT 0x42d00000   /* its bits */
+#define FINE_BITS 21            /* of a bisection: among candidates alone */
 #define HALF (SIMD_WIDTH / 2)   /* doubles of a register */
 
 typedef float half_float __attribute__((vector_size(4 * HALF), aligned(4), may_alias));
@@ -39,11 +39,12 @@ typedef struct {
 typedef struct {
     int32_t *distance; /* bits of floats */
     float *weight;
-    int32_t *ids; /* null: all tokens */
+    int32_t *ids;
     int64_t count;
 } Candidates;
 
 static inline double sum_doubles(dvec x) { REDUCE_LANES(x, HALF, ADD) }
+static inline int32_t sum_integers(ivec x) { REDUCE_LANES(x, SIMD_WIDTH, ADD) }
 
 static inline int any_lane(ivec x) {
     union { ivec all; uint64_t word[HALF]; } u = {x};
@@ -81,7 +82,8 @@ static void adjust(
 ) {
     const int64_t features = table->features[slot], first = slot * V;
     const float *bias = features & BIAS ? table->bias + first : 0;
-    for (int64_t i = 0; i < V; i++) out[i] = add_bias(logits, mask, bias, i);
+    memcpy(out, logits, V * sizeof *out);
+    for (int64_t i = 0; (mask || bias) && i < V; i++) out[i] = add_bias(logits, mask, bias, i);
     if (features & PENALTY) {
         const float *penalties = table->penalties + 3 * slot, *counts = table->counts + first;
         const uint8_t *in_text = table->in_text + first, *end = in_text + V;
@@ -106,123 +108,95 @@ static void adjust(
     }
 }
 
-/* Up to SIMD_WIDTH logits from the i-th on, filled up with -infinity. */
-static inline vec load_logits(const float *logits, int64_t V, int64_t i) {
-    vec x = BROADCAST(-INFINITY);
-    if (i + SIMD_WIDTH <= V) return *(vec *)(logits + i);
-    memcpy(&x, logits + i, (V - i) * sizeof *logits);
-    return x;
-}
-
 /* The largest logit; NaN if one is NaN. */
-static float largest(const float *logits, int64_t V) {
+static float largest(const float *logits, int64_t padded) {
     vec peak = BROADCAST(-INFINITY);
     ivec is_nan = {0};
-    for (int64_t i = 0; i < V; i += SIMD_WIDTH) {
-        vec x = load_logits(logits, V, i);
+    for (int64_t i = 0; i < padded; i += SIMD_WIDTH) {
+        vec x = *(vec *)(logits + i);
         is_nan |= x != x;
         peak = select_less(peak, x, x, peak);
     }
     return any_lane(is_nan) ? NAN : max_lanes(peak);
 }
 
-/* Distances and weights of all tokens; beyond `cutoff` they are infinity and 0. The distances may
-   replace the logits. */
-static void weigh(
-    const float *logits, int64_t V, float peak, float temperature, float cutoff, Candidates *all
-) {
-    for (int64_t i = 0; i < V; i += SIMD_WIDTH) {
-        vec d = (peak - load_logits(logits, V, i)) / temperature;
-        d = select_less(BROADCAST(cutoff), d, BROADCAST(INFINITY), d);
-        *(vec *)(all->distance + i) = d;
+/* Replaces logits by distances, and finds the weights; beyond `cutoff` they are infinity and 0. */
+static void weigh(Candidates *all, float peak, float temperature, float cutoff) {
+    for (int64_t i = 0; i < all->count; i += SIMD_WIDTH) {
+        vec *logits = (vec *)(all->distance + i), d = (peak - *logits) / temperature;
+        *logits = d = select_less(BROADCAST(cutoff), d, BROADCAST(INFINITY), d);
         *(vec *)(all->weight + i) = select_less(d, BROADCAST(ZERO_WEIGHT), exp_negative(-d), (vec){0});
     }
-    for (int64_t i = V; i % SIMD_WIDTH; i++) all->distance[i] = PADDING;
 }
 
-/* Weights of HALF tokens, 0 beyond distance `last`; without weights each counts 1. */
+/* Weights of HALF tokens, 0 beyond distance `last`. */
 ALWAYS_INLINE dvec select_weights(const int32_t *distance, const float *weight, int32_t last) {
     half_int is_inside = *(half_int *)distance <= last;
-    half_float w = (half_float){0} + 1;
-    if (weight) w = *(half_float *)weight;
-    return __builtin_convertvector((half_float)((half_int)w & is_inside), dvec);
+    return __builtin_convertvector((half_float)(*(half_int *)weight & is_inside), dvec);
 }
 
 /* Weight of the tokens up to distance `last`. */
-static double sum_weights(const int32_t *distance, const float *weight, int64_t n, int32_t last) {
+static double sum_weights(const Candidates *c, int32_t last) {
     dvec low = {0}, high = {0};
-    for (int64_t i = 0; i < n; i += SIMD_WIDTH) {
-        low += select_weights(distance + i, weight ? weight + i : 0, last);
-        high += select_weights(distance + i + HALF, weight ? weight + i + HALF : 0, last);
+    for (int64_t i = 0; i < c->count; i += SIMD_WIDTH) {
+        low += select_weights(c->distance + i, c->weight + i, last);
+        high += select_weights(c->distance + i + HALF, c->weight + i + HALF, last);
     }
     return sum_doubles(low + high);
 }
 
-/* The smallest distance up to which tokens weigh at least `goal`; infinity if all weigh less. */
-static int32_t threshold(const int32_t *distance, const float *weight, int64_t n, double goal) {
+/* Number of the tokens up to distance `last`. */
+static double count_tokens(const Candidates *c, int32_t last) {
+    ivec count = {0};
+    for (int64_t i = 0; i < c->count; i += SIMD_WIDTH)
+        count -= *(unaligned_ivec *)(c->distance + i) <= last;
+    return sum_integers(count);
+}
+
+/* Leaves the tokens up to distance `last`. */
+static void select_candidates(Candidates *c, int32_t last) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < c->count; i += SIMD_WIDTH) {
+        if (!any_lane(*(unaligned_ivec *)(c->distance + i) <= last)) continue;
+        for (int64_t j = i; j < i + SIMD_WIDTH; j++) {
+            int is_candidate = c->distance[j] <= last;
+            c->distance[n] = c->distance[j], c->weight[n] = c->weight[j], c->ids[n] = c->ids[j];
+            n += is_candidate;
+        }
+    }
+    for (c->count = n; c->count % SIMD_WIDTH; c->count++)
+        c->distance[c->count] = PADDING, c->weight[c->count] = 0;
+}
+
+/* The smallest distance up to which tokens weigh, or number, at least `goal`; infinity if all are less.
+   Leaves the tokens up to there, and some beyond. */
+static int32_t threshold(Candidates *c, int weighs, double goal) {
     int32_t result = 0;
     for (int bit = 30; bit >= 0; bit--) {
         int32_t trial = result + ((1 << bit) - 1);
-        if (sum_weights(distance, weight, n, trial) < goal) result = trial + 1;
+        if (weighs && trial >= ALL_WEIGHT) continue;
+        if ((weighs ? sum_weights(c, trial) : count_tokens(c, trial)) < goal) result = trial + 1;
+        if (bit == FINE_BITS) {
+            trial = result + ((1 << bit) - 1);
+            select_candidates(c, trial < INFINITE ? trial : INFINITE);
+        }
     }
     return result < INFINITE ? result : INFINITE;
 }
 
-/* A distance up to which there are k tokens and few more: the k-th among the smallest ones in each
-   lane of a group, which go to `smallest`. */
-static int32_t top_k_bound(const int32_t *distance, int64_t V, int64_t k, int32_t *smallest) {
-    int64_t n = 0;
-    for (int64_t first = 0; first < V; first += GROUP, n += SIMD_WIDTH) {
-        ivec least = *(unaligned_ivec *)(distance + first);
-        for (int64_t i = first; i < V && i < first + GROUP; i += SIMD_WIDTH) {
-            ivec d = *(unaligned_ivec *)(distance + i), is_less = d < least;
-            least = (d & is_less) | (least & ~is_less);
-        }
-        *(unaligned_ivec *)(smallest + n) = least;
-    }
-    return threshold(smallest, 0, n, k);
-}
-
-/* Of all tokens, leaves those up to distance `bound`. */
-static void select_candidates(Candidates *c, int32_t *ids, int32_t bound) {
-    int64_t n = 0;
-    for (int64_t i = 0; i < c->count; i += SIMD_WIDTH) {
-        if (!any_lane(*(unaligned_ivec *)(c->distance + i) <= bound)) continue;
-        for (int64_t j = i; j < i + SIMD_WIDTH; j++) {
-            int is_candidate = c->distance[j] <= bound;
-            c->distance[n] = c->distance[j], c->weight[n] = c->weight[j], ids[n] = j;
-            n += is_candidate;
-        }
-    }
-    c->count = n, c->ids = ids;
-    for (; n % SIMD_WIDTH; n++) c->distance[n] = PADDING, c->weight[n] = 0;
-}
-
-/* The largest distance that top-k and top-p keep. Leaves the candidates for it. */
-static int32_t filter(
-    Candidates *c, int64_t features, int64_t k, double top_p, int32_t *ids, int32_t *smallest
-) {
-    const int64_t V = c->count;
+/* The largest distance that top-k and top-p keep. */
+static int32_t filter(Candidates *c, int64_t features, int64_t k, double top_p) {
     int32_t last = INFINITE;
-    double total;
+    double total = sum_weights(c, INFINITE);
     if (features & TOP_K) {
-        select_candidates(c, ids, top_k_bound(c->distance, V, k, smallest));
-        last = threshold(c->distance, 0, c->count, k);
-        if (!(features & TOP_P)) return last;
+        last = threshold(c, 0, k);
         /* Of the tokens as likely as the k-th, only as many count as make k. */
-        double nearer = sum_weights(c->distance, c->weight, c->count, last - 1);
-        double ties = sum_weights(c->distance, c->weight, c->count, last) - nearer;
-        double num_nearer = sum_weights(c->distance, 0, c->count, last - 1);
-        double num_ties = sum_weights(c->distance, 0, c->count, last) - num_nearer;
+        double nearer = sum_weights(c, last - 1), num_nearer = count_tokens(c, last - 1);
+        double ties = sum_weights(c, last) - nearer, num_ties = count_tokens(c, last) - num_nearer;
         total = nearer + ties * ((k - num_nearer) / num_ties);
-    } else {
-        total = sum_weights(c->distance, c->weight, V, last);
-        /* Tokens of less than (1 - top_p) * total / V are not needed, since all of them together have
-           no more than top-p leaves out. The 0.001 is for rounding. */
-        union { float distance; int32_t bits; } bound = {1e-3f - logf((1 - top_p) * total / V)};
-        select_candidates(c, ids, bound.bits);
     }
-    int32_t nucleus = threshold(c->distance, c->weight, c->count, top_p * total);
+    if (!(features & TOP_P)) return last;
+    int32_t nucleus = threshold(c, 1, top_p * total);
     return nucleus < last ? nucleus : last;
 }
 
@@ -246,36 +220,35 @@ static double accumulate(const Candidates *c, int32_t last, double target, int64
     return sum;
 }
 
+/* The token of logits [padded], which become distances. */
 static int64_t sample_row(
-    const float *logits, int64_t V, const SamplingTable *table, int64_t slot, int64_t position,
-    float *scratch, int64_t padded
+    float *logits, int64_t padded, const SamplingTable *table, int64_t slot, int64_t position
 ) {
     const int64_t features = table->features[slot];
-    float peak = largest(logits, V);
+    float peak = largest(logits, padded);
     if (!isfinite(peak)) return INVALID;
     int64_t index = 0;
     if (!(features & SAMPLED)) {
         while (logits[index] != peak) index++;
         return index;
     }
-    int32_t *integers = (int32_t *)scratch, last = INFINITE;
-    Candidates c = {integers, scratch + padded, 0, V};
-    float cutoff = features & MIN_P ? -logf(table->min_p[slot]) : INFINITY;
-    weigh(logits, V, peak, table->temperature[slot], cutoff, &c);
+    Candidates c = {(int32_t *)logits, logits + padded, (int32_t *)logits + 2 * padded, padded};
+    int32_t last = INFINITE;
+    weigh(&c, peak, table->temperature[slot], features & MIN_P ? -logf(table->min_p[slot]) : INFINITY);
     if (features & (TOP_K | TOP_P)) {
-        int32_t *ids = integers + 2 * padded, *smallest = integers + 3 * padded;
-        last = filter(&c, features, table->top_k[slot], table->top_p[slot], ids, smallest);
+        for (int64_t i = 0; i < padded; i++) c.ids[i] = i;
+        last = filter(&c, features, table->top_k[slot], table->top_p[slot]);
     }
     uint64_t noise = mix(mix(table->seed[slot]) + position * 0x9E3779B97F4A7C15) >> 12;
     double total = accumulate(&c, last, INFINITY, &index);
     accumulate(&c, last, noise * 0x1p-52 * total, &index);
-    return c.ids ? c.ids[index] : index;
+    return features & (TOP_K | TOP_P) ? c.ids[index] : index;
 }
 
 /* Tokens [rows] at `positions`, from logits [rows, V] with `stride` floats from row to row, by the
    parameters of `slots`; INVALID for a row that is not finite. Row r has mask mask_rows[r] of masks
    [.., V], or none if that is negative or `mask_rows` null. `uncounted` are pairs of a row and a token
-   of its text that the table does not count yet. `scratch` has, for each thread, four times `padded`
+   of its text that the table does not count yet. `scratch` has, for each thread, three times `padded`
    floats, where `padded` is V rounded up to a multiple of 16. */
 void sample(
     const float *logits, int64_t stride, int64_t rows, int64_t V, const SamplingTable *table,
@@ -285,13 +258,10 @@ void sample(
 ) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1 && rows > 1)
     for (int64_t r = 0; r < rows; r++) {
-        float *own = scratch + THREAD_ID * 4 * padded;
-        const float *x = logits + r * stride;
+        float *own = scratch + THREAD_ID * 3 * padded;
         const uint8_t *mask = mask_rows && mask_rows[r] >= 0 ? masks + mask_rows[r] * V : 0;
-        if (mask || table->features[slots[r]] & (PENALTY | BIAS | BAN)) {
-            adjust(x, V, table, slots[r], positions[r], mask, r, uncounted, num_uncounted, own);
-            x = own;
-        }
-        tokens[r] = sample_row(x, V, table, slots[r], positions[r], own, padded);
+        adjust(logits + r * stride, V, table, slots[r], positions[r], mask, r, uncounted, num_uncounted, own);
+        for (int64_t i = V; i < padded; i++) own[i] = -INFINITY;
+        tokens[r] = sample_row(own, padded, table, slots[r], positions[r]);
     }
 }

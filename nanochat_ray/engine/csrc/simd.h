@@ -1,5 +1,5 @@
-/* Vector types of the widest registers that the compiler may use, and the name of that level of
-   instructions. */
+/* Vector types of the widest registers that the compiler may use, the name of that level of instructions
+   (of `kernels.LEVELS`; "amx" is `amx_available`), and the number of the current thread. */
 
 #pragma once
 
@@ -7,30 +7,29 @@
 
 #if defined(__AVX512F__)
 #define SIMD_WIDTH 16 /* floats */
-#ifdef __AVX512BF16__
-#define ISA_NAME "avx512_bf16"
-#else
-#define ISA_NAME "avx512"
-#endif
-#elif defined(__AVX2__)
-#define SIMD_WIDTH 8
-#ifdef __AVXVNNI__
-#define ISA_NAME "avx_vnni"
-#else
-#define ISA_NAME "avx2"
-#endif
 #elif defined(__AVX__)
 #define SIMD_WIDTH 8
-#define ISA_NAME "avx"
 #else
 #define SIMD_WIDTH 4
-#if defined(__ARM_NEON)
-#define ISA_NAME "neon"
-#elif defined(__SSE2__)
-#define ISA_NAME "sse2"
+#endif
+
+#if defined(__AVX512BF16__)
+#define ISA_NAME "avx512_bf16"
+#elif defined(__AVX512F__)
+#define ISA_NAME "avx512"
+#elif defined(__AVXVNNI__)
+#define ISA_NAME "avx_vnni"
+#elif defined(__AVX2__)
+#define ISA_NAME "avx2"
 #else
 #define ISA_NAME "generic"
 #endif
+
+#ifdef _OPENMP
+int omp_get_thread_num(void);
+#define THREAD_ID omp_get_thread_num()
+#else
+#define THREAD_ID 0
 #endif
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))

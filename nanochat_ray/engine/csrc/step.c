@@ -15,8 +15,7 @@
 /* Entry i of a table. */
 static float read_number(const void *table, int64_t format, int64_t i) {
     if (format == FLOAT32) return ((const float *)table)[i];
-    union { uint32_t bits; float x; } u = {(uint32_t)((const uint16_t *)table)[i] << 16};
-    return u.x;
+    return bits_float((uint32_t)((const uint16_t *)table)[i] << 16);
 }
 
 static void gather(const Operation *op, int64_t from, float *y) {

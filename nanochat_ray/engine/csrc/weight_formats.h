@@ -9,8 +9,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "bfloat16.h"
 #include "simd.h"
+#include "vector_math.h"
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 #define HAVE_VNNI
@@ -68,22 +68,17 @@ MICROKERNEL(multiply_fp32) {
    dot products of bfloat16, x is stored as float32, and a weight becomes one by a shift or a mask. */
 #ifdef __AVX512BF16__
 typedef uint16_t Bf16Input;
+#define TO_BF16_INPUT(x) (round_to_bf16(x) >> 16)
 #else
 typedef float Bf16Input;
+#define TO_BF16_INPUT(x) bits_float(round_to_bf16(x))
 #endif
 
 static void convert_rows_bf16(
     const float *x, int64_t rows, int64_t inputs, int64_t depth, Bf16Input *out
 ) {
     for (int64_t r = 0; r < rows; r++, x += inputs, out += depth) {
-        for (int64_t k = 0; k < inputs; k++) {
-            uint32_t bits = round_to_bf16(x[k]);
-#ifdef __AVX512BF16__
-            out[k] = bits >> 16;
-#else
-            memcpy(out + k, &bits, sizeof bits);
-#endif
-        }
+        for (int64_t k = 0; k < inputs; k++) out[k] = TO_BF16_INPUT(x[k]);
         memset(out + inputs, 0, (depth - inputs) * sizeof *out);
     }
 }
@@ -140,11 +135,10 @@ typedef vec BlockSum;
 static void convert_block_int8(const float *x, Int8Input *out) {
     uint32_t largest = 0; /* as bits, of which those of not a number are the largest */
     for (int i = 0; i < INT8_BLOCK; i++) {
-        uint32_t magnitude = float_bits(x[i]) & 0x7fffffff;
-        largest = magnitude > largest ? magnitude : largest;
+        uint32_t bits = float_bits(x[i]) & 0x7fffffff;
+        largest = bits > largest ? bits : largest;
     }
-    float magnitude;
-    memcpy(&magnitude, &largest, sizeof magnitude);
+    const float magnitude = bits_float(largest);
     const float inverse = magnitude > 0 ? 127 / magnitude : 0;
     int sum = 0;
     for (int i = 0; i < INT8_BLOCK; i++) {

@@ -6,8 +6,6 @@
 
 #include <stdint.h>
 
-#include "threads.h"
-
 /* Panels [begin, end) that are yet to be multiplied. */
 typedef struct {
     int64_t begin, end;
