@@ -23,6 +23,8 @@ os.environ["AWS_ACCESS_KEY_ID"] = S3_KEYS["accessKey"]
 os.environ["AWS_SECRET_ACCESS_KEY"] = S3_KEYS["secretKey"]
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
+# Thousands of syncs, of milliseconds each, for files that no test wants after a loss of power.
+os.fsync = lambda fd: None  # type: ignore[assignment]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts jobs in the background so, and processes that the tests interrupt inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -94,6 +94,7 @@ def worker_processes() -> list[psutil.Process]:
     return [process for process in processes if matches(process, "ray::.*RayTrainWorker")]
 
 
+@pytest.mark.timeout(600)
 def test_killed_worker_changes_no_weights(tmp_path: Path) -> None:
     from nanochat_ray.on_ray.train import fit
 
