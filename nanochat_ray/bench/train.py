@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from nanochat_ray.text.tokenizer import Tokenizer, folder_of
 from nanochat_ray.train import recipe
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from nanochat_ray.train.data_loader import ShardDataLoader
-from nanochat_ray.train.step import Batch
 
 KEYS = (
     *("step_vs_nanochat", "two_workers", "tokens_vs_adamw", "tokens_vs_nanochat"),
@@ -279,7 +278,7 @@ def part_feed(args: Args) -> dict[str, float | None]:
     """Rows from shards on this disk to batches, with nothing that trains: by Ray Data, and by a
     thread of the training process."""
     from nanochat_ray.on_ray import session
-    from nanochat_ray.on_ray.data_loader import RayDataLoader, rank_dataset
+    from nanochat_ray.on_ray.data_loader import RayDataLoader
 
     session.connect()
     session.quiet_data()
@@ -293,13 +292,9 @@ def part_feed(args: Args) -> dict[str, float | None]:
         manifest = Manifest.load(store)
         reader = SequenceReader(store, manifest, "train")
 
-        def by_ray() -> Iterator[Batch]:
-            rows = rank_dataset(store, manifest, config, start=0, rank=0, world=1)
-            return RayDataLoader(rows.iterator(), config, 0, 1).batches(0)
-
         feeds = {
             "plain": lambda: ShardDataLoader(reader, config, 0, 1).batches(0),
-            "Ray Data": by_ray,
+            "Ray Data": lambda: RayDataLoader(store, manifest, config, 0, 1).batches(0),
         }
         for _ in range(args.repeats):
             for way, feed in feeds.items():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -89,10 +91,15 @@ def process_group(*, gpus: bool) -> Iterator[None]:
 
 def run_on_ray(job: TrainerConfig, args: Args) -> dict[str, Any]:
     from nanochat_ray.on_ray import session
+
+    # Ray Train is imported while Ray starts.
+    with ThreadPoolExecutor(1) as thread:
+        importing = thread.submit(importlib.import_module, "nanochat_ray.on_ray.train")
+        session.connect()
+        session.check_gpus(args.workers if args.gpus else 0)
+        importing.result()
     from nanochat_ray.on_ray.train import fit
 
-    session.connect()
-    session.check_gpus(args.workers if args.gpus else 0)
     return fit(
         job,
         workers=args.workers,

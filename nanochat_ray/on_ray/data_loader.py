@@ -8,12 +8,10 @@ the remainder, so the order would depend on the number of workers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import ray.data
-import ray.train
-from ray.data import DataIterator, ExecutionOptions
+from ray.data import ExecutionOptions
 
 from nanochat_ray.data.shards import Manifest
 from nanochat_ray.on_ray.rank_reader import rank_reader
@@ -49,46 +47,26 @@ def rank_dataset(
     return plan.map_batches(read, batch_size=1, batch_format="numpy", compute=two, num_cpus=0.25)
 
 
-def step_dataset(start: int) -> ray.data.Dataset:
-    """What carries the first step of a worker group to its ``RankDataConfig``, which runs in
-    another process: its number of rows, which is known without an execution."""
-    return ray.data.range(start + 1)
-
-
-class RankDataConfig(ray.train.DataConfig):
-    """Gives each rank the iterator over its own sequences, from the run's current step."""
-
-    def __init__(self, uri: str, manifest: Manifest, config: TrainConfig):
-        super().__init__()
-        self._uri, self._manifest, self._config = uri, manifest, config
-
-    def configure(
-        self, datasets: dict[str, Any], world_size: int, *_args: Any, **_kwargs: Any
-    ) -> list[dict[str, DataIterator]]:
-        start = datasets["train"].count() - 1  # of step_dataset
-        store = Store.at(self._uri)
-        return [
-            {
-                "train": rank_dataset(
-                    store, self._manifest, self._config, start=start, rank=rank, world=world_size
-                ).iterator()
-            }
-            for rank in range(world_size)
-        ]
-
-
 class RayDataLoader:
-    """One rank's batches from its iterator; checks that each is of the step that is due."""
+    """One rank's batches by Ray Data; checks that each is of the step that is due.
 
-    def __init__(self, iterator: DataIterator, config: TrainConfig, rank: int, world: int):
-        self.iterator, self.config, self.rank, self.world = iterator, config, rank, world
+    The pipeline belongs to the worker. ``ray.train.get_dataset_shard`` would ask an actor for it,
+    whose start and imports (3 s of CPU time) the worker group waits for.
+    """
+
+    def __init__(
+        self, dataset: Store, manifest: Manifest, config: TrainConfig, rank: int, world: int
+    ):
+        self.dataset, self.manifest, self.config = dataset, manifest, config
+        self.rank, self.world = rank, world
 
     def batches(self, start: int) -> Iterator[Batch]:
         sequences = np.arange(self.config.global_batch_size)
         size = len(np.array_split(sequences, self.world)[self.rank])
-        blocks = self.iterator.iter_batches(
-            batch_size=size, batch_format="numpy", prefetch_batches=4
+        rows = rank_dataset(
+            self.dataset, self.manifest, self.config, start=start, rank=self.rank, world=self.world
         )
+        blocks = rows.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=4)
         for step, block in enumerate(blocks, start):
             if (block["step"] != step).any():
                 raise RuntimeError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import threading
 import time
@@ -27,15 +28,16 @@ from ray.train import (
     UserCallback,
 )
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.claim import check_reference, hold_claim
-from nanochat_ray.on_ray.data_loader import RankDataConfig, RayDataLoader, step_dataset
+from nanochat_ray.on_ray import session
+from nanochat_ray.on_ray.data_loader import RayDataLoader
 from nanochat_ray.on_ray.interface import NodeTorchConfig
-from nanochat_ray.on_ray.session import quiet_data
 from nanochat_ray.on_ray.stop_flag import StopFlag
 from nanochat_ray.storage import Store
 from nanochat_ray.train.config import TrainerConfig
@@ -47,6 +49,8 @@ from nanochat_ray.train.source import DatasetSource, Source
 from nanochat_ray.train.stop import StopOnSignal
 from nanochat_ray.train.trainer import Trainer
 
+NOT_NEEDED = (DatasetsCallback, PlacementGroupCleanerCallback)
+"""Callbacks of Ray Train that ``RayTrainer`` does without."""
 FINAL = (ValueError, FloatingPointError, PermissionError, FileNotFoundError)
 """Errors that a restart would repeat: the group is not restarted. Others may be those of a machine
 or a network, and the run resumes from its latest checkpoint."""
@@ -74,6 +78,11 @@ GAUGES = {
     "save_pending": "Seconds since the checkpoint was taken that is being written.",
     "save_delay": "Seconds for which storage has refused checkpoints.",
 }
+
+
+def _on_this_node() -> NodeAffinitySchedulingStrategy:
+    node = ray.get_runtime_context().get_node_id()
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 @contextlib.contextmanager
@@ -182,20 +191,22 @@ class NoRetry(UserCallback):
 
 
 class RayTrainer(TorchTrainer):
-    """Without two things of Ray's.
+    """Without what a run does not need.
 
-    Its handler of SIGINT aborts the workers, which then save nothing: ``_stop_on_signal`` has one
+    Ray's handler of SIGINT aborts the workers, which then save nothing: ``_stop_on_signal`` has one
     that lets them.
 
     Its ``PlacementGroupCleaner`` frees the workers' resources when the controller has died and the
     driver goes on, while ``fit`` fails then, and the resources are freed when its process ends. It
     looks at the controller once a second through the dashboard: where there is none, it prints a
     warning every second and delays the end of the run.
+
+    Its ``DatasetsCallback`` starts an actor even without datasets, for which the workers wait.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # of Ray 2.60
-        return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+        return [callback for callback in callbacks if not isinstance(callback, NOT_NEEDED)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Keeps the handler that is set."""
@@ -204,6 +215,9 @@ class RayTrainer(TorchTrainer):
 def _worker(values: dict[str, Any]) -> None:
     """One worker of the group: a ``Trainer``."""
     torch.set_num_threads(int(values["threads"]))
+    # Ray's reports about itself, which Ray Train would print.
+    logging.getLogger().setLevel(logging.WARNING)
+    session.quiet_data()
     config = TrainerConfig.from_json(values["config"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -211,8 +225,9 @@ def _worker(values: dict[str, Any]) -> None:
     if values["make_source"] is not None:
         source = values["make_source"](config)
     elif values["ray_data"]:
-        iterator = ray.train.get_dataset_shard("train")
-        source = DatasetSource(config, RayDataLoader(iterator, config.train, rank, world))
+        dataset, manifest, _ = open_dataset(config.storage, config.dataset)
+        loader = RayDataLoader(dataset, manifest, config.train, rank, world)
+        source = DatasetSource(config, loader)
     loggers: list[Hooks] = []
     if rank == 0:
         loggers = [PrometheusLogger(config.run), ProgressPrinter(values["print_every"])]
@@ -224,8 +239,7 @@ def _worker(values: dict[str, Any]) -> None:
             source=source,
             hooks=[*loggers, WorkerHooks(should_stop, values["claim"])],
         )
-        result = trainer.run()
-    ray.train.report(result)
+        trainer.run()
 
 
 def fit(
@@ -259,9 +273,8 @@ def fit(
     if _completed_steps(run) < config.train.steps:
         with hold_claim(Store.at(config.storage), "runs", config.run) as claim:
             # On the driver's node: it is of no use when that one is gone.
-            node = ray.get_runtime_context().get_node_id()
-            here = NodeAffinitySchedulingStrategy(node, soft=False)
-            flag = ray.remote(num_cpus=0)(StopFlag).options(scheduling_strategy=here).remote()
+            flag_actor = ray.remote(num_cpus=0)(StopFlag)
+            flag = flag_actor.options(scheduling_strategy=_on_this_node()).remote()
             values = {
                 "config": config.to_json(),
                 "threads": threads,
@@ -281,7 +294,7 @@ def fit(
                 # How long Ray waits for what a node that was just lost still seems to have: it
                 # looks at the nodes every 20 s.
                 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
-            trainer = _torch_trainer(config, run, values, scaling, max_failures)
+            trainer = _torch_trainer(run, values, scaling, max_failures)
             with _stop_on_signal(flag):
                 _run_ray_trainer(trainer)
     state = checkpoint.load_trainer(run)
@@ -296,34 +309,26 @@ def _completed_steps(run: Store) -> int:
 
 
 def _torch_trainer(
-    config: TrainerConfig,
     run: Store,
     values: dict[str, Any],
     scaling: ScalingConfig,
     max_failures: int,
 ) -> RayTrainer:
     """Ray's trainer, which starts ``_worker(values)`` on each worker of the group."""
-    # How often the controller asks if its workers are alive, which a report waits for.
+    # How often the controller asks if its workers are alive.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     # Ray Train would print every line of a worker a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    quiet_data()
+    if session.has_started_ray():
+        # Nobody announces to this Ray that its only machine ends.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray_folder = run.child("ray")
-    data: dict[str, Any] = {}
-    if values["ray_data"]:
-        dataset, manifest, _ = open_dataset(config.storage, config.dataset)
-        data = {
-            # Looked up whenever a group of workers starts.
-            "datasets": {"train": lambda: step_dataset(_completed_steps(run))},
-            "dataset_config": RankDataConfig(dataset.uri, manifest, config.train),
-        }
     return RayTrainer(
         _worker,
         train_loop_config=values,
         # Long enough for data that stalls: a dead worker is noticed by its connections.
         torch_config=NodeTorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=1800),
         scaling_config=scaling,
-        **data,
         run_config=RunConfig(
             name="train",
             storage_path=ray_folder.root,
