@@ -116,11 +116,14 @@ def test_reductions_are_waited_for(monkeypatch: pytest.MonkeyPatch, backend: str
         ("reduce_scatter_single", reduce_scatter),
     ):
         monkeypatch.setattr(sharded.dist, name, function)
-    optimizer = ShardedOptimizer(GPT(tiny_config()), OptimConfig())
+    model = GPT(tiny_config())
+    optimizer = ShardedOptimizer(model, OptimConfig())
     for has_backward in (True, False):
         optimizer.zero_grad()
         if has_backward:
             optimizer.last_backward()
+            model.loss(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
+            assert all(bucket.in_flight for bucket in optimizer._buckets)
         for flat in optimizer.flats:
             flat.grads.fill_(1.0)
         optimizer._finish_reductions()
