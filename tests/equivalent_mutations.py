@@ -145,6 +145,9 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
     "nanochat_ray/on_ray/serve/routing.py": {
         "constant: 1  →  2": ("if is_near else 1", "any number behind those of cached blocks"),
     },
+    "nanochat_ray/train/recipe.py": {
+        "constant: 1  →  2": ("max(tokens, 1)", GUARD),
+    },
     "nanochat_ray/train/step.py": {
         "operator: config.global_batch_size * (batch.ids.shape[1] - 1)  →  "
         "config.global_batch_size / (batch.ids.shape[1] - 1)": ("", CANCELS),
@@ -176,6 +179,7 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
         "constant: 1  →  2": ("max(len(logprobs), 1)", "a group has two samples or more"),
     },
     "nanochat_ray/train/trainer.py": {
+        "constant: 0  →  1": ("gc.get_freeze_count() > 0", "a frozen process has thousands"),
         "comparison: self.completed_steps < steps  →  self.completed_steps <= steps": (
             "",
             "the loop has the same bound",

@@ -122,7 +122,7 @@ def counts(node: ast.AST) -> bool:
         name = ast.unparse(node.func)
         return name not in ("cast", "TypeVar", "functools.lru_cache") and name.split(".")[
             0
-        ] not in ("log", "logger", "logging", "failures")
+        ] not in ("log", "logger", "logging", "failures", "_LOG")
     return True
 
 
