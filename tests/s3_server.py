@@ -55,7 +55,7 @@ def s3_server(folder: Path, address: str = "127.0.0.1") -> Iterator[str]:
         return True
 
     try:
-        wait_for(answers, 60, "the S3 server's first write")
+        wait_for(answers, 180, "the S3 server's first write")
         yield uri
     finally:
         os.killpg(process.pid, signal.SIGKILL)
