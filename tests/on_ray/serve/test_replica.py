@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +77,16 @@ def test_slow_grammars_delay_no_other_request(
         await EngineReplica.__del__(replica)
 
     asyncio.run(run())
+
+
+def test_a_request_is_aborted_where_it_runs() -> None:
+    """While weights are swapped a replica may have two engines."""
+    aborts: list[list[str]] = [[], []]
+    old, new = (SimpleNamespace(abort=names.append) for names in aborts)
+    replica: Any = SimpleNamespace(owners={"a": (None, old), "b": (None, new)})
+    EngineReplica._abort(replica, ["b", "ended"])
+    assert aborts == [[], ["b"]]
+    assert list(replica.owners) == ["a"]
 
 
 def test_a_new_checkpoint_is_swapped_in_place(tiny_run: Store) -> None:
