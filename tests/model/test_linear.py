@@ -23,7 +23,7 @@ def test_layers_together_equal_each_alone() -> None:
         torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
 
 
-def test_fp8_of_the_first_holds_for_all() -> None:
+def test_fp8_of_the_first_holds_for_all(fp8_on_any_cpu: None) -> None:
     layers = [Linear(16, 16) for _ in range(2)]
     x = torch.randn(16, 16, dtype=torch.bfloat16)
     exact = torch.cat(apply_together(x, layers), -1)

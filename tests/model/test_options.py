@@ -226,29 +226,6 @@ def test_tables_outlive_inference_mode() -> None:
     assert model.lm_head.weight.grad is not None
 
 
-@pytest.fixture
-def fp8_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN multiplies fp8 with AVX512 alone: elsewhere by the definition of ``_scaled_mm``."""
-    one = torch.ones(16, 16).to(torch.float8_e4m3fn)
-    scale = torch.ones(())
-    try:
-        torch._scaled_mm(one, one.t(), scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
-    except RuntimeError:
-
-        def product(
-            a: torch.Tensor,
-            b: torch.Tensor,
-            *,
-            scale_a: torch.Tensor,
-            scale_b: torch.Tensor,
-            out_dtype: torch.dtype,
-            use_fast_accum: bool,
-        ) -> torch.Tensor:
-            return (a.float() * scale_a @ (b.float() * scale_b)).to(out_dtype)
-
-        monkeypatch.setattr(torch, "_scaled_mm", product)
-
-
 def test_fp8_matmuls_are_near_exact(fp8_on_any_cpu: None) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 32, 64, generator=generator).bfloat16().requires_grad_()
