@@ -29,10 +29,10 @@ from nanochat_ray.storage import Store, absolute, default_root
 PROMISE_S = 690
 """Seconds that all of it may take on a CPU, before the answers: the promise is 12 minutes."""
 MOST_MINUTES, SFT_MINUTES = 5.2, 2.0
-REST = 5
+REST = 4.5
 """What else there is to do takes this many times as long as preparing the text, on a fast and on a
 slow machine."""
-RL_STEPS, RL_REST = 40, 5
+RL_STEPS, RL_REST = 50, 5.5
 """Steps of reinforcement learning, and the same ratio for them."""
 QUESTIONS = ("Who are you?", "What is 47 + 38 - 9?")
 
@@ -51,7 +51,7 @@ class Args:
     """CPU: minutes of base training; by default all ends within 12 minutes. Fine-tuning takes half
     as long: at least 2 minutes, or as long as base training if that is less."""
     rl_steps: int | None = None
-    """Steps of learning from graded answers; 0: none. By default 40, on GPUs 0."""
+    """Steps of learning from graded answers; 0: none. By default 50, on GPUs 0."""
     port: int = 8000
     """Port of the endpoint."""
     stay: bool = False
