@@ -107,6 +107,13 @@ def test_the_stages_have_valid_flags(
     assert evaluation.engine == ({"precision": "bf16"} if gpus else {})
 
 
+def test_paths_are_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs run in another folder."""
+    monkeypatch.chdir(tmp_path)
+    args = Args(text=("a.txt", "/b/*.txt", "s3://bucket/c.txt"))
+    assert args.text == (f"{tmp_path}/a.txt", "/b/*.txt", "s3://bucket/c.txt")
+
+
 def test_ray_s_own_lines_stay_in_the_log() -> None:
     for line, text in (
         ("2026-11-26 03:00:00,123\tINFO cli.py:39 -- Job submission server address\n", None),
