@@ -15,8 +15,9 @@ from collections.abc import Callable
 from nanochat_ray.engine.request import EngineFull
 
 REFUSAL_S = 0.1
-"""For so long after a refusal no engine is asked again. It is short beside the time that requests
-may wait in a queue, so that no queue runs empty meanwhile."""
+"""For so long after a refusal no engine is asked again; longer where the event loop is slower. That
+is short beside the time that requests may wait in a queue, so that no queue runs empty."""
+MAX_REFUSAL_S = 1.0
 MAX_STARTS = 8
 """Requests that begin in one iteration of the event loop; more if the last one took long. Between
 two iterations the streams that run get their tokens, and refusals by the engines arrive …"""
@@ -41,7 +42,7 @@ class AdmissionGate:
         """For an iteration in which they may begin: clients and times in the order of arrival."""
         self._num_starts, self._max_starts = 0, MAX_STARTS
         """In this iteration of the event loop."""
-        self._iteration_start = 0.0
+        self._iteration_start = self._iteration_s = 0.0
 
     def record(self, client: str, priority: int, refusal: EngineFull) -> None:
         """The engines have refused a request of the client. Only one of ``priority`` 0, the most
@@ -49,7 +50,9 @@ class AdmissionGate:
         if priority > 0:
             return
         self._refusals.pop(client, None)
-        self._refusals[client] = self._clock() + REFUSAL_S, refusal
+        # Within two iterations the requests that have begun are not yet refused.
+        seconds = min(MAX_REFUSAL_S, max(REFUSAL_S, 2 * self._iteration_s))
+        self._refusals[client] = self._clock() + seconds, refusal
         for name, _, turn in self._waiting:
             if name == client and not turn.done():
                 turn.set_result(None)
@@ -86,8 +89,9 @@ class AdmissionGate:
 
     def _next_iteration(self) -> None:
         now = self._clock()
-        seconds = now - self._iteration_start
-        self._num_starts, self._max_starts = 0, max(MAX_STARTS, int(STARTS_PER_S * seconds))
+        self._iteration_s = now - self._iteration_start
+        self._num_starts = 0
+        self._max_starts = max(MAX_STARTS, int(STARTS_PER_S * self._iteration_s))
         while self._waiting and self._num_starts < self._max_starts:
             _, arrival, turn = self._waiting.popleft()
             if turn.done():  # refused, or its client has left

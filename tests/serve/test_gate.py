@@ -59,6 +59,18 @@ def test_a_refusal_counts_for_a_while_and_one_client() -> None:
     assert state() == (False, True)  # from the latest one on
 
 
+@pytest.mark.parametrize(("iteration_s", "seconds"), [(0.01, 0.1), (0.25, 0.5), (4.0, 1.0)])
+def test_a_slow_loop_refuses_for_longer(iteration_s: float, seconds: float) -> None:
+    clock = Clock()
+    gate = AdmissionGate(clock)
+    asyncio.run(starts(gate, [""] * (MAX_STARTS + 1), clock, iteration_s))
+    gate.record("", 0, FULL)
+    clock.now += 0.9 * seconds
+    assert is_refused(gate)
+    clock.now += 0.2 * seconds
+    assert not is_refused(gate)
+
+
 def test_a_less_urgent_request_tells_nothing() -> None:
     gate = AdmissionGate()
     gate.record("", 1, FULL)
