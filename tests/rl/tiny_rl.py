@@ -98,7 +98,8 @@ class FakeEngine:
 
 def save_parent(root: Store) -> None:
     """A random policy as run "chat", fine-tuned on the conversations "talk"."""
-    model = GPT(tiny_config(sequence_len=48))
+    # Heads of 16: the kernels of C, whose logits do not depend on the batch.
+    model = GPT(tiny_config(sequence_len=48, n_head=2, n_kv_head=1))
     generator = torch.Generator().manual_seed(0)
     model.init_weights(generator)
     for p in model.parameters():
