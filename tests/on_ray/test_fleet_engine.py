@@ -23,10 +23,10 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray import fleet_engine
 from nanochat_ray.on_ray.fleet_engine import EngineSpec, GuestEngine
 from nanochat_ray.storage import Store
-from tests.rl.tiny_rl import ENGINE, save_parent
+from tests.rl.tiny_rl import ENGINE, POLICY, save_parent
 from tests.tiny import TOKENIZER, tiny_config
 
-SPEC = EngineSpec(owner="", model=tiny_config(sequence_len=48), tokenizer_run="", config=ENGINE)
+SPEC = EngineSpec(owner="", model=POLICY, tokenizer_run="", config=ENGINE)
 
 
 def spec_of(root: Store) -> EngineSpec:

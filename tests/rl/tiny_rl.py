@@ -28,6 +28,8 @@ from tests.tiny import save_model, tiny_config, write_dataset
 from tests.train.run_trainer import FunctionHooks
 
 TASK = "tests.rl.tiny_rl.EvenFirst"
+POLICY = tiny_config(sequence_len=48, n_head=2, n_kv_head=1)
+"""Its heads of 16 let the kernels of C compute it, whose logits do not depend on the batch."""
 ENGINE = EngineConfig(max_num_seqs=8, max_num_batched_tokens=64)
 RL = RLConfig(
     tasks=(TASK,),
@@ -98,8 +100,7 @@ class FakeEngine:
 
 def save_parent(root: Store) -> None:
     """A random policy as run "chat", fine-tuned on the conversations "talk"."""
-    # Heads of 16: the kernels of C, whose logits do not depend on the batch.
-    model = GPT(tiny_config(sequence_len=48, n_head=2, n_kv_head=1))
+    model = GPT(POLICY)
     generator = torch.Generator().manual_seed(0)
     model.init_weights(generator)
     for p in model.parameters():
