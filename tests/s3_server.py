@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from nanochat_ray.storage import Store
-from tests.tiny import free_ports, wait_for
+from tests.tiny import free_ports
+from tests.waiting import wait_for
 
 S3_KEYS = {"accessKey": "test", "secretKey": "test-secret"}
 

@@ -16,7 +16,7 @@ import pytest
 from nanochat_ray import claim
 from nanochat_ray.claim import ClaimLostError, Owner, acquire, hold_claim
 from nanochat_ray.storage import Store
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 
 def test_second_writer_is_refused_by_name(root: Store) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanochat_ray import container, machine
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 
 @pytest.mark.parametrize(

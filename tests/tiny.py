@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -90,17 +88,6 @@ def save_model(
         tokenizer=tokenizer,
         val_metric=val_metric,
     )
-
-
-def wait_for(
-    condition: Callable[[], Any], seconds: float = 60.0, what: str = "it", every: float = 0.02
-) -> None:
-    """Waits until ``condition`` holds; fails, saying ``what``, when the time is up."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what} did not happen within {seconds} s")
-        time.sleep(every)
 
 
 def hold_up_grammars(

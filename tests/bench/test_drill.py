@@ -16,7 +16,7 @@ import pytest
 
 from nanochat_ray.bench import drill, load
 from nanochat_ray.bench.drill import Args, Cluster, Round, Streams
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 SESSION = f"session_2026-01-01_00-00-00_000000_{os.getpid()}"
 PROGRAM = """

@@ -14,7 +14,7 @@ from nanochat_ray.bench import drill_train
 from nanochat_ray.bench.drill_train import Args, Round
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.storage import Store
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 STEPS = 20
 PROGRAM = f"""

@@ -27,7 +27,7 @@ from nanochat_ray.serve.generation import Limits
 from nanochat_ray.serve.local import LocalClient
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.serving import serving
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 COUNT = int(os.environ.get("NANOCHAT_FUZZ", "400"))
 TOK = Tokenizer.bytes_only()

@@ -14,7 +14,7 @@ from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient
 from tests.serve.serving import serving
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.browser
 

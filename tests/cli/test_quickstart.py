@@ -22,7 +22,8 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray import ports
 from nanochat_ray.on_ray.local_cluster import LocalCluster
 from nanochat_ray.storage import Store
-from tests.tiny import free_ports, save_model, tiny_config, wait_for
+from tests.tiny import free_ports, save_model, tiny_config
+from tests.waiting import wait_for
 
 REPO = Path(__file__).parents[2]
 
@@ -301,11 +302,15 @@ def test_only_a_cluster_of_its_own_ends_with_an_error(is_up: bool) -> None:
 
 def test_stop_ends_only_its_own_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    idle = [sys.executable, "-c", "input()"]  # until its pipe ends
     # Ports that the tests of another checkout do not have.
     one, other = (LocalCluster(100_000 + 2 * os.getpid() + i) for i in range(2))
     children = [
-        subprocess.Popen(sleep, env={**os.environ, "NANOCHAT_CLUSTER": f"nanochat_ray-{c.port}"})
+        subprocess.Popen(
+            idle,
+            stdin=subprocess.PIPE,
+            env={**os.environ, "NANOCHAT_CLUSTER": f"nanochat_ray-{c.port}"},
+        )
         for c in (one, other)
     ]
     try:
@@ -318,7 +323,7 @@ def test_stop_ends_only_its_own_cluster(tmp_path: Path, monkeypatch: pytest.Monk
     finally:
         for child in children:
             child.kill()
-            child.wait()
+            child.communicate()
 
 
 def test_the_address_is_the_user_s_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_ray.cli import supervise
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 KILL = "kill -KILL $$"
 

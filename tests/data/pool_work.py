@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 from nanochat_ray.data.map_tasks import TaskResult
+from tests.waiting import wait_for
 
 
 def square(item: Any) -> TaskResult:
@@ -26,10 +26,8 @@ def fail_on_three(item: Any) -> TaskResult:
 def touch(folder: str, item: Any) -> TaskResult:
     """Item 0 fails once another task runs; the others wait until its error has come out."""
     (Path(folder) / str(item)).touch()
-    deadline = time.monotonic() + 60
-    while len(os.listdir(folder)) < 2 if item == 0 else not (Path(folder) / "error").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    error = Path(folder) / "error"
+    wait_for(lambda: len(os.listdir(folder)) > 1 if item == 0 else error.exists())
     if item == 0:
         raise ValueError("item 0")
     return {}

@@ -19,7 +19,7 @@ from nanochat_ray import container
 from nanochat_ray.data.map_tasks import MapTasks, map_in_processes, map_serially
 from tests.data.pool_work import die, fail_on_three, square, touch
 from tests.processes import have_ended
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 
 @pytest.fixture(autouse=True)

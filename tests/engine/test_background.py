@@ -15,7 +15,7 @@ from nanochat_ray.engine.request import EngineStoppedError, RequestOutput
 from nanochat_ray.engine.scheduler import Scheduler
 from tests.engine.engine_kit import answer, ask, make_engine, make_model
 from tests.engine.test_loop import Collector
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 
 class Clock:

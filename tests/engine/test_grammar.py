@@ -24,7 +24,7 @@ from nanochat_ray.engine.grammar import MAX_CACHED, Grammars
 from nanochat_ray.engine.request import EngineFull, Request, RequestOutput
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.engine.engine_kit import VOCAB, answer, ask, finish, make_engine, make_model, tokens
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 TOK = Tokenizer.bytes_only()
 END = TOK.bos

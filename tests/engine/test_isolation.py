@@ -16,7 +16,7 @@ from nanochat_ray.engine.request import EngineFull, Request, RequestOutput
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.text.tools import Tool
 from tests.engine.engine_kit import VOCAB, ask, finish, make_engine, make_model, tokens
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 TOK = Tokenizer.bytes_only()
 BROKEN = 7

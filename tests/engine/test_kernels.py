@@ -18,7 +18,7 @@ from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.kernels import available, load_kernels
 from tests.engine.engine_kit import answer, ask, make_engine, make_model, needs_compiler
 from tests.processes import have_ended
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 MakeCompiler = Callable[[str], Path]
 ANEW = load_kernels.__wrapped__

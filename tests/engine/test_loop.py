@@ -13,7 +13,7 @@ from nanochat_ray.engine import loop as loop_module
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.request import EngineFull, Request, RequestOutput
 from tests.engine.engine_kit import answer, ask, make_engine, make_model
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 
 class Collector:

@@ -10,7 +10,7 @@ from nanochat_ray.engine.queue_time import MAX_CORRECTION, QueueTime
 from nanochat_ray.engine.request import EngineFull, Request, SamplingParams
 from nanochat_ray.engine.sequence import Sequence
 from tests.engine.engine_kit import make_engine, make_model
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 
 def request(name: str = "new", max_tokens: int = 10, **fields: object) -> Request:

@@ -19,7 +19,7 @@ import yaml
 
 from nanochat_ray.serve.metrics import EngineMetrics, FollowMetrics, PrometheusSink, RequestMetrics
 from tests.k8s.rendered import find
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 
 class Busy:

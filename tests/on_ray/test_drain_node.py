@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from nanochat_ray.on_ray import drain_node
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 
 @pytest.mark.parametrize(

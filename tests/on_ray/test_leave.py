@@ -16,7 +16,7 @@ import pytest
 from nanochat_ray.bench.drill import matches
 from nanochat_ray.on_ray import leave
 from tests.processes import have_ended
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 COMMAND = """
 import threading

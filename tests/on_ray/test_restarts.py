@@ -17,7 +17,8 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.storage import Store
 from tests.on_ray.test_train import weights
 from tests.processes import REPO, run_job
-from tests.tiny import wait_for, write_dataset
+from tests.tiny import write_dataset
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

@@ -22,7 +22,8 @@ from nanochat_ray.on_ray.rl import engine_spec, fit_rl
 from nanochat_ray.rl.rollout import Rollout, sample_rollouts
 from nanochat_ray.storage import Store
 from tests.rl.tiny_rl import ENGINE, RL, TASK, job, run_rl, save_parent, weights_digest
-from tests.tiny import TOKENIZER, wait_for
+from tests.tiny import TOKENIZER
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 

@@ -22,8 +22,9 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
-from tests.tiny import tiny_config, wait_for, write_dataset
+from tests.tiny import tiny_config, write_dataset
 from tests.train.run_trainer import ENDLESS, run_trainer, stop_after
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

@@ -17,7 +17,7 @@ import torch
 
 from nanochat_ray.storage import Store
 from tests.rl.tiny_rl import RL, run_rl, save_parent, weights_digest
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 KILLS = int(os.environ.get("NANOCHAT_KILLS", "2"))
 STEPS = 6

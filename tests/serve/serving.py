@@ -12,7 +12,7 @@ import httpx
 
 from nanochat_ray.serve.connections import ConnectionGuard
 from nanochat_ray.serve.http_server import bind, server_of
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 # Without TLS: to load certificates takes 24 ms for each client.
 get = functools.partial(httpx.get, timeout=60, verify=False)

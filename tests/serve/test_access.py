@@ -19,7 +19,7 @@ from nanochat_ray.serve.http_server import bind, server_of
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient
 from tests.serve.serving import get, head, post, serving
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 TOK = Tokenizer.bytes_only()
 ORIGIN = "https://chat.example.org"

@@ -19,7 +19,7 @@ from nanochat_ray.serve.keys import hash_key
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient, full
 from tests.serve.serving import get, post, serving
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 TOK = Tokenizer.bytes_only()
 USER = [{"role": "user", "content": "hello"}]

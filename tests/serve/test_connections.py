@@ -20,7 +20,7 @@ from nanochat_ray.serve.http_server import _H11, MAX_HEAD_BYTES, bind, server_of
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient
 from tests.serve.serving import post, serving
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 TOK = Tokenizer.bytes_only()
 

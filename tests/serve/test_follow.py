@@ -29,7 +29,7 @@ from nanochat_ray.serve.local import LocalClient
 from nanochat_ray.storage import Store
 from tests.checkpoint.test_follow import damage, save
 from tests.serve.serving import get, post, serving
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 CONFIG = EngineConfig(max_num_seqs=3)
 BODY = {"prompt": "abc", "temperature": 0, "max_tokens": 24, "ignore_eos": True}

@@ -33,7 +33,8 @@ from nanochat_ray.serve.generation import Limits
 from nanochat_ray.serve.local import LocalClient
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.serving import get, open_stream, post, serving
-from tests.tiny import hold_up_grammars, wait_for
+from tests.tiny import hold_up_grammars
+from tests.waiting import wait_for
 
 TOK = Tokenizer.bytes_only()
 USER = [{"role": "user", "content": "hello"}]

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from nanochat_ray.train.checkpoint_writer import CheckpointWriter, PendingCheckpoint
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 
 class Storage:

@@ -29,8 +29,9 @@ from nanochat_ray.train.data_loader import prefetch
 from nanochat_ray.train.step import Batch
 from nanochat_ray.train.stop import STOPPED
 from tests.processes import run_job
-from tests.tiny import tiny_config, wait_for, write_dataset
+from tests.tiny import tiny_config, write_dataset
 from tests.train.run_trainer import run_trainer
+from tests.waiting import wait_for
 
 REPO = Path(__file__).parents[2]
 CONFIG = TrainConfig(

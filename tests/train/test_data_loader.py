@@ -15,7 +15,8 @@ from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.data_loader import ShardDataLoader, open_dataset, prefetch
 from nanochat_ray.train.rank_sequences import rank_sequences
 from nanochat_ray.train.step import Batch
-from tests.tiny import TOKENIZER, wait_for, write_dataset
+from tests.tiny import TOKENIZER, write_dataset
+from tests.waiting import wait_for
 
 CONFIG = TrainConfig(steps=9, global_batch_size=5, micro_batch_size=5, seed=3)
 

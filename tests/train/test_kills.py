@@ -29,8 +29,9 @@ from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.storage import Store
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from tests.processes import FORKSERVER, run_job
-from tests.tiny import tiny_config, wait_for, write_dataset
+from tests.tiny import tiny_config, write_dataset
 from tests.train.run_trainer import run_trainer
+from tests.waiting import wait_for
 
 KILLS = int(os.environ.get("NANOCHAT_KILLS", "3"))
 CONFIG = TrainConfig(

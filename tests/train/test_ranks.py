@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.optim.config import OptimConfig
@@ -20,7 +21,7 @@ from tests.tiny import tiny_config, write_dataset
 from tests.train.run_trainer import run_trainer
 
 TIMEOUT = 4.0
-"""Seconds of a collective; what is slow takes a second more."""
+"""Seconds of a collective."""
 CONFIG = TrainConfig(
     steps=1,
     global_batch_size=4,
@@ -34,11 +35,14 @@ CONFIG = TrainConfig(
 
 
 def slow_save(rank: int) -> None:
-    """Each validation is the best so far, while the last best is still being uploaded."""
+    """Each takes until a collective, which the other rank does not join, has failed."""
     real = checkpoint.save
+    seconds = datetime.timedelta(seconds=TIMEOUT)
+    groups = [dist.new_group(timeout=seconds) for _ in range(4)]
 
     def save(*args: Any, **kwargs: Any) -> str:
-        time.sleep(TIMEOUT + 1.0)
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+            dist.barrier(groups.pop())
         return real(*args, **kwargs)
 
     checkpointer.checkpoint.save = save  # type: ignore[assignment]

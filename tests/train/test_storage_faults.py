@@ -14,9 +14,10 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.storage import Store
 from nanochat_ray.train import loggers
 from tests.outage import Outage
-from tests.tiny import wait_for, write_dataset
+from tests.tiny import write_dataset
 from tests.train.run_trainer import run_trainer
 from tests.train.test_control import checkpoints, job, records, same_weights
+from tests.waiting import wait_for
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "/full/x")
 READ_ONLY = OSError(errno.EROFS, "Read-only file system", "/ro/x")

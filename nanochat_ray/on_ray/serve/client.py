@@ -64,6 +64,7 @@ class RayEngineClient:
     ):
         self.handle, self.follower = handle, follower
         self.deadline_s, self.liveness_timeout_s = deadline_s, liveness_timeout_s
+        self.silence = SilenceLimit(liveness_timeout_s)
         self.follow_status: dict[str, Any] = {}
         self.name = secrets.token_hex(6)
         self.replicas = ReplicaSet()
@@ -181,10 +182,9 @@ class RayEngineClient:
     async def _watch_connections(self) -> None:
         """Sends heartbeats. Migrates the requests of a replica that is silent, since it hangs or
         its host has vanished, which closes no connection."""
-        silence = SilenceLimit(self.liveness_timeout_s)
         while True:
             await asyncio.sleep(min(HEARTBEAT_S, self.liveness_timeout_s / 10))
-            oldest = silence.oldest()
+            oldest = self.silence.oldest()
             for replica in list(self.replicas.by_name.values()):
                 connection = replica.connection
                 if connection is None:

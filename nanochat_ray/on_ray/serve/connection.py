@@ -125,13 +125,13 @@ class SilenceLimit:
 
     def __init__(self, seconds: float):
         self._seconds = seconds
-        self._last_look = time.monotonic()
+        self.last_look = time.monotonic()
 
     def oldest(self) -> float:
         """At a look: a peer whose last message is older (``time.monotonic``) is silent."""
-        before, self._last_look = self._last_look, time.monotonic()
-        stood_still = self._last_look - before > self._seconds / 2
-        return -math.inf if stood_still else self._last_look - self._seconds
+        before, self.last_look = self.last_look, time.monotonic()
+        stood_still = self.last_look - before > self._seconds / 2
+        return -math.inf if stood_still else self.last_look - self._seconds
 
 
 class Handshakes:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.tiny import wait_for
+from tests.waiting import wait_for
 
 REPO = Path(__file__).parents[3]
 PORT = 6379

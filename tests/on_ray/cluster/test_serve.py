@@ -14,7 +14,8 @@ from nanochat_ray.bench.drill import VOCAB
 from nanochat_ray.storage import Store
 from tests.on_ray.cluster.nodes import Node, Nodes
 from tests.on_ray.serve.tiny_run import engines, write_checkpoint
-from tests.tiny import TOKENIZER, wait_for
+from tests.tiny import TOKENIZER
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

@@ -25,8 +25,9 @@ from nanochat_ray.storage import Store
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from tests.on_ray.cluster.nodes import Node, Nodes
 from tests.processes import run_on_ranks
-from tests.tiny import tiny_config, wait_for, write_dataset
+from tests.tiny import tiny_config, write_dataset
 from tests.train.run_trainer import ENDLESS, run_trainer, stop_after
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

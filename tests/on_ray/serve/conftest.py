@@ -16,7 +16,8 @@ from nanochat_ray.on_ray.serve.deployment import build
 from nanochat_ray.serve.keys import hash_key
 from nanochat_ray.storage import Store
 from tests.on_ray.serve.tiny_run import KEY, engines, write_checkpoint
-from tests.tiny import TOKENIZER, free_ports, wait_for
+from tests.tiny import TOKENIZER, free_ports
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="package")

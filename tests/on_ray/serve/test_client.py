@@ -186,10 +186,13 @@ def test_own_standstill_is_no_silence() -> None:
         async with connected_client(Replica("a", False)) as client:
             connection = client.replicas.by_name["a"].connection
             assert connection is not None
-            before = connection.last_received
-            time.sleep(0.6)  # more than the limit
-            await until(lambda: connection.last_received > before)
-            await asyncio.sleep(0.1)  # two looks
+            # As after a second without CPU time: it has neither read nor looked.
+            connection.last_received -= 1
+            client.silence.last_look -= 1
+            end = time.monotonic()
+            await until(lambda: min(client.silence.last_look, connection.last_received) > end)
+            last_message = connection.last_received
+            await until(lambda: client.silence.last_look > last_message)
             assert client.replicas.by_name["a"].connection is connection
 
     asyncio.run(run())

@@ -17,7 +17,8 @@ import pytest
 
 from nanochat_ray.bench.drill import matches
 from tests.processes import have_ended
-from tests.tiny import free_ports, wait_for
+from tests.tiny import free_ports
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(800)]
 

@@ -24,7 +24,8 @@ from nanochat_ray.serve.local import LocalClient
 from nanochat_ray.storage import Store
 from tests.on_ray.serve.tiny_run import engines, write_checkpoint
 from tests.serve.serving import serving
-from tests.tiny import TOKENIZER, wait_for
+from tests.tiny import TOKENIZER
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 

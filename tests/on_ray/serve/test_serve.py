@@ -32,7 +32,8 @@ from nanochat_ray.serve.keys import hash_key
 from nanochat_ray.storage import Store
 from tests.on_ray.serve.tiny_run import KEY, engines
 from tests.rl.tiny_rl import ENGINE, save_parent
-from tests.tiny import TOKENIZER, wait_for
+from tests.tiny import TOKENIZER
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 
