@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "run tests marked kernels at every level of this processor, with torch, without compiler"
     parser.addoption("--all-kernels", action="store_true", help=text)
+    text = "seed of torch's, numpy's and Python's random numbers, set before each test"
+    parser.addoption("--seed", type=int, default=0, help=text)
 
 
 def pytest_collection_finish() -> None:
@@ -50,6 +53,18 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers(request: pytest.FixtureRequest) -> None:
+    """A test sees the same numbers in any order and company; ``--seed`` tries it with others."""
+    import numpy as np
+    import torch
+
+    seed = request.config.getoption("--seed")
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 @pytest.fixture

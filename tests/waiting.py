@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,3 +17,19 @@ def wait_for(
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not happen within {seconds} s")
         time.sleep(every)
+
+
+def wait_until_idle(engine: Any) -> None:
+    """Waits until an engine that another thread runs has no work; AssertionError for a leak. That
+    thread removes a sequence before it frees the slot: a look between the two is no leak."""
+
+    def is_idle() -> bool:
+        with contextlib.suppress(AssertionError):
+            engine.check_integrity()
+            return not engine.has_work
+        return False
+
+    with contextlib.suppress(TimeoutError):
+        wait_for(is_idle)
+    engine.check_integrity()
+    assert not engine.has_work

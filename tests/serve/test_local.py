@@ -34,7 +34,7 @@ from nanochat_ray.serve.local import LocalClient
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.serving import get, open_stream, post, serving
 from tests.tiny import hold_up_grammars
-from tests.waiting import wait_for
+from tests.waiting import wait_for, wait_until_idle
 
 TOK = Tokenizer.bytes_only()
 USER = [{"role": "user", "content": "hello"}]
@@ -253,10 +253,9 @@ def test_leaving_frees_the_slots_within_a_step(
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert b"200 OK" in connection.recv(65536)
         wait_for(lambda: local.engine.stats().running == n)
-    wait_for(lambda: not local.engine.has_work, 60)
+    wait_until_idle(local.engine)
     assert len(abort_steps) == n
     assert local.engine.stats().steps <= abort_steps[-1] + 2  # the one that ran, and one begun then
-    local.engine.check_integrity()
 
 
 def test_a_full_queue_is_said_so(url: str, local: LocalClient) -> None:
@@ -264,7 +263,7 @@ def test_a_full_queue_is_said_so(url: str, local: LocalClient) -> None:
     response = post(f"{url}/v1/completions", json=body)
     assert (response.status_code, response.headers["retry-after"]) == (429, "1")
     assert response.json()["error"]["code"] == "queue_full"
-    wait_for(lambda: not local.engine.has_work)  # what was accepted is given up
+    wait_until_idle(local.engine)  # what was accepted is given up
 
 
 @pytest.fixture
@@ -300,8 +299,7 @@ def hurried_url(
     limits = Limits(request_timeout_s=600)
     with serving(build_app(local, TOK, "tiny", local.max_model_len, limits=limits)) as url:
         yield url
-    wait_for(lambda: not local.engine.has_work)
-    local.engine.check_integrity()
+    wait_until_idle(local.engine)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -313,7 +311,7 @@ def test_an_answer_that_takes_too_long_is_ended(
     assert (late.status_code, late.headers["x-should-retry"]) == (504, "false")
     error = late.json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "request_timeout")
-    wait_for(lambda: not local.engine.has_work)  # else the next request may have to wait for slots
+    wait_until_idle(local.engine)  # else the next request may have to wait for slots
     may_be_late.clear()
     streaming = {**fields, "stream": True}
     with open_stream("POST", f"{hurried_url}/v1/completions", json=streaming) as answer:
