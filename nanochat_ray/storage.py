@@ -8,6 +8,7 @@ many files have a manifest, which is written last (``checkpoint`` and ``data`` d
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import uuid
@@ -199,6 +200,7 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, target)
+            sync_folder(os.path.dirname(target))
         except BaseException as error:
             _name_file(error, target)
             with contextlib.suppress(FileNotFoundError):
@@ -226,6 +228,7 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             os.link(aside, target)
+            sync_folder(os.path.dirname(target))
         except FileExistsError:
             return False
         except OSError as error:
@@ -249,6 +252,18 @@ class Store:
             self.fs.delete_dir(self.path(name))
         elif info.type == pafs.FileType.File:
             self.fs.delete_file(self.path(name))
+
+
+def sync_folder(path: str | Path) -> None:
+    """After a loss of power too, the folder has the names that it has now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.EINVAL):  # some file systems sync files alone
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _name_file(error: BaseException, path: str) -> None:

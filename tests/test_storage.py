@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
+import os
 import pickle
+import stat
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nanochat_ray.checkpoint import folder
 from nanochat_ray.storage import Store, absolute, default_root, join_uri, split_uri
 
 
@@ -99,6 +107,60 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         fail()
     assert store.read_text("a") == "whole"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Each sync, as (inode, size), and each name that a file or folder gets."""
+    events: list[Any] = []
+
+    def sync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        events.append((status.st_ino, 0 if stat.S_ISDIR(status.st_mode) else status.st_size))
+
+    def note(call: Callable[[str, str], None], old: str, new: str) -> None:
+        call(old, new)
+        events.append(new)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    for name in ("replace", "rename", "link"):
+        monkeypatch.setattr(os, name, functools.partial(note, getattr(os, name)))
+    return events
+
+
+@pytest.mark.parametrize("write", [Store.write_bytes, Store.create])
+def test_a_file_outlives_a_loss_of_power(
+    tmp_path: Path, disk: list[Any], write: Callable[[Store, str, bytes], object]
+) -> None:
+    """Its data is on the disk before it has its name, and then the name."""
+    target = tmp_path / "runs" / "a"
+    write(Store.at(str(tmp_path)), "runs/a", b"12345")
+    assert disk == [(target.stat().st_ino, 5), str(target), (target.parent.stat().st_ino, 0)]
+
+
+def test_an_export_outlives_a_loss_of_power(tmp_path: Path, disk: list[Any]) -> None:
+    target = tmp_path / "out"
+    with folder.writing(Store.at(str(target))) as aside:
+        (aside / "b").write_text("12")
+        (aside / "a").write_text("1")
+    files = [(target / name).stat() for name in ("a", "b", folder.MARKER)]
+    before_the_name = [*((file.st_ino, file.st_size) for file in files), (target.stat().st_ino, 0)]
+    assert disk == [*before_the_name, target, (tmp_path.stat().st_ino, 0)]
+
+
+@pytest.mark.parametrize(("number", "is_error"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_folder_that_cannot_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_error: bool
+) -> None:
+    """Some file systems sync files alone; a disk that fails is an error."""
+
+    def sync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OSError, match="error") if is_error else contextlib.nullcontext():
+        Store.at(str(tmp_path)).write_text("a", "x")
 
 
 ODD = ["a?b", "a#b", "100%", "a%20b", "a b", "a[1]", "grüße-日本", "a&b=c", "a+b", "what?x=1"]

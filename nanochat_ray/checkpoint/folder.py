@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_ray.checks import short_repr
-from nanochat_ray.storage import Store
+from nanochat_ray.storage import Store, sync_folder
 
 MARKER = "export.json"
 FORMAT = "nanochat_ray export 1"
@@ -96,6 +96,7 @@ def writing(out: Store) -> Iterator[Path]:
             if old.exists():
                 os.rename(old, target)
             raise
+        sync_folder(target.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if target.exists():
@@ -104,10 +105,11 @@ def writing(out: Store) -> Iterator[Path]:
 
 def _mark(folder: Path) -> None:
     files = sorted(path.name for path in folder.iterdir())
-    for name in files:  # on the disk before the rename is
+    (folder / MARKER).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+    for name in (*files, MARKER):  # on the disk before the rename is
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
-    (folder / MARKER).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+    sync_folder(folder)
 
 
 def _upload(folder: Path, out: Store) -> None:

@@ -75,10 +75,7 @@ def _fetch(store: Store, shard: Shard, where: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     aside = target.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        aside.write_bytes(data)  # a copy that a loss of power damages is fetched again
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)
