@@ -228,23 +228,33 @@ class ShardedOptimizer:
         machine.finish_copies(self.flats[0].weights.device)
         return tensors
 
-    @torch.no_grad()
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Loads what ``state_dict`` returned on any number of ranks; ValueError names a misfit."""
+    def check_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """ValueError names what ``load_state_dict`` cannot load."""
         keys: set[str] = set()
         for flat in self.flats:
-            for kind, share in flat.state.items():
-                whole = share.new_zeros(flat.state_shares[kind] * flat.owners)
-                for span in flat.spans:
-                    start, stop, shape = flat.state_sizes(span)[kind]
+            for span in flat.spans:
+                for kind, (_, _, shape) in flat.state_sizes(span).items():
                     key = f"{span.name}/{kind}"
                     keys.add(key)
                     if key not in tensors or tuple(tensors[key].shape) != tuple(shape):
                         actual = tuple(tensors[key].shape) if key in tensors else "nothing"
                         raise ValueError(f"optimizer state {key}: expected {shape}, found {actual}")
-                    whole[start:stop].copy_(tensors[key].reshape(-1))
-                at = self.rank * flat.state_shares[kind]
-                share.copy_(whole[at : at + share.numel()])
         unknown = sorted(set(tensors) - keys)
         if unknown:
             raise ValueError(f"optimizer state {unknown[0]!r} belongs to no parameter of the model")
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Loads what ``state_dict`` returned on any number of ranks. Rank 0 has the tensors, which
+        ``check_state_dict`` has passed, and sends them to the others; theirs are not used."""
+        for flat in self.flats:
+            for kind, share in flat.state.items():
+                whole = share.new_zeros(flat.state_shares[kind] * flat.owners)
+                if self.rank == 0:
+                    for span in flat.spans:
+                        start, stop, _ = flat.state_sizes(span)[kind]
+                        whole[start:stop].copy_(tensors[f"{span.name}/{kind}"].reshape(-1))
+                if self.world > 1:
+                    dist.broadcast(whole, src=0)
+                at = self.rank * flat.state_shares[kind]
+                share.copy_(whole[at : at + share.numel()])

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nanochat_ray import machine
 from nanochat_ray.checkpoint import checkpoint
@@ -128,7 +129,12 @@ class Trainer:
         preflight.check_workers(config, self.ranks.world)
         if config.train.deterministic:
             use_deterministic_algorithms()
-        self.model = build_model(config, Store.at(config.storage), self.device)
+        # Only rank 0 reads weights: the optimizer sends them to the others when it is made.
+        self.model = self.ranks.run_together(
+            lambda: build_model(
+                config, Store.at(config.storage), self.device, loads_parent=self.ranks.rank == 0
+            )
+        )
         self.source.setup(self.model, self.ranks)
         self.tokenizer = self.source.tokenizer
         self.about = config.about
@@ -167,25 +173,29 @@ class Trainer:
     def _resume(self) -> ShardedOptimizer:
         """The optimizer, and all state as the latest checkpoint has it, if there is one."""
         # Ranks load at different speeds; run_together waits for all of them.
-        latest = self.ranks.run_together(self._load_latest)
+        name = self.ranks.run_together(lambda: checkpoint.latest(self.store))
+        # Rank 0 decides: the last write of a dead predecessor may end while the ranks look.
+        name = self.ranks.gather((name or "").encode())[0].decode()
+        resumed = self.ranks.run_together(lambda: self._load(name))
         optimizer = ShardedOptimizer(
             self.model,
             self.train_config.optim,
             self.model.compute_dtype,
             compile_update=compiles(self.config, self.device),
         )
-        if latest is not None and latest.optimizer is not None:
-            state, source_state = latest.optimizer, latest.trainer.get("source", {})
-            self.ranks.run_together(lambda: optimizer.load_state_dict(state))
-            self.ranks.run_together(lambda: self.source.load_state(source_state))
+        if resumed is not None:
+            trainer_state, optimizer_state = resumed
+            self.ranks.run_on_first(lambda: optimizer.check_state_dict(optimizer_state))
+            optimizer.load_state_dict(optimizer_state)
+            self.ranks.run_together(lambda: self.source.load_state(trainer_state.get("source", {})))
         return optimizer
 
-    def _load_latest(self) -> checkpoint.Checkpoint | None:
-        """The checkpoint to resume from, with its weights in the model and its records read."""
-        name = checkpoint.latest(self.store)
+    def _load(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """The state of the trainer at a checkpoint and, on rank 0, of the optimizer; with its
+        records read and, on rank 0, its weights in the model. None where ``name`` is empty."""
         warnings = checkpoint.resume_warnings(self.store)
-        latest = None
-        if name is not None:
+        resumed = None
+        if name:
             warnings += identity.check_resumable(
                 self.store,
                 name,
@@ -194,16 +204,20 @@ class Trainer:
                 tokenizer=self.tokenizer.fingerprint,
                 about=self.about,
             )
-            latest = checkpoint.load(self.store, name, optimizer=True)
-            where = f"checkpoint {self.store.child(name).uri}: weights.msgpack"
-            load_weights(self.model, latest.weights, where)
-            self.completed_steps = latest.step
+            if self.ranks.rank == 0:
+                latest = checkpoint.load(self.store, name, optimizer=True)
+                where = f"checkpoint {self.store.child(name).uri}: weights.msgpack"
+                load_weights(self.model, latest.weights, where)
+                resumed = latest.trainer, latest.optimizer or {}
+            else:
+                resumed = checkpoint.load_trainer(self.store, name), {}
+            self.completed_steps = checkpoint.step_of(name)
             log = _read_log(self.store)
-            warnings += self.metrics.resume(log, latest.trainer, before=latest.step)
+            warnings += self.metrics.resume(log, resumed[0], before=self.completed_steps)
         if self.ranks.rank == 0:
             for warning in warnings:
                 _LOG.warning("run %s: %s", self.store.uri, warning)
-        return latest
+        return resumed
 
     # --- one step -------------------------------------------------------------------------------
 
@@ -345,10 +359,15 @@ def _read_log(store: Store) -> str:
         return ""
 
 
-def build_model(config: TrainerConfig, root: Store, device: torch.device) -> GPT:
-    """The model with its parent's weights, or random ones, ready for training on ``device``."""
+def build_model(
+    config: TrainerConfig, root: Store, device: torch.device, *, loads_parent: bool = True
+) -> GPT:
+    """The model with its parent's weights, or random ones, ready for training on ``device``.
+
+    Without ``loads_parent`` it has random weights also where there is a parent.
+    """
     model = GPT(config.model, compute_dtype=DTYPES[config.train.precision]).to(device)
-    if config.parent:
+    if config.parent and loads_parent:
         name = config.about.get("parent_checkpoint")
         parent = checkpoint.load(root.child("runs", config.parent), name, optimizer=False)
         model.load_state_dict(parent.weights)

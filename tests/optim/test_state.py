@@ -46,12 +46,20 @@ def test_ranks_load_their_shares_in_order(monkeypatch: pytest.MonkeyPatch) -> No
     state = {name: torch.randn(tensor.shape) for name, tensor in shapes.items()}
     for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_backend", "gloo")):
         monkeypatch.setattr(sharded.dist, name, lambda value=value: value)
-    monkeypatch.setattr(sharded.dist, "broadcast", lambda weights, src: None)
+    sent: list[list[torch.Tensor]] = [[], []]
+
+    def broadcast(tensor: torch.Tensor, src: int) -> None:
+        rank = sharded.dist.get_rank()
+        assert src == 0
+        sent[rank].append(tensor.clone())
+        tensor.copy_(sent[0][len(sent[rank]) - 1])
+
+    monkeypatch.setattr(sharded.dist, "broadcast", broadcast)
     optimizers: list[ShardedOptimizer] = []
     for rank in range(2):
         monkeypatch.setattr(sharded.dist, "get_rank", lambda rank=rank: rank)
         optimizers.append(ShardedOptimizer(random_model(), CONFIG))
-        optimizers[rank].load_state_dict(state)
+        optimizers[rank].load_state_dict({} if rank else state)
     for flats in zip(*(optimizer.flats for optimizer in optimizers), strict=True):
         for kind in ("momentum", "second_moment"):
             whole = torch.cat([flat.state[kind] for flat in flats])
@@ -66,12 +74,12 @@ def test_state_that_does_not_fit_is_named() -> None:
     state = optimizer.state_dict()
     missing = {name: t for name, t in state.items() if name != f"{HEAD}/momentum"}
     with pytest.raises(ValueError, match=r"state lm_head\.weight/momentum: .* found nothing"):
-        optimizer.load_state_dict(missing)
+        optimizer.check_state_dict(missing)
     flat = {**state, f"{MATRIX}/momentum": torch.zeros(32, 128)}
     with pytest.raises(ValueError, match=r"expected \(128, 32\), found \(32, 128\)"):
-        optimizer.load_state_dict(flat)
+        optimizer.check_state_dict(flat)
     with pytest.raises(ValueError, match="'other/momentum' belongs to no parameter"):
-        optimizer.load_state_dict({**state, "other/momentum": torch.zeros(1)})
+        optimizer.check_state_dict({**state, "other/momentum": torch.zeros(1)})
 
 
 def test_a_parameter_without_rule_is_named() -> None:

@@ -65,7 +65,13 @@ def stop_after(steps: int) -> Callable[[], bool]:
     return lambda: next(calls) == steps
 
 
+def _refuse_load(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("a rank reads weights that rank 0 could send it")
+
+
 def _train(rank: int, values: dict[str, Any], out: Path, stop: int) -> None:
+    if rank > 0:
+        checkpoint.load = _refuse_load  # type: ignore[assignment]
     # One rank's wish is enough.
     should_stop = stop_after(stop if rank == 1 else 0)
     rank_losses = losses(TrainerConfig.from_json(values), should_stop=should_stop)
@@ -137,6 +143,21 @@ def test_stopped_on_two_ranks_resumes_on_one(root: Store, tmp_path: Path) -> Non
     losses_on_ranks(2, continuation, tmp_path / "losses", stop=5)
     assert checkpoint.latest(root.child("runs", "moved")) == "step-000005"
     assert losses(continuation) == pytest.approx(alone[5:], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_only_rank_0_reads_a_parent_and_a_checkpoint(root: Store, tmp_path: Path) -> None:
+    write_dataset(root, "base")
+    losses(job(root, "parent", steps=2))
+    children = [dataclasses.replace(job(root, r), parent="parent") for r in ("whole", "halves")]
+    whole = losses_on_ranks(2, children[0], tmp_path / "losses")
+    first = losses_on_ranks(2, children[1], tmp_path / "losses", stop=5)
+    second = losses_on_ranks(2, children[1], tmp_path / "losses")
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole
+    one, two = (
+        checkpoint.load(root.child("runs", r), optimizer=False) for r in ("whole", "halves")
+    )
+    assert all(torch.equal(w, two.weights[name]) for name, w in one.weights.items())
 
 
 @pytest.mark.slow
