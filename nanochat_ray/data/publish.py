@@ -24,14 +24,16 @@ from nanochat_ray.data.map_tasks import MapTasks, TaskResult
 from nanochat_ray.data.order import derive_key
 from nanochat_ray.data.progress import log
 from nanochat_ray.data.shards import Manifest, SequenceReader, Shard, Split, write_shard
-from nanochat_ray.data.shuffle import gather, scatter
+from nanochat_ray.data.shuffle import gather, scatter, sequence_dtype
 from nanochat_ray.retry import retry
 from nanochat_ray.storage import Store
 
 _SHARD_NAME = re.compile(r"[0-9a-f]{12}-(train|val)-\d{5}\.arrow")
 _WORK_FOLDER = re.compile(r"parts(-[0-9a-f]{32})?")
 SHARD_BYTES = 64 << 20
-"""Approximate size of a shard."""
+"""Approximate size of a shard, and more where there would be thousands of them: the second pass
+reads each from every shuffle part."""
+MAX_SHARD_BYTES = 256 << 20
 CHECK_BYTES = 512 << 20
 """Shards of a split up to this total size are verified before a dataset counts as up to date."""
 FORMAT = "4"
@@ -46,7 +48,7 @@ def key_of(*values: Any) -> str:
 
 def num_shards_for(size: float) -> int:
     """Shards for about ``size`` bytes of sequences."""
-    return max(1, round(size / SHARD_BYTES))
+    return max(1, round(size / min(max(SHARD_BYTES, size / 1024), MAX_SHARD_BYTES)))
 
 
 def check_replaceable(root: Store, name: str, stage: str) -> None:
@@ -106,7 +108,7 @@ class ShardWriter:
         """Scatters the sequences of task ``number``; the part's name, or "" without sequences."""
         if not len(ids):
             return ""
-        name = f"{split}-{number:06d}.arrow"
+        name = f"{split}-{number:06d}"
         # Validation is a small share of any dataset: one shard.
         num_shards = self.num_shards if split == "train" else 1
         key = derive_key(self.seed, SPLITS.index(split), number)
@@ -123,6 +125,8 @@ class _GatherShard:
     work_uri: str
     shuffle_parts: Mapping[Split, Sequence[str]]
     prefix: str
+    dtype: np.dtype
+    """Of a sequence in a shuffle part."""
     tokenizer: str
     seed: int
 
@@ -133,7 +137,7 @@ class _GatherShard:
         work, dataset = Store.at(self.work_uri), Store.at(self.dataset_uri)
 
         def gather_and_write() -> Shard:
-            ids, mask = gather(work, self.shuffle_parts[split], number, key)
+            ids, mask = gather(work, self.shuffle_parts[split], number, key, self.dtype)
             return write_shard(dataset, name, ids, mask, self.tokenizer)
 
         shard = retry(gather_and_write, f"{name} of {self.dataset_uri}")
@@ -174,6 +178,9 @@ class DatasetWriter:
             work_uri=out.uri,
             shuffle_parts=parts,
             prefix=draft.key[:12],
+            dtype=sequence_dtype(
+                np.dtype(draft.dtype), draft.sequence_len + 1, has_mask=draft.kind == "sft"
+            ),
             tokenizer=draft.tokenizer,
             seed=out.seed,
         )

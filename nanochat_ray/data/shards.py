@@ -29,6 +29,8 @@ __all__ = [
     "write_shard",
 ]
 _TOKENIZER = b"tokenizer"
+MAX_OPEN_COPIES = 64
+"""Copies of remote shards that a reader holds open: the cache can free the space of no more."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -88,6 +90,7 @@ class SequenceReader:
         self.shards = manifest.splits[split]
         self._ends = np.cumsum([shard.num_sequences for shard in self.shards], dtype=np.int64)
         self._arrays: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._intact_shards: set[int] = set()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -105,7 +108,10 @@ class SequenceReader:
         """``ids`` and ``mask`` of one shard."""
         if index not in self._arrays:
             shard = self.shards[index]
-            path = local_copy(self.store, shard)
+            path = local_copy(self.store, shard, is_verified=index in self._intact_shards)
+            self._intact_shards.add(index)
+            while not self.store.is_local and len(self._arrays) >= MAX_OPEN_COPIES:
+                del self._arrays[next(iter(self._arrays))]
             where = f"shard {shard.name} of {self.store.uri}"
             try:
                 self._arrays[index] = self._map(path, where, shard)

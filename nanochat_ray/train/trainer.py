@@ -176,15 +176,15 @@ class Trainer:
         name = self.ranks.run_together(lambda: checkpoint.latest(self.store))
         # Rank 0 decides: the last write of a dead predecessor may end while the ranks look.
         name = self.ranks.gather((name or "").encode())[0].decode()
-        resumed = self.ranks.run_together(lambda: self._load(name))
+        state = self.ranks.run_together(lambda: self._load(name))
         optimizer = ShardedOptimizer(
             self.model,
             self.train_config.optim,
             self.model.compute_dtype,
             compile_update=compiles(self.config, self.device),
         )
-        if resumed is not None:
-            trainer_state, optimizer_state = resumed
+        if state is not None:
+            trainer_state, optimizer_state = state
             self.ranks.run_on_first(lambda: optimizer.check_state_dict(optimizer_state))
             optimizer.load_state_dict(optimizer_state)
             self.ranks.run_together(lambda: self.source.load_state(trainer_state.get("source", {})))
@@ -194,7 +194,7 @@ class Trainer:
         """The state of the trainer at a checkpoint and, on rank 0, of the optimizer; with its
         records read and, on rank 0, its weights in the model. None where ``name`` is empty."""
         warnings = checkpoint.resume_warnings(self.store)
-        resumed = None
+        state = None
         if name:
             warnings += identity.check_resumable(
                 self.store,
@@ -208,16 +208,16 @@ class Trainer:
                 latest = checkpoint.load(self.store, name, optimizer=True)
                 where = f"checkpoint {self.store.child(name).uri}: weights.msgpack"
                 load_weights(self.model, latest.weights, where)
-                resumed = latest.trainer, latest.optimizer or {}
+                state = latest.trainer, latest.optimizer or {}
             else:
-                resumed = checkpoint.load_trainer(self.store, name), {}
+                state = checkpoint.load_trainer(self.store, name), {}
             self.completed_steps = checkpoint.step_of(name)
             log = _read_log(self.store)
-            warnings += self.metrics.resume(log, resumed[0], before=self.completed_steps)
+            warnings += self.metrics.resume(log, state[0], before=self.completed_steps)
         if self.ranks.rank == 0:
             for warning in warnings:
                 _LOG.warning("run %s: %s", self.store.uri, warning)
-        return resumed
+        return state
 
     # --- one step -------------------------------------------------------------------------------
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from nanochat_ray.data import cache, shards
 from nanochat_ray.data.cache import cache_folder
 from nanochat_ray.data.shards import Manifest, SequenceReader, token_dtype, write_shard
 from nanochat_ray.storage import Store
@@ -166,7 +172,7 @@ def test_shards_on_s3_are_read_and_checked_too(
         data = copy.read_bytes()
         copy.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if copy == copies[0] else data[:9])
     assert np.array_equal(reader(root).read(numbers)[0], sequences)
-    assert sorted(tmp_path.glob("*")) == [*copies, tmp_path / "local"]
+    assert sorted(tmp_path.glob("[!.]*")) == [*copies, tmp_path / "local"]
     store = root.child("datasets", "base")
     data = store.read_bytes("train-0.arrow")[:-1] + b"?"
     copies[0].unlink()
@@ -174,6 +180,65 @@ def test_shards_on_s3_are_read_and_checked_too(
     store.write_bytes("train-0.arrow", data)
     with pytest.raises(ValueError, match=r"shard train-0\.arrow of s3.* is damaged"):
         reader(root).read(np.asarray([3]))
+
+
+def record_remote_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes all stores count as remote; the names of files that are read from them."""
+    monkeypatch.setenv("NANOCHAT_SHARD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Store, "local_path", lambda self, name: None)
+    monkeypatch.setattr(Store, "is_local", property(lambda self: False))
+    reads: list[str] = []
+    read_bytes = Store.read_bytes
+
+    def read(self: Store, name: str) -> bytes:
+        reads.append(name)
+        return read_bytes(self, name)
+
+    monkeypatch.setattr(Store, "read_bytes", read)
+    return reads
+
+
+def test_ranks_that_want_a_shard_at_once_read_it_once(
+    root: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_numbered(root, (4, 4))
+    reads = record_remote_reads(tmp_path, monkeypatch)
+    readers = [SequenceReader(rows.store, rows.manifest, "train") for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        ids = list(pool.map(lambda reader: reader.read(np.arange(8))[0][:, 0].tolist(), readers))
+    assert ids == [list(range(8))] * 4
+    assert sorted(reads) == ["0.arrow", "1.arrow"]
+
+
+def test_old_copies_make_room(root: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that holds two shards, and a reader with one open at a time."""
+    monkeypatch.setattr(shards, "MAX_OPEN_COPIES", 1)
+    rows = write_numbered(root, (4, 4, 4))
+    reads = record_remote_reads(tmp_path, monkeypatch)
+    size = rows.shards[0].size
+
+    def free(folder: Path) -> SimpleNamespace:
+        size_of_copies = sum(copy.stat().st_size for copy in folder.glob("*.arrow"))
+        return SimpleNamespace(free=2 * size - size_of_copies + cache.MIN_FREE_BYTES)
+
+    monkeypatch.setattr(cache.shutil, "disk_usage", free)
+    utime, tomorrow = os.utime, itertools.count(int(time.time()) + 86_400)
+    monkeypatch.setattr(cache.os, "utime", lambda path: utime(path, (0, next(tomorrow))))
+
+    def read(*order: int) -> list[str]:
+        reads.clear()
+        for shard in order:
+            (ids,) = rows.read(np.asarray([4 * shard]))[0]
+            assert ids[0] == 4 * shard
+            assert list(rows._arrays) == [shard]
+        return reads
+
+    assert read(0, 1, 0) == ["0.arrow", "1.arrow"]
+    monkeypatch.setattr(cache, "_digest", None)  # what this reader has verified is not read again
+    assert read(1, 0) == []
+    assert read(2) == ["2.arrow"]  # in the place of 1
+    assert read(0, 1) == ["1.arrow"]
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 2
 
 
 def test_the_shard_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,13 +46,13 @@ def test_ranks_load_their_shares_in_order(monkeypatch: pytest.MonkeyPatch) -> No
     state = {name: torch.randn(tensor.shape) for name, tensor in shapes.items()}
     for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_backend", "gloo")):
         monkeypatch.setattr(sharded.dist, name, lambda value=value: value)
-    sent: list[list[torch.Tensor]] = [[], []]
+    broadcasts: list[list[torch.Tensor]] = [[], []]
 
     def broadcast(tensor: torch.Tensor, src: int) -> None:
         rank = sharded.dist.get_rank()
         assert src == 0
-        sent[rank].append(tensor.clone())
-        tensor.copy_(sent[0][len(sent[rank]) - 1])
+        broadcasts[rank].append(tensor.clone())
+        tensor.copy_(broadcasts[0][len(broadcasts[rank]) - 1])
 
     monkeypatch.setattr(sharded.dist, "broadcast", broadcast)
     optimizers: list[ShardedOptimizer] = []
