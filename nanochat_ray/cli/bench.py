@@ -13,6 +13,7 @@ COMMANDS = {
     "rollouts": "sampling for reinforcement learning, beside nanochat's",
     "rl-gain": "what reinforcement learning gives and unlearns, over seeds",
     "shared-fleet": "users of an endpoint whose replicas also sample rollouts",
+    "scale": "what the driver and each rank hold and do for terabytes and 1,024 ranks",
     "replay": "broken requests beside steady streams: no stream may suffer",
 }
 """Program → what it measures."""

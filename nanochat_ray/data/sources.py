@@ -307,11 +307,11 @@ def _parts_or_whole(source: Source, unit_bytes: int, skip_bad: bool) -> list[Sou
 def units(sources: Sequence[Source], *, skip_bad: bool = False) -> list[Unit]:
     """Units of about equal size: groups of small files, parts of large ones.
 
-    A unit has about ``UNIT_BYTES``, and more where there would be thousands of units: every task
-    writes a record batch for each shard.
+    A unit has about ``UNIT_BYTES``, and more where there would be thousands of units: each shard
+    is gathered from the shuffle parts of all. A task holds several times its unit in memory.
     """
     total = sum(source.size for source in sources)
-    unit_bytes = min(max(UNIT_BYTES, total // 1024), 64 * UNIT_BYTES)
+    unit_bytes = min(max(UNIT_BYTES, total // 1024), 16 * UNIT_BYTES)
     result: list[Unit] = []
     unit: list[Source] = []
     size = 0

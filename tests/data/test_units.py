@@ -45,10 +45,10 @@ def test_large_text_is_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_units_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most about a thousand of them, until a unit is 64 times as large."""
+    """At most about a thousand of them, until a unit is 16 times as large."""
     monkeypatch.setattr(sources, "UNIT_BYTES", 1)
     assert sizes([source(3)] * 4096) == [[3] * 4] * 1024
-    assert sizes([source(32)] * 3200) == [[32] * 2] * 1600
+    assert sizes([source(8)] * 3200) == [[8] * 2] * 1600
 
 
 def test_a_file_that_vanishes_is_named_or_left_to_its_task(tmp_path: Path) -> None:
