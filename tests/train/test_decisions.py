@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanochat_ray.train import build_model
 from nanochat_ray.train import trainer as trainer_module
 from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.step import Batch, RankVotes, StepResult
@@ -24,10 +25,10 @@ CONFIG = TrainConfig(steps=20, global_batch_size=1, micro_batch_size=1, eval_eve
 def test_deterministic_algorithms_are_those_of_cublas_too(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
     environment: dict[str, str] = {}
-    monkeypatch.setattr(trainer_module.os, "environ", environment)
+    monkeypatch.setattr(build_model.os, "environ", environment)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", calls.append)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    trainer_module.use_deterministic_algorithms()
+    build_model.use_deterministic_algorithms()
     assert environment == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     assert calls == [True]
     assert not torch.backends.cudnn.benchmark

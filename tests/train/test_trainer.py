@@ -14,9 +14,10 @@ from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.train import trainer as trainer_module
+from nanochat_ray.train.build_model import build_model, compiles
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from nanochat_ray.train.source import DatasetSource
-from nanochat_ray.train.trainer import Evaluation, Trainer, build_model, compiles
+from nanochat_ray.train.trainer import Evaluation, Trainer
 from tests.tiny import TOKENIZER, tiny_config, write_dataset
 from tests.train.run_trainer import FunctionHooks
 
