@@ -20,7 +20,7 @@ from nanochat_ray.data.manifest import Shard
 from nanochat_ray.retry import retry
 from nanochat_ray.storage import Store, cache_root
 
-MIN_FREE_BYTES = 1 << 30
+MIN_FREE_BYTES = 256 << 20
 """Of the cache's disk: copies do not take the last of it."""
 
 
@@ -82,8 +82,10 @@ def _fetch(store: Store, shard: Shard, where: str, is_verified: bool) -> Path:
 def _is_intact(target: Path, shard: Shard, is_verified: bool = False) -> bool:
     with contextlib.suppress(OSError):
         if target.is_file() and target.stat().st_size == shard.size:
-            os.utime(target)
-            return is_verified or _digest(target) == shard.sha256
+            is_intact = is_verified or _digest(target) == shard.sha256
+            with contextlib.suppress(OSError):  # a cache may be read-only
+                os.utime(target)
+            return is_intact
     return False
 
 
