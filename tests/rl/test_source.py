@@ -104,13 +104,14 @@ def test_stale_weights_are_an_error(whole: tuple[Store, Any]) -> None:
 @pytest.mark.slow
 def test_reward_rises(root: Store) -> None:
     save_parent(root)
-    # The policy does not know "talk", and a mean over 96 answers is no matter of luck.
-    rl = dataclasses.replace(RL, rehearsal=0, eval_questions=12, eval_samples=8)
-    records = run_rl(root, "learns", steps=14, rl=rl)
+    # The policy does not know "talk". Of 192 answers and of 288: means whose standard deviation
+    # is 0.03, where nine other seeds gained 0.33 and more.
+    rl = dataclasses.replace(RL, rehearsal=0, eval_questions=12, eval_samples=24)
+    records = run_rl(root, "learns", steps=30, rl=rl)
     rewards = [r["reward"] for r in records if r["kind"] == "train"]
-    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2
+    assert np.mean(rewards[-8:]) > np.mean(rewards[:8]) + 0.2
     evals = [r["pass@1"] for r in records if r["kind"] == "eval"]
-    assert evals[-1] > evals[0]
+    assert evals[-1] > evals[0] + 0.2
     samples = [r for r in records if r["kind"] == "sample"]
     assert {r["reward"] for r in samples} <= {0.0, 1.0}
 

@@ -39,24 +39,31 @@ def job(root: Store, run: str, stage: str = "base", **changes: Any) -> TrainerCo
     return TrainerConfig(storage=root.uri, dataset=stage, run=run, model=tiny_config(), train=train)
 
 
+def train_records(job: TrainerConfig, **kwargs: Any) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+    run_trainer(job, on_record=records.append, **kwargs)
+    return [record for record in records if record["kind"] == "train"]
+
+
 def losses(job: TrainerConfig, **kwargs: Any) -> list[float]:
-    values: list[float] = []
-    run_trainer(
-        job,
-        on_record=lambda r: values.append(r["loss"]) if r["kind"] == "train" else None,
-        **kwargs,
-    )
-    return values
+    return [record["loss"] for record in train_records(job, **kwargs)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["base", "sft"])
 def test_accumulation_equals_one_big_batch(root: Store, stage: str) -> None:
     write_dataset(root, stage, stage)
-    one = losses(job(root, "one", stage, micro_batch_size=8, steps=4))
-    four = losses(job(root, "four", stage, micro_batch_size=2, steps=4))
-    assert one == pytest.approx(four, abs=1e-5)
-    assert one[-1] < one[0]
+    one, four = (
+        train_records(job(root, f"by-{size}", stage, micro_batch_size=size, steps=4))
+        for size in (8, 2)
+    )
+    # The first step differs by rounding. Its norm tells what a loss does not: AdamW and Muon give
+    # equal weights for gradients of any size.
+    for name in ("loss", "grad_norm"):
+        assert one[0][name] == pytest.approx(four[0][name], rel=1e-5)
+    # Where a gradient is rounding noise, AdamW brings it to full size: up to 1e-5 over the seeds.
+    # Other weights change a loss by 1e-3 and more.
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in four], abs=2e-4)
 
 
 def stop_after(steps: int) -> Callable[[], bool]:
