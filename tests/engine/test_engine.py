@@ -130,6 +130,7 @@ def logits_of(
 ) -> torch.Tensor:
     """Logits after the prompt and after one decode, beside other requests."""
     settings |= {"max_num_seqs": 32, "max_num_batched_tokens": 32 + budget, "prefill_chunk": budget}
+    settings |= {"num_speculative_tokens": 0}  # one row of logits for each sequence
     engine = make_engine(model, **settings)
     rng = random.Random(company)
     for i, other in enumerate(prompts(rng, company)):
