@@ -49,6 +49,7 @@ else:
     EngineFlags = overrides(EngineConfig, omit=("precision", "max_model_len"))
 
 
+MAX_INT = 1 << 30
 MOST_ENGINES = 4
 """By default: a round's answers are too few to keep more of them busy to its end."""
 
@@ -111,13 +112,15 @@ class Args:
         for name, least in (
             *(("steps", 1), ("engines", 0), ("workers", 1), ("threads", 0), ("print_every", 1)),
         ):
-            check_int(name, getattr(self, name), least, 1 << 30)
+            check_int(name, getattr(self, name), least, MAX_INT)
         check_float("lr_scale", self.lr_scale, above=True)
         if self.endpoint:
-            require(self.ray, "endpoint", self.endpoint, "not with --no-ray")
             require(not self.engines, "engines", self.engines, "not with --endpoint")
-        self.rl_config()
+        for name, value in self.train.items():
+            if type(value) is int:
+                check_int(name, value, 0, MAX_INT)
         OptimConfig(**self.optim)
+        engine_config(self)
 
     def rl_config(self) -> RLConfig:
         return RLConfig(tasks=self.tasks, stale=self.stale, **self.rl)
@@ -140,6 +143,18 @@ def engine_config(args: Args) -> EngineConfig:
     return EngineConfig(**{**defaults, **args.engine}, precision=args.precision)
 
 
+def check_here(args: Args) -> None:
+    """ValueError for flags that need Ray, or a GPU that this machine does not have."""
+    for name, default in (("endpoint", ""), ("engines", 0), ("workers", 1)):
+        rule = "only on Ray: without it each process has one engine, and torchrun starts several"
+        require(getattr(args, name) == default, name, getattr(args, name), rule)
+    if args.gpus:
+        import torch
+
+        require(not args.stale, "stale", 1, "only on Ray: one GPU has nothing to overlap")
+        require(torch.cuda.is_available(), "gpus", True, "this machine has no CUDA device")
+
+
 def build(args: Args) -> TrainerConfig:
     """The job that the flags describe. ValueError if the parent or the run does not fit it."""
     from nanochat_ray import config as configs
@@ -154,6 +169,8 @@ def build(args: Args) -> TrainerConfig:
         raise ValueError(f"parent={args.parent!r} has no checkpoint in {args.storage}")
     model, trainer = checkpoint.load_config(run).model, checkpoint.load_trainer(run)
     before = trainer.get("train_config", {})
+    rule = "a chat model; this is a base model: fine-tune it first, nanochat-ray train --stage sft"
+    require(before.get("stage") != "base", "parent", args.parent, rule)
     rl = args.rl_config()
     train = recipe.rl_config(
         model,
@@ -192,9 +209,6 @@ def run_here(config: TrainerConfig, args: Args) -> dict[str, Any]:
     from nanochat_ray.machine import engine_threads
     from nanochat_ray.rl.source import RolloutSource
 
-    require(
-        not (args.gpus and args.stale), "stale", 1, "only on Ray: one GPU has nothing to overlap"
-    )
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(args.threads or engine_threads(sharing=sharing))
     source = RolloutSource(config, args.rl_config(), engine_config(args))
@@ -251,9 +265,11 @@ def main(args: Args) -> int:
     from nanochat_ray.cli.train_run import process_group
     from nanochat_ray.train.stop import STOPPED
 
+    here = under_torchrun() or not args.ray
+    if here:
+        check_here(args)
     with process_group(gpus=args.gpus):
         config = build(args)
-        here = under_torchrun() or not args.ray
         result = run_here(config, args) if here else run_on_ray(config, args)
     if int(os.environ.get("RANK", 0)) == 0:
         print(*gain_lines(result, args.tasks), sep="\n")

@@ -13,9 +13,16 @@ from nanochat_ray.text.chat import render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
 
 
-def task_prompts(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each question of the task."""
-    return [render_prompt(tokenizer, task.question(index)) for index in range(len(task))]
+def task_prompts(task: Task, tokenizer: Tokenizer, count: int | None = None) -> list[list[int]]:
+    """Token ids of the first ``count`` questions, by default all. ValueError for one that is no
+    conversation."""
+    prompts = []
+    for index in range(len(task) if count is None else count):
+        try:
+            prompts.append(render_prompt(tokenizer, task.question(index)))
+        except ValueError as error:
+            raise ValueError(f"task={task.name!r}, question {index}: {error}") from error
+    return prompts
 
 
 def answer_params(tokenizer: Tokenizer, **params: Any) -> SamplingParams:

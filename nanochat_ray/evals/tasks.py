@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from nanochat_ray.engine.offline import OfflineEngine
 from nanochat_ray.engine.request import Request
-from nanochat_ray.evals.answers import answer_params, answer_text, make_requests
+from nanochat_ray.evals.answers import answer_params, answer_text, make_requests, task_prompts
 from nanochat_ray.evals.results import Z, wilson_interval
-from nanochat_ray.tasks.task import MAX_ANSWER_TOKENS, Task
-from nanochat_ray.text.chat import render_prompt
+from nanochat_ray.tasks.task import MAX_ANSWER_TOKENS, Task, grade_answer
 from nanochat_ray.text.tokenizer import Tokenizer
 
 
@@ -88,8 +87,7 @@ def evaluate(
     num_too_long = 0
     params = answer_params(tokenizer, temperature=temperature, max_tokens=max_tokens)
     seeds = [(seed * samples + i) % 2**63 for i in range(samples)]
-    for index in range(total):
-        prompt = render_prompt(tokenizer, task.question(index))
+    for index, prompt in enumerate(task_prompts(task, tokenizer, total)):
         if len(prompt) >= engine.max_model_len:
             num_too_long += 1
             continue
@@ -110,7 +108,7 @@ def _score(
     wrong: list[tuple[str, str]] = []
     for index in range(total):
         texts = [answers[f"{index}/{i}"] for i in range(samples)]
-        grades = [task.grade(index, text) for text in texts]
+        grades = [grade_answer(task, index, text) >= 1 for text in texts]
         num_right.append(sum(grades))
         if not all(grades) and len(wrong) < 10:
             wrong.append((str(task.question(index)[-1]["content"]), texts[grades.index(False)]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
@@ -16,7 +15,7 @@ from nanochat_ray.engine.request import Finish, Request, RequestOutput, Sampling
 from nanochat_ray.evals.answers import answer_params, answer_text, make_requests
 from nanochat_ray.rl.config import RLConfig
 from nanochat_ray.rl.questions import Question, QuestionSet
-from nanochat_ray.tasks.task import Task
+from nanochat_ray.tasks.task import Task, grade_answer
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train.ranks import Ranks
 
@@ -129,14 +128,13 @@ class GroupSampler:
         return groups
 
     def grade(self, task: Task, index: int, rollouts: Sequence[Rollout]) -> list[float]:
-        """The reward of each rollout; equal ones are graded once. ValueError for a NaN."""
+        """The reward of each rollout; equal ones are graded once."""
         rewards: dict[tuple[int, ...], float] = {}
         for rollout in rollouts:
             key = tuple(rollout.tokens)
             if rollout.is_truncated and self.rl.truncation == "wrong":
                 rewards[key] = 0.0
             elif key not in rewards:
-                rewards[key] = float(task.grade(index, answer_text(self.tokenizer, rollout.tokens)))
-                if not math.isfinite(rewards[key]):
-                    raise ValueError(f"task={task.name!r} gave the reward {rewards[key]}: a number")
+                text = answer_text(self.tokenizer, rollout.tokens)
+                rewards[key] = grade_answer(task, index, text)
         return [rewards[tuple(rollout.tokens)] for rollout in rollouts]

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.offline import LocalEngine, OfflineEngine
 from nanochat_ray.evals.answers import answer_text
@@ -178,12 +180,16 @@ class RolloutSource:
         """ValueError after too many steps without a right answer."""
         is_hopeless = all(max(group.rewards) <= 0 for group in groups)
         self._steps_without_reward = self._steps_without_reward + 1 if is_hopeless else 0
-        if self._steps_without_reward >= MAX_STEPS_WITHOUT_REWARD:
-            raise ValueError(
-                f"tasks={list(self.rl.tasks)}: no answer of the last {MAX_STEPS_WITHOUT_REWARD} "
-                "steps is right, so there is nothing to learn from; fine-tune on these tasks "
-                "first, or choose easier ones"
-            )
+        if self._steps_without_reward < MAX_STEPS_WITHOUT_REWARD:
+            return
+        reason = (
+            f"tasks={list(self.rl.tasks)}: no answer of the last {MAX_STEPS_WITHOUT_REWARD} steps "
+            "is right, so there is nothing to learn from"
+        )
+        share = np.mean([r.is_truncated for group in groups for r in group.rollouts])
+        if self.rl.truncation == "wrong" and share > 0.5:
+            reason += f": max_tokens={self.rl.max_tokens} cuts {share:.0%} of them"
+        raise ValueError(f"{reason}; fine-tune on these tasks first, or choose easier ones")
 
     # --- validation -----------------------------------------------------------------------------
 

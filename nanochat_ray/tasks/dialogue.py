@@ -47,6 +47,6 @@ class Dialogue:
             before = [m if isinstance(m["content"], str) else sent_back(m) for m in before]
         return [*before, last]
 
-    def grade(self, index: int, answer: str) -> bool:
+    def grade(self, index: int, answer: str) -> bool | float:
         task, last = self._parts(index)[-1]
         return task.grade(last, answer)

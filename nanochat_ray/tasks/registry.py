@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -87,13 +88,37 @@ def make_task(name: str, split: Split, size: int | None = None, seed: int = 0) -
                 "reasoning-gym, or the import path of a task of your own, package.module.Task"
             )
         factory = functools.partial(ReasoningTask, base)
+    task = _call(factory, name, split, size, seed, options)
+    task.name = name
+    return task
+
+
+def _call(
+    factory: TaskFactory,
+    name: str,
+    split: Split,
+    size: int | None,
+    seed: int,
+    options: dict[str, Any],
+) -> Task:
+    """ValueError for options that it does not take, and for an own one that makes no ``Task``."""
+    rule = "a class or function that takes (split, size, seed) and its options"
+    require(callable(factory), "task", name, rule)
+    try:
+        inspect.signature(factory).bind(split, size, seed, **options)
+    except TypeError as error:
+        rule = f"it takes (split, size, seed) and its own options: {error}"
+        raise ValueError(f"task={name!r} is not allowed: {rule}") from None
     try:
         task = factory(split, size, seed, **options)
     except TypeError as error:
-        if not options:
+        if not options:  # a fault of the task's own
             raise
-        raise ValueError(f"task={name!r} has an unknown option: {error}") from None
-    task.name = name
+        raise ValueError(f"task={name!r} has an unknown or wrong option: {error}") from error
+    methods = ("__len__", "question", "example", "grade")
+    missing = [method for method in methods if not callable(getattr(task, method, None))]
+    rule = f"a Task of tasks/task.py, which also has {', '.join(missing)}"
+    require(not missing, "task", name, rule)
     return task
 
 

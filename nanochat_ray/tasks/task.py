@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
+import numpy as np
+
 from nanochat_ray.text.chat import Message
 
 Split = Literal["train", "val", "test"]
@@ -30,8 +32,9 @@ class Task(Protocol):
         """The question with its ideal answer, which fine-tuning trains on."""
         ...
 
-    def grade(self, index: int, answer: str) -> bool:
-        """Whether ``answer``, the text of the assistant, is right."""
+    def grade(self, index: int, answer: str) -> bool | float:
+        """Whether ``answer``, the text of the assistant, is right; or a finite number, 1 for an
+        answer that is right in all."""
         ...
 
 
@@ -43,6 +46,22 @@ def content_digest(tasks: Sequence[Task]) -> str:
             sha.update(json.dumps(task.example(index), sort_keys=True).encode() + b"\n")
         sha.update(b"\n")
     return sha.hexdigest()
+
+
+def grade_answer(task: Task, index: int, answer: str) -> float:
+    """The task's grade. ValueError if it is no finite number; a note on what it raises."""
+    try:
+        grade = task.grade(index, answer)
+    except Exception as error:
+        error.add_note(f"raised by task={task.name!r} as it graded {answer!r} to question {index}")
+        raise
+    is_number = isinstance(grade, bool | int | float | np.number | np.bool_)
+    if not is_number or not np.isfinite(grade):
+        raise ValueError(
+            f"task={task.name!r} graded {answer!r} to question {index} with {grade!r}: a bool or "
+            "a finite number is expected"
+        )
+    return float(grade)
 
 
 TaskFactory = Callable[..., Task]

@@ -225,6 +225,8 @@ def _turns(messages: Sequence[Message]) -> list[Message]:
         raise ValueError("messages: there must be at least one")
     turns: list[Message] = []
     for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise ValueError(f"messages[{i}]={message!r:.60}: a dict with role and content")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(f"messages[{i}].role={role!r}: one of {list(ROLES)}")

@@ -72,7 +72,8 @@ def test_gain_of_each_task() -> None:
         ({"tasks": ("products", "products")}, "tasks='products' is not allowed: each task once"),
         ({"steps": 0}, "steps=0 is not allowed"),
         ({"endpoint": "app", "engines": 2}, "engines=2 is not allowed: not with --endpoint"),
-        ({"endpoint": "app", "ray": False}, "endpoint='app' is not allowed: not with --no-ray"),
+        ({"train": {"seed": -1}}, "seed=-1 is not allowed: a whole number from 0"),
+        ({"engine": {"max_num_seqs": 0}}, "max_num_seqs=0 is not allowed"),
     ],
 )
 def test_wrong_values_are_named(values: dict, message: str) -> None:
@@ -87,6 +88,30 @@ def test_questions_that_do_not_fit(root: Store) -> None:
         rl.main(args)
     with pytest.raises(ValueError, match="parent='nobody' has no checkpoint"):
         rl.main(rl.Args(storage=root.uri, parent="nobody"))
+
+
+def test_a_base_model_is_no_parent(root: Store) -> None:
+    save_parent(root)
+    run = root.child("runs", "chat")
+    model, tokenizer = checkpoint.load_model(run)
+    save_model(run, 2, model, tokenizer=tokenizer, train_config={"stage": "base"})
+    with pytest.raises(ValueError, match="parent='chat' is not allowed: a chat model; this is a"):
+        rl.build(rl.Args(storage=root.uri, tasks=(TASK,)))
+
+
+@pytest.mark.parametrize("flags", [{"endpoint": "app"}, {"engines": 2}, {"workers": 2}])
+def test_flags_that_need_ray(flags: dict[str, Any]) -> None:
+    (name,) = flags
+    with pytest.raises(ValueError, match=f"{name}=.* is not allowed: only on Ray"):
+        rl.main(rl.Args(**flags, ray=False))
+
+
+def test_a_gpu_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="gpus=True is not allowed: this machine has no CUDA"):
+        rl.check_here(rl.Args(gpus=True))
+    with pytest.raises(ValueError, match="stale=1 is not allowed: only on Ray"):
+        rl.check_here(rl.Args(gpus=True, stale=1))
 
 
 LEAST = {"steps": 1, "engines": 0, "workers": 1, "threads": 0, "print_every": 1}
@@ -157,7 +182,7 @@ def test_learning_rates_follow_a_fine_tuned_parent(root: Store) -> None:
     run = root.child("runs", "chat")
     model, tokenizer = checkpoint.load_model(run)
     rates = []
-    for step, stage in ((2, "sft"), (3, "base")):
+    for step, stage in ((2, "sft"), (3, "rl")):
         before = {"stage": stage, "optim": {"matrix_lr": 0.5}}
         save_model(run, step, model, tokenizer=tokenizer, train_config=before)
         job = rl.build(rl.Args(storage=root.uri, tasks=(TASK,), rl={"max_tokens": 4}))
@@ -244,5 +269,3 @@ def test_here_the_engine_shares_the_process(monkeypatch: pytest.MonkeyPatch) -> 
         {"source": "source", "gpus": False, "print_every": 1},
         {"source": "source", "gpus": True, "print_every": 5},
     ]
-    with pytest.raises(ValueError, match="stale=1 is not allowed: only on Ray"):
-        rl.run_here(config, rl.Args(gpus=True, stale=1))

@@ -65,6 +65,17 @@ def test_accuracy_counts_all_questions() -> None:
     assert all(again.answers[i] == task.answers[i] for i in range(5))
 
 
+def test_a_part_of_a_reward_is_not_right() -> None:
+    class Partial(FirstLetter):
+        def grade(self, index: int, answer: str) -> float:  # type: ignore[override]
+            return index / 4
+
+    assert evaluate(engine(), TOKENIZER, Partial(set()), count=6, max_tokens=4).num_right == [
+        *([0] * 4),
+        *([1] * 2),
+    ]
+
+
 def test_previous_answers_are_not_asked_again() -> None:
     answers: dict[str, str] = {}
     whole = evaluate(

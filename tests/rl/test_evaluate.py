@@ -15,7 +15,7 @@ from nanochat_ray.rl.source import EVAL_STEP, RolloutSource
 from nanochat_ray.storage import Store
 from nanochat_ray.tasks.registry import make_tasks
 from nanochat_ray.train.ranks import Ranks
-from tests.rl.tiny_rl import ENGINE, RL, TASK, FakeEngine, job, save_parent
+from tests.rl.tiny_rl import ENGINE, RL, TASK, EvenFirst, FakeEngine, job, save_parent
 from tests.tiny import TOKENIZER, tiny_config
 
 END = TOKENIZER.special("<|assistant_end|>")
@@ -85,7 +85,7 @@ def test_truncated_answers_are_graded(root: Store, truncation: str, golden: list
 def test_a_reward_is_a_number(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_source(root, script())
     monkeypatch.setattr("tests.rl.tiny_rl.EvenFirst.grade", lambda *_: math.nan)
-    with pytest.raises(ValueError, match="gave the reward nan"):
+    with pytest.raises(ValueError, match="with nan: a bool or a finite"):
         source.evaluate(source.model)
 
 
@@ -124,16 +124,11 @@ def test_tasks_have_the_questions_of_their_split(root: Store) -> None:
     assert source.questions.sizes == [12, 12]
     assert source.val_questions.sizes == [2, 2]
     with pytest.raises(ValueError, match=r"has no questions in the split val"):
-        make_tasks((Empty.name,), "val", 3, 0)
+        make_tasks(("tests.rl.test_evaluate.Empty",), "val", 3, 0)
 
 
-class Empty:
+class Empty(EvenFirst):
     """A task without questions."""
-
-    name = "tests.rl.test_evaluate.Empty"
-
-    def __init__(self, split: str, size: int, seed: int):
-        return
 
     def __len__(self) -> int:
         return 0

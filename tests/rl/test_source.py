@@ -131,11 +131,19 @@ def test_gives_up_after_ten_steps_without_reward(
     monkeypatch.setattr("tests.rl.tiny_rl.EvenFirst.grade", lambda *_: False)
     rl = dataclasses.replace(RL, questions=1, samples=2, max_rounds=1)
     run_rl(whole[0], "hopeless", rl=rl, steps=20, save_every=1, stop_after=4)
-    with pytest.raises(ValueError, match="no answer of the last 10 steps is right"):
+    with pytest.raises(ValueError, match=r"no answer of the last 10 steps is right.* from; fi"):
         run_rl(whole[0], "hopeless", rl=rl, steps=20, save_every=1)
     trainer = checkpoint.load_trainer(whole[0].child("runs", "hopeless"))
     assert 4 <= trainer["step"] < 10
     assert trainer["source"]["steps_without_reward"] == trainer["step"]  # also over the stop
+
+
+def test_answers_that_are_cut_are_named(whole: tuple[Store, Any], monkeypatch: Any) -> None:
+    """They have no reward, whatever the task says."""
+    monkeypatch.setattr("nanochat_ray.rl.source.MAX_STEPS_WITHOUT_REWARD", 1)
+    rl = dataclasses.replace(RL, max_rounds=1, max_tokens=1, truncation="wrong")
+    with pytest.raises(ValueError, match="to learn from: max_tokens=1 cuts 100% of them; fine-tun"):
+        run_rl(whole[0], "cut", rl=rl)
 
 
 def test_solved_tasks_keep_the_weights(whole: tuple[Store, Any], monkeypatch: Any) -> None:

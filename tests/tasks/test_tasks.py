@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +19,7 @@ from nanochat_ray.tasks import hub, spoken
 from nanochat_ray.tasks.phrases import vary
 from nanochat_ray.tasks.reasoning import KINDS
 from nanochat_ray.tasks.registry import DEFAULT_MIXTURE, make_task, names
+from nanochat_ray.tasks.task import grade_answer
 from nanochat_ray.text.chat import render_conversation
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.text.tools import calculate
@@ -281,14 +285,55 @@ def test_options_set_the_difficulty() -> None:
     assert other.grade(0, f" {other.example(0)[1]['content']}\n")
 
 
+class Halves:
+    """No task: it has no questions. Grades with what it is made of."""
+
+    def __init__(self, split: str, size: int | None, seed: int, grade: Any = 0.5):
+        self.name, self._grade = "halves", grade
+
+    def __len__(self) -> int:
+        return 3
+
+    def grade(self, index: int, answer: str) -> Any:
+        return self._grade() if callable(self._grade) else self._grade
+
+
+@pytest.mark.parametrize(
+    ("grade", "golden"), [(True, 1.0), (0.5, 0.5), (np.float32(0.25), 0.25), (np.False_, 0.0)]
+)
+def test_a_grade_is_a_number(grade: Any, golden: float) -> None:
+    reward = grade_answer(Halves("train", 3, 0, grade), 1, "text")  # type: ignore[arg-type]
+    assert (type(reward), reward) == (float, golden)
+
+
+@pytest.mark.parametrize("grade", [None, "yes", math.nan, [1]])
+def test_any_other_grade_is_an_error(grade: Any) -> None:
+    message = "task='halves' graded 'text' to question 1 with .*: a bool or a finite number"
+    with pytest.raises(ValueError, match=message):
+        grade_answer(Halves("train", 3, 0, grade), 1, "text")  # type: ignore[arg-type]
+
+
+def test_what_a_grader_raises_names_the_answer() -> None:
+    def grade() -> bool:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError) as error:
+        grade_answer(Halves("train", 3, 0, grade), 1, "text")  # type: ignore[arg-type]
+    assert error.value.__notes__ == ["raised by task='halves' as it graded 'text' to question 1"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("chain_sum,min_terms", "options behind a name are key=value"),
-        ("chain_sum,colour=3", "unknown option.*colour"),
+        ("chain_sum,colour=3", "unknown or wrong option.*colour"),
         ("chain_sum,min_terms=4,max_terms=2", "cannot have the options"),
         ("no.such.Task", "cannot be imported"),
-        ("tests.rl.tiny_rl.EvenFirst,size=3", "unknown option"),
+        ("tests.rl.tiny_rl.EvenFirst,size=3", "it takes .* its own options: multiple values"),
+        ("chain_sum,min_terms=abc", "unknown or wrong option"),
+        ("tests.rl.tiny_rl.TASK", "not allowed: a class or function that takes"),
+        ("tests.rl.tiny_rl.FakeEngine", "it takes .* its own options: too many"),
+        ("tests.tasks.test_tasks.Halves", "which also has question, example"),
     ],
 )
 def test_wrong_options_are_named(name: str, message: str) -> None:

@@ -102,6 +102,7 @@ def test_the_mask_marks_what_the_assistant_says(tok: Tokenizer) -> None:
         ([], "at least one"),
         ([{"role": "bot", "content": "x"}], r"messages\[0\]\.role='bot'"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\.content: a text"),
+        ([USER, "hi"], r"messages\[1\]='hi': a dict with role and content"),
         ([USER, {"role": "assistant"}], r"messages\[1\]\.content: a text is expected, not None"),
         ([USER, {"role": "assistant", "content": [{"type": "image"}]}], "type='image': one of"),
         ([USER, {"role": "assistant", "content": [{"type": "python"}]}], "text=None: a text"),
