@@ -170,10 +170,6 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
     "nanochat_ray/rl/losses.py": {
         "constant: 1  →  2": ("int(sequences.max()) + 1", "one more sequence, of no token"),
         "constant: 1e-09  →  1.5000000000000002e-09": ("", GUARD),
-        "comparison: dist.get_world_size() > 1  →  dist.get_world_size() >= 1": (
-            "",
-            "the sum over one rank",
-        ),
     },
     "nanochat_ray/rl/batch.py": {
         "constant: 1  →  2": ("max(len(logprobs), 1)", "a group has two samples or more"),

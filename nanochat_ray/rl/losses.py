@@ -24,11 +24,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rl.config import Loss, RLConfig
+from nanochat_ray.train.ranks import Ranks
 from nanochat_ray.train.step import MicroBatch
 
 TOKEN_INPUTS = ("weights", "advantages", "logprobs", "rehearsal")
@@ -136,18 +136,13 @@ class PolicyLoss:
     """The objective of a run; asserts that engine and trainer agree."""
 
     def __init__(
-        self,
-        config: RLConfig,
-        *,
-        max_diff: float,
-        device: torch.device,
-        reference: GPT | None = None,
+        self, config: RLConfig, ranks: Ranks, *, max_diff: float, reference: GPT | None = None
     ):
         """``max_diff``: largest allowed difference of log-probabilities; 0: any."""
-        self.config, self.max_diff, self.reference = config, max_diff, reference
-        self.device = device
-        self._largest: list[Tensor] = []
+        self.config, self.ranks = config, ranks
+        self.max_diff, self.reference = max_diff, reference
         self._sums: list[Tensor] = []
+        """Of each micro-batch, behind its largest difference."""
 
     def loss(self, model: GPT, micro: MicroBatch) -> Tensor:
         mask = micro.targets >= 0
@@ -165,9 +160,9 @@ class PolicyLoss:
             divergence = kl_estimate(logprobs, reference)
         with torch.no_grad():
             difference = (logprobs - sampling_logprobs).abs()
-            self._largest.append(difference.where(weights > 0, 0).max())
+            largest = difference.where(weights > 0, 0).max()
             sums = (weights * divergence, weights, -rehearsal * logprobs, rehearsal)
-            self._sums.append(torch.stack([values.sum() for values in sums]))
+            self._sums.append(torch.stack([largest, *(values.sum() for values in sums)]))
         policy_loss = weights * (self.config.kl * divergence - gain)
         return (policy_loss - rehearsal * logprobs).sum()
 
@@ -175,16 +170,11 @@ class PolicyLoss:
         """``logprob_diff``: the largest difference between trainer and engine. FloatingPointError
         if it is above the bound: then the engine sampled from another policy. ``kl`` and
         ``rehearsal_loss``: nats per token, where the run has them."""
-        largest = torch.stack([torch.zeros((), device=self.device), *self._largest]).max()
-        sums = torch.stack([torch.zeros(4, device=self.device), *self._sums]).sum(dim=0)
-        self._largest, self._sums = [], []
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-            dist.all_reduce(sums)
-        diff, divergence, weight, rehearsal_loss, rehearsal_weight = [
-            float(largest),
-            *sums.tolist(),
-        ]
+        data = torch.stack(self._sums).cpu().numpy().tobytes() if self._sums else b""
+        self._sums = []
+        sums = np.frombuffer(b"".join(self.ranks.gather(data)), dtype=np.float32).reshape(-1, 5)
+        diff = float(sums[:, 0].max(initial=0.0))
+        divergence, weight, rehearsal_loss, rehearsal_weight = sums[:, 1:].sum(axis=0).tolist()
         if not diff <= (self.max_diff or float("inf")):
             raise FloatingPointError(
                 f"logprob_diff={diff:.3g}: the engine's log-probabilities of its samples differ "

@@ -7,6 +7,7 @@ gradient is near zero while they are known (PPO-ptx, Ouyang et al., arXiv 2203.0
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Self
 
 from nanochat_ray.data.order import global_batch_indices
@@ -21,26 +22,32 @@ SEQUENCES_PER_STEP = 2
 """Packed sequences of a step, each of some twenty short conversations."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Rehearsal:
     """The conversations of each step: a function of (dataset, seed, step)."""
 
-    def __init__(
-        self, reader: SequenceReader | None, weight: float, *, seed: int, bos: int, max_len: int
-    ):
-        """``reader`` None: none. They are cut to ``max_len`` tokens."""
-        self.reader, self.weight = reader, weight
-        self.seed, self.bos, self.max_len = seed, bos, max_len
+    reader: SequenceReader | None
+    """None: there are none."""
+    weight: float
+    seed: int
+    bos: int
+    max_len: int
+    """Conversations are cut to this many tokens."""
 
     @classmethod
     def open(cls, config: TrainerConfig, tokenizer: Tokenizer) -> Self:
-        """What ``describe`` has found for the run."""
+        """What ``parent.describe`` has found for the run."""
         about, reader = config.about[identity.STAGE_CONFIG], None
         if name := about["rehearsal_dataset"]:
             dataset = Store.at(config.storage).child("datasets", name)
             reader = SequenceReader(dataset, Manifest.load(dataset), "train")
-        max_len = config.model.sequence_len + 1
-        weight = about["rehearsal"] or 0.0
-        return cls(reader, weight, seed=config.train.seed, bos=tokenizer.bos, max_len=max_len)
+        return cls(
+            reader=reader,
+            weight=about["rehearsal"] or 0.0,
+            seed=config.train.seed,
+            bos=tokenizer.bos,
+            max_len=config.model.sequence_len + 1,
+        )
 
     def conversations(self, step: int) -> list[Conversation]:
         if self.reader is None:

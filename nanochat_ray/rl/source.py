@@ -97,8 +97,8 @@ class RolloutSource:
         self.sampler = GroupSampler(rl, self.tokenizer, self.engine, self.ranks, seed)
         self.objective: Objective = PolicyLoss(
             rl,
+            ranks,
             max_diff=rl.logprob_bound(config.train.precision),
-            device=ranks.device,
             reference=parent.load_reference(config, model.compute_dtype, ranks.device)
             if rl.kl
             else None,

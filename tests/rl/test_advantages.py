@@ -11,6 +11,7 @@ import torch
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rl.config import RLConfig
 from nanochat_ray.rl.losses import KINDS, PolicyLoss, kl_estimate, surrogate
+from nanochat_ray.train.ranks import Ranks
 from nanochat_ray.train.step import MicroBatch
 from tests.tiny import tiny_config
 
@@ -132,7 +133,7 @@ def random_model(seed: int) -> GPT:
 def test_loss_by_the_definition(temperature: float) -> None:
     model, reference = random_model(0), random_model(1)
     config = RLConfig(kl=0.5, temperature=temperature)
-    objective = PolicyLoss(config, max_diff=0, device=torch.device("cpu"), reference=reference)
+    objective = PolicyLoss(config, Ranks(), max_diff=0, reference=reference)
     micro = micro_batch(2.0)
     loss = objective.loss(model, micro).item()
     terms, diffs, divergences = [], [], []
@@ -165,19 +166,19 @@ def test_a_sequences_ratio_is_of_its_own_tokens() -> None:
         "logprobs": (logprobs - ratios.log()).detach(),
         "rehearsal": torch.zeros(2, 3),
     }
-    objective = PolicyLoss(RLConfig(loss="gspo"), max_diff=0, device=torch.device("cpu"))
+    objective = PolicyLoss(RLConfig(loss="gspo"), Ranks(), max_diff=0)
     loss = objective.loss(model, MicroBatch(inputs, targets, columns)).item()
     assert loss == pytest.approx(-(2 * 2 * 1.1 + 3 * 0.9 ** (1 / 3)), rel=1e-4)
 
 
 def test_difference_above_the_bound_raises() -> None:
-    lenient = PolicyLoss(RLConfig(), max_diff=0, device=torch.device("cpu"))
+    lenient = PolicyLoss(RLConfig(), Ranks(), max_diff=0)
     lenient.loss(random_model(0), micro_batch(1.0))
     diff = lenient.finish()["logprob_diff"]
-    exact = PolicyLoss(RLConfig(), max_diff=diff, device=torch.device("cpu"))
+    exact = PolicyLoss(RLConfig(), Ranks(), max_diff=diff)
     exact.loss(random_model(0), micro_batch(1.0))
     assert exact.finish() == {"logprob_diff": diff}
-    objective = PolicyLoss(RLConfig(), max_diff=1e-4, device=torch.device("cpu"))
+    objective = PolicyLoss(RLConfig(), Ranks(), max_diff=1e-4)
     objective.loss(random_model(0), micro_batch(1.0))
     with pytest.raises(FloatingPointError, match=r"more than max_logprob_diff=0\.0001"):
         objective.finish()

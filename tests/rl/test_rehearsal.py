@@ -18,6 +18,7 @@ from nanochat_ray.rl.losses import TOKEN_INPUTS, PolicyLoss
 from nanochat_ray.rl.parent import REHEARSAL, describe
 from nanochat_ray.rl.rehearsal import Rehearsal
 from nanochat_ray.storage import Store
+from nanochat_ray.train.ranks import Ranks
 from nanochat_ray.train.step import MicroBatch
 from tests.rl.test_advantages import random_model
 from tests.rl.test_batch import CONFIG, GROUPS
@@ -47,7 +48,7 @@ def test_steps_walk_through_the_dataset(root: Store) -> None:
 
     def rehearsal() -> Rehearsal:
         reader = SequenceReader(store, manifest, "train")
-        return Rehearsal(reader, 1.0, seed=3, bos=BOS, max_len=33)
+        return Rehearsal(reader=reader, weight=1.0, seed=3, bos=BOS, max_len=33)
 
     walk = rehearsal()
     steps = [as_lists(walk.conversations(step)) for step in range(6)]
@@ -91,7 +92,7 @@ def test_its_loss_is_the_likelihood() -> None:
     values = torch.tensor([[[3.0, 3, 0]], [[2.0, 2, 0]], [[-5.0, -5, 0]], [[0.0, 0, 4]]])
     token_inputs = dict(zip(TOKEN_INPUTS, values, strict=True))
     config = RLConfig(kl=0.5)
-    objective = PolicyLoss(config, max_diff=0, device=torch.device("cpu"), reference=model)
+    objective = PolicyLoss(config, Ranks(), max_diff=0, reference=model)
     loss = objective.loss(model, MicroBatch(inputs, targets, token_inputs))
     assert loss.item() == pytest.approx((-6 * logprobs[0] - 4 * logprobs[1]).item(), rel=1e-5)
     figures = objective.finish()
