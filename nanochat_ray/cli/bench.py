@@ -12,6 +12,7 @@ COMMANDS = {
     "rolls": "new checkpoints of a run rolled out under streams, sound ones and bad ones",
     "rollouts": "sampling for reinforcement learning, beside nanochat's",
     "rl-gain": "what reinforcement learning gives and unlearns, over seeds",
+    "rl-step": "the parts of a step of reinforcement learning, and what rehearsal adds",
     "shared-fleet": "users of an endpoint whose replicas also sample rollouts",
     "scale": "what the driver and each rank hold and do for terabytes and 1,024 ranks",
     "replay": "broken requests beside steady streams: no stream may suffer",

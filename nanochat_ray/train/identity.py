@@ -97,11 +97,12 @@ def check_resumable(
     before = trainer["train_config"]
     if not isinstance(before, dict):
         raise ValueError(f"checkpoint {run.child(name).uri}: trainer.json has no train_config")
-    pairs = [*_fields(configs.to_json(config.model), configs.to_json(model), {})]
-    pairs += _fields(before, configs.to_json(train), _defaults())
     old_about = trainer.get("about")
     old_about = old_about if isinstance(old_about, dict) else {}
-    pairs += _fields(old_about.get(STAGE_CONFIG, {}), about.get(STAGE_CONFIG, {}), {})
+    # What a user gave comes first: the size of RL's batch follows from its configuration.
+    pairs = [*_fields(old_about.get(STAGE_CONFIG, {}), about.get(STAGE_CONFIG, {}), {})]
+    pairs += _fields(configs.to_json(config.model), configs.to_json(model), {})
+    pairs += _fields(before, configs.to_json(train), _defaults())
     _compare_fields(where, pairs)
     if config.tokenizer != tokenizer:
         old, new = config.tokenizer[:_DIGEST], tokenizer[:_DIGEST]

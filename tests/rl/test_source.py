@@ -22,6 +22,7 @@ from tests.rl.tiny_rl import (
     ENGINE,
     RL,
     TASK,
+    TRAIN,
     FakeEngine,
     job,
     run_rl,
@@ -123,6 +124,13 @@ def test_another_configuration_is_refused(whole: tuple[Store, Any], change: Any)
     (field,) = change
     with pytest.raises(ValueError, match=f"{field}=.* is not what this run was started with"):
         job(whole[0], "whole", rl=dataclasses.replace(RL, **change))
+
+
+def test_what_was_given_is_named_first(whole: tuple[Store, Any]) -> None:
+    """Not the batch size, which follows from it."""
+    train = dataclasses.replace(TRAIN, global_batch_size=80)
+    with pytest.raises(ValueError, match=r"samples=5 is not what this run was started with \(6\)"):
+        job(whole[0], "whole", train, dataclasses.replace(RL, samples=5))
 
 
 def test_gives_up_after_ten_steps_without_reward(
