@@ -21,7 +21,7 @@ from tests.tiny import tiny_config, write_dataset
 from tests.train.run_trainer import run_trainer
 
 TIMEOUT = 4.0
-"""Seconds of a collective."""
+"""Seconds of a collective, where one waits until another has failed."""
 CONFIG = TrainConfig(
     steps=1,
     global_batch_size=4,
@@ -74,7 +74,8 @@ def test_ranks_wait_for_storage_and_fail_alike(
         storage=root.uri, dataset="base", run="run", model=tiny_config(), train=CONFIG
     )
     out = tmp_path / "result"
-    run_on_ranks(train, job.to_json(), fault, out, timeout_s=TIMEOUT)
+    seconds = TIMEOUT if fault is slow_save else 60.0
+    run_on_ranks(train, job.to_json(), fault, out, timeout_s=seconds)
     results = [out.with_suffix(f".{rank}").read_text() for rank in range(2)]
     if fault is slow_save:
         assert results == ["True"] * 2

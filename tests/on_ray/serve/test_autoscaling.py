@@ -48,6 +48,8 @@ def test_policy_reads_what_serve_gives() -> None:
         "kv_cache_usage": {"a": 0.1},
     }
     assert policy(context) == (3, {})
+    context.target_num_replicas = 4  # two of them are starting
+    assert policy(context) == (4, {})
 
 
 def test_a_steady_load_does_not_oscillate() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,14 @@ from nanochat_ray.engine.request import (
 )
 from nanochat_ray.on_ray.serve import client as client_module
 from nanochat_ray.on_ray.serve.client import RayEngineClient
-from nanochat_ray.on_ray.serve.connection import ACCEPTED, NOT_HERE, QUEUE_FULL, Connection
+from nanochat_ray.on_ray.serve.connection import (
+    ACCEPTED,
+    MAX_HANDSHAKE_BYTES,
+    NOT_HERE,
+    QUEUE_FULL,
+    Connection,
+    SilenceLimit,
+)
 from nanochat_ray.on_ray.serve.endpoints import list_endpoints
 from nanochat_ray.serve.client import OutputStream, UnavailableError
 
@@ -177,6 +186,32 @@ def test_a_host_may_be_silent_for_10_s() -> None:
     assert (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1) in options
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         assert (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000) in options
+
+
+def test_a_late_look_calls_nobody_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    limit = SilenceLimit(10.0)
+    for seconds, oldest in ((5.0, 95.0), (5.1, -math.inf), (0.1, 100.2)):
+        now += seconds
+        assert limit.oldest() == pytest.approx(oldest)
+
+
+def test_a_stranger_s_bytes_are_bounded() -> None:
+    class Transport(asyncio.Transport):
+        is_closed = False
+
+        def close(self) -> None:
+            self.is_closed = True
+
+    transport = Transport({"socket": SimpleNamespace(setsockopt=lambda *_: None)})
+    connection = Connection(lambda *_: None, lambda _: None, is_trusted=False)
+    connection.connection_made(transport)
+    head = b"\xdb\x00\x00\xff\xff"  # of a text of 65,535 bytes
+    connection.data_received(head + bytes(MAX_HANDSHAKE_BYTES - len(head)))
+    assert not transport.is_closed
+    connection.data_received(b"x")
+    assert transport.is_closed
 
 
 def test_own_standstill_is_no_silence() -> None:

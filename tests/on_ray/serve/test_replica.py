@@ -50,16 +50,18 @@ def test_slow_grammars_delay_no_other_request(
             lambda: Connection(lambda _, message: answers.append(message), lambda _: None),
             *endpoint["address"],
         )
-        connection.send("handshake", endpoint["secret"], "i")
-
-        def submit(name: str, grammar: dict[str, Any] | None) -> None:
-            params = SamplingParams(max_tokens=3, grammar=grammar)
-            connection.send("submit", Request(id=name, prompt=[65], params=params).to_wire())
 
         async def until(ready: Callable[[], Any]) -> None:
             async with asyncio.timeout(60):
                 while not ready():
                     await asyncio.sleep(0.01)
+
+        connection.send("handshake", endpoint["secret"], "i")
+        await until(lambda: answers)  # before that no more than a handshake is read
+
+        def submit(name: str, grammar: dict[str, Any] | None) -> None:
+            params = SamplingParams(max_tokens=3, grammar=grammar)
+            connection.send("submit", Request(id=name, prompt=[65], params=params).to_wire())
 
         submit("slow", {"choice": ["yes", "no"]})
         submit("aborted", {"choice": ["no"]})

@@ -10,6 +10,7 @@ import pytest
 
 from nanochat_ray.engine.request import EngineFull, Request, SamplingParams, WeightsReplacedError
 from nanochat_ray.on_ray.serve.replica_set import InFlightRequest, ReplicaHandle, ReplicaSet
+from nanochat_ray.on_ray.serve.routing import BLOCK_SIZE
 from nanochat_ray.serve.client import OutputStream, UnavailableError
 
 
@@ -50,6 +51,24 @@ def test_new_requests_avoid_a_replica_that_swaps_its_weights() -> None:
     running_entry = entry("v1")
     assert not replicas.may_leave(running_entry, replicas.by_name["a"])
     assert choose(replicas, running_entry) == "a"
+
+
+def test_the_named_weights_are_those_of_a_new_request() -> None:
+    assert replica_set().weight_version == ""
+    handles = [replica("a", "v1", is_swapping=True), replica("b", "v2"), replica("c", "v3")]
+    for handle, load in zip(handles, (0, 4, 3), strict=True):
+        handle.num_other_requests = load
+    assert replica_set(*handles).weight_version == "v3"
+
+
+def test_a_removed_replica_has_no_cache() -> None:
+    """Another one may get its name."""
+    replicas, prompt = replica_set(replica("a"), replica("b")), list(range(BLOCK_SIZE))
+    replicas.router.record("a", prompt)
+    assert replicas.router.choose(prompt, {"a": 1, "b": 0}) == "a"
+    replicas.remove(replicas.by_name["a"])
+    assert list(replicas.by_name) == ["b"]
+    assert replicas.router.choose(prompt, {"a": 1, "b": 0}) == "b"
 
 
 def test_load_and_use_by_hand() -> None:
