@@ -31,6 +31,7 @@ from nanochat_ray.on_ray.serve.connection import (
     SilenceLimit,
 )
 from nanochat_ray.on_ray.serve.endpoints import list_endpoints
+from nanochat_ray.on_ray.serve.replica_set import ReplicaHandle
 from nanochat_ray.serve.client import OutputStream, UnavailableError
 
 
@@ -165,6 +166,10 @@ def test_requests_leave_a_host_that_vanished() -> None:
             assert await tokens_of(client) == [[7], [8]]
         assert len(vanishing.requests) == 1
         assert list(healthy.requests[0].output_token_ids) == [7]
+        assert [vanishing.requests[0].weight_version, healthy.requests[0].weight_version] == [
+            "",
+            "v1",
+        ]
 
     asyncio.run(run())
 
@@ -229,6 +234,30 @@ def test_own_standstill_is_no_silence() -> None:
             last_message = connection.last_received
             await until(lambda: client.silence.last_look > last_message)
             assert client.replicas.by_name["a"].connection is connection
+
+    asyncio.run(run())
+
+
+def test_a_load_counts_each_request_once() -> None:
+    async def run() -> None:
+        handle: Any = Handle([])
+        client, replica = RayEngineClient(handle), ReplicaHandle("a")
+        replica.in_flight = dict.fromkeys(("x", "y"))  # type: ignore[assignment]
+        for requests, load in ((5, 5), (1, 2)):  # the last one is from before they were submitted
+            client._on_message(replica, ["heartbeat", {"requests": requests}])
+            assert replica.load == load
+
+    asyncio.run(run())
+
+
+def test_a_request_waits_until_its_own_deadline() -> None:
+    async def run() -> None:
+        handle: Any = Handle([])
+        client = RayEngineClient(handle, deadline_s=3600)
+        request = Request(id="r", prompt=[1], params=SamplingParams(), deadline=time.time())
+        async with asyncio.timeout(60):
+            with pytest.raises(UnavailableError, match="no engine was found in time"):
+                await client.submit(request, OutputStream())
 
     asyncio.run(run())
 
