@@ -347,6 +347,19 @@ def test_another_replica_takes_what_one_cannot(reply: str) -> None:
     asyncio.run(run())
 
 
+def test_a_replica_that_does_not_reply_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        silent, other = Replica("a", True), Replica("b", False)
+        silent.reply = None
+        async with connected_client(silent, other) as client:
+            monkeypatch.setattr(client_module, "CALL_TIMEOUT_S", 0.1)
+            client.replicas.by_name["b"].in_flight["x"] = None  # type: ignore[assignment]
+            assert await tokens_of(client) == [[7]]
+            await until(lambda: "r.0" in silent.aborted_ids)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("reply", "error", "message"),
     [

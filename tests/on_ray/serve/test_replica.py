@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nanochat_ray.checkpoint.lease import leased_checkpoints
 from nanochat_ray.config import to_json
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine
@@ -89,6 +91,37 @@ def test_a_request_is_aborted_where_it_runs() -> None:
     EngineReplica._abort(replica, ["b", "ended"])
     assert aborts == [[], ["b"]]
     assert list(replica.owners) == ["a"]
+
+
+def test_requests_of_a_dead_ingress_are_aborted() -> None:
+    aborts: list[str] = []
+    engine, dead, other = SimpleNamespace(abort=aborts.append), object(), object()
+    replica: Any = SimpleNamespace(
+        owners={"a": (dead, engine), "b": (other, engine), "c": (dead, engine)},
+        connections={dead, other},
+        handshakes=Handshakes(),
+    )
+    replica._abort = functools.partial(EngineReplica._abort, replica)
+    EngineReplica._on_disconnected(replica, dead)  # type: ignore[arg-type]
+    assert aborts == ["a", "c"]
+    assert list(replica.owners) == ["b"]
+    assert replica.connections == {other}
+
+
+def test_a_replaced_engine_ends_its_requests() -> None:
+    ends: list[bool] = []
+
+    async def run() -> None:
+        engine: Any = SimpleNamespace(stop=lambda: ends.append(True))
+        replica: Any = SimpleNamespace(owners={"a": (None, engine), "b": (None, None)})
+        retirement = asyncio.ensure_future(EngineReplica._retire(replica, engine))
+        await asyncio.wait([retirement], timeout=0.05)
+        assert not ends
+        del replica.owners["a"]
+        await retirement
+
+    asyncio.run(run())
+    assert ends == [True]
 
 
 def test_a_new_checkpoint_is_swapped_in_place(tiny_run: Store) -> None:
@@ -178,11 +211,13 @@ def test_a_bad_deployment_leaves_the_old_weights(tiny_run: Store) -> None:
         await replica.reconfigure({"checkpoint": "step-000101"})
         assert replica.status()["checkpoint"] == "step-000100"
         assert "weights.msgpack is damaged" in replica.status()["refused"]["step-000101"]
+        assert leased_checkpoints(replica.run) == {"step-000100"}
         await replica.check_health()
         write_checkpoint(tiny_run, 1)
         await replica.reconfigure({"checkpoint": "step-000101"})
         assert replica.status()["checkpoint"] == "step-000101"
         assert not replica.status()["refused"]
+        assert leased_checkpoints(replica.run) == {"step-000101"}
         await EngineReplica.__del__(replica)
 
     asyncio.run(run())
