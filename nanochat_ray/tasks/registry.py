@@ -2,7 +2,7 @@
 
 A task's name may carry options: ``chain_sum,min_terms=4,max_terms=4``. Beside the names here it may
 be that of any data set of reasoning-gym, or the import path of a ``TaskFactory`` such as
-``my_package.my_tasks.Riddles``.
+``my_package.my_tasks.Riddles``, installed or in the current folder.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import functools
 import importlib
 import inspect
 import json
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,6 +135,9 @@ def make_tasks(names: Sequence[str], split: Split, size: int | None, seed: int) 
 
 def _import_factory(path: str) -> TaskFactory:
     module_name, _, attribute = path.rpartition(".")
+    if not {"", os.getcwd()} & set(sys.path):
+        # An installed command has the folder of its script there, not the one it is called in.
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

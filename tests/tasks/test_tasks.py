@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,18 @@ def test_what_a_grader_raises_names_the_answer() -> None:
 def test_wrong_options_are_named(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_task(name, "train", size=3)
+
+
+def test_an_own_task_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an installed command is called: its own folder is on the path, the current one is not."""
+    source = "from tests.rl.tiny_rl import EvenFirst as Mine\n"
+    (tmp_path / "own_tasks_of_a_test.py").write_text(source)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.chdir(tmp_path)
+    assert len(make_task("own_tasks_of_a_test.Mine", "train", size=3)) == 3
+    assert sys.path.count(str(tmp_path)) == 1
+    make_task("own_tasks_of_a_test.Mine", "train", size=3)
+    assert sys.path.count(str(tmp_path)) == 1
 
 
 def test_own_task_by_import_path() -> None:
