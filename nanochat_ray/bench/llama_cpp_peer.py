@@ -168,13 +168,13 @@ def load(folder: str, precision: str, threads: int) -> tuple[Generate, str]:
     import llama_cpp
 
     config = json.loads(Path(folder, "config.json").read_text())
+    system = " ".join(llama_cpp.llama_print_system_info().decode().split())
     with tempfile.TemporaryDirectory() as work:
         path = Path(work) / "model.gguf"
         write_gguf(path, config, precision)
         # Of llama-cpp-python 0.3.36, Q8_0 in the layout for AMX ends with a segmentation fault.
-        repacks = precision != "int8"
+        repacks = precision != "int8" or "AMX_INT8 = 1" not in system
         llama = Llama(path, threads, repacks)
-    system = " ".join(llama_cpp.llama_print_system_info().decode().split())
     layout = "its own weight layouts" if repacks else "no own weight layouts"
     about = f"llama-cpp-python {llama_cpp.__version__}, {TYPES[precision]}, {layout}"
     return llama.generate, f"{about}, no draft tokens, KV cache float16, {system}"

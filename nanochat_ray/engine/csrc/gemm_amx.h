@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #define TILE_K 32 /* inputs of a tile */
+#define AMX_PREFETCH_BYTES 2048 /* ahead in a panel that is read once */
 #define TILE_ROWS 16
 #define TILE_BYTES_PER_ROW 64
 #define TILE_ELEMENTS (TILE_ROWS * TILE_K) /* bfloat16 */
@@ -215,7 +216,7 @@ static void multiply_panels_bf16(
     const int64_t lines = (TILE_ROWS * ROW_BYTES / CACHE_LINE_BYTES + pairs - 1) / pairs;
     for (int64_t panel; (panel = next_panel(ranges, thread, threads)) >= 0;) {
         const char *w = weights + panel * panel_bytes;
-        Prefetch ahead = {w + (pairs == 1 ? PREFETCH_DISTANCE * ROW_BYTES : panel_bytes),
+        Prefetch ahead = {w + (pairs == 1 ? AMX_PREFETCH_BYTES : panel_bytes),
                           lines * CACHE_LINE_BYTES};
         for (int64_t t = 0; t < batch->tiles; t += 2, ahead.from += batch->depth / TILE_K * ahead.step)
             if (t + 1 == batch->tiles) multiply_tiles_bf16(0, batch, t, w, panel, ahead);

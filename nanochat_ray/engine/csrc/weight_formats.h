@@ -26,7 +26,7 @@
 #define INT8_BLOCK 32
 #define INT8_ROWS (INT8_BLOCK / 4) /* panel rows of a block */
 #define INT8_BLOCK_BYTES (INT8_ROWS * ROW_BYTES + 2 * PANEL_WIDTH)
-#define PREFETCH_DISTANCE 16 /* panel rows: hardware prefetching stops at the end of a page */
+#define PREFETCH_DISTANCE 64 /* panel rows: hardware prefetching stops at the end of a page */
 #define ACCUMULATORS (SIMD_WIDTH == 16 ? 28 : 12) /* registers, of 32 and of 16 */
 /* The same in INT8, which has sums of a block beside those of all. */
 #define INT8_ACCUMULATORS (SIMD_WIDTH == 16 ? 12 : 6)
