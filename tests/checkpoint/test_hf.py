@@ -71,6 +71,7 @@ def test_transformers_gives_the_same_logits(tokenizer: Tokenizer, tmp_path: Path
         assert torch.equal(weights[name][:size], weight[:size]), name
 
 
+@pytest.mark.slow
 def test_folder_of_transformers_is_imported(tokenizer: Tokenizer, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

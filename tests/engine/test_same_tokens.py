@@ -122,6 +122,7 @@ def test_the_requests_are_a_mixture() -> None:
     assert len({tuple(output_ids) for output_ids, _ in results.values()}) > 400
 
 
+@pytest.mark.slow
 def test_in_a_batch_of_64() -> None:
     batch_engine = engine(prefix_cache_tokens=0)
     assert_same(together(batch_engine), alone(), batch_engine)
@@ -140,6 +141,7 @@ def test_without_c() -> None:
     assert_same(one_by_one, {request.id: alone()[request.id] for request in some}, shaken)
 
 
+@pytest.mark.slow
 def test_after_preemption_in_small_chunks() -> None:
     shaken = engine(
         prefix_cache_tokens=0, max_num_seqs=16, max_num_batched_tokens=40, prefill_chunk=11

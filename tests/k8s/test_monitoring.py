@@ -95,6 +95,7 @@ def promtool(folder: Path, *args: str) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+@pytest.mark.slow
 @needs_promtool
 def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
     spec = find("monitoring", "PrometheusRule")["spec"]

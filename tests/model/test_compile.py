@@ -111,6 +111,7 @@ def test_a_window_schedule_adds_no_graphs(documents: int) -> None:
     assert backend.graphs == (2 if documents >= 0 else 3)
 
 
+@pytest.mark.slow
 def test_one_flex_attention_for_all_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Counter()
     flex = torch.compile(flex_module.flex_attention, dynamic=False, backend=backend)

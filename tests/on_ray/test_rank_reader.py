@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from ray import cloudpickle
 
 from nanochat_ray.on_ray.rank_reader import rank_reader
@@ -24,6 +25,7 @@ sys.stdout.buffer.write(pickle.dumps({name: column.tolist() for name, column in 
 """
 
 
+@pytest.mark.slow
 def test_tasks_read_their_steps_without_torch(root: Store) -> None:
     manifest = write_dataset(root, "base", rows=20, length=8)
     config = TrainConfig(steps=3, global_batch_size=4, micro_batch_size=1)

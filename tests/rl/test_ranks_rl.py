@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
 from nanochat_ray.storage import Store
 from tests.processes import run_on_ranks
 from tests.rl.tiny_rl import RL, run_rl, save_parent, weights_digest
@@ -16,6 +18,7 @@ def _train(rank: int, root_uri: str) -> None:
     run_rl(Store.at(root_uri), "two-stale", rl=STALE)
 
 
+@pytest.mark.slow
 def test_two_ranks_end_with_the_bits_of_one(root: Store) -> None:
     save_parent(root)
     run_rl(root, "one")

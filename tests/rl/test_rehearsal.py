@@ -126,6 +126,7 @@ def test_without_the_dataset_there_is_none(root: Store) -> None:
         stage_config(root, 0.5)
 
 
+@pytest.mark.slow
 def test_a_run_rehearses_and_resumes(root: Store) -> None:
     save_parent(root)
     records = run_rl(root, "whole")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import httpx
+import pytest
 
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -13,6 +14,7 @@ from tests.serve.shapes_list import answer, compare, differences, requests
 TOK = Tokenizer.bytes_only()
 
 
+@pytest.mark.slow
 def test_every_request_of_the_list_is_answered() -> None:
     engine = ScriptedClient(TOK.encode("hello you"))
     app = build_app(engine, TOK, "tiny", 256)

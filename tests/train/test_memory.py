@@ -60,6 +60,7 @@ def allocated_peak(model_values: dict[str, Any], train_values: dict[str, Any]) -
     return max(itertools.accumulate(event.nbytes() for event in changes))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # bf16 is slow on a CPU with AVX2 alone
 @pytest.mark.parametrize(
     "changes",

@@ -84,6 +84,7 @@ def test_an_upload_that_breaks_is_repeated(root: Store, outage: Outage) -> None:
     assert all(run.exists(f"{name}/manifest.json") for name in checkpoints(run))
 
 
+@pytest.mark.slow
 def test_a_run_whose_end_cannot_be_stored_fails(root: Store, outage: Outage) -> None:
     write_dataset(root, "base")
     outage.error = lambda: FULL

@@ -172,6 +172,7 @@ def check_step_and_validation(
     assert figures == pytest.approx(reference["figures"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_two_halves_are_one_batch(root: Store) -> None:
     """The noise of dropout is that of the sequence, wherever it is computed."""
     manifests = {kind: write_dataset(root, kind, kind) for kind in ("base", "sft")}
