@@ -4,12 +4,13 @@
 
 For each seed: ``nanochat-ray rl`` in one process, with its default tasks and --flags, as run
 PREFIX-SEED; then ``nanochat-ray eval`` of what the default fine-tuning shows, and of a task that
-nothing has shown. What is complete in the storage is not run again. The last line is one JSON
-object.
+nothing has shown. The parent is evaluated too: what it lacks, RL did not unlearn. What is complete
+in the storage is not run again. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import statistics
@@ -64,11 +65,8 @@ class Gain:
     before: float
     """Mean pass@1 of the new tasks, sampled as in training."""
     after: float
-    least_old_task: str
-    least_old: float
-    """Greedy accuracy of the old task that has least."""
-    transfer: float
-    """Greedy accuracy of ``TRANSFER_TASK``."""
+    accuracy: dict[str, float]
+    """Greedy, of each of the old tasks and of ``TRANSFER_TASK``."""
 
 
 def last_object(command: str, args: Args, *flags: str) -> dict[str, Any]:
@@ -79,37 +77,44 @@ def last_object(command: str, args: Args, *flags: str) -> dict[str, Any]:
     return result
 
 
+def accuracies(args: Args, run: str) -> dict[str, float]:
+    tasks = ("--tasks", *OLD_TASKS, TRANSFER_TASK)
+    result: dict[str, float] = last_object(
+        "eval", args, "--run", run, "--count", str(args.count), *tasks
+    )["accuracy"]
+    return result
+
+
 def measure(args: Args, seed: int) -> Gain:
     run, steps = f"{args.prefix}-{seed}", str(args.steps)
     flags = ["--parent", args.parent, "--steps", steps, "--eval-every", steps, "--seed", str(seed)]
     rl = last_object("rl", args, "--run", run, "--no-ray", *flags, *shlex.split(args.flags))
-    tasks = ("--tasks", *OLD_TASKS, TRANSFER_TASK)
-    scores = last_object("eval", args, "--run", run, "--count", str(args.count), *tasks)["accuracy"]
-    least = min(OLD_TASKS, key=lambda task: float(scores[task]))
     before, after = (
         statistics.mean(rl[f"{prefix}pass@1/{task}"] for task in NEW_TASKS)
         for prefix in ("first_", "")
     )
-    return Gain(seed, before, after, least, scores[least], scores[TRANSFER_TASK])
+    return Gain(seed, before, after, accuracies(args, run))
 
 
-def table(gains: Sequence[Gain]) -> str:
-    head = ("seed", "new tasks before", "after", "least of the old tasks", TRANSFER_TASK)
+def table(parent: dict[str, float], gains: Sequence[Gain]) -> str:
+    """A row for each task, in percent: of the parent, and after each seed's run."""
+    head = ["percent", "before", *(f"seed {gain.seed}" for gain in gains), "mean ± deviation"]
+    before = statistics.mean(gain.before for gain in gains)
+    rows = [("new tasks, pass@1", before, [gain.after for gain in gains])]
+    rows += [(task, parent[task], [g.accuracy[task] for g in gains]) for task in parent]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for g in gains:
-        old = f"{g.least_old:.1%} ({g.least_old_task})"
-        lines.append(f"| {g.seed} | {g.before:.1%} | {g.after:.1%} | {old} | {g.transfer:.1%} |")
-    if len(gains) > 1:
-        after = [g.after for g in gains]
-        spread = f"{statistics.mean(after):.1%} ± {statistics.stdev(after):.1%}"
-        lines.append(f"| mean ± standard deviation | | {spread} | | |")
+    for name, first, after in rows:
+        spread = f" ± {100 * statistics.stdev(after):.1f}" if len(after) > 1 else ""
+        cells = [f"{100 * share:.1f}" for share in (first, *after, statistics.mean(after))]
+        lines.append(f"| {name} | {' | '.join(cells)}{spread} |")
     return "\n".join(lines)
 
 
 def main(args: Args) -> None:
+    parent = accuracies(args, args.parent)
     gains = []
     for seed in args.seeds:
         gains.append(measure(args, seed))
-        print(table(gains[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    print(table(gains))
-    print(json.dumps([vars(gain) for gain in gains]))
+        print(table(parent, gains[-1:]), file=sys.stderr, flush=True)
+    print(table(parent, gains))
+    print(json.dumps({"before": parent, "seeds": [dataclasses.asdict(gain) for gain in gains]}))
