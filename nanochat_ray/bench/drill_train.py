@@ -107,9 +107,9 @@ class Round:
 
     part: str
     checkpoint: str
-    """The latest one right after a kill, or right before an outage."""
+    """The latest one until a killed process was replaced, or right before an outage."""
     recovery_s: float | None = None
-    """Until there was a newer one; None: not within the time."""
+    """From the disturbance until there was a newer one; None: not within the time."""
     restarts: int = 0
     """How often the command had to be given again."""
 
@@ -195,24 +195,42 @@ def disturb(args: Args, command: Command, part: str, rng: random.Random) -> Roun
         time.sleep(args.outage_s)
         subprocess.run(args.mend_command, shell=True, check=True)
     else:
-        _kill_one(command, part, rng, start + args.recover_s)
-        # What was published until the kill is no recovery.
-        counts = Round(part, command.latest)
+        before = _kill_one(command, part, rng, start + args.recover_s)
         if args.mend_command:
             subprocess.run(args.mend_command, shell=True, check=True)
+        counts = Round(part, _await_replacement(command, part, before, start + args.recover_s))
     if _await_checkpoint(command, counts.checkpoint, start + args.recover_s, again=True):
         counts.recovery_s = time.monotonic() - start
     counts.restarts = command.restarts - restarts
     return counts
 
 
-def _kill_one(command: Command, part: str, rng: random.Random, deadline: float) -> None:
-    """Waits for a process of the part: the run may still be starting again."""
+def _kill_one(
+    command: Command, part: str, rng: random.Random, deadline: float
+) -> list[psutil.Process]:
+    """Waits for a process of the part: the run may still be starting again. Returns all that it
+    had."""
     while not (processes := command.processes(part)):
         requirement = "the run has no such process on this host"
         require(time.monotonic() < deadline, "parts", part, requirement)
         time.sleep(POLL_S)
     rng.choice(processes).kill()
+    return processes
+
+
+def _await_replacement(
+    command: Command, part: str, before: Sequence[psutil.Process], deadline: float
+) -> str:
+    """Waits until the part has a process that it had not ``before``, or the run is complete.
+    Returns the latest checkpoint until then, which is no recovery: what is published meanwhile
+    comes from workers that go on for a moment without their driver or controller."""
+    latest = command.latest
+    while command.runs(again=True) and time.monotonic() < deadline:
+        if any(process not in before for process in command.processes(part)):
+            break
+        latest = command.latest
+        time.sleep(POLL_S)
+    return latest
 
 
 def _await_checkpoint(command: Command, latest: str, deadline: float, *, again: bool) -> bool:

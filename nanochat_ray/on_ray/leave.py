@@ -29,6 +29,8 @@ from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER, PROCESS_TYPE_RAY
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 """Exit status of a command that SIGINT or SIGTERM ended, as a shell counts it."""
 POLL_S = 0.1
+NODE_POLL_S = 0.5
+"""How often ``end_with_node`` looks."""
 GCS_END_S = 5.0
 """How long a cluster that ends may take to end its control service."""
 SHUTDOWN_S = 15.0
@@ -114,6 +116,11 @@ def leave(status: int, *, shutdown: bool = True) -> NoReturn:
         thread.start()
         while thread.is_alive() and time.monotonic() < ends_at:
             thread.join(POLL_S)
+    _end(status)
+
+
+def _end(status: int) -> NoReturn:
+    """Ends this process and its own Ray, without a call of Ray."""
     atexit.unregister(ray.shutdown)
     atexit._run_exitfuncs()
     for group in _groups:
@@ -124,6 +131,29 @@ def leave(status: int, *, shutdown: bool = True) -> NoReturn:
         with contextlib.suppress(BrokenPipeError):
             stream.flush()
     os._exit(status)
+
+
+@contextlib.contextmanager
+def end_with_node() -> Iterator[None]:
+    """Meanwhile the death of the Ray that this process has started ends the process with status 1
+    within seconds. Calls of Ray would wait for a minute, and then fail."""
+    end = threading.Event()
+
+    def watch() -> None:
+        while not end.wait(NODE_POLL_S):
+            services = dead_services()
+            # Whoever ends all processes of a service may end this one last.
+            if services and not end.wait(NODE_POLL_S):
+                print(f"{' and '.join(services)} of Ray died", file=sys.stderr, flush=True)
+                _end(1)
+
+    thread = threading.Thread(target=watch, name="end-with-node", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
 
 
 def is_up() -> bool:

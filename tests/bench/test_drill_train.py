@@ -72,16 +72,24 @@ def test_a_killed_driver_is_started_again(tmp_path: Path) -> None:
     assert latest(tmp_path, "drill") == checkpoint.name_of(STEPS)
 
 
-def test_what_precedes_a_kill_is_no_recovery(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("order", ["before the kill", "after it, by a worker that goes on"])
+def test_only_a_successor_recovers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
     kill_one = drill_train._kill_one
 
-    def publish_and_kill(command: drill_train.Command, *args: Any) -> None:
+    def publish() -> None:
         folder = tmp_path / "runs" / "drill" / checkpoint.name_of(2)
         folder.mkdir()
         (folder / "manifest.json").touch()
-        kill_one(command, *args)
+
+    def publish_and_kill(command: drill_train.Command, *args: Any) -> Any:
+        if order == "before the kill":
+            publish()
+        processes = kill_one(command, *args)
+        if order != "before the kill":
+            publish()
+        return processes
 
     monkeypatch.setattr(drill_train, "_kill_one", publish_and_kill)
     args = arguments(tmp_path, parts=("driver",), train="kills 1")
