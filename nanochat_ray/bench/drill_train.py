@@ -195,10 +195,10 @@ def disturb(args: Args, command: Command, part: str, rng: random.Random) -> Roun
         time.sleep(args.outage_s)
         subprocess.run(args.mend_command, shell=True, check=True)
     else:
-        before = _kill_one(command, part, rng, start + args.recover_s)
+        group, before = _kill_one(command, part, rng, start + args.recover_s)
         if args.mend_command:
             subprocess.run(args.mend_command, shell=True, check=True)
-        counts = Round(part, _await_replacement(command, part, before, start + args.recover_s))
+        counts = Round(part, _await_replacement(command, group, before, start + args.recover_s))
     if _await_checkpoint(command, counts.checkpoint, start + args.recover_s, again=True):
         counts.recovery_s = time.monotonic() - start
     counts.restarts = command.restarts - restarts
@@ -207,15 +207,17 @@ def disturb(args: Args, command: Command, part: str, rng: random.Random) -> Roun
 
 def _kill_one(
     command: Command, part: str, rng: random.Random, deadline: float
-) -> list[psutil.Process]:
-    """Waits for a process of the part: the run may still be starting again. Returns all that it
-    had."""
+) -> tuple[str, list[psutil.Process]]:
+    """Waits for a process of the part: the run may still be starting again. Returns the part whose
+    new processes continue the run, and those that it had: workers outlive the other parts."""
     while not (processes := command.processes(part)):
         requirement = "the run has no such process on this host"
         require(time.monotonic() < deadline, "parts", part, requirement)
         time.sleep(POLL_S)
+    group = "worker" if part in ("controller", "driver") and command.processes("worker") else part
+    before = command.processes(group)
     rng.choice(processes).kill()
-    return processes
+    return group, before
 
 
 def _await_replacement(
