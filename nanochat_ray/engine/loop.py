@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -57,11 +58,14 @@ class EngineLoop:
 
     ``on_step`` is called in that thread once for each step that has outputs, with all of them.
     Every request that ``submit`` accepted gets exactly one output with ``finish``, also when a step
-    raises ("error") or the loop is stopped ("abort").
+    raises ("error") or the loop is stopped ("abort"). ``niceness`` is what the thread, and those
+    that it starts, have more than this process.
     """
 
-    def __init__(self, engine: Engine, on_step: Callable[[list[RequestOutput]], None]):
-        self._engine, self._on_step = engine, on_step
+    def __init__(
+        self, engine: Engine, on_step: Callable[[list[RequestOutput]], None], niceness: int = 0
+    ):
+        self._engine, self._on_step, self._niceness = engine, on_step, niceness
         self._condition = threading.Condition()
         # Under the condition:
         self._inbox: list[tuple[Request, Future[Any] | None]] = []
@@ -216,6 +220,9 @@ class EngineLoop:
                 raise RuntimeError("the engine's thread hangs in a step")
 
     def _run(self) -> None:
+        if self._niceness and sys.platform == "linux":  # elsewhere threads have none of their own
+            now = os.getpriority(os.PRIO_PROCESS, 0)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), now + self._niceness)
         failures = 0
         while True:
             with self._condition:

@@ -59,11 +59,14 @@ SETTINGS = {
     # On a busy machine a proxy takes longer to start than 3 times Serve's 5 s, and would be started
     # again and again.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",
+    # Of an ingress, whose engines have 10 more. At Ray's 15 there is no room for that below the
+    # 19 at which Linux ends, and a flood's refusals wait for seconds behind the engines.
+    "RAY_worker_niceness": "5",
     # An idle client, or one that stalls in its request, has its connection for an hour by default.
     # An answer that takes longer to come is not cut.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
 }
-"""Of Serve on one machine."""
+"""Of a Ray that serves."""
 PREFIX, OWNER = "nanochat-", "owner"
 """Of a folder's name; and its file that says which process has started the cluster."""
 MAX_FOLDER = 28

@@ -28,13 +28,15 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Scope
 
 from nanochat_ray.serve.access import AccessLog
-from nanochat_ray.serve.auth import AuthMiddleware, BodySizeLimit, client_of
+from nanochat_ray.serve.auth import AuthMiddleware, BodySizeLimit, client_of, name_of_client
 from nanochat_ray.serve.body import JsonRoute, from_validation, route_class
 from nanochat_ray.serve.client import EngineClient, UnavailableError
 from nanochat_ray.serve.generation import Limits
 from nanochat_ray.serve.hosts import HostCheck
+from nanochat_ray.serve.keys import KeyRing, hash_key
 from nanochat_ray.serve.metrics import (
     EngineMetrics,
     FollowMetrics,
@@ -122,6 +124,7 @@ def build_app(
     or "*". ``suggestions``: questions that the chat page offers. ``allowed_hosts``:
     names that ``Host`` may have (``hosts``); none: any.
     """
+    keys = [hash_key(key) for key in keys]  # one name for each in the whole application
     prometheus = PrometheusSink(name)
     metrics = RequestMetrics(Tee(prometheus, sink) if sink is not None else prometheus)
     serving = Serving(client, tokenizer, name, max_model_len, limits or Limits(), metrics)
@@ -130,6 +133,7 @@ def build_app(
         title="nanochat_ray", version=VERSION, docs_url=None, redoc_url=None, responses=FAILURES
     )
     app.router.route_class = JsonRoute
+    app.state.keys, app.state.gate = KeyRing(keys), serving.gate
     _add_error_handlers(app)
     app.add_middleware(
         BodySizeLimit,
@@ -154,6 +158,15 @@ def build_app(
     _add_tokens(app, serving)
     _add_generation(app, serving)
     return app
+
+
+def refuses(app: FastAPI, scope: Scope) -> bool:
+    """Whether ``app`` refuses the request of ``scope`` now, whatever its body is, because the
+    engines have just refused another one of its client."""
+    if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in STREAMS:
+        return False
+    client = name_of_client(app.state.keys, scope) if app.state.keys else ""
+    return client is not None and bool(app.state.gate.refuses(client))
 
 
 def _page(suggestions: Sequence[str]) -> tuple[str, dict[str, str]]:

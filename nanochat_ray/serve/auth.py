@@ -25,6 +25,13 @@ def client_of(request: Request) -> str:
     return request.scope.get(CLIENT, "")
 
 
+def name_of_client(keys: KeyRing, scope: Scope) -> str | None:
+    """The name of the key that a request carries in its head; None without a valid one."""
+    authorization = dict(scope["headers"]).get(b"authorization", b"")
+    scheme, _, key = authorization.partition(b" ")
+    return keys.name_of(key.strip()) if scheme.lower() == b"bearer" else None
+
+
 def check_origins(field: str, origins: Sequence[str]) -> None:
     """ValueError for a value that no browser sends as ``Origin``."""
     for origin in origins:
@@ -51,7 +58,7 @@ class AuthMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        client = self._client(dict(scope["headers"]))
+        client = name_of_client(self.keys, scope)
         scope[CLIENT] = client or ""
         if self.keys and _route_path(scope) not in OPEN_PATHS and client is None:
             refusal = ApiError(
@@ -63,11 +70,6 @@ class AuthMiddleware:
             await refusal.response()(scope, receive, send)
             return
         await self.app(scope, receive, send)
-
-    def _client(self, headers: dict[bytes, bytes]) -> str | None:
-        """The name of the key in the headers; None if there is no valid key."""
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        return self.keys.name_of(key.strip()) if scheme.lower() == b"bearer" else None
 
 
 def _route_path(scope: Scope) -> str:

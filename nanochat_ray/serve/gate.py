@@ -21,8 +21,8 @@ MAX_REFUSAL_S = 1.0
 MAX_STARTS = 8
 """Requests that begin in one iteration of the event loop; more if the last one took long. Between
 two iterations the streams that run get their tokens, and refusals by the engines arrive …"""
-STARTS_PER_S = 400
-"""… so that requests that begin take about a quarter of a busy event loop's time."""
+STARTS_PER_S = 200
+"""… so that requests that begin take about a quarter of a busy event loop's time: 1.3 ms each."""
 MAX_WAIT_S = 2.0
 """A request that has not begun by then is refused."""
 
@@ -57,15 +57,19 @@ class AdmissionGate:
             if name == client and not turn.done():
                 turn.set_result(None)
 
-    def check(self, client: str) -> None:
-        """EngineFull if the engines have just refused a request of the client."""
+    def refuses(self, client: str) -> bool:
+        """Whether the engines have just refused a request of the client."""
         now = self._clock()
         while self._refusals:
             oldest, (end, _) = next(iter(self._refusals.items()))
             if end > now:
                 break
             del self._refusals[oldest]
-        if client in self._refusals:
+        return client in self._refusals
+
+    def check(self, client: str) -> None:
+        """EngineFull if it ``refuses`` the client."""
+        if self.refuses(client):
             _, refusal = self._refusals[client]
             raise EngineFull(str(refusal), refusal.retry_after_s)
 

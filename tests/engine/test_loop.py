@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -103,6 +105,25 @@ def test_rejections_come_at_once(loop: tuple[EngineLoop, Collector]) -> None:
 
 def test_an_engine_without_a_step_does_not_hang() -> None:
     assert not EngineLoop(make_engine(make_model("modern")), lambda outputs: None).is_hung(0.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_the_thread_has_less_priority() -> None:
+    here = os.getpriority(os.PRIO_PROCESS, 0)
+    steps: list[int] = []
+
+    def on_step(_: list[RequestOutput]) -> None:
+        steps.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    loop = EngineLoop(make_engine(make_model("modern")), on_step, niceness=1)
+    loop.start()
+    try:
+        loop.submit(ask("a", [1, 2], max_tokens=1))
+        wait_for(lambda: steps, 60, "a step")
+    finally:
+        loop.stop()
+    assert steps[0] == min(19, here + 1)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == here
 
 
 def test_full_queue_is_rejected() -> None:

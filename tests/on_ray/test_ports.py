@@ -54,7 +54,7 @@ def test_serve_reads_every_setting() -> None:
     image = (REPO / "cluster/Dockerfile").read_text()
     manifest = (REPO / "k8s/serve/ray-service.yaml").read_text()
     for name, value in ports.SETTINGS.items():
-        assert f'"{name}"' in source
+        assert f'"{name}"' in source or name == "RAY_worker_niceness"  # read by the raylet
         for in_image in re.findall(rf"{name}=(\S+)", image):
             assert in_image == value
         for in_manifest in re.findall(rf'name: {name}\s+value: "(.*)"', manifest):
@@ -63,6 +63,7 @@ def test_serve_reads_every_setting() -> None:
         "RAY_SERVE_ENABLE_HA_PROXY",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S",
+        "RAY_worker_niceness",
     ):
         assert name in image
         assert name in manifest

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nanochat_ray.engine.request import EngineFull
-from nanochat_ray.serve.app import build_app
+from nanochat_ray.serve.app import build_app, refuses
 from nanochat_ray.serve.gate import (
     MAX_STARTS,
     MAX_WAIT_S,
@@ -117,8 +117,8 @@ def test_few_requests_begin_at_once_in_order() -> None:
 def test_more_begin_after_a_long_iteration() -> None:
     clock = Clock()
     gate = AdmissionGate(clock)
-    # 400 a second: 50 in 0.125 s.
-    events = asyncio.run(starts(gate, [""] * (MAX_STARTS + 120), clock, 0.125))
+    # 200 a second: 50 in 0.25 s.
+    events = asyncio.run(starts(gate, [""] * (MAX_STARTS + 120), clock, 0.25))
     assert sizes(events) == [MAX_STARTS, 50, 50, 20]
     clock.now += 60.0
     assert sizes(asyncio.run(starts(gate, [""] * 20))) == [MAX_STARTS, MAX_STARTS, 4]
@@ -183,6 +183,27 @@ def test_the_next_request_is_refused_unparsed() -> None:
     assert post(app, "/tokenize")[0] == 200  # it needs no engine
     refusals = call(app, http("/metrics", "GET"))[1]["body"].decode()
     assert 'nanochat_request_refusals_total{model_name="m",status="429"} 4.0' in refusals
+
+
+@pytest.mark.parametrize("keys", [(), ("secret",)])
+def test_a_refusal_is_known_from_the_head(keys: tuple[str, ...]) -> None:
+    engine = ScriptedClient([65])
+    app = build_app(engine, Tokenizer.bytes_only(), "m", 256, keys=keys)
+    headers = {"content_type": "application/json"}
+    if keys:
+        headers["authorization"] = f"Bearer {keys[0]}"
+    scope = http("/v1/completions", **headers)
+    assert not refuses(app, scope)
+    engine.refuse = FULL
+    status = call(app, scope, b'{"prompt": "x"}')[0]["status"]
+    assert status == 429
+    assert refuses(app, http("/v1/responses", **headers))
+    assert not refuses(app, http("/v1/completions", "GET", **headers))
+    assert not refuses(app, http("/tokenize", **headers))
+    assert not refuses(app, {"type": "websocket", "path": "/v1/completions", "headers": []})
+    if keys:  # 401, whatever the engines say
+        assert not refuses(app, http("/v1/completions"))
+        assert not refuses(app, http("/v1/completions", authorization="Bearer wrong"))
 
 
 @pytest.mark.parametrize("fields", [{"n": 2}, {"priority": 1}])

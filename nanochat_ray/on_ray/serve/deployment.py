@@ -21,7 +21,7 @@ from ray.serve.schema import LoggingConfig
 from nanochat_ray.checkpoint import checkpoint, follow
 from nanochat_ray.config import from_json, to_json
 from nanochat_ray.on_ray.config import ServeConfig
-from nanochat_ray.on_ray.serve import autoscaling
+from nanochat_ray.on_ray.serve import autoscaling, http_server
 from nanochat_ray.on_ray.serve.follow import FollowDeployment
 from nanochat_ray.on_ray.serve.ingress import Ingress
 from nanochat_ray.on_ray.serve.replica import EngineReplica
@@ -50,6 +50,7 @@ INGRESS_ENVIRONMENT = {
     # uvloop accepts one connection in an iteration of its event loop (libuv since 1.47), asyncio
     # all that wait. In a flood they waited for seconds to be refused (BENCHMARKS.md).
     "RAY_USE_UVLOOP": "0",
+    **http_server.ENVIRONMENT,
 }
 
 

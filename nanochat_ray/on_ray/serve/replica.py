@@ -57,6 +57,8 @@ logger = logging.getLogger(__name__)
 DRAIN_S = 25.0
 """How long a replica that Serve stops may finish its requests; less than
 ``graceful_shutdown_timeout_s`` of the deployment."""
+NICENESS = 10
+"""Of an engine's threads on a CPU, above that of Ray's workers (``ports.SETTINGS``)."""
 
 
 class EngineReplica:
@@ -224,7 +226,9 @@ class EngineReplica:
         def on_step(outputs: list[RequestOutput]) -> None:  # in the engine's thread
             loop.call_soon_threadsafe(self._deliver, outputs)
 
-        engine_loop = EngineLoop(engine, on_step)
+        # Else an ingress on the same cores gets too little of them to refuse a flood.
+        niceness = NICENESS if self.device == "cpu" else 0
+        engine_loop = EngineLoop(engine, on_step, niceness)
         engine_loop.start()
         return engine_loop
 

@@ -1,0 +1,60 @@
+"""What Serve's HTTP server in an ingress does otherwise than by default, for the sake of floods.
+
+By default a burst of connections stops every stream until all of it is read and refused: asyncio
+accepts all that wait in one iteration of its event loop, and Serve spends more CPU time on each
+request (tasks, contexts, metrics) than the application on a refusal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ray import serve
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from nanochat_ray.serve.app import refuses
+
+ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}:middlewares"}
+"""Makes Serve call ``middlewares`` in an ingress."""
+ACCEPTS = 64
+"""Connections that are accepted in an iteration of the event loop. Each costs about as much CPU
+time as four tokens of a stream."""
+
+
+def middlewares() -> list[Middleware]:
+    """Of the server that Serve is about to start in this process's event loop."""
+    accept_gradually(asyncio.get_running_loop())
+    return [Middleware(Shortcut)]
+
+
+class Shortcut:
+    """ASGI middleware around Serve: a request that the application refuses goes to it directly."""
+
+    def __init__(self, app: ASGIApp):
+        self._serve = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Serve starts the server before its context has the ingress.
+        ingress: Any = serve.get_replica_context().servable_object
+        is_refused = ingress is not None and refuses(ingress.app, scope)
+        await (ingress.app if is_refused else self._serve)(scope, receive, send)
+
+
+def accept_gradually(loop: Any) -> None:
+    """Servers that ``loop`` starts for a given socket accept ``ACCEPTS`` connections at a time.
+
+    As many as their ``backlog`` still wait in the kernel: asyncio uses that number for both.
+    """
+    if not isinstance(loop, asyncio.SelectorEventLoop):
+        return
+    create_server = loop.create_server
+
+    async def create_gradual_server(*args: Any, backlog: int = 100, **options: Any) -> Any:
+        server = await create_server(*args, backlog=min(ACCEPTS, backlog), **options)
+        if (sock := options.get("sock")) is not None:
+            sock.listen(backlog)
+        return server
+
+    loop.create_server = create_gradual_server  # type: ignore[method-assign]
