@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import ray.serve
 import torch
 
 from nanochat_ray.checkpoint import checkpoint, follow
+from nanochat_ray.checkpoint.lease import leased_checkpoints
 from nanochat_ray.cli import serve as command
 from nanochat_ray.cli.serve import Args
 from nanochat_ray.engine import loading
@@ -21,6 +23,7 @@ from nanochat_ray.on_ray.serve import deploy, deployment
 from nanochat_ray.serve import access, app, collector, http_server, keys, local
 from nanochat_ray.storage import Store
 from tests.on_ray.serve.tiny_run import write_checkpoint
+from tests.waiting import wait_for
 
 
 class Calls:
@@ -134,17 +137,24 @@ def test_the_first_checkpoint_is_the_named_one(root: Store, calls: Calls) -> Non
         assert calls.arguments["first_checkpoint"] == (run, name or "tiny", "best")
 
 
-def test_the_served_checkpoint_is_leased(root: Store) -> None:
-    """The training run deletes none that is; the lease ends with the block."""
+@pytest.mark.parametrize("target", ["", "latest"])
+def test_the_served_checkpoint_is_leased(root: Store, target: str) -> None:
+    """The training run deletes none that is; the lease and the following end with the block."""
     write_checkpoint(root, 0)
-    run, client = root.child("runs", "tiny"), object()
-    config: Any = ServeConfig(storage=root.uri, run="tiny")
-    engine_client: Any = client
-    name = checkpoint.resolve(run, "")
-    with command.hold_checkpoint(config, run, engine_client, name):
-        (file,) = run.list("leases")
-        assert name in run.read_text(f"leases/{file}")
+    run = root.child("runs", "tiny")
+    config: Any = ServeConfig(storage=root.uri, run="tiny", follow=target)
+    client: Any = SimpleNamespace()
+    name, before = checkpoint.resolve(run, ""), set(threading.enumerate())
+
+    def new_threads() -> set[str]:
+        names = {thread.name for thread in set(threading.enumerate()) - before}
+        return names & {"follow", "lease"}
+
+    with command.hold_checkpoint(config, run, client, name):
+        wait_for(lambda: leased_checkpoints(run) == {name}, what="the lease")
+        wait_for(lambda: new_threads() == ({"follow", "lease"} if target else {"lease"}))
     assert run.list("leases") == []
+    assert not new_threads()
 
 
 @pytest.mark.parametrize("access_log", [True, False])
