@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import psutil
 import pytest
 
-from nanochat_ray.cli import chat, entry, quickstart
+from nanochat_ray.cli import chat, entry, quickstart, quickstart_jobs
 from nanochat_ray.cli.quickstart import Args, base_minutes, learn, sft_minutes, tag, text_state
 from nanochat_ray.cli.quickstart_jobs import Jobs, user_line
 from nanochat_ray.model.gpt import GPT
@@ -342,6 +343,20 @@ def test_the_address_is_the_user_s_alone(tmp_path: Path, monkeypatch: pytest.Mon
     script = f". {cluster.folder / 'address'}; echo $RAY_AUTH_TOKEN"
     shell = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
     assert shell.stdout.strip() == variables["RAY_AUTH_TOKEN"]
+
+
+def test_an_evaluation_that_failed_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster: Any = SimpleNamespace(logs=tmp_path, environment=lambda: None)
+    jobs = Jobs(cluster, str(tmp_path), "d4", gpus=0)
+    monkeypatch.setattr(quickstart_jobs, "RAY", ["false"])
+    with pytest.raises(SystemExit):
+        jobs.evaluate("r")
+    assert os.listdir(tmp_path) == ["eval-r-failed.log"]
+    monkeypatch.setattr(quickstart_jobs, "RAY", ["true"])
+    jobs.evaluate("r")
+    assert sorted(os.listdir(tmp_path)) == ["eval-r-failed.log", "eval-r.log"]
 
 
 def test_the_scripts_are_valid() -> None:
