@@ -106,7 +106,7 @@ class Jobs:
             env=self.cluster.environment(),
         )
         assert process.stdout is not None
-        with self.log(name).open("w") as log:
+        with process.stdout, self.log(name).open("w") as log:
             for line in process.stdout:
                 log.write(line)
                 log.flush()
