@@ -23,8 +23,8 @@ MAX_STARTS = 8
 two iterations the streams that run get their tokens, and refusals by the engines arrive …"""
 STARTS_PER_S = 200
 """… so that requests that begin take about a quarter of a busy event loop's time: 1.3 ms each."""
-MAX_WAIT_S = 2.0
-"""A request that has not begun by then is refused."""
+MAX_WAIT_S = 0.5
+"""A request that has not begun by then is refused: the wait in an engine's queue comes on top."""
 
 
 class AdmissionGate:

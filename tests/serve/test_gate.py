@@ -126,8 +126,9 @@ def test_more_begin_after_a_long_iteration() -> None:
 
 def test_a_request_that_waits_too_long_is_refused() -> None:
     clock = Clock()
-    count = MAX_STARTS + int(STARTS_PER_S * (MAX_WAIT_S - 0.5)) + 3
-    events = asyncio.run(starts(AdmissionGate(clock), [""] * count, clock, MAX_WAIT_S - 0.5))
+    iteration_s = 0.75 * MAX_WAIT_S
+    count = MAX_STARTS + int(STARTS_PER_S * iteration_s) + 3
+    events = asyncio.run(starts(AdmissionGate(clock), [""] * count, clock, iteration_s))
     assert sizes(events) == [MAX_STARTS, count - MAX_STARTS - 3, 3]
     assert [e for e in events if "refused" in e] == [f"refused {i}" for i in range(count)[-3:]]
 
