@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from nanochat_ray.bench.environment import machine
-from nanochat_ray.checks import check_int
+from nanochat_ray.checks import check_float, check_int
 from nanochat_ray.data import sources, tokenize_text
 from nanochat_ray.data.manifest import Manifest, Shard
 from nanochat_ray.data.map_tasks import TaskResult, Work
@@ -61,8 +61,7 @@ class Args:
         for name in ("sequence_len", "vocab_size", "ranks", "depth"):
             check_int(name, getattr(self, name), 1)
         for name in ("text_gb", "file_mb"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: more than 0")
+            check_float(name, getattr(self, name), above=True)
 
     @property
     def num_tokens(self) -> int:

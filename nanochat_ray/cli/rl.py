@@ -22,7 +22,7 @@ from nanochat_ray.engine.config import GUEST_DEFAULTS, EngineConfig
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.rl.config import DEFAULT_TASKS, RLConfig
 from nanochat_ray.storage import Store, absolute, default_root
-from nanochat_ray.train.config import TrainConfig
+from nanochat_ray.train.config import MAX_INT, TrainConfig, check_flags
 
 if TYPE_CHECKING:
     from nanochat_ray.train.config import TrainerConfig
@@ -49,7 +49,6 @@ else:
     EngineFlags = overrides(EngineConfig, omit=("precision", "max_model_len"))
 
 
-MAX_INT = 1 << 30
 MOST_ENGINES = 4
 """By default: a round's answers are too few to keep more of them busy to its end."""
 
@@ -116,9 +115,7 @@ class Args:
         check_float("lr_scale", self.lr_scale, above=True)
         if self.endpoint:
             require(not self.engines, "engines", self.engines, "not with --endpoint")
-        for name, value in self.train.items():
-            if type(value) is int:
-                check_int(name, value, 0, MAX_INT)
+        check_flags(self.train)
         OptimConfig(**self.optim)
         engine_config(self)
 

@@ -24,7 +24,7 @@ from nanochat_ray.model.config import ModelConfig, Preset
 from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.retry import retry
 from nanochat_ray.storage import Store, absolute, default_root
-from nanochat_ray.train.config import TrainConfig
+from nanochat_ray.train.config import MAX_INT, TrainConfig, check_flags
 
 if TYPE_CHECKING:
     TrainFlags = dict[str, Any]
@@ -51,7 +51,6 @@ BASE_FLAGS = ("depth", "preset", "tokens_per_param", "tokens")
 SFT_FLAGS = ("epochs",)
 MODEL_FLAGS = ("depth", "preset")
 """What a parent has already."""
-MAX_INT = 2**62
 LEAST = {
     "depth": 1,
     "tokens": 0,
@@ -172,9 +171,6 @@ class Args:
         for name, least in LEAST.items():
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least, MAX_INT)
-        for name, value in self.train.items():
-            if type(value) is int:
-                check_int(name, value, 0, MAX_INT)
         requirement = f"up to the {self.workers} workers"
         require(self.min_workers <= self.workers, "min_workers", self.min_workers, requirement)
         for name in ("tokens_per_param", "epochs", "lr_scale"):
@@ -185,9 +181,7 @@ class Args:
 
     def _check_configurations(self) -> None:
         """Raises ValueError for a value that no run allows, before a dataset is opened."""
-        micro_batch_size = self.train.get("micro_batch_size", 1)
-        required_fields = {"steps": 1, "global_batch_size": micro_batch_size, "precision": "bf16"}
-        TrainConfig(**{**required_fields, "micro_batch_size": 1, **self.train})
+        check_flags(self.train)
         OptimConfig(**self.optim)
 
 

@@ -48,8 +48,8 @@ def scatter(
     firsts = np.searchsorted(shards[order], np.arange(num_shards + 1))
     offsets = _OFFSET_BYTES * (num_shards + 1) + dtype.itemsize * firsts.astype(np.int64)
     with store.writing(name) as file:
-        file.write(offsets.tobytes())
-        file.write(sequences.tobytes())
+        file.write(offsets)
+        file.write(sequences.view(np.uint8))
 
 
 def gather(

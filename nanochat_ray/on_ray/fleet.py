@@ -25,6 +25,7 @@ from torch import Tensor
 from nanochat_ray.engine.request import EngineStoppedError, Request, RequestOutput
 from nanochat_ray.on_ray.fleet_engine import EngineSpec, FleetEngine
 from nanochat_ray.on_ray.serve.endpoints import CALL_ERRORS
+from nanochat_ray.on_ray.thread import thread_beside
 
 CALLS_PER_ENGINE = 2
 """Into which the requests are divided: a fast engine takes more of them."""
@@ -143,23 +144,19 @@ class Fleet:
         """The outputs of a call come together. It has an equal part of ``requests`` if their number
         is known, and at most ``SLOTFULS_PER_CALL`` times what its engine runs at once."""
         # Not longer than this call: a thread of its own would start a Ray when there is none.
-        end = threading.Event()
-        reviver = threading.Thread(target=self._revive, args=(end,), name="reviver")
-        reviver.start()
-        pool = ThreadPoolExecutor(len(self._engines), "fleet")
-        calls: set[Future[list[RequestOutput]]] = set()
-        try:
-            for chunk in self._chunks(requests):
-                calls.add(pool.submit(self._call, chunk))
-                if len(calls) > CALLS_PER_ENGINE * len(self._engines):
-                    ready, calls = wait(calls, return_when=FIRST_COMPLETED)
-                    yield from itertools.chain.from_iterable(call.result() for call in ready)
-            for call in as_completed(calls):
-                yield from call.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            end.set()
-            reviver.join()
+        with thread_beside(self._revive, "reviver"):
+            pool = ThreadPoolExecutor(len(self._engines), "fleet")
+            calls: set[Future[list[RequestOutput]]] = set()
+            try:
+                for chunk in self._chunks(requests):
+                    calls.add(pool.submit(self._call, chunk))
+                    if len(calls) > CALLS_PER_ENGINE * len(self._engines):
+                        ready, calls = wait(calls, return_when=FIRST_COMPLETED)
+                        yield from itertools.chain.from_iterable(call.result() for call in ready)
+                for call in as_completed(calls):
+                    yield from call.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _chunks(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
         size = SLOTFULS_PER_CALL * self.config.max_num_seqs

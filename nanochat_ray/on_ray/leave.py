@@ -26,6 +26,8 @@ import ray
 from ray._private import services, utils, worker
 from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER, PROCESS_TYPE_RAYLET
 
+from nanochat_ray.on_ray.thread import thread_beside
+
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 """Exit status of a command that SIGINT or SIGTERM ended, as a shell counts it."""
 POLL_S = 0.1
@@ -137,9 +139,8 @@ def _end(status: int) -> NoReturn:
 def end_with_node() -> Iterator[None]:
     """Meanwhile the death of the Ray that this process has started ends the process with status 1
     within seconds. Calls of Ray would wait for a minute, and then fail."""
-    end = threading.Event()
 
-    def watch() -> None:
+    def watch(end: threading.Event) -> None:
         while not end.wait(NODE_POLL_S):
             services = dead_services()
             # Whoever ends all processes of a service may end this one last.
@@ -147,13 +148,8 @@ def end_with_node() -> Iterator[None]:
                 print(f"{' and '.join(services)} of Ray died", file=sys.stderr, flush=True)
                 _end(1)
 
-    thread = threading.Thread(target=watch, name="end-with-node", daemon=True)
-    thread.start()
-    try:
+    with thread_beside(watch, "end-with-node"):
         yield
-    finally:
-        end.set()
-        thread.join()
 
 
 def is_up() -> bool:

@@ -39,6 +39,7 @@ from nanochat_ray.on_ray import leave, session
 from nanochat_ray.on_ray.data_loader import RayDataLoader
 from nanochat_ray.on_ray.interface import NodeTorchConfig
 from nanochat_ray.on_ray.stop_flag import StopFlag
+from nanochat_ray.on_ray.thread import thread_beside
 from nanochat_ray.storage import Store
 from nanochat_ray.train.config import TrainerConfig
 from nanochat_ray.train.data_loader import open_dataset
@@ -88,22 +89,17 @@ def _on_this_node() -> NodeAffinitySchedulingStrategy:
 @contextlib.contextmanager
 def _poll_flag(flag: Any, interval_s: float = 0.5) -> Iterator[Callable[[], bool]]:
     """A function that returns at once what a thread last read from the flag."""
-    stop, end = threading.Event(), threading.Event()
+    stop = threading.Event()
 
-    def poll() -> None:
+    def poll(end: threading.Event) -> None:
         while not end.wait(interval_s) and not stop.is_set():
             # The driver, and the flag with it, may be gone: then nobody stops the run.
             with contextlib.suppress(ray.exceptions.RayError):
                 if ray.get(flag.is_stopping.remote(), timeout=10):
                     stop.set()
 
-    thread = threading.Thread(target=poll, name="stop-flag", daemon=True)
-    thread.start()
-    try:
+    with thread_beside(poll, "stop-flag"):
         yield stop.is_set
-    finally:
-        end.set()
-        thread.join()
 
 
 @contextlib.contextmanager
@@ -113,23 +109,17 @@ def _stop_on_signal(flag: Any) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    end = threading.Event()
     with StopOnSignal() as on_signal:
 
-        def forward() -> None:
+        def forward(end: threading.Event) -> None:
             # Not from the handler itself, which may interrupt Ray in the middle of a call.
             while not end.wait(0.2):
                 if on_signal.stop.is_set():
                     ray.get(flag.stop.remote())
                     return
 
-        thread = threading.Thread(target=forward, name="stop-on-signal", daemon=True)
-        thread.start()
-        try:
+        with thread_beside(forward, "stop-on-signal"):
             yield
-        finally:
-            end.set()
-            thread.join()
 
 
 class PrometheusLogger(Hooks):

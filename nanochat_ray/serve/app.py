@@ -36,7 +36,7 @@ from nanochat_ray.serve.body import JsonRoute, from_validation, route_class
 from nanochat_ray.serve.client import EngineClient, UnavailableError
 from nanochat_ray.serve.generation import Limits
 from nanochat_ray.serve.hosts import HostCheck
-from nanochat_ray.serve.keys import KeyRing, hash_key
+from nanochat_ray.serve.keys import KeyRing
 from nanochat_ray.serve.metrics import (
     EngineMetrics,
     FollowMetrics,
@@ -124,7 +124,7 @@ def build_app(
     or "*". ``suggestions``: questions that the chat page offers. ``allowed_hosts``:
     names that ``Host`` may have (``hosts``); none: any.
     """
-    keys = [hash_key(key) for key in keys]  # one name for each in the whole application
+    key_ring = KeyRing(keys)
     prometheus = PrometheusSink(name)
     metrics = RequestMetrics(Tee(prometheus, sink) if sink is not None else prometheus)
     serving = Serving(client, tokenizer, name, max_model_len, limits or Limits(), metrics)
@@ -133,14 +133,14 @@ def build_app(
         title="nanochat_ray", version=VERSION, docs_url=None, redoc_url=None, responses=FAILURES
     )
     app.router.route_class = JsonRoute
-    app.state.keys, app.state.gate = KeyRing(keys), serving.gate
+    app.state.keys, app.state.gate = key_ring, serving.gate
     _add_error_handlers(app)
     app.add_middleware(
         BodySizeLimit,
         max_bytes=serving.limits.max_body_bytes,
         timeout_s=serving.limits.body_timeout_s,
     )
-    app.add_middleware(AuthMiddleware, keys=keys)
+    app.add_middleware(AuthMiddleware, keys=key_ring)
     if allowed_origins:  # outside of auth: a preflight has no key, and browsers read refusals
         app.add_middleware(
             CORSMiddleware,

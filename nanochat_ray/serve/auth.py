@@ -44,15 +44,14 @@ def check_origins(field: str, origins: Sequence[str]) -> None:
 
 
 class AuthMiddleware:
-    """Answers 401 to a request without one of ``keys`` (API keys or hashes of them).
+    """Answers 401 to a request without one of ``keys``.
 
     Without keys every request passes. The engine shares its slots fairly between the names that
     this class stores in the scope.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[str] = ()):
-        self.app = app
-        self.keys = KeyRing(keys)
+    def __init__(self, app: ASGIApp, *, keys: KeyRing):
+        self.app, self.keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -13,6 +14,8 @@ from nanochat_ray.storage import absolute
 
 Stage = Literal["base", "sft", "rl"]
 Compile = Literal["auto", "on", "off"]
+MAX_INT = 2**62
+"""Of any number of a command's flags."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,16 @@ class TrainConfig:
             self.global_batch_size,
             f"a multiple of micro_batch_size={self.micro_batch_size}",
         )
+
+
+def check_flags(values: Mapping[str, Any]) -> None:
+    """ValueError for a field of ``TrainConfig``, as a command's flags have it, that no run has."""
+    for name, value in values.items():
+        if type(value) is int:
+            check_int(name, value, 0, MAX_INT)
+    micro_batch_size = values.get("micro_batch_size", 1)
+    least = {"steps": 1, "global_batch_size": micro_batch_size, "micro_batch_size": 1}
+    TrainConfig(**{**least, "precision": "bf16", **values})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -170,8 +170,9 @@ class Trainer:
     def _resume(self) -> ShardedOptimizer:
         """The optimizer, and all state as the latest checkpoint has it, if there is one."""
         # Ranks load at different speeds; run_together waits for all of them.
-        name = self.ranks.run_together(lambda: checkpoint.latest(self.store))
-        # Rank 0 decides: the last write of a dead predecessor may end while the ranks look.
+        # Rank 0 looks: the last write of a dead predecessor may end while ranks do.
+        is_first = self.ranks.rank == 0
+        name = self.ranks.run_together(lambda: checkpoint.latest(self.store) if is_first else None)
         name = self.ranks.gather((name or "").encode())[0].decode()
         state = self.ranks.run_together(lambda: self._load(name))
         optimizer = ShardedOptimizer(

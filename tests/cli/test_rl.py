@@ -17,6 +17,7 @@ from nanochat_ray.on_ray import fleet, session
 from nanochat_ray.on_ray import rl as rl_on_ray
 from nanochat_ray.rl import source as sources
 from nanochat_ray.storage import Store
+from nanochat_ray.train.config import MAX_INT
 from nanochat_ray.train.stop import STOPPED
 from tests.rl.tiny_rl import TASK, save_parent
 from tests.tiny import save_model
@@ -73,6 +74,7 @@ def test_gain_of_each_task() -> None:
         ({"steps": 0}, "steps=0 is not allowed"),
         ({"endpoint": "app", "engines": 2}, "engines=2 is not allowed: not with --endpoint"),
         ({"train": {"seed": -1}}, "seed=-1 is not allowed: a whole number from 0"),
+        ({"train": {"keep_latest_k": 0}}, "keep_latest_k=0 is not allowed"),
         ({"engine": {"max_num_seqs": 0}}, "max_num_seqs=0 is not allowed"),
     ],
 )
@@ -119,9 +121,9 @@ LEAST = {"steps": 1, "engines": 0, "workers": 1, "threads": 0, "print_every": 1}
 
 @pytest.mark.parametrize("name", LEAST)
 def test_numbers_to_their_bounds(name: str) -> None:
-    for value in (LEAST[name], 1 << 30):
+    for value in (LEAST[name], MAX_INT):
         assert getattr(rl.Args(**{name: value}), name) == value  # type: ignore[arg-type]
-    for value in (LEAST[name] - 1, (1 << 30) + 1):
+    for value in (LEAST[name] - 1, MAX_INT + 1):
         with pytest.raises(ValueError, match=f"{name}={value} is not allowed"):
             rl.Args(**{name: value})  # type: ignore[arg-type]
     for scale in (0.0, -1.0):

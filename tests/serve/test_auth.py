@@ -18,6 +18,7 @@ from nanochat_ray.serve.auth import (
     check_origins,
     client_of,
 )
+from nanochat_ray.serve.keys import KeyRing
 from tests.serve.asgi import call, http
 
 KEY = "0123456789abcdef"
@@ -49,7 +50,7 @@ PASSED = [{"type": "passed"}]
 )
 def test_a_wrong_key_is_401(header: str) -> None:
     app = App()
-    start, body = call(AuthMiddleware(app, keys=[KEY]), http(authorization=header), b"")
+    start, body = call(AuthMiddleware(app, keys=KeyRing([KEY])), http(authorization=header), b"")
     assert start["status"] == 401
     error = json.loads(body["body"])["error"]
     assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
@@ -59,7 +60,7 @@ def test_a_wrong_key_is_401(header: str) -> None:
 @pytest.mark.parametrize("header", [f"Bearer {KEY}", f"bearer {KEY}", f"BEARER  {KEY} "])
 def test_the_scope_names_the_key(header: str) -> None:
     app = App()
-    guard = AuthMiddleware(app, keys=["another", KEY])
+    guard = AuthMiddleware(app, keys=KeyRing(["another", KEY]))
     assert call(guard, http(authorization=header), b"") == PASSED
     name = guard.keys.name_of(KEY.encode())
     assert name
@@ -69,7 +70,7 @@ def test_the_scope_names_the_key(header: str) -> None:
 def test_without_keys_every_request_passes() -> None:
     app = App()
     for scope in (http(), http(authorization="Bearer x")):
-        assert call(AuthMiddleware(app), scope, b"") == PASSED
+        assert call(AuthMiddleware(app, keys=KeyRing([])), scope, b"") == PASSED
     assert [client_of(Request(scope)) for scope in app.scopes] == ["", ""]
     assert client_of(Request(http())) == ""  # no middleware at all
 
@@ -77,7 +78,7 @@ def test_without_keys_every_request_passes() -> None:
 @pytest.mark.parametrize("path", OPEN_PATHS)
 def test_open_paths_need_no_key(path: str) -> None:
     app = App()
-    guard = AuthMiddleware(app, keys=[KEY])
+    guard = AuthMiddleware(app, keys=KeyRing([KEY]))
     assert call(guard, http(path), b"") == PASSED
     assert client_of(Request(app.scopes[0])) == ""
     assert call(guard, http(f"{path}x"), b"")[0]["status"] == 401
@@ -91,7 +92,7 @@ def test_open_paths_need_no_key(path: str) -> None:
     ],
 )
 def test_open_paths_are_below_the_prefix(path: str, passes: bool) -> None:
-    guard = AuthMiddleware(App(), keys=[KEY])
+    guard = AuthMiddleware(App(), keys=KeyRing([KEY]))
     first = call(guard, {**http(path), "root_path": "/m"}, b"")[0]
     assert (first == PASSED[0]) == passes
 
@@ -100,7 +101,7 @@ def test_open_paths_are_below_the_prefix(path: str, passes: bool) -> None:
 def test_other_scopes_pass(kind: str) -> None:
     app = App()
     for middleware in (
-        AuthMiddleware(app, keys=[KEY]),
+        AuthMiddleware(app, keys=KeyRing([KEY])),
         BodySizeLimit(app, max_bytes=0, timeout_s=60),
     ):
         assert call(middleware, {"type": kind}, b"") == PASSED
