@@ -387,11 +387,17 @@ def test_from_a_folder_of_text_to_an_answer(tmp_path: Path) -> None:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         (model,) = client.models.list().data
         assert model.id.startswith("chat-d1-")
-        ask = [{"role": "user", "content": "Who are you?"}]
-        stream = client.chat.completions.create(
-            model=model.id, messages=ask, stream=True, temperature=0, max_tokens=40
+        # Six seconds of training may well have taught it to answer nothing: what it says depends on
+        # the machine's speed.
+        answer = client.chat.completions.create(
+            model=model.id,
+            messages=[{"role": "user", "content": "Who are you?"}],
+            temperature=0,
+            max_tokens=40,
         )
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        assert answer.choices[0].finish_reason in ("stop", "length")
+        assert answer.usage
+        assert 1 <= answer.usage.completion_tokens <= 40
 
         again = command("quickstart", tmp_path, *flags, "--text", str(text), seconds=480)
         assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-2000:]
