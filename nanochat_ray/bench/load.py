@@ -122,11 +122,13 @@ def model_at(url: str, key: str, seconds: float = 600.0, process: Any = None) ->
             time.sleep(0.3)
 
 
-class _Stream(asyncio.Protocol):
-    """One HTTP/1.1 exchange; every ``data:`` event is taken as it arrives."""
+class Response:
+    """Parses one HTTP/1.1 response into ``result``; each ``data:`` event has its time."""
 
-    def __init__(self, request: bytes, result: Result, end: asyncio.Future[None]):
-        self.request, self.result, self.end = request, result, end
+    def __init__(self, result: Result):
+        self.result = result
+        self.is_complete = False
+        """Whether nothing more is to come."""
         self._status = 0
         self._head = b""
         self._is_chunked = False
@@ -136,12 +138,8 @@ class _Stream(asyncio.Protocol):
         self._body = b""
         self._last = 0.0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        self.transport.write(self.request)
-
-    def data_received(self, data: bytes) -> None:
-        now = time.perf_counter()
+    def feed(self, data: bytes, now: float) -> None:
+        """The next bytes, which arrived at ``now``."""
         if not self._status:
             self._head += data
             head, mark, data = self._head.partition(b"\r\n\r\n")
@@ -159,6 +157,14 @@ class _Stream(asyncio.Protocol):
         for line in lines:
             if line.startswith(b"data: "):
                 self._event(line[6:].strip(), now)
+
+    def end(self, now: float, error: str = "") -> None:
+        """The connection has ended."""
+        if not self.is_complete:
+            what = self._body.decode(errors="replace")[:300] if self._body else error
+            self.result.error = f"status {self._status}, the connection ended: {what}"
+            self.result.total_s = now - self.result.began
+            self.is_complete = True
 
     def _decode_chunks(self, data: bytes) -> bytes:
         """Proxies cut chunks anew, so an event may lie in two."""
@@ -181,12 +187,12 @@ class _Stream(asyncio.Protocol):
     def _event(self, data: bytes, now: float) -> None:
         result = self.result
         if data == b"[DONE]":
-            self._finish(now)
+            self.is_complete = True
             return
         event = json.loads(data)
         if "error" in event:
             result.error = event["error"]["message"]
-            self._finish(now)
+            self.is_complete = True
             return
         if usage := event.get("usage"):
             result.tokens = usage["completion_tokens"]
@@ -204,21 +210,34 @@ class _Stream(asyncio.Protocol):
         self._last = now
         result.total_s = now - result.began
 
-    def _finish(self, now: float) -> None:
-        if not self.end.done():
-            self.end.set_result(None)
-        self.transport.close()
+
+class _Stream(asyncio.Protocol):
+    """One HTTP/1.1 exchange; every ``data:`` event is taken as it arrives."""
+
+    def __init__(self, request: bytes, result: Result, end: asyncio.Future[None]):
+        self.request, self.response, self.end = request, Response(result), end
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.response.feed(data, time.perf_counter())
+        if self.response.is_complete:
+            self._finish()
+            self.transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.response.end(time.perf_counter(), str(error or ""))
+        self._finish()
+
+    def _finish(self) -> None:
         if not self.end.done():
-            what = self._body.decode(errors="replace")[:300] if self._body else str(error or "")
-            self.result.error = f"status {self._status}, the connection ended: {what}"
-            self.result.total_s = time.perf_counter() - self.result.began
             self.end.set_result(None)
 
 
-async def complete(url: str, model: str, prompt: Prompt, key: str = "") -> Result:
-    """One streamed completion at ``url`` (without /v1)."""
+def completion_request(url: str, model: str, prompt: Prompt, key: str = "") -> bytes:
+    """For a streamed completion at ``url`` (without /v1), on a connection of its own."""
     parts = urlsplit(url)
     body = json.dumps(
         {
@@ -238,13 +257,20 @@ async def complete(url: str, model: str, prompt: Prompt, key: str = "") -> Resul
         + (f"Authorization: Bearer {key}\r\n" if key else "")
         + "Connection: close\r\n\r\n"
     )
+    return head.encode() + body
+
+
+async def complete(url: str, model: str, prompt: Prompt, key: str = "") -> Result:
+    """One streamed completion at ``url`` (without /v1)."""
+    parts = urlsplit(url)
+    request = completion_request(url, model, prompt, key)
     loop = asyncio.get_running_loop()
     result = Result(time.perf_counter())
     end: asyncio.Future[None] = loop.create_future()
     secure = parts.scheme == "https"
     try:
         transport, _ = await loop.create_connection(
-            lambda: _Stream(head.encode() + body, result, end),
+            lambda: _Stream(request, result, end),
             parts.hostname or "127.0.0.1",
             parts.port or (443 if secure else 80),
             ssl=secure or None,

@@ -31,6 +31,7 @@ import psutil
 
 from nanochat_ray.bench import hostile_clients, load
 from nanochat_ray.bench.drill import PARTS, Cluster, listeners
+from nanochat_ray.bench.open_loop import OpenLoop
 from nanochat_ray.bench.overload_report import (
     AttackReport,
     Flood,
@@ -180,23 +181,23 @@ async def flood(endpoint: Endpoint, memory: Memory) -> Flood:
     report.usual_first_token_s = await endpoint.usual_first_token_s()
     report.rss_before_mib = memory.mib()
     rate = args.factor * report.capacity_per_s
-    rng, began = random.Random(args.seed), time.perf_counter()
+    rng = random.Random(args.seed)
     dues = [rng.expovariate(rate)]
     while dues[-1] < args.seconds:
         dues.append(dues[-1] + rng.expovariate(rate))
     prompts = endpoint.prompts(len(dues), args.seed + 2)
-    tasks, delays = [], []
-    for due, prompt in zip(dues, prompts, strict=True):
-        # Also when it is late: other tasks must run.
-        await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
-        delays.append(time.perf_counter() - began - due)
-        tasks.append(asyncio.ensure_future(endpoint.complete(prompt)))
+    requests = [
+        load.completion_request(args.url, endpoint.model, prompt, args.key) for prompt in prompts
+    ]
+    sender = OpenLoop(args.url, requests, dues)
+    began = time.perf_counter()
+    sending = asyncio.ensure_future(asyncio.to_thread(sender.run))
+    await asyncio.to_thread(sender.all_sent.wait)
     last_arrival = time.perf_counter()
-    report.offered_per_s = len(tasks) / (last_arrival - began)
-    report.send_delay_p99_s = load.percentile(delays, 0.99)
+    report.offered_per_s = len(requests) / (last_arrival - began)
     report.recovery_s = await _recovery_s(endpoint, last_arrival, report.usual_first_token_s)
-    results = await asyncio.gather(*tasks)
-    _count(report, results)
+    _count(report, [exchange.result() for exchange in await sending])
+    report.send_delay_p99_s = load.percentile(sender.send_delays_s, 0.99)
     report.rss_peak_mib, report.rss_after_mib = memory.peak_mib, memory.mib()
     return report
 
