@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import socket
@@ -14,10 +15,11 @@ from types import FrameType
 
 import ray
 from ray import serve
+from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from nanochat_ray.on_ray import session
+from nanochat_ray.on_ray import gcs, session
 from nanochat_ray.on_ray.leave import GCS_END_S, dead_services, is_listening, leave
 
 APP = "nanochat"
@@ -25,6 +27,8 @@ POLL_S = 0.2
 REMOVE_S = 90.0
 """How long the deletion of an application may take, replicas that drain included."""
 CONTROLLER_POLL_S = 0.05
+GCS_RESTART_S = 60.0
+"""A control service (GCS) that dies again so soon is not started a second time."""
 
 
 def check_port_is_free(host: str, port: int) -> None:
@@ -129,7 +133,8 @@ def remove() -> bool:
 
 def stay() -> None:
     """Waits for SIGINT or SIGTERM and removes the application. The process ends with status 0 if
-    its Ray ends with it or is gone, and at a second signal. SystemExit if its Ray dies before."""
+    its Ray ends with it or is gone, and at a second signal. SystemExit if its Ray dies before: a
+    control service (GCS) that dies alone, and has stored its state, is started again."""
     num_signals = 0
 
     def count(number: int, frame: FrameType | None) -> None:
@@ -141,14 +146,20 @@ def stay() -> None:
     # A container is ended by SIGTERM, and a shell's background job ignores SIGINT.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, count)
+    gcs_start = -math.inf
     while not num_signals:
         time.sleep(POLL_S)
         if services := dead_services():
             # Whoever ends all processes of a service may end this one last.
             time.sleep(POLL_S)
-            if not num_signals:
-                # Ray itself would notice the death of its control service after a minute.
-                text = f"{' and '.join(services)} of Ray died: nothing is served any more"
-                raise SystemExit(text)
+            if num_signals:
+                break
+            is_first = time.monotonic() > gcs_start + GCS_RESTART_S
+            if services == [PROCESS_TYPE_GCS_SERVER] and is_first and gcs.restart():
+                gcs_start = time.monotonic()
+                print("the control service (GCS) of Ray died: started again", flush=True)
+                continue
+            # Ray itself would notice the death of its control service after a minute.
+            raise SystemExit(f"{' and '.join(services)} of Ray died: nothing is served any more")
     if not remove() or session.has_started_ray():
         leave(0, shutdown=False)
