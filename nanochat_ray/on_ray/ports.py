@@ -65,6 +65,9 @@ SETTINGS = {
     # An idle client, or one that stalls in its request, has its connection for an hour by default.
     # An answer that takes longer to come is not cut.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
+    # A head that is not complete by then ends its connection. Those that wait for one use up the
+    # 4,096 of HAProxy, and Serve has no variable for this: its template takes this value as it is.
+    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "leastconn\n    timeout http-request 10s",
 }
 """Of a Ray that serves."""
 PREFIX, OWNER = "nanochat-", "owner"

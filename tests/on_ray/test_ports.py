@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +20,9 @@ import pytest
 from ray.serve._private import constants
 
 from nanochat_ray.on_ray import local_cluster, ports
+from nanochat_ray.on_ray.leave import is_listening
+from tests.tiny import free_ports
+from tests.waiting import wait_for
 
 REPO = Path(__file__).parents[2]
 SERVES = """
@@ -57,8 +62,8 @@ def test_serve_reads_every_setting() -> None:
         assert f'"{name}"' in source or name == "RAY_worker_niceness"  # read by the raylet
         for in_image in re.findall(rf"{name}=(\S+)", image):
             assert in_image == value
-        for in_manifest in re.findall(rf'name: {name}\s+value: "(.*)"', manifest):
-            assert in_manifest == value
+        for in_manifest in re.findall(rf'name: {name}\s+value: (".*")', manifest):
+            assert json.loads(in_manifest) == value  # YAML's escapes are JSON's
     for name in (
         "RAY_SERVE_ENABLE_HA_PROXY",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S",
@@ -67,6 +72,53 @@ def test_serve_reads_every_setting() -> None:
     ):
         assert name in image
         assert name in manifest
+    assert "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM" in manifest
+
+
+HAPROXY = """
+import sys
+from ray.serve._private import haproxy
+from ray.serve.config import HTTPOptions
+
+config = haproxy.HAProxyConfig(http_options=HTTPOptions(port=int(sys.argv[1])))
+config.has_received_routes = config.is_head = True
+api = haproxy.HAProxyApi(config)
+api._generate_config_file_internal()
+print(haproxy.get_haproxy_binary(), api.config_file_path)
+"""
+"""Writes HAProxy's configuration as Serve does."""
+
+
+@pytest.mark.slow
+def test_a_head_that_does_not_come_ends() -> None:
+    """Clients that send none use up HAProxy's connections; others are served as soon as they go."""
+    (port,) = free_ports(1)
+    (line,) = [value for value in ports.SETTINGS.values() if "http-request" in value]
+    settings = {**ports.SETTINGS, "RAY_SERVE_HAPROXY_MAXCONN": "4"}
+    settings["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"] = line.replace("10s", "2s")
+    environment = {**os.environ, **settings, **ports.serve_environment()}
+    folder = environment[ports.STATE_BASE].rstrip("/")
+    output = subprocess.run(
+        [sys.executable, "-c", HAPROXY, str(port)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    program, config = output.stdout.split()[-2:]
+    with subprocess.Popen([program, "-db", "-f", config], stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_for(lambda: is_listening(f"127.0.0.1:{port}"), 60, "HAProxy")
+            with contextlib.ExitStack() as stack:
+                for _ in range(6):
+                    stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                url = f"http://127.0.0.1:{port}/-/healthz"
+                with urllib.request.urlopen(url, timeout=30) as response:
+                    assert response.status == 200
+        finally:
+            process.kill()
+            shutil.rmtree(folder)
 
 
 @pytest.mark.slow
