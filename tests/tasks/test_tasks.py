@@ -17,7 +17,7 @@ import pytest
 import reasoning_gym
 
 from nanochat_ray.tasks import hub, spoken
-from nanochat_ray.tasks.phrases import vary
+from nanochat_ray.tasks.phrases import LEADS, vary
 from nanochat_ray.tasks.reasoning import KINDS
 from nanochat_ray.tasks.registry import DEFAULT_MIXTURE, make_task, names
 from nanochat_ray.tasks.task import grade_answer
@@ -81,6 +81,28 @@ def test_splits_never_share_a_question(name: str) -> None:
     assert not set(questions["train"]) & other_questions
     if name not in ("identity", "limits", "dialogue", "follow_ups"):
         assert len(other_questions) == len(other)
+
+
+def test_no_word_of_a_split_s_leads_is_in_another_s() -> None:
+    """What a held-out lead measures is that the model reads past a word that it has not seen."""
+    words = {
+        split: {word for lead in leads for word in re.findall(r"\w+", lead.lower())}
+        for split, leads in LEADS.items()
+    }
+    assert not words["train"] & words["val"]
+    assert not words["train"] & words["test"]
+    assert not words["val"] & words["test"]
+
+
+@pytest.mark.parametrize("name", ["identity", "limits"])
+def test_every_second_training_question_has_a_lead(name: str) -> None:
+    leads = {lead.lower() for lead in LEADS["train"]} - {""}
+    task = make_task(name, "train", size=2000)
+    questions = [task.question(index)[-1]["content"].lower() for index in range(2000)]
+    counts = {lead: sum(text.startswith(lead) for text in questions) for lead in leads}
+    assert min(counts.values()) > 0
+    # Six standard deviations of a binomial count are 134.
+    assert abs(sum(counts.values()) - 1000) < 134
 
 
 def test_spoken_sums_never_ask_a_test_sum_of_chain_sum() -> None:
