@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from typing import Any, Self
@@ -186,12 +186,16 @@ class Engine:
             step, self._in_flight = self._in_flight, None
             self._ready += self._commit(step)
 
-    def withdraw_waiting(self) -> list[Request]:
+    def withdraw_waiting(self, ids: Container[str] | None = None) -> list[Request]:
         """Removes and returns the requests that wait and have no output, in order of arrival.
 
-        They may begin on other weights; those with a ``weight_version`` may not, and stay.
+        Those with the ``ids``; by default those that may begin on other weights, which those with a
+        ``weight_version`` may not.
         """
-        return self._withdraw([s for s in self.scheduler.waiting if not s.request.weight_version])
+        waiting = self.scheduler.waiting
+        if ids is None:
+            return self._withdraw([s for s in waiting if not s.request.weight_version])
+        return self._withdraw([s for s in waiting if s.request.id in ids])
 
     def _withdraw(self, sequences: SequenceOf[Sequence]) -> list[Request]:
         without_output = [s for s in sequences if len(s.tokens) == len(s.request.prompt)]

@@ -30,6 +30,9 @@ from nanochat_ray.engine.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
 
+LATE = 1.25
+"""Times ``max_queue_s`` that a request may wait in fact. The estimate was wrong then, such as when
+other processes take the processor."""
 MAX_FAILURES = 3
 """Steps in a row that may raise before the loop gives up."""
 
@@ -75,6 +78,9 @@ class EngineLoop:
         self._aborts: list[str] = []
         self._requests: dict[str, ExpectedWait | None] = {}
         """By id, until the last output; with what is expected until the first, if it must wait."""
+        self._queue_starts: dict[str, float] = {}
+        """When the engine has got each request without output, in this order. Only for the thread.
+        One that has ended may still be here."""
         self._background = Background(engine.config.background_share)
         self._swap: WeightSwap | None = None
         """While it waits, requests stay in the inbox unless they need the old weights."""
@@ -242,7 +248,7 @@ class EngineLoop:
                 if self._dropping or (self._stopping and not self._requests):
                     break
             try:
-                outputs = self._apply(inbox, aborts) + self._advance_swap()
+                outputs = self._apply(inbox, aborts) + self._advance_swap() + self._refuse_late()
                 self._clock.begin()
                 outputs += self._engine.step()
                 self._clock.end(self._engine.num_step_tokens)
@@ -323,6 +329,9 @@ class EngineLoop:
         for request, _ in inbox:
             try:
                 self._engine.add(request)
+                if not request.output_token_ids:
+                    self._queue_starts.pop(request.id, None)  # it was withdrawn for a swap
+                    self._queue_starts[request.id] = time.monotonic()
             except (ValueError, EngineFull) as error:
                 rejections.append(
                     RequestOutput(request_id=request.id, finish="error", error=str(error))
@@ -338,6 +347,26 @@ class EngineLoop:
         for request_id in aborts:
             self._engine.abort(request_id)
         return rejections
+
+    def _refuse_late(self) -> list[RequestOutput]:
+        """Ends the requests that have waited for a slot for much longer than ``max_queue_s``."""
+        limit_s, now = LATE * self._engine.config.max_queue_s, time.monotonic()
+        late: dict[str, float] = {}
+        while limit_s and self._queue_starts:
+            request_id, start = next(iter(self._queue_starts.items()))
+            if now - start <= limit_s:
+                break
+            late[request_id] = now - self._queue_starts.pop(request_id)
+        outputs = []
+        for request in self._engine.withdraw_waiting(late) if late else ():
+            seconds = late[request.id]
+            if (expectation := self._requests.get(request.id)) is not None:
+                self._engine.queue_time.record_late(expectation.first_token_s, seconds)
+            reason = (
+                f"max_queue_s={self._engine.config.max_queue_s:g}: it has waited {seconds:.1f} s"
+            )
+            outputs.append(RequestOutput(request_id=request.id, finish="error", error=reason))
+        return outputs
 
     def _fail(self, reason: str) -> list[RequestOutput]:
         """Finishes every request with an error."""
@@ -363,6 +392,8 @@ class EngineLoop:
     def _note_output(self, output: RequestOutput) -> None:
         """Measures how long a request had to wait; forgets one that is complete."""
         expectation = self._requests.get(output.request_id)
+        if output.tokens:
+            self._queue_starts.pop(output.request_id, None)
         if expectation is not None and output.tokens:
             seconds = time.monotonic() - expectation.submit_time
             self._engine.queue_time.record_wait(expectation.first_token_s, seconds)

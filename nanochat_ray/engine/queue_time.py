@@ -76,10 +76,14 @@ class QueueTime:
 
     def record_wait(self, estimate_s: float, seconds: float) -> None:
         """The first token of a request that had to wait for a slot came after ``seconds``."""
-        self.estimates_s.add(estimate_s)
-        self.waits_s.add(seconds)
+        self.record_late(estimate_s, seconds)
         self.num_waits += 1
         self.total_wait_s += seconds
+
+    def record_late(self, estimate_s: float, seconds: float) -> None:
+        """It had not come by then, and will not."""
+        self.estimates_s.add(estimate_s)
+        self.waits_s.add(seconds)
 
     @property
     def correction(self) -> float:

@@ -287,6 +287,7 @@ def _error(output: RequestOutput, timeout_s: float) -> Exception:
         return DeadlineError(f"the answer was not ready after {timeout_s:g} s, the limit")
     if reason.startswith(WEIGHTS_REPLACED):
         return UnavailableError(reason)
-    if reason.startswith("max_queue_size="):  # the queue filled up after the request was accepted
+    # The queue filled up after the request was accepted, or was slower than expected.
+    if reason.startswith(("max_queue_size=", "max_queue_s=")):
         return EngineFull(reason)
     return EngineFailedError(reason)

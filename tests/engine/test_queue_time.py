@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from nanochat_ray.engine import loop as loop_module
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.queue_time import MAX_CORRECTION, QueueTime
-from nanochat_ray.engine.request import EngineFull, Request, SamplingParams
+from nanochat_ray.engine.request import EngineFull, Request, RequestOutput, SamplingParams
 from nanochat_ray.engine.sequence import Sequence
 from tests.engine.engine_kit import make_engine, make_model
 from tests.waiting import wait_for
@@ -174,6 +177,45 @@ def test_a_loop_measures_waits() -> None:
     # The first one did not wait. The others were expected to: 5 and 10 steps and their prompts.
     assert engine.queue_time.estimates_s.count == 2
     assert engine.queue_time.waits_s.value > 0
+
+
+@pytest.mark.parametrize("max_queue_s", [2.0, 0.0])
+def test_a_request_that_has_waited_too_long_is_refused(
+    monkeypatch: pytest.MonkeyPatch, max_queue_s: float
+) -> None:
+    engine = make_engine(make_model("modern"), max_num_seqs=1, max_queue_s=max_queue_s)
+    engine.queue_time.record_step(1.0, 1, [4])
+    engine.queue_time.record_output(1)
+    outputs: list[RequestOutput] = []
+    loop = EngineLoop(engine, outputs.extend)
+    now = [100.0]
+    monkeypatch.setattr(loop_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def step(*submissions: Request) -> dict[str, str | None]:
+        """Reason and error of the requests that end in a step of the loop."""
+        outputs.clear()
+        for submission in submissions:
+            loop.submit(submission)
+        loop._deliver(loop._apply(loop._take_inbox(), []) + loop._refuse_late() + engine.step())
+        return {o.request_id: o.error or o.finish for o in outputs if o.finish}
+
+    version = engine.weight_version
+    assert step(request("runs", max_tokens=40)) == {}
+    assert step(request("late"), request("one-of-two", weight_version=version)) == {}
+    now[0] += 2.0
+    assert step(request("later", max_tokens=1)) == {}
+    estimate_s = engine.queue_time.estimates_s.value
+    now[0] += 0.6
+    late = dict.fromkeys(("late", "one-of-two"), "max_queue_s=2: it has waited 2.6 s")
+    assert step() == (late if max_queue_s else {})
+    # What was waited for counts in the next estimates.
+    assert (engine.queue_time.estimates_s.value > estimate_s) == bool(max_queue_s)
+    assert engine.queue_time.num_waits == 0
+    ends: dict[str, str | None] = {}
+    while len(ends) < (2 if max_queue_s else 4):
+        ends |= step()
+    assert set(ends.values()) == {"length"}
+    assert {"runs", "later"} <= set(ends)
 
 
 def test_max_queue_s_is_checked() -> None:

@@ -142,6 +142,7 @@ def test_choices_are_counted_one_by_one() -> None:
         ("error", "deadline: it passed", DeadlineError, "not ready after 7 s, the limit"),
         ("error", "weights: replaced", UnavailableError, "^weights: replaced$"),
         ("error", "max_queue_size=9 wait", EngineFull, "^max_queue_size=9 wait$"),
+        ("error", "max_queue_s=2: it has waited", EngineFull, "^max_queue_s=2: it has waited$"),
         ("error", "logits: not finite", EngineFailedError, "^logits: not finite$"),
         ("abort", None, EngineFailedError, r"^the engine ended the answer \(abort\)$"),
     ],
