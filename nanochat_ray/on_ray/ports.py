@@ -15,6 +15,7 @@ import importlib.util
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import socket
@@ -70,6 +71,10 @@ SETTINGS = {
     "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "leastconn\n    timeout http-request 10s",
 }
 """Of a Ray that serves."""
+CONNECTIONS = 4_096
+"""That HAProxy holds at a time, by Serve's default."""
+FILES_PER_CONNECTION, OTHER_FILES = 2.5, 128
+"""Of HAProxy: two sockets, and pipes for a quarter of them."""
 PREFIX, OWNER = "nanochat-", "owner"
 """Of a folder's name; and its file that says which process has started the cluster."""
 MAX_FOLDER = 28
@@ -120,7 +125,16 @@ def prefer_haproxy() -> None:
         return
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(_max_connections()))
     set_serve_environment()
+
+
+def _max_connections() -> int:
+    """Serve's default, or fewer where HAProxy would not start, since it may not open the files."""
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most_files == resource.RLIM_INFINITY:
+        return CONNECTIONS
+    return max(1, min(CONNECTIONS, int((most_files - OTHER_FILES) / FILES_PER_CONNECTION)))
 
 
 def _identity(process: psutil.Process) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -89,12 +90,23 @@ print(haproxy.get_haproxy_binary(), api.config_file_path)
 """Writes HAProxy's configuration as Serve does."""
 
 
+@pytest.mark.parametrize(
+    ("most_files", "connections"),
+    [(resource.RLIM_INFINITY, 4096), (1 << 20, 4096), (10_128, 4000), (100, 1)],
+)
+def test_haproxy_may_open_its_files(
+    monkeypatch: pytest.MonkeyPatch, most_files: int, connections: int
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (64, most_files))
+    assert ports._max_connections() == connections
+
+
 @pytest.mark.slow
 def test_a_head_that_does_not_come_ends() -> None:
     """Clients that send none use up HAProxy's connections; others are served as soon as they go."""
     (port,) = free_ports(1)
     (line,) = [value for value in ports.SETTINGS.values() if "http-request" in value]
-    settings = {**ports.SETTINGS, "RAY_SERVE_HAPROXY_MAXCONN": "4"}
+    settings = {**ports.SETTINGS, "RAY_SERVE_HAPROXY_MAXCONN": "4"}  # 6 clients send nothing
     settings["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"] = line.replace("10s", "2s")
     environment = {**os.environ, **settings, **ports.serve_environment()}
     folder = environment[ports.STATE_BASE].rstrip("/")
