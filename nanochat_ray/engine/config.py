@@ -78,7 +78,7 @@ class EngineConfig:
     """Requests that may wait for a slot; further ones are rejected."""
     max_queue_s: float = 30.0
     """Seconds for which a request may have to wait for a slot, as estimated from the speed of the
-    engine; one that would wait longer is rejected at once, and one that has waited for 1.25 times
+    engine; one that would wait longer is rejected at once, and one that has waited for 1.1 times
     as long then. 0: no limit but max_queue_size."""
     background_share: float = 0.25
     """Share of the time, at most, that background jobs such as rollouts have while requests are

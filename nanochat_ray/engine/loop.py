@@ -30,7 +30,7 @@ from nanochat_ray.engine.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
 
-LATE = 1.25
+LATE = 1.1
 """Times ``max_queue_s`` that a request may wait in fact. The estimate was wrong then, such as when
 other processes take the processor."""
 MAX_FAILURES = 3
