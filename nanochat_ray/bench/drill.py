@@ -5,12 +5,12 @@
     nanochat-ray drill --parts engine --signal stop --stop-s 30         # a hung process
 
 Parts are engine, ingress, haproxy, proxy, controller, dashboard, agent, gcs and raylet. The last
-three are left out by default: a node ends with its agent and its raylet, and a cluster that does
-not store its state with its gcs (``serve --restarts`` starts another). The drill sends signals to
-processes of the cluster: use it on one that may be disturbed. Every answer is greedy, and its text
-is compared with that of an undisturbed one. Status 1 if a stream breaks or changes that should not
-have (those of an ingress, of HAProxy, its manager (proxy) and a node may break), if the endpoint
-answers no more, or if a part is not replaced that Serve replaces.
+three are left out by default: a node ends with its agent and its raylet (``serve --restarts``
+starts another), and a cluster with its gcs, unless that is started again, as ``serve`` does. The
+drill sends signals to processes of the cluster: use it on one that may be disturbed. Every answer
+is greedy, and its text is compared with that of an undisturbed one. Status 1 if a stream breaks or
+changes that should not have (those of an ingress, of HAProxy, its manager (proxy) and a node may
+break), if the endpoint answers no more, or if a part is not replaced that Serve replaces.
 """
 
 from __future__ import annotations
