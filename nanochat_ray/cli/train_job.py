@@ -167,7 +167,7 @@ def sft_train(args: Args, parent: Store, dataset: str) -> tuple[TrainConfig, flo
     bounded_args = dataclasses.replace(args, precision=precision)
     length = plan_length(bounded_args, model, train.steps * size, size)
     sizes["batch"] = length.batch_tokens
-    epochs = length.tokens // model.sequence_len / num_sequences
+    epochs = length.tokens / (num_sequences * model.sequence_len)
     train = recipe.sft_config(model, num_sequences, epochs=epochs, precision=precision, **sizes)
     return train, length.tokens_per_s
 

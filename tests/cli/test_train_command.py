@@ -99,8 +99,9 @@ def test_fine_tuning_passes_over_its_dataset(dataset: Store) -> None:
     assert job.train.precision == "fp32"
     assert build(dataset, precision="auto", **flags).train.precision == "bf16"  # the parent's
     save_run(dataset, "old")
-    job = build(dataset, precision="auto", parent="old", **flags)
-    assert job.train.precision == "fp32"
+    flags |= {"precision": "auto", "parent": "old"}
+    assert build(dataset, **flags).train.precision == "fp32"
+    assert build(dataset, gpus=True, hardware="h100", **flags).train.precision == "bf16"
 
 
 @pytest.mark.parametrize(

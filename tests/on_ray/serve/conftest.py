@@ -35,7 +35,12 @@ def config(s3: str) -> ServeConfig:
         num_ingress_replicas=2,
         cpus=0.5,
         key_hashes=(hash_key(KEY),),
-        engine=EngineConfig(max_num_seqs=8, max_num_batched_tokens=64, max_queue_size=16),
+        engine=EngineConfig(
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            max_queue_size=16,
+            max_queue_s=0,  # a busy machine refuses nobody
+        ),
     )
 
 

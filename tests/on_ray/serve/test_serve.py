@@ -43,7 +43,7 @@ LONG = {"max_tokens": 900, "seed": 7, "extra_body": {"ignore_eos": True}}
 
 @pytest.fixture(scope="module")
 def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=240)
 
 
 def test_health_keeps_the_secret(url: str) -> None:
