@@ -56,7 +56,7 @@ SETTINGS = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
     # A proxy is replaced after three failed checks. Every 10 s, Serve's default, an endpoint whose
     # HAProxy has died answers nobody for 30 s.
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # On a busy machine a proxy takes longer to start than 3 times Serve's 5 s, and would be started
     # again and again.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",
