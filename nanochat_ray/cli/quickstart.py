@@ -28,12 +28,16 @@ from nanochat_ray.storage import Store, absolute, default_root
 
 PROMISE_S = 690
 """Seconds that all of it may take on a CPU, before the answers: the promise is 12 minutes."""
-MOST_MINUTES, SFT_MINUTES = 5.2, 2.0
-REST = 4.5
-"""What else there is to do takes this many times as long as preparing the text, on a fast and on a
-slow machine."""
-RL_STEPS, RL_REST = 50, 5.5
-"""Steps of reinforcement learning, and the same ratio for them."""
+MOST_MINUTES = 5.2
+SFT_MINUTES, MOST_SFT_MINUTES = 2.0, 4.0
+RL_STEPS = 50
+"""Steps of reinforcement learning."""
+REST, RL_REST = 4.0, 4.5
+"""What is neither base training nor fine-tuning takes this many times as long as preparing the
+text, on a fast and on a slow machine; and so many times more for ``RL_STEPS``."""
+LATER, RL_LATER = 0.8, 1.6
+"""The same for what is left when fine-tuning begins, relative to all but training before it, which
+says more of a machine than preparing the text alone."""
 QUESTIONS = ("Who are you?", "What is 47 + 38 - 9?")
 
 
@@ -49,7 +53,7 @@ class Args:
     """GPUs to train on; 0 is two workers on the CPU."""
     minutes: float | None = None
     """CPU: minutes of base training; by default all ends within 12 minutes. Fine-tuning takes half
-    as long: at least 2 minutes, or as long as base training if that is less."""
+    as long: at least 2 minutes, or as long as base training if that is less; 2 passes at most."""
     rl_steps: int | None = None
     """Steps of learning from graded answers; 0: none. By default 50, on GPUs 0."""
     port: int = 8000
@@ -124,7 +128,7 @@ def _cluster_for(cluster: LocalCluster, gpus: int) -> Iterator[None]:
 
 def train(args: Args, jobs: Jobs, start: float) -> None:
     """The first four stages: both datasets and both runs."""
-    tuning_minutes = sft_minutes(args.minutes)
+    training_s = 0.0
     if not run_is_complete(args.storage, jobs.base_run):
         print_step(f"1/6 preparing the text (log: {jobs.log('prepare-base')})")
         preparing = time.monotonic()
@@ -132,16 +136,18 @@ def train(args: Args, jobs: Jobs, start: float) -> None:
         now = time.monotonic()
         minutes, text = None, ""
         if not args.gpus:
-            minutes = base_minutes(
-                args, jobs.base_run, now - preparing, now - start, tuning_minutes
-            )
-            text = f" for {minutes} minutes"
+            minutes = base_minutes(args, jobs.base_run, now - preparing, now - start)
+            text, training_s = f" for {minutes} minutes", 60 * minutes
         print_step(f"2/6 training the base model{text} (log: {jobs.log('train-base')})")
         jobs.train_base(args.depth, minutes)
     print_step(f"3/6 preparing conversations (log: {jobs.log('prepare-sft')})")
     jobs.prepare_sft()
-    print_step(f"4/6 fine-tuning to chat (log: {jobs.log('train-sft')})")
-    jobs.train_sft(None if args.gpus else tuning_minutes)
+    minutes, text = None, ""
+    if not args.gpus:
+        minutes = sft_minutes(args, jobs.chat_run, training_s, time.monotonic() - start)
+        text = f" for up to {minutes} minutes"
+    print_step(f"4/6 fine-tuning to chat{text} (log: {jobs.log('train-sft')})")
+    jobs.train_sft(minutes)
     jobs.forget_eval(jobs.chat_run)  # of other weights
 
 
@@ -226,24 +232,38 @@ def run_is_complete(storage: str, run: str) -> bool:
     return bool(trainer["step"] >= trainer["train_config"]["steps"])
 
 
-def sft_minutes(minutes: float | None) -> float:
-    """Minutes of fine-tuning on a CPU behind ``minutes`` of base training (None: by default)."""
-    return SFT_MINUTES if minutes is None else max(min(SFT_MINUTES, minutes), minutes / 2)
-
-
-def base_minutes(
-    args: Args, run: str, preparing_s: float, elapsed_s: float, tuning_minutes: float
-) -> float:
-    """Minutes of base training on a CPU; a run that has begun keeps its plan."""
+def planned_minutes(storage: str, run: str) -> float:
+    """Minutes that the plan of a run names which has begun; 0 if there is none."""
     from nanochat_ray.train.throughput import PLAN
 
     try:
-        text = Store.at(args.storage).child("runs", run).read_text(PLAN)
-        planned_minutes = float(json.loads(text)["plan"]["cpu_minutes"])
+        text = Store.at(storage).child("runs", run).read_text(PLAN)
+        return float(json.loads(text)["plan"]["cpu_minutes"])
     except (OSError, ValueError, KeyError, TypeError):
-        planned_minutes = 0.0
-    rest = REST + (RL_REST * args.rl_steps / RL_STEPS if args.rl_steps else 0)
-    left_s = PROMISE_S - elapsed_s - 60 * tuning_minutes - rest * preparing_s
+        return 0.0
+
+
+def base_minutes(args: Args, run: str, preparing_s: float, elapsed_s: float) -> float:
+    """Minutes of base training on a CPU; a run that has begun keeps its plan."""
+    rest_s = preparing_s * (REST + RL_REST * (args.rl_steps or 0) / RL_STEPS)
+    left_s = PROMISE_S - elapsed_s - 60 * SFT_MINUTES - rest_s
     # A text of the user's may be of any size, so that preparing it says nothing of the rest.
     default = MOST_MINUTES if args.text else round(min(MOST_MINUTES, max(1.0, left_s / 60)), 1)
-    return planned_minutes or args.minutes or default
+    return planned_minutes(args.storage, run) or args.minutes or default
+
+
+def sft_minutes(args: Args, run: str, training_s: float, elapsed_s: float) -> float:
+    """Minutes of fine-tuning on a CPU: those that are left; a run that has begun keeps its plan.
+
+    ``training_s``: the part of ``elapsed_s`` that base training was planned for; 0 if it was
+    complete before, so that nothing is known of this machine.
+    """
+    if minutes := planned_minutes(args.storage, run):
+        return minutes
+    if args.minutes is not None:
+        return max(min(SFT_MINUTES, args.minutes), args.minutes / 2)
+    if not training_s:
+        return SFT_MINUTES
+    rest_s = (elapsed_s - training_s) * (LATER + RL_LATER * (args.rl_steps or 0) / RL_STEPS)
+    left_s = PROMISE_S - elapsed_s - max(0.0, rest_s)
+    return round(min(MOST_SFT_MINUTES, max(SFT_MINUTES, left_s / 60)), 1)

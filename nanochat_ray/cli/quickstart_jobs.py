@@ -25,6 +25,8 @@ SUGGESTIONS = (
     "What can you do?",
 )
 """What the chat page offers: questions of the kinds that the model learns."""
+MOST_EPOCHS = 2
+"""Of fine-tuning, where minutes bound it."""
 WORKER = re.compile(r"^\(RayTrainWorker [^)]*\) (?=step \d)")
 """What Ray Train puts before a worker's progress."""
 
@@ -62,11 +64,12 @@ class Jobs:
 
     def train_sft(self, minutes: float | None) -> None:
         flags = ["--dataset", self.chat_run, "--run", self.chat_run, "--parent", self.base_run]
+        flags += ["--epochs", str(MOST_EPOCHS)] if minutes is not None else []
         self._run("train-sft", "train", "--stage", "sft", *flags, *self._length(minutes))
 
     def train_rl(self, steps: int) -> bool:
         """Whether it succeeded."""
-        flags = ["--run", self.rl_run(steps), "--parent", self.chat_run]
+        flags = ["--run", self.rl_run(steps), "--parent", self.chat_run, *self._workers]
         flags += ["--steps", str(steps), "--eval-every", str(steps), "--print-every", "5"]
         return self._run("rl", "rl", *flags, may_fail=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -103,7 +104,9 @@ def test_the_stages_have_valid_flags(
         gpus or 2,
     )
     assert (sft.run, sft.parent, sft.gpus) == ("chat-d4", "base-d4", bool(gpus))
+    assert (sft.cpu_minutes, sft.epochs) == ((None, None) if gpus else (2.5, 2.0))
     assert (rl.run, rl.parent, rl.steps, rl.train["eval_every"]) == ("rl40-d4", "chat-d4", 40, 40)
+    assert rl.workers == (gpus or 2)
     assert (serve.config["run"], evaluation.run) == ("rl40-d4", "rl40-d4")
     assert (serve.port, serve.block, serve.config["name"]) == (8001, False, "chat-d4")
     assert evaluation.engine == ({"precision": "bf16"} if gpus else {})
@@ -131,24 +134,52 @@ def test_ray_s_own_lines_stay_in_the_log() -> None:
         assert user_line(line) == text
 
 
+def write_plan(storage: Path, run: str, minutes: float) -> None:
+    folder = storage / "runs" / run
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text(json.dumps({"plan": {"cpu_minutes": minutes}}))
+
+
 def test_base_training_fits_the_promise(tmp_path: Path) -> None:
     args = Args(storage=str(tmp_path))
-    # 690 s, less 20 s so far, 2 minutes of fine-tuning and 10 times the 30 s of preparation.
-    assert base_minutes(args, "base", 30, 20, 2.0) == round(250 / 60, 1)
-    # Without reinforcement learning 4.5 times.
+    # 690 s, less 20 s so far, 2 minutes of fine-tuning and 8.5 times the 40 s of preparation.
+    assert base_minutes(args, "base", 40, 20) == round(210 / 60, 1)
+    # Without reinforcement learning 4 times, with half of it 6.25 times.
     without = Args(storage=str(tmp_path), rl_steps=0)
-    assert base_minutes(without, "base", 60, 20, 2.0) == round(280 / 60, 1)
-    assert base_minutes(args, "base", 1, 1, 2.0) == 5.2
-    assert base_minutes(args, "base", 300, 300, 2.0) == 1.0
-    assert base_minutes(Args(storage=str(tmp_path), minutes=7.0), "base", 1, 1, 2.0) == 7.0
-    run = tmp_path / "runs" / "base"
-    run.mkdir(parents=True)
-    (run / "plan.json").write_text('{"plan": {"cpu_minutes": 3.5}}')
-    assert base_minutes(args, "base", 1, 1, 2.0) == 3.5
+    assert base_minutes(without, "base", 80, 20) == round(230 / 60, 1)
+    assert base_minutes(Args(storage=str(tmp_path), rl_steps=25), "base", 40, 20) == 5.0
+    assert base_minutes(args, "base", 1, 1) == 5.2
+    assert base_minutes(args, "base", 300, 300) == 1.0
+    assert base_minutes(Args(storage=str(tmp_path), minutes=7.0), "base", 1, 1) == 7.0
+    write_plan(tmp_path, "base", 3.5)
+    assert base_minutes(args, "base", 1, 1) == 3.5
 
 
-def test_fine_tuning_follows_base_training() -> None:
-    assert [sft_minutes(m) for m in (None, 0.1, 1.5, 3.0, 30.0)] == [2.0, 0.1, 1.5, 2.0, 15.0]
+def test_fine_tuning_takes_what_is_left_of_the_promise(tmp_path: Path) -> None:
+    args = Args(storage=str(tmp_path))
+    # All but 240 s of training took 80 s, and what is left takes 2.4 times as long: 178 of 690 s.
+    assert sft_minutes(args, "chat", 240, 320) == round(178 / 60, 1)
+    # Without reinforcement learning 0.8 times, with half of it 1.6 times.
+    without = Args(storage=str(tmp_path), rl_steps=0)
+    assert sft_minutes(without, "chat", 300, 400) == round(210 / 60, 1)
+    half = Args(storage=str(tmp_path), rl_steps=25)
+    assert sft_minutes(half, "chat", 240, 340) == round(190 / 60, 1)
+    # Never less than 2 minutes nor more than 4, also where base training had begun before.
+    assert sft_minutes(args, "chat", 240, 500) == 2.0
+    assert sft_minutes(args, "chat", 60, 70) == 4.0
+    assert sft_minutes(args, "chat", 300, 100) == 4.0
+    # Where it was complete before, nothing is known of the machine.
+    assert sft_minutes(args, "chat", 0, 20) == 2.0
+    write_plan(tmp_path, "chat", 2.7)
+    assert sft_minutes(args, "chat", 0, 20) == 2.7
+
+
+@pytest.mark.parametrize(("minutes", "tuning"), [(0.1, 0.1), (1.5, 1.5), (3.0, 2.0), (30.0, 15.0)])
+def test_fine_tuning_follows_the_minutes_of_base_training(
+    tmp_path: Path, minutes: float, tuning: float
+) -> None:
+    args = Args(storage=str(tmp_path), minutes=minutes)
+    assert sft_minutes(args, "chat", 60 * minutes, 60 * minutes + 80) == tuning
 
 
 def test_the_fine_tuned_model_is_served_if_rl_fails(
@@ -198,18 +229,23 @@ def test_no_stage_that_is_complete_runs_twice(
     monkeypatch: pytest.MonkeyPatch, stages: Any, gpus: int, is_trained: bool
 ) -> None:
     monkeypatch.setattr(quickstart, "run_is_complete", lambda storage, run: is_trained)
-    monkeypatch.setattr(quickstart, "base_minutes", lambda *args: args[1:3])
-    clock = iter((100.0, 130.0))
+    facts_of_base: list[Any] = []
+    monkeypatch.setattr(
+        quickstart, "base_minutes", lambda args, *facts: facts_of_base.append(facts) or 0.5
+    )
+    monkeypatch.setattr(quickstart, "sft_minutes", lambda args, *facts: facts)
+    clock = iter((*(() if is_trained else (100.0, 130.0)), *(() if gpus else (175.0,))))
     monkeypatch.setattr(quickstart.time, "monotonic", lambda: next(clock))
     quickstart.train(Args(storage="/s", gpus=gpus, text=("/a",)), stages, 90.0)
     base = [
         ("prepare_base", ("/a",)),
-        ("train_base", 4, None if gpus else ("base-d4", 30.0)),
+        ("train_base", 4, None if gpus else 0.5),
     ]
+    assert facts_of_base == ([] if is_trained or gpus else [("base-d4", 30.0, 40.0)])
     assert stages.calls == [
         *([] if is_trained else base),
         ("prepare_sft",),
-        ("train_sft", None if gpus else 2.0),
+        ("train_sft", None if gpus else ("chat-d4", 0.0 if is_trained else 30.0, 85.0)),
         ("forget_eval", "chat-d4"),
     ]
 
