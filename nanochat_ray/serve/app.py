@@ -325,8 +325,13 @@ def _add_error_handlers(app: FastAPI) -> None:
         return from_validation(error.errors()).response()
 
     @app.exception_handler(HTTPException)
-    async def on_http_error(_: HttpRequest, error: HTTPException) -> JSONResponse:
-        code = _CODES.get(error.status_code)
-        response = ApiError(error.status_code, str(error.detail), code=code).response()
-        response.headers.update(error.headers or {})
+    async def on_http_error(http: HttpRequest, error: HTTPException) -> JSONResponse:
+        status, headers = error.status_code, error.headers or {}
+        message, call = str(error.detail), f"{http.method} {http.url.path}"
+        if status == 404:
+            message = f"{call} does not exist on this server: /openapi.json names what does."
+        elif status == 405:
+            message = f"{call} is not allowed: {headers['Allow']}."
+        response = ApiError(status, message, code=_CODES.get(status)).response()
+        response.headers.update(headers)
         return response

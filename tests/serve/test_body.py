@@ -122,6 +122,24 @@ def test_one_problem_names_its_field(
     assert message in error.message
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": 3}, "temperature=3 is not allowed: less than or equal to 2"),
+        ({"temperature": "hot"}, "temperature='hot' is not allowed: a valid number"),
+        ({"logprobs": 1.0}, "logprobs=1.0 is not allowed: a valid integer"),
+        ({"stop": 5}, "stop=5 is not allowed: a valid string or a valid list"),
+        ({"prompt": {"a": 1}}, "prompt={…} is not allowed: a valid string or a valid list"),
+        ({"seed": ["x"] * 100_000}, "seed=[…] is not allowed: a valid integer"),
+        ({"model": None, "prompt": None}, "prompt=None is not allowed: "),
+        ({"response_format": {"type": "xml"}}, "response_format.type='xml' is not allowed: 'text'"),
+    ],
+)
+def test_a_wrong_value_is_named(url: str, fields: dict[str, Any], message: str) -> None:
+    error = post(f"{url}/v1/completions", json={"prompt": "x", **fields}).json()["error"]
+    assert error["message"].startswith(message)
+
+
 JSON = {"content-type": "application/json"}
 ODD: list[tuple[bytes, dict[str, str], int]] = [
     (b"", JSON, 400),

@@ -79,6 +79,18 @@ def test_refusals(
 
 
 @pytest.mark.parametrize(
+    ("method", "path", "message"),
+    [
+        ("GET", "/v1/completions", "GET /v1/completions is not allowed: POST."),
+        ("POST", "/v1/embeddings", "POST /v1/embeddings does not exist on this server: "),
+    ],
+)
+def test_what_is_not_served_is_named(url: str, method: str, path: str, message: str) -> None:
+    response = get(f"{url}{path}") if method == "GET" else post(f"{url}{path}", json={})
+    assert response.json()["error"]["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
     ("body", "tokens"),
     [
         ({"prompt": "AB"}, [TOK.bos, 65, 66]),
