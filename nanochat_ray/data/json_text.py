@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from nanochat_ray.checks import short_repr
 from nanochat_ray.data.decoding import OnBad, decode, encoding_of, replace_surrogates
 
 
@@ -22,8 +23,13 @@ def _document(value: Any, column: str) -> str | None:
     """The document of a JSON value; None for null. ValueError says what the value is instead."""
     text = value
     if not isinstance(value, str):
-        if not isinstance(value, dict) or column not in value:
+        if not isinstance(value, dict):
             raise ValueError(f"not a JSON object with a text in {column!r}")
+        if column not in value:
+            raise ValueError(
+                f"not a JSON object with a text in {column!r}, only {short_repr(list(value))}; "
+                "--text-column names another"
+            )
         text = value[column]
     if text is None:
         return None

@@ -82,7 +82,10 @@ def _strings(array: Any, where: str, column: str, first: int, on_bad: OnBad) -> 
     if not (
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     ):
-        raise ValueError(f"text file {where}: its column {column!r} holds {kind}, not strings")
+        raise ValueError(
+            f"text file {where}: its column {column!r} holds {kind}, not strings; "
+            "--text-column names another"
+        )
     for number, value in enumerate(array, first):
         try:
             text = value.as_py()
