@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Sequence
@@ -90,7 +91,11 @@ def _unknown_argument(tokens: Sequence[str], names: Sequence[str]) -> str:
             return f"unknown argument {flag!r}: it is now {_usage(prefix, last, value)}"
     if new := new_name(flag):
         return f"unknown argument {flag!r}: it is now --{new.replace('_', '-')}"
-    return f"unknown argument {' '.join(tokens)!r}: see --help"
+    # ``--model.softcpa``, and a flag under the configuration that it is not of: ``--train.steps``.
+    last_part = f"--{key.rpartition('.')[2]}"
+    near = [last_part] if last_part in names else difflib.get_close_matches(flag, names, 1, 0.8)
+    hint = f"{near[0]}, perhaps? " if near and flag.startswith("--") else ""
+    return f"unknown argument {' '.join(tokens)!r}: {hint}see --help"
 
 
 def _usage(prefix: str, name: str, value: str) -> str:
