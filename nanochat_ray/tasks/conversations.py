@@ -7,6 +7,8 @@ A record is one conversation:
   leaves that message out of the loss.
 - ``{"conversations": [{"from": "human" | "gpt" | …, "value": …}, …]}``, ShareGPT.
 - ``[{"role": …, "content": …}, …]``, nanochat.
+- ``{"instruction": …, "input": …, "output": …}``, Alpaca, with Dolly's names ``context`` and
+  ``response`` too; or ``{"prompt": …, "completion": …}``, texts or lists of messages (TRL).
 """
 
 from __future__ import annotations
@@ -36,6 +38,11 @@ _SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response", "tool_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
+_PAIRS = (
+    ("instruction", ("input", "context"), ("output", "response")),
+    ("prompt", (), ("completion", "response")),
+)
+"""Fields of a question, of what it is about, and of its answer."""
 _ENTRY = re.compile(r"(?P<uri>.+):(?P<amount>\d+(?:\.\d+)?)(?P<passes>x?)", re.DOTALL)
 _ALLOWED = "write PATH, PATH:2000 for 2000 conversations, or PATH:2.5x for 2.5 passes over them"
 
@@ -165,10 +172,14 @@ def _openai_form(record: Any) -> tuple[list[dict[str, Any]], list[str], list[dic
     if not isinstance(record, dict):
         raise ValueError(f"{short_repr(record)} is no conversation: an object with 'messages'")
     record = {key: value for key, value in record.items() if value is not None}
-    name = next((n for n in ("messages", "conversations", "conversation") if n in record), None)
+    names = ("messages", "conversations", "conversation")
+    if not any(name in record for name in names):
+        record = _from_pair(record)
+    name = next((name for name in names if name in record), None)
     if name is None:
         raise ValueError(
-            f"a conversation has 'messages' (OpenAI) or 'conversations' (ShareGPT), not only "
+            "a conversation has 'messages' (OpenAI), 'conversations' (ShareGPT), 'instruction' "
+            "and 'output' (Alpaca) or 'prompt' and 'completion', not only "
             f"{short_repr(sorted(record))}"
         )
     items = record[name]
@@ -185,6 +196,24 @@ def _openai_form(record: Any) -> tuple[list[dict[str, Any]], list[str], list[dic
     _spread_weights(record, messages, paths, len(items))
     _name_calls(messages, paths)
     return messages, paths, _tools(record)
+
+
+def _from_pair(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of one question and its answer with ``messages`` instead; others as they are."""
+    for question, contexts, answers in _PAIRS:
+        answer = next((name for name in answers if name in record), None)
+        if question not in record or answer is None:
+            continue
+        messages = [record[question], record[answer]]
+        if all(isinstance(part, list) for part in messages):
+            return {**record, "messages": [*messages[0], *messages[1]]}
+        about = [name for name in contexts if record.get(name)]
+        for name in (question, *about, answer):
+            require(isinstance(record[name], str), name, record[name], "a text")
+        text = "\n\n".join(record[name] for name in (question, *about))
+        user = {"role": "user", "content": text}
+        return {**record, "messages": [user, {"role": "assistant", "content": record[answer]}]}
+    return record
 
 
 def _from_sharegpt(item: dict[str, Any], at: str) -> dict[str, Any]:

@@ -108,10 +108,27 @@ def learnt(messages: list[dict[str, Any]]) -> str:
             },
             '<|python_start|>{"name":"f","arguments":{"n":1}}<|python_end|>Yes<|assistant_end|>',
         ),
+        ({"instruction": "Hi", "input": "", "output": "Yes"}, "Yes<|assistant_end|>"),
+        ({"instruction": "Hi", "context": None, "response": "Yes"}, "Yes<|assistant_end|>"),
+        ({"prompt": "Hi", "completion": "Yes"}, "Yes<|assistant_end|>"),
+        ({"prompt": [USER], "completion": [YES]}, "Yes<|assistant_end|>"),
+        ({"prompt": "No", "completion": "No", "messages": [USER, YES]}, "Yes<|assistant_end|>"),
     ],
 )
 def test_formats_are_read(tmp_path: Path, record: Any, text: str) -> None:
     assert learnt(read_one(tmp_path / "my.jsonl", record)).startswith(text)
+
+
+def test_an_instruction_is_followed_by_its_input(tmp_path: Path) -> None:
+    record = {"instruction": "Add.", "input": "1, 2", "output": "3", "system": "Be"}
+    assert read_one(tmp_path / "my.jsonl", record) == read_one(
+        tmp_path / "my.jsonl",
+        [
+            {"role": "system", "content": "Be"},
+            {"role": "user", "content": "Add.\n\n1, 2"},
+            {"role": "assistant", "content": "3"},
+        ],
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,6 +138,8 @@ def test_formats_are_read(tmp_path: Path, record: Any, text: str) -> None:
         ("[" * 100_000, r"line 2: not JSON: nested too deep"),
         ("3", r"line 2: 3 is no conversation"),
         ('{"prompt": "a"}', r"line 2: .*'messages' \(OpenAI\).*\['prompt'\]"),
+        ({"instruction": "a", "input": 3, "output": "b"}, r"line 2: input=3 is not allowed: a t"),
+        ({"prompt": [USER], "completion": "b"}, r"line 2: prompt=\[.*\] is not allowed: a text"),
         ('{"messages": []}', r"line 2: messages=\[\] is not allowed"),
         ('{"messages": [3]}', r"line 2: messages\[0\]=3 is not allowed"),
         ([USER, {"role": "robot", "content": "a"}], r"line 2: messages\[1\]\.role='robot'"),
