@@ -62,8 +62,8 @@ class Args:
     tasks: tuple[TaskCount, ...] | None = None
     """SFT: conversations, as task:count; by default a mixture, none with --chats."""
     chats: tuple[str, ...] = ()
-    """SFT: JSON lines in OpenAI's fine-tuning format or ShareGPT's. Files, folders, globs or URIs;
-    PATH:2000 samples or repeats that many conversations, PATH:2.5x is that many passes."""
+    """SFT: JSON lines in OpenAI's fine-tuning format, ShareGPT's or Alpaca's. Files, folders, globs
+    or URIs; PATH:2000 samples or repeats that many conversations, PATH:2.5x is that many passes."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "storage", absolute(self.storage))
