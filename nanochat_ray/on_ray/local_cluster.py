@@ -7,6 +7,7 @@ ended. Importing this file needs no Ray.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import secrets
@@ -73,17 +74,21 @@ class LocalCluster:
         quiet |= {"RAY_USAGE_STATS_ENABLED": "0", "PATH": os.pathsep.join(paths)}
         return {**os.environ, **quiet, MARK: self._mark, **self.variables()}
 
-    def process_ids(self) -> list[int]:
-        """The cluster's processes, without this one and those that it was started from."""
-        outside = {p.pid for p in psutil.Process().parents()} | {os.getpid()}
-        ids = []
+    def processes(self) -> set[psutil.Process]:
+        """The cluster's, without this one and those that it was started from.
+
+        Also what they have started themselves: the title of a Python process of Ray's overwrites
+        its environment, and an agent lives for a minute after its raylet.
+        """
+        outside = {psutil.Process(), *psutil.Process().parents()}
+        members: set[psutil.Process] = set()
         for process in psutil.process_iter():
             try:
-                if process.pid not in outside and process.environ().get(MARK) == self._mark:
-                    ids.append(process.pid)
+                if process not in members | outside and process.environ().get(MARK) == self._mark:
+                    members |= {process, *process.children(recursive=True)}
             except psutil.Error:
                 continue
-        return ids
+        return members - outside
 
     def is_alive(self) -> bool:
         """Whether the dashboard answers with this cluster's token."""
@@ -162,18 +167,17 @@ class LocalCluster:
 
     def stop(self) -> int:
         """Ends the cluster's processes and waits for them; returns how many there were."""
-        count = len(ids := self.process_ids())
+        count = len(processes := self.processes())
         for number in range(ROUNDS):
-            if not ids:
+            if not processes:
                 break
-            for process_id in ids:
-                try:
-                    os.kill(process_id, signal.SIGTERM if number < ROUNDS // 2 else signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGTERM if number < ROUNDS // 2 else signal.SIGKILL)
             time.sleep(ROUND_S)
-            ids = self.process_ids()
-        if ids:
+            processes = set(filter(_is_alive, processes)) | self.processes()
+        if processes:
+            ids = sorted(process.pid for process in processes)
             raise ValueError(f"these processes do not end: {' '.join(map(str, ids))}")
         self._remove_haproxy_files()
         return count
@@ -182,6 +186,13 @@ class LocalCluster:
         folder = self.variables().get(ports.STATE_BASE, "").rstrip("/")
         if Path(folder).name.startswith("nanochat-"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def free_ports(count: int) -> list[int]:

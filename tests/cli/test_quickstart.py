@@ -24,6 +24,7 @@ from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray import ports
 from nanochat_ray.on_ray.local_cluster import LocalCluster
 from nanochat_ray.storage import Store
+from tests.processes import have_ended
 from tests.tiny import free_ports, save_model, tiny_config
 from tests.waiting import wait_for
 
@@ -339,7 +340,9 @@ def test_only_a_cluster_of_its_own_ends_with_an_error(is_up: bool) -> None:
 
 def test_stop_ends_only_its_own_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    idle = [sys.executable, "-c", "input()"]  # until its pipe ends
+    # Two processes that end with their pipe; the second has another environment, as Ray's seem to.
+    run = "subprocess.run([sys.executable, '-c', 'input()'], env={})"
+    idle = [sys.executable, "-c", f"import subprocess, sys; {run}"]
     # Ports that the tests of another checkout do not have.
     one, other = (LocalCluster(100_000 + 2 * os.getpid() + i) for i in range(2))
     children = [
@@ -351,11 +354,15 @@ def test_stop_ends_only_its_own_cluster(tmp_path: Path, monkeypatch: pytest.Monk
         for c in (one, other)
     ]
     try:
-        wait_for(lambda: one.process_ids() == [children[0].pid])
+        wait_for(lambda: (len(one.processes()), len(other.processes())) == (2, 2))
+        of_one, of_other = one.processes(), other.processes()
+        assert psutil.Process(children[0].pid) in of_one
         assert not one.is_alive()
-        assert one.stop() == 1
+        assert one.stop() == 2
+        assert have_ended(of_one)
         assert children[0].wait(60) == -signal.SIGTERM
         assert children[1].poll() is None
+        assert other.processes() == of_other
         assert one.stop() == 0
     finally:
         for child in children:
