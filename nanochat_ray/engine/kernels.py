@@ -135,6 +135,8 @@ def _target_options(kernels: str) -> list[tuple[str, ...]]:
     arm = platform.machine() in ("aarch64", "arm64")
     wide = (_WIDE,) if platform.machine() == "x86_64" else ()
     target = ("-mcpu=native" if arm else "-march=native", *wide)
+    if "amx" not in available():  # also of a processor that has it, where Linux refuses its tiles
+        target += ("-DWITHOUT_AMX",)
     return [(*target, "-fopenmp"), target, ("-fopenmp",), ()]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,18 @@ def test_amx_needs_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for permission, best in ((True, "amx"), (False, "avx512_bf16")):
         monkeypatch.setattr(kernels, "_amx_permission", lambda permission=permission: permission)
         assert available()[0] == best
+        # -march=native would compile them in a processor that has them.
+        assert ("-DWITHOUT_AMX" in kernels._target_options("auto")[0]) != permission
+
+
+def test_matmuls_without_amx_use_no_tiles() -> None:
+    command = [*shlex.split(CC), "-E", *kernels.LEVELS["amx"], "-DHEAD_DIM=64", "-DGROUP_SIZE=1"]
+    command += ["-DTILE_TOKENS=8", str(kernels.FOLDER / "gemm.c")]
+    for option, uses_tiles in (("-DWITH_AMX", True), ("-DWITHOUT_AMX", False)):
+        source = subprocess.run([*command, option], capture_output=True, text=True, check=False)
+        if source.returncode:
+            pytest.skip("this compiler does not know AMX")
+        assert ("linear_amx" in source.stdout) == uses_tiles
 
 
 def test_environment_variable_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

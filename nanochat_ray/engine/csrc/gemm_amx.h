@@ -10,7 +10,8 @@
 #pragma once
 
 /* The first macro is gcc's, the second one clang's. */
-#if defined(__linux__) && (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__AVX512BF16__)
+#if defined(__linux__) && (defined(__AMX_BF16__) || defined(__AMXBF16__)) \
+    && defined(__AVX512BF16__) && !defined(WITHOUT_AMX)
 #define HAVE_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
