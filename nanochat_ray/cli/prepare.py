@@ -62,7 +62,7 @@ class Args:
     tasks: tuple[TaskCount, ...] | None = None
     """SFT: conversations, as task:count; by default a mixture, none with --chats."""
     chats: tuple[str, ...] = ()
-    """SFT: JSON lines in OpenAI's fine-tuning format, ShareGPT's or Alpaca's. Files, folders, globs
+    """SFT: JSON lines in OpenAI's, ShareGPT's or Alpaca's format. Files, folders, globs
     or URIs; PATH:2000 samples or repeats that many conversations, PATH:2.5x is that many passes."""
 
     def __post_init__(self) -> None:
