@@ -33,6 +33,7 @@ from typing import Any
 from nanochat_ray.bench import load, load_engine, offline
 from nanochat_ray.bench.chart import lines_svg
 from nanochat_ray.bench.environment import machine, text_tokens
+from nanochat_ray.bench.long_prompt import long_prompt_delay
 from nanochat_ray.bench.serve_figures import load_name, medians, ratios, table
 from nanochat_ray.bench.systems import (
     STREAMS,
@@ -180,7 +181,7 @@ def measure_long(args: Args, open_systems: list[System]) -> dict[str, float]:
     for repeat in range(args.repeats):
         for system in open_systems:
             if system.url:
-                wait = load.long_prompt_delay(
+                wait = long_prompt_delay(
                     system.url, system.model, vocab=VOCAB, key=args.key, seed=repeat
                 )
                 waits[system.name].append(asyncio.run(wait))

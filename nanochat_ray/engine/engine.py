@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from typing import Any, Self
@@ -186,16 +186,17 @@ class Engine:
             step, self._in_flight = self._in_flight, None
             self._ready += self._commit(step)
 
-    def withdraw_waiting(self, ids: Container[str] | None = None) -> list[Request]:
+    def withdraw_waiting(self) -> list[Request]:
         """Removes and returns the requests that wait and have no output, in order of arrival.
 
-        Those with the ``ids``; by default those that may begin on other weights, which those with a
-        ``weight_version`` may not.
+        They may begin on other weights; those with a ``weight_version`` may not, and stay.
         """
-        waiting = self.scheduler.waiting
-        if ids is None:
-            return self._withdraw([s for s in waiting if not s.request.weight_version])
-        return self._withdraw([s for s in waiting if s.request.id in ids])
+        return self._withdraw([s for s in self.scheduler.waiting if not s.request.weight_version])
+
+    def withdraw_late(self, limit_s: float) -> list[Request]:
+        """The same for those that have come more than ``limit_s`` ago, whatever their weights."""
+        start = time.monotonic() - limit_s
+        return self._withdraw([s for s in self.scheduler.waiting if s.arrival_time < start])
 
     def _withdraw(self, sequences: SequenceOf[Sequence]) -> list[Request]:
         without_output = [s for s in sequences if len(s.tokens) == len(s.request.prompt)]

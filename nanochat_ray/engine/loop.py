@@ -78,9 +78,6 @@ class EngineLoop:
         self._aborts: list[str] = []
         self._requests: dict[str, ExpectedWait | None] = {}
         """By id, until the last output; with what is expected until the first, if it must wait."""
-        self._queue_starts: dict[str, float] = {}
-        """When the engine has got each request without output, in this order. Only for the thread.
-        One that has ended may still be here."""
         self._background = Background(engine.config.background_share)
         self._swap: WeightSwap | None = None
         """While it waits, requests stay in the inbox unless they need the old weights."""
@@ -329,9 +326,6 @@ class EngineLoop:
         for request, _ in inbox:
             try:
                 self._engine.add(request)
-                if not request.output_token_ids:
-                    self._queue_starts.pop(request.id, None)  # it was withdrawn for a swap
-                    self._queue_starts[request.id] = time.monotonic()
             except (ValueError, EngineFull) as error:
                 rejections.append(
                     RequestOutput(request_id=request.id, finish="error", error=str(error))
@@ -350,21 +344,16 @@ class EngineLoop:
 
     def _refuse_late(self) -> list[RequestOutput]:
         """Ends the requests that have waited for a slot for much longer than ``max_queue_s``."""
-        limit_s, now = LATE * self._engine.config.max_queue_s, time.monotonic()
-        late: dict[str, float] = {}
-        while limit_s and self._queue_starts:
-            request_id, start = next(iter(self._queue_starts.items()))
-            if now - start <= limit_s:
-                break
-            late[request_id] = now - self._queue_starts.pop(request_id)
+        max_queue_s = self._engine.config.max_queue_s
+        if not max_queue_s:
+            return []
         outputs = []
-        for request in self._engine.withdraw_waiting(late) if late else ():
-            seconds = late[request.id]
+        limit_s = LATE * max_queue_s
+        for request in self._engine.withdraw_late(limit_s):
             if (expectation := self._requests.get(request.id)) is not None:
+                seconds = time.monotonic() - expectation.submit_time
                 self._engine.queue_time.record_late(expectation.first_token_s, seconds)
-            reason = (
-                f"max_queue_s={self._engine.config.max_queue_s:g}: it has waited {seconds:.1f} s"
-            )
+            reason = f"max_queue_s={max_queue_s:g}: it has waited for {limit_s:g} s"
             outputs.append(RequestOutput(request_id=request.id, finish="error", error=reason))
         return outputs
 
@@ -392,8 +381,6 @@ class EngineLoop:
     def _note_output(self, output: RequestOutput) -> None:
         """Measures how long a request had to wait; forgets one that is complete."""
         expectation = self._requests.get(output.request_id)
-        if output.tokens:
-            self._queue_starts.pop(output.request_id, None)
         if expectation is not None and output.tokens:
             seconds = time.monotonic() - expectation.submit_time
             self._engine.queue_time.record_wait(expectation.first_token_s, seconds)

@@ -8,6 +8,7 @@ decode, the output of a tool and recomputation after preemption are all this one
 from __future__ import annotations
 
 import heapq
+import time
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -165,7 +166,7 @@ class Scheduler:
         client reads that already."""
         if self.queue_capacity <= 0 and not sequence.request.output_token_ids:
             raise EngineFull(f"max_queue_size={self.max_queue_size} requests are waiting already")
-        sequence.arrival = self._num_arrivals
+        sequence.arrival, sequence.arrival_time = self._num_arrivals, time.monotonic()
         self._num_arrivals += 1
         self.waiting.append(sequence)
 

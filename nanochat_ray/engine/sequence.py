@@ -51,6 +51,8 @@ class Sequence:
     """Index in the running batch; -1 while it waits."""
     arrival: int = 0
     """Order of arrival, which survives preemption."""
+    arrival_time: float = 0.0
+    """``time.monotonic`` of it."""
     is_finished: bool = False
 
     @property

@@ -13,12 +13,12 @@ from nanochat_ray.bench.load import (
     Result,
     _Stream,
     drive,
-    long_prompt_delay,
     percentile,
     random_prompts,
     shared_prefix_prompts,
     summary,
 )
+from nanochat_ray.bench.long_prompt import long_prompt_delay
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient, full

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
 
+from nanochat_ray.engine import engine as engine_module
 from nanochat_ray.engine import loop as loop_module
+from nanochat_ray.engine import scheduler as scheduler_module
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.loop import EngineLoop
 from nanochat_ray.engine.queue_time import MAX_CORRECTION, QueueTime
@@ -189,7 +192,9 @@ def test_a_request_that_has_waited_too_long_is_refused(
     outputs: list[RequestOutput] = []
     loop = EngineLoop(engine, outputs.extend)
     now = [100.0]
-    monkeypatch.setattr(loop_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock = SimpleNamespace(**{**vars(time), "monotonic": lambda: now[0]})
+    for module in (engine_module, loop_module, scheduler_module):
+        monkeypatch.setattr(module, "time", clock)
 
     def step(*submissions: Request) -> dict[str, str | None]:
         """Reason and error of the requests that end in a step of the loop."""
@@ -206,7 +211,7 @@ def test_a_request_that_has_waited_too_long_is_refused(
     assert step(request("later", max_tokens=1)) == {}
     estimate_s = engine.queue_time.estimates_s.value
     now[0] += 0.25
-    late = dict.fromkeys(("late", "one-of-two"), "max_queue_s=2: it has waited 2.2 s")
+    late = dict.fromkeys(("late", "one-of-two"), "max_queue_s=2: it has waited for 2.2 s")
     assert step() == (late if max_queue_s else {})
     # What was waited for counts in the next estimates.
     assert (engine.queue_time.estimates_s.value > estimate_s) == bool(max_queue_s)

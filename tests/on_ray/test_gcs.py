@@ -13,10 +13,10 @@ from nanochat_ray.on_ray import gcs
 
 COMMAND = """
 import os
-import time
 import ray
 from ray._private import worker
 from nanochat_ray.on_ray import gcs, leave, session
+from tests.waiting import wait_for
 
 @ray.remote(num_cpus=0)
 class Counter:
@@ -34,8 +34,7 @@ ray.get([detached.count.remote(), other.count.remote()])
 address = ray.get_runtime_context().gcs_address
 for number in (2, 3):
     worker._global_node.all_processes["gcs_server"][0].process.kill()
-    while leave.dead_services() != ["gcs_server"]:
-        time.sleep(0.01)
+    wait_for(lambda: leave.dead_services() == ["gcs_server"], what="the end of the GCS")
     print(ray.get(other.count.remote()) == 2 * number - 2)
     print(gcs.restart(), leave.dead_services() == [])
     same = ray.get_actor("counter", namespace="x")
