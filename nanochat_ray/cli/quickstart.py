@@ -52,7 +52,7 @@ class Args:
     gpus: int = 0
     """GPUs to train on; 0 is two workers on the CPU."""
     minutes: float | None = None
-    """CPU: minutes of base training; by default all ends within 12 minutes. Fine-tuning takes half
+    """CPU: minutes of base training; by default all takes about 12 minutes. Fine-tuning takes half
     as long: at least 2 minutes, or as long as base training if that is less; 2 passes at most."""
     rl_steps: int | None = None
     """Steps of learning from graded answers; 0: none. By default 50, on GPUs 0."""
