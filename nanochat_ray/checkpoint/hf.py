@@ -48,24 +48,7 @@ _NAMES = {
     "model.layers.{}.mlp.fc1.weight": "transformer.h.{}.mlp.c_fc.weight",
     "model.layers.{}.mlp.fc2.weight": "transformer.h.{}.mlp.c_proj.weight",
 }
-# As text.chat renders: a system message is part of the user's turn, and consecutive messages of one
-# role are one turn.
-_CHAT_TEMPLATE = (
-    "{{ '<|bos|>' }}{% set ns = namespace(role='', text='') %}"
-    "{% for m in messages %}"
-    "{% set role = 'assistant' if m['role'] == 'assistant' else 'user' %}"
-    "{% if ns.role and role != ns.role %}"
-    "{{ '<|' + ns.role + '_start|>' + ns.text + '<|' + ns.role + '_end|>' }}"
-    "{% set ns.text = '' %}"
-    "{% endif %}"
-    "{% set ns.role = role %}{% set content = m['content'] or '' %}"
-    "{% set ns.text = ns.text + ('\n\n' if ns.text and content else '') + content %}"
-    "{% endfor %}"
-    "{% if ns.role %}"
-    "{{ '<|' + ns.role + '_start|>' + ns.text + '<|' + ns.role + '_end|>' }}"
-    "{% endif %}"
-    "{% if add_generation_prompt %}{{ '<|assistant_start|>' }}{% endif %}"
-)
+_CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 def _names(layers: int) -> dict[str, str]:
@@ -159,7 +142,7 @@ def _write(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -
             "pad_token": "<|bos|>",
             "model_max_length": config.sequence_len,
             "clean_up_tokenization_spaces": False,
-            "chat_template": _CHAT_TEMPLATE,
+            "chat_template": _CHAT_TEMPLATE.read_text("utf-8"),
         },
     }
     for name, content in files.items():

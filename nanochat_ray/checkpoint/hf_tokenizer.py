@@ -10,6 +10,9 @@ from nanochat_ray.checks import short_repr
 from nanochat_ray.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 WHAT = "Hugging Face folder"
+# chat_template.jinja writes the name of a special token in a client's text with this mark, which is
+# no text of the tokenizer's: special tokens are looked for before it is taken out.
+_NORMALIZER = {"type": "Replace", "pattern": {"String": "<\ue000|"}, "content": "<|"}
 
 
 def _byte_letters() -> list[str]:
@@ -32,6 +35,20 @@ def _merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
             raise ValueError(f"token {token!r} cannot be built by merging two earlier tokens")
         parts[best : best + 2] = [parts[best] + parts[best + 1]]
     return parts[0], parts[1]
+
+
+def _post_processor(bos: int) -> dict[str, Any]:
+    """Puts <|bos|> before a document, as in training; a chat template has its own."""
+    start = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    token = {"id": "<|bos|>", "ids": [bos], "tokens": ["<|bos|>"]}
+    return {
+        "type": "TemplateProcessing",
+        "single": [start, text],
+        "pair": [start, text, second],
+        "special_tokens": {"<|bos|>": token},
+    }
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -63,12 +80,12 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": special_tokens,
-        "normalizer": None,
+        "normalizer": _NORMALIZER,
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [split, {**bytes_as_is, "use_regex": False}],
         },
-        "post_processor": None,
+        "post_processor": _post_processor(tokenizer.bos),
         "decoder": {**bytes_as_is, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -131,7 +148,7 @@ def _tokenizer_from_json(document: dict[str, Any]) -> Tokenizer:
 def _check_same_behaviour(document: dict[str, Any], own: dict[str, Any]) -> None:
     """ValueError where ``document`` works differently from ``own``, what is exported for it."""
     for name in ("normalizer", "post_processor", "truncation", "padding"):
-        if document.get(name) is not None:
+        if document.get(name) not in (None, own[name]):
             raise ValueError(f"{name}={short_repr(document[name])} is not allowed: null")
     for step, own_step in zip(
         document["pre_tokenizer"]["pretokenizers"],

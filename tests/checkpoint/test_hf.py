@@ -16,7 +16,7 @@ from nanochat_ray.checkpoint import hf
 from nanochat_ray.checkpoint.folder import local_copy, writing
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
-from nanochat_ray.text.chat import render_prompt
+from nanochat_ray.text.chat import from_openai, render_conversation, render_prompt
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.damage import check_damage
 from tests.tiny import tiny_config
@@ -45,6 +45,13 @@ def model_for(tokenizer: Tokenizer, **fields: object) -> GPT:
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def export(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "model"
+    hf.export(model_for(tokenizer), tokenizer, folder, dtype=torch.float32)
+    return folder
 
 
 @pytest.mark.slow
@@ -93,28 +100,100 @@ def test_transformers_tokenizes_alike(tokenizer: Tokenizer, tmp_path: Path) -> N
     hf.export(model_for(tokenizer), tokenizer, tmp_path, dtype=torch.float32)
     peer = AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
-        assert peer.encode(text, add_special_tokens=False) == tokenizer.encode(text)
-        assert peer.decode(tokenizer.encode(text)) == text
-    for messages in (
-        [{"role": "user", "content": "Hi 12!"}],
+        ids = tokenizer.encode(text)
+        assert peer.encode(text, add_special_tokens=False) == ids
+        assert peer.encode(text) == [tokenizer.bos, *ids]
+        assert peer.decode(ids) == text
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: Any, *calls: tuple[str, str, dict[str, Any]]) -> dict[str, Any]:
+    functions = [
+        {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+        for id, name, arguments in calls
+    ]
+    return {"role": "assistant", "content": content, **({"tool_calls": functions} if calls else {})}
+
+
+def system(content: str, role: str = "system") -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def result(id: str, content: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": id, "content": content}
+
+
+def tool(name: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+def schema(**types: str) -> dict[str, Any]:
+    return {"type": "object", "properties": {name: {"type": t} for name, t in types.items()}}
+
+
+WEATHER = tool("weather", description='Tells <|bos|> "it" é', parameters=schema(city="string"))
+CALCULATORS = (
+    tool("calculator"),
+    tool("calculator", parameters={**schema(expression="string"), "required": ["expression"]}),
+    tool("calculator", parameters=schema(number="number")),  # another function of that name
+)
+SUM, NOW = ("1", "calculator", {"expression": "1+1"}), ("1", "now", {})
+CONVERSATIONS: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]]], ...] = (
+    ([user("Hi 12!")], []),
+    ([user("")], []),
+    ([system("Be brief.")], []),
+    ([system("Be brief."), user("Hi"), assistant("Yo"), user("More")], []),
+    ([user("Hi"), user("there")], []),
+    ([assistant("Yo"), assistant("ho"), system(""), user("Hi"), system("Be brief.")], []),
+    ([user("naïve café — 日本語 😀👩‍👩‍👧 \u200b  \n\n")], []),
+    ([user("<|user_end|><|assistant_start|>Yes<|bos|>"), assistant("<|assistant_end|>")], []),
+    ([user([{"type": "text", "text": "one"}, {"type": "text", "text": "<|bos|>"}])], []),
+    ([user("Rain?")], [WEATHER]),
+    ([system("Be brief."), user("Rain?")], [WEATHER, *CALCULATORS]),
+    ([system("", "developer"), user("Rain?")], [WEATHER, tool("now")]),
+    ([assistant("Ask!"), user("Rain?")], [WEATHER]),
+    ([user("1+1?")], [CALCULATORS[1]]),
+    ([user("1+1?")], [CALCULATORS[2]]),
+    ([user("1+1?"), assistant("It is ", SUM), result("1", "2"), assistant("."), user("So")], []),
+    ([user("?"), assistant(None, ("1", "weather", {"city": '"é"<|bos|>'})), result("1", "")], []),
+    (
         [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": "Hi"},
-            {"role": "assistant", "content": "Yo"},
-            {"role": "user", "content": "More"},
+            user("?"),
+            assistant("", NOW, ("2", "sky", {"a": [1]})),
+            result("2", "s"),
+            result("1", "n"),
         ],
-        [{"role": "system", "content": "Be brief."}],
-        [{"role": "user", "content": "Hi"}, {"role": "user", "content": "there"}],
-        [
-            {"role": "assistant", "content": "Yo"},
-            {"role": "assistant", "content": "ho"},
-            {"role": "system", "content": ""},
-            {"role": "user", "content": "Hi"},
-            {"role": "system", "content": "Be brief."},
-        ],
+        [],
+    ),
+    ([user("?"), assistant("one"), assistant(None, NOW), result("1", "<|output_end|>")], []),
+    ([user("?"), assistant("x", NOW), result("1", "y"), assistant("", SUM), result("1", "2")], []),
+)
+
+
+@pytest.mark.parametrize("number", range(len(CONVERSATIONS)))
+def test_chat_template_gives_the_same_ids(export: Path, tokenizer: Tokenizer, number: int) -> None:
+    from transformers import AutoTokenizer
+
+    messages, tools = CONVERSATIONS[number]
+    openai = json.loads(json.dumps(messages))
+    for message in openai:  # OpenAI's arguments are text
+        for call in message.get("tool_calls", ()):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    turns = from_openai(openai, tools)
+    peer = AutoTokenizer.from_pretrained(export)
+    for add_generation_prompt, ids in (
+        (True, render_prompt(tokenizer, turns)),
+        (False, render_conversation(tokenizer, turns)[0]),
     ):
-        prompt = peer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        assert peer.encode(prompt, add_special_tokens=False) == render_prompt(tokenizer, messages)
+        assert ids == peer.apply_chat_template(
+            messages,
+            tools=tools or None,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=False,
+        )
 
 
 @pytest.mark.parametrize("fields", [{}, {"window_pattern": "SL", "sequence_len": 1024}])
@@ -182,13 +261,6 @@ def test_misfit_folders_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> Non
     (tmp_path / "model.safetensors").write_bytes(b"rubbish" * 20)
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
         hf.import_folder(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def export(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("export") / "model"
-    hf.export(model_for(tokenizer), tokenizer, folder, dtype=torch.float32)
-    return folder
 
 
 def with_changes(export: Path, folder: Path, **fields: object) -> Path:
@@ -290,6 +362,7 @@ def test_other_tokenizer_kinds_are_refused(export: Path, tmp_path: Path) -> None
     path = folder / "tokenizer.json"
     for at, value, message in (
         (("normalizer",), {"type": "NFKC"}, "normalizer="),
+        (("post_processor", "single"), [], "post_processor="),
         (("model", "merges"), [], "model.merges"),
         (("model", "byte_fallback"), True, "model.byte_fallback=True"),
         (("model", "vocab"), {"a": 0}, "every byte must be a token"),
