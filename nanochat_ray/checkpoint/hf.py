@@ -124,7 +124,8 @@ def _write(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -
     tensors = _export_tensors(model, dtype, classic=classic)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     end = tokenizer.special("<|assistant_end|>")
-    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": end, "pad_token_id": tokenizer.bos}
+    # No padding: generate() would mask each <|bos|> of a prompt, and training freeze its embedding.
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": end, "pad_token_id": None}
     files: dict[str, Any] = {
         "config.json": {
             **_config_json(config),

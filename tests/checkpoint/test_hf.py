@@ -236,6 +236,64 @@ def test_modern_models_give_equal_logits(
     assert auto.encode("Hello", add_special_tokens=False) == tokenizer.encode("Hello")
 
 
+def generate(peer: Any, ids: torch.Tensor, **options: Any) -> list[list[int]]:
+    return peer.generate(ids, max_new_tokens=12, do_sample=False, **options).tolist()
+
+
+@pytest.mark.parametrize("preset", ["classic", "modern"])
+def test_generate_equals_uncached_answers(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    from transformers import AutoModelForCausalLM
+
+    model = GPT(tiny_config(preset, vocab_size=tokenizer.vocab_size, n_layer=3, sequence_len=64))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    folder = tmp_path / f"generate-{preset}"
+    hf.export(model.eval(), tokenizer, folder, dtype=torch.float32)
+    peer = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=True
+    ).eval()
+    ids = torch.randint(0, tokenizer.vocab_size, (2, 10), generator=generator)
+    ids[:, 0] = tokenizer.bos  # no padding, whatever ends an answer
+    ids[:, 4:7] = ids[:, 7:]  # so that draft tokens are looked up in the prompt
+    reference = ids
+    with torch.no_grad():
+        for _ in range(12):
+            reference = torch.cat((reference, model(reference)[:, -1:].argmax(-1)), dim=1)
+    endless = {"eos_token_id": None}
+    assert generate(peer, ids, **endless) == reference.tolist()
+    drafts = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+    assert generate(peer, ids[:1], **endless, **drafts) == reference[:1].tolist()
+    beams = {**endless, "num_beams": 3}
+    assert generate(peer, ids, **beams) == generate(peer, ids, **beams, use_cache=False)
+
+
+@pytest.mark.parametrize("preset", ["classic", "modern"])
+def test_trainer_gets_the_loss_it_expects(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / f"loss-{preset}"
+    model = GPT(tiny_config(preset, vocab_size=tokenizer.vocab_size))
+    model.init_weights(torch.Generator().manual_seed(0))
+    hf.export(model, tokenizer, folder, dtype=torch.float32)
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+    ids = torch.arange(20)[None]
+    ids[0, 7] = tokenizer.bos
+    mean = peer(ids, labels=ids).loss
+    # With accumulation it gives the tokens of all its batches, and expects a sum over them.
+    share = peer(ids, labels=ids, num_items_in_batch=4 * 19).loss
+    torch.testing.assert_close(share, mean / 4)
+    mean.backward()
+    assert peer.get_input_embeddings().weight.grad[tokenizer.bos].abs().sum() > 0
+
+
 def test_a_model_with_skips_cannot_go_out(tmp_path: Path) -> None:
     tokenizer = Tokenizer.bytes_only()
     with pytest.raises(ValueError, match=r"cannot express skips=True"):

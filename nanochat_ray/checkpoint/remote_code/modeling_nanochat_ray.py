@@ -2,7 +2,8 @@
 
 A causal language model with rotary embeddings, QK-norm, squared ReLU, value embeddings, windows,
 residual scalars, smear and backout, each as ``config.json`` has it. Names of parameters are
-nanochat's. ``generate`` keeps keys, values and the last token's embedding.
+nanochat's. For ``generate`` the cache has each token's embedding behind the first layer's values:
+there caches of all kinds keep, reorder (beams) and crop (rejected drafts) it as any value.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Attention(nn.Module):
         x = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
         return rms_norm(x, self.config.norm_eps)
 
-    def forward(self, x, value, angles, mask_of, cache):
+    def forward(self, x, value, angles, mask_of, cache, embedding):
+        """``embedding [B, T, C]`` is put into the cache too, unless it is None."""
         B, T, _ = x.shape
         c = self.config
         q = self.rotary_qk_norm(self.c_q(x).view(B, T, -1, c.head_dim), *angles).transpose(1, 2)
@@ -52,7 +54,11 @@ class Attention(nn.Module):
             v = v + gate.unsqueeze(-1) * value.view_as(v)
         v = v.transpose(1, 2)
         if cache is not None:
+            if embedding is not None:
+                shares = embedding.view(B, T, v.size(1), -1).transpose(1, 2)
+                v = torch.cat((v, shares), dim=-1)
             k, v = cache.update(k, v, self.layer)
+            v = v[..., : c.head_dim]
         groups = q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         scale = c.qk_scale**2 / c.head_dim**0.5
@@ -142,7 +148,7 @@ class NanochatRayForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache=None,
         logits_to_keep=0,
         cache=None,
-        **_: Any,
+        **rest: Any,
     ):
         config = self.config
         if attention_mask is not None and attention_mask.dim() == 2 and not attention_mask.all():
@@ -164,12 +170,13 @@ class NanochatRayForCausalLM(PreTrainedModel, GenerationMixin):
             visible = distance >= 0
             return visible if window < 0 else visible & (distance <= window)
 
+        embedding, before = None, None
         if config.smear:
-            last = x[:, -1:]
-            before = getattr(past_key_values, "last_embedding", None) if start else None
+            embedding = x
+            if start:
+                shares = past_key_values.layers[0].values[:, :, start - 1, config.head_dim :]
+                before = shares.reshape(x.size(0), 1, -1)
             x = self._smear(x, before)
-            if past_key_values is not None:
-                past_key_values.last_embedding = last
         x0, middle = x, None
         for i, block in enumerate(self.transformer["h"]):
             if config.residual_scalars:
@@ -178,7 +185,8 @@ class NanochatRayForCausalLM(PreTrainedModel, GenerationMixin):
             if block.attn.ve_gate is not None:
                 value = self.value_embeds[str(i)](input_ids).to(x.dtype)
             norm_x = rms_norm(x, config.norm_eps)
-            x = x + block.attn(norm_x, value, angles, mask_of, past_key_values)
+            also = embedding if i == 0 else None
+            x = x + block.attn(norm_x, value, angles, mask_of, past_key_values, also)
             x = x + block.mlp(rms_norm(x, config.norm_eps))
             if config.backout and i == config.num_hidden_layers // 2:
                 middle = x
@@ -190,5 +198,6 @@ class NanochatRayForCausalLM(PreTrainedModel, GenerationMixin):
             logits = config.softcap * torch.tanh(logits / config.softcap)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            # The Trainer counts on transformers' own loss: it passes num_items_in_batch.
+            loss = self.loss_function(logits, labels, vocab_size=config.vocab_size, **rest)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
