@@ -44,8 +44,17 @@ and wandb.
 """
 STAGE_CONFIG = "stage_config"
 """Field of ``about``: a stage's own configuration as JSON, whose fields are compared too."""
+FLAGS = {
+    "n_layer": "--depth",
+    "steps": "--tokens, --tokens-per-param or --epochs",
+    "global_batch_size": "--batch-tokens",
+    "matrix_lr": "--depth, --batch-tokens or --lr-scale",
+}
+"""Fields that no flag of their name sets: what they follow from."""
 _DIGEST = 16
 """Digits of a digest that a message shows."""
+_MAX_LISTED = 5
+"""Fields that a message lists."""
 
 
 def describe(root: Store, dataset: str, manifest: Manifest, parent: str) -> dict[str, str]:
@@ -84,8 +93,8 @@ def check_resumable(
     """Compares a checkpoint of ``run`` with what is to be trained now.
 
     ``tokenizer`` is a fingerprint, ``about`` what ``describe`` gave. Raises ValueError, naming
-    the first field that differs and both values. Returns one line for each thing that could not
-    be compared, since an older program did not write it down.
+    the first fields that differ and both values of each. Returns one line for each thing that could
+    not be compared, since an older program did not write it down.
     """
     config, trainer = checkpoint.load_config(run, name), checkpoint.load_trainer(run, name)
     where = f"run {run.root.rpartition('/')[2]!r}"
@@ -106,22 +115,33 @@ def check_resumable(
     _compare_fields(where, pairs)
     if config.tokenizer != tokenizer:
         old, new = config.tokenizer[:_DIGEST], tokenizer[:_DIGEST]
-        raise ValueError(_refusal(where, "tokenizer", old, new))
+        raise ValueError(_refusal(where, ("tokenizer", old, new)))
     return list(_compare_about(where, old_about, about))
 
 
 def _compare_fields(where: str, pairs: Iterable[tuple[str, Any, Any]]) -> None:
+    differing = []
     for field, old, new in pairs:
         # JSON has lists where a configuration has tuples.
         old, new = (list(v) if isinstance(v, tuple) else v for v in (old, new))
         if field not in RESUMABLE_FIELDS and old != new:
-            raise ValueError(_refusal(where, field, old, new))
+            differing.append((field, old, new))
+    if differing:
+        raise ValueError(_refusal(where, *differing))
 
 
-def _refusal(where: str, field: str, old: object, new: object) -> str:
+def _refusal(where: str, *differing: tuple[str, object, object]) -> str:
+    """``differing``: (field, old value, new value), at least one."""
+    (field, old, new), *others = differing
+    source = f" (from {FLAGS[field]})" if field in FLAGS else ""
+    entries = [f"{name}={short_repr(b)} ({short_repr(a)})" for name, a, b in others[:_MAX_LISTED]]
+    if len(others) > _MAX_LISTED:
+        entries.append(f"{len(others) - _MAX_LISTED} more")
+    rest = f", and neither {'is' if len(others) == 1 else 'are'} {', '.join(entries)}"
     return (
-        f"{field}={short_repr(new)} is not what this run was started with "
-        f"({short_repr(old)}): give {where} the same value, or train another run"
+        f"{field}={short_repr(new)}{source} is not what this run was started with "
+        f"({short_repr(old)}){rest if others else ''}: give {where} the same "
+        f"value{'s' if others else ''}, or train another run"
     )
 
 
@@ -161,7 +181,7 @@ def _compare_about(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -
                     f"give {where} the same content, or train another run"
                 )
         elif then != now:
-            raise ValueError(_refusal(where, kind, then, now))
+            raise ValueError(_refusal(where, (kind, then, now)))
         elif now:
             side = "its checkpoint does not say what was in" if not digest else "there is no more"
             yield f"{where}: {side} {kind} {now!r}: content not compared"

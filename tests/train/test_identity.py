@@ -82,6 +82,16 @@ def test_what_shapes_steps_is_refused(half_run: Store, changes: dict[str, Any], 
         run_trainer(job(half_run, **changes))
 
 
+def test_all_that_differs_is_listed(half_run: Store) -> None:
+    config = job(half_run, train__steps=5, train__seed=1, model__n_layer=3)
+    with pytest.raises(ValueError, match="n_layer=3") as refusal:
+        check(config)
+    assert str(refusal.value) == (
+        "n_layer=3 (from --depth) is not what this run was started with (2), and neither are "
+        "steps=5 (4), seed=1 (0): give run 'run' the same values, or train another run"
+    )
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -211,7 +221,9 @@ def test_checkpoints_with_old_names_resume(
         return values
 
     monkeypatch.setattr(CheckpointReader, "object", with_old_names)
-    with pytest.raises(ValueError, match=r"^global_batch_size=2 is not what this run was started"):
+    with pytest.raises(
+        ValueError, match=r"^global_batch_size=2 .*is not what this run was started"
+    ):
         check(job(half_run, train__global_batch_size=2))
     assert run_trainer(check(job(half_run)))["done"]
 
