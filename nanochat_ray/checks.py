@@ -35,6 +35,8 @@ def check_int(field: str, value: Any, least: int, most: int | None = None) -> in
     """A whole number from ``least`` to ``most``, both allowed."""
     ok = type(value) is int and least <= value and (most is None or value <= most)
     until = "" if most is None else f" to {most}"
+    if most is not None and most.bit_count() == 1 and most > 2**31:
+        until = f" to 2**{most.bit_length() - 1}"
     require(ok, field, value, f"a whole number from {least}{until}")
     return value
 
