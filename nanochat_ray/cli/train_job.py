@@ -126,8 +126,12 @@ def base_train(args: Args, model: ModelConfig) -> tuple[TrainConfig, float]:
     tokens = args.tokens or 0
     tokens_per_param = args.tokens_per_param or recipe.TOKENS_PER_PARAMETER
     precision, batch, tokens_per_s = args.precision, batch_tokens(args, model), 0.0
+    budget = tokens or recipe.training_tokens(model, tokens_per_param)
+    # One step of such a batch could take hundreds of times as long as the run.
+    is_short = batch <= max(budget, args.workers * model.sequence_len)
+    require(is_short, "batch_tokens", batch, f"up to the {budget:,} tokens of the whole run")
     if not args.gpus and args.cpu_minutes and not tokens:
-        length = plan_length(args, model, recipe.training_tokens(model, tokens_per_param), batch)
+        length = plan_length(args, model, budget, batch)
         tokens, batch, precision = length.tokens, batch or length.batch_tokens, length.precision
         tokens_per_s = length.tokens_per_s
     elif not args.gpus and precision == "auto" and not args.plan_only:

@@ -78,6 +78,15 @@ def test_the_length_follows_the_parameters(dataset: Store) -> None:
     assert default.train.steps == round(tokens * 12 / 2 / 128)
 
 
+def test_a_batch_longer_than_the_run_is_refused(dataset: Store) -> None:
+    assert build(dataset, batch_tokens=640).train.steps == 1
+    message = "batch_tokens=672 is not allowed: up to the 640 tokens of the whole run"
+    with pytest.raises(ValueError, match=message):
+        build(dataset, batch_tokens=672)
+    with pytest.raises(ValueError, match="batch_tokens=672 is not allowed"):
+        build(dataset, train={"global_batch_size": 21})
+
+
 def test_a_parent_brings_its_model(dataset: Store) -> None:
     save_run(dataset, "base")
     flags = {"depth": None, "parent": "base", "run": "more"}
