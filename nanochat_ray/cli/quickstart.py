@@ -10,7 +10,6 @@ what it started and nothing else.
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -22,22 +21,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from nanochat_ray.checks import check_float, check_int, check_port, require
+from nanochat_ray.cli import quickstart_plan as plan
 from nanochat_ray.cli.quickstart_jobs import Jobs
 from nanochat_ray.on_ray.local_cluster import LocalCluster, print_step
 from nanochat_ray.storage import Store, absolute, default_root
 
-PROMISE_S = 690
-"""Seconds that all of it may take on a CPU, before the answers: the promise is 12 minutes."""
-MOST_MINUTES = 5.2
-SFT_MINUTES, MOST_SFT_MINUTES = 2.0, 4.0
-RL_STEPS = 50
-"""Steps of reinforcement learning."""
-REST, RL_REST = 4.0, 4.5
-"""What is neither base training nor fine-tuning takes this many times as long as preparing the
-text, on a fast and on a slow machine; and so many times more for ``RL_STEPS``."""
-LATER, RL_LATER = 0.8, 1.6
-"""The same for what is left when fine-tuning begins, relative to all but training before it, which
-says more of a machine than preparing the text alone."""
 QUESTIONS = ("Who are you?", "What is 47 + 38 - 9?")
 
 
@@ -52,10 +40,12 @@ class Args:
     gpus: int = 0
     """GPUs to train on; 0 is two workers on the CPU."""
     minutes: float | None = None
-    """CPU: minutes of base training; by default all takes about 12 minutes. Fine-tuning takes half
-    as long: at least 2 minutes, or as long as base training if that is less; 2 passes at most."""
+    """CPU: minutes of base training. Fine-tuning takes half as long: at least 2 minutes, or as long
+    as base training if that is less; 2 passes at most. By default each stage is planned when it
+    begins, so that all takes about 12 minutes, behind the preparation of --text."""
     rl_steps: int | None = None
-    """Steps of learning from graded answers; 0: none. By default 50, on GPUs 0."""
+    """Steps of learning from graded answers; 0: none. By default 20 to 60, as time is left; 50 with
+    --minutes, and on GPUs 0."""
     port: int = 8000
     """Port of the endpoint."""
     stay: bool = False
@@ -72,9 +62,9 @@ class Args:
         check_int("depth", self.depth, 1, 1 << 30)
         check_int("gpus", self.gpus, 0, 1 << 30)
         check_port("port", self.port)
-        if self.rl_steps is None:
-            object.__setattr__(self, "rl_steps", 0 if self.gpus else RL_STEPS)
-        else:
+        if self.rl_steps is None and (self.gpus or self.minutes is not None):
+            object.__setattr__(self, "rl_steps", 0 if self.gpus else plan.RL_STEPS)
+        elif self.rl_steps is not None:
             check_int("rl_steps", self.rl_steps, 0, 1 << 30)
             require(not (self.gpus and self.rl_steps), "rl_steps", self.rl_steps, "0 with --gpus")
         if self.minutes is not None:
@@ -95,11 +85,12 @@ def main(args: Args) -> None:
     cluster.logs.mkdir(parents=True, exist_ok=True)
     with _cluster_for(cluster, args.gpus):
         jobs = Jobs(cluster, args.storage, tag(args), gpus=args.gpus)
+        clock = start
         if run_is_complete(args.storage, jobs.chat_run):
             print_step(f"1–4/6 run {jobs.chat_run} is trained already")
         else:
-            train(args, jobs, start)
-        serve(args, jobs, learn(args, jobs), start)
+            clock = train(args, jobs, start)
+        serve(args, jobs, learn(args, jobs, clock), start)
         if args.stay or (not args.leave and sys.stdin.isatty() and sys.stdout.isatty()):
             print_step("Ctrl-C stops it")
             while cluster.is_alive():
@@ -126,45 +117,84 @@ def _cluster_for(cluster: LocalCluster, gpus: int) -> Iterator[None]:
         raise
 
 
-def train(args: Args, jobs: Jobs, start: float) -> None:
-    """The first four stages: both datasets and both runs."""
-    training_s = 0.0
+def train(args: Args, jobs: Jobs, clock: float) -> float:
+    """The first four stages: both datasets and both runs.
+
+    Returns from when on the plan counts the time, ``clock`` or later: a text of the user's may take
+    any time to prepare.
+    """
     if not run_is_complete(args.storage, jobs.base_run):
         print_step(f"1/6 preparing the text (log: {jobs.log('prepare-base')})")
-        preparing = time.monotonic()
         jobs.prepare_base(args.text or ())
-        now = time.monotonic()
-        minutes, text = None, ""
-        if not args.gpus:
-            minutes = base_minutes(args, jobs.base_run, now - preparing, now - start)
-            text, training_s = f" for {minutes} minutes", 60 * minutes
+        if args.text:
+            clock = time.monotonic()
+        minutes, text = base_minutes(args, jobs.base_run, clock)
         print_step(f"2/6 training the base model{text} (log: {jobs.log('train-base')})")
         jobs.train_base(args.depth, minutes)
     print_step(f"3/6 preparing conversations (log: {jobs.log('prepare-sft')})")
     jobs.prepare_sft()
-    minutes, text = None, ""
-    if not args.gpus:
-        minutes = sft_minutes(args, jobs.chat_run, training_s, time.monotonic() - start)
-        text = f" for up to {minutes} minutes"
+    minutes, text = sft_minutes(args, jobs, clock)
     print_step(f"4/6 fine-tuning to chat{text} (log: {jobs.log('train-sft')})")
     jobs.train_sft(minutes)
     jobs.forget_eval(jobs.chat_run)  # of other weights
+    return clock
 
 
-def learn(args: Args, jobs: Jobs) -> str:
+def base_minutes(args: Args, run: str, clock: float) -> tuple[float | None, str]:
+    """Minutes of base training on a CPU, and how the step says so."""
+    if args.gpus:
+        return None, ""
+    if args.minutes is not None:
+        return args.minutes, f" for {args.minutes} minutes"
+    progress = plan.measure(clock)
+    fresh = plan.base_minutes(progress, args.rl_steps)
+    minutes, remark = plan.settle(_run(args, run), fresh, fresh, progress)
+    rest = f"then {plan.SFT_MINUTES} to chat and up to {_rl_steps(args)} steps of RL"
+    return minutes, f" for {minutes} minutes{remark}, {rest}"
+
+
+def sft_minutes(args: Args, jobs: Jobs, clock: float) -> tuple[float | None, str]:
+    """Minutes of fine-tuning on a CPU, and how the step says so."""
+    if args.gpus:
+        return None, ""
+    remark = ""
+    if args.minutes is not None:
+        minutes = max(min(plan.SFT_MINUTES, args.minutes), args.minutes / 2)
+    else:
+        progress = plan.measure(clock, _run(args, jobs.base_run))
+        fresh = plan.sft_minutes(progress, args.rl_steps)
+        run = _run(args, jobs.chat_run)
+        minutes, remark = plan.settle(run, fresh, plan.SFT_MINUTES, progress)
+    return minutes, f" for up to {minutes} minutes{remark}"
+
+
+def _run(args: Args, name: str) -> Store:
+    return Store.at(args.storage).child("runs", name)
+
+
+def _rl_steps(args: Args) -> int:
+    """Before the last training has ended."""
+    return plan.RL_STEPS if args.rl_steps is None else args.rl_steps
+
+
+def learn(args: Args, jobs: Jobs, clock: float) -> str:
     """The fifth stage, reinforcement learning; returns the run to serve.
 
     It needs a model that is right now and then. If it fails, the fine-tuned model is served.
     """
-    steps = args.rl_steps or 0
-    run = jobs.rl_run(steps)
-    if not steps:
+    if args.rl_steps == 0:
         return jobs.chat_run
+    run, remark = jobs.rl_run(args.rl_steps), ""
     if run_is_complete(args.storage, run):
         print_step(f"5/6 run {run} is trained already")
         return run
-    print_step(f"5/6 learning from graded answers (log: {jobs.log('rl')})")
-    if jobs.train_rl(steps):
+    steps = _rl_steps(args)
+    if args.rl_steps is None:
+        progress = plan.measure(clock, _run(args, jobs.base_run), _run(args, jobs.chat_run))
+        fresh = plan.rl_steps(progress)
+        steps, remark = plan.settle(_run(args, run), fresh, steps, progress)
+    print_step(f"5/6 learning from graded answers in {steps} steps{remark} (log: {jobs.log('rl')})")
+    if jobs.train_rl(run, steps):
         jobs.forget_eval(run)
         return run
     print_step(f"serving run {jobs.chat_run}, as it was fine-tuned")
@@ -230,40 +260,3 @@ def run_is_complete(storage: str, run: str) -> bool:
         return False
     trainer = checkpoint.load_trainer(store, name)
     return bool(trainer["step"] >= trainer["train_config"]["steps"])
-
-
-def planned_minutes(storage: str, run: str) -> float:
-    """Minutes that the plan of a run names which has begun; 0 if there is none."""
-    from nanochat_ray.train.throughput import PLAN
-
-    try:
-        text = Store.at(storage).child("runs", run).read_text(PLAN)
-        return float(json.loads(text)["plan"]["cpu_minutes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0
-
-
-def base_minutes(args: Args, run: str, preparing_s: float, elapsed_s: float) -> float:
-    """Minutes of base training on a CPU; a run that has begun keeps its plan."""
-    rest_s = preparing_s * (REST + RL_REST * (args.rl_steps or 0) / RL_STEPS)
-    left_s = PROMISE_S - elapsed_s - 60 * SFT_MINUTES - rest_s
-    # A text of the user's may be of any size, so that preparing it says nothing of the rest.
-    default = MOST_MINUTES if args.text else round(min(MOST_MINUTES, max(1.0, left_s / 60)), 1)
-    return planned_minutes(args.storage, run) or args.minutes or default
-
-
-def sft_minutes(args: Args, run: str, training_s: float, elapsed_s: float) -> float:
-    """Minutes of fine-tuning on a CPU: those that are left; a run that has begun keeps its plan.
-
-    ``training_s``: the part of ``elapsed_s`` that base training was planned for; 0 if it was
-    complete before, so that nothing is known of this machine.
-    """
-    if minutes := planned_minutes(args.storage, run):
-        return minutes
-    if args.minutes is not None:
-        return max(min(SFT_MINUTES, args.minutes), args.minutes / 2)
-    if not training_s:
-        return SFT_MINUTES
-    rest_s = (elapsed_s - training_s) * (LATER + RL_LATER * (args.rl_steps or 0) / RL_STEPS)
-    left_s = PROMISE_S - elapsed_s - max(0.0, rest_s)
-    return round(min(MOST_SFT_MINUTES, max(SFT_MINUTES, left_s / 60)), 1)

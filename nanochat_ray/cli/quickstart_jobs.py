@@ -42,8 +42,9 @@ class Jobs:
         self.gpus = gpus
         self._workers = ["--workers", str(gpus or 2), *(["--gpus"] if gpus else [])]
 
-    def rl_run(self, steps: int) -> str:
-        return f"rl{steps}-{self.tag}"
+    def rl_run(self, steps: int | None) -> str:
+        """``steps``: those that the user has named."""
+        return f"rl{'' if steps is None else steps}-{self.tag}"
 
     def log(self, name: str) -> Path:
         return self.cluster.logs / f"{name}.log"
@@ -67,9 +68,9 @@ class Jobs:
         flags += ["--epochs", str(MOST_EPOCHS)] if minutes is not None else []
         self._run("train-sft", "train", "--stage", "sft", *flags, *self._length(minutes))
 
-    def train_rl(self, steps: int) -> bool:
+    def train_rl(self, run: str, steps: int) -> bool:
         """Whether it succeeded."""
-        flags = ["--run", self.rl_run(steps), "--parent", self.chat_run, *self._workers]
+        flags = ["--run", run, "--parent", self.chat_run, *self._workers]
         flags += ["--steps", str(steps), "--eval-every", str(steps), "--print-every", "5"]
         return self._run("rl", "rl", *flags, may_fail=True)
 

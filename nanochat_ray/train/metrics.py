@@ -47,6 +47,11 @@ def _record(line: str) -> dict[str, Any] | None:
     return value if valid else None
 
 
+def read_records(text: str) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; lines that are damaged are left out."""
+    return [record for line in text.splitlines() if (record := _record(line)) is not None]
+
+
 def duration(seconds: float) -> str:
     """``95`` → ``1:35``; hours come first if there are any."""
     minutes, rest = divmod(round(seconds), 60)
@@ -82,8 +87,7 @@ class Metrics:
         What steps depend on comes from the checkpoint's ``trainer``. Returns one line if the log
         is damaged: then curves and totals lack what cannot be read.
         """
-        lines = text.splitlines()
-        valid = [record for line in lines if (record := _record(line)) is not None]
+        lines, valid = text.splitlines(), read_records(text)
         self.records = [r for r in valid if r["step"] <= before]
         norms, best = trainer.get("grad_norms"), trainer.get("best")
         if isinstance(norms, list):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +17,8 @@ import openai
 import psutil
 import pytest
 
-from nanochat_ray.cli import chat, entry, quickstart, quickstart_jobs
-from nanochat_ray.cli.quickstart import Args, base_minutes, learn, sft_minutes, tag, text_state
+from nanochat_ray.cli import chat, entry, quickstart, quickstart_jobs, quickstart_plan
+from nanochat_ray.cli.quickstart import Args, learn, sft_minutes, tag, text_state
 from nanochat_ray.cli.quickstart_jobs import Jobs, user_line
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray import ports
@@ -93,11 +93,11 @@ def test_the_stages_have_valid_flags(
     jobs.train_base(4, minutes)
     jobs.prepare_sft()
     jobs.train_sft(minutes)
-    jobs.train_rl(40)
-    jobs.serve("rl40-d4", 8001)
-    jobs.evaluate("rl40-d4")
+    jobs.train_rl("rl-d4", 40)
+    jobs.serve("rl-d4", 8001)
+    jobs.evaluate("rl-d4")
     names = ["prepare-base", "train-base", "prepare-sft", "train-sft", "rl", "serve"]
-    assert [name for name, _ in stages] == [*names, "eval-rl40-d4"]
+    assert [name for name, _ in stages] == [*names, "eval-rl-d4"]
     prepare, base, _, sft, rl, serve, evaluation = (args for _, args in stages)
     assert (prepare.dataset, prepare.text) == ("base-d4", ("my/books",))
     assert (base.run, base.depth, base.cpu_minutes, base.workers) == (
@@ -106,9 +106,9 @@ def test_the_stages_have_valid_flags(
     )
     assert (sft.run, sft.parent, sft.gpus) == ("chat-d4", "base-d4", bool(gpus))
     assert (sft.cpu_minutes, sft.epochs) == ((None, None) if gpus else (2.5, 2.0))
-    assert (rl.run, rl.parent, rl.steps, rl.train["eval_every"]) == ("rl40-d4", "chat-d4", 40, 40)
+    assert (rl.run, rl.parent, rl.steps, rl.train["eval_every"]) == ("rl-d4", "chat-d4", 40, 40)
     assert rl.workers == (gpus or 2)
-    assert (serve.config["run"], evaluation.run) == ("rl40-d4", "rl40-d4")
+    assert (serve.config["run"], evaluation.run) == ("rl-d4", "rl-d4")
     assert (serve.port, serve.block, serve.config["name"]) == (8001, False, "chat-d4")
     assert evaluation.engine == ({"precision": "bf16"} if gpus else {})
 
@@ -135,66 +135,32 @@ def test_ray_s_own_lines_stay_in_the_log() -> None:
         assert user_line(line) == text
 
 
-def write_plan(storage: Path, run: str, minutes: float) -> None:
-    folder = storage / "runs" / run
-    folder.mkdir(parents=True)
-    (folder / "plan.json").write_text(json.dumps({"plan": {"cpu_minutes": minutes}}))
-
-
-def test_base_training_fits_the_promise(tmp_path: Path) -> None:
-    args = Args(storage=str(tmp_path))
-    # 690 s, less 20 s so far, 2 minutes of fine-tuning and 8.5 times the 40 s of preparation.
-    assert base_minutes(args, "base", 40, 20) == round(210 / 60, 1)
-    # Without reinforcement learning 4 times, with half of it 6.25 times.
-    without = Args(storage=str(tmp_path), rl_steps=0)
-    assert base_minutes(without, "base", 80, 20) == round(230 / 60, 1)
-    assert base_minutes(Args(storage=str(tmp_path), rl_steps=25), "base", 40, 20) == 5.0
-    assert base_minutes(args, "base", 1, 1) == 5.2
-    assert base_minutes(args, "base", 300, 300) == 1.0
-    assert base_minutes(Args(storage=str(tmp_path), minutes=7.0), "base", 1, 1) == 7.0
-    write_plan(tmp_path, "base", 3.5)
-    assert base_minutes(args, "base", 1, 1) == 3.5
-
-
-def test_fine_tuning_takes_what_is_left_of_the_promise(tmp_path: Path) -> None:
-    args = Args(storage=str(tmp_path))
-    # All but 240 s of training took 80 s, and what is left takes 2.4 times as long: 178 of 690 s.
-    assert sft_minutes(args, "chat", 240, 320) == round(178 / 60, 1)
-    # Without reinforcement learning 0.8 times, with half of it 1.6 times.
-    without = Args(storage=str(tmp_path), rl_steps=0)
-    assert sft_minutes(without, "chat", 300, 400) == round(210 / 60, 1)
-    half = Args(storage=str(tmp_path), rl_steps=25)
-    assert sft_minutes(half, "chat", 240, 340) == round(190 / 60, 1)
-    # Never less than 2 minutes nor more than 4, also where base training had begun before.
-    assert sft_minutes(args, "chat", 240, 500) == 2.0
-    assert sft_minutes(args, "chat", 60, 70) == 4.0
-    assert sft_minutes(args, "chat", 300, 100) == 4.0
-    # Where it was complete before, nothing is known of the machine.
-    assert sft_minutes(args, "chat", 0, 20) == 2.0
-    write_plan(tmp_path, "chat", 2.7)
-    assert sft_minutes(args, "chat", 0, 20) == 2.7
-
-
 @pytest.mark.parametrize(("minutes", "tuning"), [(0.1, 0.1), (1.5, 1.5), (3.0, 2.0), (30.0, 15.0)])
 def test_fine_tuning_follows_the_minutes_of_base_training(
-    tmp_path: Path, minutes: float, tuning: float
+    tmp_path: Path, minutes: float, tuning: float, stages: Any
 ) -> None:
     args = Args(storage=str(tmp_path), minutes=minutes)
-    assert sft_minutes(args, "chat", 60 * minutes, 60 * minutes + 80) == tuning
+    assert sft_minutes(args, stages, 0.0) == (tuning, f" for up to {tuning} minutes")
 
 
 def test_the_fine_tuned_model_is_served_if_rl_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Store, stages: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    jobs = Jobs(LocalCluster(7), str(tmp_path), "d4", gpus=0)
-    monkeypatch.setattr(jobs, "train_rl", lambda steps: False)
-    assert learn(Args(storage=str(tmp_path)), jobs) == "chat-d4"
+    now = time.monotonic()
+    stages.train_rl = lambda run, steps: False
+    assert learn(Args(storage=root.uri), stages, now) == "chat-d4"
     assert "serving run chat-d4, as it was fine-tuned" in capsys.readouterr().out
-    monkeypatch.setattr(jobs, "train_rl", lambda steps: True)
-    assert learn(Args(storage=str(tmp_path)), jobs) == "rl50-d4"
-    assert learn(Args(storage=str(tmp_path), rl_steps=0), jobs) == "chat-d4"
-    assert learn(Args(storage=str(tmp_path), gpus=1), jobs) == "chat-d4"
+    stages.train_rl = lambda run, steps: stages.calls.append((run, steps)) or True
+    assert learn(Args(storage=root.uri), stages, now) == "rl-d4"
+    assert learn(Args(storage=root.uri, rl_steps=7), stages, now) == "rl7-d4"
+    assert learn(Args(storage=root.uri, minutes=3.0), stages, now) == "rl50-d4"
+    assert stages.calls == [
+        *(("rl-d4", 50), ("forget_eval", "rl-d4")),
+        *(("rl7-d4", 7), ("forget_eval", "rl7-d4")),
+        *(("rl50-d4", 50), ("forget_eval", "rl50-d4")),
+    ]
+    assert learn(Args(storage=root.uri, rl_steps=0), stages, now) == "chat-d4"
+    assert learn(Args(storage=root.uri, gpus=1), stages, now) == "chat-d4"
 
 
 class Stages:
@@ -208,8 +174,7 @@ class Stages:
     def log(self, name: str) -> str:
         return name
 
-    def rl_run(self, steps: int) -> str:
-        return f"rl{steps}-d4"
+    rl_run = Jobs.rl_run
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args: self.calls.append((name, *args))
@@ -227,28 +192,66 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("gpus", [0, 8])
 @pytest.mark.parametrize("is_trained", [False, True])
 def test_no_stage_that_is_complete_runs_twice(
-    monkeypatch: pytest.MonkeyPatch, stages: Any, gpus: int, is_trained: bool
+    root: Store, monkeypatch: pytest.MonkeyPatch, stages: Any, gpus: int, is_trained: bool
 ) -> None:
     monkeypatch.setattr(quickstart, "run_is_complete", lambda storage, run: is_trained)
-    facts_of_base: list[Any] = []
-    monkeypatch.setattr(
-        quickstart, "base_minutes", lambda args, *facts: facts_of_base.append(facts) or 0.5
-    )
-    monkeypatch.setattr(quickstart, "sft_minutes", lambda args, *facts: facts)
-    clock = iter((*(() if is_trained else (100.0, 130.0)), *(() if gpus else (175.0,))))
-    monkeypatch.setattr(quickstart.time, "monotonic", lambda: next(clock))
-    quickstart.train(Args(storage="/s", gpus=gpus, text=("/a",)), stages, 90.0)
-    base = [
-        ("prepare_base", ("/a",)),
-        ("train_base", 4, None if gpus else 0.5),
-    ]
-    assert facts_of_base == ([] if is_trained or gpus else [("base-d4", 30.0, 40.0)])
+    quickstart.train(Args(storage=root.uri, gpus=gpus), stages, time.monotonic())
+    # Nothing has taken any time: as for the smallest text, and with no log of base training.
+    base = [("prepare_base", ()), ("train_base", 4, None if gpus else 5.0)]
     assert stages.calls == [
         *([] if is_trained else base),
         ("prepare_sft",),
-        ("train_sft", None if gpus else ("chat-d4", 0.0 if is_trained else 30.0, 85.0)),
+        ("train_sft", None if gpus else 2.0),
         ("forget_eval", "chat-d4"),
     ]
+
+
+def test_each_stage_is_planned_when_it_begins(
+    root: Store, monkeypatch: pytest.MonkeyPatch, stages: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Base training at 9,500 tokens/s; then the machine loses a third of its speed."""
+    monkeypatch.setattr(quickstart, "run_is_complete", lambda storage, run: False)
+    facts = [(45, 45, 0), (303, 100, 9500), (530, 170, 5000)]
+    measurements: list[Any] = []
+
+    def measure(clock: float, *runs: Store) -> quickstart_plan.Progress:
+        elapsed_s, other_s, rate = facts[len(runs)]
+        measurements.append((clock, *(run.uri.rpartition("/")[2] for run in runs)))
+        return quickstart_plan.Progress(elapsed_s=elapsed_s, other_s=other_s, tokens_per_s=rate)
+
+    monkeypatch.setattr(quickstart_plan, "measure", measure)
+    stages.train_rl = lambda run, steps: stages.calls.append((run, steps)) or True
+    args = Args(storage=root.uri)
+    for _ in range(2):  # a resumed one keeps its plan, whatever is measured then
+        stages.calls.clear()
+        assert quickstart.train(args, stages, 7.0) == 7.0
+        assert learn(args, stages, 7.0) == "rl-d4"
+        assert ("train_base", 4, 3.7) in stages.calls
+        assert ("train_sft", 3.2) in stages.calls
+        assert ("rl-d4", 25) in stages.calls
+        facts = [(10, 10, 0), (20, 20, 4000), (10, 10, 4000)]
+    assert measurements[:3] == [(7.0,), (7.0, "base-d4"), (7.0, "base-d4", "chat-d4")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "planned" not in line]
+    for text, line in zip(
+        (
+            "2/6 training the base model for 3.7 minutes, then 2.0 to chat and up to 50 steps of",
+            "4/6 fine-tuning to chat for up to 3.2 minutes, not 2.0: 6.5 minutes are left, 9,500 ",
+            "5/6 learning from graded answers in 25 steps, not 50: 2.7 minutes are left, 5,000 tok",
+        ),
+        (line for line in lines if any(f"{n}/6" in line for n in (2, 4, 5))),
+        strict=True,
+    ):
+        assert text in line
+
+
+def test_preparing_the_users_text_does_not_count(
+    root: Store, monkeypatch: pytest.MonkeyPatch, stages: Any
+) -> None:
+    monkeypatch.setattr(quickstart, "run_is_complete", lambda storage, run: False)
+    start = time.monotonic() - 1000
+    args = Args(storage=root.uri, text=("/a",))
+    assert quickstart.train(args, stages, start) >= start + 1000
+    assert stages.calls[:2] == [("prepare_base", ("/a",)), ("train_base", 4, 5.0)]
 
 
 @pytest.mark.parametrize("gpus", [0, 8])
@@ -256,13 +259,13 @@ def test_a_gpu_is_measured_before_it_serves(
     monkeypatch: pytest.MonkeyPatch, stages: Any, gpus: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(quickstart.time, "monotonic", lambda: 785.0)
-    quickstart.serve(Args(gpus=gpus, port=8001), stages, "rl40-d4", 100.0)
+    quickstart.serve(Args(gpus=gpus, port=8001), stages, "rl-d4", 100.0)
     url = "http://127.0.0.1:8001"
     steps = [
-        ("serve", "rl40-d4", 8001),
+        ("serve", "rl-d4", 8001),
         *(("ask", url, question) for question in quickstart.QUESTIONS),
     ]
-    evaluation = [("evaluate", "rl40-d4")]
+    evaluation = [("evaluate", "rl-d4")]
     assert stages.calls == (evaluation + steps if gpus else steps + evaluation)
     output = capsys.readouterr().out
     assert f"done in 11:25; the chat page: {url}" in output
@@ -289,8 +292,8 @@ def test_the_stages_follow_each_other(
     monkeypatch.setattr(LocalCluster, "start", lambda cluster, gpus: calls.append("start"))
     monkeypatch.setattr(LocalCluster, "stop", lambda cluster: calls.append("stop") or 2)
     monkeypatch.setattr(quickstart, "run_is_complete", lambda storage, run: is_trained)
-    monkeypatch.setattr(quickstart, "train", lambda *args: calls.append("train"))
-    monkeypatch.setattr(quickstart, "learn", lambda args, jobs: f"run of {jobs.tag}")
+    monkeypatch.setattr(quickstart, "train", lambda *args: calls.append("train") or 5.0)
+    monkeypatch.setattr(quickstart, "learn", lambda args, jobs, clock: f"run of {jobs.tag}")
     monkeypatch.setattr(quickstart, "serve", lambda args, jobs, run, start: calls.append(run))
     monkeypatch.setattr(quickstart.time, "sleep", lambda seconds: calls.append("wait"))
     stages = ["start", *([] if is_trained else ["train"]), "run of d4"]
