@@ -179,7 +179,7 @@ def from_validation(problems: Sequence[Any]) -> ApiError:
         value = _summary(same[0].get("input"))
         return errors.invalid(f"{param}={value} is not allowed: {' or '.join(expectations)}", param)
     message = " or ".join(messages)
-    if not param and (name := re.match(r"[a-z_]+(?=[=: ])", message)):
+    if not param and (name := re.match(r"[a-z_][\w.\[\]]*(?=[=: ])", message)):
         return errors.invalid(message, name[0])
     return errors.invalid(f"{param}: {message}" if param else message, param or None)
 

@@ -52,7 +52,7 @@ async def chat_prompt(serving: Serving, body: ChatRequest, paths: Sequence[str] 
         else:
             ids = _render(serving, turns, body)
     except ValueError as error:
-        raise errors.invalid(str(error), "messages") from None
+        raise errors.invalid_field(error, default="messages") from None
     if choice.is_forced:
         ids.append(tool_delimiters(serving.tokenizer).call_start)
     return ids

@@ -61,14 +61,16 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
-def invalid_field(error: Exception, grammar_field: str = "") -> ApiError:
-    """An error of the engine's, which begins with one of its fields: ``SamplingParams`` has the
+def invalid_field(
+    error: Exception, grammar_field: str = "", default: str | None = None
+) -> ApiError:
+    """An error that begins with a field, else of the field ``default``. ``SamplingParams`` has the
     names of the requests, but for its ``grammar``, which is of the field ``grammar_field``."""
     message = str(error)
     if grammar_field:
         message = re.sub(r"^grammar\b", grammar_field, message)
     field = re.match(r"[\w.\[\]]+(?=[=:])", message)
-    return invalid(message, field and field[0])
+    return invalid(message, field[0] if field else default)
 
 
 def unknown_model(name: str, model: str) -> ApiError:
