@@ -49,6 +49,7 @@ from nanochat_ray.serve.openai import errors
 from nanochat_ray.serve.openai.chat import ChatBuilder, chat_prompt, parse_chat
 from nanochat_ray.serve.openai.completions import CompletionBuilder, parse_completion
 from nanochat_ray.serve.openai.errors import ApiError
+from nanochat_ray.serve.openai.logprobs import token_text
 from nanochat_ray.serve.openai.schema.outputs import (
     ChatCompletionChunk,
     ChatCompletionResponse,
@@ -67,6 +68,7 @@ from nanochat_ray.serve.openai.schema.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    PromptBody,
     TokenizeRequest,
 )
 from nanochat_ray.serve.openai.stream import respond
@@ -258,13 +260,22 @@ def _add_tokens(app: FastAPI, serving: Serving) -> None:
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
         serving.check_model(body.model)
         if body.messages is not None:
-            ids = await chat_prompt(serving, ChatRequest.model_construct(messages=body.messages))
+            fields = {name: getattr(body, name) for name in PromptBody.model_fields}
+            chat = ChatRequest.model_construct(messages=body.messages, **fields)
+            ids = await chat_prompt(serving, chat)
         elif body.add_special_tokens is False:
             special = serving.tokenizer.specials.get(body.prompt or "")
             ids = await serving.encode(body.prompt or "") if special is None else [special]
         else:
             ids = await serving.encode_document(body.prompt or "")
-        return {"count": len(ids), "max_model_len": serving.max_model_len, "tokens": ids}
+        answer: TokenizeResponse = {
+            "count": len(ids),
+            "max_model_len": serving.max_model_len,
+            "tokens": ids,
+        }
+        if body.return_token_strs:
+            answer["token_strs"] = [token_text(serving.tokenizer, token) for token in ids]
+        return answer
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:

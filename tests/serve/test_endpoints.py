@@ -15,6 +15,8 @@ from tests.serve.serving import get, post, serving
 
 TOK = Tokenizer.bytes_only()
 USER = [{"role": "user", "content": "hi"}]
+UNNAMED = {"type": "function", "function": {"name": ""}}
+UNNAMED_PATH = "tools[0].function.name"
 ORIGIN = "https://a.example"
 
 
@@ -61,6 +63,7 @@ def test_health_and_version(url: str) -> None:
         ("GET", "/v2", None, 404, None, "not_found"),
         ("POST", "/tokenize", {}, 400, None, None),
         ("POST", "/tokenize", {"prompt": "x", "messages": USER}, 400, None, None),
+        ("POST", "/tokenize", {"messages": USER, "tools": [UNNAMED]}, 400, UNNAMED_PATH, None),
         ("POST", "/tokenize", {"prompt": "x", "model": "a"}, 404, "model", "model_not_found"),
         ("POST", "/detokenize", {"tokens": [65], "model": "a"}, 404, "model", "model_not_found"),
         ("POST", "/detokenize", {"tokens": [TOK.vocab_size]}, 400, "tokens", None),
@@ -105,6 +108,23 @@ def test_token_ids_of_a_text(url: str, body: dict[str, Any], tokens: list[int]) 
     assert post(f"{url}/tokenize", json=body).json() == want
     text = post(f"{url}/detokenize", json={"tokens": [*tokens, TOK.vocab_size - 1]}).json()
     assert text["prompt"] == TOK.decode([*tokens, TOK.vocab_size - 1])
+
+
+def test_token_ids_of_a_prompt_are_those_of_its_answer(url: str) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    prefill = [*USER, {"role": "assistant", "content": "Well"}]
+    for fields in (
+        {"messages": USER},
+        {"messages": USER, "tools": tools},
+        {"messages": USER, "add_generation_prompt": False},
+        {"messages": prefill, "continue_final_message": True},
+    ):
+        answer = {**fields, "max_tokens": 1, "return_token_ids": True}
+        ids = post(f"{url}/v1/chat/completions", json=answer).json()["prompt_token_ids"]
+        assert post(f"{url}/tokenize", json=fields).json()["tokens"] == ids
+    body = {"prompt": "A\u00e9", "return_token_strs": True}
+    texts = ["<|bos|>", "A", "bytes:\\xc3", "bytes:\\xa9"]
+    assert post(f"{url}/tokenize", json=body).json()["token_strs"] == texts
 
 
 def test_pages_of_other_origins_read_these_headers(url: str) -> None:

@@ -14,7 +14,7 @@ OptionalLogprob = tuple[int, TokenLogprob | None]
 """A token and its log-probabilities, None for the first token of a prompt."""
 
 
-def _token_text(tokenizer: Tokenizer, token: int) -> str:
+def token_text(tokenizer: Tokenizer, token: int) -> str:
     """The token's text; OpenAI's ``bytes:\\xe2\\x82`` if it is only part of a character."""
     raw = tokenizer.decode_bytes([token])
     try:
@@ -26,7 +26,7 @@ def _token_text(tokenizer: Tokenizer, token: int) -> str:
 def for_chat(tokenizer: Tokenizer, tokens: Sequence[LogprobPair]) -> outputs.ChatLogprobs:
     def entry(token: int, logprob: float) -> outputs.TopLogprob:
         raw = list(tokenizer.decode_bytes([token]))
-        return {"token": _token_text(tokenizer, token), "logprob": logprob, "bytes": raw}
+        return {"token": token_text(tokenizer, token), "logprob": logprob, "bytes": raw}
 
     content: list[outputs.TokenLogprob] = [
         {**entry(token, scores.logprob), "top_logprobs": [entry(*pair) for pair in scores.top]}
@@ -58,10 +58,10 @@ def for_completion(
     def top(token: int, scores: TokenLogprob) -> dict[str, float]:
         # The sampled token is always among them, as at OpenAI.
         pairs = (*scores.top, (token, scores.logprob))
-        return {_token_text(tokenizer, t): logprob for t, logprob in pairs}
+        return {token_text(tokenizer, t): logprob for t, logprob in pairs}
 
     return {
-        "tokens": [_token_text(tokenizer, token) for token, _ in tokens],
+        "tokens": [token_text(tokenizer, token) for token, _ in tokens],
         "token_logprobs": [None if s is None else s.logprob for _, s in tokens],
         "top_logprobs": [None if s is None else top(token, s) for token, s in tokens],
         "text_offset": [offsets.next(token) for token, _ in tokens],
@@ -84,7 +84,7 @@ def for_prompt(
         rows[token] = ranks.get(token, (entry.logprob, None))
         entries.append(
             {
-                str(t): {"logprob": x, "rank": rank, "decoded_token": _token_text(tokenizer, t)}
+                str(t): {"logprob": x, "rank": rank, "decoded_token": token_text(tokenizer, t)}
                 for t, (x, rank) in rows.items()
             }
         )

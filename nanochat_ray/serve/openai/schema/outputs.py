@@ -228,6 +228,7 @@ class TokenizeResponse(TypedDict):
     count: Annotated[Count, about("Number of tokens.")]
     max_model_len: Annotated[Count, about("Longest prompt plus answer, in tokens.")]
     tokens: Annotated[list[Count], about("Token ids.")]
+    token_strs: NotRequired[Annotated[list[str], about("The text of each token.")]]
 
 
 class DetokenizeResponse(TypedDict):

@@ -216,30 +216,39 @@ class ChatMessage(Body):
     tool_call_id: StrictStr | None = doc("The call whose result a tool's message is.")
 
 
-class ChatRequest(SamplingBody):
+class PromptBody(Body):
+    """Fields that the prompt of a conversation depends on, beside its messages."""
+
+    tools: list[ToolSpec] | None = doc("Functions that the model may call.")
+    add_generation_prompt: StrictBool | None = doc("vLLM's: false begins no assistant's turn.")
+    continue_final_message: StrictBool | None = doc(
+        "vLLM's prefill: the answer continues the last message, which is the assistant's."
+    )
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> PromptBody:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError(
+                "continue_final_message=true is not allowed together with "
+                "add_generation_prompt=true: the answer either continues a message or is a new one"
+            )
+        return self
+
+
+class ChatRequest(PromptBody, SamplingBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(
         description="The conversation."
     )
     max_completion_tokens: MaxTokens | None = doc("OpenAI's newer name of max_tokens; it wins.")
     logprobs: StrictBool | None = doc("Whether the answer has log-probabilities.")
     top_logprobs: NumLogprobs | None = doc("Log-probabilities of this many likeliest tokens.")
-    tools: list[ToolSpec] | None = doc("Functions that the model may call.")
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = doc(
         "Whether the model may call (auto), must call (required, or a name), or must not (none)."
-    )
-    add_generation_prompt: StrictBool | None = doc("vLLM's: false begins no assistant's turn.")
-    continue_final_message: StrictBool | None = doc(
-        "vLLM's prefill: the answer continues the last message, which is the assistant's."
     )
     echo: StrictBool | None = doc("vLLM's: the answer begins with the assistant's last message.")
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatRequest:
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError(
-                "continue_final_message=true is not allowed together with "
-                "add_generation_prompt=true: the answer either continues a message or is a new one"
-            )
         for name in ("max_tokens", "max_completion_tokens"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}=0 is not allowed: 1 or more, or -1 for all that fits")
@@ -259,7 +268,7 @@ class ChatRequest(SamplingBody):
         return resolve_tool_choice(self.tools, self.tool_choice)
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(PromptBody):
     """vLLM's: a text or a conversation to token ids."""
 
     model: StrictStr | None = doc("Name of the model.")
@@ -269,11 +278,13 @@ class TokenizeRequest(Body):
         "Whether a text begins with <|bos|>; by default. If not, a text that is the name of a "
         "special token is this token."
     )
+    return_token_strs: StrictBool | None = doc("Whether the answer has the text of each token.")
 
     @model_validator(mode="after")
     def _check_one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("prompt or messages is needed, and only one of them")
+        resolve_tool_choice(self.tools, None)  # ValueError for a name that is empty
         return self
 
 
