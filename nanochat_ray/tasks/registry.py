@@ -21,6 +21,7 @@ from nanochat_ray.tasks import hub
 from nanochat_ray.tasks.dialogue import Dialogue
 from nanochat_ray.tasks.identity import Identity
 from nanochat_ray.tasks.limits import Limits
+from nanochat_ray.tasks.own import OwnTask, name_errors
 from nanochat_ray.tasks.reasoning import KINDS, ReasoningTask
 from nanochat_ray.tasks.spoken import FollowUps, SpokenArithmetic, SpokenLegs
 from nanochat_ray.tasks.stories import Stories
@@ -80,7 +81,9 @@ def make_task(name: str, split: Split, size: int | None = None, seed: int = 0) -
     """The task of a name, with options, with at most ``size`` examples. ValueError for an unknown
     name or option."""
     base, options = parse_name(name)
-    factory = _FACTORIES.get(base) or (_import_factory(base) if "." in base else None)
+    factory = _FACTORIES.get(base)
+    if factory is None and "." in base:
+        return _own_task(_import_factory(base), name, split, size, seed, options)
     if factory is None:
         from reasoning_gym.factory import DATASETS
 
@@ -90,12 +93,18 @@ def make_task(name: str, split: Split, size: int | None = None, seed: int = 0) -
                 "reasoning-gym, or the import path of a task of your own, package.module.Task"
             )
         factory = functools.partial(ReasoningTask, base)
-    task = _call(factory, name, split, size, seed, options)
+    _check_options(factory, name, split, size, seed, options)
+    try:
+        task = factory(split, size, seed, **options)
+    except TypeError as error:
+        if not options:  # a defect of the program
+            raise
+        raise ValueError(f"task={name!r} has an unknown or wrong option: {error}") from error
     task.name = name
     return task
 
 
-def _call(
+def _own_task(
     factory: TaskFactory,
     name: str,
     split: Split,
@@ -103,7 +112,26 @@ def _call(
     seed: int,
     options: dict[str, Any],
 ) -> Task:
-    """ValueError for options that it does not take, and for an own one that makes no ``Task``."""
+    """ValueError for what makes no ``Task``."""
+    _check_options(factory, name, split, size, seed, options)
+    with name_errors(name, "cannot be made"):
+        task = factory(split, size, seed, **options)
+    methods = ("__len__", "question", "example", "grade")
+    missing = [method for method in methods if not callable(getattr(task, method, None))]
+    rule = f"a Task of tasks/task.py, which also has {', '.join(missing)}"
+    require(not missing, "task", name, rule)
+    return OwnTask(task, name)
+
+
+def _check_options(
+    factory: TaskFactory,
+    name: str,
+    split: Split,
+    size: int | None,
+    seed: int,
+    options: dict[str, Any],
+) -> None:
+    """ValueError for options that it does not take."""
     rule = "a class or function that takes (split, size, seed) and its options"
     require(callable(factory), "task", name, rule)
     try:
@@ -111,17 +139,6 @@ def _call(
     except TypeError as error:
         rule = f"it takes (split, size, seed) and its own options: {error}"
         raise ValueError(f"task={name!r} is not allowed: {rule}") from None
-    try:
-        task = factory(split, size, seed, **options)
-    except TypeError as error:
-        if not options:  # a fault of the task's own
-            raise
-        raise ValueError(f"task={name!r} has an unknown or wrong option: {error}") from error
-    methods = ("__len__", "question", "example", "grade")
-    missing = [method for method in methods if not callable(getattr(task, method, None))]
-    rule = f"a Task of tasks/task.py, which also has {', '.join(missing)}"
-    require(not missing, "task", name, rule)
-    return task
 
 
 def make_tasks(names: Sequence[str], split: Split, size: int | None, seed: int) -> list[Task]:
@@ -138,7 +155,8 @@ def _import_factory(path: str) -> TaskFactory:
     if not {"", os.getcwd()} & set(sys.path):
         # An installed command has the folder of its script there, not the one it is called in.
         sys.path.append(os.getcwd())
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"task={path!r} cannot be imported: {error}") from None
+    with name_errors(path, "cannot be imported"):
+        module = importlib.import_module(module_name)
+    if not hasattr(module, attribute):
+        raise ValueError(f"task={path!r} cannot be imported: {module.__file__} has no {attribute}")
+    return getattr(module, attribute)

@@ -376,6 +376,69 @@ def test_an_own_task_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.M
     assert sys.path.count(str(tmp_path)) == 1
 
 
+OWN = """
+import json
+
+class Mine:
+    def __init__(self, split, size, seed, fails=""):
+        self.fails = fails
+        self.run("init")
+    def run(self, name):
+        if name == self.fails:
+            json.loads("x")
+    def __len__(self):
+        self.run("len")
+        return 1
+    def question(self, index):
+        self.run("question")
+    def example(self, index):
+        self.run("example")
+    def grade(self, index, answer):
+        return int(answer)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "event"),
+    [
+        ("init", "cannot be made: JSONDecodeError: Expecting value"),
+        ("len", "failed in __len__(): JSONDecodeError: Expecting value"),
+        ("question", "failed in question(0): JSONDecodeError: Expecting value"),
+        ("example", "failed in example(0): JSONDecodeError: Expecting value"),
+        ("grade", "failed in grade(0, 'two'): ValueError: invalid literal for int()"),
+    ],
+)
+def test_what_an_own_task_raises_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, event: str
+) -> None:
+    (tmp_path / "failing_tasks_of_a_test.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"failing_tasks_of_a_test.Mine,fails={fails}"
+    with pytest.raises(ValueError, match=re.escape(f"task={name!r} {event}")) as error:
+        _use(name)
+    assert re.search(r"failing_tasks_of_a_test.py, line [0-9]+\)$", str(error.value))
+
+
+def _use(name: str) -> None:
+    """Each call of a task with one question."""
+    task = make_task(name, "train")
+    for index in range(len(task)):
+        task.question(index)
+        task.example(index)
+        grade_answer(task, index, "two")
+
+
+@pytest.mark.parametrize("source", ["x = (", "1 / 0", "import no_such_module"])
+def test_an_own_module_that_fails_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    (tmp_path / "failing_module_of_a_test.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    message = r"^task='failing_module_of_a_test.Mine' cannot be imported: .*Error: .* line 1"
+    with pytest.raises(ValueError, match=message):
+        make_task("failing_module_of_a_test.Mine", "train")
+
+
 def test_own_task_by_import_path() -> None:
     task = make_task("tests.rl.tiny_rl.EvenFirst,extra=x", "val", size=3)
     assert (len(task), task.question(1)[0]["content"]) == (3, "vax 1")
