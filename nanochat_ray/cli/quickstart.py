@@ -133,9 +133,9 @@ def train(args: Args, jobs: Jobs, clock: float) -> float:
         jobs.train_base(args.depth, minutes)
     print_step(f"3/6 preparing conversations (log: {jobs.log('prepare-sft')})")
     jobs.prepare_sft()
-    minutes, text = sft_minutes(args, jobs, clock)
+    minutes, epochs, text = sft_length(args, jobs, clock)
     print_step(f"4/6 fine-tuning to chat{text} (log: {jobs.log('train-sft')})")
-    jobs.train_sft(minutes)
+    jobs.train_sft(minutes, epochs)
     jobs.forget_eval(jobs.chat_run)  # of other weights
     return clock
 
@@ -149,23 +149,21 @@ def base_minutes(args: Args, run: str, clock: float) -> tuple[float | None, str]
     progress = plan.measure(clock)
     fresh = plan.base_minutes(progress, args.rl_steps)
     minutes, remark = plan.settle(_run(args, run), fresh, fresh, progress)
-    rest = f"then {plan.SFT_MINUTES} to chat and up to {_rl_steps(args)} steps of RL"
+    rest = f"then {plan.EPOCHS} passes to chat and up to {_rl_steps(args)} steps of RL"
     return minutes, f" for {minutes} minutes{remark}, {rest}"
 
 
-def sft_minutes(args: Args, jobs: Jobs, clock: float) -> tuple[float | None, str]:
-    """Minutes of fine-tuning on a CPU, and how the step says so."""
+def sft_length(args: Args, jobs: Jobs, clock: float) -> tuple[float | None, float | None, str]:
+    """Minutes and passes of fine-tuning on a CPU, at most, and how the step says so."""
     if args.gpus:
-        return None, ""
-    remark = ""
+        return None, None, ""
     if args.minutes is not None:
         minutes = max(min(plan.SFT_MINUTES, args.minutes), args.minutes / 2)
-    else:
-        progress = plan.measure(clock, _run(args, jobs.base_run))
-        fresh = plan.sft_minutes(progress, args.rl_steps)
-        run = _run(args, jobs.chat_run)
-        minutes, remark = plan.settle(run, fresh, plan.SFT_MINUTES, progress)
-    return minutes, f" for up to {minutes} minutes{remark}"
+        return minutes, plan.MOST_EPOCHS, f" for up to {minutes} minutes"
+    progress = plan.measure(clock, _run(args, jobs.base_run))
+    fresh = plan.sft_epochs(progress, args.rl_steps)
+    epochs, remark = plan.settle(_run(args, jobs.chat_run), fresh, plan.EPOCHS, progress)
+    return None, epochs, f" in {epochs} passes{remark}"
 
 
 def _run(args: Args, name: str) -> Store:

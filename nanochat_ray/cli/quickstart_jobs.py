@@ -25,8 +25,6 @@ SUGGESTIONS = (
     "What can you do?",
 )
 """What the chat page offers: questions of the kinds that the model learns."""
-MOST_EPOCHS = 2
-"""Of fine-tuning, where minutes bound it."""
 WORKER = re.compile(r"^\(RayTrainWorker [^)]*\) (?=step \d)")
 """What Ray Train puts before a worker's progress."""
 
@@ -63,9 +61,9 @@ class Jobs:
         flags = ["--dataset", self.chat_run, "--tokenizer", self.base_run]
         self._run("prepare-sft", "prepare", "--stage", "sft", *flags)
 
-    def train_sft(self, minutes: float | None) -> None:
+    def train_sft(self, minutes: float | None, epochs: float | None) -> None:
         flags = ["--dataset", self.chat_run, "--run", self.chat_run, "--parent", self.base_run]
-        flags += ["--epochs", str(MOST_EPOCHS)] if minutes is not None else []
+        flags += ["--epochs", str(epochs)] if epochs is not None else []
         self._run("train-sft", "train", "--stage", "sft", *flags, *self._length(minutes))
 
     def train_rl(self, run: str, steps: int) -> bool:

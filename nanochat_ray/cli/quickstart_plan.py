@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -20,15 +19,17 @@ PROMISE_S = 690
 """Seconds that all of it may take: the promise is about 12 minutes."""
 LEAST_BASE_MINUTES, BASE_MINUTES, MOST_BASE_MINUTES = 1.0, 3.5, 5.2
 """Base training: at least; before there are more than ``LEAST_RL_STEPS``; at most."""
-SFT_MINUTES, MOST_SFT_MINUTES = 2.0, 4.0
-"""Fine-tuning: planned when base training begins, and at least; at most."""
-SFT_BASE_TOKENS = 1_050_000
-"""A pass of fine-tuning takes as long as base training on n tokens. It comes before more than
-``LEAST_RL_STEPS`` too: behind half a pass there is little to learn from (rl/BENCHMARKS.md)."""
+LEAST_EPOCHS, EPOCHS, MOST_EPOCHS = 0.5, 1.0, 2.0
+"""Passes of fine-tuning: at least; before there are more than ``LEAST_RL_STEPS``, as half a pass
+leaves little to learn from; at most."""
+SFT_MINUTES = 2.0
+"""Of one pass, when base training begins."""
+EPOCH_BASE_TOKENS = 1_050_000
+"""A pass of fine-tuning takes as long as base training on n tokens."""
 LEAST_RL_STEPS, RL_STEPS, MOST_RL_STEPS = 20, 50, 60
 """Reinforcement learning: steps that show three quarters of the gain (rl/BENCHMARKS.md); planned
 where there is time for them; and the default of ``nanochat-ray rl``."""
-BASE_REST, SFT_REST, RL_REST = 4.2, 0.95, 0.5
+BASE_REST, SFT_REST, RL_REST = 4.2, 0.85, 0.5
 """When a stage begins, all that is not steps of training (start of jobs, validation, serving) still
 takes this many times as long as it has taken until then."""
 LEAST_OTHER_S = 40
@@ -82,28 +83,27 @@ def base_minutes(progress: Progress, rl_steps: int | None = None) -> float:
     def before(steps: int) -> float:
         return progress.left_s(BASE_REST + RL_SHARE * steps / RL_STEPS) / 60 - SFT_MINUTES
 
-    minutes = _minutes(before, rl_steps, BASE_MINUTES)
+    if rl_steps is None:
+        minutes = max(before(RL_STEPS), min(BASE_MINUTES, before(LEAST_RL_STEPS)))
+    else:
+        minutes = before(rl_steps)
     return round(min(MOST_BASE_MINUTES, max(LEAST_BASE_MINUTES, minutes)), 1)
 
 
-def sft_minutes(progress: Progress, rl_steps: int | None = None) -> float:
-    """Minutes of fine-tuning, before ``rl_steps`` steps of RL, or as many as can be spared."""
+def sft_epochs(progress: Progress, rl_steps: int | None = None) -> float:
+    """Passes of fine-tuning, before ``rl_steps`` steps of RL, or as many as can be spared."""
     if not progress.tokens_per_s:
-        return SFT_MINUTES
+        return EPOCHS
 
     def before(steps: int) -> float:
-        rl_s = steps * RL_STEP_BASE_TOKENS / progress.tokens_per_s
-        return (progress.left_s(SFT_REST) - rl_s) / 60
+        left_tokens = progress.left_s(SFT_REST) * progress.tokens_per_s
+        return (left_tokens - steps * RL_STEP_BASE_TOKENS) / EPOCH_BASE_TOKENS
 
-    minutes = _minutes(before, rl_steps, SFT_BASE_TOKENS / progress.tokens_per_s / 60)
-    return round(min(MOST_SFT_MINUTES, max(SFT_MINUTES, minutes)), 1)
-
-
-def _minutes(before: Callable[[int], float], rl_steps: int | None, usual: float) -> float:
-    """Minutes before the usual steps of RL; if these are less than ``usual``, before fewer."""
-    if rl_steps is not None:
-        return before(rl_steps)
-    return max(before(RL_STEPS), min(usual, before(LEAST_RL_STEPS)))
+    if rl_steps is None:
+        epochs = max(before(MOST_RL_STEPS), min(EPOCHS, before(LEAST_RL_STEPS)))
+    else:
+        epochs = before(rl_steps)
+    return round(min(MOST_EPOCHS, max(LEAST_EPOCHS, epochs)), 1)
 
 
 def rl_steps(progress: Progress) -> int:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from nanochat_ray.cli import chat, entry, quickstart, quickstart_jobs, quickstart_plan
-from nanochat_ray.cli.quickstart import Args, learn, sft_minutes, tag, text_state
+from nanochat_ray.cli.quickstart import Args, learn, tag, text_state
 from nanochat_ray.cli.quickstart_jobs import Jobs, user_line
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.on_ray import ports
@@ -92,20 +92,22 @@ def test_the_stages_have_valid_flags(
     jobs.prepare_base(["my/books"])
     jobs.train_base(4, minutes)
     jobs.prepare_sft()
-    jobs.train_sft(minutes)
+    jobs.train_sft(None, None if gpus else 1.3)
+    jobs.train_sft(minutes, 2.0)
     jobs.train_rl("rl-d4", 40)
     jobs.serve("rl-d4", 8001)
     jobs.evaluate("rl-d4")
-    names = ["prepare-base", "train-base", "prepare-sft", "train-sft", "rl", "serve"]
+    names = ["prepare-base", "train-base", "prepare-sft", "train-sft", "train-sft", "rl", "serve"]
     assert [name for name, _ in stages] == [*names, "eval-rl-d4"]
-    prepare, base, _, sft, rl, serve, evaluation = (args for _, args in stages)
+    prepare, base, _, sft, sft_by_time, rl, serve, evaluation = (args for _, args in stages)
     assert (prepare.dataset, prepare.text) == ("base-d4", ("my/books",))
     assert (base.run, base.depth, base.cpu_minutes, base.workers) == (
         *("base-d4", 4, minutes),
         gpus or 2,
     )
     assert (sft.run, sft.parent, sft.gpus) == ("chat-d4", "base-d4", bool(gpus))
-    assert (sft.cpu_minutes, sft.epochs) == ((None, None) if gpus else (2.5, 2.0))
+    assert (sft.cpu_minutes, sft.epochs) == (None, None if gpus else 1.3)
+    assert (sft_by_time.cpu_minutes, sft_by_time.epochs) == (minutes, 2.0)
     assert (rl.run, rl.parent, rl.steps, rl.train["eval_every"]) == ("rl-d4", "chat-d4", 40, 40)
     assert rl.workers == (gpus or 2)
     assert (serve.config["run"], evaluation.run) == ("rl-d4", "rl-d4")
@@ -137,10 +139,12 @@ def test_ray_s_own_lines_stay_in_the_log() -> None:
 
 @pytest.mark.parametrize(("minutes", "tuning"), [(0.1, 0.1), (1.5, 1.5), (3.0, 2.0), (30.0, 15.0)])
 def test_fine_tuning_follows_the_minutes_of_base_training(
-    tmp_path: Path, minutes: float, tuning: float, stages: Any
+    root: Store, monkeypatch: pytest.MonkeyPatch, minutes: float, tuning: float, stages: Any
 ) -> None:
-    args = Args(storage=str(tmp_path), minutes=minutes)
-    assert sft_minutes(args, stages, 0.0) == (tuning, f" for up to {tuning} minutes")
+    monkeypatch.setattr(quickstart, "run_is_complete", lambda storage, run: False)
+    quickstart.train(Args(storage=root.uri, minutes=minutes), stages, 0.0)
+    assert ("train_base", 4, minutes) in stages.calls
+    assert ("train_sft", tuning, 2.0) in stages.calls
 
 
 def test_the_fine_tuned_model_is_served_if_rl_fails(
@@ -201,7 +205,7 @@ def test_no_stage_that_is_complete_runs_twice(
     assert stages.calls == [
         *([] if is_trained else base),
         ("prepare_sft",),
-        ("train_sft", None if gpus else 2.0),
+        ("train_sft", None, None if gpus else 1.0),
         ("forget_eval", "chat-d4"),
     ]
 
@@ -209,9 +213,9 @@ def test_no_stage_that_is_complete_runs_twice(
 def test_each_stage_is_planned_when_it_begins(
     root: Store, monkeypatch: pytest.MonkeyPatch, stages: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Base training at 9,500 tokens/s; then the machine loses a third of its speed."""
+    """Base training at 10,500 tokens/s; then the machine loses a third of its speed."""
     monkeypatch.setattr(quickstart, "run_is_complete", lambda storage, run: False)
-    facts = [(45, 45, 0), (303, 100, 9500), (530, 170, 5000)]
+    facts = [(45, 45, 0), (360, 100, 10_500), (530, 170, 5000)]
     measurements: list[Any] = []
 
     def measure(clock: float, *runs: Store) -> quickstart_plan.Progress:
@@ -227,15 +231,15 @@ def test_each_stage_is_planned_when_it_begins(
         assert quickstart.train(args, stages, 7.0) == 7.0
         assert learn(args, stages, 7.0) == "rl-d4"
         assert ("train_base", 4, 3.7) in stages.calls
-        assert ("train_sft", 3.2) in stages.calls
+        assert ("train_sft", None, 1.4) in stages.calls
         assert ("rl-d4", 25) in stages.calls
         facts = [(10, 10, 0), (20, 20, 4000), (10, 10, 4000)]
     assert measurements[:3] == [(7.0,), (7.0, "base-d4"), (7.0, "base-d4", "chat-d4")]
     lines = [line for line in capsys.readouterr().out.splitlines() if "planned" not in line]
     for text, line in zip(
         (
-            "2/6 training the base model for 3.7 minutes, then 2.0 to chat and up to 50 steps of",
-            "4/6 fine-tuning to chat for up to 3.2 minutes, not 2.0: 6.5 minutes are left, 9,500 ",
+            "2/6 training the base model for 3.7 minutes, then 1.0 passes to chat and up to",
+            "4/6 fine-tuning to chat in 1.4 passes, not 1.0: 5.5 minutes are left, 10,500 tokens/s",
             "5/6 learning from graded answers in 25 steps, not 50: 2.7 minutes are left, 5,000 tok",
         ),
         (line for line in lines if any(f"{n}/6" in line for n in (2, 4, 5))),

@@ -13,7 +13,7 @@ from nanochat_ray.cli.quickstart_plan import (
     measure,
     rl_steps,
     settle,
-    sft_minutes,
+    sft_epochs,
 )
 from nanochat_ray.storage import Store
 from nanochat_ray.train.metrics import to_jsonl
@@ -50,30 +50,32 @@ def test_base_training_leaves_time_for_the_rest(
 
 
 @pytest.mark.parametrize(
-    ("progress", "rl_steps", "minutes"),
+    ("progress", "rl_steps", "epochs"),
     [
-        # 690 s less those 303, 0.95 times 100, and 50 steps of 19,000 tokens, 2 s each: 192.
-        (at(303, 100, 9500), None, 3.2),
-        # Two thirds of the speed at the end of base training: 3 s each, 142. One pass takes
-        # 165.8 s, and with 20 steps 232 s are left.
-        (at(303, 100, 19_000 / 3), 50, 2.4),
-        (at(303, 100, 19_000 / 3), None, 2.8),
-        # Less time is left: with 20 steps 139 s, with 50 steps 49.
-        (at(396, 100, 19_000 / 3), None, 2.3),
-        (at(396, 100, 19_000 / 3), 50, 2.0),
-        (at(303, 100, 9500), 20, 4.0),
-        (at(397, 100, 9500), 0, 3.3),
-        # A fast machine: 690 less 250, 57 and 50. A slow one: with 20 steps 67.5 s are left.
-        (at(250, 60, 19_000), None, 4.0),
-        (at(400, 150, 4750), None, 2.0),
+        # 690 s less those 300 and 0.85 times 100: 305. At 10,500 tokens/s a pass takes 100 s; 60
+        # steps of 19,000 tokens take 108.6 s, 20 of them 36.2 s.
+        (at(300, 100, 10_500), None, 2.0),
+        (at(360, 100, 10_500), None, 1.4),
+        (at(450, 100, 10_500), None, 1.0),
+        (at(499, 100, 10_500), None, 0.7),
+        (at(540, 100, 10_500), None, 0.5),
+        # Slower by a third at the end of base training: 150 s, 162.9 s and 54.3 s.
+        (at(360, 100, 7000), None, 1.0),
+        (at(450, 100, 7000), None, 0.7),
+        # The user's number of steps, for which 50 take 90.5 s.
+        (at(450, 100, 10_500), 50, 0.6),
+        (at(450, 100, 10_500), 0, 1.6),
+        # A fast machine, a slow one.
+        (at(250, 60, 21_000), None, 2.0),
+        (at(400, 150, 4750), None, 0.5),
         # Base training was complete before, and its log is lost.
-        (at(20, 20), None, 2.0),
+        (at(20, 20), None, 1.0),
     ],
 )
-def test_fine_tuning_takes_the_time_left(
-    progress: Progress, rl_steps: int | None, minutes: float
+def test_fine_tuning_takes_the_passes_that_fit(
+    progress: Progress, rl_steps: int | None, epochs: float
 ) -> None:
-    assert sft_minutes(progress, rl_steps) == minutes
+    assert sft_epochs(progress, rl_steps) == epochs
 
 
 @pytest.mark.parametrize(
@@ -100,10 +102,10 @@ def test_rl_takes_the_steps_that_fit(progress: Progress, steps: int) -> None:
 def test_a_run_keeps_the_plan_that_it_was_given(root: Store) -> None:
     late = at(450, 100, 5447.6)
     assert settle(root.child("base"), 3.5, 3.5, late) == (3.5, "")
-    remark = ", not 2.0: 4.0 minutes are left, 5,448 tokens/s in the last training"
-    assert settle(root.child("chat"), 2.4, 2.0, late) == (2.4, remark)
+    remark = ", not 1.0: 4.0 minutes are left, 5,448 tokens/s in the last training"
+    assert settle(root.child("chat"), 0.7, 1.0, late) == (0.7, remark)
     # Resumed, whatever is left then.
-    assert settle(root.child("chat"), 4.0, 2.0, at(10, 10)) == (2.4, ", as planned before")
+    assert settle(root.child("chat"), 2.0, 1.0, at(10, 10)) == (0.7, ", as planned before")
     assert settle(root.child("rl"), 20, 50, at(750, 100))[1].startswith(", not 50: 0.0 minutes")
     steps, _ = settle(root.child("rl"), 60, 50, late)
     assert (steps, type(steps)) == (20, int)
