@@ -57,6 +57,7 @@ class GenerationRequest:
     stop: list[str]
     stream: bool
     include_usage: bool
+    """Whether the last chunk of a stream has token counts."""
     logprobs: bool
     prompt_tokens: int
     tool_choice: ToolChoice
@@ -69,6 +70,8 @@ class GenerationRequest:
     return_token_ids: bool = False
     candidates: int = 1
     """Choices of each prompt that are generated: more than ``n`` with ``best_of``."""
+    continuous_usage_stats: bool = False
+    """Whether every chunk has the token counts so far; only with ``include_usage``."""
     grammar_field: str = ""
     """The field of the HTTP request that the grammar comes from, for error messages."""
 

@@ -16,7 +16,7 @@ from nanochat_ray.serve.gate import AdmissionGate
 from nanochat_ray.serve.generation import Delta, GenerationRequest, Limits, generate
 from nanochat_ray.serve.metrics import RequestMetrics
 from nanochat_ray.serve.openai import errors
-from nanochat_ray.serve.openai.schema.requests import SamplingBody
+from nanochat_ray.serve.openai.schema.requests import SamplingBody, StreamOptions
 from nanochat_ray.text.chat import tool_delimiters
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -111,6 +111,7 @@ class Serving:
         num_hidden: int = 0,
     ) -> GenerationRequest:
         count, choice = body.num_candidates, body.effective_tool_choice
+        options = body.stream_options or StreamOptions()
         grammar_field = "tools" if choice.is_forced else body.grammar_field
         # Without a seed each request draws one; the choices of a request use consecutive seeds.
         seed = secrets.randbits(62) if body.seed is None else body.seed
@@ -138,7 +139,7 @@ class Serving:
             prefixes=[prompt.echo for prompt in prompts for _ in range(count)],
             stop=body.stops,
             stream=bool(body.stream),
-            include_usage=body.stream_options is not None and body.stream_options.include_usage,
+            include_usage=options.include_usage,
             logprobs=logprobs,
             prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
             tool_choice=choice,
@@ -147,6 +148,7 @@ class Serving:
             n=body.n or 1,
             return_token_ids=bool(body.return_token_ids),
             candidates=count,
+            continuous_usage_stats=options.include_usage and options.continuous_usage_stats,
             grammar_field=grammar_field,
         )
 

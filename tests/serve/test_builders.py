@@ -120,6 +120,25 @@ def test_the_end_of_a_stream_has_its_usage(make: Any) -> None:
     assert plain.closing() == "data: [DONE]\n\n"
 
 
+@pytest.mark.parametrize("make", [builder, chat_builder])
+def test_every_chunk_may_have_the_usage_so_far(make: Any) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    result: ResponseBuilder = make([], stream=True, stream_options=options, return_token_ids=True)
+    prompt = result.generation.prompt_tokens
+    for opening in result.opening().split("\n\n")[:-1]:
+        assert json.loads(opening[6:])["usage"]["total_tokens"] == prompt
+    for total in (2, 5):
+        delta = Delta(0, "a", num_tokens=3 if total == 5 else 2)
+        result.add(delta)
+        usage = json.loads(result.chunks(delta)[6:])["usage"]
+        counts = (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"])
+        assert counts == (prompt, total, prompt + total)
+    assert json.loads(result.closing().split("\n\n")[0][6:])["usage"] == usage
+    options["include_usage"] = False
+    plain: ResponseBuilder = make([], stream=True, stream_options=options)
+    assert "usage" not in json.loads(plain.chunks(Delta(0, "a"))[6:])
+
+
 @pytest.mark.parametrize(
     ("texts", "calls", "content"),
     [(["a", "b"], [], "ab"), ([""], [], ""), ([""], ["f"], None), (["a"], ["f"], "a")],

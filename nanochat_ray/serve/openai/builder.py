@@ -131,7 +131,10 @@ class ResponseBuilder(ABC):
 
     def chunk(self, choice: Mapping[str, Any], fields: Mapping[str, Any] | None = None) -> str:
         """A chunk with one choice, and with further ``fields`` of its own."""
-        more = f"], {json.dumps(fields)[1:-1]}{self._tail[1:]}" if fields else self._tail
+        tail = self._tail
+        if self.generation.continuous_usage_stats:
+            tail = f'], "usage": {json.dumps(self.usage())}}}\n\n'
+        more = f"], {json.dumps(fields)[1:-1]}{tail[1:]}" if fields else tail
         return f"{self._head}{json.dumps(choice)}{more}"
 
     @abstractmethod

@@ -43,7 +43,7 @@ class Usage(TypedDict):
 
 
 ChunkUsage = Annotated[
-    Usage | None, about("With include_usage: null in all chunks before the last.")
+    Usage | None, about("With include_usage: null before the last chunk, or the counts so far.")
 ]
 
 

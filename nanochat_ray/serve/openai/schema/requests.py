@@ -64,6 +64,9 @@ change nothing."""
 
 class StreamOptions(Body):
     include_usage: StrictBool = doc("Whether the last chunk has token counts.", False)
+    continuous_usage_stats: StrictBool = doc(
+        "vLLM's: with include_usage every chunk has the counts so far.", False
+    )
 
 
 class SamplingBody(ConstrainedBody):
