@@ -157,6 +157,29 @@ def test_any_function_can_be_forced(
     assert Request.from_wire(request.to_wire()).params.grammar == grammar
 
 
+def allow(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_only_allowed_functions_are_called(client: openai.OpenAI, engine: ScriptedClient) -> None:
+    tools = [PING, WEATHER, TOOL]
+    engine.tokens = TOK.encode(WRITTEN)
+    (values,) = ask(client, tools=tools, tool_choice=allow("required", "weather")).choices
+    assert (values.message.tool_calls[0].function.name, values.finish_reason) == (
+        "weather",
+        "tool_calls",
+    )
+    assert not follows(engine.requests[0].params.grammar, '{"name":"ping","arguments":{}}')
+    engine.tokens = [START, *TOK.encode(WRITTEN), END]
+    for name, is_call in (("weather", True), ("ping", False)):
+        (values,) = ask(client, tools=tools, tool_choice=allow("auto", name)).choices
+        assert bool(values.message.tool_calls) == is_call
+    # The prompt, and so its prefix in the cache, is that of all tools.
+    ask(client, tools=tools)
+    assert engine.requests[1].prompt == engine.requests[2].prompt == engine.requests[3].prompt
+
+
 def test_a_forced_call_that_is_cut(client: openai.OpenAI, engine: ScriptedClient) -> None:
     engine.tokens = TOK.encode(WRITTEN)
     head = len(TOK.encode(WRITTEN.partition(',"days')[0]))
@@ -214,6 +237,11 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "calculator", "argu
         ),
         ({"tool_choice": {**NAMED, "function": {"name": "x"}}}, "not among tools"),
         ({"tools": [], "tool_choice": "required"}, "together with tools"),
+        ({"tools": [], "tool_choice": allow("auto", "x")}, "together with tools"),
+        ({"tool_choice": allow("auto", "calculator", "x")}, "tool_choice='x' .*not among tools"),
+        ({"tool_choice": allow("auto")}, "tool_choice.allowed_tools.tools"),
+        ({"tool_choice": allow("none", "calculator")}, "tool_choice.allowed_tools.mode"),
+        ({"tool_choice": {"type": "x"}}, "type='x' is not allowed: 'function' or 'allowed_tools'"),
         ({"messages": [USER, {"role": "tool", "content": "1"}]}, r"messages\[1\].tool_call_id"),
         (
             {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, USER]},

@@ -209,6 +209,10 @@ def test_tools_and_format_are_repeated(url: str, engine: ScriptedClient) -> None
     assert {name: answer[name] for name in ("tools", "tool_choice", "text")} == {
         name: body[name] for name in ("tools", "tool_choice", "text")
     }
+    functions = [{"type": "function", "name": "calculator"}]
+    body["tool_choice"] = {"type": "allowed_tools", "mode": "required", "tools": functions}
+    assert post(f"{url}/v1/responses", json=body).json()["tool_choice"] == body["tool_choice"]
+    assert engine.requests[-1].prompt[-1] == TOK.special("<|python_start|>")
 
 
 def test_harmless_fields_are_ignored(url: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictStr
 
@@ -34,10 +34,20 @@ class NamedTool(Body):
     function: NamedFunction = Field(description="The function.")
 
 
-def resolve_tool_choice(
-    tools: Sequence[ToolSpec] | None,
-    choice: Literal["none", "auto", "required"] | NamedTool | None,
-) -> ToolChoice:
+class AllowedTools(Body):
+    mode: Literal["auto", "required"] = Field(description="Whether one of them must be called.")
+    tools: Annotated[list[NamedTool], Field(min_length=1)] = Field(description="Which of tools.")
+
+
+class AllowedToolsChoice(Body):
+    type: Literal["allowed_tools"] = Field(description="Some of the tools.")
+    allowed_tools: AllowedTools = Field(description="The tools that may be called.")
+
+
+AnyToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice | None
+
+
+def resolve_tool_choice(tools: Sequence[ToolSpec] | None, choice: AnyToolChoice) -> ToolChoice:
     """ValueError for a choice that is not among the tools, or an empty name."""
     if not tools and choice not in (None, "none", "auto"):
         raise ValueError("tool_choice is only allowed together with tools")
@@ -47,15 +57,15 @@ def resolve_tool_choice(
     if not tools or choice == "none":
         return ToolChoice()
     functions = {tool.function.name: tool.function for tool in tools}
+    if isinstance(choice, AllowedToolsChoice):
+        functions = _choose(functions, [tool.function.name for tool in choice.allowed_tools.tools])
+        choice = choice.allowed_tools.mode
     if choice is None or choice == "auto":
         has_calculator = any(map(_is_calculator, functions.values()))
         return ToolChoice("auto", tuple(functions), has_calculator)
     mode: Literal["required", "named"] = "required"
     if choice != "required":
-        mode, name = "named", choice.function.name
-        if name not in functions:
-            raise ValueError(f"tool_choice={name!r:.80} is not allowed: it is not among tools")
-        functions = {name: functions[name]}
+        mode, functions = "named", _choose(functions, [choice.function.name])
     if all(map(_is_calculator, functions.values())):
         return ToolChoice(mode, (), True)
     grammar = {
@@ -65,6 +75,13 @@ def resolve_tool_choice(
         ]
     }
     return ToolChoice(mode, tuple(functions), False, grammar)
+
+
+def _choose(functions: dict[str, FunctionSpec], names: list[str]) -> dict[str, FunctionSpec]:
+    for name in names:
+        if name not in functions:
+            raise ValueError(f"tool_choice={name!r:.80} is not allowed: it is not among tools")
+    return {name: functions[name] for name in names}
 
 
 def _is_calculator(function: FunctionSpec) -> bool:

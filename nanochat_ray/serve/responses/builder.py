@@ -14,7 +14,6 @@ from nanochat_ray.serve.openai.errors import ApiError
 from nanochat_ray.serve.openai.schema.outputs import TokenLogprob
 from nanochat_ray.serve.responses.schema import (
     FunctionCallItem,
-    FunctionChoice,
     OutputItem,
     OutputMessage,
     OutputText,
@@ -120,7 +119,7 @@ class ResponsesBuilder(ResponseBuilder):
             "store": False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": {"format": text_format.echo() if text_format else {"type": "text"}},
-            "tool_choice": choice.echo() if isinstance(choice, FunctionChoice) else choice,
+            "tool_choice": choice if isinstance(choice, str) else choice.echo(),
             "tools": [tool.echo() for tool in body.tools or ()],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Literal
 
 from nanochat_ray.serve.generation import GenerationRequest
 from nanochat_ray.serve.openai import errors
@@ -21,8 +20,16 @@ from nanochat_ray.serve.openai.schema.requests import (
     ToolCall,
 )
 from nanochat_ray.serve.openai.schema.structured_outputs import JsonSchema, ResponseFormat
-from nanochat_ray.serve.openai.tools import NamedFunction, NamedTool, ToolSpec
+from nanochat_ray.serve.openai.tools import (
+    AllowedTools,
+    AllowedToolsChoice,
+    AnyToolChoice,
+    NamedFunction,
+    NamedTool,
+    ToolSpec,
+)
 from nanochat_ray.serve.responses.schema import (
+    AllowedChoice,
     FunctionChoice,
     InputItem,
     ResponsesRequest,
@@ -116,10 +123,19 @@ def _chat_request(body: ResponsesRequest) -> tuple[ChatRequest, list[str]]:
     return chat, paths
 
 
-def _tool_choice(body: ResponsesRequest) -> Literal["none", "auto", "required"] | NamedTool | None:
-    if not isinstance(body.tool_choice, FunctionChoice):
-        return body.tool_choice
-    function = NamedFunction.model_construct(name=body.tool_choice.name)
+def _tool_choice(body: ResponsesRequest) -> AnyToolChoice:
+    choice = body.tool_choice
+    if isinstance(choice, FunctionChoice):
+        return _tool_of(choice)
+    if not isinstance(choice, AllowedChoice):
+        return choice
+    names = [_tool_of(tool) for tool in choice.tools]
+    subset = AllowedTools.model_construct(mode=choice.mode, tools=names)
+    return AllowedToolsChoice.model_construct(type="allowed_tools", allowed_tools=subset)
+
+
+def _tool_of(choice: FunctionChoice) -> NamedTool:
+    function = NamedFunction.model_construct(name=choice.name)
     return NamedTool.model_construct(type="function", function=function)
 
 

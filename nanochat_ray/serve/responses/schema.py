@@ -78,6 +78,12 @@ class FunctionChoice(_FunctionKind):
     name: StrictStr = Field(description="Name of the function to call.")
 
 
+class AllowedChoice(_EchoedBody):
+    type: Literal["allowed_tools"] = Field(description="Some of the tools.")
+    mode: Literal["auto", "required"] = Field(description="Whether one of them must be called.")
+    tools: Annotated[list[FunctionChoice], Field(min_length=1)] = Field(description="Which.")
+
+
 class TextFormat(_EchoedBody):
     type: Literal["text", "json_object", "json_schema"] = Field(description="Form of the answer.")
     name: StrictStr | None = doc("Name of the schema; it changes nothing.")
@@ -105,8 +111,9 @@ class ResponsesRequest(Body):
     )
     instructions: StrictStr | None = doc("A system message before the input.")
     tools: list[FunctionTool] | None = doc("Functions that the model may call.")
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = doc(
-        "Whether the model may call (auto), must call (required, or a name), or must not (none)."
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | AllowedChoice | None = doc(
+        "Whether the model may call (auto), must call (required, or a name), or must not (none); "
+        "or which of the tools it may or must call."
     )
     parallel_tool_calls: StrictBool | None = doc("No effect: an answer has one call at most.")
     text: TextOptions | None = doc("The form of the answer.")

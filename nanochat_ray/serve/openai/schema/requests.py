@@ -14,7 +14,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model
 from nanochat_ray.engine.request import MAX_LOGPROBS
 from nanochat_ray.serve.body import Body, doc
 from nanochat_ray.serve.openai.schema.structured_outputs import ConstrainedBody
-from nanochat_ray.serve.openai.tools import NamedTool, ToolSpec, resolve_tool_choice
+from nanochat_ray.serve.openai.tools import AnyToolChoice, ToolSpec, resolve_tool_choice
 from nanochat_ray.text.tool_calls import ToolChoice
 
 MAX_STOPS = 16
@@ -245,8 +245,9 @@ class ChatRequest(PromptBody, SamplingBody):
     max_completion_tokens: MaxTokens | None = doc("OpenAI's newer name of max_tokens; it wins.")
     logprobs: StrictBool | None = doc("Whether the answer has log-probabilities.")
     top_logprobs: NumLogprobs | None = doc("Log-probabilities of this many likeliest tokens.")
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = doc(
-        "Whether the model may call (auto), must call (required, or a name), or must not (none)."
+    tool_choice: AnyToolChoice = doc(
+        "Whether the model may call (auto), must call (required, or a name), or must not (none); "
+        "or which of the tools it may or must call."
     )
     echo: StrictBool | None = doc("vLLM's: the answer begins with the assistant's last message.")
 
