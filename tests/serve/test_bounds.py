@@ -99,6 +99,30 @@ def test_fields_of_one_endpoint_together(model: Any, fields: dict[str, Any], mes
         model.model_validate({**CHAT, "prompt": "x", **fields})
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("return_tokens_as_token_ids", True),
+        ("return_token_offsets", True),
+        ("return_prompt_text", True),
+        ("logprob_token_ids", [5]),
+        ("repetition_detection", {"max_pattern_size": 3}),
+        ("watermarking", {}),
+    ],
+)
+def test_what_would_be_missing_is_refused(field: str, value: Any) -> None:
+    for model, base in ((ChatRequest, CHAT), (CompletionRequest, {"prompt": "x"})):
+        model.model_validate({**base, field: False if value is True else None})
+        with pytest.raises(ValidationError, match=f"{field} is not supported"):
+            model.model_validate({**base, field: value})
+
+
+def test_chats_have_no_logprobs_of_the_prompt() -> None:
+    CompletionRequest.model_validate({"prompt": "x", "prompt_logprobs": 1})
+    with pytest.raises(ValidationError, match="prompt_logprobs is not supported"):
+        ChatRequest.model_validate({**CHAT, "prompt_logprobs": 1})
+
+
 @pytest.mark.parametrize("field", ["ignore_eos", "min_tokens"])
 def test_a_forced_call_ends_by_itself(field: str) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]

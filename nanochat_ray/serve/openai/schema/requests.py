@@ -7,7 +7,7 @@ in vLLM; fields that would change the answer and are not supported are refused b
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
@@ -50,12 +50,18 @@ NOT_SUPPORTED: dict[str, tuple[object, ...]] = {
     "functions": ([],),
     "include_stop_str_in_output": (False,),
     "logits_processors": ([],),
+    "logprob_token_ids": ([],),
     "modalities": (["text"],),
     "prompt_embeds": (),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
+    "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "suffix": ("",),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
+    "watermarking": (),
     "web_search_options": (),
 }
 """Fields of OpenAI and vLLM that would change an answer, each with the values that, like null,
@@ -71,6 +77,8 @@ class StreamOptions(Body):
 
 class SamplingBody(ConstrainedBody):
     """Fields of both kinds of completion; null is the same as an absent field."""
+
+    not_supported: ClassVar[dict[str, tuple[object, ...]]] = NOT_SUPPORTED
 
     model: StrictStr | None = doc("Name of the model; by default the one of this server.")
     stream: StrictBool | None = doc("Whether chunks are sent as they are generated.")
@@ -104,7 +112,7 @@ class SamplingBody(ConstrainedBody):
     @classmethod
     def _check_support(cls, body: Any) -> Any:
         if isinstance(body, dict):
-            for name, neutral in NOT_SUPPORTED.items():
+            for name, neutral in cls.not_supported.items():
                 if body.get(name) is not None and body[name] not in neutral:
                     raise ValueError(f"{name} is not supported")
         return body
@@ -239,6 +247,8 @@ class PromptBody(Body):
 
 
 class ChatRequest(PromptBody, SamplingBody):
+    not_supported: ClassVar = {**NOT_SUPPORTED, "prompt_logprobs": ()}
+
     messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(
         description="The conversation."
     )
