@@ -272,8 +272,11 @@ def read_config(folder: Path) -> ModelConfig:
     heads = fields.int("num_attention_heads", MAX_WIDTH)
     rope = fields.object("rope_parameters")
     rope.equal("rope_parameters.rope_type", "default")
+    rope.equal("rope_parameters.partial_rotary_factor", None, 1.0)
     fields.equal("rope_scaling", None)
     theta = fields.float("rope_theta", 1e12, 10_000.0)
+    # null turns it off; where it is not written, transformers takes the default of its class.
+    softcap = 0.0 if "final_logit_softcapping" in values else 15.0
     try:
         config = ModelConfig.classic(
             vocab_size=fields.int("vocab_size", MAX_VOCABULARY),
@@ -284,7 +287,7 @@ def read_config(folder: Path) -> ModelConfig:
             sequence_len=fields.int("max_position_embeddings", MAX_POSITIONS),
             norm_eps=fields.float("rms_norm_eps", 1.0),
             rope_base=rope.float("rope_parameters.rope_theta", 1e12, theta),
-            softcap=fields.float("final_logit_softcapping", 1e6, 0.0),
+            softcap=fields.float("final_logit_softcapping", 1e6, softcap),
         )
     except ValueError as error:
         text = str(error)

@@ -150,11 +150,11 @@ def _check_same_behaviour(document: dict[str, Any], own: dict[str, Any]) -> None
     for name in ("normalizer", "post_processor", "truncation", "padding"):
         if document.get(name) not in (None, own[name]):
             raise ValueError(f"{name}={short_repr(document[name])} is not allowed: null")
-    for step, own_step in zip(
-        document["pre_tokenizer"]["pretokenizers"],
-        own["pre_tokenizer"]["pretokenizers"],
-        strict=False,
-    ):
+    steps, own_steps = (d["pre_tokenizer"]["pretokenizers"] for d in (document, own))
+    if len(steps) != len(own_steps):
+        kinds = ", ".join(str(step["type"]) for step in steps)
+        raise ValueError(f"pre_tokenizer={short_repr(kinds)} is not allowed: Split, ByteLevel")
+    for step, own_step in zip(steps, own_steps, strict=True):
         for name in ("type", "behavior", "invert", "add_prefix_space", "use_regex"):
             if step.get(name, own_step.get(name)) != own_step.get(name):
                 raise ValueError(f"pre_tokenizer.{name}={short_repr(step[name])} is not allowed")

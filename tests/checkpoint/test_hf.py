@@ -345,6 +345,7 @@ def with_changes(export: Path, folder: Path, **fields: object) -> Path:
         ("rms_norm_eps", "x", "rms_norm_eps='x' is not allowed"),
         ("rope_parameters", {"rope_type": "yarn"}, "rope_type='yarn' is not allowed"),
         ("rope_parameters", 3, "rope_parameters=3 is not allowed"),
+        ("rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not"),
         ("rope_scaling", {"factor": 2.0}, "rope_scaling="),
         ("tie_word_embeddings", True, "tie_word_embeddings=True is not allowed"),
         ("tokenizer_fingerprint", "ff", "tokenizer_fingerprint='ff' is not that"),
@@ -358,6 +359,19 @@ def test_a_wrong_config_is_named(
     with pytest.raises(ValueError, match=message) as caught:
         hf.import_folder(folder)
     assert str(folder) in str(caught.value)
+
+
+def test_a_field_that_is_not_written_has_its_default(export: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    folder = with_changes(export, tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("final_logit_softcapping", "rope_parameters"):
+        del config[name]
+    (folder / "config.json").write_text(json.dumps(config))
+    peer, own = AutoConfig.from_pretrained(folder), hf.read_config(folder)
+    assert own.softcap == peer.final_logit_softcapping
+    assert own.rope_base == peer.rope_parameters["rope_theta"]
 
 
 @pytest.mark.slow
@@ -418,10 +432,17 @@ def test_other_tokenizer_kinds_are_refused(export: Path, tmp_path: Path) -> None
     folder = tmp_path / "bad"
     shutil.copytree(export, folder)
     path = folder / "tokenizer.json"
+    split, *byte_level = json.loads(path.read_text())["pre_tokenizer"]["pretokenizers"]
     for at, value, message in (
         (("normalizer",), {"type": "NFKC"}, "normalizer="),
         (("post_processor", "single"), [], "post_processor="),
         (("model", "merges"), [], "model.merges"),
+        (("pre_tokenizer", "pretokenizers"), [split], "pre_tokenizer='Split' is not allowed"),
+        (
+            ("pre_tokenizer", "pretokenizers"),
+            [split, *byte_level, *byte_level],
+            "'Split, ByteLevel, ByteLev",
+        ),
         (("model", "byte_fallback"), True, "model.byte_fallback=True"),
         (("model", "vocab"), {"a": 0}, "every byte must be a token"),
         (("added_tokens",), [], "added_tokens: its special tokens are"),
