@@ -215,6 +215,11 @@ class Fields:
             raise self._refuse(name, f"a number from 0 to {most:g}")
         return float(value)  # type: ignore[arg-type]
 
+    def switch(self, name: str) -> bool:
+        if type(self._values.get(name)) is not bool:
+            raise self._refuse(name, "true or false")
+        return bool(self._values[name])
+
     def equal(self, name: str, *options: Any) -> None:
         """The field, if it is there at all, must be one of ``options``."""
         if name in self._values and not any(

@@ -2,14 +2,13 @@
 
 A model of the ``classic`` preset goes out as ``NanoChatForCausalLM`` (nanochat of October 2025),
 which transformers, vLLM and others load by themselves. Others go out with the modelling file in
-``remote_code``, for transformers with ``trust_remote_code=True``. Only the first come back in.
+``remote_code``, for transformers with ``trust_remote_code=True``. Both come back in.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nanochat_ray.checkpoint import hf_remote
 from nanochat_ray.checkpoint.folder import (
     MAX_LAYERS,
     MAX_POSITIONS,
@@ -30,7 +30,7 @@ from nanochat_ray.checkpoint.folder import (
 )
 from nanochat_ray.checkpoint.hf_tokenizer import WHAT, read_tokenizer, tokenizer_json
 from nanochat_ray.checks import short_repr
-from nanochat_ray.model.config import ModelConfig, windows
+from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -86,22 +86,6 @@ def _check_exportable(config: ModelConfig) -> None:
         raise ValueError(f"a Hugging Face folder cannot express {fields}")
 
 
-def _own_architecture(config: ModelConfig) -> dict[str, Any]:
-    """What ``config.json`` has for the modelling file that is written beside it."""
-    names = ("value_embeds", "residual_scalars", "smear", "backout", "qk_scale", "softcap")
-    return {
-        "model_type": "nanochat_ray",
-        "architectures": ["NanochatRayForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_nanochat_ray.NanochatRayConfig",
-            "AutoModelForCausalLM": "modeling_nanochat_ray.NanochatRayForCausalLM",
-        },
-        **{name: getattr(config, name) for name in (*names, "rope_base", "norm_eps")},
-        "windows": list(windows(config)),
-        "padded_vocab_size": config.padded_vocab_size,
-    }
-
-
 def export(
     model: GPT, tokenizer: Tokenizer, out: Store | Path | str, *, dtype: torch.dtype
 ) -> None:
@@ -132,7 +116,7 @@ def _write(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -
             "dtype": str(dtype).removeprefix("torch."),
             "tokenizer_fingerprint": tokenizer.fingerprint,
             **ids,
-            **({} if classic else _own_architecture(config)),
+            **({} if classic else hf_remote.architecture(config)),
         },
         "generation_config.json": {**ids, "eos_token_id": [end, tokenizer.bos]},
         "tokenizer.json": tokenizer_json(tokenizer),
@@ -213,14 +197,16 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def read_weights(folder: Path, config: ModelConfig, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """float32 weights by the names of ``GPT``; ``names`` maps those in the file to them.
+def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """float32 weights by the names of ``GPT``, which are also those of the files of its own kind.
 
     Names, shapes and dtypes are checked against ``config`` before a tensor is read. ValueError
     names the file and the tensor.
     """
     with torch.device("meta"):
         shapes = {name: list(p.shape) for name, p in GPT(config).named_parameters()}
+    is_own = read_json(folder / "config.json", WHAT).get("model_type") == hf_remote.MODEL_TYPE
+    names = {name: name for name in shapes} if is_own else _names(config.n_layer)
     weights: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         with _open(path) as file:
@@ -264,10 +250,24 @@ def read_config(folder: Path) -> ModelConfig:
     """The model that a folder's ``config.json`` describes. ValueError names the field."""
     path = folder / "config.json"
     values = read_json(path, WHAT)
-    if values.get("model_type") != "nanochat":
-        raise ValueError(
-            f"{path}: model_type={short_repr(values.get('model_type'))} is not 'nanochat'"
-        )
+    readers = {"nanochat": _read_classic, hf_remote.MODEL_TYPE: hf_remote.read}
+    if (kind := values.get("model_type")) not in readers:
+        known_types = " or ".join(map(repr, readers))
+        raise ValueError(f"{path}: model_type={short_repr(kind)} is not {known_types}")
+    try:
+        config = readers[kind](path, values)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if str(path) in text else f"{path}: {text}") from None
+    fields = Fields(path, values)
+    fields.equal("intermediate_size", 4 * config.n_embd)
+    fields.equal("hidden_act", "relu2")
+    for name in ("attention_bias", "tie_word_embeddings"):
+        fields.equal(name, False)
+    return config
+
+
+def _read_classic(path: Path, values: dict[str, Any]) -> ModelConfig:
     fields = Fields(path, values)
     heads = fields.int("num_attention_heads", MAX_WIDTH)
     rope = fields.object("rope_parameters")
@@ -277,26 +277,17 @@ def read_config(folder: Path) -> ModelConfig:
     theta = fields.float("rope_theta", 1e12, 10_000.0)
     # null turns it off; where it is not written, transformers takes the default of its class.
     softcap = 0.0 if "final_logit_softcapping" in values else 15.0
-    try:
-        config = ModelConfig.classic(
-            vocab_size=fields.int("vocab_size", MAX_VOCABULARY),
-            n_layer=fields.int("num_hidden_layers", MAX_LAYERS),
-            n_head=heads,
-            n_kv_head=fields.int("num_key_value_heads", MAX_WIDTH, heads),
-            n_embd=fields.int("hidden_size", MAX_WIDTH),
-            sequence_len=fields.int("max_position_embeddings", MAX_POSITIONS),
-            norm_eps=fields.float("rms_norm_eps", 1.0),
-            rope_base=rope.float("rope_parameters.rope_theta", 1e12, theta),
-            softcap=fields.float("final_logit_softcapping", 1e6, softcap),
-        )
-    except ValueError as error:
-        text = str(error)
-        raise ValueError(text if str(path) in text else f"{path}: {text}") from None
-    fields.equal("intermediate_size", 4 * config.n_embd)
-    fields.equal("hidden_act", "relu2")
-    for name in ("attention_bias", "tie_word_embeddings"):
-        fields.equal(name, False)
-    return config
+    return ModelConfig.classic(
+        vocab_size=fields.int("vocab_size", MAX_VOCABULARY),
+        n_layer=fields.int("num_hidden_layers", MAX_LAYERS),
+        n_head=heads,
+        n_kv_head=fields.int("num_key_value_heads", MAX_WIDTH, heads),
+        n_embd=fields.int("hidden_size", MAX_WIDTH),
+        sequence_len=fields.int("max_position_embeddings", MAX_POSITIONS),
+        norm_eps=fields.float("rms_norm_eps", 1.0),
+        rope_base=rope.float("rope_parameters.rope_theta", 1e12, theta),
+        softcap=fields.float("final_logit_softcapping", 1e6, softcap),
+    )
 
 
 def import_folder(folder: Path) -> tuple[GPT, Tokenizer]:
@@ -306,12 +297,11 @@ def import_folder(folder: Path) -> tuple[GPT, Tokenizer]:
     if config.n_layer * per_layer > have:
         raise ValueError(
             f"{folder / 'config.json'}: num_hidden_layers={config.n_layer} does not fit the "
-            f"{have} tensors of the weights: the tensor model.layers."
-            f"{(have - 2) // per_layer}.self_attn.q_proj.weight is missing"
+            f"{have} tensors of the weights: those of layer {(have - 2) // per_layer} are missing"
         )
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     check_tokenizer(folder, config, tokenizer)
-    weights = read_weights(folder, config, _names(config.n_layer))
+    weights = read_weights(folder, config)
     model = GPT(config)  # only now, when the files have shown that it has this size
     model.load_state_dict(weights)
     return model.eval(), tokenizer

@@ -232,6 +232,13 @@ def test_modern_models_give_equal_logits(
         for _ in range(6):
             reference = torch.cat((reference, model(reference)[:, -1:].argmax(-1)), dim=1)
     assert generated_ids.tolist() == reference.tolist()
+    peer.save_pretrained(tmp_path / "back")  # transformers' own writing comes in too
+    (tmp_path / "back" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    for source in (folder, tmp_path / "back"):
+        back, same = hf.import_folder(source)
+        assert same.fingerprint == tokenizer.fingerprint
+        with torch.no_grad():
+            assert torch.equal(back(ids), ours)
     auto = AutoTokenizer.from_pretrained(folder)
     assert auto.encode("Hello", add_special_tokens=False) == tokenizer.encode("Hello")
 
@@ -310,7 +317,7 @@ def test_misfit_folders_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> Non
         ({"model_type": "llama"}, "model_type='llama'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not allowed"),
         ({"hidden_size": 64, "intermediate_size": 256}, "does not fit"),
-        ({"num_hidden_layers": 3}, r"layers\.2\..* is missing"),
+        ({"num_hidden_layers": 3}, "those of layer 2 are missing"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=message):
@@ -359,6 +366,30 @@ def test_a_wrong_config_is_named(
     with pytest.raises(ValueError, match=message) as caught:
         hf.import_folder(folder)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("windows", [7, 32], r"windows=\[7, 32\] is not allowed"),
+        ("windows", [32], r"windows=\[32\] is not allowed"),
+        ("windows", None, "windows=None is not allowed"),
+        ("smear", 1, "smear=1 is not allowed: true or false"),
+        ("smear", False, r"tensor 'smear_\w+.*' is not of this architecture"),
+        ("padded_vocab_size", 64, "padded_vocab_size=64 is not allowed"),
+        ("qk_scale", -1, "qk_scale=-1 is not allowed"),
+        ("num_hidden_layers", 9_999, "num_hidden_layers=9999|windows="),
+    ],
+)
+def test_a_wrong_config_of_our_own_kind_is_named(
+    tmp_path: Path, field: str, value: object, message: str
+) -> None:
+    tokenizer, folder = Tokenizer.bytes_only(), tmp_path / "modern"
+    hf.export(GPT(tiny_config()), tokenizer, folder, dtype=torch.float32)
+    assert hf.import_folder(folder)[0].config.smear
+    with pytest.raises(ValueError, match=message) as caught:
+        hf.import_folder(with_changes(folder, tmp_path / "bad", **{field: value}))
+    assert str(tmp_path / "bad") in str(caught.value)
 
 
 def test_a_field_that_is_not_written_has_its_default(export: Path, tmp_path: Path) -> None:
