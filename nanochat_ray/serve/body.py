@@ -171,7 +171,11 @@ def from_validation(problems: Sequence[Any]) -> ApiError:
     # A union reports every branch: the one that got furthest is what the client meant. The message
     # lists everything that is valid there, once.
     branches = [p for p in problems if p.get("loc", ())[:2] == location[:2]]
-    param = _field(max((p.get("loc", ()) for p in branches), key=_depth))
+    # Of two that got equally far, one whose "type" is that of the client's.
+    other_kinds = {p["loc"][:-1] for p in branches if p["type"] == "literal_error"}
+    param = _field(
+        max(branches, key=lambda p: (_depth(p["loc"]), p["loc"][:-1] not in other_kinds))["loc"]
+    )
     same = [p for p in problems if _field(p.get("loc", ())) == param]
     messages = dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in same)
     expectations = [m.removeprefix(_EXPECTATION) for m in messages if m.startswith(_EXPECTATION)]

@@ -239,6 +239,8 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "calculator", "argu
         ({"tools": [], "tool_choice": "required"}, "together with tools"),
         ({"tools": [], "tool_choice": allow("auto", "x")}, "together with tools"),
         ({"tool_choice": allow("auto", "calculator", "x")}, "tool_choice='x' .*not among tools"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function: Field required"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools: Field required"),
         ({"tool_choice": allow("auto")}, "tool_choice.allowed_tools.tools"),
         ({"tool_choice": allow("none", "calculator")}, "tool_choice.allowed_tools.mode"),
         ({"tool_choice": {"type": "x"}}, "type='x' is not allowed: 'function' or 'allowed_tools'"),
