@@ -163,7 +163,7 @@ def sft_length(args: Args, jobs: Jobs, clock: float) -> tuple[float | None, floa
     progress = plan.measure(clock, _run(args, jobs.base_run))
     fresh = plan.sft_epochs(progress, args.rl_steps)
     epochs, remark = plan.settle(_run(args, jobs.chat_run), fresh, plan.EPOCHS, progress)
-    return None, epochs, f" in {epochs} passes{remark}"
+    return plan.sft_minutes(progress, epochs), epochs, f" in {epochs} passes{remark}"
 
 
 def _run(args: Args, name: str) -> Store:

@@ -26,10 +26,13 @@ SFT_MINUTES = 2.0
 """Of one pass, when base training begins."""
 EPOCH_BASE_TOKENS = 1_050_000
 """A pass of fine-tuning takes as long as base training on n tokens."""
+SFT_ROOM = 1.25
+"""Fine-tuning is cut if it would take this many times as long, by the speed when it begins. It is
+measured in a few seconds, in which another program may run, so less says nothing."""
 LEAST_RL_STEPS, RL_STEPS, MOST_RL_STEPS = 20, 50, 60
 """Reinforcement learning: steps that show three quarters of the gain (rl/BENCHMARKS.md); planned
 where there is time for them; and the default of ``nanochat-ray rl``."""
-BASE_REST, SFT_REST, RL_REST = 4.2, 0.85, 0.5
+BASE_REST, SFT_REST, RL_REST = 4.2, 0.95, 0.5
 """When a stage begins, all that is not steps of training (start of jobs, validation, serving) still
 takes this many times as long as it has taken until then."""
 LEAST_OTHER_S = 40
@@ -104,6 +107,13 @@ def sft_epochs(progress: Progress, rl_steps: int | None = None) -> float:
     else:
         epochs = before(rl_steps)
     return round(min(MOST_EPOCHS, max(LEAST_EPOCHS, epochs)), 1)
+
+
+def sft_minutes(progress: Progress, epochs: float) -> float | None:
+    """Bound on the minutes of these passes; of a resumed run the same, as its parent's speed is."""
+    if not progress.tokens_per_s:
+        return None
+    return round(SFT_ROOM * epochs * EPOCH_BASE_TOKENS / progress.tokens_per_s / 60, 1)
 
 
 def rl_steps(progress: Progress) -> int:

@@ -215,7 +215,7 @@ def test_each_stage_is_planned_when_it_begins(
 ) -> None:
     """Base training at 10,500 tokens/s; then the machine loses a third of its speed."""
     monkeypatch.setattr(quickstart, "run_is_complete", lambda storage, run: False)
-    facts = [(45, 45, 0), (360, 100, 10_500), (530, 170, 5000)]
+    facts = [(45, 45, 0), (350, 100, 10_500), (530, 170, 5000)]
     measurements: list[Any] = []
 
     def measure(clock: float, *runs: Store) -> quickstart_plan.Progress:
@@ -231,15 +231,15 @@ def test_each_stage_is_planned_when_it_begins(
         assert quickstart.train(args, stages, 7.0) == 7.0
         assert learn(args, stages, 7.0) == "rl-d4"
         assert ("train_base", 4, 3.7) in stages.calls
-        assert ("train_sft", None, 1.4) in stages.calls
+        assert ("train_sft", 2.9, 1.4) in stages.calls
         assert ("rl-d4", 25) in stages.calls
-        facts = [(10, 10, 0), (20, 20, 4000), (10, 10, 4000)]
+        facts = [(10, 10, 0), (20, 20, 10_500), (10, 10, 4000)]
     assert measurements[:3] == [(7.0,), (7.0, "base-d4"), (7.0, "base-d4", "chat-d4")]
     lines = [line for line in capsys.readouterr().out.splitlines() if "planned" not in line]
     for text, line in zip(
         (
             "2/6 training the base model for 3.7 minutes, then 1.0 passes to chat and up to",
-            "4/6 fine-tuning to chat in 1.4 passes, not 1.0: 5.5 minutes are left, 10,500 tokens/s",
+            "4/6 fine-tuning to chat in 1.4 passes, not 1.0: 5.7 minutes are left, 10,500 tokens/s",
             "5/6 learning from graded answers in 25 steps, not 50: 2.7 minutes are left, 5,000 tok",
         ),
         (line for line in lines if any(f"{n}/6" in line for n in (2, 4, 5))),
