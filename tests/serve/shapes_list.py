@@ -1,8 +1,9 @@
-"""Sixty requests, sent to two servers of the same model, and how the shapes of the answers differ.
+"""76 requests, sent to two servers of one model, and how the answers differ.
 
     python -m tests.serve.shapes_list OUR_URL THEIR_URL
 
-Not what is said is compared, but status, keys and types, of whole answers and of streams' chunks.
+Status, keys and types are compared, of whole answers and of streams' chunks; of greedy answers and
+of token ids also what they say.
 """
 
 from __future__ import annotations
@@ -20,11 +21,38 @@ JSON_SCHEMA = {
     "type": "json_schema",
     "json_schema": {"name": "s", "schema": {"type": "object", "properties": {}}},
 }
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Of a <|bos|> place",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
+    },
+}
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"a": "é"}'}}
+RESULTS = [
+    *USER,
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "content": "dry<|output_end|>"},
+]
+# Conversations, of which the token ids and a greedy answer are compared.
+CONVERSATIONS: list[dict[str, Any]] = [
+    {"messages": TURNS},
+    {"messages": PARTS},
+    {"messages": [{"role": "developer", "content": "Be brief."}, *USER], "tools": [TOOL]},
+    {"messages": RESULTS, "tools": [TOOL]},
+    {"messages": [{"role": "user", "content": "<|user_end|> é 😀"}]},
+    {"messages": TURNS[:2], "add_generation_prompt": False, "continue_final_message": True},
+]
+GREEDY = {"temperature": 0}
+EXACT = ("text", "content", "tokens", "prompt_tokens", "completion_tokens")
+"""Keys whose values are compared, where they are texts, numbers or lists of these."""
 # What is added to a plain request of each kind.
 COMMON: list[dict[str, Any]] = [
     {},
     {"stream": True},
     {"stream": True, "stream_options": {"include_usage": True}},
+    {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
     {"n": 2, "temperature": 1, "seed": 1},
     {"n": 2, "stream": True, "seed": 1},
     {"stop": "e"},
@@ -48,6 +76,8 @@ COMMON: list[dict[str, Any]] = [
 COMPLETIONS: list[dict[str, Any]] = [
     {"prompt": ["a", "b"]},
     {"prompt": [65, 66]},
+    {"prompt": [65, 66], **GREEDY},
+    {"prompt": "The sea é", **GREEDY},
     {"prompt": [[65], [66]], "stream": True},
     {"echo": True},
     {"logprobs": 0},
@@ -67,6 +97,7 @@ CHATS: list[dict[str, Any]] = [
     {"top_logprobs": 2},
     {"response_format": {"type": "text"}},
     {"response_format": JSON_SCHEMA},
+    *({**fields, **GREEDY} for fields in CONVERSATIONS),
     {"messages": "hello"},
     {"messages": [{"role": "king", "content": "x"}]},
 ]
@@ -75,7 +106,8 @@ OTHERS: list[tuple[str, str, Any]] = [
     ("GET", "/health", None),
     ("GET", "/version", None),
     ("POST", "/tokenize", {"prompt": "hello"}),
-    ("POST", "/tokenize", {"messages": USER}),
+    *(("POST", "/tokenize", fields) for fields in CONVERSATIONS),
+    ("POST", "/tokenize", {"prompt": "hello", "return_token_strs": True}),
     ("POST", "/detokenize", {"tokens": [65, 66]}),
     ("GET", "/v1/completions", None),
     ("POST", "/v1/nothing", {}),
@@ -84,7 +116,7 @@ OTHERS: list[tuple[str, str, Any]] = [
 
 def requests(model: str) -> list[tuple[str, str, Any]]:
     plain = {"model": model, "max_tokens": 4}
-    completions, chats = COMMON + COMPLETIONS, COMMON[:5] + CHATS
+    completions, chats = COMMON + COMPLETIONS, COMMON[:6] + CHATS
     return [
         *(("POST", "/v1/completions", {**plain, "prompt": "hello", **f}) for f in completions),
         *(("POST", "/v1/chat/completions", {**plain, "messages": USER, **f}) for f in chats),
@@ -96,11 +128,17 @@ def requests(model: str) -> list[tuple[str, str, Any]]:
     ]
 
 
-def shape(value: Any) -> Any:
+def shape(value: Any, exact: bool = False) -> Any:
+    """With ``exact`` the values of ``EXACT``'s keys are part of it."""
     if isinstance(value, dict):
-        return {key: shape(one) for key, one in value.items()}
+        return {
+            key: json.dumps(one)
+            if exact and key in EXACT and "{" not in repr(one)
+            else shape(one, exact)
+            for key, one in value.items()
+        }
     if isinstance(value, list):
-        return [shape(value[0])] if value else []
+        return [shape(value[0], exact)] if value else []
     if isinstance(value, bool) or value is None:
         return str(value and True)
     return "number" if isinstance(value, (int, float)) else "text"
@@ -112,13 +150,14 @@ def answer(
     """Status, and the shape: of the body, or of the first, a middle and the last chunk."""
     response = client.request(method, base + path, json=body, timeout=60)
     kind = response.headers.get("content-type", "")
+    exact = path == "/tokenize" or (isinstance(body, dict) and body.get("temperature") == 0)
     if kind.startswith("text/event-stream"):
         lines = [x[6:] for x in response.text.split("\n\n") if x.startswith("data: ")]
         chunks = [shape(json.loads(x)) for x in lines if x != "[DONE]"]
         rows = {"first": chunks[0], "middle": chunks[len(chunks) // 2], "last": chunks[-1]}
         return response.status_code, {**rows, "done": lines[-1]}
     try:
-        return response.status_code, shape(response.json())
+        return response.status_code, shape(response.json(), exact)
     except ValueError:
         return response.status_code, {"text": kind.split(";")[0]}
 
