@@ -22,6 +22,7 @@ from nanochat_ray import container
 HUGE_PAGE = 2 << 20
 MOST_THREADS = 8
 """An estimate, measured on 2 cores only: small operations do not scale to many threads."""
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -132,4 +133,4 @@ def check_triton_toolchain() -> None:
 
 def use_triton(device: torch.device) -> bool:
     """Whether this project's Triton kernels run: CUDA builds of torch bring Triton along."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and HAS_TRITON

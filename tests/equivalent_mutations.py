@@ -270,11 +270,6 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
         ),
     },
     "nanochat_ray/model/gpt.py": {
-        "condition: apply_together(x, layers) if x.is_cuda else (layer(x) for layer in layers)  →  "
-        "apply_together(x, layers) if not x.is_cuda else (layer(x) for layer in layers)": (
-            "",
-            SPEED,
-        ),
         "operator: value is not None and self.ve_gate is not None  →  "
         "value is not None or self.ve_gate is not None": ("", "both are None, or neither"),
         "comparison: angles[0].size(0) < T  →  angles[0].size(0) <= T": ("", SPEED),

@@ -20,6 +20,7 @@ UNUSED_PACKAGES = (
     *("llguidance", "llguidance.numpy", "llguidance.gbnf_to_lark"),
     *("pyarrow", "pyarrow.fs", "pyarrow.ipc", "pyarrow.parquet", "pyarrow.compute"),
     *("psutil", "msgpack", "tiktoken", "tiktoken.core", "regex"),
+    *("obstore", "obstore.store"),
 )
 """Packages that the engine and the trainer import, but that nothing here calls."""
 

@@ -138,19 +138,22 @@ def _share_of_loss_and_optimizer(report: Report, name: str, setup: Setup, size: 
 
 
 def compare(report: Report, checkout: str, quick: bool, turns: int) -> None:
-    """nanochat's compiled step and ours in turns. Its FlashAttention 3 comes from a hub, so both
-    have full windows."""
+    """nanochat's compiled step and ours, in bf16 and in FP8, in turns. Its FlashAttention 3 comes
+    from a hub, so all have full windows."""
     sys.path.insert(0, checkout)
     for depth, size in ((2, 2),) if quick else ((12, 32), (20, 16)):
-        for turn, side in itertools.product(range(turns), ("ours", "nanochat")):
+        for turn, side in itertools.product(range(turns), ("ours", "nanochat", "ours in FP8")):
             name = f"d{depth} × {size}, full attention, {side}, turn {turn}"
-            run_side = _time_ours if side == "ours" else _time_nanochat
-            report.part(name, run_side, report, name, depth, size, checkout)
+            if side == "nanochat":
+                report.part(name, _time_nanochat, report, name, depth, size, checkout)
+            else:
+                modes = ("compile", "fp8") if side == "ours in FP8" else ("compile",)
+                report.part(name, _time_ours, report, name, depth, size, modes)
 
 
-def _time_ours(report: Report, name: str, depth: int, size: int, _: str) -> None:
+def _time_ours(report: Report, name: str, depth: int, size: int, modes: tuple[str, ...]) -> None:
     torch.cuda.reset_peak_memory_stats()
-    setup = Setup(depth, size, ("compile",), window_pattern="L")
+    setup = Setup(depth, size, modes, window_pattern="L")
     _time(report, name, setup.config, size, setup.step)
 
 

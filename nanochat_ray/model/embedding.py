@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,22 +12,31 @@ from torch import Tensor
 from nanochat_ray.machine import use_triton
 
 
-class TokenOrder(NamedTuple):
-    """Where each row of a vocabulary occurs in a batch; tables that embed it share it."""
+class TokenOrder:
+    """Where each row of a vocabulary occurs in a batch; tables that embed it share it.
 
-    tokens: Tensor
-    """int64 ``[N]``: the positions of a batch of N tokens, by token id and then by position."""
-    starts: Tensor
-    """int64 ``[V + 1]``: where the positions of each id begin."""
+    Only gradients need it: it is computed in the backward pass, since at the start of a step a GPU
+    would wait for the launches.
+    """
+
+    def __init__(self, ids: Tensor, vocab: int):
+        self._vocab, self.ids = vocab, ids.flatten().contiguous()
+        """int64 ``[N]``"""
+
+    @cached_property
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """int64 ``[N]``: the positions of a batch of N tokens, by token id and then by position;
+        and ``[V + 1]``: where the positions of each id begin."""
+        sorted_ids, tokens = self.ids.sort(stable=True)
+        rows = torch.arange(self._vocab + 1, device=self.ids.device)
+        return tokens, torch.searchsorted(sorted_ids, rows)
 
 
 def token_order(ids: Tensor, vocab: int) -> TokenOrder | None:
     """For ``ids [B, T]`` int64 where kernels of this project compute the gradient; else None."""
     if not torch.is_grad_enabled() or not use_triton(ids.device):
         return None
-    sorted_ids, tokens = ids.flatten().sort(stable=True)
-    rows = torch.arange(vocab + 1, device=ids.device)
-    return TokenOrder(tokens, torch.searchsorted(sorted_ids, rows))
+    return TokenOrder(ids, vocab)
 
 
 class _Embedding(torch.autograd.Function):
@@ -34,17 +44,19 @@ class _Embedding(torch.autograd.Function):
     def forward(
         ctx: Any, table: Tensor, ids: Tensor, order: TokenOrder, dtype: torch.dtype
     ) -> Tensor:
-        ctx.save_for_backward(*order)
-        ctx.table_dtype = table.dtype
-        return F.embedding(ids, table).to(dtype)
+        from nanochat_ray.model.triton_embedding import gather
+
+        ctx.order, ctx.table_dtype = order, table.dtype
+        return gather(table, order.ids, dtype).view(*ids.shape, -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from nanochat_ray.model.triton_embedding import sum_by_token
 
-        order = TokenOrder(*ctx.saved_tensors)
         grad = grads[0].flatten(0, -2).contiguous()
-        return sum_by_token(grad, *order, ctx.table_dtype), None, None, None
+        order: TokenOrder = ctx.order
+        result = sum_by_token(grad, order.ids, *order.positions, ctx.table_dtype)
+        return result, None, None, None
 
 
 def embed(table: Tensor, ids: Tensor, order: TokenOrder | None, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanochat_ray.machine import use_triton
 from nanochat_ray.model.attention import AttentionMask, attend, attention_mask
 from nanochat_ray.model.config import (
     GATE_CHANNELS,
@@ -59,10 +60,16 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         c = self.config
         layers = (self.c_q, self.c_k, self.c_v)
-        # On a GPU narrow matmuls are slow, and their weights are copied to be cast anyway.
-        outputs = apply_together(x, layers) if x.is_cuda else (layer(x) for layer in layers)
-        q, k, v = (y.view(B, T, -1, c.head_dim) for y in outputs)
-        q, k = (rms_norm(rotate(heads, *angles), c.norm_eps) for heads in (q, k))  # QK-norm
+        if use_triton(x.device):
+            # On a GPU narrow matmuls are slow, and their weights are copied to be cast anyway.
+            from nanochat_ray.model.triton_rotary import rotary_norm
+
+            cos, sin = (table[0, :, 0] for table in angles)
+            qkv = apply_together(x, layers)
+            q, k, v = rotary_norm(qkv, cos, sin, num_heads=c.n_head, eps=c.norm_eps)
+        else:
+            q, k, v = (layer(x).view(B, T, -1, c.head_dim) for layer in layers)
+            q, k = (rms_norm(rotate(heads, *angles), c.norm_eps) for heads in (q, k))  # QK-norm
         if value is not None and self.ve_gate is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # [B, T, Hkv]
             v = v + gate.unsqueeze(-1) * value.view_as(v)
@@ -130,6 +137,35 @@ def _run_block(block: Block, *args: Any, recompute: bool) -> Tensor:
     return cast(Tensor, output)
 
 
+def _start(
+    x: Tensor,
+    ids: Tensor,
+    smear: tuple[Tensor, Tensor] | None,
+    document_start: int,
+    eps: float,
+) -> Tensor:
+    """The residual stream ``[B, T, C]`` of token embeddings ``x``; with ``smear`` (a gate's weight
+    and a factor) a share of the previous token's is added, except at a document's start."""
+    x = rms_norm(x, eps)
+    if smear is None:
+        return x
+    gate_weight, factor = smear
+    previous, x_rest = x[:, :-1], x[:, 1:]
+    gate = torch.sigmoid(F.linear(x_rest[..., : gate_weight.size(1)], gate_weight.to(x.dtype)))
+    if document_start >= 0:
+        starts = ids[:, 1:] == document_start
+        gate = gate.masked_fill(starts.unsqueeze(-1), 0.0)
+    x_rest = x_rest + factor.to(x.dtype) * gate * previous
+    return torch.cat((x[:, :1], x_rest), dim=1)
+
+
+def _end(x: Tensor, middle: Tensor | None, factor: Tensor | None, eps: float) -> Tensor:
+    """The normalised stream, without a share of the ``middle`` layer's output."""
+    if middle is not None and factor is not None:
+        x = x - factor.to(x.dtype) * middle
+    return rms_norm(x, eps)
+
+
 def _embedding(vocab: int, width: int) -> nn.Embedding:
     """A table of zeros, which ``init_weights`` or a checkpoint fills. torch's own random values
     would be wasted, and on the meta device they import torch.compile, which takes seconds."""
@@ -169,6 +205,8 @@ class GPT(nn.Module):
             self.value_embeds = nn.ModuleDict({str(i): _embedding(vocab, kv) for i in layers})
         self._angles: tuple[Tensor, Tensor] | None = None
         self._run_block: Callable[..., Tensor] = _run_block
+        self._run_start: Callable[..., Tensor] = _start
+        self._run_end: Callable[..., Tensor] = _end
         self.window_share = 1.0
         """Share of the attention windows in training; a schedule may let it grow to 1."""
         self.checkpoint_activations = False
@@ -233,7 +271,7 @@ class GPT(nn.Module):
                     layer.fp8 = True
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Compiles the layers, for training and for validation.
+        """Compiles the layers and what is before and after them, for training and validation.
 
         Each layer is a graph of its own, and layers of one kind share it: depth does not lengthen
         the compilation, and the gradients of a layer are complete as soon as its backward has
@@ -245,7 +283,10 @@ class GPT(nn.Module):
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         # Kernels that were chosen by their time would sum in another order in the next process.
         torch._inductor.config.deterministic = True
-        self._run_block = torch.compile(_run_block, dynamic=False, backend=backend)
+        self._run_block, self._run_start, self._run_end = (
+            torch.compile(function, dynamic=False, backend=backend)
+            for function in (_run_block, _start, _end)
+        )
 
     def _window(self, layer: Attention, T: int) -> int:
         """The layer's window at this time: while it grows, a multiple of 64."""
@@ -274,19 +315,6 @@ class GPT(nn.Module):
         cos, sin = angles
         return cos[None, :T, None], sin[None, :T, None]
 
-    def _norm(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.config.norm_eps)
-
-    def _smear(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Adds a gated share of the previous token's embedding, except at a document's start."""
-        previous, x_rest = x[:, :-1], x[:, 1:]
-        gate = torch.sigmoid(self.smear_gate(x_rest[..., : self.smear_gate.in_features]))
-        if self.config.document_start >= 0:
-            starts = ids[:, 1:] == self.config.document_start
-            gate = gate.masked_fill(starts.unsqueeze(-1), 0.0)
-        x_rest = x_rest + self.smear_lambda.to(x.dtype) * gate * previous
-        return torch.cat((x[:, :1], x_rest), dim=1)
-
     def hidden(self, ids: Tensor, *, eager: bool = False) -> Tensor:
         """Final normalised activations ``[B, T, C]`` of ``ids [B, T]`` int64, from position 0.
 
@@ -294,13 +322,16 @@ class GPT(nn.Module):
         """
         config = self.config
         angles, masks = self._rotary(ids.size(1)), self._masks(ids)
-        run_block = _run_block if eager else self._run_block
+        run_start, run_block, run_end = (
+            (_start, _run_block, _end)
+            if eager
+            else (self._run_start, self._run_block, self._run_end)
+        )
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         order = token_order(ids, config.padded_vocab_size)
-        x = self._norm(embed(self.wte.weight, ids, order, self.compute_dtype))
-        if config.smear:
-            x = self._smear(x, ids)
-        x = self._drop(x)
+        smear = (self.smear_gate.weight, self.smear_lambda) if config.smear else None
+        x = embed(self.wte.weight, ids, order, self.compute_dtype)
+        x = self._drop(run_start(x, ids, smear, config.document_start, config.norm_eps))
         # A view: where both arguments are one tensor, the first layer would be another graph.
         x0, middle = x.view_as(x), None
         lambdas = self._lambdas(x.dtype)
@@ -320,9 +351,8 @@ class GPT(nn.Module):
                 skip_outputs.append(x)
             if config.backout and i == config.n_layer // 2:
                 middle = x
-        if middle is not None:
-            x = x - self.backout_lambda.to(x.dtype) * middle
-        return self._norm(x)
+        factor = self.backout_lambda if config.backout else None
+        return run_end(x, middle, factor, config.norm_eps)
 
     def _masks(self, ids: Tensor) -> list[AttentionMask]:
         """Each layer's mask for ``ids [B, T]``; layers with one window share it."""

@@ -28,8 +28,6 @@ class Linear(nn.Linear):
         return F.linear(x, weight.to(x.dtype))
 
 
-def apply_together(x: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
-    """The output of each layer for ``x [..., C]``, by one matmul with all of their weights."""
-    weight = torch.cat([layer.weight for layer in layers])
-    outputs = layers[0]._multiply(x, weight).split([layer.out_features for layer in layers], -1)
-    return tuple(outputs)
+def apply_together(x: Tensor, layers: Sequence[Linear]) -> Tensor:
+    """The outputs of the layers for ``x [..., C]`` side by side, by one matmul."""
+    return layers[0]._multiply(x, torch.cat([layer.weight for layer in layers]))

@@ -98,8 +98,7 @@ class ShardedOptimizer:
 
     def zero_grad(self) -> None:
         self._last_backward = False
-        for flat in self.flats:
-            flat.grads.zero_()
+        torch._foreach_zero_([flat.grads for flat in self.flats])
 
     def last_backward(self) -> None:
         """Marks the next backward pass as the step's last: reductions start within it.

@@ -15,6 +15,8 @@ from nanochat_ray.model.gpt import GPT
 from tests.tiny import tiny_config
 
 T = 192
+AROUND = 2
+"""Graphs of what is before and after the layers."""
 # The compiler warns of other parts of torch.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -76,7 +78,7 @@ def test_compiled_layers_equal_eager_ones(recompute: bool) -> None:
         assert parameter.grad is not None
         torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
     # With and without value embeddings. A side effect in a layer would leave it uncompiled.
-    assert backend.graphs == 2
+    assert backend.graphs == 2 + AROUND
     assert not counters["graph_break"]
     assert not counters["unimplemented"]
 
@@ -89,10 +91,10 @@ def test_depth_adds_no_graphs() -> None:
     for _ in range(2):
         step(model)
     # Windows and value embeddings: odd layers have both kinds of one, even ones of the other.
-    assert backend.graphs == 2
+    assert backend.graphs == 2 + AROUND
     with torch.no_grad():
         model.eval()(torch.zeros((2, T), dtype=torch.int64))
-    assert backend.graphs == 4  # validation has no gradients
+    assert backend.graphs == 2 * (2 + AROUND)  # validation has no gradients
 
 
 @pytest.mark.slow
@@ -104,11 +106,11 @@ def test_a_window_schedule_adds_no_graphs(documents: int) -> None:
     for share in (0.25, 0.5, 0.75):
         model.window_share = share
         step(model)
-    assert backend.graphs == 2
+    assert backend.graphs == 2 + AROUND
     model.window_share = 1.0
     step(model)
     # Whole windows without documents need no mask.
-    assert backend.graphs == (2 if documents >= 0 else 3)
+    assert backend.graphs == (2 if documents >= 0 else 3) + AROUND
 
 
 @pytest.mark.slow

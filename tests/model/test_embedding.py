@@ -9,16 +9,18 @@ import torch.nn.functional as F
 from nanochat_ray.model import embedding
 
 pytest.importorskip("triton")
+from nanochat_ray.model import triton_embedding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("vocab", "C"), [(7, 24), (300, 16)])
+@pytest.mark.parametrize(("vocab", "C", "chunk"), [(7, 24, 128), (300, 16, 128), (5, 20, 8)])
 def test_gradient_of_a_table_equals_float64(
-    vocab: int, C: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    vocab: int, C: int, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 7 ids some occur in more than a tile; of 300 many do not occur."""
+    """Of 7 ids some occur in more than a tile; of 300 many do not occur; of 5 each has chunks."""
+    monkeypatch.setattr(triton_embedding, "CHUNK", chunk)
     monkeypatch.setattr(embedding, "use_triton", lambda device: True)
     generator = torch.Generator().manual_seed(vocab)
     ids = torch.randint(vocab, (3, 50), generator=generator).to(DEVICE)
@@ -45,8 +47,9 @@ def test_order_lists_the_positions_of_each_token(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(embedding, "use_triton", lambda device: True)
     order = embedding.token_order(ids, 6)
     assert order is not None
-    assert order.tokens.tolist() == [1, 0, 2, 3]
-    assert order.starts.tolist() == [0, 1, 1, 3, 3, 3, 4]
+    tokens, starts = order.positions
+    assert tokens.tolist() == [1, 0, 2, 3]
+    assert starts.tolist() == [0, 1, 1, 3, 3, 3, 4]
     with torch.no_grad():
         assert embedding.token_order(ids, 6) is None
 
