@@ -3,8 +3,8 @@
 A graph launches all kernels of a step at once, since a small model on a large GPU would otherwise
 wait for Python to launch them one by one. It reads its inputs from one buffer, which one copy
 fills, and samples too. Steps of decodes alone have graphs of their own; those with prompts run in a
-graph with room for both, as long as they are short: a longer step takes a GPU longer than it takes
-Python to launch.
+graph with room for both. Even 8,192 tokens of 12 layers take an H200 4.5 ms, and Python 12 ms to
+launch.
 
 Legend: N tokens, R rows of logits, V tokens of the vocabulary.
 """
@@ -27,10 +27,13 @@ from nanochat_ray.engine.step_inputs import StepInputs
 
 DENSE_UP_TO = 256
 """Graphs are 8 tokens apart up to this, since a step of 9 sequences should not cost that of 16."""
-MIXED_SIZES = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
-"""Tokens of the graphs of steps with prompts."""
+MIXED_SIZES = (
+    *(*range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 256)),
+    *(*range(2048, 4096, 512), *range(4096, 8193, 1024)),
+)
+"""Tokens of the graphs of steps with prompts: a quarter is padding at most, from 256 on."""
 MIXED_PROMPTS = 16
-"""Prompts of such a step, at most."""
+"""Prompts of such a step, at most, or one for each 64 tokens."""
 
 Sampler = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Tokens int64 ``[R]`` of float32 logits ``[R, V]``, by the slots and positions int64 ``[R]``."""
@@ -137,7 +140,8 @@ class StepGraphs:
         if not has_prompts:
             return num_tokens, 0, num_tokens
         num_decodes = min(num_tokens, self._limits.max_decodes)
-        return num_decodes, MIXED_PROMPTS, min(num_tokens, num_decodes + MIXED_PROMPTS)
+        num_prompts = max(MIXED_PROMPTS, num_tokens // 64)
+        return num_decodes, num_prompts, min(num_tokens, num_decodes + num_prompts)
 
     def _example(self, has_prompts: bool, num_tokens: int) -> tuple[list[Tensor], int]:
         """Inputs of a step that is nothing but padding, on the CPU, and the number of decodes."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.packed_linear import INT8_BLOCK, make_packed_linears, quantize
 from nanochat_ray.engine.precision import activation_dtype
+from nanochat_ray.machine import use_triton
 
 MIN_PADDED_OUTPUTS = 32
 """On a CPU a layer with fewer outputs is computed as a slice of a wider one."""
@@ -57,6 +58,11 @@ class DenseLinear:
         self.weight.copy_(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if use_triton(x.device):
+            from nanochat_ray.engine.triton_matmul import FEW_ROWS, multiply_few
+
+            if len(x) <= FEW_ROWS:
+                return multiply_few(x, self.weight)
         return F.linear(x, self.weight)
 
 

@@ -239,7 +239,7 @@ class InferenceModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``[..., V]`` from ``hidden [N, C]``, soft-capped (Gemma 2)."""
-        logits = self.linears["lm_head"](hidden)[:, : self.config.vocab_size].float()
+        logits = self.linears["lm_head"](hidden)[:, : self.config.vocab_size]
         return self._ops.softcap(logits, self.config.softcap)
 
     def _norm(self, x: Tensor) -> Tensor:

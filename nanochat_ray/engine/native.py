@@ -166,7 +166,8 @@ class Native:
         return y
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
-        """In place if ``logits`` is contiguous."""
+        """In place if ``logits`` is contiguous and float32."""
+        logits = logits.float()
         if not cap:
             return logits
         logits = logits.contiguous()

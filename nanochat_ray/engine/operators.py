@@ -38,7 +38,7 @@ class Operators(Protocol):
         ...
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
-        """``cap`` tanh(logits / ``cap``) of ``[N, V]``; 0 leaves them as they are."""
+        """``cap`` tanh(logits / ``cap``) of ``[N, V]``, in float32; 0 leaves them as they are."""
         ...
 
 
@@ -58,4 +58,4 @@ class TorchOperators:
         return torch.sigmoid(x)
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
-        return softcap(logits, cap)
+        return softcap(logits.float(), cap)

@@ -28,6 +28,9 @@ from nanochat_ray.engine.kvcache.attention_metadata import tile_tokens
 
 SPLIT = 128
 """Keys of one split of a decode."""
+PROGRAMS = 1024
+"""Programs of a step of decodes, about: where there are fewer sequences and heads, splits run side
+by side, else one after the other. Empty programs cost as much as short ones."""
 MERGE = 16
 """Splits that are merged at a time."""
 BLOCK_N = 64
@@ -91,13 +94,13 @@ def _attention_kernel(
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of tokens of one sequence, for one key/value head and one split of keys.
+    """One tile of tokens of one sequence, for one key/value head.
 
     Row r of the tile is token r // G and head r % G. SPLIT 0 is all keys; else a tile is one token,
-    whose splits write float32 ``sums [X, H, splits, D]`` and ``tops [X, H, splits, 2]``: the
-    largest score and the sum of weights.
+    and a program computes every n-th split of its keys: float32 ``sums [X, H, splits, D]`` and
+    ``tops [X, H, splits, 2]``, the largest score and the sum of weights.
     """
-    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, kv_head, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, first = tl.load(tiles_ptr + tile * 4), tl.load(tiles_ptr + tile * 4 + 1)
     count, position = tl.load(tiles_ptr + tile * 4 + 2), tl.load(tiles_ptr + tile * 4 + 3)
     if count == 0:
@@ -114,26 +117,29 @@ def _attention_kernel(
     start = 0
     if window >= 0:
         start = tl.maximum(0, position - window)
-    if SPLIT > 0:
-        # Counted from the first that is inside the window.
-        first_key = (start // SPLIT + split) * SPLIT
-        start = tl.maximum(start, first_key)
-        end = tl.minimum(end, first_key + SPLIT)
-        if start >= end:  # which the merge leaves out
-            return
-    top, total, sums_MD = _attend(
-        q_MD, positions, k_ptr, v_ptr, block_table_ptr + sequence * table_stride, kv_stride,
-        kv_head * D, start, end, window, scale, D, d, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    if SPLIT > 0:
-        heads = (tile * tl.num_programs(1) + kv_head).to(tl.int64) * G + rows
-        line = heads * num_splits + split
-        tl.store(sums_ptr + line[:, None] * D + d[None, :], sums_MD, mask=q_mask)
-        tl.store(tops_ptr + line * 2, top, mask=inside)
-        tl.store(tops_ptr + line * 2 + 1, total, mask=inside)
-    else:
+    table_ptr = block_table_ptr + sequence * table_stride
+    if SPLIT == 0:
+        _, total, sums_MD = _attend(
+            q_MD, positions, k_ptr, v_ptr, table_ptr, kv_stride, kv_head * D, start, end,
+            window, scale, D, d, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         out = (sums_MD / tl.where(total == 0.0, 1.0, total)[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + q_offsets[:, None] + d[None, :], out, mask=q_mask)
+    else:
+        heads = (tile * tl.num_programs(1) + kv_head).to(tl.int64) * G + rows
+        # Splits are counted from the first that is inside the window.
+        first_split = start // SPLIT
+        for split in range(program, tl.cdiv(end, SPLIT) - first_split, tl.num_programs(2)):
+            first_key = (first_split + split) * SPLIT
+            top, total, sums_MD = _attend(
+                q_MD, positions, k_ptr, v_ptr, table_ptr, kv_stride, kv_head * D,
+                tl.maximum(start, first_key), tl.minimum(end, first_key + SPLIT),
+                window, scale, D, d, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            line = heads * num_splits + split
+            tl.store(sums_ptr + line[:, None] * D + d[None, :], sums_MD, mask=q_mask)
+            tl.store(tops_ptr + line * 2, top, mask=inside)
+            tl.store(tops_ptr + line * 2 + 1, total, mask=inside)
 
 
 @triton.jit
@@ -194,14 +200,14 @@ def _launch(
     splits: tuple[Tensor, Tensor],
     window: int,
     tokens: int,
-    block_n: int,
     split: int,
 ) -> None:
     """Attention of the ``tiles`` of at most so many ``tokens``; ``tensors`` are q, keys, values and
     block table, ``splits`` the sums and tops of a decode."""
     q, keys, values, block_table = tensors
     (_, H, D), (block_size, Hkv), num_splits = q.shape, keys.shape[1:3], splits[0].size(2)
-    _attention_kernel[(tiles.size(0), Hkv, num_splits)](
+    side_by_side = min(num_splits, triton.cdiv(PROGRAMS, tiles.size(0) * Hkv))
+    _attention_kernel[(tiles.size(0), Hkv, side_by_side)](
         *(q, keys, values, out, *splits, tiles, block_table),
         *(q.stride(0), keys.stride(1), block_table.stride(0), num_splits, window, D**-0.5),
         G=H // Hkv,
@@ -209,7 +215,7 @@ def _launch(
         BLOCK_D=max(16, triton.next_power_of_2(D)),
         BLOCK_SIZE=block_size,
         BLOCK_M=max(MIN_ROWS, triton.next_power_of_2(tokens * (H // Hkv))),
-        BLOCK_N=block_n,
+        BLOCK_N=BLOCK_N,
         SPLIT=split,
         num_warps=4,
     )
@@ -249,9 +255,7 @@ def paged_attention(
     if num_decodes:
         num_splits = _num_splits(max_seqlen_k, window)
         sums, tops = (buffer(num_decodes, H, num_splits, size) for size in (D, 2))
-        # A split in half precision is one tile; in float32 it would take all of the shared memory.
-        block_n = SPLIT if q.element_size() == 2 else BLOCK_N
-        _launch(tiles[:num_decodes], tensors, out, (sums, tops), window, 1, block_n, SPLIT)
+        _launch(tiles[:num_decodes], tensors, out, (sums, tops), window, 1, SPLIT)
         _merge_kernel[(num_decodes, H)](
             *(sums, tops, out, tiles, q.stride(0), num_splits, window),
             D=D,
@@ -263,5 +267,5 @@ def paged_attention(
     if tiles.size(0) > num_decodes:
         empty = buffer(0, 0, 1)
         tokens = tile_tokens(H // Hkv)
-        _launch(tiles[num_decodes:], tensors, out, (empty, empty), window, tokens, BLOCK_N, 0)
+        _launch(tiles[num_decodes:], tensors, out, (empty, empty), window, tokens, 0)
     return out

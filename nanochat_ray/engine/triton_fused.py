@@ -4,8 +4,8 @@ A transformer block is 10 launches: residual and norm; matmul; rotary embedding,
 and KV write; attention and its merge (``triton_attention``); matmul; residual and norm; matmul;
 ReLU²; matmul. Separate operators take 17.
 
-Every program computes one token, or one head of it, in float32, so that a token's bits do not
-depend on the batch. Legend: N tokens, C channels, H and Hkv heads, D head size, K gate inputs.
+Every program computes one token, in float32, so that a token's bits do not depend on the batch.
+Legend: N tokens, C channels, H and Hkv heads, D head size, K gate inputs.
 """
 
 # Triton resolves every name in a kernel's signature: it can have no annotations but its own.
@@ -114,44 +114,48 @@ def _qkv_kernel(
     qkv_ptr, positions_ptr, cos_ptr, sin_ptr, slots_ptr, ids_ptr, x_ptr, gate_ptr, table_ptr,
     q_ptr, keys_ptr, values_ptr, H, Hkv, x_size, gate_stride, gate_row_stride, num_inputs,
     q_scale, eps,
-    HAS_VALUES: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_VALUES: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token: a query, or a key with its value."""
-    token = (tl.program_id(0) // (H + Hkv)).to(tl.int64)
-    head = tl.program_id(0) % (H + Hkv)
-    d = tl.arange(0, BLOCK)
-    inside = d < HALF
-    D = 2 * HALF
-    row = qkv_ptr + token * (H + 2 * Hkv) * D
-    first = tl.load(row + head * D + d, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(row + head * D + HALF + d, mask=inside, other=0.0).to(tl.float32)
+    """One token: its queries, and its keys and values to the cache."""
+    token = tl.program_id(0).to(tl.int64)
+    D: tl.constexpr = 2 * HALF
+    heads, d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK)
+    inside = (heads < H + Hkv) & (d < HALF)[None, :]
+    row = qkv_ptr + token * (H + 2 * Hkv) * D + d[None, :]
+    first = tl.load(row + heads * D, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(row + heads * D + HALF, mask=inside, other=0.0).to(tl.float32)
     angle = tl.load(positions_ptr + token) * HALF + d
-    cos = tl.load(cos_ptr + angle, mask=inside, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + angle, mask=inside, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + angle, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + angle, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
     a, b = first * cos + second * sin, second * cos - first * sin
-    scale = tl.rsqrt(tl.sum(a * a + b * b, axis=0) / D + eps)
-    if head < H:
-        to = q_ptr + (token * H + head) * D + d
-        tl.store(to, (a * scale * q_scale).to(q_ptr.dtype.element_ty), inside)
-        tl.store(to + HALF, (b * scale * q_scale).to(q_ptr.dtype.element_ty), inside)
-    else:
-        kv_head = head - H
-        slot = (tl.load(slots_ptr + token) * Hkv + kv_head) * D + d
-        tl.store(keys_ptr + slot, to_page(a * scale, keys_ptr), inside)
-        tl.store(keys_ptr + slot + HALF, to_page(b * scale, keys_ptr), inside)
-        at = row + (head + Hkv) * D + d
-        first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-        if HAS_VALUES:
-            columns = tl.arange(0, BLOCK_K)
-            x = tl.load(x_ptr + token * x_size + columns, mask=columns < num_inputs, other=0.0)
-            weight = gate_ptr + kv_head * gate_row_stride
-            gate = 3.0 * _gate(x.to(tl.float32), weight, gate_stride, columns, num_inputs)
-            at = table_ptr + (tl.load(ids_ptr + token) * Hkv + kv_head) * D + d
-            first += gate * tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            second += gate * tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-        tl.store(values_ptr + slot, to_page(first, values_ptr), inside)
-        tl.store(values_ptr + slot + HALF, to_page(second, values_ptr), inside)
+    scale = tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / D + eps)
+    q = q_ptr + (token * H + heads) * D + d[None, :]
+    is_q, is_k = inside & (heads < H), inside & (heads >= H)
+    tl.store(q, (a * scale * q_scale).to(q_ptr.dtype.element_ty), is_q)
+    tl.store(q + HALF, (b * scale * q_scale).to(q_ptr.dtype.element_ty), is_q)
+    slot = tl.load(slots_ptr + token) * Hkv
+    at = (slot + heads - H) * D + d[None, :]
+    tl.store(keys_ptr + at, to_page(a * scale, keys_ptr), is_k)
+    tl.store(keys_ptr + at + HALF, to_page(b * scale, keys_ptr), is_k)
+    kv_heads = tl.arange(0, BLOCK_KV)[:, None]
+    inside = (kv_heads < Hkv) & (d < HALF)[None, :]
+    at = row + (H + Hkv + kv_heads) * D
+    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+    if HAS_VALUES:
+        columns = tl.arange(0, BLOCK_K)[None, :]
+        x = tl.load(x_ptr + token * x_size + columns, mask=columns < num_inputs, other=0.0)
+        at = gate_ptr + kv_heads * gate_row_stride + columns * gate_stride
+        weight = tl.load(at, mask=(kv_heads < Hkv) & (columns < num_inputs), other=0.0)
+        scores = tl.sum(x.to(tl.float32) * weight.to(tl.float32), axis=1, keep_dims=True)
+        gate = 3.0 / (1.0 + tl.exp(-scores))
+        at = table_ptr + (tl.load(ids_ptr + token) * Hkv + kv_heads) * D + d[None, :]
+        first += gate * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        second += gate * tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+    at = (slot + kv_heads) * D + d[None, :]
+    tl.store(values_ptr + at, to_page(first, values_ptr), inside)
+    tl.store(values_ptr + at + HALF, to_page(second, values_ptr), inside)
 
 
 def embed(
@@ -235,15 +239,18 @@ def rotate_and_store(
     q = torch.empty((N, num_heads, D), dtype=qkv.dtype, device=qkv.device)
     ids, x, weight, num_inputs, embeddings = values or (positions, qkv, qkv, 0, qkv)
     if N:
-        _qkv_kernel[(N * (num_heads + Hkv),)](
+        block_h, block = triton.next_power_of_2(num_heads + Hkv), triton.next_power_of_2(D // 2)
+        _qkv_kernel[(N,)](
             *(qkv, positions, *tables, target.slot_mapping, ids, x, weight, embeddings),
             *(q, target.keys, target.values, num_heads, Hkv, x.size(1)),
             *(weight.stride(1), weight.stride(0), num_inputs, q_scale, eps),
             HAS_VALUES=values is not None,
             HALF=D // 2,
-            BLOCK=triton.next_power_of_2(D // 2),
+            BLOCK_H=block_h,
+            BLOCK_KV=triton.next_power_of_2(Hkv),
+            BLOCK=block,
             BLOCK_K=triton.next_power_of_2(max(1, num_inputs)),
-            num_warps=1,
+            num_warps=_warps(block_h * block),
         )
     return q
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from nanochat_ray.engine.cuda_graphs import graph_sizes, mixed_graph_sizes
@@ -34,7 +36,10 @@ def test_graphs_are_eight_tokens_apart() -> None:
 def test_graphs_of_prompts_end_with_the_budget() -> None:
     assert mixed_graph_sizes(64) == [64]
     assert mixed_graph_sizes(200) == [64, 128, 192, 256]
-    assert mixed_graph_sizes(8192)[-1] == 1024
+    sizes = mixed_graph_sizes(20_000)
+    assert sizes == mixed_graph_sizes(8192)
+    assert sizes[-1] == 8192
+    assert all(4 * large <= 5 * small for small, large in itertools.pairwise(sizes) if small >= 256)
 
 
 def test_host_arrays_are_sent_with_one_copy() -> None:

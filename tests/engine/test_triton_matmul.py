@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton")
 from nanochat_ray.engine import linear, triton_matmul
@@ -20,6 +21,24 @@ def test_matmul_equals_float64(M: int, N: int, K: int) -> None:
     exact = x.double() @ weight.double().T
     bound = K * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().T)
     assert bool(((matmul(x, weight).double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 3, 5), (4, 700, 1100), (2, 9, 4100), (0, 4, 4)])
+def test_few_rows_equal_float64(M: int, N: int, K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the layer of a GPU, which keeps cuBLAS for more rows."""
+    monkeypatch.setattr(linear, "use_triton", lambda device: True)
+    generator = torch.Generator().manual_seed(M)
+    x = torch.randn(M, K + 3, generator=generator).to(DEVICE)[:, :K]
+    layer = linear.DenseLinear((N, K), torch.float32, torch.device(DEVICE))
+    layer.load(torch.randn(N, K, generator=generator))
+    exact = x.double() @ layer.weight.double().T
+    bound = torch.finfo(torch.float32).eps * K * (x.abs().double() @ layer.weight.abs().double().T)
+    result = layer(x)
+    assert bool(((result.double() - exact).abs() <= bound).all())
+    for row in range(M):
+        assert torch.equal(layer(x[row : row + 1])[0], result[row])
+    more = torch.randn(triton_matmul.FEW_ROWS + 1, K, generator=generator).to(DEVICE)
+    assert torch.equal(layer(more), F.linear(more, layer.weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
