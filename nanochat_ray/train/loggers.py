@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
 import math
+import time
 from typing import Any
 
 from nanochat_ray import config as configs
@@ -11,6 +14,9 @@ from nanochat_ray.train.config import TrainerConfig
 from nanochat_ray.train.hooks import Hooks
 from nanochat_ray.train.metrics import duration
 
+_LOG = logging.getLogger(__name__)
+
+TENSORBOARD_FLUSH_S = 10.0
 SLOW_SAVE_S = 30.0
 """A checkpoint that takes longer to write is shown in the progress lines."""
 _NO_METRICS = ("kind", "step", "steps", "time")
@@ -55,22 +61,52 @@ class ProgressPrinter(Hooks):
 
 
 class TensorBoardLogger(Hooks):
-    """Writes TensorBoard event files into ``folder``."""
+    """Writes TensorBoard event files into ``folder``. What fails ends the files, not the run.
+
+    tensorboardX's ``SummaryWriter`` is not used: it writes in a thread, which a full disk ends, and
+    then waits for ever once the thread's queue is full.
+    """
 
     def __init__(self, folder: str):
         # tensorboardX writes the same files as torch.utils.tensorboard and comes with ray[train].
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.record_writer import directory_check
 
-        self._writer = SummaryWriter(folder)
+        directory_check(folder)
+        self._folder, self._last_flush = folder, 0.0
+        self._writer: Any = EventsWriter(f"{folder}/events")
 
     def on_record(self, record: dict[str, Any]) -> None:
-        for name, value in finite_metrics(record).items():
-            self._writer.add_scalar(name, value, record["step"])
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar, text
+
+        summaries = [scalar(name, value) for name, value in finite_metrics(record).items()]
         if record["kind"] == "sample":
-            self._writer.add_text(record["prompt"], record["text"], record["step"])
+            summaries.append(text(record["prompt"], record["text"]))
+        now = time.time()
+        try:
+            for summary in summaries if self._writer is not None else ():
+                event = Event(wall_time=now, step=record["step"], summary=summary)
+                self._writer.write_event(event)
+            if self._writer is not None and now - self._last_flush > TENSORBOARD_FLUSH_S:
+                self._last_flush = now
+                self._writer.flush()
+        except OSError as error:
+            self._end(error)
+
+    def _end(self, error: OSError) -> None:
+        """No more is written; the run continues."""
+        _LOG.warning("tensorboard: %s: %s: no more is written there", self._folder, error)
+        writer, self._writer = self._writer, None
+        with contextlib.suppress(OSError):  # what is in its buffer
+            writer.close()
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as error:
+            self._end(error)
 
 
 class WandbLogger(Hooks):

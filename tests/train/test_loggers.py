@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,28 +117,53 @@ def test_finite_numbers_are_metrics() -> None:
     assert finite_metrics(record) == {"eval/a": 2.0}
 
 
-def test_tensorboard_gets_names_values_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensorboard = pytest.importorskip("tensorboardX")
-    calls: list[tuple[Any, ...]] = []
+def tensorboard_events(folder: Path) -> list[Any]:
+    """Of the only file: each record is a length of 8 bytes and a CRC of 4, data, and a CRC."""
+    events = pytest.importorskip("tensorboardX.proto.event_pb2")
+    (file,) = folder.iterdir()
+    data, values = file.read_bytes(), []
+    while data:
+        end = 12 + int.from_bytes(data[:8], "little")
+        values.append(events.Event.FromString(data[12:end]))
+        data = data[end + 4 :]
+    return values
 
-    class Writer:
-        def __init__(self, folder: str):
-            calls.append((folder,))
 
-        def add_scalar(self, *args: Any) -> None:
-            calls.append(args)
-
-        add_text = add_scalar
-
-        def close(self) -> None:
-            calls.append(())
-
-    monkeypatch.setattr(tensorboard, "SummaryWriter", Writer)
-    logger = TensorBoardLogger("board/run")
+def test_tensorboard_gets_names_values_and_steps(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    logger = TensorBoardLogger(str(tmp_path / "board/run"))
     logger.on_record({"kind": "eval", "step": 3, "val_loss": 2.5})
     logger.on_record({"kind": "sample", "step": 4, "prompt": "a", "text": "b"})
     logger.close()
-    assert calls == [("board/run",), ("eval/val_loss", 2.5, 3), ("a", "b", 4), ()]
+    version, scalar, text = tensorboard_events(tmp_path / "board/run")
+    assert version.file_version == "brain.Event:2"
+    assert (scalar.step, scalar.summary.value[0].tag) == (3, "eval/val_loss")
+    assert scalar.summary.value[0].simple_value == 2.5
+    assert (text.step, text.summary.value[0].tag) == (4, "a/text_summary")
+    assert list(text.summary.value[0].tensor.string_val) == [b"b"]
+
+
+@pytest.mark.parametrize("method", ["write_event", "flush", "close"])
+def test_a_full_disk_ends_tensorboards_file_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+) -> None:
+    writer = pytest.importorskip("tensorboardX.event_file_writer")
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    logger = TensorBoardLogger(str(tmp_path))
+    file = logger._writer._py_recordio_writer
+    monkeypatch.setattr(writer.EventsWriter, method, fail)
+    for step in range(100):
+        logger.on_record({"kind": "train", "step": step, "loss": 2.5})
+    logger.close()
+    file.close()  # what fails above leaves it open
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"tensorboard: {tmp_path}: [Errno {errno.ENOSPC}] No space left")
 
 
 def test_hooks_want_nothing_by_default() -> None:
