@@ -202,7 +202,7 @@ class Store:
             os.replace(aside, target)
             sync_folder(os.path.dirname(target))
         except BaseException as error:
-            _name_file(error, target)
+            name_file(error, target)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(aside)
             raise
@@ -232,7 +232,7 @@ class Store:
         except FileExistsError:
             return False
         except OSError as error:
-            _name_file(error, target)
+            name_file(error, target)
             raise
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -266,7 +266,7 @@ def sync_folder(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def _name_file(error: BaseException, path: str) -> None:
+def name_file(error: BaseException, path: str) -> None:
     """A write that fails (a full disk, a quota) names no file by itself."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is None:
         error.filename = path

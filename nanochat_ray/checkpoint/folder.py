@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_ray.checks import short_repr
-from nanochat_ray.storage import Store, sync_folder
+from nanochat_ray.storage import Store, name_file, sync_folder
 
 MARKER = "export.json"
 FORMAT = "nanochat_ray export 1"
@@ -97,6 +97,9 @@ def writing(out: Store) -> Iterator[Path]:
                 os.rename(old, target)
             raise
         sync_folder(target.parent)
+    except OSError as error:
+        name_file(error, out.root)
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if target.exists():

@@ -8,6 +8,7 @@ which transformers, vLLM and others load by themselves. Others go out with the m
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def _write(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -
         for path in _REMOTE_CODE.glob("*.py"):
             (folder / path.name).write_bytes(path.read_bytes())
     tensors = _export_tensors(model, dtype, classic=classic)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _save(tensors, folder / "model.safetensors")
     end = tokenizer.special("<|assistant_end|>")
     # No padding: generate() would mask each <|bos|> of a prompt, and training freeze its embedding.
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": end, "pad_token_id": None}
@@ -132,6 +133,17 @@ def _write(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """OSError if the file cannot be written."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _export_tensors(model: GPT, dtype: torch.dtype, *, classic: bool) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat_ray.checkpoint import hf
@@ -299,6 +301,25 @@ def test_trainer_gets_the_loss_it_expects(
     torch.testing.assert_close(share, mean / 4)
     mean.backward()
     assert peer.get_input_embeddings().weight.grad[tokenizer.bos].abs().sum() > 0
+
+
+@pytest.mark.parametrize("failing", ["save_file", "tokenizer_json"])
+def test_a_full_disk_names_the_folder(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    errors = {
+        "save_file": SafetensorError("I/O error: No space left on device (os error 28)"),
+        "tokenizer_json": OSError(errno.ENOSPC, "No space left on device"),
+    }
+
+    def fail(*_: object, **__: object) -> None:
+        raise errors[failing]
+
+    monkeypatch.setattr(hf, failing, fail)
+    with pytest.raises(OSError, match="No space left") as error:
+        hf.export(model_for(tokenizer), tokenizer, tmp_path / "model", dtype=torch.float32)
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "model"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_with_skips_cannot_go_out(tmp_path: Path) -> None:
