@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 from nanochat_ray.engine import model as inference
-from nanochat_ray.engine import triton_attention, triton_fused, triton_operators
+from nanochat_ray.engine import triton_attention, triton_fused, triton_matmul, triton_operators
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.kvcache import paged_cache
 from nanochat_ray.engine.kvcache.base import Span
@@ -30,7 +30,7 @@ class Kernels(TorchDispatchMode):
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         super().__init__()
         self.names: list[str] = []
-        for module in (triton_attention, triton_fused, triton_operators):
+        for module in (triton_attention, triton_fused, triton_matmul, triton_operators):
             for name in [n for n in vars(module) if n.endswith("_kernel")]:
                 monkeypatch.setattr(module, name, self._counting(name))
 
