@@ -66,13 +66,14 @@ class RenderConversations:
     def __call__(self, item: Any) -> TaskResult:
         number, split, slices = item
         tokenizer, length = self.tokenizer, self.sequence_len + 1
-        messages: list[list[Message]] = []
+        pairs: list[tuple[list[int], list[int]]] = []
         for source, size, start, stop in slices:
-            messages += self.mixture.conversations(source, split, size, start, stop)
-        order = np.arange(len(messages), dtype=np.int64)
+            messages = self.mixture.conversations(source, split, size, start, stop)
+            pairs += [_render(tokenizer, source, split, *one) for one in enumerate(messages, start)]
+        order = np.arange(len(pairs), dtype=np.int64)
         key = derive_key(self.mixture.seed, SPLITS.index(split), number)
         order = permute(order, len(order), key)
-        conversations = [render_conversation(tokenizer, messages[i]) for i in order]
+        conversations = [pairs[i] for i in order]
         sequences = pack_conversations(
             conversations,
             length=length,
@@ -91,6 +92,21 @@ class RenderConversations:
             "sequence_tokens": sequences.ids.size,
             "loss_tokens": int(sequences.mask.sum()),
         }
+
+
+def _render(
+    tokenizer: Tokenizer, source: str, split: Split, index: int, messages: list[Message]
+) -> tuple[list[int], list[int]]:
+    """As ``render_conversation``. ValueError, with source and index, for what is no conversation
+    and for one in which the assistant says nothing: there is nothing to learn."""
+    where = f"{source}, conversation {index} of the split {split}"
+    try:
+        ids, mask = render_conversation(tokenizer, messages)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if not any(mask):
+        raise ValueError(f"{where}: no message of the assistant's has a loss: nothing to learn")
+    return ids, mask
 
 
 def plan_tasks(mixture: Mixture) -> list[list[Any]]:

@@ -230,8 +230,10 @@ def _turns(messages: Sequence[Message]) -> list[Message]:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(f"messages[{i}].role={role!r}: one of {list(ROLES)}")
-        if not isinstance(content, str) and (role != "assistant" or content is None):
-            raise ValueError(f"messages[{i}].content: a text is expected, not {content!r:.60}")
+        has_parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
+        if not isinstance(content, str) and not (role == "assistant" and has_parts):
+            rule = "a text is expected" if role != "assistant" else "a text or parts are expected"
+            raise ValueError(f"messages[{i}].content: {rule}, not {content!r:.60}")
         role = "assistant" if role == "assistant" else "user"
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] = _join(turns[-1]["content"], content)

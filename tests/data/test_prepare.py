@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -21,8 +22,10 @@ from nanochat_ray.data.shards import Manifest, SequenceReader
 from nanochat_ray.storage import Store
 from nanochat_ray.tasks.conversations import Entry
 from nanochat_ray.tasks.mixture import Mixture
+from nanochat_ray.text.chat import Message
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.processes import run_job
+from tests.rl.tiny_rl import EvenFirst
 
 REPO = Path(__file__).parents[2]
 
@@ -165,6 +168,29 @@ def test_duplicates_and_bad_lines_are_counted(
     manifest = prepare_base(root, "same", **options)
     assert manifest.num_sequences("train") > 3 * manifest.num_sequences("val") > 0
     assert "WARNING: too little of the text differs" in capsys.readouterr().out
+
+
+class Silent(EvenFirst):
+    """Its assistant says nothing, or what is no text."""
+
+    def example(self, index: int) -> list[Message]:
+        answer = [{"role": "assistant", "content": 7}] if self.text.endswith("wrong") else []
+        return [*self.question(index), *answer]
+
+
+@pytest.mark.parametrize(
+    ("task", "error"),
+    [
+        ("Silent", "no message of the assistant's has a loss"),
+        ("Silent,extra=wrong", r"messages\[1\]\.content: a text or parts are expected, not 7"),
+    ],
+)
+def test_what_teaches_nothing_is_refused(root: Store, task: str, error: str) -> None:
+    name = f"{__name__}.{task}"
+    message = rf"^{re.escape(name)}, conversation 0 of the split (train|val): {error}"
+    with pytest.raises(ValueError, match=message):
+        prepare_sft(root, "chat", tokenizer=Tokenizer.bytes_only(), tasks=[(name, 3)])
+    assert not root.exists("datasets/chat/manifest.json")
 
 
 def test_tasks_become_sequences(root: Store) -> None:
