@@ -84,6 +84,9 @@ def absolute(uri: str) -> str:
     require(ok, "storage", uri, f"give a folder or one of {schemes}")
     if scheme in OBJECT_STORES:
         return uri
+    if scheme == "file" and uri[5:].startswith("//"):  # RFC 8089: what follows is a host
+        rule = "file:// is followed by an absolute path (file:///folder), or give the path alone"
+        require(path.startswith(("/", "~")), "storage", uri, rule)
     try:
         return str(Path(path).expanduser().absolute())
     except RuntimeError as error:  # ~nobody

@@ -81,7 +81,19 @@ def test_a_local_root_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "uri", ["", "a\0b", "ftp://x/y", "s3:///x", "s3://[x", "S4://b", "ab:c", "s3://b/x?foo=1"]
+    "uri",
+    [
+        "",
+        "a\0b",
+        "file://x/y",
+        "file://.",
+        "ftp://x/y",
+        "s3:///x",
+        "s3://[x",
+        "S4://b",
+        "ab:c",
+        "s3://b/x?foo=1",
+    ],
 )
 def test_a_root_that_cannot_be_is_named(uri: str) -> None:
     with pytest.raises(ValueError, match="storage="):
