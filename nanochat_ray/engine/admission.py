@@ -6,6 +6,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from nanochat_ray.checks import short_repr
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.grammar import Grammars
@@ -52,15 +55,18 @@ class Admitter:
             ("stop_ids", request.params.stop_ids),
             ("eos_ids", request.params.eos_ids),
         ):
-            wrong = next((t for t in ids if not 0 <= t < self.vocab_size), None)
+            wrong = next((t for t in ids if not self._is_token(t)), None)
             if wrong is not None:
-                raise ValueError(
-                    f"{name}={wrong} is not allowed: token ids from 0 to {self.vocab_size - 1}"
-                )
+                rule = f"token ids from 0 to {self.vocab_size - 1}"
+                raise ValueError(f"{name}={short_repr(wrong)} is not allowed: {rule}")
         if request.params.grammar is not None:
             if self.grammars is None:
                 raise ValueError("grammar: this engine does not know the text of its tokens")
             self.grammars.check(request.params.grammar)
+
+    def _is_token(self, token: object) -> bool:
+        is_int = type(token) is int or isinstance(token, np.integer)
+        return is_int and 0 <= token < self.vocab_size  # type: ignore[operator]
 
     def prepare(self, request: Request) -> Future[Any] | None:
         """The compilation of the request's grammar, for which ``validate`` waits; None without."""

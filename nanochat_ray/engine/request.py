@@ -209,6 +209,7 @@ class Request:
 
     id: str
     prompt: Sequence[int]
+    """Token ids; those of an array or tensor become a list."""
     params: SamplingParams = field(default_factory=SamplingParams)
     output_token_ids: Sequence[int] = ()
     priority: int = 0
@@ -225,6 +226,9 @@ class Request:
     """Seconds since the epoch at which the request fails if it still waits or runs."""
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "output_token_ids"):
+            if hasattr(ids := getattr(self, name), "tolist"):
+                object.__setattr__(self, name, ids.tolist())
         ok = self.deadline is None or _is_finite(self.deadline)
         require(ok, "deadline", self.deadline, "seconds since the epoch, or None")
         require(_is_int(self.priority), "priority", self.priority, "a whole number")

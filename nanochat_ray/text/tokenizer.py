@@ -163,8 +163,11 @@ class Tokenizer:
             ) from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of the tokens; ids beyond the vocabulary have none (a model may be padded)."""
+        """Bytes of the tokens; ids beyond the vocabulary have none (a model may be padded). An
+        array or tensor of ids has one dimension."""
         text = self._bytes
+        if hasattr(ids, "tolist"):  # the elements of a tensor equal no int as keys
+            ids = ids.tolist()
         return b"".join([text.get(token, b"") for token in ids])
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from nanochat_ray.engine.admission import Admission, Admitter
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.draft import PromptLookup
 from nanochat_ray.engine.grammar import Grammars
 from nanochat_ray.engine.prefill_cost import PrefillCostModel
+from nanochat_ray.engine.request import Request
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.text.tools import Tool
 from tests.engine.engine_kit import ask
@@ -39,6 +42,10 @@ def admit(output_ids: list[int], fields: dict[str, Any] | None = None, **params:
         ([0, 49], {}, None),
         ([50], {}, "prompt=50 is not allowed: token ids from 0 to 49"),
         ([-1], {}, "prompt=-1"),
+        ([1.5], {}, "prompt=1.5 is not allowed: token ids from 0 to 49"),
+        (["a"], {}, "prompt='a' is not allowed: token ids from 0 to 49"),
+        ([[1]], {}, r"prompt=\[1\] is not allowed: token ids from 0 to 49"),
+        ([np.int64(1)], {}, None),
         ([1], {"logit_bias": {50: 1.0}}, "logit_bias=50"),
         ([1], {"stop_ids": (50,)}, "stop_ids=50"),
         ([1], {"eos_ids": (-1,)}, "eos_ids=-1"),
@@ -53,6 +60,14 @@ def test_what_an_engine_can_process(
         return
     with pytest.raises(ValueError, match=error):
         admitter().validate(ask("a", prompt, **params))
+
+
+@pytest.mark.parametrize("prompt", [np.array([1, 2]), torch.tensor([1, 2])])
+def test_ids_of_arrays_are_a_list(prompt: Any) -> None:
+    request = Request(id="a", prompt=prompt)
+    admitter().validate(request)
+    assert request.prompt == [1, 2]
+    assert TOK.decode(prompt) == TOK.decode([1, 2])
 
 
 def test_a_grammar_must_compile() -> None:
