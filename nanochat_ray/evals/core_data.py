@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import os
 import shutil
 import tempfile
 import urllib.request
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanochat_ray.checks import short_repr
+from nanochat_ray.storage import sync_folder
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 """All files in one archive, as nanochat publishes it."""
@@ -116,6 +118,8 @@ def _download(cache: Path) -> Path:
                 partial.open("wb") as out,
             ):
                 shutil.copyfileobj(response, out)
+                out.flush()
+                os.fsync(out.fileno())
             # The end of a cut connection looks like the end of the file; a zip's index is there.
             if not zipfile.is_zipfile(partial):
                 raise OSError("what came is no whole .zip")
@@ -123,6 +127,7 @@ def _download(cache: Path) -> Path:
             reason = f"{BUNDLE_URL} cannot be downloaded ({error}); name a folder or .zip"
             raise ValueError(f"core='bundle' is not allowed: {reason}") from None
         partial.rename(path)
+        sync_folder(cache)
     return path
 
 
