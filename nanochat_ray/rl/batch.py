@@ -93,4 +93,8 @@ def make_batch(
         inputs["advantages"][row, columns] = sequence.advantage
         inputs["logprobs"][row, columns] = sequence.logprobs
         inputs["rehearsal"][row, columns] = 0.0 if sequence.count else talk_weight
-    return Batch(ids, mask, inputs, denominator, {"sequences": len(answers)})
+    return Batch(
+        *(ids, mask, inputs, denominator),
+        metrics={"sequences": len(answers)},
+        is_on_all_workers=(world - 1) * per_rank < len(sequences),
+    )

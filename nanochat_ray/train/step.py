@@ -39,7 +39,8 @@ class Batch:
     """The sequences of one global batch that belong to one worker.
 
     ``ids`` is ``[n, T + 1]`` of any integer dtype; ``mask`` is ``[n, T + 1]`` with 1 where a token
-    is trained on, or None if all are. n may be 0; T is the same on all workers.
+    is trained on, or None if all are. T is the same on all workers; n may be 0 on some, unless the
+    batch ``is_on_all_workers``.
     """
 
     ids: np.ndarray
@@ -51,6 +52,9 @@ class Batch:
     """What the sum of the objective over the global batch is divided by; 0: the trained tokens."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Figures for the record of the step, the same on all workers."""
+    is_on_all_workers: bool = True
+    """Whether each worker has a sequence, the same on all. If not, no reduction starts within a
+    backward pass: a worker without one would start its own in another order."""
 
 
 class MicroBatch(NamedTuple):
@@ -226,7 +230,7 @@ def _accumulate(
         if model.config.dropout:
             _seed_dropout(config.seed, step, first_micro + index)
         loss = objective.loss(model, micro)
-        if index + 1 == num_micros:
+        if index + 1 == num_micros and batch.is_on_all_workers:
             optimizer.last_backward()
         (loss / nominal).backward()
         total += loss.detach()

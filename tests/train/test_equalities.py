@@ -172,7 +172,7 @@ def test_another_configuration_is_refused(root: Store) -> None:
     write_dataset(root, "base")
     run_trainer(job(root, "run", steps=2))
     with pytest.raises(
-        ValueError, match=r"global_batch_size=4 is not what this run was started with"
+        ValueError, match=r"global_batch_size=4 \(from --batch-tokens\) is not what this run"
     ):
         run_trainer(job(root, "run", steps=2, global_batch_size=4))
 
