@@ -269,9 +269,11 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
             "equal block tables are written again",
         ),
     },
-    "nanochat_ray/model/gpt.py": {
+    "nanochat_ray/model/block.py": {
         "operator: value is not None and self.ve_gate is not None  →  "
         "value is not None or self.ve_gate is not None": ("", "both are None, or neither"),
+    },
+    "nanochat_ray/model/gpt.py": {
         "comparison: angles[0].size(0) < T  →  angles[0].size(0) <= T": ("", SPEED),
         "comparison: angles[0].device != device  →  angles[0].device == device": ("", SPEED),
         "constant: 0  →  1": ("angles[0].size(0) < T", SPEED),

@@ -2,8 +2,9 @@
 
 A plan follows from the time that is left and from how fast the stages before it really were, so
 that the whole keeps its time on a machine that slows down or speeds up meanwhile. A run's schedule
-depends on its length, so no stage is cut short: what one takes too long, the next ones get less.
-The ratios were measured on an AMD EPYC without other work (train/BENCHMARKS.md), with some room.
+depends on its length, so no stage is cut while it runs: what one takes too long, the next ones get
+less. The ratios were measured on an AMD EPYC without other work (on_ray/BENCHMARKS.md), with some
+room.
 """
 
 from __future__ import annotations

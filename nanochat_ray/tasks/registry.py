@@ -42,6 +42,9 @@ DEFAULT_MIXTURE = (
     "dialogue:1500",
 )
 """Conversations of the default fine-tuning, as task:count; all are generated offline."""
+Arguments = tuple[Split, int | None, int]
+"""Split, size and seed."""
+Options = dict[str, Any]
 _FACTORIES: dict[str, TaskFactory] = {
     **{name: functools.partial(ReasoningTask, name) for name in KINDS},
     **{name: functools.partial(hub.HubTask, name) for name in hub.NAMES},
@@ -83,7 +86,7 @@ def make_task(name: str, split: Split, size: int | None = None, seed: int = 0) -
     base, options = parse_name(name)
     factory = _FACTORIES.get(base)
     if factory is None and "." in base:
-        return _own_task(_import_factory(base), name, split, size, seed, options)
+        return _own_task(_import_factory(base), name, (split, size, seed), options)
     if factory is None:
         from reasoning_gym.factory import DATASETS
 
@@ -93,7 +96,7 @@ def make_task(name: str, split: Split, size: int | None = None, seed: int = 0) -
                 "reasoning-gym, or the import path of a task of your own, package.module.Task"
             )
         factory = functools.partial(ReasoningTask, base)
-    _check_options(factory, name, split, size, seed, options)
+    _check_options(factory, name, (split, size, seed), options)
     try:
         task = factory(split, size, seed, **options)
     except TypeError as error:
@@ -104,18 +107,11 @@ def make_task(name: str, split: Split, size: int | None = None, seed: int = 0) -
     return task
 
 
-def _own_task(
-    factory: TaskFactory,
-    name: str,
-    split: Split,
-    size: int | None,
-    seed: int,
-    options: dict[str, Any],
-) -> Task:
+def _own_task(factory: TaskFactory, name: str, arguments: Arguments, options: Options) -> Task:
     """ValueError for what makes no ``Task``."""
-    _check_options(factory, name, split, size, seed, options)
-    with name_errors(name, "cannot be made"):
-        task = factory(split, size, seed, **options)
+    _check_options(factory, name, arguments, options)
+    with name_errors(name, "cannot be created"):
+        task = factory(*arguments, **options)
     methods = ("__len__", "question", "example", "grade")
     missing = [method for method in methods if not callable(getattr(task, method, None))]
     rule = f"a Task of tasks/task.py, which also has {', '.join(missing)}"
@@ -123,19 +119,12 @@ def _own_task(
     return OwnTask(task, name)
 
 
-def _check_options(
-    factory: TaskFactory,
-    name: str,
-    split: Split,
-    size: int | None,
-    seed: int,
-    options: dict[str, Any],
-) -> None:
+def _check_options(factory: TaskFactory, name: str, arguments: Arguments, options: Options) -> None:
     """ValueError for options that it does not take."""
     rule = "a class or function that takes (split, size, seed) and its options"
     require(callable(factory), "task", name, rule)
     try:
-        inspect.signature(factory).bind(split, size, seed, **options)
+        inspect.signature(factory).bind(*arguments, **options)
     except TypeError as error:
         rule = f"it takes (split, size, seed) and its own options: {error}"
         raise ValueError(f"task={name!r} is not allowed: {rule}") from None

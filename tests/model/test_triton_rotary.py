@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton")
-from nanochat_ray.model import gpt
+from nanochat_ray.model import block
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.rotary import rotary_tables, rotate
 from nanochat_ray.model.triton_rotary import rotary_norm
@@ -67,7 +67,7 @@ def test_a_model_on_kernels_equals_one_without(
     ids = torch.randint(0, 256, (2, 17), generator=torch.Generator().manual_seed(1), device=DEVICE)
     results = []
     for has_kernels in (False, True):
-        monkeypatch.setattr(gpt, "use_triton", lambda device, on=has_kernels: on)
+        monkeypatch.setattr(block, "use_triton", lambda device, on=has_kernels: on)
         model = GPT(config)
         model.init_weights(torch.Generator().manual_seed(0))
         with torch.no_grad():

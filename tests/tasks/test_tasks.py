@@ -401,7 +401,7 @@ class Mine:
 @pytest.mark.parametrize(
     ("fails", "event"),
     [
-        ("init", "cannot be made: JSONDecodeError: Expecting value"),
+        ("init", "cannot be created: JSONDecodeError: Expecting value"),
         ("len", "failed in __len__(): JSONDecodeError: Expecting value"),
         ("question", "failed in question(0): JSONDecodeError: Expecting value"),
         ("example", "failed in example(0): JSONDecodeError: Expecting value"),
