@@ -201,15 +201,13 @@ def deploy_app(config: ServeConfig, args: Args) -> None:
     What need not wait does not: Serve is imported while Ray starts, torch while Serve does, and the
     replicas start while the proxies do.
     """
-    from nanochat_ray.on_ray import gcs, session
+    from nanochat_ray.on_ray import session
 
     if not Store.at(config.storage).child("runs", config.run).exists():
         raise ValueError(f"run={config.run!r} has no checkpoint in {config.storage}")
     thread = ThreadPoolExecutor(1)
     try:
         importing = thread.submit(importlib.import_module, "ray.serve")
-        if args.block and not session.joins_cluster():
-            gcs.store_state()  # for ``deploy.stay``
         session.connect()
         session.check_gpus(config.gpus)
         serve = importing.result()

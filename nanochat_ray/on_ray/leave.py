@@ -24,20 +24,16 @@ from typing import Any, NoReturn
 
 import ray
 from ray._private import services, utils, worker
-from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER, PROCESS_TYPE_RAYLET
-
-from nanochat_ray.on_ray.thread import thread_beside
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 """Exit status of a command that SIGINT or SIGTERM ended, as a shell counts it."""
 POLL_S = 0.1
-NODE_POLL_S = 0.5
-"""How often ``end_with_node`` looks."""
 GCS_END_S = 5.0
 """How long a cluster that ends may take to end its control service."""
 SHUTDOWN_S = 15.0
 """How long ``ray.shutdown`` may take."""
-NODE_SERVICES = (PROCESS_TYPE_GCS_SERVER, PROCESS_TYPE_RAYLET)
+is_leaving = threading.Event()
+"""Set as soon as this process is about to end; it then ends with a status of its own."""
 _is_terminated = False
 _groups: list[int] = []
 """Process groups of the Ray that this process has started."""
@@ -102,6 +98,7 @@ def leave(status: int, *, shutdown: bool = True) -> NoReturn:
     ``ray.shutdown`` is called only if ``shutdown``, and while the cluster is up; a signal
     meanwhile hastens the end and does not change the status.
     """
+    is_leaving.set()
     signal.alarm(0)  # Abseil's, of a signal during ray.init
     ends_at = time.monotonic() + (SHUTDOWN_S if shutdown else 0)
 
@@ -118,11 +115,12 @@ def leave(status: int, *, shutdown: bool = True) -> NoReturn:
         thread.start()
         while thread.is_alive() and time.monotonic() < ends_at:
             thread.join(POLL_S)
-    _end(status)
+    end(status)
 
 
-def _end(status: int) -> NoReturn:
+def end(status: int) -> NoReturn:
     """Ends this process and its own Ray, without a call of Ray."""
+    is_leaving.set()
     atexit.unregister(ray.shutdown)
     atexit._run_exitfuncs()
     for group in _groups:
@@ -135,23 +133,6 @@ def _end(status: int) -> NoReturn:
     os._exit(status)
 
 
-@contextlib.contextmanager
-def end_with_node() -> Iterator[None]:
-    """Meanwhile the death of the Ray that this process has started ends the process with status 1
-    within seconds. Calls of Ray would wait for a minute, and then fail."""
-
-    def watch(end: threading.Event) -> None:
-        while not end.wait(NODE_POLL_S):
-            services = dead_services()
-            # Whoever ends all processes of a service may end this one last.
-            if services and not end.wait(NODE_POLL_S):
-                print(f"{' and '.join(services)} of Ray died", file=sys.stderr, flush=True)
-                _end(1)
-
-    with thread_beside(watch, "end-with-node"):
-        yield
-
-
 def is_up() -> bool:
     """Whether the cluster that this process is in answers; False if a process of Ray's that this
     one has started has ended."""
@@ -161,16 +142,6 @@ def is_up() -> bool:
     if node.dead_processes():
         return False
     return is_listening(ray.get_runtime_context().gcs_address)
-
-
-def dead_services() -> list[str]:
-    """Which of the processes without which a node ends have died, of a node that this process has
-    started."""
-    node = worker._global_node
-    names: list[str] = []
-    if node is not None:
-        names = [name for name, _ in node.dead_processes()]
-    return [name for name in names if name in NODE_SERVICES]
 
 
 def is_listening(address: str) -> bool:

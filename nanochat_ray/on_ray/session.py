@@ -12,6 +12,7 @@ import ray
 from ray._private import services
 
 from nanochat_ray.checks import require
+from nanochat_ray.on_ray import own_node
 from nanochat_ray.on_ray.leave import keep_sigterm_handler, own_session
 
 if TYPE_CHECKING:
@@ -28,10 +29,11 @@ def connect() -> None:
     SIGTERM keeps its handler; without one it raises KeyboardInterrupt. End the process by
     ``leave.leave``.
 
-    A cluster that is started here lasts as long as the process. It has at least 8 logical CPUs, so
-    that tasks of Ray Data run beside training workers. Its ports bind every interface and require a
-    token (``RAY_AUTH_MODE``), which this process and its children have. Raises ValueError or
-    ConnectionError if the cluster of RAY_ADDRESS cannot be joined.
+    A cluster that is started here lasts as long as the process, which ends when the cluster is
+    lost (``own_node``). It has at least 8 logical CPUs, so that tasks of Ray Data run beside
+    training workers. Its ports bind every interface and require a token (``RAY_AUTH_MODE``), which
+    this process and its children have. Raises ValueError or ConnectionError if the cluster of
+    RAY_ADDRESS cannot be joined.
     """
     global _has_connected, _started_here
     if not ray.is_initialized():
@@ -51,6 +53,7 @@ def connect() -> None:
             # Ray requires tokens by default, and writes one of its own to a file that all can read.
             if os.environ.get("RAY_AUTH_MODE", "token") == "token":
                 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            own_node.store_state()
             _has_connected = _started_here = True
             with keep_sigterm_handler(), own_session():
                 ray.init(
@@ -60,6 +63,7 @@ def connect() -> None:
                     include_dashboard=False,
                     logging_level=logging.WARNING,
                 )
+            own_node.watch()
 
 
 def has_connected() -> bool:

@@ -35,7 +35,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.claim import check_reference, hold_claim
-from nanochat_ray.on_ray import leave, session
+from nanochat_ray.on_ray import session
 from nanochat_ray.on_ray.data_loader import RayDataLoader
 from nanochat_ray.on_ray.interface import NodeTorchConfig
 from nanochat_ray.on_ray.stop_flag import StopFlag
@@ -285,7 +285,7 @@ def fit(
                 # looks at the nodes every 20 s.
                 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
             trainer = _torch_trainer(run, values, scaling, max_failures)
-            with _stop_on_signal(flag), leave.end_with_node():
+            with _stop_on_signal(flag):
                 _run_ray_trainer(trainer)
     state = checkpoint.load_trainer(run)
     is_complete = _completed_steps(run) >= config.train.steps

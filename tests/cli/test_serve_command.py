@@ -17,7 +17,7 @@ from nanochat_ray.checkpoint.lease import leased_checkpoints
 from nanochat_ray.cli import serve as command
 from nanochat_ray.cli.serve import Args
 from nanochat_ray.engine import loading
-from nanochat_ray.on_ray import gcs, ports, session
+from nanochat_ray.on_ray import ports, session
 from nanochat_ray.on_ray.config import ServeConfig
 from nanochat_ray.on_ray.serve import deploy, deployment
 from nanochat_ray.serve import access, app, collector, http_server, keys, local
@@ -80,14 +80,8 @@ def test_without_ray_it_serves_here(calls: Calls) -> None:
     assert calls.arguments["serve_here"][0].name == "m"
 
 
-@pytest.mark.parametrize("joins", [True, False])
-@pytest.mark.parametrize("block", [True, False])
-def test_the_cluster_is_there_before_its_parts(
-    root: Store, calls: Calls, joins: bool, block: bool
-) -> None:
+def test_the_cluster_is_there_before_its_parts(root: Store, calls: Calls) -> None:
     write_checkpoint(root, 0)
-    calls.replace(session, "joins_cluster", joins)
-    calls.replace(gcs, "store_state")
     application = object()
     for owner, name, result in (
         *((session, "connect", None), (session, "check_gpus", None), (ray.serve, "start", None)),
@@ -96,12 +90,10 @@ def test_the_cluster_is_there_before_its_parts(
     ):
         calls.replace(owner, name, result)
     config = ServeConfig(storage=root.uri, run="tiny", gpus=0.5)
-    command.deploy_app(config, Args(host="0.0.0.0", port=8123, block=block))
+    command.deploy_app(config, Args(host="0.0.0.0", port=8123))
     # Serve starts beside the others.
-    names = [name for name in calls.names if name not in ("start", "joins_cluster")]
-    # Only a process that stays can start a control service again.
+    names = [name for name in calls.names if name != "start"]
     assert names == [
-        *(["store_state"] if block and not joins else []),
         *("connect", "check_gpus", "check_port_is_free", "build_application"),
         *("wait_for_controller", "deploy"),
     ]

@@ -103,21 +103,6 @@ def test_a_command_that_ends_ends_its_ray(tmp_path: Path) -> None:
         assert "Traceback" not in log.read_text()
 
 
-def test_a_command_ends_with_its_node(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    services: list[str] = []
-    statuses: list[int] = []
-    monkeypatch.setattr(leave, "dead_services", lambda: services)
-    monkeypatch.setattr(leave, "_end", statuses.append)
-    monkeypatch.setattr(leave, "NODE_POLL_S", 0.001)
-    with leave.end_with_node():
-        services.append("raylet")
-        wait_for(lambda: statuses, 30, "the end")
-    assert statuses[0] == 1
-    assert "raylet of Ray died" in capsys.readouterr().err
-
-
 def test_sigterm_keeps_its_handler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leave, "_is_terminated", False)
     before = signal.getsignal(signal.SIGTERM)

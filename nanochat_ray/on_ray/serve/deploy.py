@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import signal
 import socket
@@ -15,20 +14,17 @@ from types import FrameType
 
 import ray
 from ray import serve
-from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from nanochat_ray.on_ray import gcs, session
-from nanochat_ray.on_ray.leave import GCS_END_S, dead_services, is_listening, leave
+from nanochat_ray.on_ray import session
+from nanochat_ray.on_ray.leave import GCS_END_S, is_leaving, is_listening, leave
 
 APP = "nanochat"
 POLL_S = 0.2
 REMOVE_S = 90.0
 """How long the deletion of an application may take, replicas that drain included."""
 CONTROLLER_POLL_S = 0.05
-GCS_RESTART_S = 60.0
-"""A control service (GCS) that dies again so soon is not started a second time."""
 
 
 def check_port_is_free(host: str, port: int) -> None:
@@ -133,8 +129,8 @@ def remove() -> bool:
 
 def stay() -> None:
     """Waits for SIGINT or SIGTERM and removes the application. The process ends with status 0 if
-    its Ray ends with it or is gone, and at a second signal. SystemExit if its Ray dies before: a
-    control service (GCS) that dies alone, and has stored its state, is started again."""
+    its Ray ends with it or is gone, and at a second signal; if its Ray dies before,
+    ``own_node.watch`` ends it."""
     num_signals = 0
 
     def count(number: int, frame: FrameType | None) -> None:
@@ -146,20 +142,8 @@ def stay() -> None:
     # A container is ended by SIGTERM, and a shell's background job ignores SIGINT.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, count)
-    gcs_start = -math.inf
     while not num_signals:
         time.sleep(POLL_S)
-        if services := dead_services():
-            # Whoever ends all processes of a service may end this one last.
-            time.sleep(POLL_S)
-            if num_signals:
-                break
-            is_first = time.monotonic() > gcs_start + GCS_RESTART_S
-            if services == [PROCESS_TYPE_GCS_SERVER] and is_first and gcs.restart():
-                gcs_start = time.monotonic()
-                print("the control service (GCS) of Ray died: started again", flush=True)
-                continue
-            # Ray itself would notice the death of its control service after a minute.
-            raise SystemExit(f"{' and '.join(services)} of Ray died: nothing is served any more")
+    is_leaving.set()  # whoever has sent the signal may end Ray, too
     if not remove() or session.has_started_ray():
         leave(0, shutdown=False)

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from nanochat_ray.on_ray import leave
 from nanochat_ray.on_ray.serve import deploy
 
 
@@ -76,32 +75,15 @@ def test_errors_count_only_while_the_cluster_lives(
     assert not deploy.remove()
 
 
-def test_serving_ends_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not with its dashboard; ``--restarts`` starts it again."""
-    deaths = [[("dashboard", None)], [("dashboard", None), ("gcs_server", None)]]
-    # Its control service has stored nothing.
-    node = SimpleNamespace(dead_processes=lambda: deaths.pop(0), _is_rocksdb_gcs=lambda: False)
-    monkeypatch.setattr(leave.worker, "_global_node", node)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit, match=r"^gcs_server of Ray died"):
-            deploy.stay()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert not deaths
-
-
-def test_the_end_of_a_service_may_reach_ray_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its signal comes before the death of Ray is reported."""
-    deaths = iter([[], [("raylet", None)]])
+def test_a_signal_ends_serving_with_status_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when Ray dies with it."""
+    is_leaving = threading.Event()
+    monkeypatch.setattr(deploy, "is_leaving", is_leaving)
     sleeps = iter([None, None, signal.SIGTERM])
-    node = SimpleNamespace(dead_processes=lambda: next(deaths))
-    monkeypatch.setattr(leave.worker, "_global_node", node)
     monkeypatch.setattr(
         deploy.time, "sleep", lambda seconds: (n := next(sleeps)) and signal.raise_signal(n)
     )
-    monkeypatch.setattr(deploy, "remove", lambda: False)
+    monkeypatch.setattr(deploy, "remove", lambda: not is_leaving.is_set())
     calls: list[tuple[int, bool]] = []
     monkeypatch.setattr(deploy, "leave", lambda status, shutdown: calls.append((status, shutdown)))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -111,41 +93,6 @@ def test_the_end_of_a_service_may_reach_ray_first(monkeypatch: pytest.MonkeyPatc
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert calls == [(0, False)]
-
-
-@pytest.mark.parametrize(("pause_s", "restarts"), [(59.0, 1), (61.0, 2)])
-def test_a_dead_control_service_is_started_again(
-    monkeypatch: pytest.MonkeyPatch, pause_s: float, restarts: int
-) -> None:
-    """Not one that dies again soon, nor beside a raylet."""
-    deaths: list[list[str]] = []
-    now, starts = [1000.0], [0]
-
-    def dead_services() -> list[str]:
-        if not deaths:
-            now[0] += pause_s
-            if starts[0] == 2:
-                return ["gcs_server", "raylet"]
-            deaths.append(["gcs_server"])
-        return deaths[0]
-
-    def restart() -> bool:
-        starts[0] += 1
-        deaths.clear()
-        return True
-
-    monkeypatch.setattr(deploy, "dead_services", dead_services)
-    monkeypatch.setattr(deploy.gcs, "restart", restart)
-    monkeypatch.setattr(deploy.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(deploy.time, "monotonic", lambda: now[0])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit, match=r"^gcs_server.* of Ray died"):
-            deploy.stay()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert starts == [restarts]
 
 
 class Controllers:
