@@ -31,12 +31,13 @@ from nanochat_ray.checkpoint.folder import (
 )
 from nanochat_ray.checkpoint.hf_tokenizer import WHAT, read_tokenizer, tokenizer_json
 from nanochat_ray.checks import short_repr
-from nanochat_ray.model.config import ModelConfig
+from nanochat_ray.model.config import COMMON_OPTIONS, ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer
 
 _NOT_EXPORTED = ("pad_vocab_to", "dropout")
+_EXPORTED = COMMON_OPTIONS - {"document_start", "skips", "attention_gate", "rope_factor"}
 _REMOTE_CODE = Path(__file__).parent / "remote_code"
 # The name in transformers to the name here; {} is the layer.
 _NAMES = {
@@ -80,10 +81,9 @@ def _is_classic(config: ModelConfig) -> bool:
 
 def _check_exportable(config: ModelConfig) -> None:
     """ValueError for features that neither transformers nor our own modelling file has."""
-    defaults = {"document_start": -1, "skips": False, "attention_gate": False, "rope_factor": 1.0}
-    wrong = [f for f, value in defaults.items() if getattr(config, f) != value]
+    wrong = config.options_beyond(_EXPORTED)
     if wrong:
-        fields = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
+        fields = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
         raise ValueError(f"a Hugging Face folder cannot express {fields}")
 
 

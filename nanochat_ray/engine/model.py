@@ -24,7 +24,7 @@ from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.operators import Operators, TorchOperators
 from nanochat_ray.engine.precision import table_dtype
 from nanochat_ray.machine import use_triton
-from nanochat_ray.model.config import ModelConfig, has_value_embedding, windows
+from nanochat_ray.model.config import COMMON_OPTIONS, ModelConfig, has_value_embedding, windows
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.rotary import rotary_tables, yarn_sharpening
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 PROJECTIONS = ("c_q", "c_k", "c_v")
 """Attention's projections, which are one matmul here."""
+OPTIONS = COMMON_OPTIONS
+"""Fields of ``ModelConfig`` that ``InferenceModel`` computes; others are refused."""
 
 
 class AttentionCache(Protocol):
@@ -98,8 +100,9 @@ class InferenceModel:
         ``dtype``, weights ``weight_dtype``, by default the same (see ``precision``). With
         ``native``, which is for a CPU and float32 activations, the kernels in C compute, else torch
         does; on a GPU ``is_batch_invariant`` chooses matmuls that do not depend on the batch.
-        ValueError as ``load_weights``.
+        ValueError as ``load_weights``, and for an option that is not computed here.
         """
+        _check_options(config)
         weight_dtype = weight_dtype or dtype
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.native = native
@@ -155,9 +158,12 @@ class InferenceModel:
             window=window if window < self.max_positions - 1 else -1,
         )
 
-    def _make_triton_forward(self) -> TritonForward:
-        from nanochat_ray.engine.triton_forward import TritonForward
+    def _make_triton_forward(self) -> TritonForward | None:
+        """None where an option is computed by ``hidden`` alone."""
+        from nanochat_ray.engine.triton_forward import OPTIONS, TritonForward
 
+        if self.config.options_beyond(OPTIONS):
+            return None
         layers, linears, tensors = self.layers, self.linears, self.tensors
         rotary = self.cos, self.sin
         return TritonForward(
@@ -292,6 +298,14 @@ class InferenceModel:
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
         return layer.mlp_output(self._ops.relu_squared(layer.mlp_input(x)))
+
+
+def _check_options(config: ModelConfig) -> None:
+    if unknown := config.options_beyond(OPTIONS):
+        raise ValueError(
+            f"the engine does not know {', '.join(unknown)} of ModelConfig: see train/README.md, "
+            '"How to add a model option"'
+        )
 
 
 def _operators(device: torch.device) -> Operators:

@@ -28,6 +28,10 @@ from nanochat_ray.engine.plan_operations import (
     Step,
     operation,
 )
+from nanochat_ray.model.config import COMMON_OPTIONS
+
+OPTIONS = COMMON_OPTIONS
+"""Fields of ``ModelConfig`` that a plan computes; with others ``InferenceModel.hidden`` is used."""
 
 
 class SlotMemory(Protocol):

@@ -17,10 +17,13 @@ from nanochat_ray.engine.kvcache.kv_cache import KVTarget
 from nanochat_ray.engine.linear import Linear
 from nanochat_ray.engine.triton_fused import Gate
 from nanochat_ray.engine.triton_operators import TritonOperators
-from nanochat_ray.model.config import ModelConfig
+from nanochat_ray.model.config import COMMON_OPTIONS, ModelConfig
 
 if TYPE_CHECKING:
     from nanochat_ray.engine.model import Layer
+
+OPTIONS = COMMON_OPTIONS
+"""Fields of ``ModelConfig`` that this computes; with others ``InferenceModel.hidden`` is used."""
 
 
 class PagedKeys(Protocol):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 from nanochat_ray.checks import check_int, require
@@ -132,6 +133,25 @@ class ModelConfig:
         require(self.rope_factor >= 1, "rope_factor", self.rope_factor, "1 (off) or more")
         start = self.document_start
         require(-1 <= start < self.vocab_size, "document_start", start, "a token, or -1 for none")
+
+    def options_beyond(self, options: Collection[str]) -> dict[str, Any]:
+        """The fields that are not at their default and not among ``options``, with their values."""
+        return {
+            f.name: value
+            for f in fields(self)
+            if f.default is not MISSING
+            and f.name not in options
+            and (value := getattr(self, f.name)) != f.default
+        }
+
+
+COMMON_OPTIONS = frozenset((
+    "window_pattern", "document_start", "value_embeds", "residual_scalars", "smear", "backout",
+    "skips", "attention_gate", "residual_decay", "dropout", "qk_scale", "softcap", "norm_eps",
+    "rope_base", "rope_factor", "pad_vocab_to",
+))  # fmt: skip
+"""Options that every forward knows: the training model's, and the engine's in torch, C and Triton.
+A new field is not one of them until it is in all."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ gradient is replaced by zeros and every rate by zero, which leaves weights and s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
@@ -99,8 +99,9 @@ class DeviceUpdate:
         if not flat.is_owner:
             return
         if group.kind == "muon":
+            weights, grads, first, second = flat.buffers()
             self._muon_update_(
-                *flat.buffers(),
+                *(weights, grads, first, second),
                 self._rates,
                 group.lr,
                 group.beta2,
@@ -108,19 +109,21 @@ class DeviceUpdate:
                 flat.rule,
                 dtype,
             )
-            return
-        weights, grads, first, second = flat.buffers()
-        torch._fused_adamw_(
-            *([weights], [grads], [first], [second]),
-            [],
-            [self._step],
-            lr=group.lr * self._lr_factor,
-            beta1=group.beta1,
-            beta2=group.beta2,
-            weight_decay=group.weight_decay,
-            eps=group.eps,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=self._grad_scale,
-            found_inf=self._skip,
-        )
+        elif group.kind == "adamw":
+            weights, grads, first, second = flat.buffers()
+            torch._fused_adamw_(
+                *([weights], [grads], [first], [second]),
+                [],
+                [self._step],
+                lr=group.lr * self._lr_factor,
+                beta1=group.beta1,
+                beta2=group.beta2,
+                weight_decay=group.weight_decay,
+                eps=group.eps,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=self._grad_scale,
+                found_inf=self._skip,
+            )
+        else:
+            assert_never(group.kind)

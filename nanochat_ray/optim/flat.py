@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 import torch.distributed as dist
@@ -65,9 +67,11 @@ class FlatGroup:
         for name, parameter in zip(group.names, members, strict=True):
             self.spans.append(Span(name, parameter.shape, at, at + parameter.numel()))
             at += parameter.numel()
-        unit = members[0].numel() if group.kind == "muon" else 1
+        self.unit_shape = () if group.is_elementwise else tuple(members[0].shape)
+        """Of what one rank updates: a matrix, or an element."""
+        unit = math.prod(self.unit_shape)
         self.share = -(-(at // unit) // world) * unit
-        self.owners = world if group.kind == "adamw" else min(world, at // unit)
+        self.owners = world if group.is_elementwise else min(world, at // unit)
         size = self.share * self.owners
         self.own_share = slice(*(min(r * self.share, size) for r in (rank, rank + 1)))
         device = members[0].device
@@ -78,13 +82,11 @@ class FlatGroup:
             view.copy_(parameter.data)
             parameter.data = view
             parameter.grad = self.grads[span.start : span.stop].view(span.shape)
-        self.state_shares = {"momentum": self.share, "second_moment": self.share}
+        self.state_shapes = group.state_shapes(self.unit_shape)
+        self.state_shares = {
+            kind: self.share // unit * math.prod(shape) for kind, shape in self.state_shapes.items()
+        }
         """Elements of each kind of state that an owner has."""
-        if group.kind == "muon":
-            m, n = members[0].shape
-            self.matrix_shape = (m, n)
-            self.second_shape = (m, 1) if m >= n else (1, n)
-            self.state_shares["second_moment"] = self.share // unit * max(m, n)
         self.is_owner = rank < self.owners
         self.state = {
             kind: torch.zeros(share if self.is_owner else 0, device=device)
@@ -93,7 +95,7 @@ class FlatGroup:
 
     def buckets(self) -> list[Bucket]:
         """The group's gradients in reductions, none of which crosses the share of a rank."""
-        if self.group.kind == "adamw":
+        if self.group.is_elementwise:
             return [Bucket(self, 0, self.grads.numel(), -1, len(self.spans))]
         buckets: list[Bucket] = []
         for span in self.spans:
@@ -107,27 +109,20 @@ class FlatGroup:
 
     def state_sizes(self, span: Span) -> dict[str, tuple[int, int, tuple[int, ...]]]:
         """For each kind of state: the parameter's range in the whole, and its shape."""
-        if self.group.kind == "adamw":
+        if self.group.is_elementwise:
             return dict.fromkeys(self.state, (span.start, span.stop, tuple(span.shape)))
-        index = span.start // (self.matrix_shape[0] * self.matrix_shape[1])
-        width = max(self.matrix_shape)
+        index = span.start // math.prod(self.unit_shape)
         return {
-            "momentum": (span.start, span.stop, tuple(span.shape)),
-            "second_moment": (index * width, (index + 1) * width, self.second_shape),
+            kind: (index * math.prod(shape), (index + 1) * math.prod(shape), shape)
+            for kind, shape in self.state_shapes.items()
         }
 
-    def buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This rank's weights, gradients, momentum and second moment, as the update takes them."""
-        tensors = (
-            self.weights[self.own_share],
-            self.grads[self.own_share],
-            self.state["momentum"],
-            self.state["second_moment"],
-        )
-        if self.group.kind == "adamw":
-            return tensors
-        weights, grads, first = (t.view(-1, *self.matrix_shape) for t in tensors[:3])
-        return weights, grads, first, tensors[3].view(-1, *self.second_shape)
+    def buffers(self) -> tuple[Tensor, ...]:
+        """This rank's weights, gradients and state in the order of ``Group.state_shapes``, as the
+        update takes them: ``[K, m, n]`` for K matrices, else flat."""
+        weights, grads = (t[self.own_share] for t in (self.weights, self.grads))
+        state = (self.state[kind].view(-1, *shape) for kind, shape in self.state_shapes.items())
+        return (*(t.view(-1, *self.unit_shape) for t in (weights, grads)), *state)
 
     @torch.no_grad()
     def update(
@@ -137,8 +132,8 @@ class FlatGroup:
         if not self.is_owner:
             return
         group, lr = self.group, self.group.lr * lr_factor
-        weights, grads, first, second = self.buffers()
         if group.kind == "muon":
+            weights, grads, first, second = self.buffers()
             muon_update_(
                 *(weights, grads, first, second),
                 lr=lr,
@@ -148,12 +143,15 @@ class FlatGroup:
                 rule=self.rule,
                 dtype=dtype,
             )
-            return
-        # AdamW: Loshchilov and Hutter, arXiv 1711.05101.
-        weights.mul_(1 - lr * group.weight_decay)
-        first.lerp_(grads, 1 - group.beta1)
-        second.mul_(group.beta2).addcmul_(grads, grads, value=1 - group.beta2)
-        correction1 = 1 - group.beta1 ** (step + 1)
-        correction2 = 1 - group.beta2 ** (step + 1)
-        denominator = second.sqrt().div_(correction2**0.5).add_(group.eps)
-        weights.addcdiv_(first, denominator, value=-lr / correction1)
+        elif group.kind == "adamw":
+            # Loshchilov and Hutter, arXiv 1711.05101.
+            weights, grads, first, second = self.buffers()
+            weights.mul_(1 - lr * group.weight_decay)
+            first.lerp_(grads, 1 - group.beta1)
+            second.mul_(group.beta2).addcmul_(grads, grads, value=1 - group.beta2)
+            correction1 = 1 - group.beta1 ** (step + 1)
+            correction2 = 1 - group.beta2 ** (step + 1)
+            denominator = second.sqrt().div_(correction2**0.5).add_(group.eps)
+            weights.addcdiv_(first, denominator, value=-lr / correction1)
+        else:
+            assert_never(group.kind)

@@ -10,18 +10,33 @@ from torch import nn
 
 from nanochat_ray.optim.config import OptimConfig
 
+Kind = Literal["muon", "adamw"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Parameters that share a rule. A "muon" group holds matrices of one shape."""
+    """Parameters that share a rule. A group that is not elementwise holds matrices of one shape."""
 
-    kind: Literal["muon", "adamw"]
+    kind: Kind
     names: tuple[str, ...]
     lr: float
     weight_decay: float
     beta1: float
     beta2: float
     eps: float = 1e-10
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the update of an element needs no other one, so that ranks may share them out
+        anywhere; else a matrix is updated as a whole."""
+        return self.kind != "muon"
+
+    def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The state of a matrix of ``shape``, by name; of an element if that is ()."""
+        if self.kind == "muon":
+            m, n = shape
+            return {"momentum": shape, "second_moment": (m, 1) if m >= n else (1, n)}
+        return {"momentum": shape, "second_moment": shape}
 
 
 # betas and decays: nanochat's gpt.py (July 2026), which tuned them at depth 12.

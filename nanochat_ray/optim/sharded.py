@@ -6,8 +6,8 @@ model are views into them. A step is then, for each group,
     reduce the gradients → update the slice that this rank owns → gather the weights,
 
 which is ZeRO stage 2 (Rajbhandari et al., arXiv 1910.02054) with no copies: the state exists once
-over all ranks. A Muon group is a stack ``[K, m, n]`` split between matrices; an AdamW group is
-split anywhere, since AdamW works on single elements. A reduction starts as soon as the backward
+over all ranks. A Muon group is a stack ``[K, m, n]`` split between matrices; an elementwise group,
+such as AdamW's, is split anywhere. A reduction starts as soon as the backward
 pass has produced all gradients of its bucket, and each gather overlaps with the next update.
 
 State is saved and loaded by parameter name with full tensors, so it does not depend on the number
@@ -35,9 +35,9 @@ LARGE_TABLE = 1 << 20
 
 
 def _parts(group: Group, parameters: Mapping[str, nn.Parameter]) -> list[Group]:
-    """An AdamW group with each large table by itself: the reduction of its gradient starts as soon
-    as that is there, and not with the last gradient of the group."""
-    if group.kind == "muon":
+    """An elementwise group with each large table by itself: the reduction of its gradient starts as
+    soon as that is there, and not with the last gradient of the group."""
+    if not group.is_elementwise:
         return [group]
     large = [name for name in group.names if parameters[name].numel() >= LARGE_TABLE]
     rest = tuple(name for name in group.names if name not in large)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from nanochat_ray.model.config import ModelConfig, count_parameters, flops_per_token
+from nanochat_ray.optim.config import OptimConfig
 from nanochat_ray.train import memory, recipe
 from nanochat_ray.train.config import TrainConfig
 from nanochat_ray.train.hardware import Hardware
@@ -59,17 +60,12 @@ def describe(
             "gradient_accumulation": accumulation,
         },
         "data": {"sequences": num_sequences, "passes": passes},
+        "options": {**_options(model), **_options(train.optim)},
         "learning_rates": train.optim.learning_rates(),
         "weight_decay": train.optim.weight_decay,
         "precision": train.precision,
         "workers": workers,
-        "hardware": {
-            "name": hardware.name,
-            "peak_flops": hardware.peak(train.precision),
-            "peak_source": hardware.source,
-            "assumed_mfu": hardware.mfu,
-            "memory": hardware.memory,
-        },
+        "hardware": _describe_hardware(hardware, train),
         "memory": {"total": peak.total, **vars(peak)},
         "measured_tokens_per_s": tokens_per_s,
         "hours": seconds / 3600 if seconds is not None else None,
@@ -135,6 +131,7 @@ def render(plan: dict[str, Any]) -> str:
             f"micro-batches of {batch['micro_batch_size']}, "
             f"{batch['gradient_accumulation']} gradient accumulation steps",
             *_data_line(data),
+            *_options_line(plan["options"]),
             f"lr        {rates}; weight decay {plan['weight_decay']:.3g}",
             f"memory    {gib(plan['memory']['total'])}{has} GiB on each worker: {holds}",
             f"time      {hours(plan['hours'])} on {many}, at {speed}",
@@ -147,6 +144,32 @@ def _data_line(data: dict[str, Any]) -> list[str]:
     if not data["sequences"]:
         return []
     return [f"data      {data['sequences']:,} sequences, {data['passes']:,.2f} passes"]
+
+
+def _describe_hardware(hardware: Hardware, train: TrainConfig) -> dict[str, Any]:
+    return {
+        "name": hardware.name,
+        "peak_flops": hardware.peak(train.precision),
+        "peak_source": hardware.source,
+        "assumed_mfu": hardware.mfu,
+        "memory": hardware.memory,
+    }
+
+
+def _options(config: ModelConfig | OptimConfig) -> dict[str, bool | str]:
+    """The choices that are not the default ones."""
+    values = ((f.name, f.default, getattr(config, f.name)) for f in dataclasses.fields(config))
+    return {n: v for n, default, v in values if isinstance(default, bool | str) and v != default}
+
+
+def _options_line(options: dict[str, bool | str]) -> list[str]:
+    if not options:
+        return []
+    names = (
+        f"{'' if v else 'no '}{n}" if isinstance(v, bool) else f"{n} {v}"
+        for n, v in options.items()
+    )
+    return [f"options   {', '.join(names)}"]
 
 
 def gib(size: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from nanochat_ray.checkpoint import hf
 from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.kvcache import slot_cache
 from nanochat_ray.engine.model import InferenceModel
+from nanochat_ray.model.config import COMMON_OPTIONS, ModelConfig
 from nanochat_ray.model.gpt import GPT
 from tests.engine.engine_kit import (
     VOCAB,
@@ -155,6 +158,35 @@ def logprobs(engine: Engine) -> list[tuple[list[int], list[float]]]:
         values += [p.logprob for p in outputs[0].prompt_logprobs or ()]
         answers.append((tokens(outputs), values))
     return answers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NewConfig(ModelConfig):
+    """With an option that only the training model knows so far."""
+
+    parallel: bool = False
+
+
+def test_an_unknown_option_is_refused(tmp_path: Path) -> None:
+    model = random_model(vocab_size=TOKENIZER.vocab_size)
+    fields = vars(model.config)
+    InferenceModel(NewConfig(**fields), model.state_dict())
+    model.config = NewConfig(**fields, parallel=True)
+    with pytest.raises(ValueError, match="the engine does not know parallel of ModelConfig"):
+        make_engine(model)
+    with pytest.raises(ValueError, match="cannot express parallel=True"):
+        hf.export(model, TOKENIZER, tmp_path, dtype=torch.float32)
+
+
+@pytest.mark.kernels
+def test_without_a_plan_logits_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option that the plan in C does not know yet takes the slower way."""
+    model = make_model.__wrapped__("modern", skips=True)
+    by_plan = logprobs(make_engine(model, kernels="generic"))
+    monkeypatch.setattr(slot_cache, "OPTIONS", COMMON_OPTIONS - {"skips"})
+    engine = make_engine(model, kernels="generic")
+    assert engine.runner._plan is None
+    assert logprobs(engine) == by_plan
 
 
 DEFAULT_SETTINGS: list[dict[str, Any]] = [

@@ -72,6 +72,18 @@ def test_buckets_by_hand(
     assert flat.state_sizes(flat.spans[4])["second_moment"] == (12, 15, (3, 1))
 
 
+def test_a_rule_may_have_any_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a SOAP would: a square matrix for each of three matrices of 2 × 3, on two ranks."""
+    monkeypatch.setattr(Group, "state_shapes", lambda self, shape: {"factor": (2, 2)})
+    flats = [flat_group("muon", [(2, 3)] * 3, rank, 2) for rank in range(2)]
+    assert [len(flat.state["factor"]) for flat in flats] == [8, 8]
+    assert flats[1].state_sizes(flats[1].spans[2]) == {"factor": (8, 12, (2, 2))}
+    weights, grads, factor = flats[1].buffers()
+    assert [tuple(t.shape) for t in (weights, grads, factor)] == [(2, 2, 3), (2, 2, 3), (2, 2, 2)]
+    weights.fill_(7)
+    assert flats[1].weights.tolist() == [0.0] * 6 + [1.0] * 6 + [7.0] * 12
+
+
 def test_other_parameters_are_split_anywhere() -> None:
     """Seven elements on three ranks: three for each, and two of padding."""
     flats = [flat_group("adamw", [(2, 2), (3,)], rank, 3) for rank in range(3)]

@@ -56,7 +56,7 @@ def test_the_plan_of_a_depth_is_the_tables(depth: int) -> None:
     assert 0.01 < rates["matrix_lr"] < 0.06
     assert 0.1 < rates["embedding_lr"] < 2
     assert json.loads(json.dumps(result)) == result
-    assert plan.render(result).count("\n") == 5
+    assert plan.render(result).count("\n") == 6
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(20, 561), (26, 1_082), (32, 1_879)])
@@ -125,6 +125,15 @@ def test_micro_batch_shrinks_to_fit() -> None:
 def test_unknown_hardware_is_refused() -> None:
     with pytest.raises(ValueError, match=r"hardware='h999' is not allowed: one of .*h100"):
         by_name("h999")
+
+
+def test_the_plan_names_options() -> None:
+    model = recipe.model_config(4, VOCABULARY, skips=True, backout=False)
+    train = recipe.base_plan(model).train
+    optim = dataclasses.replace(train.optim, orthogonalizer="newton_schulz")
+    train = dataclasses.replace(train, optim=optim)
+    text = plan.render(plan.describe(model, train, workers=1, hardware=by_name("cpu")))
+    assert "\noptions   no backout, skips, orthogonalizer newton_schulz\n" in text
 
 
 @pytest.mark.parametrize(("num_sequences", "many"), [(0, False), (10**7, False), (2, True)])

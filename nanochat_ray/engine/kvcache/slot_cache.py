@@ -27,7 +27,7 @@ from nanochat_ray.engine.kvcache.lazy_memory import LazyMemory
 from nanochat_ray.engine.kvcache.padding import padded_length, padded_queries, slot_length
 from nanochat_ray.engine.model import InferenceModel
 from nanochat_ray.engine.native import Native
-from nanochat_ray.engine.step_plan import StepPlan
+from nanochat_ray.engine.step_plan import OPTIONS, StepPlan
 from nanochat_ray.machine import send
 from nanochat_ray.model.config import ModelConfig
 
@@ -87,7 +87,9 @@ class SlotCache(KVCache):
         return self.keys_values.nbytes
 
     def step_plan(self, model: InferenceModel) -> StepPlan | None:
-        return StepPlan(model, self, self._native) if self._native is not None else None
+        if self._native is None or model.config.options_beyond(OPTIONS):
+            return None
+        return StepPlan(model, self, self._native)
 
     def release_slot(self, slot: int) -> None:
         """Gives the memory of a slot back to the system."""
