@@ -123,6 +123,13 @@ class StepGraphs:
         num_rows = max(self.sizes[-1], limits.max_num_seqs)
         self._previous_ids = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
         """Tokens that the previous step sampled, by row."""
+        sizes = [(True, n) for n in self.mixed_sizes] + [(False, n) for n in self.sizes]
+        # The largest first: the others share its memory pool.
+        self._all_sizes = sorted(sizes, key=lambda size: -size[1])
+        shape = max(self._capacity(*size)[2] for size in sizes), model.config.vocab_size
+        self._logits = torch.empty(shape, dtype=torch.float32, device=self._device)
+        """``[R, V]``, which every graph writes: with rows of their own all together would have
+        some 10,000 of 128 KiB, at 32,768 tokens of the vocabulary."""
         self._recordings: dict[tuple[bool, int], _Recording] = {}
         """By whether there are prompts, and the number of tokens."""
         self._num_runs = 0
@@ -130,10 +137,10 @@ class StepGraphs:
     def record(self, sampler: Sampler | None = None) -> None:
         """Records all graphs; with a ``sampler`` they sample too."""
         self._sampler = sampler
-        # The largest first: the others share its memory pool.
-        sizes = [(True, n) for n in self.mixed_sizes] + [(False, n) for n in self.sizes]
-        for has_prompts, num_tokens in sorted(sizes, key=lambda s: -s[1]):
-            self._recordings[has_prompts, num_tokens] = self._record(has_prompts, num_tokens)
+        # One for all: cuBLAS keeps a workspace of 32 MiB for each stream on a Hopper card.
+        stream = torch.cuda.Stream(self._device)
+        for size in self._all_sizes:
+            self._recordings[size] = self._record(*size, stream)
 
     def _capacity(self, has_prompts: bool, num_tokens: int) -> tuple[int, int, int]:
         """Decodes, prompts and rows of logits of a graph, at most."""
@@ -156,14 +163,13 @@ class StepGraphs:
         return [tokens_3N, rows_3R, *metadata.tensors()], shape.num_decodes
 
     @torch.inference_mode()
-    def _record(self, has_prompts: bool, num_tokens: int) -> _Recording:
+    def _record(self, has_prompts: bool, num_tokens: int, stream: torch.cuda.Stream) -> _Recording:
         device = self._device
         example, num_decodes = self._example(has_prompts, num_tokens)
         inputs = pack(example).to(device)
         tokens_3N, rows_3R, *tensors = unpack(inputs, example)
         metadata = AttentionMetadata(num_decodes, *tensors)
         # Libraries initialise themselves in the first run, which must not be recorded.
-        stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             self._forward(tokens_3N, rows_3R, metadata)
@@ -172,7 +178,7 @@ class StepGraphs:
         first = next(iter(self._recordings.values()), None)
         pool = first.graph.pool() if first else None
         # Another engine of this process may run in its own thread at the same time.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             result = self._forward(tokens_3N, rows_3R, metadata)
         staging = HostArrays(example, device), HostArrays(example, device)
         return _Recording(graph, inputs, staging, num_decodes, result)
@@ -185,7 +191,7 @@ class StepGraphs:
         indices, slots, positions = rows_3R
         ids = torch.where(source_rows >= 0, self._previous_ids[source_rows], ids)
         hidden = self._model.hidden(ids, previous, self._cache)
-        logits = self._model.logits(hidden[indices])
+        logits = self._model.logits(hidden[indices], self._logits[: len(indices)])
         sampler = self._sampler
         return StepResult(logits, sampler and sampler(logits, slots, positions))
 

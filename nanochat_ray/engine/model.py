@@ -243,10 +243,10 @@ class InferenceModel:
             x = x - self.tensors["backout_lambda"] * middle
         return self._norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 ``[..., V]`` from ``hidden [N, C]``, soft-capped (Gemma 2)."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """float32 ``[N, V]`` from ``hidden [N, C]``, soft-capped (Gemma 2), in ``out`` if given."""
         logits = self.linears["lm_head"](hidden)[:, : self.config.vocab_size]
-        return self._ops.softcap(logits, self.config.softcap)
+        return self._ops.softcap(logits, self.config.softcap, out)
 
     def _norm(self, x: Tensor) -> Tensor:
         return self._ops.rms_norm(x, self.config.norm_eps)

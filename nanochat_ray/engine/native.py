@@ -165,11 +165,10 @@ class Native:
         self._run(operation(Kind.GATE, y, y, weight=gates, width=1, count=H), N)
         return y
 
-    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+    def softcap(self, logits: Tensor, cap: float, out: Tensor | None = None) -> Tensor:
         """In place if ``logits`` is contiguous and float32."""
         logits = logits.float()
-        if not cap:
-            return logits
-        logits = logits.contiguous()
-        self._run(operation(Kind.SOFTCAP, logits, logits, value=cap), logits.size(0))
-        return logits
+        if cap:
+            logits = logits.contiguous()
+            self._run(operation(Kind.SOFTCAP, logits, logits, value=cap), logits.size(0))
+        return logits if out is None else out.copy_(logits)

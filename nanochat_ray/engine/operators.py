@@ -37,8 +37,9 @@ class Operators(Protocol):
         """Of the gates ``x [N, H]``, a slice of a matmul's result."""
         ...
 
-    def softcap(self, logits: Tensor, cap: float) -> Tensor:
-        """``cap`` tanh(logits / ``cap``) of ``[N, V]``, in float32; 0 leaves them as they are."""
+    def softcap(self, logits: Tensor, cap: float, out: Tensor | None = None) -> Tensor:
+        """``cap`` tanh(logits / ``cap``) of ``[N, V]``, in float32; 0 leaves them as they are.
+        ``out`` is where the result goes, float32 ``[N, V]``."""
         ...
 
 
@@ -57,5 +58,6 @@ class TorchOperators:
     def sigmoid(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x)
 
-    def softcap(self, logits: Tensor, cap: float) -> Tensor:
-        return softcap(logits.float(), cap)
+    def softcap(self, logits: Tensor, cap: float, out: Tensor | None = None) -> Tensor:
+        result = softcap(logits.float(), cap)
+        return result if out is None else out.copy_(result)

@@ -148,13 +148,15 @@ class TritonOperators:
     def sigmoid(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x)
 
-    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+    def softcap(self, logits: Tensor, cap: float, out: Tensor | None = None) -> Tensor:
         """From any floating dtype to contiguous float32."""
         N, V = logits.shape
         if not cap or not N:
-            return logits.float()
+            return logits.float() if out is None else out.copy_(logits)
         assert logits.stride(1) == 1
-        out = torch.empty((N, V), dtype=torch.float32, device=logits.device)
+        if out is None:
+            out = torch.empty((N, V), dtype=torch.float32, device=logits.device)
+        assert out.is_contiguous()
         block = min(MAX_BLOCK, triton.next_power_of_2(V))
         grid = (N, triton.cdiv(V, block))
         args = logits, out, logits.stride(0), V, cap
