@@ -198,8 +198,9 @@ def test_the_text_of_a_plan_by_hand() -> None:
         "batch     32 sequences: 2 workers, micro-batches of 16, 1 gradient accumulation steps"
     )
     assert lines[3] == "data      4,096 sequences, 2.00 passes"
+    assert lines[4] == "options   no backout"
     # For a tenth of the 2,500 steps the rates rise by (256 / 2500)^-0.3 = 1.981.
-    assert lines[4] == (
+    assert lines[5] == (
         "lr        matrix 0.03962, embedding 1.029, unembedding 0.01386, scalar 0.1274; weight "
         "decay 0.2"
     )
