@@ -204,14 +204,14 @@ def test_the_text_of_a_plan_by_hand() -> None:
         "lr        matrix 0.03962, embedding 1.029, unembedding 0.01386, scalar 0.1274; weight "
         "decay 0.2"
     )
-    assert lines[5].startswith(f"memory    {values['memory']['total'] / 2**30:.2f} GiB on each")
-    assert lines[5].endswith(f"checkpoint {values['memory']['checkpoint'] / 2**30:.2f}")
-    assert lines[6] == (
+    assert lines[6].startswith(f"memory    {values['memory']['total'] / 2**30:.2f} GiB on each")
+    assert lines[6].endswith(f"checkpoint {values['memory']['checkpoint'] / 2**30:.2f}")
+    assert lines[7] == (
         f"time      {values['hours']:.1f} hours on 2 × cpu, at 10% of 0.17 TFLOP/s each (assumed "
         "share of the peak in fp32; torch 2.13 matmul of 1,024³, one thread of a Xeon with AMX, "
         "measured)"
     )
-    assert len(lines) == 7
+    assert len(lines) == 8
 
 
 def test_a_measured_rate_gives_the_hours() -> None:
