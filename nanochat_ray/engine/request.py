@@ -116,7 +116,9 @@ class SamplingParams:
         bias = {int(k): float(v) for k, v in self.logit_bias.items()}
         object.__setattr__(self, "logit_bias", bias)
         for name in ("top_k", "max_tokens", "min_tokens"):
-            req(_is_int(getattr(self, name)), name, getattr(self, name), "a whole number")
+            # The sampler's tables are int64, and min_tokens is added to a length.
+            ok = _is_int(getattr(self, name)) and getattr(self, name) < 2**31
+            req(ok, name, getattr(self, name), "a whole number below 2**31")
         for name in ("stop_ids", "eos_ids"):
             req(all(map(_is_int, getattr(self, name))), name, getattr(self, name), "token ids")
         t = self.temperature

@@ -22,7 +22,7 @@ INF = math.inf
     ("field", "values", "others"),
     [
         ("temperature", [0, 1e-9, 1e300], [-1e-9, math.nan, INF, "1"]),
-        ("top_k", [0, 1, 10**9], [-1, 1.0, True]),
+        ("top_k", [0, 1, 2**31 - 1], [-1, 1.0, True, 2**31]),
         ("top_p", [1e-9, 0.5, 1], [0, 1.0001, math.nan]),
         ("min_p", [0, 0.5, 1], [-1e-9, 1.0001, math.nan]),
         ("repetition_penalty", [1e-9, 2, 1e9], [0, -1, INF]),
@@ -30,7 +30,7 @@ INF = math.inf
         ("frequency_penalty", [-2, 0, 2], [-2.001, 2.001, math.nan]),
         ("logit_bias", [{0: -100}, {7: 100}], [{-1: 0}, {1: 100.1}, {1: -100.1}, {1: math.nan}]),
         ("seed", [None, -(2**63), 0, 2**64 - 1], [-(2**63) - 1, 2**64, 1.0, True]),
-        ("max_tokens", [1, 256], [0, -1, 1.0, True]),
+        ("max_tokens", [1, 256, 2**31 - 1], [0, -1, 1.0, True, 2**31]),
         ("min_tokens", [0, 256], [-1, 257, False]),
         ("stop", [(), ("a",)], [("",), ("a", 1)]),
         ("stop_ids", [(), (0,)], [("a",), (True,)]),
