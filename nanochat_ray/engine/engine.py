@@ -239,10 +239,10 @@ class Engine:
             outputs += self._expire(time.time())
         plan = self.scheduler.plan()
         self.num_step_tokens = sum(chunk.num_tokens for chunk in plan.chunks)
-        if not plan.chunks and previous is None and self.scheduler.running:
-            outputs.append(self._fail_for_memory())
         for sequence in plan.admissions:
             self._sampling.admit(sequence)
+        if not plan.chunks and previous is None and self.scheduler.running:
+            outputs.append(self._fail_for_memory())
         previous_ids = previous.input_ids() if previous is not None else None
         forward = self._run(plan.chunks, previous_ids) if plan.chunks else None
         step: InFlightStep | None = None

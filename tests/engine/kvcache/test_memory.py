@@ -200,6 +200,18 @@ def test_request_without_memory_fails_with_reason(monkeypatch: pytest.MonkeyPatc
     assert len(tokens(results["short"])) == 16
 
 
+def test_request_without_memory_leaves_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be the first in the step that admits it. The row behind the slots is greedy."""
+    model = make_model("modern")
+    monkeypatch.setattr(build, "free_memory", lambda device, **_: tokens_to_bytes(model, 200))
+    engine = make_engine(model)
+    monkeypatch.setattr(build, "free_memory", lambda device: 0)
+    engine.add(ask("r", [1, 2], temperature=1.0))
+    (output,) = engine.step()
+    assert output.finish == "error"
+    assert engine._sampling._parameters.temperature.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
+
+
 @needs_compiler  # with torch's attention an answer is not a prefix
 def test_second_round_finds_its_prefix() -> None:
     """16 conversations whose second prompt is the first, its answer and a few tokens more."""
