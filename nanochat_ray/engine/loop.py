@@ -119,13 +119,13 @@ class EngineLoop:
         Requests that have begun finish on the old weights; new ones wait. After ``drain_s`` seconds
         those that still run end with an error (``WEIGHTS_REPLACED``), unless they have no output
         yet: they begin again with the new weights. ValueError names a tensor that does not fit;
-        RuntimeError if another swap is not done or the loop has ended.
+        RuntimeError if another swap is not done, EngineStoppedError as ``submit``.
         """
         self._engine.check_weights(weights)
         swap = WeightSwap(weights, version, time.monotonic() + drain_s)
+        swap.completion.set_running_or_notify_cancel()  # the swap happens though nobody waits
         with self._condition:
-            if self._failure is not None or self._stopping:
-                raise RuntimeError(f"the engine is {'stopping' if self._stopping else 'dead'}")
+            self._check_alive()
             if self._swap is not None:
                 raise RuntimeError(f"the engine is still loading {self._swap.version}")
             self._swap = swap
@@ -136,10 +136,7 @@ class EngineLoop:
         """What the generator yields, one step at a time beside the requests (``Background``).
         EngineStoppedError, here or from the future, if the loop has ended or is stopping."""
         with self._condition:
-            if self._failure is not None or self._stopping:
-                raise EngineStoppedError(
-                    f"the engine is {'stopping' if self._stopping else 'dead'}"
-                )
+            self._check_alive()
             self._condition.notify()
             return self._background.submit(steps)
 
@@ -153,14 +150,11 @@ class EngineLoop:
 
     def submit(self, request: Request) -> None:
         """Raises ValueError (the engine can never process it), EngineFull, WeightsReplacedError, or
-        RuntimeError (the loop has ended or is stopping)."""
+        EngineStoppedError (the loop has ended or is stopping)."""
         preparation = self.prepare(request)
         self._engine.validate(request)
         with self._condition:
-            if self._failure is not None:
-                raise RuntimeError(f"the engine is dead: {self._failure}")
-            if self._stopping:
-                raise RuntimeError("the engine is stopping")
+            self._check_alive()
             if request.weight_version not in ("", self._version):
                 raise WeightsReplacedError(
                     f"{WEIGHTS_REPLACED} {request.weight_version} is not served any more, but "
@@ -172,6 +166,12 @@ class EngineLoop:
             self._requests[request.id] = self._expect(request, wait_s) if wait_s else None
             self._inbox.append((request, preparation))
             self._condition.notify()
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineStoppedError(f"the engine is dead: {self._failure}")
+        if self._stopping:
+            raise EngineStoppedError("the engine is stopping")
 
     def _check_queue(self, request: Request) -> float:
         """For how long it must wait, as estimated. EngineFull if too many wait or it would take too
@@ -326,13 +326,11 @@ class EngineLoop:
         for request, _ in inbox:
             try:
                 self._engine.add(request)
-            except (ValueError, EngineFull) as error:
-                rejections.append(
-                    RequestOutput(request_id=request.id, finish="error", error=str(error))
-                )
             except Exception as error:  # other requests continue
-                logger.exception("request %s cannot be added", request.id)
-                reason = f"{type(error).__name__}: {error}"
+                reason = str(error)
+                if not isinstance(error, ValueError | EngineFull):
+                    logger.exception("request %s cannot be added", request.id)
+                    reason = f"{type(error).__name__}: {error}"
                 rejections.append(
                     RequestOutput(request_id=request.id, finish="error", error=reason)
                 )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanochat_ray.engine.engine import Engine
 from nanochat_ray.engine.loop import EngineLoop
-from nanochat_ray.engine.request import Request, RequestOutput
+from nanochat_ray.engine.request import EngineStoppedError, Request, RequestOutput
 from nanochat_ray.serve.client import OutputStream, UnavailableError
 
 
@@ -53,7 +53,7 @@ class LocalClient:
         except BaseException as error:
             del self._streams[request.id]
             stream.drop(request.id)
-            if self._engine_loop.failure is not None:
+            if isinstance(error, EngineStoppedError):
                 raise UnavailableError(str(error)) from error
             raise
 

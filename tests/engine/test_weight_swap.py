@@ -138,6 +138,18 @@ def test_a_swap_waits_for_requests_of_the_old_weights() -> None:
     assert (completion.done(), engine.weight_version) == (True, "b")
 
 
+def test_a_swap_happens_though_nobody_waits_for_it(loop: tuple[EngineLoop, Collector]) -> None:
+    """A task that awaits the future may be cancelled, and cancels the future."""
+    engine, out = loop
+    engine.submit(ask("0", PROMPT, max_tokens=80))
+    with out.pause_when(lambda: "0" in out.results):
+        completion = engine.swap_weights(other_weights(1), "b", drain_s=60)
+        completion.cancel()
+        engine.submit(ask("1", PROMPT, max_tokens=4))
+    out.wait(lambda: bool(out.ends("1")))
+    assert (out.ends("0"), out.ends("1"), version(out, "1")) == (["length"], ["length"], "b")
+
+
 def test_wrong_weights_change_nothing(loop: tuple[EngineLoop, Collector]) -> None:
     engine, _ = loop
     weights = make_model("modern").state_dict()

@@ -85,6 +85,14 @@ def test_an_error_comes_behind_the_outputs_before_it() -> None:
     assert (batches, aborted_ids) == ([1], ["b"])
 
 
+def test_an_engine_that_stops_is_unavailable() -> None:
+    client = LocalClient(make_engine(make_model("classic")))
+    client.close()
+    request = Request(id="a", prompt=[1], params=SamplingParams())
+    with pytest.raises(UnavailableError, match="the engine is stopping"):
+        asyncio.run(client.submit(request, OutputStream()))
+
+
 def test_a_refusal_leaves_nothing_behind() -> None:
     client, stream = LocalClient(make_engine(make_model("classic"))), OutputStream()
     request = Request(id="a", prompt=[1] * 200, params=SamplingParams())
