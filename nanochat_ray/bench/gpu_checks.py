@@ -189,7 +189,7 @@ def _forward(
     device = torch.device(device_name)
     model = InferenceModel(config, weights, dtype=dtype, device=device)
     settings = EngineConfig(max_num_seqs=6, max_num_batched_tokens=2048)
-    blocks = make_allocator(config, settings, 2048, dtype, 1 << 33, 16)
+    blocks = make_allocator(config, settings, 2048, dtype, 1 << 33)
     cache = PagedCache(config, blocks, 6, 2048, kv_dtype or dtype, device)
     tables, lengths, results = [blocks.empty_tables() for _ in range(6)], [0] * 6, []
     generator = torch.Generator().manual_seed(2)

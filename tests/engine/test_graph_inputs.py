@@ -31,7 +31,7 @@ def make_cache(**fields: Any) -> tuple[InferenceModel, PagedCache]:
     training_model = make_model("modern", n_layer=2, **fields)
     model = InferenceModel(training_model.config, training_model.state_dict())
     settings = EngineConfig(max_num_seqs=4)
-    blocks = make_allocator(model.config, settings, 64, torch.float32, 1 << 30, 16)
+    blocks = make_allocator(model.config, settings, 64, torch.float32, 1 << 30)
     cache = PagedCache(model.config, blocks, 4, 64, torch.float32, CPU)
     for slot in range(4):
         tables = blocks.empty_tables()

@@ -57,7 +57,7 @@ def kernels(
     model = make_model("modern", n_layer=depth, **fields)
     config = model.config
     engine = InferenceModel(config, model.state_dict(), dtype=torch.float32, device=DEVICE)
-    blocks = make_allocator(config, EngineConfig(max_num_seqs=2), 64, torch.float32, 1 << 30, 16)
+    blocks = make_allocator(config, EngineConfig(max_num_seqs=2), 64, torch.float32, 1 << 30)
     cache = PagedCache(config, blocks, 2, 64, torch.float32, DEVICE)
     size = cache.prepare(spans)
     ids = torch.zeros(size, dtype=torch.int64, device=DEVICE)

@@ -234,7 +234,7 @@ def test_logprobs_do_not_depend_on_chunks() -> None:
         torch.testing.assert_close(near, logprobs, atol=1e-4, rtol=0)
 
 
-def test_block_size_and_padding_change_nothing() -> None:
+def test_padding_changes_nothing() -> None:
     model = make_model("modern", sequence_len=640)
     engine_config = EngineConfig(
         max_num_seqs=2, max_model_len=600, kv_layout="paged", prefix_cache_tokens=0
@@ -243,8 +243,8 @@ def test_block_size_and_padding_change_nothing() -> None:
     with torch.inference_mode():
         want = model(torch.tensor([prompt]))[0]
     inference = InferenceModel(model.config, model.state_dict())
-    for size, extra in ((16, 0), (256, 0), (256, 13)):
-        blocks = make_allocator(model.config, engine_config, 600, torch.float32, 1 << 30, size)
+    for extra in (0, 13):
+        blocks = make_allocator(model.config, engine_config, 600, torch.float32, 1 << 30)
         cache = PagedCache(model.config, blocks, 2, 600, torch.float32, torch.device("cpu"))
         tables = blocks.empty_tables()
         for start, count in ((0, 200), (200, 320), *((i, 1) for i in range(520, 530))):
@@ -302,7 +302,7 @@ def test_step_on_a_gpu_never_waits() -> None:
         weights = training_model.state_dict()
         model = InferenceModel(training_model.config, weights, dtype=dtype, device=device)
         config = EngineConfig(max_num_seqs=4)
-        blocks = make_allocator(model.config, config, 320, dtype, 1 << 30, 16)
+        blocks = make_allocator(model.config, config, 320, dtype, 1 << 30)
         cache = PagedCache(model.config, blocks, 4, 320, dtype, device)
         cache._attention = lambda q, *rest, **keywords: torch.empty_like(q)
         for spans in ([Span(0, 7, 1, True), Span(2, 9, 60, False)], [Span(3, 0, 1, True)]):
@@ -340,15 +340,15 @@ def test_cache_that_does_not_fit_is_rejected() -> None:
     assert slot_sizes(model, config, 128, dtype, 8 * each, grows=False).max_prefix_blocks == 0
     with pytest.raises(ValueError, match=r"max_num_seqs=4 .* max_model_len=128"):
         slot_sizes(model, config, 128, dtype, 7 * each, grows=False)
-    plenty = make_allocator(model, config, 128, dtype, 1 << 30, 16)
+    plenty = make_allocator(model, config, 128, dtype, 1 << 30)
     assert [pool.capacity for pool in plenty.pools] == [4 * 8]
-    scarce = make_allocator(model, config, 128, dtype, 3 * each, 16)
+    scarce = make_allocator(model, config, 128, dtype, 3 * each)
     assert [pool.capacity for pool in scarce.pools] == [12]
     with pytest.raises(ValueError, match="max_model_len=128"):
-        make_allocator(model, config, 128, dtype, each, 16)
+        make_allocator(model, config, 128, dtype, each)
     small = dataclasses.replace(config, kv_tokens=100)
     with pytest.raises(ValueError, match=r"kv_tokens=100 .* max_model_len=128"):
-        make_allocator(model, small, 128, dtype, 1 << 30, 16)
+        make_allocator(model, small, 128, dtype, 1 << 30)
     with pytest.raises(ValueError, match=r"max_model_len=10000000000 is not allowed"):
         make_engine(
             make_model("modern"),

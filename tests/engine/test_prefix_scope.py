@@ -74,9 +74,7 @@ def test_no_wait_for_another_scopes_prefix(layout: str) -> None:
 
 def test_scope_changes_all_block_hashes() -> None:
     scopes = ["", "a", "b", "\ud800"]
-    names = [
-        name for scope in scopes for name in hash_blocks(PROMPT, len(PROMPT), BLOCK_SIZE, scope)
-    ]
+    names = [name for scope in scopes for name in hash_blocks(PROMPT, len(PROMPT), scope)]
     assert len(set(names)) == len(names) == 4 * len(scopes)
 
 

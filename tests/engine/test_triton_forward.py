@@ -35,7 +35,7 @@ def forward(
     engine = InferenceModel(config, model.state_dict(), dtype=dtype, device=device)
     assert (engine._triton_forward is not None) == is_fused
     settings = EngineConfig(max_num_seqs=4)
-    blocks = make_allocator(config, settings, 64, dtype, 1 << 30, 16)
+    blocks = make_allocator(config, settings, 64, dtype, 1 << 30)
     cache = PagedCache(config, blocks, 4, 64, dtype, device)
     for slot in range(2):
         tables = blocks.empty_tables()

@@ -40,20 +40,10 @@ class KVCacheManager(ABC):
     - without sequences nothing is referenced (``check_integrity`` with an empty list).
     """
 
-    @property
-    @abstractmethod
-    def num_lookup_tokens(self) -> int:
-        """Prompt tokens that ``match_prefix`` was asked for, in total."""
-
-    @property
-    @abstractmethod
-    def num_hit_tokens(self) -> int:
-        """Prompt tokens that it found, in total."""
-
-    @property
-    @abstractmethod
-    def caches_prefixes(self) -> bool:
-        """Whether ``match_prefix`` can find anything."""
+    num_lookup_tokens = num_hit_tokens = 0
+    """Prompt tokens that ``match_prefix`` was asked for, and those that it found, in total."""
+    caches_prefixes: bool
+    """Whether ``match_prefix`` can find anything."""
 
     @abstractmethod
     def can_admit(self, sequence: Sequence, running: SequenceOf[Sequence]) -> bool:

@@ -19,14 +19,9 @@ class BlockAllocator:
     """Invariants: all tables of a sequence have the same length; a failed ``extend`` allocates
     nothing; freed blocks keep their content until they are evicted."""
 
-    def __init__(
-        self, pools: Sequence[BlockPool], block_size: int = BLOCK_SIZE, max_step_tokens: int = 1
-    ):
+    def __init__(self, pools: Sequence[BlockPool], max_step_tokens: int = 1):
         """``max_step_tokens``: how many tokens of a sequence one step computes at most."""
-        self.pools, self.block_size = tuple(pools), block_size
-        self.max_step_tokens = max_step_tokens
-        self.num_lookup_tokens = self.num_hit_tokens = 0
-        """Tokens that ``match_prefix`` was asked for, and tokens it found, in total."""
+        self.pools, self.max_step_tokens = tuple(pools), max_step_tokens
 
     def empty_tables(self) -> BlockTables:
         return [[] for _ in self.pools]
@@ -38,14 +33,14 @@ class BlockAllocator:
 
     def max_blocks(self, pool: BlockPool, num_tokens: int) -> int:
         """Blocks that a sequence of this length references at one time, at most."""
-        total = -(-num_tokens // self.block_size)
+        total = -(-num_tokens // BLOCK_SIZE)
         if pool.window < 0:
             return total
-        return min(total, -(-(pool.window + self.max_step_tokens) // self.block_size) + 1)
+        return min(total, -(-(pool.window + self.max_step_tokens) // BLOCK_SIZE) + 1)
 
     def _num_behind_window(self, pool: BlockPool, start: int) -> int:
         """Leading blocks that no token from ``start`` on attends to."""
-        return 0 if pool.window < 0 else max(0, start - pool.window) // self.block_size
+        return 0 if pool.window < 0 else max(0, start - pool.window) // BLOCK_SIZE
 
     def can_admit(self, num_tokens: int, running: Iterable[tuple[BlockTables, int]]) -> bool:
         """Whether a sequence of this length fits beside the running ones, given as (block tables,
@@ -63,7 +58,7 @@ class BlockAllocator:
     def extend(self, tables: BlockTables, start: int, end: int) -> bool:
         """Frees blocks behind the window of token ``start`` and allocates blocks up to token
         ``end``, in all pools or (False) in none."""
-        num_new = -(-end // self.block_size) - len(tables[0])
+        num_new = -(-end // BLOCK_SIZE) - len(tables[0])
         for pool, block_ids in zip(self.pools, tables, strict=True):
             for i in range(min(self._num_behind_window(pool, start), len(block_ids)) - 1, -1, -1):
                 if block_ids[i] == NULL_BLOCK:
@@ -85,7 +80,7 @@ class BlockAllocator:
 
         A pool with a window must contain only the blocks that the next token attends to.
         """
-        hashes = hash_blocks(tokens, limit, self.block_size, scope)
+        hashes = hash_blocks(tokens, limit, scope)
         num_matched = 0
         runs = [0] * len(self.pools)  # cached blocks up to here without a gap, by pool
         for count, block_hash in enumerate(hashes, 1):
@@ -95,15 +90,13 @@ class BlockAllocator:
             ]
             if not any(runs):
                 break
-            end = count * self.block_size
+            end = count * BLOCK_SIZE
             visible = (count - self._num_behind_window(pool, end) for pool in self.pools)
             if all(run >= needs for run, needs in zip(runs, visible, strict=True)):
                 num_matched = count
-        self.num_lookup_tokens += limit
-        self.num_hit_tokens += num_matched * self.block_size
         tables: BlockTables = []
         for pool in self.pools:
-            first = self._num_behind_window(pool, num_matched * self.block_size)
+            first = self._num_behind_window(pool, num_matched * BLOCK_SIZE)
             visible_ids = [pool.touch(block_hash) for block_hash in hashes[first:num_matched]]
             tables.append([NULL_BLOCK] * first + visible_ids)
         return tables
@@ -112,7 +105,7 @@ class BlockAllocator:
         self, tables: BlockTables, tokens: Sequence[int], limit: int, scope: str = ""
     ) -> None:
         """The full blocks of ``tokens[:limit]``, which are computed, can be matched from now on."""
-        hashes = hash_blocks(tokens, limit, self.block_size, scope)
+        hashes = hash_blocks(tokens, limit, scope)
         for pool, block_ids in zip(self.pools, tables, strict=True):
             for block_id, block_hash in zip(block_ids, hashes, strict=False):
                 if block_id != NULL_BLOCK:
@@ -132,7 +125,7 @@ class BlockAllocator:
         too small gets only the first blocks.
         """
         (pool,) = self.pools
-        hashes = hash_blocks(tokens, limit, self.block_size, scope)
+        hashes = hash_blocks(tokens, limit, scope)
         num_missing = sum(not pool.contains(block_hash) for block_hash in hashes)
         if num_missing > pool.num_unused_blocks:
             grow(num_missing - pool.num_unused_blocks)

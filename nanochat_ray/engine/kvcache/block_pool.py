@@ -19,10 +19,10 @@ NULL_BLOCK = -1
 """Entry of a block table whose block was freed because it is behind the attention window."""
 
 
-def hash_blocks(tokens: Sequence[int], limit: int, block_size: int, scope: str = "") -> list[bytes]:
+def hash_blocks(tokens: Sequence[int], limit: int, scope: str = "") -> list[bytes]:
     """Hashes of the full blocks of ``tokens[:limit]``. Different scopes share no hash."""
-    ids = array("q", tokens[: limit // block_size * block_size])
-    data, step = ids.tobytes(), block_size * ids.itemsize
+    ids = array("q", tokens[: limit // BLOCK_SIZE * BLOCK_SIZE])
+    data, step = ids.tobytes(), BLOCK_SIZE * ids.itemsize
     hashes: list[bytes] = []
     digest = hashlib.sha256(scope.encode("utf-8", "surrogatepass")).digest() if scope else b""
     for start in range(0, len(data), step):

@@ -50,7 +50,7 @@ def check_kv_cache(
     """ValueError if the memory does not suffice; before a model is built for such a length."""
     free = free_memory(device, gpu_share=config.gpu_memory_share)
     if choose_layout(config, device) == "paged":
-        make_allocator(model, config, max_model_len, dtype, free, BLOCK_SIZE)
+        make_allocator(model, config, max_model_len, dtype, free)
     else:
         grows = device.type == "cpu"
         slot_sizes(model, config, max_model_len, dtype, free, has_native, grows)
@@ -71,7 +71,7 @@ def build_kv_cache(
     num_slots = config.max_num_seqs
     caches_prefixes = config.prefix_cache_tokens is None or config.prefix_cache_tokens >= BLOCK_SIZE
     if choose_layout(config, device) == "paged":
-        allocator = make_allocator(model, config, max_model_len, dtype, free, BLOCK_SIZE)
+        allocator = make_allocator(model, config, max_model_len, dtype, free)
         cache = PagedCache(
             model, allocator, num_slots, max_model_len, dtype, device, min_num_tokens
         )

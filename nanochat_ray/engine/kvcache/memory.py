@@ -91,16 +91,15 @@ def make_allocator(
     max_model_len: int,
     dtype: torch.dtype,
     free: int,
-    block_size: int,
 ) -> BlockAllocator:
     """One pool for all layers with the same window, sized so that the pools run out together if
     all sequences have ``max_model_len`` tokens. ValueError if not even one such sequence fits."""
     layers = layer_windows(model, max_model_len)
     pools = [BlockPool(0, window) for window in sorted(set(layers))]
-    empty = BlockAllocator(pools, block_size, config.max_num_batched_tokens)
+    empty = BlockAllocator(pools, config.max_num_batched_tokens)
     needs = [empty.max_blocks(pool, max_model_len) for pool in pools]
     sizes = [
-        block_size * bytes_per_token(model, dtype, layers.count(pool.window)) for pool in pools
+        BLOCK_SIZE * bytes_per_token(model, dtype, layers.count(pool.window)) for pool in pools
     ]
     one = sum(need * size for need, size in zip(needs, sizes, strict=True))
     limit = int(config.kv_cache_memory_fraction * free)
@@ -126,6 +125,5 @@ def make_allocator(
             BlockPool(int(sequences * need), pool.window)
             for need, pool in zip(needs, pools, strict=True)
         ],
-        block_size,
         config.max_num_batched_tokens,
     )

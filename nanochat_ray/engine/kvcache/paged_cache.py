@@ -24,6 +24,7 @@ from nanochat_ray.engine.kvcache.attention_metadata import (
     tile_tokens,
 )
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
+from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
 from nanochat_ray.engine.kvcache.kv_cache import KVCache, KVTarget
 from nanochat_ray.engine.kvcache.memory import layer_windows
 from nanochat_ray.engine.kvcache.padding import padded_length, padded_queries
@@ -48,19 +49,18 @@ class PagedCache(KVCache):
         min_num_tokens: int = 1,
     ):
         """``min_num_tokens``: the least number of tokens of a forward."""
-        self.block_size, self.device = allocator.block_size, device
-        self.end = max_model_len
+        self.device, self.end = device, max_model_len
         self._min_num_tokens = min_num_tokens
         pool_of_window = {pool.window: i for i, pool in enumerate(allocator.pools)}
-        shape = allocator.block_size, config.n_kv_head, config.head_dim
+        shape = BLOCK_SIZE, config.n_kv_head, config.head_dim
         self._pages: list[tuple[int, Tensor, Tensor]] = []
-        """For each layer: its pool, keys and values ``[pages, block_size, Hkv, D]``."""
+        """For each layer: its pool, keys and values ``[pages, BLOCK_SIZE, Hkv, D]``."""
         for pool in (pool_of_window[w] for w in layer_windows(config, max_model_len)):
             pages = allocator.pools[pool].capacity + 1
             # Zeros, not garbage: a masked value is multiplied by 0, and 0 * nan is nan.
             keys, values = torch.zeros((2, pages, *shape), dtype=dtype, device=device)
             self._pages.append((pool, keys, values))
-        self._max_blocks = -(-max_model_len // allocator.block_size)
+        self._max_blocks = -(-max_model_len // BLOCK_SIZE)
         shape = (len(allocator.pools), num_slots, self._max_blocks)
         self._block_tables = np.zeros(shape, dtype=np.int32)
         self._attention: Callable[..., Tensor] = gathered_attention
@@ -145,14 +145,14 @@ class PagedCache(KVCache):
             at = self._fill_tiles(tiles, at, span, end, start, count)
             end += count
         token_slots = np.repeat(slots, counts) if S > D else slots
-        page = positions[:end] // self.block_size
+        page = positions[:end] // BLOCK_SIZE
         for table, block_table, mapping in zip(
             self._block_tables, block_tables, slot_mapping, strict=True
         ):
             np.take(table, slots, axis=0, out=block_table[:S], mode="clip")
             block_table[S:] = 0
-            mapping[:end] = table[token_slots, page] * self.block_size
-            mapping[:end] += positions[:end] % self.block_size
+            mapping[:end] = table[token_slots, page] * BLOCK_SIZE
+            mapping[:end] += positions[:end] % BLOCK_SIZE
             mapping[end:] = 0
         positions[end:] = 0
         while end < len(positions) and len(tiles) > num_decodes:

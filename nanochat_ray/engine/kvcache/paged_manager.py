@@ -11,6 +11,7 @@ from nanochat_ray.engine.kvcache.base import (
     num_matchable_tokens,
 )
 from nanochat_ray.engine.kvcache.block_allocator import BlockAllocator, BlockTables
+from nanochat_ray.engine.kvcache.block_pool import BLOCK_SIZE
 from nanochat_ray.engine.sequence import Sequence
 
 
@@ -27,22 +28,10 @@ class PagedManager(KVCacheManager):
     def __init__(
         self, allocator: BlockAllocator, cache: BlockTableWriter, caches_prefixes: bool = True
     ):
-        self.allocator = allocator
-        self._cache, self._caches_prefixes = cache, caches_prefixes
+        self.allocator, self.caches_prefixes = allocator, caches_prefixes
+        self._cache = cache
         self._tables: dict[Sequence, BlockTables] = {}
         """Of the sequences that have blocks."""
-
-    @property
-    def num_lookup_tokens(self) -> int:
-        return self.allocator.num_lookup_tokens
-
-    @property
-    def num_hit_tokens(self) -> int:
-        return self.allocator.num_hit_tokens
-
-    @property
-    def caches_prefixes(self) -> bool:
-        return self._caches_prefixes
 
     def block_tables(self, sequence: Sequence) -> BlockTables:
         """The block ids of a sequence, by pool."""
@@ -54,32 +43,34 @@ class PagedManager(KVCacheManager):
         return self.allocator.can_admit(length, others)
 
     def match_prefix(self, sequence: Sequence) -> int:
-        if not self._caches_prefixes:
+        if not self.caches_prefixes:
             return 0
         self.free(sequence)
         limit, scope = num_matchable_tokens(sequence), sequence.request.cache_scope
         tables = self.allocator.match_prefix(sequence.tokens, limit, scope)
         if tables[0]:
             self._tables[sequence] = tables
-        sequence.num_allocated_tokens = len(tables[0]) * self.allocator.block_size
-        return sequence.num_allocated_tokens
+        num_tokens = sequence.num_allocated_tokens = len(tables[0]) * BLOCK_SIZE
+        self.num_lookup_tokens += limit
+        self.num_hit_tokens += num_tokens
+        return num_tokens
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
         tables = self.block_tables(sequence)
         before = len(tables[0])
-        if num_tokens <= before * self.allocator.block_size:
+        if num_tokens <= before * BLOCK_SIZE:
             # Blocks behind a window are freed when the next one is allocated.
             return True
         if not self.allocator.extend(tables, sequence.num_computed_tokens, num_tokens):
             return False
         if len(tables[0]) > before:
             self._tables[sequence] = tables
-            sequence.num_allocated_tokens = len(tables[0]) * self.allocator.block_size
+            sequence.num_allocated_tokens = len(tables[0]) * BLOCK_SIZE
             self._cache.set_block_tables(sequence.slot, tables)
         return True
 
     def commit(self, sequence: Sequence) -> None:
-        if self._caches_prefixes:
+        if self.caches_prefixes:
             limit, scope = num_committable_tokens(sequence), sequence.request.cache_scope
             self.allocator.commit(self.block_tables(sequence), sequence.tokens, limit, scope)
 

@@ -57,24 +57,12 @@ class SlotManager(KVCacheManager):
         self._allocator = BlockAllocator([self._prefixes])
         self._copies, self._prefix_budget = copies, prefix_budget
         self._block_bytes = BLOCK_SIZE * pages.bytes_per_token
-        self._num_lookup_tokens = self._num_hit_tokens = 0
+        self.caches_prefixes = copies is not None
 
     @property
     def budget(self) -> MemoryBudget:
         """Of slots and copies together."""
         return self._pages.budget
-
-    @property
-    def num_lookup_tokens(self) -> int:
-        return self._num_lookup_tokens
-
-    @property
-    def num_hit_tokens(self) -> int:
-        return self._num_hit_tokens
-
-    @property
-    def caches_prefixes(self) -> bool:
-        return self._copies is not None
 
     def can_admit(self, sequence: Sequence, running: SequenceOf[Sequence]) -> bool:
         if not running:
@@ -98,8 +86,8 @@ class SlotManager(KVCacheManager):
         else:
             num_tokens = 0
         self._allocator.free(tables)
-        self._num_lookup_tokens += limit
-        self._num_hit_tokens += num_tokens
+        self.num_lookup_tokens += limit
+        self.num_hit_tokens += num_tokens
         return num_tokens
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
