@@ -13,6 +13,8 @@ from nanochat_ray.machine import use_triton
 
 CHUNK = 1 << 20
 """Logits that exist at one time on a CPU: 4 MB in float32 (measured: the best of 2^17 to 2^22)."""
+MAX_UNSHIFTED = 60.0
+"""Logits to here need no shift by the largest: e^60 times 2^40 tokens is no overflow yet."""
 
 
 def _softcap_loss(
@@ -25,14 +27,11 @@ def _softcap_loss(
     counts = targets >= 0
     index = targets.clamp_min(0)[:, None]
     tanh = logits.div_(cap).tanh_() if cap else None
-    if tanh is None:
-        top = logits.amax(dim=-1, keepdim=True)
-        at_target = (logits.gather(1, index) - top)[:, 0]
-        grad = logits.sub_(top).exp_()
-    else:
-        # Capped logits need no shift by the largest: exp(cap) is far from overflow.
-        at_target = tanh.gather(1, index)[:, 0] * cap
-        grad = (tanh * cap).exp_()
+    z = logits if tanh is None else tanh * cap
+    if not 0 < cap <= MAX_UNSHIFTED:
+        z.sub_(z.amax(dim=-1, keepdim=True))
+    at_target = z.gather(1, index)[:, 0]
+    grad = z.exp_()
     sums = grad.sum(dim=-1, keepdim=True)
     loss = (sums.log()[:, 0] - at_target).masked_fill_(~counts, 0.0)
     if needs_grad:
@@ -58,23 +57,13 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        uses_triton = use_triton(hidden.device)
-        rows = max(16, CHUNK // vocab) if hidden.device.type == "cpu" else 1 << 13
-        for at in range(0, hidden.size(0), rows):
-            h, t = hidden[at : at + rows], targets[at : at + rows]
-            logits = F.linear(h, w)
-            if uses_triton:
-                from nanochat_ray.model.triton_loss import softcap_loss_
-
-                loss, grad = softcap_loss_(logits, t, cap=cap, grad=needs_grad), logits
-            else:
-                loss, grad = _softcap_loss(logits.float(), t, cap, needs_grad)
+        for part, loss, grad in _token_losses(hidden, w, targets, cap, grad=needs_grad):
             total += loss.sum()
             if grad_hidden is None or grad_weight is None:
                 continue
             grad = grad.to(hidden.dtype)
-            torch.matmul(grad, w, out=grad_hidden[at : at + rows])
-            grad_weight[:vocab] += grad.T @ h
+            torch.matmul(grad, w, out=grad_hidden[part])
+            grad_weight[:vocab] += grad.T @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -103,21 +92,22 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
         ctx.constants = cap, vocab, temperature
+        w = weight[:vocab].to(hidden.dtype)
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for part, loss, _ in _token_losses(hidden, weight, targets, *ctx.constants, grad=False):
+        for part, loss, _ in _token_losses(hidden, w, targets, cap, temperature, grad=False):
             logprobs[part] = -loss
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
-        _, vocab, temperature = ctx.constants
+        cap, vocab, temperature = ctx.constants
         w = weight[:vocab].to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         factors = grads[0] * (-1 / temperature)
-        for part, _, grad in _token_losses(hidden, weight, targets, *ctx.constants, grad=True):
-            grad = grad.mul_(factors[part, None]).to(hidden.dtype)
+        for part, _, grad in _token_losses(hidden, w, targets, cap, temperature, grad=True):
+            grad = (grad * factors[part, None]).to(hidden.dtype)
             torch.matmul(grad, w, out=grad_hidden[part])
             grad_weight[:vocab] += grad.T @ hidden[part]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
@@ -125,22 +115,28 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _token_losses(
     hidden: Tensor,
-    weight: Tensor,
+    w: Tensor,
     targets: Tensor,
     cap: float,
-    vocab: int,
-    temperature: float,
+    temperature: float = 1.0,
     *,
     grad: bool,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, their loss ``[n]``, d loss / d (logits / temperature) ``[n, vocab]``) by chunks."""
-    w = weight[:vocab].to(hidden.dtype)
-    size = max(16, CHUNK // vocab) if hidden.device.type == "cpu" else 1 << 13
+    size = max(16, CHUNK // len(w)) if hidden.device.type == "cpu" else 1 << 13
+    uses_triton = use_triton(hidden.device)
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
-        # cap·tanh(l / cap) / T = (cap / T)·tanh((l / T) / (cap / T)).
-        logits = F.linear(hidden[part], w).float().div_(temperature)
-        yield part, *_softcap_loss(logits, targets[part], cap / temperature, grad)
+        logits = F.linear(hidden[part], w)
+        if temperature != 1:  # cap·tanh(l / cap) / T = (cap / T)·tanh((l / T) / (cap / T))
+            logits = logits.float().div_(temperature)
+        if uses_triton:
+            from nanochat_ray.model.triton_loss import softcap_loss_
+
+            loss = softcap_loss_(logits, targets[part], cap=cap / temperature, grad=grad)
+            yield part, loss, logits
+        else:
+            yield part, *_softcap_loss(logits.float(), targets[part], cap / temperature, grad)
 
 
 def token_logprobs(

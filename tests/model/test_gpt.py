@@ -127,6 +127,19 @@ def test_token_logprobs_by_the_definition(cap: float, temperature: float) -> Non
         torch.testing.assert_close(result, reference, **near)
 
 
+@pytest.mark.parametrize("cap", [30.0, 100.0])
+def test_large_caps_do_not_overflow(cap: float) -> None:
+    hidden = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
+    weight, targets = torch.tensor([[1.0], [0.0]]), torch.tensor([0, 0])
+    # The logits are ±cap and 0: log p is 0, and -cap where the other token is all but certain.
+    sums = softcap_cross_entropy(hidden, weight, targets, cap=cap, vocab=2)
+    assert sums.item() == pytest.approx(cap)
+    at = token_logprobs(hidden, weight, targets, cap=cap, vocab=2, temperature=0.2)
+    assert at.tolist() == pytest.approx([0.0, -cap / 0.2])
+    (sums + at.sum()).backward()
+    assert torch.isfinite(hidden.grad).all()  # type: ignore[arg-type]
+
+
 def test_a_head_without_gradient_gives_that_of_the_hidden() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(9, 8), torch.randn(20, 8)

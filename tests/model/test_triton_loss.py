@@ -74,8 +74,11 @@ def test_fused_head_equals_the_torch_one(cap: float, monkeypatch: pytest.MonkeyP
         )
         h, w = activations.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = loss_module.softcap_cross_entropy(h, w, targets, cap=cap, vocab=50)
-        (loss * 0.5).backward()
-        results.append((loss.detach(), h.grad, w.grad))
+        each = loss_module.token_logprobs(
+            h, w, targets.clamp_min(0), cap=cap, vocab=50, temperature=0.7
+        )
+        (loss * 0.5 - each[::3].sum()).backward()
+        results.append((loss.detach(), each.detach(), h.grad, w.grad))
     for eager, kernel in zip(*results, strict=True):
         assert eager is not None
         assert kernel is not None
