@@ -6,6 +6,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -93,7 +94,7 @@ def prefetch(
         try:
             for batch in batches:
                 mask = None if batch.mask is None else _to_host_buffer(batch.mask, pin=pin)
-                enqueue(Batch(_to_host_buffer(batch.ids, pin=pin), mask))
+                enqueue(replace(batch, ids=_to_host_buffer(batch.ids, pin=pin), mask=mask))
                 if stop.is_set():
                     return
             enqueue(None)

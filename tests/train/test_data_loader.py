@@ -47,12 +47,13 @@ def test_a_rank_reads_its_sequences_of_each_step(root: Store, kind: str) -> None
         assert mask is None or np.array_equal(batch.mask, mask)
 
 
-def test_prefetch_passes_ids_and_masks_on() -> None:
+def test_prefetch_passes_batches_on() -> None:
     ids = np.arange(6, dtype=np.uint16).reshape(2, 3)
     ids.flags.writeable = False
     mask = (ids % 2).astype(np.uint8)
     mask.flags.writeable = False
-    one, two = prefetch(iter([Batch(ids, mask), Batch(ids)]), pin=False)
+    batches = [Batch(ids, mask), Batch(ids, denominator=5.0, is_on_all_workers=False)]
+    one, two = prefetch(iter(batches), pin=False)
     for batch in (one, two):
         assert np.array_equal(batch.ids, ids)
         assert batch.ids.flags.writeable  # torch refuses to share what is not
@@ -60,6 +61,7 @@ def test_prefetch_passes_ids_and_masks_on() -> None:
     assert np.array_equal(one.mask, mask)
     assert one.mask.flags.writeable
     assert two.mask is None
+    assert (two.denominator, two.is_on_all_workers) == (5.0, False)
 
 
 def test_the_thread_ends_with_the_iterator() -> None:
