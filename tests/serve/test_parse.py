@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from nanochat_ray.serve.generation import GenerationRequest, Limits
 from nanochat_ray.serve.metrics import PrometheusSink, RequestMetrics
+from nanochat_ray.serve.openai import chat as chat_module
 from nanochat_ray.serve.openai.chat import parse_chat
 from nanochat_ray.serve.openai.completions import parse_completion
 from nanochat_ray.serve.openai.errors import ApiError
@@ -161,6 +163,40 @@ def test_tools_are_in_the_prompt_unless_they_are_off() -> None:
     assert prompts["none"] == PROMPT
     assert "look_up" in TOK.decode(prompts["auto"])
     assert prompts["required"] == [*prompts["auto"], TOK.special("<|python_start|>")]
+
+
+LONG = "x " * 20_000
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": f'{{"a": "{LONG}"}}'}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "user", "content": LONG}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "description": LONG}}]},
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [CALL]},
+                {"role": "tool", "tool_call_id": "1", "content": "2"},
+            ]
+        },
+        {"messages": [{"role": "assistant", "content": [{"type": "refusal", "refusal": LONG}]}]},
+    ],
+)
+def test_long_chats_are_tokenized_in_a_thread(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def render(*_: Any) -> list[int]:
+        threads.append(threading.current_thread())
+        return PROMPT
+
+    monkeypatch.setattr(chat_module, "_render", render)
+    chat(**fields)
+    assert threads[0] is not threading.current_thread()
+    chat()
+    assert threads[1] is threading.current_thread()
 
 
 @pytest.mark.parametrize("parse", [chat, completion])

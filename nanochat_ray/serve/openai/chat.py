@@ -18,7 +18,7 @@ from nanochat_ray.serve.openai.schema.outputs import (
     ChatLogprobs,
     ToolCallDelta,
 )
-from nanochat_ray.serve.openai.schema.requests import ChatMessage, ChatRequest
+from nanochat_ray.serve.openai.schema.requests import ChatRequest
 from nanochat_ray.serve.serving import THREAD_CHARACTERS, Prompt, Serving, readable
 from nanochat_ray.text.chat import content_text, from_openai, render_prompt, tool_delimiters
 
@@ -47,7 +47,7 @@ async def chat_prompt(serving: Serving, body: ChatRequest, paths: Sequence[str] 
             [t.model_dump(exclude_none=True) for t in tools or ()],
             paths=paths,
         )
-        if sum(map(_num_characters, messages)) > THREAD_CHARACTERS:
+        if len(str(turns)) > THREAD_CHARACTERS:
             ids = await asyncio.to_thread(_render, serving, turns, body)
         else:
             ids = _render(serving, turns, body)
@@ -65,12 +65,6 @@ def _render(serving: Serving, turns: list[dict[str, Any]], body: ChatRequest) ->
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
     )
-
-
-def _num_characters(message: ChatMessage) -> int:
-    if isinstance(message.content, str):
-        return len(message.content)
-    return sum(len(part.text or "") for part in message.content or [])
 
 
 async def parse_chat(
