@@ -55,11 +55,6 @@ class Checkpointer:
         self._start = time.time()
         self._has_warned = False
 
-    @property
-    def has_error(self) -> bool:
-        """A write failed for good; ``wait`` raises its error."""
-        return self.writer.has_error
-
     def figures(self) -> dict[str, float]:
         """On rank 0, in seconds: ``checkpoint_age``, since the last checkpoint that is written was
         taken, or since the start; ``save_pending``, since the one was taken that is being written;

@@ -280,7 +280,7 @@ class Trainer:
             stop=any(stops),
             poll=poll,
             writer_idle=is_first and may_save and self.checkpointer.writer.hold(),
-            writer_error=self.checkpointer.has_error,
+            writer_error=self.checkpointer.writer.has_error,
         )
 
     def _evaluate_and_save(self, result: StepResult, batch: Batch) -> None:

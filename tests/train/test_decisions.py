@@ -172,10 +172,10 @@ def test_votes_of_a_rank(rank: int, writer_idle: bool, monkeypatch: pytest.Monke
             decider = Decider(step, is_best=False, skipped_steps=0)
             decider.ranks = types.SimpleNamespace(rank=rank)  # type: ignore[assignment]
             decider.save_pending, decider._last_poll = pending, now - since
-            writer = types.SimpleNamespace(hold=lambda h=holds: h.append(1) or writer_idle)
-            decider.checkpointer = types.SimpleNamespace(  # type: ignore[assignment]
-                writer=writer, has_error=has_error
+            writer = types.SimpleNamespace(
+                hold=lambda h=holds: h.append(1) or writer_idle, has_error=has_error
             )
+            decider.checkpointer = types.SimpleNamespace(writer=writer)  # type: ignore[assignment]
             decider.hooks = [FunctionHooks(should_stop=lambda stop=stop: stop) for stop in stops]
             assert decider._votes() == RankVotes(
                 stop=any(stops),
