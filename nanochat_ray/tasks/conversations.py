@@ -296,10 +296,10 @@ def _tools(record: dict[str, Any]) -> list[dict[str, Any]]:
             raise ValueError(
                 f"tools={short_repr(tools)} is not allowed: a list of functions"
             ) from None
+    require(isinstance(tools, list), "tools", tools, "a list of functions")
     if functions := record.get("functions"):
         require(isinstance(functions, list), "functions", functions, "a list of functions")
         tools = [*tools, *({"function": function} for function in functions)]
-    require(isinstance(tools, list), "tools", tools, "a list of functions")
     result = []
     for i, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else None

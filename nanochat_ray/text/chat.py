@@ -106,7 +106,7 @@ class _OpenAIConversation:
         self._turn_is_open = False
 
     def _add_result(self, call_id: Any, text: str, at: str) -> None:
-        call = self._pending.pop(call_id or "", None)
+        call = self._pending.pop(call_id, None) if isinstance(call_id, str) else None
         if call is None:
             raise ValueError(
                 f"{at}.tool_call_id={call_id!r:.80} is not allowed: the id of a call in an "
@@ -152,7 +152,8 @@ def content_text(content: Any, at: str) -> str:
             texts.append(part)
             continue
         kind = part.get("type") if isinstance(part, Mapping) else None
-        text = part.get(_TEXT_PARTS[kind]) if kind in _TEXT_PARTS else None
+        field = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+        text = part.get(field) if field else None
         if not isinstance(text, str):
             raise ValueError(
                 f"{at}[{i}]: type {kind!r:.40} is not supported, only 'text' with its text"

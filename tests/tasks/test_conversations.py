@@ -160,6 +160,15 @@ def test_an_instruction_is_followed_by_its_input(tmp_path: Path) -> None:
         ),
         ([USER, {"role": "tool", "content": "3"}, YES], r"line 2: messages\[1\]\.tool_call_id"),
         ({"messages": [USER, YES], "tools": [3]}, r"line 2: tools\[0\]=3 is not allowed"),
+        ({"messages": [USER, YES], "tools": 3, "functions": [3]}, r"line 2: tools=3 is not all"),
+        ([{**USER, "content": [{"type": []}]}, YES], r"line 2: messages\[0\]\.content\[0\]: type"),
+        (
+            [
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]},
+                {"role": "tool", "tool_call_id": {"a": 1}, "content": "3"},
+            ],
+            r"line 2: messages\[1\]\.tool_call_id=\{'a': 1\} is not allowed",
+        ),
         ({"conversations": [{"from": "martian", "value": "a"}]}, r"conversations\[0\]\.from="),
         ({"conversations": [{"from": "gpt", "value": 3}]}, r"conversations\[0\]\.value=3"),
     ],
