@@ -11,6 +11,8 @@ environment dev
 export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
 # Spinning OpenMP threads on shared cores cost more than they give.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0
+# Many processes import the same files: without bytecode each compiles them again.
+unset PYTHONDONTWRITEBYTECODE
 
 command -v "${CC:-cc}" >/dev/null || say "no C compiler (cc): tests of the compiled kernels are skipped"
 # The chat page is tested in a real browser, alert rules with promtool; both are installed from the
@@ -44,7 +46,7 @@ say "kernels for this $(uname -m): $(python -m nanochat_ray.engine.kernels)"
 status=0
 say "tests without Ray and browser"
 # The engine also as other CPUs will run it: at each level of the kernels, and without a compiler.
-pytest -n 2 --all-kernels --durations=12 --cov --cov-report=term -m "not ray and not browser" || status=1
+pytest -n 2 --all-kernels --durations=12 -m "not ray and not browser" || status=1
 say "tests with Ray or a browser"
 pytest --durations=12 -m "ray or browser" || status=1
 exit "$status"
