@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanochat_ray.checkpoint import checkpoint
+from nanochat_ray.checkpoint.names import latest
 from nanochat_ray.checks import check_name
 from nanochat_ray.data import tokenizers
 from nanochat_ray.data.manifest import FILE, Manifest
@@ -22,7 +22,9 @@ def find_tokenizer(root: Store, name: str) -> tuple[Tokenizer, int | None]:
         folder = folder_of(root, manifest.tokenizer)
         return Tokenizer.load(folder, manifest.tokenizer), manifest.sequence_len
     run = root.child("runs", name)
-    if checkpoint.latest(run) is not None:
+    if latest(run) is not None:
+        from nanochat_ray.checkpoint import checkpoint  # brings torch
+
         config = checkpoint.load_config(run)
         folder = folder_of(root, config.tokenizer)
         return Tokenizer.load(folder, config.tokenizer), config.model.sequence_len

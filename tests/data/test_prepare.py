@@ -287,23 +287,24 @@ def test_digests_are_those_of_earlier_versions(root: Store, tmp_path: Path) -> N
 
 
 @pytest.fixture
-def no_ray(tmp_path: Path) -> dict[str, str]:
-    """An environment where Ray cannot be imported."""
+def light(tmp_path: Path) -> dict[str, str]:
+    """An environment where neither Ray nor torch, which takes a second, can be imported."""
     (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "ray.py").write_text("raise AssertionError('Ray is imported')")
+    for name in ("ray", "torch"):
+        (tmp_path / "path" / f"{name}.py").write_text(f"raise AssertionError('{name} is imported')")
     return {**os.environ, "PYTHONPATH": f"{tmp_path / 'path'}:{REPO}"}
 
 
 @pytest.mark.slow
-def test_the_command_runs_without_ray(
-    root: Store, text: Path, tmp_path: Path, no_ray: dict[str, str]
+def test_the_command_runs_without_ray_and_torch(
+    root: Store, text: Path, tmp_path: Path, light: dict[str, str]
 ) -> None:
     command = [sys.executable, str(REPO / "jobs" / "prepare.py"), "--storage", root.uri, "--no-ray"]
     base = ["--text", str(text), "--vocab-size", "400", "--sequence-len", "64"]
     sft = ["--stage", "sft", "--tasks", "identity:60"]
     for arguments in (base, sft):
         result = subprocess.run(
-            [*command, *arguments], capture_output=True, text=True, timeout=100, env=no_ray
+            [*command, *arguments], capture_output=True, text=True, timeout=100, env=light
         )
         assert result.returncode == 0, result.stderr
         assert " 1/1, " in result.stdout or " 2/2, " in result.stdout

@@ -23,7 +23,7 @@ def test_matmul_equals_float64(M: int, N: int, K: int) -> None:
     assert bool(((matmul(x, weight).double() - exact).abs() <= bound).all())
 
 
-@pytest.mark.parametrize(("M", "N", "K"), [(1, 3, 5), (4, 700, 1100), (2, 9, 4100), (0, 4, 4)])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 3, 5), (4, 30, 1100), (2, 9, 4100), (0, 4, 4)])
 def test_few_rows_equal_float64(M: int, N: int, K: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the layer of a GPU, which keeps cuBLAS for more rows."""
     monkeypatch.setattr(linear, "use_triton", lambda device: True)
