@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanochat_ray.cli.eval_core import print_progress
 from nanochat_ray.evals.results import Results, engine_settings
+from nanochat_ray.tasks.own import OwnTask
 from nanochat_ray.tasks.task import Task
 from nanochat_ray.text.tokenizer import Tokenizer
 
@@ -40,8 +41,9 @@ def task_figures(
 
 def _settings(args: Args, engine: OfflineEngine, task: Task) -> dict[str, Any]:
     total = min(args.count, len(task))
-    # With the reference answers, which grade.
+    # With what grades: the reference answers, and the code of an own task.
     examples = json.dumps([(task.question(i), task.example(i)) for i in range(total)])
+    examples += task.source_digest() if isinstance(task, OwnTask) else ""
     return {
         "questions": args.count,
         "sha256": hashlib.sha256(examples.encode()).hexdigest(),
@@ -66,20 +68,22 @@ def _measure(
     answers = results.answers(task.name, settings)
     if answers.texts:
         print(f"{task.name}: {len(answers.texts)} answers are there already", flush=True)
-    score = evaluate(
-        engine,
-        tokenizer,
-        task,
-        count=args.count,
-        samples=args.samples,
-        temperature=args.temperature or 0.0,
-        seed=args.seed,
-        max_tokens=args.max_tokens,
-        previous_answers=answers.texts,
-        on_answer=answers.add,
-        progress=print_progress(task.name),
-    )
-    answers.save()
+    try:
+        score = evaluate(
+            engine,
+            tokenizer,
+            task,
+            count=args.count,
+            samples=args.samples,
+            temperature=args.temperature or 0.0,
+            seed=args.seed,
+            max_tokens=args.max_tokens,
+            previous_answers=answers.texts,
+            on_answer=answers.add,
+            progress=print_progress(task.name),
+        )
+    finally:  # a grader that raises costs no answer
+        answers.save()
     return {
         "correct": score.correct,
         "total": score.total,

@@ -62,6 +62,9 @@ class RLConfig:
     one step old, and the loss has the ratio of both policies; 0: with the step's own weights."""
     truncation: Truncation = "wrong"
     """Answers that reach max_tokens: reward 0, or left out of the loss, or graded as they are."""
+    grade_threads: int = 1
+    """Groups that a rank grades at once. More help where a grader waits, as for a judge over HTTP,
+    and is safe to call from several threads."""
     curriculum: bool = True
     """Ask a task more often, the more of its answers are wrong."""
     max_logprob_diff: float | None = None
@@ -86,6 +89,7 @@ class RLConfig:
         for name, least in (
             *(("pool", 1), ("questions", 1), ("samples", 2), ("min_groups", 1)),
             *(("max_rounds", 1), ("max_tokens", 1), ("eval_questions", 1), ("eval_samples", 1)),
+            ("grade_threads", 1),
         ):
             check_int(name, getattr(self, name), least)
         for name, kinds in (("loss", get_args(Loss)), ("truncation", get_args(Truncation))):

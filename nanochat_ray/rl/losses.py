@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 import numpy as np
 import torch
@@ -120,9 +120,13 @@ def surrogate(
         difference = (sums / sequences.bincount(minlength=num_sequences))[sequences]
     ratio = difference.exp()
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    if ratio_kind == "weight":
-        return clipped_ratio.detach() * advantages * logprobs
-    return torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    match ratio_kind:
+        case "weight":
+            return clipped_ratio.detach() * advantages * logprobs
+        case "clip" | "sequence_clip":
+            return torch.minimum(ratio * advantages, clipped_ratio * advantages)
+        case _:
+            assert_never(ratio_kind)
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -107,24 +108,32 @@ class GroupSampler:
         first: int = 0,
     ) -> list[Group]:
         """A group of ``samples`` answers to each question, on all ranks. Collective: each samples
-        its share.
+        and grades its share, so that a grade that is given twice with another result is one.
 
         ``first`` is the number of the first question within the step.
         """
-        requests, rank, world = [], self.ranks.rank, self.ranks.world
-        for number in range(rank, len(questions), world):
+        requests, own = [], range(self.ranks.rank, len(questions), self.ranks.world)
+        for number in own:
             key = (self.seed, step, first + number, *questions[number])
             seeds = [rollout_seed(*key, sample) for sample in range(samples)]
             prompt = question_set.prompt(questions[number])
             requests += make_requests(prompt, seeds, self.params, str(number))
-        data = json.dumps(sample_rollouts(self.engine, requests)).encode()
-        shares = [[Rollout(*r) for r in json.loads(share)] for share in self.ranks.gather(data)]
+        rollouts = sample_rollouts(self.engine, requests)
+        answers = [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]
+
+        def grade(number: int, group: Sequence[Rollout]) -> list[float]:
+            question = questions[number]
+            return self.grade(question_set.tasks[question.task], question.example, group)
+
+        with ThreadPoolExecutor(self.rl.grade_threads) as threads:
+            rewards = self.ranks.run_together(lambda: list(threads.map(grade, own, answers)))
+        data = json.dumps(list(zip(answers, rewards, strict=True))).encode()
+        shares = [json.loads(share) for share in self.ranks.gather(data)]
         groups = []
         for number, question in enumerate(questions):
-            start = number // world * samples
-            rollouts = shares[number % world][start : start + samples]
-            rewards = self.grade(question_set.tasks[question.task], question.example, rollouts)
-            groups.append(Group(question, question_set.prompt(question), rollouts, rewards))
+            share = shares[number % self.ranks.world]
+            group = [question, question_set.prompt(question), *share[number // self.ranks.world]]
+            groups.append(Group.from_json(group))
         return groups
 
     def grade(self, task: Task, index: int, rollouts: Sequence[Rollout]) -> list[float]:

@@ -178,7 +178,7 @@ class RolloutSource:
 
     def _check_rewards(self, groups: Sequence[Group]) -> None:
         """ValueError after too many steps without a right answer."""
-        is_hopeless = all(max(group.rewards) <= 0 for group in groups)
+        is_hopeless = not any(group.has_signal or max(group.rewards) > 0 for group in groups)
         self._steps_without_reward = self._steps_without_reward + 1 if is_hopeless else 0
         if self._steps_without_reward < MAX_STEPS_WITHOUT_REWARD:
             return

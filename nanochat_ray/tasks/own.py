@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
+import sys
 import sysconfig
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from nanochat_ray.checks import short_repr
 from nanochat_ray.tasks.task import Task
 from nanochat_ray.text.chat import Message
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+SLOW_S = 60.0
+"""After which a grade is late."""
 
 
 class OwnTask:
@@ -33,8 +41,21 @@ class OwnTask:
         return self._call(f"example({index})", lambda: self.task.example(index))
 
     def grade(self, index: int, answer: str) -> bool | float:
+        """Warns if it takes a minute: the caller waits for ever."""
         call = f"grade({index}, {short_repr(answer)})"
-        return self._call(call, lambda: self.task.grade(index, answer))
+        warning = f"task={self.name!r} has not returned from {call} after {SLOW_S:g} s"
+        timer = threading.Timer(SLOW_S, logger.warning, (warning,))
+        timer.daemon = True
+        timer.start()
+        try:
+            return self._call(call, lambda: self.task.grade(index, answer))
+        finally:
+            timer.cancel()
+
+    def source_digest(self) -> str:
+        """SHA-256 (hex) of the file with the task's code; "" if there is none."""
+        path = getattr(sys.modules.get(type(self.task).__module__), "__file__", None)
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
     def _call(self, call: str, function: Callable[[], T]) -> T:
         with name_errors(self.name, f"failed in {call}"):

@@ -35,6 +35,7 @@ RESUMABLE_FIELDS = {
     "eval_questions": "on how much it is measured",
     "eval_samples": "on how much it is measured",
     "max_logprob_diff": "when the run fails",
+    "grade_threads": "how many grades are given at once",
 }
 """Fields of TrainConfig, and of a stage's own configuration, that may change when a run is resumed,
 and why they do not shape its steps.

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.rl.losses import PolicyLoss
-from nanochat_ray.rl.rollout import Rollout, rollout_seed
+from nanochat_ray.rl.questions import Question
+from nanochat_ray.rl.rollout import Group, Rollout, rollout_seed
 from nanochat_ray.rl.source import EVAL_STEP, RolloutSource
 from nanochat_ray.storage import Store
 from nanochat_ray.tasks.registry import make_tasks
@@ -132,3 +136,55 @@ class Empty(EvenFirst):
 
     def __len__(self) -> int:
         return 0
+
+
+def test_grades_below_zero_may_teach(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a distance does; only where they are all alike there is nothing to learn."""
+    monkeypatch.setattr("nanochat_ray.rl.source.MAX_STEPS_WITHOUT_REWARD", 1)
+    source = make_source(root, script())
+    rollout = Rollout([ord("B"), END], [-1.0, -1.0], "stop", 0)
+    groups = [
+        Group(Question(0, 0), [0], [rollout] * 2, rewards) for rewards in ([-1, -1], [-2, -1])
+    ]
+    source._check_rewards(groups)
+    with pytest.raises(ValueError, match="no answer of the last 1 steps is right"):
+        source._check_rewards(groups[:1])
+
+
+class OneOfTwo:
+    """``Ranks`` of the first of two ranks, whose peer has given each of its answers 0.25."""
+
+    rank, world = 0, 2
+
+    def run_together(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+    def gather(self, data: bytes) -> list[bytes]:
+        shares = [[rollouts, [0.25] * len(rewards)] for rollouts, rewards in json.loads(data)]
+        return [data, json.dumps(shares).encode()]
+
+
+def test_a_rank_grades_its_share_alone(root: Store) -> None:
+    """Another grade of the same answer on another rank would give its batch other weights."""
+    source = make_source(root, script())
+    sampler, questions = source.sampler, source.questions
+    sampler.ranks = OneOfTwo()  # type: ignore[assignment]
+    sampler.engine.load(0, {})
+    asked_questions = [Question(0, 0), Question(0, 1), Question(1, 0), Question(1, 1)]
+    groups = sampler.sample(questions, asked_questions, samples=3, step=0)
+    assert [group.question for group in groups] == asked_questions
+    quarter = [0.25] * 3
+    assert [group.rewards for group in groups] == [[1, 0, 0], quarter, [0, 0, 0], quarter]
+
+
+def test_groups_are_graded_at_once(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(root, script(), grade_threads=4)
+    meeting = threading.Barrier(3, timeout=60)
+
+    def grade(task: EvenFirst, index: int, answer: str) -> bool:
+        if answer == "C":  # once in each of three groups
+            meeting.wait()
+        return answer == "B"
+
+    monkeypatch.setattr(EvenFirst, "grade", grade)
+    assert source.evaluate(source.model)["pass@1"] == pytest.approx(3 / 12)

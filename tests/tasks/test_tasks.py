@@ -7,6 +7,7 @@ import math
 import random
 import re
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import reasoning_gym
 
-from nanochat_ray.tasks import hub, spoken
+from nanochat_ray.tasks import hub, own, spoken
+from nanochat_ray.tasks.own import OwnTask
 from nanochat_ray.tasks.phrases import LEADS, vary
 from nanochat_ray.tasks.reasoning import KINDS
 from nanochat_ray.tasks.registry import DEFAULT_MIXTURE, make_task, names
@@ -426,6 +428,29 @@ def _use(name: str) -> None:
         task.question(index)
         task.example(index)
         grade_answer(task, index, "two")
+
+
+def test_a_late_grade_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    event = threading.Event()
+    monkeypatch.setattr(own, "SLOW_S", 0.01)
+    monkeypatch.setattr(own.logger, "warning", lambda text: (warnings.append(text), event.set()))
+    task = OwnTask(Halves("train", 3, 0, lambda: event.wait(60)), "mine")  # type: ignore[arg-type]
+    assert grade_answer(task, 1, "text") == 1
+    assert warnings == ["task='mine' has not returned from grade(1, 'text') after 0.01 s"]
+
+
+def test_an_own_task_is_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that figures of another grader are not taken for this one's."""
+    digests = set()
+    monkeypatch.syspath_prepend(tmp_path)
+    for i in range(2):
+        file = tmp_path / "graders_of_a_test.py"
+        file.write_text(f"from tests.rl.tiny_rl import EvenFirst\nclass Mine(EvenFirst): x = {i}\n")
+        task = make_task("graders_of_a_test.Mine", "train")
+        assert isinstance(task, OwnTask)
+        digests.add(task.source_digest())
+    assert len(digests) == 2
 
 
 @pytest.mark.parametrize("source", ["x = (", "1 / 0", "import no_such_module"])
