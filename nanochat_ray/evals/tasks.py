@@ -53,9 +53,9 @@ class TaskScore:
         if self.samples == 1:
             return wilson_interval(self.correct, self.total)
         mean = self.accuracy
-        squares = sum((c / self.samples - mean) ** 2 for c in self.num_right)
-        if not squares:
+        if len(set(self.num_right)) == 1:  # by the counts: shares differ by their rounding
             return wilson_interval(mean * self.total, self.total)
+        squares = sum((c / self.samples - mean) ** 2 for c in self.num_right)
         spread = Z * math.sqrt(squares / (self.total - 1) / self.total)
         return max(0.0, mean - spread), min(1.0, mean + spread)
 

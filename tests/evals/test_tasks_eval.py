@@ -7,6 +7,7 @@ import torch
 
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.offline import LocalEngine
+from nanochat_ray.evals.results import wilson_interval
 from nanochat_ray.evals.tasks import TaskScore, evaluate
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.text.chat import Message
@@ -119,6 +120,10 @@ def test_pass_at_k_by_hand() -> None:
     assert interval == pytest.approx((0.5 - 0.2829, 0.5 + 0.2829), abs=1e-4)
     # None of 10 questions: 1.96² / (10 + 1.96²).
     assert TaskScore("x", [0] * 10, 4, []).interval() == pytest.approx((0, 0.27754), abs=1e-5)
+    # A third of each, which no float is.
+    for count in (1, 50):
+        alike = TaskScore("x", [1] * count, 3, []).interval()
+        assert alike == pytest.approx(wilson_interval(count / 3, count))
 
 
 def test_samples_differ_and_are_repeatable() -> None:
