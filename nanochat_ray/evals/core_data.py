@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -149,7 +150,7 @@ def _unpack(archive: Path, cache: Path) -> Path:
                     name = entry.filename.rsplit("/", 1)[-1]
                     if name in names:
                         (unpacked_files / name).write_bytes(file.read(entry))
-        except (zipfile.BadZipFile, RuntimeError, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
             raise ValueError(f"core={str(archive)!r} is not allowed: {error}") from None
         # In one step: a folder with a part of the files would be taken for all of them.
         try:
@@ -163,12 +164,12 @@ def _unpack(archive: Path, cache: Path) -> Path:
 def load(task: CoreTask, path: Path) -> list[Example]:
     """The examples of a task. ValueError names the file, the line and the field."""
     examples = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path}:{number}"
             try:
                 example = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: {error}") from None
             _check(task, example, where)
             examples.append(example)

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +218,13 @@ def test_files_are_found_in_folder_and_zip(tmp_path: Path) -> None:
     for source in (str(tmp_path / "none.zip"), str(tmp_path / "cache" / "empty")):
         with pytest.raises(ValueError, match=r"core=.* is not allowed"):
             core_data.find_files(source, tmp_path / "c")
-    archive.write_bytes(b"PK")
-    with pytest.raises(ValueError, match="zip"):
-        core_data.find_files(str(archive), tmp_path / "c")
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("copa.jsonl", "text")
+    damage = archive.read_bytes().replace(zlib.compress(b"text")[2:4], b"\xff\xff")
+    for data in (b"PK", damage):
+        archive.write_bytes(data)
+        with pytest.raises(ValueError, match="zip"):
+            core_data.find_files(str(archive), tmp_path / "c")
 
 
 def test_a_part_of_the_files_is_not_taken_for_all(
@@ -257,6 +262,8 @@ def test_a_part_of_the_files_is_not_taken_for_all(
     ("line", "match"),
     [
         ("{", "x.jsonl:1: "),
+        ("[" * 100_000, "x.jsonl:1: "),
+        ('"\udcff"', "x.jsonl:1: "),
         ("[]", r"x.jsonl:1: \[\] is not allowed"),
         ('{"query": 5, "choices": ["a"], "gold": 0}', "query=5"),
         ('{"query": "q", "choices": ["a"], "gold": 1}', "gold=1"),
@@ -266,7 +273,7 @@ def test_a_part_of_the_files_is_not_taken_for_all(
 )
 def test_damaged_files_are_named(tmp_path: Path, line: str, match: str) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text(line + "\n")
+    path.write_text(line + "\n", errors="surrogateescape")
     with pytest.raises(ValueError, match=match):
         core_data.load(CHOICE, path)
 
