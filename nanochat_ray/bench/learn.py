@@ -20,10 +20,7 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +29,7 @@ from typing import Any, Literal
 
 import torch
 
+from nanochat_ray.bench.environment import own_process
 from nanochat_ray.bench.learn_trial import Trial, build, ours, run_trial
 from nanochat_ray.checks import check_float, check_int, check_name
 from nanochat_ray.data.shards import SequenceReader
@@ -121,24 +119,7 @@ class Bench:
 
 def apart(trial: Trial) -> dict[str, float]:
     """The trial in a process of its own; prints a line."""
-    process = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "nanochat_ray",
-            "bench",
-            "learn",
-            "--child",
-            json.dumps(dataclasses.asdict(trial)),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    if process.returncode:
-        raise RuntimeError(f"{trial} failed:\n{process.stderr[-2000:]}")
-    metrics: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    metrics: dict[str, float] = json.loads(own_process("learn", dataclasses.asdict(trial)))
     overrides = {**trial.model, **trial.optim}
     print(
         f"  {trial.dataset} {trial.system:<8} rate {trial.rate:<6g} seed {trial.seed} "

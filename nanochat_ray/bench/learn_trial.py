@@ -49,7 +49,8 @@ class Trial:
     train: dict[str, Any] = field(default_factory=dict)
 
 
-def shape(trial: Trial, vocab_size: int, length: int) -> ModelConfig:
+def build(trial: Trial, vocab_size: int, length: int) -> tuple[GPT, TrainConfig]:
+    """The trial's model with fresh weights, and how it is trained."""
     heads = max(1, trial.width // 64)
     fields = {
         "vocab_size": vocab_size,
@@ -59,12 +60,7 @@ def shape(trial: Trial, vocab_size: int, length: int) -> ModelConfig:
         "n_embd": trial.width,
         "sequence_len": length,
     }
-    return ModelConfig.modern(**{**fields, **trial.model})
-
-
-def build(trial: Trial, vocab_size: int, length: int) -> tuple[GPT, TrainConfig]:
-    """The trial's model with fresh weights, and how it is trained."""
-    config = shape(trial, vocab_size, length)
+    config = ModelConfig.modern(**{**fields, **trial.model})
     model = GPT(config, DTYPES["bf16"])
     model.init_weights(torch.Generator().manual_seed(trial.seed))
     batch = trial.global_batch_size * length
@@ -128,16 +124,12 @@ def beyond(model: GPT, ids: np.ndarray, byte_lengths: np.ndarray, trained_length
     return nats / (math.log(2) * int(sizes.sum()))
 
 
-Step = Callable[[int, Any], None]
+Step = Callable[[int, Any], object]
 
 
 def ours(model: GPT, train: TrainConfig, trial: Trial) -> Step:
     optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
-    return lambda k, rows: void(train_step(model, optimizer, rows, k, train))
-
-
-def void(_: object) -> None:
-    """Takes a result that nobody wants."""
+    return lambda k, rows: train_step(model, optimizer, rows, k, train)
 
 
 def loss_of(model: GPT, rows: Any) -> torch.Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,8 +56,8 @@ class Args:
             check_float("scales", scale, above=True)
 
 
-def one_run(args: Args, batch: int, scale: float, seed: int) -> tuple[float, float]:
-    """Validation bits per byte after the run, and the seconds it took."""
+def one_run(args: Args, batch: int, scale: float, seed: int) -> float:
+    """Validation bits per byte after the run."""
     dataset, manifest, tokenizer = open_dataset(args.storage, args.dataset)
     model_config = recipe.model_config(
         args.depth,
@@ -75,18 +74,15 @@ def one_run(args: Args, batch: int, scale: float, seed: int) -> tuple[float, flo
     model = GPT(model_config, compute_dtype=DTYPES[args.precision])
     model.init_weights(torch.Generator().manual_seed(seed))
     optimizer = ShardedOptimizer(model, train.optim, model.compute_dtype)
-    began = time.perf_counter()
     reader = SequenceReader(dataset, manifest, "train")
     for step, sequences in enumerate(ShardDataLoader(reader, train, 0, 1).batches(0)):
         train_step(model, optimizer, sequences, step, train)
-    seconds = time.perf_counter() - began
     reader = SequenceReader(dataset, manifest, "val")
     ids, _ = reader.read(np.arange(min(args.eval_sequences, len(reader)), dtype=np.int64))
     model.eval()
-    bpb = bits_per_byte(
+    return bits_per_byte(
         model, ids, tokenizer.byte_lengths(), micro_batch_size=train.micro_batch_size
     )
-    return bpb, seconds
 
 
 def main(args: Args) -> None:
@@ -96,7 +92,7 @@ def main(args: Args) -> None:
     for batch in args.batches:
         row = {}
         for scale in args.scales:
-            losses = [one_run(args, batch, scale, seed)[0] for seed in range(args.seeds)]
+            losses = [one_run(args, batch, scale, seed) for seed in range(args.seeds)]
             row[f"{scale:g}"] = float(np.mean(losses))
         table[str(batch)] = row
         print(f"{batch:<10d} " + "".join(f"  {v:<8.4f}" for v in row.values()), flush=True)

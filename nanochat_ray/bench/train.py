@@ -2,10 +2,9 @@
 
     nanochat-ray bench train --only step --nanochat ../nanochat
     nanochat-ray bench train --only workers,ray,feed
-    nanochat-ray bench train --only learn --datasets base bible --nanochat ../nanochat
 
 Every figure is the median of interleaved repeats in processes of their own, one thread each. The
-last line is one JSON object; what was not measured is null in it.
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,34 +13,28 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from nanochat_ray.bench import learn, train_step
-from nanochat_ray.checks import check_int, check_name
+from nanochat_ray.bench import train_step
+from nanochat_ray.bench.environment import own_process
+from nanochat_ray.checks import check_int
 from nanochat_ray.data.shards import Manifest, SequenceReader, write_shard
 from nanochat_ray.model.config import ModelConfig
-from nanochat_ray.storage import Store, default_root
+from nanochat_ray.storage import Store
 from nanochat_ray.text.tokenizer import Tokenizer, folder_of
 from nanochat_ray.train import recipe
 from nanochat_ray.train.config import TrainConfig, TrainerConfig
 from nanochat_ray.train.data_loader import ShardDataLoader
 
-KEYS = (
-    *("step_vs_nanochat", "two_workers", "tokens_vs_adamw", "tokens_vs_nanochat"),
-    *("ray_step_ratio", "feed_tokens_per_s", "data_wait_share"),
-)
-
-
+SIZES = ("steps", "depth", "width", "vocab", "length", "batch")
 WARMUP_STEPS = 3
 """First steps of a run that no rate counts."""
 
@@ -49,10 +42,7 @@ WARMUP_STEPS = 3
 @dataclass(frozen=True, kw_only=True)
 class Args:
     only: str = "step,workers,ray,feed"
-    """Parts to measure, separated by commas; learn is the one that takes an hour."""
-    storage: str = field(default_factory=default_root)
-    """Where the datasets of learn lie."""
-    datasets: list[str] = field(default_factory=lambda: ["base"])
+    """Parts to measure, separated by commas."""
     nanochat: Path | None = None
     """Checkout of nanochat; without it the step is not compared."""
     repeats: int = 3
@@ -67,9 +57,7 @@ class Args:
     """Internal: what a process of its own is to measure, as JSON."""
 
     def __post_init__(self) -> None:
-        for name in self.datasets:
-            check_name("datasets", name)
-        for name in ("repeats", "steps", "depth", "width", "vocab", "length", "batch"):
+        for name in ("repeats", *SIZES):
             check_int(name, getattr(self, name), 1)
         check_int("steps", self.steps, WARMUP_STEPS + 1)
 
@@ -86,44 +74,21 @@ def shape(args: Args) -> ModelConfig:
     )
 
 
-def apart(args: Args, **what: Any) -> dict[str, Any]:
-    """Runs ``what`` in a process of its own and returns what it measured."""
-    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name != "child"}
-    flags: list[str] = []
-    for name, value in values.items():
-        if isinstance(value, list):
-            flags += [f"--{name}", *value]
-        elif value is not None:
-            flags += [f"--{name}", str(value)]
-    process = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "nanochat_ray",
-            "bench",
-            "train",
-            *flags,
-            "--child",
-            json.dumps(what),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    if process.returncode:
-        raise RuntimeError(f"{what} failed:\n{process.stderr[-2000:]}")
-    return json.loads(process.stdout.splitlines()[-1])
+def apart(args: Args, system: str, precision: str) -> dict[str, Any]:
+    """What ``train_step`` measures of a system, in a process of its own."""
+    sizes = {name: getattr(args, name) for name in SIZES}
+    child = {"system": system, "precision": precision, "nanochat": str(args.nanochat)}
+    return json.loads(own_process("train", {**child, "sizes": sizes}))
 
 
-def part_step(args: Args) -> dict[str, float | None]:
+def part_step(args: Args) -> dict[str, float]:
     systems = ["ours"] + (["nanochat"] if args.nanochat else [])
     rates_by: dict[tuple[str, str], list[float]] = {}
     probes: dict[str, list[float]] = {}
     for _ in range(args.repeats):
         for precision in ("fp32", "bf16"):
             for system in systems:
-                result = apart(args, system=system, precision=precision)
+                result = apart(args, system, precision)
                 rates_by.setdefault((system, precision), []).append(result["tokens_per_s"])
                 if precision == "fp32":
                     probes[system] = result["probe"]
@@ -131,7 +96,7 @@ def part_step(args: Args) -> dict[str, float | None]:
         each = ", ".join(f"{rate:,.0f}" for rate in rates)
         print(f"step  {system:<9} {precision}  {statistics.median(rates):8,.0f} tokens/s  ({each})")
     if not args.nanochat:
-        return {"step_vs_nanochat": None}
+        return {}
     off = max(abs(a - b) for a, b in zip(probes["ours"], probes["nanochat"], strict=True))
     print(f"step  largest difference of logits (fp32, same weights): {off:.1e}")
     if off > 1e-3:
@@ -184,35 +149,15 @@ def steady(storage: str, run: str) -> tuple[float, float, float]:
 
 def alone(job: TrainerConfig) -> None:
     """The job in a process of its own, without a process group."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(job.to_json(), file)
-        file.flush()
-        command = [
-            sys.executable,
-            "-m",
-            "nanochat_ray",
-            "bench",
-            "train",
-            "--child",
-            json.dumps({"job": file.name}),
-        ]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, capture_output=True, env=env)
+    own_process("train", {"job": job.to_json()})
 
 
 def torchrun(job: TrainerConfig, workers: int) -> None:
-    """The job under torchrun; its configuration travels in a file."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(job.to_json(), file)
-        file.flush()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={workers}", "-m", "nanochat_ray", "bench", "train"]
-        command += ["--child", json.dumps({"job": file.name})]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, capture_output=True, env=env)
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}")
+    own_process("train", {"job": job.to_json()}, launcher)
 
 
-def part_workers(args: Args) -> dict[str, float | None]:
+def part_workers(args: Args) -> dict[str, float]:
     """Two processes with a batch shared between them against one with half the batch."""
     rates: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
@@ -228,7 +173,7 @@ def part_workers(args: Args) -> dict[str, float | None]:
     return {"two_workers": two / one}
 
 
-def part_ray(args: Args) -> dict[str, float | None]:
+def part_ray(args: Args) -> dict[str, float]:
     """The steady step of one train function, four ways: alone, torchrun, Ray Train, with Ray Data.
 
     One worker each, so that Ray's own processes find a core, as they do where GPUs compute.
@@ -274,7 +219,7 @@ def part_ray(args: Args) -> dict[str, float | None]:
     }
 
 
-def part_feed(args: Args) -> dict[str, float | None]:
+def part_feed(args: Args) -> dict[str, float]:
     """Rows from shards on this disk to batches, with nothing that trains: by Ray Data, and by a
     thread of the training process."""
     from nanochat_ray.on_ray import session
@@ -309,13 +254,6 @@ def part_feed(args: Args) -> dict[str, float | None]:
     return {"feed_tokens_per_s": statistics.median(rates["Ray Data"])}
 
 
-def part_learn(args: Args) -> dict[str, float | None]:
-    """Tokens to AdamW's loss: ``bench learn``, on datasets that are prepared already."""
-    return learn.learn(
-        learn.Args(storage=args.storage, datasets=tuple(args.datasets), nanochat=args.nanochat)
-    )
-
-
 def run_child(args: Args) -> None:
     torch.set_num_threads(1)
     what = json.loads(args.child)
@@ -324,7 +262,7 @@ def run_child(args: Args) -> None:
 
         from nanochat_ray.train.trainer import Trainer
 
-        job = TrainerConfig.from_json(json.loads(Path(what["job"]).read_text()))
+        job = TrainerConfig.from_json(what["job"])
         if "RANK" not in os.environ:
             Trainer(job).run()
             return
@@ -332,11 +270,12 @@ def run_child(args: Args) -> None:
         Trainer(job).run()
         dist.destroy_process_group()
         return
+    args = dataclasses.replace(args, **what["sizes"])
     arguments = (shape(args), args.batch, args.steps, what["precision"])
     if what["system"] == "ours":
         print(json.dumps(train_step.ours(*arguments)))
     else:
-        print(json.dumps(train_step.theirs(*arguments, str(args.nanochat))))
+        print(json.dumps(train_step.theirs(*arguments, what["nanochat"])))
 
 
 def main(args: Args) -> None:
@@ -346,7 +285,6 @@ def main(args: Args) -> None:
     parts = {
         "step": part_step,
         "workers": part_workers,
-        "learn": part_learn,
         "ray": part_ray,
         "feed": part_feed,
     }
@@ -354,7 +292,7 @@ def main(args: Args) -> None:
     unknown = [part for part in names if part not in parts]
     if unknown:
         raise ValueError(f"only={args.only!r} is not allowed: some of {', '.join(parts)}")
-    rates_by: dict[str, float | None] = dict.fromkeys(KEYS)
+    figures: dict[str, float] = {}
     for part in names:
-        rates_by.update(parts[part](args))
-    print(json.dumps(rates_by))
+        figures |= parts[part](args)
+    print(json.dumps(figures))
