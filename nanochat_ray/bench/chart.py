@@ -1,4 +1,4 @@
-"""A line chart as an SVG, small enough to read and with no library behind it."""
+"""A line chart as an SVG, with no library behind it, and a table in Markdown."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from collections.abc import Mapping, Sequence
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 360, 64, 40, 36, 110
 COLOURS = ("#2f6f62", "#b4552d", "#4a5fa5", "#8a6d1f", "#7a4a86", "#555555")
+
+
+def markdown(head: Sequence[str], *rows: Sequence[str]) -> str:
+    """A table, each of whose ``rows`` has a cell for each of ``head``."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def lines_svg(title: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from nanochat_ray.bench import load
+from nanochat_ray.bench import chart, load
 from nanochat_ray.checks import check_float, check_int, require
 
 PARTS: Mapping[str, str] = {
@@ -318,7 +318,8 @@ async def drill(args: Args) -> list[Round]:
                 if number and part in NOT_REPLACED and not cluster.processes(part):
                     continue  # the round before has ended it
                 rounds.append(await disturb(args, cluster, streams, part, rng))
-                print(f"round {number + 1}: {_row(part, rounds[-1:])}", file=sys.stderr, flush=True)
+                cells = " | ".join(_row(part, rounds[-1:]))
+                print(f"round {number + 1}: {cells}", file=sys.stderr, flush=True)
                 if rounds[-1].recovery_s is None:
                     return rounds  # a dead endpoint shows nothing else
     finally:
@@ -326,7 +327,7 @@ async def drill(args: Args) -> list[Round]:
     return rounds
 
 
-def _row(part: str, rounds: Sequence[Round]) -> str:
+def _row(part: str, rounds: Sequence[Round]) -> list[str]:
     gaps = sorted(r.longest_gap_s for r in rounds)
     names = ("answers", "broken_streams", "changed_answers", "refused_requests")
     sums = (sum(getattr(r, name) for r in rounds) for name in names)
@@ -334,7 +335,7 @@ def _row(part: str, rounds: Sequence[Round]) -> str:
     cells += [f"{gaps[len(gaps) // 2]:.2f}", f"{gaps[-1]:.2f}"]
     cells += [seconds_of([r.recovery_s for r in rounds], max)]
     cells += [seconds_of([r.replacement_s for r in rounds], max)]
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def seconds_of(times: Sequence[float | None], figure: Callable[[list[float]], float]) -> str:
@@ -347,10 +348,8 @@ def table(rounds: Sequence[Round]) -> str:
     head = ["part", "signals", "answers", "broken", "changed", "refused"]
     head += ["median gap (s)", "longest gap (s)", "slowest recovery (s)"]
     head += ["slowest replacement (s)"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for part in dict.fromkeys(r.part for r in rounds):
-        lines.append(_row(part, [r for r in rounds if r.part == part]))
-    return "\n".join(lines)
+    parts = dict.fromkeys(r.part for r in rounds)
+    return chart.markdown(head, *(_row(p, [r for r in rounds if r.part == p]) for p in parts))
 
 
 def failures(rounds: Sequence[Round]) -> list[str]:

@@ -38,7 +38,7 @@ from typing import Literal
 
 import psutil
 
-from nanochat_ray.bench import drill
+from nanochat_ray.bench import chart, drill
 from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.storage import Store, absolute, default_root
 
@@ -270,7 +270,8 @@ def drill_run(args: Args, folder: Path) -> list[Round]:
         for number in range(args.rounds):
             for part in args.parts:
                 rounds.append(disturb(args, command, part, rng))
-                print(f"round {number + 1}: {_row(part, rounds[-1:])}", file=sys.stderr, flush=True)
+                cells = " | ".join(_row(part, rounds[-1:]))
+                print(f"round {number + 1}: {cells}", file=sys.stderr, flush=True)
         while command.runs(again=True):
             time.sleep(POLL_S)
     return rounds
@@ -302,20 +303,18 @@ def sha256(run: Store) -> str:
     return digest.hexdigest()
 
 
-def _row(part: str, rounds: Sequence[Round]) -> str:
+def _row(part: str, rounds: Sequence[Round]) -> list[str]:
     times = [r.recovery_s for r in rounds]
     cells = [part, str(len(rounds)), str(sum(r.restarts for r in rounds))]
     cells += [drill.seconds_of(times, statistics.median), drill.seconds_of(times, max)]
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def table(rounds: Sequence[Round]) -> str:
     head = ["part", "disturbances", "command given again"]
     head += ["median time to a new checkpoint (s)", "longest (s)"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for part in dict.fromkeys(r.part for r in rounds):
-        lines.append(_row(part, [r for r in rounds if r.part == part]))
-    return "\n".join(lines)
+    parts = dict.fromkeys(r.part for r in rounds)
+    return chart.markdown(head, *(_row(p, [r for r in rounds if r.part == p]) for p in parts))
 
 
 def main(args: Args) -> int:

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from nanochat_ray.bench import chart
+
 
 @dataclass
 class Flood:
@@ -58,13 +60,6 @@ def seconds_text(value: float | None) -> str:
     return "never" if value is None else f"{value:.3f}"
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(
-        ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        + ["| " + " | ".join(cells) + " |" for cells in lines]
-    )
-
-
 def flood_table(report: Flood) -> str:
     cells: Mapping[str, str] = {
         "offered": str(report.num_offered),
@@ -79,7 +74,7 @@ def flood_table(report: Flood) -> str:
         "RSS before / peak / after (MiB)": _rss(report),
         "sent late p99 (s)": f"{report.send_delay_p99_s:.3f}",
     }
-    return _markdown(list(cells), [list(cells.values())])
+    return chart.markdown(list(cells), list(cells.values()))
 
 
 def attack_table(attacks: Sequence[AttackReport]) -> str:
@@ -98,7 +93,7 @@ def attack_table(attacks: Sequence[AttackReport]) -> str:
         ]
         for attack in attacks
     ]
-    return _markdown(head, lines)
+    return chart.markdown(head, *lines)
 
 
 def _rss(report: Flood | AttackReport) -> str:

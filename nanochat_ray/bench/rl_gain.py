@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanochat_ray.bench import chart
 from nanochat_ray.checks import check_int, check_name
 from nanochat_ray.rl.config import DEFAULT_TASKS
 from nanochat_ray.storage import absolute, default_root
@@ -102,12 +103,12 @@ def table(parent: dict[str, float], gains: Sequence[Gain]) -> str:
     before = statistics.mean(gain.before for gain in gains)
     rows = [("new tasks, pass@1", before, [gain.after for gain in gains])]
     rows += [(task, parent[task], [g.accuracy[task] for g in gains]) for task in parent]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for name, first, after in rows:
         spread = f" ± {100 * statistics.stdev(after):.1f}" if len(after) > 1 else ""
         cells = [f"{100 * share:.1f}" for share in (first, *after, statistics.mean(after))]
-        lines.append(f"| {name} | {' | '.join(cells)}{spread} |")
-    return "\n".join(lines)
+        lines.append([name, *cells[:-1], cells[-1] + spread])
+    return chart.markdown(head, *lines)
 
 
 def main(args: Args) -> None:

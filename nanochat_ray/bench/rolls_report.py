@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanochat_ray.bench import load
+from nanochat_ray.bench import chart, load
 from nanochat_ray.bench.checkpoint_writer import REASONS
 
 
@@ -114,19 +114,15 @@ def table(report: Report) -> str:
         )
         head += [f"first token p{share}: without, in a roll (s), ratio"]
         cells += [f"{beside:.3f}, {inside:.3f}, {_ratio(inside, beside)}"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines += ["| " + " | ".join(cells) + " |"]
-    if report.bad:
-        lines += [
-            "",
-            "| bad checkpoint | number | refused by name | old one served |",
-            "|---" * 4 + "|",
-        ]
+    text = chart.markdown(head, cells)
+    rows = []
     for kind in dict.fromkeys(bad.kind for bad in report.bad):
         group = [bad for bad in report.bad if bad.kind == kind]
-        counts = [len(group), *_sums(group)]
-        lines.append("| " + " | ".join([kind, *map(str, counts)]) + " |")
-    return "\n".join(lines)
+        rows.append([kind, *map(str, (len(group), *_sums(group)))])
+    if rows:
+        head = ["bad checkpoint", "number", "refused by name", "old one served"]
+        text += "\n\n" + chart.markdown(head, *rows)
+    return text
 
 
 def _sums(group: Sequence[BadCheckpoint]) -> tuple[int, int]:
