@@ -155,10 +155,11 @@ class RayEngineClient:
             replica.is_listed = replica.name in addresses
             if not replica.is_listed and not replica.in_flight and replica.connection is not None:
                 replica.connection.close()
-        for name, address_and_secret in addresses.items():
-            replica = self.replicas.by_name.setdefault(name, ReplicaHandle(name))
-            if replica.connection is None:
-                await self._connect(replica, *address_and_secret)
+        replicas = [self.replicas.by_name.setdefault(n, ReplicaHandle(n)) for n in addresses]
+        # All at once: a host that is gone may not answer at all.
+        await asyncio.gather(
+            *(self._connect(r, *addresses[r.name]) for r in replicas if r.connection is None)
+        )
 
     async def _connect(self, replica: ReplicaHandle, address: list[Any], secret: str) -> None:
         def make_connection() -> Connection:

@@ -157,6 +157,36 @@ def test_replicas_that_do_not_answer_are_left_out() -> None:
     assert options == {"timeout_s": 10, "return_exceptions": True}
 
 
+def test_a_host_that_is_gone_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "CALL_TIMEOUT_S", math.inf)
+
+    async def serve() -> None:
+        absent, present = Replica("a", vanishes=False), Replica("b", vanishes=False)
+        await absent.start()
+        await present.start()
+        loop = asyncio.get_running_loop()
+        connect = loop.create_connection
+
+        async def connect_if_present(make: Any, *address: Any) -> Any:
+            if address[1] == absent.endpoint["address"][1]:
+                await asyncio.Event().wait()
+            return await connect(make, *address)
+
+        monkeypatch.setattr(loop, "create_connection", connect_if_present)
+        handle: Any = Handle([absent, present])
+        client = RayEngineClient(handle)
+        client.start()
+        async with asyncio.timeout(60):
+            while [r.name for r in client.replicas.by_name.values() if r.is_usable] != ["b"]:
+                await asyncio.sleep(0.01)
+        await client.close()
+        for replica in (absent, present):
+            replica.heartbeats.cancel()
+            replica.server.close()
+
+    asyncio.run(serve())
+
+
 def test_requests_leave_a_host_that_vanished() -> None:
     """Its connection stays open and silent, as when a network link is cut."""
 
