@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import io
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,19 +198,8 @@ class Store:
                 yield file
             return
         self.fs.create_dir(os.path.dirname(target), recursive=True)
-        aside = f"{target}.{uuid.uuid4().hex}.tmp"
-        try:
-            with open(aside, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, target)
-            sync_folder(os.path.dirname(target))
-        except BaseException as error:
-            name_file(error, target)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(aside)
-            raise
+        with _write_aside(target, os.replace) as file:
+            yield file
 
     def write_bytes(self, name: str, data: bytes) -> None:
         with self.writing(name) as file:
@@ -224,22 +215,11 @@ class Store:
         if not self.is_local:
             return conditional.create(*split_uri(self.uri), name, data)
         self.fs.create_dir(os.path.dirname(target), recursive=True)
-        aside = f"{target}.{uuid.uuid4().hex}.tmp"
         try:
-            with open(aside, "wb") as file:
+            with _write_aside(target, os.link) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(aside, target)
-            sync_folder(os.path.dirname(target))
         except FileExistsError:
             return False
-        except OSError as error:
-            name_file(error, target)
-            raise
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(aside)
         return True
 
     def list(self, name: str = "") -> list[str]:
@@ -255,6 +235,47 @@ class Store:
             self.fs.delete_dir(self.path(name))
         elif info.type == pafs.FileType.File:
             self.fs.delete_file(self.path(name))
+
+
+@contextlib.contextmanager
+def _write_aside(target: str, publish: Callable[[str, str], None]) -> Iterator[Any]:
+    """A writable file, to which ``publish`` gives the name ``target`` behind the block."""
+    aside = f"{target}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        publish(aside, target)
+        sync_folder(os.path.dirname(target))
+    except BaseException as error:
+        name_file(error, target)
+        raise
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
+
+
+class HashingFile(io.RawIOBase):
+    """A file that counts and hashes the bytes that are written to it or read from it."""
+
+    def __init__(self, file: Any):
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def _pass(self, data: Any) -> Any:
+        self.sha256.update(data)
+        self.size += memoryview(data).nbytes
+        return data
+
+    def write(self, data: Any) -> int:
+        self.file.write(self._pass(data))
+        return len(data)
+
+    def read(self, size: int = -1) -> bytes:
+        return self._pass(self.file.read(None if size < 0 else size))
 
 
 def sync_folder(path: str | Path) -> None:

@@ -151,3 +151,6 @@ def test_only_one_creates_a_file(
     assert not store.create("x.json", b"later")
     assert store.read_bytes("x.json") == content
     assert store.list() == ["x.json"]
+    if where == "folder":
+        with pytest.raises(FileExistsError):  # of its folder, which is a file
+            store.create("x.json/y.json", b"")

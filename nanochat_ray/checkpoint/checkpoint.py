@@ -32,7 +32,6 @@ from nanochat_ray.checkpoint.names import step_of as step_of
 from nanochat_ray.checkpoint.reader import (
     FORMAT,
     CheckpointReader,
-    HashingFile,
     RunConfigFile,
     not_finite,
     parse_object,
@@ -41,7 +40,7 @@ from nanochat_ray.checkpoint.reader import (
 from nanochat_ray.checks import short_repr
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.storage import Store
+from nanochat_ray.storage import HashingFile, Store
 from nanochat_ray.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)

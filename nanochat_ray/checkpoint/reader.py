@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,29 +17,11 @@ from nanochat_ray.checks import short_repr
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.retry import is_outage
-from nanochat_ray.storage import Store
+from nanochat_ray.storage import HashingFile, Store
 from nanochat_ray.text.tokenizer import Tokenizer
 
 FORMAT = "nanochat_ray snapshot 1"
 """A name on disk, of a time when a checkpoint was called a snapshot: it stays."""
-
-
-class HashingFile:
-    """A file that counts and hashes the bytes that are written to it or read from it."""
-
-    def __init__(self, file: Any):
-        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
-
-    def _pass(self, data: Any) -> Any:
-        self.sha256.update(data)
-        self.size += len(data)
-        return data
-
-    def write(self, data: Any) -> None:
-        self.file.write(self._pass(data))
-
-    def read(self, size: int = -1) -> bytes:
-        return self._pass(self.file.read(None if size < 0 else size))
 
 
 @dataclass(frozen=True)

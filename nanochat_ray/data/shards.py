@@ -7,17 +7,14 @@ this machine's cache.
 
 from __future__ import annotations
 
-import hashlib
-import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from nanochat_ray.data.cache import local_copy
 from nanochat_ray.data.manifest import Manifest, Shard, Split
-from nanochat_ray.storage import Store
+from nanochat_ray.storage import HashingFile, Store
 
 __all__ = [
     "Manifest",
@@ -36,22 +33,6 @@ MAX_OPEN_COPIES = 64
 def token_dtype(vocab_size: int) -> np.dtype:
     """The narrowest of uint16 and uint32 that holds every id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-
-
-class _HashingWriter(io.RawIOBase):
-    """A file, open for writing, with the hash and size of all that was written to it."""
-
-    def __init__(self, file: Any):
-        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.file.write(data)
-        self.sha256.update(data)
-        self.size += len(memoryview(data).cast("B"))
-        return len(data)
 
 
 def record_batch(ids: np.ndarray, mask: np.ndarray | None, tokenizer: str) -> pa.RecordBatch:
@@ -76,7 +57,7 @@ def write_shard(
     """
     batch = record_batch(ids, mask, tokenizer)
     with store.writing(name) as file:
-        out = _HashingWriter(file)
+        out = HashingFile(file)
         with pa.ipc.new_file(pa.PythonFile(out, "wb"), batch.schema) as writer:
             writer.write_batch(batch)
     return Shard(name=name, num_sequences=len(ids), size=out.size, sha256=out.sha256.hexdigest())
