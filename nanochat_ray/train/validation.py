@@ -7,7 +7,6 @@ import math
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from nanochat_ray.data.shards import Manifest, SequenceReader
 from nanochat_ray.model.gpt import GPT
@@ -55,7 +54,6 @@ class Validator:
         return {"val_loss": masked_loss(model, self.ids, self.mask, micro_batch_size=micro)}
 
 
-@torch.no_grad()
 def bits_per_byte(
     model: GPT, ids: np.ndarray, byte_lengths: np.ndarray, *, micro_batch_size: int
 ) -> float:
@@ -64,40 +62,32 @@ def bits_per_byte(
     ``byte_lengths [vocab_size]`` holds the bytes of each token, 0 for special tokens, which are
     not counted. Every rank passes its own sequences and gets the result over all of them.
     """
-    device = next(model.parameters()).device
-    lengths = torch.from_numpy(byte_lengths.astype(np.int64)).to(device)
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for start in range(0, len(ids), micro_batch_size):
-        part = slice(start, start + micro_batch_size)
-        sequences = torch.from_numpy(ids[part].astype(np.int64)).to(device)
-        targets = sequences[:, 1:].contiguous()
-        size = lengths[targets]
-        targets = targets.masked_fill(size == 0, -1)
-        totals[0] += model.loss(sequences[:, :-1].contiguous(), targets, reduction="sum").double()
-        totals[1] += size.sum()
-    nats, count = _sum_over_ranks(totals)
+    nats, count = _sum_losses(model, ids, byte_lengths[ids[:, 1:]], micro_batch_size)
     return nats / (math.log(2) * max(count, 1))
 
 
-@torch.no_grad()
 def masked_loss(model: GPT, ids: np.ndarray, mask: np.ndarray, *, micro_batch_size: int) -> float:
     """Mean nats over the tokens of ``ids [n, T + 1]`` that ``mask`` marks, over all ranks."""
+    nats, count = _sum_losses(model, ids, mask[:, 1:], micro_batch_size)
+    return nats / max(count, 1)
+
+
+@torch.no_grad()
+def _sum_losses(
+    model: GPT, ids: np.ndarray, sizes: np.ndarray, micro_batch_size: int
+) -> tuple[float, float]:
+    """Nats of the targets in ``ids [n, T + 1]`` whose ``sizes [n, T]`` are not 0, and the sum of
+    these, over the process group, if there is one. Collective."""
     device = next(model.parameters()).device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for start in range(0, len(ids), micro_batch_size):
         part = slice(start, start + micro_batch_size)
         sequences = torch.from_numpy(ids[part].astype(np.int64)).to(device)
-        is_target = torch.from_numpy(mask[part, 1:].astype(bool)).to(device)
-        targets = sequences[:, 1:].masked_fill(~is_target, -1)
+        size = torch.from_numpy(sizes[part].astype(np.int64)).to(device)
+        targets = sequences[:, 1:].masked_fill(size == 0, -1)
         totals[0] += model.loss(sequences[:, :-1].contiguous(), targets, reduction="sum").double()
-        totals[1] += is_target.sum()
-    nats, count = _sum_over_ranks(totals)
-    return nats / max(count, 1)
-
-
-def _sum_over_ranks(totals: Tensor) -> list[float]:
-    """``totals [n]`` summed over the process group, if there is one. Collective."""
+        totals[1] += size.sum()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(totals)
-    sums: list[float] = totals.tolist()
-    return sums
+    nats, size_sum = totals.tolist()
+    return nats, size_sum
