@@ -174,10 +174,12 @@ def test_a_loop_measures_waits() -> None:
     )
     for name in ("a", "b", "c"):
         loop.submit(request(name, max_tokens=4))
+    loop.submit(request("moved", max_tokens=4, output_token_ids=(1, 2)))
     loop.start()
-    wait_for(lambda: len(ends) == 3)
+    wait_for(lambda: len(ends) == 4)
     loop.stop()
-    # The first one did not wait. The others were expected to: 5 and 10 steps and their prompts.
+    # The first one did not wait, and the last is no new one. The others were expected to: 5 and 10
+    # steps and their prompts.
     assert engine.queue_time.estimates_s.count == 2
     assert engine.queue_time.waits_s.value > 0
 

@@ -18,6 +18,7 @@ from nanochat_ray.rl.rollout import Group, Rollout, rollout_seed
 from nanochat_ray.rl.source import EVAL_STEP, RolloutSource
 from nanochat_ray.storage import Store
 from nanochat_ray.tasks.registry import make_tasks
+from nanochat_ray.text.chat import tool_delimiters
 from nanochat_ray.train.ranks import Ranks
 from tests.rl.tiny_rl import ENGINE, RL, TASK, EvenFirst, FakeEngine, job, save_parent
 from tests.tiny import TOKENIZER, tiny_config
@@ -71,6 +72,16 @@ def test_pass_at_k_by_hand(root: Store) -> None:
     params = engine.requests[0].params
     assert (params.temperature, params.max_tokens, params.logprobs) == (1.0, 4, 0)
     assert params.eos_ids == (END, TOKENIZER.bos)
+
+
+def test_samples_show_calls_of_tools(root: Store) -> None:
+    ids = tool_delimiters(TOKENIZER)
+    call = [ids.call_start, *b"1+1", ids.call_end, ids.result_start, *b"2", ids.result_end]
+    answer = [*call, *b"D", END]
+    source = make_source(root, FakeEngine(lambda *_: (answer, [-1.0] * len(answer), "stop")))
+    source.evaluate(source.model)
+    (sample, _) = source.samples(source.model)
+    assert (sample["text"], sample["reward"]) == ("[1+1 = 2] D", 1.0)
 
 
 @pytest.mark.parametrize(
