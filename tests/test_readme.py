@@ -8,11 +8,17 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nanochat_ray import cli
+from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.cli import bench, entry
+from nanochat_ray.storage import Store
+from nanochat_ray.tasks.registry import make_task
+from nanochat_ray.tasks.task import grade_answer
+from tests.tiny import write_dataset
 
 REPO = Path(__file__).parent.parent
 READMES = sorted([*REPO.glob("*.md"), *REPO.glob("k8s/*.md"), *REPO.glob("nanochat_ray/**/*.md")])
@@ -94,6 +100,34 @@ def test_headings_that_links_name_exist(path: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*\.md|)#([^)]+)\)", TEXT[path]):
         page = TEXT[(path.parent / target).resolve()] if target else TEXT[path]
         assert anchor in anchors(page), f"{target}#{anchor}"
+
+
+def python_blocks(room: str) -> list[str]:
+    text = TEXT[REPO / "nanochat_ray" / room / "README.md"]
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_python_of_the_readmes_runs(root: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """What they train, and serve, is smaller here."""
+    write_dataset(root, "base")
+    for room in ("train", "engine"):
+        names: dict[str, Any] = {}
+        for block in python_blocks(room):
+            code = block.replace("/data", root.uri).replace("tokens=1_000_000", "tokens=2_000")
+            exec(code.replace("model_config(4,", "model_config(1,"), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(("0.5 ", "1.0 ")) for line in lines) == 2
+    assert [line.split()[0] for line in lines[-2:]] == ["first", "second"]
+    assert checkpoint.latest(root.child("runs", "ablated")) == "step-000000"
+
+
+def test_the_readmes_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "task_of_a_readme.py").write_text(python_blocks("rl")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    task = make_task("task_of_a_readme.Doubles", "val", 2)
+    assert grade_answer(task, 1, task.example(1)[-1]["content"]) == 1
+    assert grade_answer(task, 1, "1") == 0
 
 
 def test_the_readme_stays_short() -> None:
