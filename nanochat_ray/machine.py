@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import math
 import mmap
@@ -105,14 +106,18 @@ def engine_threads(sharing: int) -> int:
 
 
 def run_in_temporary_thread(make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """``make(...)``, without threads of OpenMP left behind.
+    """``make(...)``, without threads of OpenMP or freed memory left behind.
 
     Each thread that computes gets a team of its own, which lives as long as it does. As soon as
     all teams together are larger than the machine, OpenMP has them sleep between any two
-    operations: what only loads a model must not leave one.
+    operations: what only loads a model must not leave one. Its copies of the weights were freed,
+    but the C library would keep their memory.
     """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(make, *args, **kwargs).result()
+        result = thread.submit(make, *args, **kwargs).result()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
+    return result
 
 
 def check_triton_toolchain() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def test_loading_leaves_no_threads() -> None:
         torch.set_num_threads(before)
     with pytest.raises(ZeroDivisionError):
         machine.run_in_temporary_thread(lambda: 1 // 0)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_loading_leaves_no_freed_memory() -> None:
+    process = psutil.Process()
+
+    def load() -> tuple[list[bytes], int]:
+        blocks = [b"x" * 100_000 for _ in range(1000)]
+        return blocks[::20], process.memory_info().rss
+
+    blocks, most = machine.run_in_temporary_thread(load)
+    assert len(blocks) == 50
+    assert most - process.memory_info().rss > 50_000_000  # of 95 MB that were freed
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (7, 1024, 513)])  # smaller than a huge page, and larger

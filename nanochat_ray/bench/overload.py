@@ -5,11 +5,12 @@
     nanochat-ray bench overload --attacks idle slow-head --connections 1000
 
 First a closed loop measures the capacity in requests/s and single requests the usual time to the
-first token. Then requests arrive as a Poisson process at ``--factor`` times the capacity, whatever
-the answers are (an open loop), and probes measure the time until a first token takes as long as
-usual again. Each attack of ``hostile_clients`` runs beside one request after the other, and its
-recovery is measured too. The server
-must be on this host: the memory of its processes is watched. Status 1 if something broke: an answer
+first token, and a short flood makes the server take the memory that its configuration bounds: keys
+and values of full batches, buffers, connections. Then requests arrive as a Poisson process at
+``--factor`` times the capacity, whatever the answers are (an open loop), and probes measure the
+time until a first token takes as long as usual again. Each attack of ``hostile_clients`` runs
+beside one request after the other, and its recovery is measured too. The server must be on this
+host: the memory of its processes is watched. Status 1 if something broke: an answer
 without a status or with another than 200, 429 and 503, a refusal without Retry-After, a first token
 after ``--max-ttft-s``, a recovery after ``--max-recovery-s``, or more growth than
 ``--max-growth-mib``.
@@ -42,6 +43,8 @@ from nanochat_ray.bench.overload_report import (
 from nanochat_ray.checks import check_float, check_int, require
 
 VOCAB = 256
+WARM_UP_S = 5.0
+"""Of the flood before the measured one."""
 PROBES = 5
 NORMAL_FACTOR = 2.0
 """A first token is as fast as usual if it takes at most this many times as long as usual …"""
@@ -177,29 +180,39 @@ async def flood(endpoint: Endpoint, memory: Memory) -> Flood:
     """Measures the capacity unless it is given, floods the server, and waits for its recovery."""
     args, report = endpoint.args, Flood()
     await endpoint.probe()  # the first one warms up
+    report.rss_idle_mib = memory.mib()
     report.capacity_per_s = args.capacity or await endpoint.capacity()
     report.usual_first_token_s = await endpoint.usual_first_token_s()
-    report.rss_before_mib = memory.mib()
     rate = args.factor * report.capacity_per_s
-    rng = random.Random(args.seed)
-    dues = [rng.expovariate(rate)]
-    while dues[-1] < args.seconds:
-        dues.append(dues[-1] + rng.expovariate(rate))
-    prompts = endpoint.prompts(len(dues), args.seed + 2)
-    requests = [
-        load.completion_request(args.url, endpoint.model, prompt, args.key) for prompt in prompts
-    ]
-    sender = OpenLoop(args.url, requests, dues)
-    began = time.perf_counter()
-    sending = asyncio.ensure_future(asyncio.to_thread(sender.run))
-    await asyncio.to_thread(sender.all_sent.wait)
-    last_arrival = time.perf_counter()
-    report.offered_per_s = len(requests) / (last_arrival - began)
-    report.recovery_s = await _recovery_s(endpoint, last_arrival, report.usual_first_token_s)
-    _count(report, [exchange.result() for exchange in await sending])
+    for seconds in (WARM_UP_S, args.seconds):
+        report.rss_before_mib = memory.peak_mib = memory.mib()
+        dues = _arrivals(rate, seconds, args.seed)
+        prompts = endpoint.prompts(len(dues), args.seed + 2)
+        requests = [
+            load.completion_request(args.url, endpoint.model, prompt, args.key)
+            for prompt in prompts
+        ]
+        sender = OpenLoop(args.url, requests, dues)
+        began = time.perf_counter()
+        sending = asyncio.ensure_future(asyncio.to_thread(sender.run))
+        await asyncio.to_thread(sender.all_sent.wait)
+        last_arrival = time.perf_counter()
+        report.offered_per_s = len(requests) / (last_arrival - began)
+        report.recovery_s = await _recovery_s(endpoint, last_arrival, report.usual_first_token_s)
+        exchanges = await sending
+    _count(report, [exchange.result() for exchange in exchanges])
     report.send_delay_p99_s = load.percentile(sender.send_delays_s, 0.99)
     report.rss_peak_mib, report.rss_after_mib = memory.peak_mib, memory.mib()
     return report
+
+
+def _arrivals(rate: float, seconds: float, seed: int) -> list[float]:
+    """Times of a Poisson process, with the first one behind ``seconds``."""
+    rng = random.Random(seed)
+    times = [rng.expovariate(rate)]
+    while times[-1] < seconds:
+        times.append(times[-1] + rng.expovariate(rate))
+    return times
 
 
 async def _recovery_s(endpoint: Endpoint, since: float, usual_s: float) -> float | None:

@@ -32,6 +32,8 @@ class Flood:
     """By which this program sent a request late: more than a little, and it measures itself."""
     recovery_s: float | None = None
     """From the last arrival until a first token takes as long as usual; None: not in time."""
+    rss_idle_mib: float = 0.0
+    """Before the server had any load."""
     rss_before_mib: float = 0.0
     rss_peak_mib: float = 0.0
     rss_after_mib: float = 0.0
@@ -71,7 +73,7 @@ def flood_table(report: Flood) -> str:
         ),
         "refusal p50 / p99 (s)": f"{report.refusal_p50_s:.3f} / {report.refusal_p99_s:.3f}",
         "recovery (s)": seconds_text(report.recovery_s),
-        "RSS before / peak / after (MiB)": _rss(report),
+        "RSS idle / before / peak / after (MiB)": f"{report.rss_idle_mib:.0f} / {_rss(report)}",
         "sent late p99 (s)": f"{report.send_delay_p99_s:.3f}",
     }
     return chart.markdown(list(cells), list(cells.values()))

@@ -27,7 +27,16 @@ def client() -> ScriptedClient:
     return ScriptedClient(TOK.encode("abcdef" * 20))
 
 
-def test_a_flood_is_counted() -> None:
+def test_a_flood_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overload, "WARM_UP_S", 0.05)
+    floods: list[float] = []
+
+    def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
+        floods.append(seconds)
+        return _arrivals(rate, seconds, seed)
+
+    _arrivals = overload._arrivals
+    monkeypatch.setattr(overload, "_arrivals", arrivals)
     engine = client()
     args = Args(capacity=20.0, factor=10.0, seconds=0.2, output=4, prompt=4, max_recovery_s=60.0)
     with serving(build_app(engine, TOK, "tiny", 256)) as url:
@@ -38,7 +47,9 @@ def test_a_flood_is_counted() -> None:
     assert report.num_offered == report.num_admitted > 10  # 40 arrivals are expected
     assert report.num_refused == report.without_retry_after == report.failures.total() == 0
     assert report.recovery_s is not None
+    assert floods == [0.05, 0.2]  # the first one is not counted
     assert report.rss_before_mib > 1
+    assert report.rss_idle_mib > 1
     assert 0 < report.first_token_p50_s <= report.first_token_p99_s
 
 
