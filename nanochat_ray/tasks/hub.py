@@ -11,6 +11,7 @@ import random
 import re
 from typing import Any
 
+from nanochat_ray.checks import short_repr
 from nanochat_ray.data import records
 from nanochat_ray.tasks.task import Split
 from nanochat_ray.text.chat import Message
@@ -146,14 +147,22 @@ class HubTask:
         rows = (i for i in range(len(data)) if not is_shared or self._is_of(i, split))
         self._rows = list(itertools.islice(rows, size or None))
 
+    def _messages(self, row: int) -> list[Message]:
+        try:
+            return self._convert(self._data[row])
+        except (LookupError, TypeError, AttributeError) as error:
+            rule = f"its fields are not those of {_SETS[self._kind][0]}"
+            value = short_repr(self._data[row])
+            raise ValueError(f"task={self.name!r}: row {value}: {rule} ({error!r})") from None
+
     def _is_of(self, row: int, split: Split) -> bool:
-        return _is_val(self._convert(self._data[row])) == (split == "val")
+        return _is_val(self._messages(row)) == (split == "val")
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def example(self, index: int) -> list[Message]:
-        return self._convert(self._data[self._rows[index]])
+        return self._messages(self._rows[index])
 
     def question(self, index: int) -> list[Message]:
         return self.example(index)[:-1]

@@ -488,6 +488,14 @@ def test_gsm8k_from_a_folder(tmp_path: Path, layout: str) -> None:
         make_task(f"gsm8k,path={tmp_path}", "test")
 
 
+@pytest.mark.parametrize("name", hub.NAMES)
+def test_a_row_of_other_fields_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text('{"q": "1 + 1", "answer": 3}\n')
+    task = make_task(f"{name},path={tmp_path}", "test")
+    with pytest.raises(ValueError, match=rf"^task='{name},.*'q': '1 \+ 1'.* fields are not those"):
+        task.question(0)
+
+
 def test_spoken_legs_by_hand() -> None:
     task = make_task("spoken_legs", "train", size=8)
     inner = make_task("leg_counting", "train", size=8, seed=1)
