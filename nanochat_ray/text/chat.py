@@ -248,14 +248,19 @@ def _join(first: Any, second: Any) -> Any:
         return first or second
     if isinstance(first, str) and isinstance(second, str):
         return f"{first}{_BLANK}{second}"
-    parts = [*_parts(first), {"type": "text", "text": _BLANK}, *_parts(second)]
-    result: list[dict[str, Any]] = []
-    for part in parts:  # neighbouring texts are tokenized as one
-        if result and result[-1].get("type") == part.get("type") == "text":
-            result[-1] = {"type": "text", "text": result[-1]["text"] + part["text"]}
+    result, parts = list(_parts(first)), _parts(second)
+    for part in ({**parts[0], "type": "text", "text": _BLANK}, *parts):
+        last = result[-1]
+        # Neighbouring texts are tokenized as one, unless only one of them has a loss.
+        if last.get("type") == part.get("type") == "text" and _weight(last) == _weight(part):
+            result[-1] = {**last, "text": last["text"] + part["text"]}
         else:
             result.append(part)
     return result
+
+
+def _weight(part: Mapping[str, Any]) -> int:
+    return part.get("weight", 1)
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:
@@ -278,7 +283,7 @@ def _assistant(tok: Tokenizer, content: Any) -> tuple[list[int], list[int]]:
             start, end, has_loss = delimiters[kind]
             part_ids = [tok.special(start), *part_ids, tok.special(end)]
         ids += part_ids
-        mask += [has_loss if part.get("weight", 1) else 0] * len(part_ids)
+        mask += [has_loss if _weight(part) else 0] * len(part_ids)
     return ids, mask
 
 
@@ -297,7 +302,7 @@ def render_conversation(tok: Tokenizer, messages: Sequence[Message]) -> tuple[li
             turn_ids, loss = _assistant(tok, turn["content"])
             ids += [tok.special("<|assistant_start|>"), *turn_ids, tok.special("<|assistant_end|>")]
             parts = _parts(turn["content"])
-            mask += [0, *loss, 1 if not parts or parts[-1].get("weight", 1) else 0]
+            mask += [0, *loss, 1 if not parts or _weight(parts[-1]) else 0]
     return ids, mask
 
 

@@ -57,6 +57,15 @@ def learnt(messages: list[dict[str, Any]]) -> str:
             "No<|assistant_end|>",
         ),
         ({"messages": [USER, YES, USER, YES], "weights": [0, 1, 0, 0]}, "Yes<|assistant_end|>"),
+        ([USER, {**YES, "weight": 0}, {**YES, "content": "No"}], "\n\nNo<|assistant_end|>"),
+        (
+            [USER, {**YES, "content": "No"}, {**YES, "weight": 0}, USER, YES],
+            "NoYes<|assistant_end|>",
+        ),
+        (
+            [USER, {**YES, "weight": 0}, {**YES, "weight": 0}, USER, {**YES, "content": "No"}],
+            "No<|assistant_end|>",
+        ),
         (
             {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}], "tools": TOOLS},
             '<|python_start|>{"name":"f","arguments":{"n":1}}<|python_end|>',
