@@ -74,6 +74,17 @@ def test_pass_at_k_by_hand(root: Store) -> None:
     assert params.eos_ids == (END, TOKENIZER.bos)
 
 
+def test_a_question_that_comes_again_has_new_seeds(root: Store) -> None:
+    engine = script()
+    source = make_source(root, engine)
+    engine.load(0, {})
+    question = Question(1, 0)
+    source.sampler.sample(source.questions, [question] * 2, samples=2, step=7, first=5)
+    # Seed of the run, step, number of the question within the step, task, index, sample.
+    seeds = [rollout_seed(0, 7, number, 1, 0, sample) for number in (5, 6) for sample in (0, 1)]
+    assert [r.params.seed for r in engine.requests] == seeds
+
+
 def test_samples_show_calls_of_tools(root: Store) -> None:
     ids = tool_delimiters(TOKENIZER)
     call = [ids.call_start, *b"1+1", ids.call_end, ids.result_start, *b"2", ids.result_end]

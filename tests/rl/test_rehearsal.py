@@ -116,6 +116,9 @@ def test_the_parents_dataset_is_rehearsed(root: Store) -> None:
     assert stage_config(root) == golden
     assert stage_config(root, 0.25) == {**golden, "rehearsal": 0.25}
     assert stage_config(root, 0) == dict.fromkeys(golden)
+    rehearsal = Rehearsal.open(job(root, "run"), TOKENIZER)
+    # A conversation of a whole packed sequence is the model's 48 positions and one more target.
+    assert (rehearsal.weight, rehearsal.bos, rehearsal.max_len) == (REHEARSAL, BOS, 49)
 
 
 def test_without_the_dataset_there_is_none(root: Store) -> None:
