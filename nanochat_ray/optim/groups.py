@@ -62,7 +62,8 @@ def build_groups(
     matrices: dict[tuple[int, ...], list[str]] = {}
     others: dict[tuple[float, float, float, float], list[str]] = {}
     for name, parameter in sorted(parameters, key=lambda item: item[0]):
-        if name.startswith("transformer.h.") and "head_gate" not in name:
+        is_matrix = name.startswith("transformer.h.") and parameter.ndim == 2
+        if is_matrix and "head_gate" not in name:
             matrices.setdefault(tuple(parameter.shape), []).append(name)
             continue
         rule = next((r for r in _ADAMW if name.startswith(r[0]) or f".{r[0]}." in name), None)

@@ -155,7 +155,8 @@ def _fields(
 ) -> Iterator[tuple[str, Any, Any]]:
     """(name, old value, new value) of each field, those of the optimizer among them.
 
-    A field that is younger than the checkpoint had its default then.
+    A field that is younger than the checkpoint had its default then; one that this program does not
+    have is None.
     """
     for name, value in new.items():
         before = old.get(name, defaults.get(name))
@@ -164,6 +165,10 @@ def _fields(
             yield from _fields(inner, value, configs.to_json(OptimConfig()))
         else:
             yield name, before, value
+    for name in sorted(
+        old.keys() - new.keys()
+    ):  # of another program: an option that this one lacks
+        yield name, old[name], None
 
 
 def _compare_about(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

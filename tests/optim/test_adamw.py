@@ -12,6 +12,7 @@ import torch
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.optim import flat
 from nanochat_ray.optim.config import OptimConfig
+from nanochat_ray.optim.groups import build_groups
 from nanochat_ray.optim.muon import MuonRule
 from nanochat_ray.optim.sharded import ShardedOptimizer
 from tests.tiny import tiny_config
@@ -91,6 +92,12 @@ def test_matrices_have_their_group() -> None:
         if group.kind == "muon":
             assert (group.lr, group.weight_decay, group.beta1, group.beta2) == (0.02, 0.1, 0.9, 0.9)
         assert group.eps == 1e-10
+
+
+@pytest.mark.parametrize("name", ["sinks", "transformer.h.0.attn.sinks"])
+def test_a_parameter_without_a_rule_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"parameter '{name}' has no learning rate; see optim"):
+        build_groups([(name, torch.nn.Parameter(torch.zeros(4)))], CONFIG)
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.001])

@@ -147,6 +147,21 @@ def test_older_checkpoints_resume_with_note(
     assert "its checkpoint does not say what was in dataset 'base'" in caplog.text
 
 
+def test_an_option_of_another_program_is_refused(
+    half_run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpoint.load_trainer
+
+    def of_a_branch(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        trainer = real(*args, **kwargs)
+        trainer["train_config"]["optim"]["table_rule"] = "lion"
+        return trainer
+
+    monkeypatch.setattr(checkpoint, "load_trainer", of_a_branch)
+    with pytest.raises(ValueError, match=r"^table_rule=None is not what .* \('lion'\)"):
+        check(job(half_run))
+
+
 def test_last_step_divergence_saves_nothing(
     half_run: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
