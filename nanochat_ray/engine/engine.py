@@ -236,7 +236,7 @@ class Engine:
         start, previous = time.perf_counter(), self._in_flight
         outputs, self._ready = self._ready, []
         if previous is None:
-            outputs += self._expire(time.time())
+            outputs += self._expire(time.monotonic())
         plan = self.scheduler.plan()
         self.num_step_tokens = sum(chunk.num_tokens for chunk in plan.chunks)
         for sequence in plan.admissions:
@@ -251,7 +251,7 @@ class Engine:
         if previous is not None:
             self._in_flight = None
             outputs += self._commit(previous)
-            outputs += self._expire(time.time())
+            outputs += self._expire(time.monotonic())
         if forward is not None and forward.needs_previous_tokens:
             step = sample(forward, self._sampling, self._grammars)
         if step is not None:

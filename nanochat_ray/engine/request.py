@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
@@ -225,14 +226,15 @@ class Request:
     """Only an engine with these weights may process it: it belongs to an answer that has begun
     with them."""
     deadline: float | None = None
-    """Seconds since the epoch at which the request fails if it still waits or runs."""
+    """``time.monotonic`` at which the request fails if it still waits or runs. The wire carries the
+    seconds until then, since clocks of two machines differ, and may be set."""
 
     def __post_init__(self) -> None:
         for name in ("prompt", "output_token_ids"):
             if hasattr(ids := getattr(self, name), "tolist"):
                 object.__setattr__(self, name, ids.tolist())
         ok = self.deadline is None or _is_finite(self.deadline)
-        require(ok, "deadline", self.deadline, "seconds since the epoch, or None")
+        require(ok, "deadline", self.deadline, "seconds, or None")
         require(_is_int(self.priority), "priority", self.priority, "a whole number")
         for name in ("cache_scope", "weight_version"):
             require(isinstance(getattr(self, name), str), name, getattr(self, name), "a string")
@@ -247,6 +249,8 @@ class Request:
 
     def to_wire(self) -> dict[str, Any]:
         wire = dataclasses.asdict(self)
+        if self.deadline is not None:
+            wire["deadline"] = self.deadline - time.monotonic()
         wire["prompt"], wire["output_token_ids"] = list(self.prompt), list(self.output_token_ids)
         # Pairs, since JSON would turn the ids into strings.
         wire["params"]["logit_bias"] = [[k, v] for k, v in self.params.logit_bias.items()]
@@ -260,7 +264,11 @@ class Request:
         params["logit_bias"] = {int(k): float(v) for k, v in params.get("logit_bias", ())}
         if params.get("grammar"):
             params["grammar"] = json.loads(params["grammar"])
-        return cls(**{**wire, "params": SamplingParams(**params)})
+        deadline = wire["deadline"]
+        if deadline is not None:
+            deadline += time.monotonic()
+        fields = {**wire, "params": SamplingParams(**params), "deadline": deadline}
+        return cls(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)

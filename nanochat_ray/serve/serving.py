@@ -117,7 +117,7 @@ class Serving:
         seed = secrets.randbits(62) if body.seed is None else body.seed
         scope = cache_scope(client, body.cache_salt or "")
         timeout = self.limits.request_timeout_s
-        deadline = time.time() + timeout if timeout else None
+        deadline = time.monotonic() + timeout if timeout else None
         try:
             requests = [
                 Request(

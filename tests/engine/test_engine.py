@@ -386,7 +386,7 @@ def test_parameters_out_of_range_are_named(field: str, value: object) -> None:
 
 def test_deadline_ends_waiting_and_running(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     engine = make_engine(make_model("classic"), max_num_seqs=1)
     engine.add(ask("runs", [1], max_tokens=100, deadline=1000.5))
     engine.add(ask("late", [1], deadline=998.75))

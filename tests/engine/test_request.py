@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from typing import Any
 
 import pytest
@@ -125,7 +126,7 @@ def test_a_seed_is_drawn_once() -> None:
     assert zero.with_seed() is zero
 
 
-def test_everything_survives_the_wire() -> None:
+def test_everything_survives_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(
         temperature=0.5, top_k=3, logit_bias={4: 1.5}, stop=("a",), stop_ids=(7,), eos_ids=(8,),
         seed=2**64 - 1, max_tokens=9, min_tokens=2, grammar={"json_schema": {"const": 2**70}},
@@ -135,11 +136,14 @@ def test_everything_survives_the_wire() -> None:
         id="r", prompt=(1, 2), params=params, output_token_ids=(3,), priority=-1, client="c",
         cache_scope="s", weight_version="w", deadline=9.5,
     )  # fmt: skip
-    again = Request.from_wire(json.loads(json.dumps(request.to_wire())))
+    monkeypatch.setattr(time, "monotonic", lambda: 7.0)
+    wire = json.dumps(request.to_wire())
+    monkeypatch.setattr(time, "monotonic", lambda: 1007.0)  # on another machine
+    again = Request.from_wire(json.loads(wire))
     assert again.params == params
     assert (again.prompt, again.output_token_ids) == ([1, 2], [3])
     assert (again.priority, again.client, again.cache_scope) == (-1, "c", "s")
-    assert (again.weight_version, again.deadline) == ("w", 9.5)
+    assert (again.weight_version, again.deadline) == ("w", 1009.5)
 
 
 def test_outputs_survive_the_wire() -> None:

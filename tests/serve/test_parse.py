@@ -215,11 +215,11 @@ def test_what_a_request_is_beside_sampling(parse: Callable[..., GenerationReques
     assert (plain.priority, plain.client, plain.cache_scope, plain.deadline) == (0, "", "", None)
     assert (plain.output_token_ids, plain.weight_version) == ((), "")
     assert plain.prompt == (PROMPT if parse is chat else [BOS, ord("h"), ord("i")])
-    before = time.time()
+    before = time.monotonic()
     (own,) = parse("key 1", {"request_timeout_s": 100.0}, priority=4).requests
     assert (own.priority, own.client) == (4, "key 1")
     assert own.deadline is not None
-    assert before + 100 <= own.deadline <= time.time() + 100
+    assert before + 100 <= own.deadline <= time.monotonic() + 100
     scopes = [
         parse(client, cache_salt=salt).requests[0].cache_scope
         for client in ("", "a", "b")

@@ -291,7 +291,7 @@ class RayEngineClient:
         """
         timeout = self.deadline_s
         if entry.request.deadline is not None:
-            timeout = min(timeout, entry.request.deadline - time.time())
+            timeout = min(timeout, entry.request.deadline - time.monotonic())
         deadline = time.monotonic() + timeout
         full: set[str] = set()
         while not entry.is_closed:

@@ -284,7 +284,7 @@ def test_a_request_waits_until_its_own_deadline() -> None:
     async def run() -> None:
         handle: Any = Handle([])
         client = RayEngineClient(handle, deadline_s=3600)
-        request = Request(id="r", prompt=[1], params=SamplingParams(), deadline=time.time())
+        request = Request(id="r", prompt=[1], params=SamplingParams(), deadline=time.monotonic())
         async with asyncio.timeout(60):
             with pytest.raises(UnavailableError, match="no engine was found in time"):
                 await client.submit(request, OutputStream())
