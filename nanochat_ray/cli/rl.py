@@ -35,7 +35,10 @@ else:
     RLFlags = overrides(RLConfig, omit=("tasks", "stale"))
     TrainFlags = overrides(
         TrainConfig,
-        omit=("stage", "steps", "precision", "optim", "global_batch_size", "eval_sequences"),
+        omit=(
+            *("stage", "steps", "precision", "optim", "global_batch_size", "eval_sequences"),
+            *("compile", "fp8"),
+        ),
         derived_fields=("micro_batch_size", "eval_every", "save_every"),
         prefix=False,
     )

@@ -38,9 +38,9 @@ def build_model(
 
 
 def compiles(config: TrainerConfig, device: torch.device) -> bool:
-    """Whether training on ``device`` is compiled."""
-    mode = config.train.compile
-    return mode == "on" or (mode == "auto" and device.type == "cuda")
+    """Whether training on ``device`` is compiled: not RL, whose shapes differ."""
+    mode, stage = config.train.compile, config.train.stage
+    return mode == "on" or (mode == "auto" and device.type == "cuda" and stage != "rl")
 
 
 def use_deterministic_algorithms() -> None:

@@ -79,6 +79,10 @@ class TrainConfig:
         require(not self.fp8 or self.precision == "bf16", "fp8", self.fp8, "only in bf16")
         # Uncompiled, the casts of a matrix take longer than its matmul saves.
         require(not self.fp8 or self.compile != "off", "fp8", self.fp8, "not with compile=off")
+        if self.stage == "rl":
+            rule = "not in RL, whose micro-batches have any number of tokens"
+            require(not self.fp8, "fp8", self.fp8, rule)
+            require(self.compile != "on", "compile", self.compile, rule)
         check_float("window_warmup", self.window_warmup, 0, 1)
         check_float("save_timeout_s", self.save_timeout_s)
         require(

@@ -41,6 +41,14 @@ def test_fp8_needs_compilation() -> None:
         TrainConfig(**fields, precision="bf16", fp8=True, compile="off")
 
 
+def test_rl_is_not_compiled() -> None:
+    """A graph for each length of the answers of a micro-batch would be too many."""
+    fields: dict[str, Any] = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1}
+    for field, value in {"fp8": True, "compile": "on"}.items():
+        with pytest.raises(ValueError, match=rf"^{field}={value!r} is not allowed: not in RL"):
+            TrainConfig(**fields, precision="bf16", stage="rl", **{field: value})
+
+
 def test_fp8_needs_aligned_sequences(root: Store) -> None:
     write_dataset(root, "base")  # sequences of 32 tokens
     preflight.check(config(root, fp8=True), on_gpu=True)

@@ -147,6 +147,8 @@ def test_a_run_without_parent_begins_from_its_seed(root: Store) -> None:
 )
 def test_when_training_is_compiled(root: Store, mode: str, device: str, golden: bool) -> None:
     assert compiles(job(root, compile=mode), torch.device(device)) == golden
+    if mode != "on":
+        assert not compiles(job(root, compile=mode, stage="rl"), torch.device(device))
 
 
 def test_a_compiled_run_says_so(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
