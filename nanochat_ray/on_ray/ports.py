@@ -77,8 +77,10 @@ FILES_PER_CONNECTION, OTHER_FILES = 2.5, 128
 """Of HAProxy: two sockets, and pipes for a quarter of them."""
 PREFIX, OWNER = "nanochat-", "owner"
 """Of a folder's name; and its file that says which process has started the cluster."""
-MAX_FOLDER = 28
-"""Characters: Serve appends a node's id of 56 and a file's name; HAProxy allows a path of 97."""
+MAX_FOLDER = 97 - len("/") - 56 - len("/") - max(map(len, FILES.values()))
+"""Characters: HAProxy allows a path of 97; Serve appends a node's id of 56 and a file's name."""
+RANDOM = 8
+"""Characters that tempfile appends."""
 
 
 def serve_environment() -> dict[str, str]:
@@ -176,7 +178,7 @@ def _clear(folder: str) -> None:
 
 def _new_folder() -> str:
     base = tempfile.gettempdir()
-    if len(base) > MAX_FOLDER - len(PREFIX) - 9:
+    if len(os.path.join(base, PREFIX)) + RANDOM > MAX_FOLDER:
         base = "/tmp"
     return tempfile.mkdtemp(prefix=PREFIX, dir=base)
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,6 +168,17 @@ def test_two_clusters_share_nothing() -> None:
         longest = max(len(f"{folder}/{node}/{Path(file).name}") for file in cluster["files"])
         assert longest <= 97
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("length", range(4, 16))
+def test_haproxy_allows_its_paths(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever temporary files are."""
+    base = "/" + "t" * (length - 1)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: base)
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix, dir: f"{dir}/{prefix}12345678")
+    folder = ports._new_folder()
+    assert folder == f"{base if length < 10 else '/tmp'}/nanochat-12345678"
+    assert all(len(f"{folder}/{'f' * 56}/{file}") <= 97 for file in ports.FILES.values())
 
 
 def test_variables_that_are_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
