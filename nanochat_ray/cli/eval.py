@@ -65,6 +65,8 @@ class Args:
     """Questions of each task, none of them trained on. Fewer where a task has fewer."""
     samples: int = 1
     """Answers to each question; of k of them also pass@k."""
+    grade_threads: int = 1
+    """Answers that are graded at once, for a grader that waits and allows several threads."""
     max_tokens: int = MAX_ANSWER_TOKENS
     """Of an answer; nanochat takes 512 for gsm8k."""
     temperature: float | None = None
@@ -100,7 +102,7 @@ class Args:
         check_name("run", self.run)
         if self.checkpoint:
             check_name("checkpoint", self.checkpoint)
-        for name in ("count", "samples", "max_tokens"):
+        for name in ("count", "samples", "max_tokens", "grade_threads"):
             check_int(name, getattr(self, name), 1, 1 << 30)
         for name in ("seed", "threads", "engines"):
             check_int(name, getattr(self, name), 0, 1 << 30)

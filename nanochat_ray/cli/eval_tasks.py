@@ -77,6 +77,7 @@ def _measure(
             samples=args.samples,
             temperature=args.temperature or 0.0,
             seed=args.seed,
+            grade_threads=args.grade_threads,
             max_tokens=args.max_tokens,
             previous_answers=answers.texts,
             on_answer=answers.add,

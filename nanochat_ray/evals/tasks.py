@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from nanochat_ray.engine.offline import OfflineEngine
@@ -70,13 +71,15 @@ def evaluate(
     temperature: float = 0.0,
     seed: int = 0,
     max_tokens: int = MAX_ANSWER_TOKENS,
+    grade_threads: int = 1,
     previous_answers: Mapping[str, str] | None = None,
     on_answer: Callable[[str, str], None] = lambda request_id, text: None,
     progress: Callable[[int, int], None] = lambda num_answered, total: None,
 ) -> TaskScore:
     """Asks the first ``count`` questions of ``task``, each ``samples`` times, and grades answers.
 
-    A question that does not fit into the context counts as wrong. ``previous_answers``: by request
+    A question that does not fit into the context counts as wrong. ``grade_threads`` answers are
+    graded at once. ``previous_answers``: by request
     id, such as 3/0 for the first answer to the fourth question; these are not asked. ``on_answer``
     gets each other one when it is complete.
     """
@@ -98,18 +101,23 @@ def evaluate(
         on_answer(output.request_id, text)
         num_answered += 1
         progress(num_answered, total * samples)
-    return _score(task, answers, total, samples, num_too_long)
+    texts = [answers[f"{index}/{i}"] for index in range(total) for i in range(samples)]
+    with ThreadPoolExecutor(grade_threads) as threads:
+        indices = (i // samples for i in range(len(texts)))
+        grades = list(threads.map(lambda i, text: grade_answer(task, i, text) >= 1, indices, texts))
+    return _score(task, texts, grades, samples, num_too_long)
 
 
 def _score(
-    task: Task, answers: Mapping[str, str], total: int, samples: int, too_long: int
+    task: Task, texts: Sequence[str], grades: Sequence[bool], samples: int, too_long: int
 ) -> TaskScore:
+    """``texts`` and ``grades`` of all answers, question by question."""
     num_right = []
     wrong: list[tuple[str, str]] = []
-    for index in range(total):
-        texts = [answers[f"{index}/{i}"] for i in range(samples)]
-        grades = [grade_answer(task, index, text) >= 1 for text in texts]
-        num_right.append(sum(grades))
-        if not all(grades) and len(wrong) < 10:
-            wrong.append((str(task.question(index)[-1]["content"]), texts[grades.index(False)]))
+    for start in range(0, len(texts), samples):
+        own_grades = grades[start : start + samples]
+        num_right.append(sum(own_grades))
+        if not all(own_grades) and len(wrong) < 10:
+            text = texts[start + own_grades.index(False)]
+            wrong.append((str(task.question(start // samples)[-1]["content"]), text))
     return TaskScore(task.name, num_right, samples, wrong, too_long)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -64,6 +66,20 @@ def test_accuracy_counts_all_questions() -> None:
     again = FirstLetter({1})
     evaluate(one_engine, TOKENIZER, again, count=5, max_tokens=12)
     assert all(again.answers[i] == task.answers[i] for i in range(5))
+
+
+def test_answers_are_graded_at_once() -> None:
+    class Meeting(FirstLetter):
+        barrier = threading.Barrier(4, timeout=60)
+
+        def grade(self, index: int, answer: str) -> bool:
+            self.barrier.wait()
+            return index == 1
+
+    score = evaluate(
+        engine(), TOKENIZER, Meeting(set()), count=2, samples=2, max_tokens=4, grade_threads=4
+    )
+    assert score.num_right == [0, 2]
 
 
 def test_a_part_of_a_reward_is_not_right() -> None:
