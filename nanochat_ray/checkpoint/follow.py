@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import math
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -112,7 +113,8 @@ class CheckpointWatcher:
         self._name, self._clock = name, clock
         self._first_seen: dict[str, float] = {}
         """When each incomplete checkpoint was noticed."""
-        self._lease = Lease(run, f"follow-{name}")
+        # Not the name alone: other endpoints of the run may have the same.
+        self._lease = Lease(run, f"follow-{name}-{secrets.token_hex(4)}")
         self._publish()
 
     def status(self) -> dict[str, Any]:

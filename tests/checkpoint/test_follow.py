@@ -289,6 +289,18 @@ def test_leased_checkpoints_are_not_pruned(run: Store, monkeypatch: pytest.Monke
     assert not run.list(lease.FOLDER)
 
 
+def test_endpoints_of_one_name_have_leases_of_their_own(run: Store) -> None:
+    one, other = watch(run), watch(run)
+    one.poll()
+    save(run, 2, 1.5)
+    new = other.poll()
+    assert new is not None
+    other.accept(new)
+    other.close()
+    assert leased_checkpoints(run) == {SERVED}  # which the first one serves
+    one.close()
+
+
 def test_a_released_lease_protects_nothing(run: Store) -> None:
     holder = Lease(run, "a")
     holder.hold([SERVED])
