@@ -47,6 +47,7 @@ POLL_S = 5.0
 noticed at once."""
 POLL_UNREADY_S = 0.2
 CALL_TIMEOUT_S = 10.0
+"""By ``asyncio.timeout``: ``wait_for`` of Python 3.11 may lose a cancellation."""
 
 
 class RayEngineClient:
@@ -135,7 +136,6 @@ class RayEngineClient:
             any_ready = any(r.is_ready for r in self.replicas.by_name.values())
             period = POLL_S if any_ready else POLL_UNREADY_S
             with contextlib.suppress(TimeoutError):
-                # Not wait_for, which in Python 3.11 may lose a cancellation.
                 async with asyncio.timeout(period):
                     await self.replicas.list_now.wait()
             self.replicas.list_now.clear()
@@ -145,8 +145,8 @@ class RayEngineClient:
         listed."""
         while True:
             with contextlib.suppress(*CALL_ERRORS):
-                call = follower.status.remote()
-                self.follow_status = await asyncio.wait_for(call, CALL_TIMEOUT_S)
+                async with asyncio.timeout(CALL_TIMEOUT_S):
+                    self.follow_status = await follower.status.remote()
             await asyncio.sleep(POLL_S)
 
     async def _update_replicas(self, endpoints: list[dict[str, Any]]) -> None:
@@ -169,10 +169,9 @@ class RayEngineClient:
             )
 
         try:
-            _, connection = await asyncio.wait_for(
-                asyncio.get_running_loop().create_connection(make_connection, *address),
-                CALL_TIMEOUT_S,
-            )
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                loop = asyncio.get_running_loop()
+                _, connection = await loop.create_connection(make_connection, *address)
         except (OSError, TimeoutError) as error:
             logger.warning("engine replica %s cannot be reached: %s", replica.name, error)
             self.replicas.remove(replica)
@@ -334,7 +333,8 @@ class RayEngineClient:
         future = replica.replies[wire_id] = asyncio.get_running_loop().create_future()
         try:
             replica.connection.send("submit", request.to_wire())
-            reply = await asyncio.wait_for(future, CALL_TIMEOUT_S)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                reply = await future
         except TimeoutError:
             replica.connection.send("abort", [wire_id])
             reply = NOT_HERE

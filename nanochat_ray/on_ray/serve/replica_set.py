@@ -156,7 +156,8 @@ class ReplicaSet:
             self.list_now.set()
             async with self._ready:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._ready.wait(), min(remaining, NONE_USABLE_RETRY_S))
+                    async with asyncio.timeout(min(remaining, NONE_USABLE_RETRY_S)):
+                        await self._ready.wait()
 
     def _with_weights_of(self, entry: InFlightRequest) -> list[ReplicaHandle]:
         """Raises WeightsReplacedError if all have other weights than the request has begun with."""

@@ -431,7 +431,10 @@ def test_a_closed_stream_aborts_its_request() -> None:
     asyncio.run(run())
 
 
-def test_a_client_may_leave_before_the_reply() -> None:
+@pytest.mark.parametrize("has_reply", [False, True])
+def test_a_client_may_leave_before_the_reply(has_reply: bool) -> None:
+    """Or in the iteration of the event loop in which the reply comes."""
+
     async def run() -> None:
         replica, stream = Replica("a", False), OutputStream()
         replica.reply = None
@@ -439,6 +442,8 @@ def test_a_client_may_leave_before_the_reply() -> None:
         async with connected_client(replica) as client:
             submission = asyncio.ensure_future(client.submit(request, stream))
             await until(lambda: replica.requests)
+            if has_reply:
+                client._on_message(client.replicas.by_name["a"], ["reply", "r.0", ACCEPTED])
             submission.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await submission
