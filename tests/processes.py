@@ -22,7 +22,10 @@ from tests.tiny import free_ports
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
-    ["nanochat_ray.train.trainer", "nanochat_ray.cli.train", "pytest", "tests.tiny"]
+    [
+        *("nanochat_ray.train.trainer", "nanochat_ray.cli.train", "pytest", "tests.rl.tiny_rl"),
+        "tests.frozen",
+    ]
 )
 REPO = Path(__file__).parents[1]
 

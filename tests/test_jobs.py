@@ -59,6 +59,7 @@ def test_training_without_ray_and_out_to_hugging_face_and_back(root: Store, tmp_
     write_dataset(root, "base")
     train = ("--no-ray", "--storage", root.uri, "--depth", "1", "--tokens", "640")
     train += ("--batch-tokens", "128", "--precision", "fp32", "--preset", "classic")
+    train += ("--sample-tokens", "4")
     output = run("train", *train)
     assert '"done": true' in output.splitlines()[-1]
     assert root.child("runs", "base").exists("report.html")
@@ -87,10 +88,11 @@ def test_training_without_ray_and_out_to_hugging_face_and_back(root: Store, tmp_
 
 
 @pytest.mark.slow
-def test_torchrun_gives_what_one_process_gives(root: Store) -> None:
+def test_torchrun_gives_what_one_process_gives(root: Store, tmp_path: Path) -> None:
     write_dataset(root, "base")
     flags = ("--storage", root.uri, "--depth", "1", "--tokens", "640", "--batch-tokens", "128")
     flags += ("--precision", "fp32", "--lr-scale", "0.1", "--micro-batch-size", "2")
+    flags += ("--sample-tokens", "4")
     run("train", "--no-ray", "--run", "one", *flags)
     torchrun = [
         sys.executable,
@@ -105,7 +107,8 @@ def test_torchrun_gives_what_one_process_gives(root: Store) -> None:
         check=True,
         capture_output=True,
         timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # It leaves a folder for logs in TMPDIR.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
     )
     one, two = (
         [json.loads(line) for line in root.child("runs", r).read_text("metrics.jsonl").splitlines()]
@@ -122,6 +125,7 @@ def test_the_same_jobs_on_s3(s3: str, tmp_path: Path) -> None:
     for stage in ("base", "sft"):
         write_dataset(root, stage, stage, length=64)
     at = ("--storage", root.uri, "--batch-tokens", "256", "--precision", "fp32", "--no-ray")
+    at += ("--sample-tokens", "4")
     run("train", *at, "--depth", "1", "--tokens", "1280")
     run("train", *at, "--stage", "sft", "--dataset", "sft")
     assert root.child("runs", "chat").exists("latest")
@@ -236,7 +240,7 @@ def test_a_plan_needs_no_dataset_and_ends_in_one_object(root: Store) -> None:
 def test_resume_and_workers_are_checked_before_anything_starts(root: Store) -> None:
     write_dataset(root, "base")
     flags = ("--no-ray", "--storage", root.uri, "--depth", "1", "--tokens", "640")
-    flags += ("--batch-tokens", "128", "--precision", "fp32")
+    flags += ("--batch-tokens", "128", "--precision", "fp32", "--sample-tokens", "4")
     assert "resume='must'" in refusal("train", *flags, "--resume", "must")
     run("train", *flags, "--resume", "never")
     assert "resume='never'" in refusal("train", *flags, "--resume", "never")

@@ -60,7 +60,7 @@ def test_killed_run_starts_again(tmp_path: Path) -> None:
     root = Store.at(str(tmp_path / "storage"))
     write_dataset(root, "base")
     flags = ["--storage", root.uri, "--depth", "1", "--tokens", "76800", "--batch-tokens", "128"]
-    flags += ["--precision", "fp32", "--save-every", "4"]
+    flags += ["--precision", "fp32", "--save-every", "4", "--sample-tokens", "4"]
     assert run_job("train", "--no-ray", "--run", "whole", *flags).returncode == 0
     command = [sys.executable, str(REPO / "jobs" / "train.py"), "--run", "killed", *flags]
     address = ray.get_runtime_context().gcs_address

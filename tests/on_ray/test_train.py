@@ -34,6 +34,7 @@ CONFIG = TrainConfig(
     micro_batch_size=4,
     eval_sequences=8,
     save_every=4,
+    sample_tokens=4,
     optim=OptimConfig(matrix_lr=0.002, embedding_lr=0.05, scalar_lr=0.05, warmup_ratio=0.0),
 )
 

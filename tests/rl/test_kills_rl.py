@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import random
 import signal
 import time
+from multiprocessing.context import ForkServerProcess
 
 import pytest
 import torch
 
 from nanochat_ray.storage import Store
+from tests.processes import FORKSERVER
 from tests.rl.tiny_rl import RL, run_rl, save_parent, weights_digest
 from tests.waiting import wait_for
 
@@ -34,15 +35,13 @@ def train(root_uri: str, run: str, stale: int) -> None:
 @pytest.mark.parametrize("stale", [0, 1])
 def test_killed_at_any_moment_ends_equal(root: Store, stale: int) -> None:
     save_parent(root)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.rl.tiny_rl"])
 
-    def start(run: str) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=train, args=(root.uri, run, stale))
+    def start(run: str) -> ForkServerProcess:
+        process = FORKSERVER.Process(target=train, args=(root.uri, run, stale))
         process.start()
         return process
 
-    def complete(process: multiprocessing.process.BaseProcess) -> None:
+    def complete(process: ForkServerProcess) -> None:
         process.join(DEADLINE_S)
         assert process.exitcode == 0
 

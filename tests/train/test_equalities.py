@@ -28,6 +28,7 @@ CONFIG = TrainConfig(
     eval_every=4,
     eval_sequences=8,
     save_every=3,
+    sample_tokens=4,
     optim=OptimConfig(
         matrix_lr=0.005, embedding_lr=0.05, scalar_lr=0.05, weight_decay=0.1, grad_clip=1.0
     ),

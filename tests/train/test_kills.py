@@ -138,21 +138,14 @@ def test_killed_at_any_moment_ends_equal(root: Store, s3: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_killed_workers_resume_as_one(root: Store) -> None:
+def test_two_killed_workers_resume_as_one(root: Store, tmp_path: Path) -> None:
     write_dataset(root, "base")
     flags = ["--storage", root.uri, "--depth", "1", "--tokens", "5120", "--batch-tokens", "256"]
-    flags += [
-        "--precision",
-        "fp32",
-        "--lr-scale",
-        "0.1",
-        "--micro-batch-size",
-        "4",
-        "--save-every",
-        "3",
-    ]
+    flags += ["--precision", "fp32", "--lr-scale", "0.1", "--micro-batch-size", "4"]
+    flags += ["--save-every", "3", "--sample-tokens", "4"]
     script = str(REPO / "jobs" / "train.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    # torchrun leaves a folder for logs in TMPDIR.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "TMPDIR": str(tmp_path)}
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with subprocess.Popen(
         [*two, "--", script, "--run", "killed", *flags],
