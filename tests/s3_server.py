@@ -30,7 +30,8 @@ def s3_server(folder: Path, address: str = "127.0.0.1") -> Iterator[str]:
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     identity = {"name": "test", "credentials": [S3_KEYS], "actions": actions}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    s3_port, master, filer, volume, admin = free_ports(5)
+    ports = free_ports(5)
+    s3_port, master, filer, volume, admin = ports
     command = [
         *(weed, f"-logdir={folder}", "mini", f"-dir={folder}", f"-ip={address}"),
         *(f"-ip.bind={address}", "-master.telemetry=false", "-admin.ui=false", "-webdav=false"),
@@ -61,3 +62,6 @@ def s3_server(folder: Path, address: str = "127.0.0.1") -> Iterator[str]:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        for port in ports:
+            for socket in Path("/tmp").glob(f"seaweedfs-*-grpc-{port + 10000}.sock"):
+                socket.unlink()
