@@ -45,7 +45,7 @@ say "kernels for this $(uname -m): $(python -m nanochat_ray.engine.kernels)"
 # A Ray and a browser keep two cores busy by themselves.
 status=0
 say "tests without Ray and browser"
-# The engine also as other CPUs will run it: at each level of the kernels, and without a compiler.
+# The engine also as other CPUs will run it: at each level of the kernels, and with torch alone.
 pytest -n 2 --all-kernels --durations=12 -m "not ray and not browser" || status=1
 say "tests with Ray or a browser"
 pytest --durations=12 -m "ray or browser" || status=1

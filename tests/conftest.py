@@ -32,7 +32,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "run tests marked kernels at every level of this processor, with torch, without compiler"
+    text = "run tests marked kernels at every level of this processor, and with torch"
     parser.addoption("--all-kernels", action="store_true", help=text)
     text = "seed of torch's, numpy's and Python's random numbers, set before each test"
     parser.addoption("--seed", type=int, default=0, help=text)

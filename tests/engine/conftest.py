@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from nanochat_ray.engine.kernels import available, load_kernels
+from nanochat_ray.engine.kernels import available
 
-NO_COMPILER = "no compiler"
-LEVELS = (*available(), "torch", NO_COMPILER)
+# Without a compiler engines compute as at level torch: test_kernels.py.
+LEVELS = (*available(), "torch")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -21,13 +21,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def kernel_level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What engines take by default: a level, torch, or what is left without a C compiler."""
+    """What engines take by default: a level, or torch."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == NO_COMPILER:
-            load_kernels.cache_clear()
-            patch.setenv("CC", "/none/cc")
-        else:
-            patch.setenv("NANOCHAT_KERNELS", request.param)
+        patch.setenv("NANOCHAT_KERNELS", request.param)
         yield request.param
-    if request.param == NO_COMPILER:
-        load_kernels.cache_clear()

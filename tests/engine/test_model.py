@@ -178,7 +178,6 @@ def test_an_unknown_option_is_refused(tmp_path: Path) -> None:
         hf.export(model, TOKENIZER, tmp_path, dtype=torch.float32)
 
 
-@pytest.mark.kernels
 def test_without_a_plan_logits_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     """An option that the plan in C does not know yet takes the slower way."""
     model = make_model.__wrapped__("modern", skips=True)
