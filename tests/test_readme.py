@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nanochat_ray import cli
 from nanochat_ray.checkpoint import checkpoint
@@ -18,6 +19,7 @@ from nanochat_ray.cli import bench, entry
 from nanochat_ray.storage import Store
 from nanochat_ray.tasks.registry import make_task
 from nanochat_ray.tasks.task import grade_answer
+from tests.rl.tiny_rl import save_parent
 from tests.tiny import write_dataset
 
 REPO = Path(__file__).parent.parent
@@ -122,12 +124,23 @@ def test_python_of_the_readmes_runs(root: Store, capsys: pytest.CaptureFixture[s
     assert checkpoint.latest(root.child("runs", "ablated")) == "step-000000"
 
 
-def test_the_readmes_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "task_of_a_readme.py").write_text(python_blocks("rl")[0])
+@pytest.mark.slow
+def test_the_readmes_own_task_is_learned(
+    root: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task_code, code = python_blocks("rl")
+    (tmp_path / "my_tasks.py").write_text(task_code)
     monkeypatch.syspath_prepend(tmp_path)
-    task = make_task("task_of_a_readme.Doubles", "val", 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of the whole process
+    task = make_task("my_tasks.Doubles", "val", 2)
     assert grade_answer(task, 1, task.example(1)[-1]["content"]) == 1
     assert grade_answer(task, 1, "1") == 0
+    save_parent(root)
+    small = {"questions": 2, "samples": 2, "max_rounds": 1, "max_tokens": 4, "eval_questions": 2}
+    code = code.replace('parent="chat"', f"storage={root.uri!r}, parent='chat'")
+    exec(code.replace("steps=60", "steps=1").replace('{"questions": 24}', repr(small)), {})
+    assert 0 <= float(capsys.readouterr().out.splitlines()[-1]) <= 1
+    assert checkpoint.latest(root.child("runs", "rl")) == "step-000001"
 
 
 def test_the_readme_stays_short() -> None:
