@@ -305,14 +305,15 @@ class GPT(nn.Module):
         )
         return total if reduction == "sum" else total / (targets >= 0).sum().clamp_min(1)
 
-    def token_logprobs(self, ids: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-        """Log-probabilities, float32 ``[N]``, of those N of ``targets [B, T]`` int64 that are not
-        -1, row by row, in the distribution at ``temperature``."""
-        mask = targets >= 0
+    def token_logprobs(
+        self, ids: Tensor, targets: Tensor, rows: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """Log-probabilities, float32 ``[N]``, in the distribution at ``temperature``. ``rows [N]``
+        int64 are the places of the N tokens in ``targets [B, T]`` int64, flattened."""
         return token_logprobs(
-            self.hidden(ids)[mask],
+            self.hidden(ids).flatten(0, 1)[rows],
             self.lm_head.weight,
-            targets[mask],
+            targets.flatten()[rows],
             cap=self.config.softcap,
             vocab=self.config.vocab_size,
             temperature=temperature,

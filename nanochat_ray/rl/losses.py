@@ -102,11 +102,12 @@ def surrogate(
     sampling_logprobs: Tensor,
     advantages: Tensor,
     sequences: Tensor,
+    num_sequences: int,
 ) -> Tensor:
     """What is maximised, before weights, for each of N tokens; all float32 ``[N]``.
 
     ``logprobs`` has gradients, ``sampling_logprobs`` are the engine's; ``sequences`` int64 ``[N]``
-    numbers the tokens' sequences from 0.
+    are the tokens' sequences, of ``num_sequences``.
     """
     ratio_kind = KINDS[config.loss].ratio
     if ratio_kind == "none" and not config.stale:
@@ -115,9 +116,10 @@ def surrogate(
     if ratio_kind == "none":
         return advantages * difference.exp()
     if ratio_kind == "sequence_clip":
-        num_sequences = int(sequences.max()) + 1
-        sums = difference.new_zeros(num_sequences).index_add(0, sequences, difference)
-        difference = (sums / sequences.bincount(minlength=num_sequences))[sequences]
+        zeros = difference.new_zeros(num_sequences)
+        sums = zeros.index_add(0, sequences, difference)
+        num_tokens = zeros.index_add(0, sequences, torch.ones_like(difference))
+        difference = (sums / num_tokens)[sequences]
     ratio = difference.exp()
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     match ratio_kind:
@@ -149,18 +151,20 @@ class PolicyLoss:
         """Of each micro-batch, behind its largest difference."""
 
     def loss(self, model: GPT, micro: MicroBatch) -> Tensor:
-        mask = micro.targets >= 0
         weights, advantages, sampling_logprobs, rehearsal = (
-            micro.token_inputs[name][mask] for name in TOKEN_INPUTS
+            micro.token_inputs[name] for name in TOKEN_INPUTS
         )
-        logprobs = model.token_logprobs(micro.inputs, micro.targets, self.config.temperature)
-        gain = surrogate(self.config, logprobs, sampling_logprobs, advantages, mask.nonzero()[:, 0])
+        arguments = micro.inputs, micro.targets, micro.rows, self.config.temperature
+        logprobs = model.token_logprobs(*arguments)
+        num_sequences, T = micro.targets.shape
+        sequences = micro.rows // T
+        gain = surrogate(
+            *(self.config, logprobs, sampling_logprobs, advantages, sequences, num_sequences)
+        )
         divergence = torch.zeros_like(logprobs)
         if self.reference is not None:
             with torch.no_grad():
-                reference = self.reference.token_logprobs(
-                    micro.inputs, micro.targets, self.config.temperature
-                )
+                reference = self.reference.token_logprobs(*arguments)
             divergence = kl_estimate(logprobs, reference)
         with torch.no_grad():
             difference = (logprobs - sampling_logprobs).abs()

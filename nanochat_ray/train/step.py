@@ -46,8 +46,8 @@ class Batch:
     ids: np.ndarray
     mask: np.ndarray | None = None
     token_inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """What the objective needs of each token, by name: float32 ``[n, T + 1]``. With these, columns
-    behind the last trained token of a micro-batch are left out."""
+    """What the objective needs of each token, by name: float32 ``[n, T + 1]``. With these there is
+    a mask, and columns behind the last trained token of a micro-batch are left out."""
     denominator: float = 0.0
     """What the sum of the objective over the global batch is divided by; 0: the trained tokens."""
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -58,12 +58,17 @@ class Batch:
 
 
 class MicroBatch(NamedTuple):
-    """``inputs`` and ``targets [n, T]`` int64, -1 where no loss is taken; ``token_inputs [n, T]``
-    float32, those of the targets."""
+    """Some of a worker's sequences, on the device."""
 
     inputs: Tensor
+    """int64 ``[n, T]``"""
     targets: Tensor
+    """int64 ``[n, T]``, -1 where no loss is taken."""
+    rows: Tensor
+    """int64 ``[N]``: where ``targets.flatten()`` is not -1, ascending; empty without token inputs.
+    From the host: a GPU that counts the tokens itself makes the host wait for it."""
     token_inputs: Mapping[str, Tensor]
+    """float32 ``[N]``, those of the targets in ``rows``."""
 
 
 class Objective(Protocol):
@@ -113,7 +118,7 @@ def split(batch: Batch, micro_batch_size: int, device: torch.device) -> Iterator
     """Micro-batches of at most that many sequences."""
 
     def move(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        return machine.send(torch.from_numpy(np.ascontiguousarray(array)), device)
 
     for start in range(0, len(batch.ids), micro_batch_size):
         part = slice(start, start + micro_batch_size)
@@ -124,16 +129,22 @@ def split(batch: Batch, micro_batch_size: int, device: torch.device) -> Iterator
         inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         if batch.mask is not None:
             targets = targets.masked_fill(move(batch.mask[part, :width])[:, 1:] == 0, -1)
-        token_inputs = {
-            name: move(array[part, :width])[:, 1:] for name, array in batch.token_inputs.items()
-        }
-        yield MicroBatch(inputs, targets, token_inputs)
+        rows, token_inputs = np.zeros(0, dtype=np.int64), {}
+        if batch.token_inputs:
+            assert batch.mask is not None
+            is_trained = batch.mask[part, 1:width] != 0
+            rows = np.flatnonzero(is_trained)
+            token_inputs = {
+                name: move(array[part, 1:width][is_trained])
+                for name, array in batch.token_inputs.items()
+            }
+        yield MicroBatch(inputs, targets, move(rows), token_inputs)
 
 
 def _width(batch: Batch, part: slice) -> int:
     """Columns of a micro-batch: of sampled answers, whose lengths differ, those up to its last
     trained token. Prepared sequences are packed, and equal shapes suit a compiler."""
-    if batch.mask is None or not batch.token_inputs:
+    if not batch.token_inputs or batch.mask is None:
         return batch.ids.shape[1]
     return int(np.flatnonzero(batch.mask[part].any(axis=0)).max(initial=1)) + 1
 

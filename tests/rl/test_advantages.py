@@ -62,7 +62,7 @@ def gains(loss: str, advantage: float, stale: int = 0) -> tuple[list[float], lis
     """Surrogates of the three tokens, and their gradients by the log-probabilities."""
     logprobs = (SAMPLED + torch.tensor(RATIOS).log()).requires_grad_()
     config = RLConfig(loss=loss, stale=stale, clip_low=0.2, clip_high=0.3)  # type: ignore[arg-type]
-    gain = surrogate(config, logprobs, SAMPLED, torch.full((3,), advantage), SEQUENCES)
+    gain = surrogate(config, logprobs, SAMPLED, torch.full((3,), advantage), SEQUENCES, 2)
     (grad,) = torch.autograd.grad(gain.sum(), logprobs)
     return gain.tolist(), grad.tolist()
 
@@ -115,10 +115,9 @@ def test_kl_estimate() -> None:
 
 def micro_batch(advantage: float) -> MicroBatch:
     inputs, targets = torch.tensor([[1, 2, 3]]), torch.tensor([[-1, 3, 0]])
-    columns = {"weights": 3.0, "advantages": advantage, "logprobs": -5.0, "rehearsal": 0.0}
-    return MicroBatch(
-        inputs, targets, {name: torch.full((1, 3), value) for name, value in columns.items()}
-    )
+    values = {"weights": 3.0, "advantages": advantage, "logprobs": -5.0, "rehearsal": 0.0}
+    token_inputs = {name: torch.full((2,), value) for name, value in values.items()}
+    return MicroBatch(inputs, targets, torch.tensor([1, 2]), token_inputs)
 
 
 def random_model(seed: int) -> GPT:
@@ -160,14 +159,15 @@ def test_a_sequences_ratio_is_of_its_own_tokens() -> None:
     logprobs = model(inputs).log_softmax(-1).gather(2, targets.clamp_min(0)[..., None])[..., 0]
     # Samplers under which the ratios of tokens are 1, 1.21 and 0.9, 1, 1.
     ratios = torch.tensor([[1.0, 1.0, 1.21], [0.9, 1.0, 1.0]])
-    columns = {
-        "weights": torch.ones(2, 3),
-        "advantages": torch.tensor([[2.0] * 3, [1.0] * 3]),
-        "logprobs": (logprobs - ratios.log()).detach(),
-        "rehearsal": torch.zeros(2, 3),
+    token_inputs = {
+        "weights": torch.ones(5),
+        "advantages": torch.tensor([2.0] * 2 + [1.0] * 3),
+        "logprobs": (logprobs - ratios.log()).detach().flatten()[1:],
+        "rehearsal": torch.zeros(5),
     }
+    rows = torch.arange(1, 6)
     objective = PolicyLoss(RLConfig(loss="gspo"), Ranks(), max_diff=0)
-    loss = objective.loss(model, MicroBatch(inputs, targets, columns)).item()
+    loss = objective.loss(model, MicroBatch(inputs, targets, rows, token_inputs)).item()
     assert loss == pytest.approx(-(2 * 2 * 1.1 + 3 * 0.9 ** (1 / 3)), rel=1e-4)
 
 

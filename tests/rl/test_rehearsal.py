@@ -89,11 +89,11 @@ def test_its_loss_is_the_likelihood() -> None:
     inputs, targets = torch.tensor([[1, 2, 3]]), torch.tensor([[-1, 3, 7]])
     logprobs = model(inputs).log_softmax(-1)[0, [1, 2], [3, 7]]
     # The first token is an answer's, the second one's rehearsed.
-    values = torch.tensor([[[3.0, 3, 0]], [[2.0, 2, 0]], [[-5.0, -5, 0]], [[0.0, 0, 4]]])
+    values = torch.tensor([[3.0, 0], [2.0, 0], [-5.0, 0], [0.0, 4]])
     token_inputs = dict(zip(TOKEN_INPUTS, values, strict=True))
     config = RLConfig(kl=0.5)
     objective = PolicyLoss(config, Ranks(), max_diff=0, reference=model)
-    loss = objective.loss(model, MicroBatch(inputs, targets, token_inputs))
+    loss = objective.loss(model, MicroBatch(inputs, targets, torch.tensor([1, 2]), token_inputs))
     assert loss.item() == pytest.approx((-6 * logprobs[0] - 4 * logprobs[1]).item(), rel=1e-5)
     figures = objective.finish()
     assert figures["logprob_diff"] == pytest.approx(abs(logprobs[0].item() + 5), rel=1e-5)

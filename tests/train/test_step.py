@@ -160,7 +160,8 @@ def test_micro_batches_shift_the_mask() -> None:
     (one, two) = split(Batch(ids, mask, {"weights": weights}), 1, torch.device("cpu"))
     assert (one.inputs.tolist(), one.targets.tolist()) == ([[10, 11, 12]], [[11, -1, 13]])
     assert (two.inputs.tolist(), two.targets.tolist()) == ([[20, 21, 22]], [[-1, 22, 23]])
-    assert two.token_inputs["weights"].tolist() == [[5, 6, 7]]
+    assert two.rows.tolist() == [1, 2]
+    assert two.token_inputs["weights"].tolist() == [6, 7]
     (both,) = split(Batch(ids), 2, torch.device("cpu"))
     assert both.inputs.tolist() == [[10, 11, 12], [20, 21, 22]]
     assert both.targets.tolist() == [[11, 12, 13], [21, 22, 23]]
@@ -176,9 +177,11 @@ def test_columns_behind_the_last_answer_are_cut() -> None:
     assert [micro.inputs.shape[1] for micro in micros] == [4, 6]
     assert micros[0].inputs.tolist() == [[0, 1, 2, 3], [7, 8, 9, 10]]
     assert micros[0].targets.tolist() == [[1, -1, -1, -1], [-1, -1, -1, 11]]
-    assert micros[0].token_inputs["weights"].tolist() == [[1, 2, 3, 4], [8, 9, 10, 11]]
-    for batch in (Batch(ids, mask), Batch(ids, None, weights)):
-        assert {micro.inputs.shape[1] for micro in split(batch, 2, torch.device("cpu"))} == {6}
+    assert micros[0].rows.tolist() == [0, 7]
+    assert micros[0].token_inputs["weights"].tolist() == [1, 11]
+    for micro in split(Batch(ids, mask), 2, torch.device("cpu")):
+        assert micro.inputs.shape[1] == 6
+        assert micro.rows.tolist() == []
     none = Batch(ids, np.zeros_like(mask), weights)
     (micro,) = split(none, 4, torch.device("cpu"))
     assert (micro.targets == -1).all()
@@ -188,8 +191,8 @@ class WeightedLoss(CrossEntropy):
     """-sum of weight · log-probability."""
 
     def loss(self, model: GPT, micro: MicroBatch) -> torch.Tensor:
-        weights = micro.token_inputs["weights"][micro.targets >= 0]
-        return -(weights * model.token_logprobs(micro.inputs, micro.targets)).sum()
+        logprobs = model.token_logprobs(micro.inputs, micro.targets, micro.rows)
+        return -(micro.token_inputs["weights"] * logprobs).sum()
 
     def finish(self) -> dict[str, float]:
         return {"batches": 1.0}
