@@ -41,11 +41,22 @@ def engine() -> ScriptedClient:
     return ScriptedClient(ids("Grüße, 12+7 is [12+7=19]19! 🙂"))
 
 
+LIMITS = Limits(max_body_bytes=5000, max_choices=8)
+
+
 @pytest.fixture
 def url(engine: ScriptedClient) -> Iterator[str]:
-    app = build_app(engine, TOK, "tiny", 256, limits=Limits(max_body_bytes=5000, max_choices=8))
-    with serving(app) as url:
+    with serving(build_app(engine, TOK, "tiny", 256, limits=LIMITS)) as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def refusing_url() -> Iterator[str]:
+    """Of a server for all refusals, none of which reaches its engine."""
+    engine = ScriptedClient([65])
+    with serving(build_app(engine, TOK, "tiny", 256, limits=LIMITS)) as url:
+        yield url
+    assert not engine.requests
 
 
 @pytest.fixture
@@ -260,12 +271,10 @@ REFUSED: list[tuple[str, Any, int, str | None, str | None]] = [
 
 @pytest.mark.parametrize(("path", "body", "status", "param", "code"), REFUSED)
 def test_refusals(
-    url: str, path: str, body: Any, status: int, param: str | None, code: str | None
+    refusing_url: str, path: str, body: Any, status: int, param: str | None, code: str | None
 ) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    response = post(
-        f"{url}/v1/{path}", content=content, headers={"content-type": "application/json"}
-    )
+    response = post(f"{refusing_url}/v1/{path}", content=content, headers=JSON)
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}

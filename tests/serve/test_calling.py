@@ -40,6 +40,15 @@ def client(engine: ScriptedClient) -> Iterator[openai.OpenAI]:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
+@pytest.fixture(scope="module")
+def refused_client() -> Iterator[openai.OpenAI]:
+    """Of a server for all refusals, none of which reaches its engine."""
+    engine = ScriptedClient([65])
+    with serving(build_app(engine, TOK, "tiny", 1024)) as url:
+        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    assert not engine.requests
+
+
 def ask(client: openai.OpenAI, **fields: Any) -> Any:
     request_fields = {"model": "tiny", "messages": [USER], "tools": [TOOL], **fields}
     return client.chat.completions.create(**request_fields)
@@ -251,9 +260,9 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "calculator", "argu
         ),
     ],
 )
-def test_refusals(client: openai.OpenAI, fields: dict[str, Any], says: str) -> None:
+def test_refusals(refused_client: openai.OpenAI, fields: dict[str, Any], says: str) -> None:
     with pytest.raises(openai.BadRequestError, match=says):
-        ask(client, **fields)
+        ask(refused_client, **fields)
 
 
 def test_a_missing_result_is_refused(client: openai.OpenAI) -> None:

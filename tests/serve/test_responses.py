@@ -34,6 +34,15 @@ def url(engine: ScriptedClient) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
+def refusing_url() -> Iterator[str]:
+    """Of a server for all refusals, none of which reaches its engine."""
+    engine = ScriptedClient([65])
+    with serving(build_app(engine, TOK, "tiny", 256)) as url:
+        yield url
+    assert not engine.requests
+
+
 @pytest.fixture
 def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -171,8 +180,10 @@ def test_truncation_drops_no_more_than_it_must(url: str, engine: ScriptedClient)
         ({"input": "x" * 300}, "input"),
     ],
 )
-def test_refusals_name_the_field(url: str, body: dict[str, Any], param: str | None) -> None:
-    response = post(f"{url}/v1/responses", json=body)
+def test_refusals_name_the_field(
+    refusing_url: str, body: dict[str, Any], param: str | None
+) -> None:
+    response = post(f"{refusing_url}/v1/responses", json=body)
     error = response.json()["error"]
     assert response.status_code == 400, response.text
     if param is not None:

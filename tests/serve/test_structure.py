@@ -33,6 +33,15 @@ def url(engine: ScriptedClient) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
+def refusing_url() -> Iterator[str]:
+    """Of a server for all refusals, none of which reaches its engine."""
+    engine = ScriptedClient([65])
+    with serving(build_app(engine, TOK, "tiny", 256)) as url:
+        yield url
+    assert not engine.requests
+
+
 @pytest.fixture
 def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -103,9 +112,9 @@ def test_grammars_reach_the_engine(
         {"json_schema": []},
     ],
 )
-def test_what_cannot_be_is_refused(url: str, fields: dict[str, Any]) -> None:
+def test_what_cannot_be_is_refused(refusing_url: str, fields: dict[str, Any]) -> None:
     body = {"messages": USER, **fields}
-    response = post(f"{url}/v1/chat/completions", json=body)
+    response = post(f"{refusing_url}/v1/chat/completions", json=body)
     assert response.status_code == 400, response.text
     message = response.json()["error"]["message"]
     assert 0 < len(message) < 500
