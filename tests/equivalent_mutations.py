@@ -27,6 +27,11 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
     "nanochat_ray/cli/quickstart.py": {
         "constant: 30  →  31": ("1 << 30", "beyond any depth or number of GPUs"),
     },
+    "nanochat_ray/cli/quickstart_plan.py": {
+        "constant: 19000  →  19001": ("", "far below the rounding of a plan"),
+        "constant: 15000  →  15001": ("", "far below the rounding of a plan"),
+        "constant: 1050000  →  1050001": ("", "far below the rounding of a plan"),
+    },
     "nanochat_ray/cli/rollback.py": {
         "statement: time.sleep(POLL_S)  →  pass": ("", "it looks more often"),
     },

@@ -98,13 +98,14 @@ def test_full_batches_replace_the_first_measurements() -> None:
     assert queue.wait_s(request(), running, []) == 0.4
 
 
-def test_one_slow_step_is_no_trend() -> None:
+@pytest.mark.parametrize(("num_steps", "weight"), [(1, 1 / 2), (16, 1 / 16)])
+def test_one_slow_step_is_no_trend(num_steps: int, weight: float) -> None:
     queue = QueueTime(num_slots=1)
-    for _ in range(16):
+    for _ in range(num_steps):
         queue.record_step(0.1, 1, [])
     queue.record_step(60.0, 1, [])
     # As if it had taken 4 times the mean.
-    assert queue.full_step_s.value == pytest.approx(0.1 + (0.4 - 0.1) / 16)
+    assert queue.full_step_s.value == pytest.approx(0.1 + (0.4 - 0.1) * weight)
 
 
 def test_a_queue_that_is_too_slow_is_refused() -> None:

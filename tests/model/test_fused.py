@@ -18,3 +18,13 @@ def test_small_inputs_are_normalised(dtype: torch.dtype, grad: bool) -> None:
     with torch.set_grad_enabled(grad):
         y = rms_norm(x, default)
     assert y.float().flatten().tolist() == pytest.approx([1.0] * 16, rel=0.01)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_epsilon_is_added_to_the_mean_square(grad: bool) -> None:
+    x = torch.tensor([[1.0, -1.0], [3.0, 0.0]])
+    with torch.set_grad_enabled(grad):
+        y = rms_norm(x, 1.25)
+    # sqrt(1 + 1.25) = 1.5 and sqrt(4.5 + 1.25).
+    golden = [1 / 1.5, -1 / 1.5, 3 / 5.75**0.5, 0.0]
+    assert y.flatten().tolist() == pytest.approx(golden, rel=1e-6)

@@ -13,7 +13,7 @@ from nanochat_ray.config import to_json
 from nanochat_ray.model import attention
 from nanochat_ray.model.attention import attend, attention_mask, block_mask
 from nanochat_ray.model.config import ModelConfig
-from nanochat_ray.model.fp8 import fp8_linear
+from nanochat_ray.model.fp8 import BACKWARD, FORWARD, fp8_linear, quantize
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.rotary import yarn_frequencies, yarn_sharpening
 from tests.tiny import tiny_config
@@ -246,6 +246,13 @@ def test_fp8_matmuls_are_near_exact(fp8_on_any_cpu: None) -> None:
         (ours[1], theirs[1], 0.08),
     ):
         assert (a.float() - b).norm() < bound * b.norm()
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(FORWARD, 448.0), (BACKWARD, 57344.0)])
+def test_fp8_scales_fill_the_range(dtype: torch.dtype, largest: float) -> None:
+    values, scale = quantize(torch.tensor([0.5, -2.0, 0.0]), dtype)
+    assert scale.item() == pytest.approx(2 / largest)
+    assert values.float().tolist() == [largest / 4, -largest, 0.0]
 
 
 def test_fp8_sums_fast_in_the_forward_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,3 +302,20 @@ def test_the_largest_that_the_model_serves() -> None:
     assert len(completion(prompt=["x"] * 64, n=2).requests) == 128
     assert Limits().max_body_bytes == 2 * 1024 * 1024
     assert Limits().body_timeout_s == 60
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        ({"prompt": "x", "n": 9}, "n=9 is not allowed: at most 8 choices", "n"),
+        ({"prompt": "x", "n": 2, "best_of": 9}, "best_of=9 is not allowed: at most 8", "best_of"),
+        ({"prompt": ["x"] * 3, "n": 3}, "n=3 is not allowed for each of 3 prompts: at most", "n"),
+        ({"prompt": ["x"] * 9}, "n=1 is not allowed for each of 9 prompts: at most 8", "prompt"),
+    ],
+)
+def test_too_many_choices_are_refused(fields: dict[str, Any], message: str, param: str) -> None:
+    limits = {"max_choices": 8}
+    with pytest.raises(ApiError, match=message) as refusal:
+        completion(limits=limits, **fields)
+    assert (refusal.value.status, refusal.value.param) == (400, param)
+    assert len(completion(limits=limits, prompt=["x"] * 4, n=2).requests) == 8
