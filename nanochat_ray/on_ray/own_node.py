@@ -8,6 +8,8 @@ its raylet the node is lost, and calls of Ray would wait for a minute before the
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import math
 import os
 import shutil
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 from ray._private import worker
 from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER, PROCESS_TYPE_RAYLET
@@ -22,6 +25,8 @@ from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER, PROCESS_TYPE_RAY
 from nanochat_ray.on_ray import leave
 
 STORAGE, PATH = "RAY_gcs_storage", "RAY_gcs_storage_path"
+PREFIX, OWNER = "nanochat-gcs-", "owner"
+"""Of a folder's name; and its file that the process locks whose folder it is, while it lives."""
 SERVICES = (PROCESS_TYPE_GCS_SERVER, PROCESS_TYPE_RAYLET)
 """The processes without which a node ends."""
 POLL_S = 0.2
@@ -36,9 +41,28 @@ def store_state() -> None:
     until the process ends. A storage that the environment names already is kept."""
     if STORAGE in os.environ:
         return
-    folder = tempfile.mkdtemp(prefix="nanochat-gcs-")
+    _remove_orphans()
+    folder, _ = _new_folder()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ |= {STORAGE: "rocksdb", PATH: folder}
+
+
+def _new_folder() -> tuple[str, int]:
+    """And the descriptor that holds its lock."""
+    folder = tempfile.mkdtemp(prefix=PREFIX)
+    lock = os.path.join(folder, OWNER)
+    descriptor = os.open(f"{lock}.new", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.rename(f"{lock}.new", lock)  # nobody sees it without its lock
+    return folder, descriptor
+
+
+def _remove_orphans() -> None:
+    """Removes the folders of processes that SIGKILL has ended: 20 MB each."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{OWNER}"):
+        with contextlib.suppress(OSError), lock.open() as file:  # another user's, or a live one's
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def watch() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
+import shutil
 from typing import TYPE_CHECKING
 
 import grpc
 import ray
+from ray._common.utils import get_default_system_temp_dir
 from ray._private import services
 
 from nanochat_ray.checks import require
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 
 REACHABLE_S = 5.0
 """How long the cluster of RAY_ADDRESS may take to answer."""
+MIN_TEMP_BYTES = 50 << 20
+"""Of disk for the files of a Ray and the state of its control service (GCS), 27 MB at first, and
+its logs."""
 _has_connected = _started_here = False
 
 
@@ -50,6 +56,7 @@ def connect() -> None:
             with keep_sigterm_handler():
                 ray.init(address=address, logging_level=logging.WARNING)
         else:
+            _check_temp_space()
             # Ray requires tokens by default, and writes one of its own to a file that all can read.
             if os.environ.get("RAY_AUTH_MODE", "token") == "token":
                 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -100,6 +107,19 @@ def _head_address(address: str) -> str:
     if head is None:
         raise ConnectionError(f"RAY_ADDRESS={address!r}: no Ray runs on this machine")
     return head
+
+
+def _check_temp_space() -> None:
+    """ValueError if there is no room for the files of a Ray, which would wait for it without a
+    word."""
+    folder = get_default_system_temp_dir()
+    with contextlib.suppress(FileNotFoundError):  # Ray makes it
+        free = shutil.disk_usage(folder).free
+        if free < MIN_TEMP_BYTES:
+            raise ValueError(
+                f"{folder} has {free >> 20} MiB free, and Ray needs {MIN_TEMP_BYTES >> 20} there: "
+                "make room, or name another folder with TMPDIR"
+            )
 
 
 def _check_reachable(address: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,3 +176,17 @@ def test_a_storage_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     own_node.store_state()
     assert os.environ[own_node.STORAGE] == "memory"
     assert own_node.PATH not in os.environ
+
+
+def test_the_state_of_a_killed_process_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead, lock = own_node._new_folder()
+    os.close(lock)  # as the kernel does
+    alive, lock = own_node._new_folder()
+    (tmp_path / f"{own_node.PREFIX}new").mkdir()  # another process is making it
+    own_node._remove_orphans()
+    assert not Path(dead).exists()
+    assert sorted(tmp_path.iterdir()) == sorted([Path(alive), tmp_path / f"{own_node.PREFIX}new"])
+    os.close(lock)

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +52,17 @@ def test_a_process_without_a_token_is_refused() -> None:
         [sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=240
     )
     assert process.stdout.splitlines() == ["with True", "without False"], process.stderr
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would wait for room without a word."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr(session, "cluster_address", lambda: "local")
+    monkeypatch.setattr(session, "joins_cluster", lambda: False)
+    monkeypatch.setattr(session.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 << 20))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(ValueError, match=f"^{tmp_path} has 3 MiB free, and Ray needs 50 there"):
+        session.connect()
 
 
 def test_an_unreachable_cluster_is_named_soon(monkeypatch: pytest.MonkeyPatch) -> None:
