@@ -10,12 +10,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from nanochat_ray.engine import model as inference
+from nanochat_ray.engine import triton_forward
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.kvcache import paged_cache
 from nanochat_ray.engine.kvcache.base import Span
 from nanochat_ray.engine.kvcache.memory import make_allocator
 from nanochat_ray.engine.kvcache.paged_cache import PagedCache
 from nanochat_ray.engine.model import InferenceModel
+from nanochat_ray.model.config import COMMON_OPTIONS
 from nanochat_ray.model.gpt import GPT
 from tests.engine.engine_kit import VOCAB, make_model
 
@@ -51,6 +53,17 @@ def forward(
             results.append(engine.hidden(*ids.to(device), cache).cpu())
     pages = [torch.cat((k.flatten(), v.flatten())) for _, k, v in cache._pages]
     return results, torch.cat(pages).cpu()
+
+
+@pytest.mark.parametrize("has_skips", [False, True])
+def test_an_option_that_it_lacks_is_the_operators(
+    has_skips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "use_triton", lambda device: True)
+    monkeypatch.setattr(triton_forward, "OPTIONS", COMMON_OPTIONS - {"skips"})
+    model = make_model("modern", skips=has_skips)
+    engine = InferenceModel(model.config, model.state_dict())
+    assert (engine._triton_forward is None) == has_skips
 
 
 @pytest.mark.slow
