@@ -133,6 +133,8 @@ class RayEngineClient:
                 if not has_warned:
                     logger.info("the engine replicas cannot be listed: %s", error)
                 has_warned = True
+            except Exception:  # else this ingress would never see another replica
+                logger.exception("the engine replicas cannot be listed")
             any_ready = any(r.is_ready for r in self.replicas.by_name.values())
             period = POLL_S if any_ready else POLL_UNREADY_S
             with contextlib.suppress(TimeoutError):

@@ -187,6 +187,29 @@ def test_a_host_that_is_gone_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) 
     asyncio.run(serve())
 
 
+def test_an_unexpected_error_ends_no_listing() -> None:
+    class Broken(Handle):
+        errors = [RuntimeError("the controller is gone")]  # noqa: RUF012
+
+        async def results_async(self, **options: Any) -> list[dict[str, Any]]:
+            if self.errors:
+                raise self.errors.pop()
+            return await super().results_async(**options)
+
+    async def run() -> None:
+        replica = Replica("a", vanishes=False)
+        await replica.start()
+        handle: Any = Broken([replica])
+        client = RayEngineClient(handle)
+        client.start()
+        await until(lambda: any(r.is_usable for r in client.replicas.by_name.values()))
+        await client.close()
+        replica.heartbeats.cancel()
+        replica.server.close()
+
+    asyncio.run(run())
+
+
 def test_requests_leave_a_host_that_vanished() -> None:
     """Its connection stays open and silent, as when a network link is cut."""
 
