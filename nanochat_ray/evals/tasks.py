@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from nanochat_ray.engine.offline import OfflineEngine
 from nanochat_ray.engine.request import Request
 from nanochat_ray.evals.answers import answer_params, answer_text, make_requests, task_prompts
 from nanochat_ray.evals.results import Z, wilson_interval
-from nanochat_ray.tasks.task import MAX_ANSWER_TOKENS, Task, grade_answer
+from nanochat_ray.tasks.task import MAX_ANSWER_TOKENS, Task, grade_answer, map_in_threads
 from nanochat_ray.text.tokenizer import Tokenizer
 
 
@@ -102,9 +101,10 @@ def evaluate(
         num_answered += 1
         progress(num_answered, total * samples)
     texts = [answers[f"{index}/{i}"] for index in range(total) for i in range(samples)]
-    with ThreadPoolExecutor(grade_threads) as threads:
-        indices = (i // samples for i in range(len(texts)))
-        grades = list(threads.map(lambda i, text: grade_answer(task, i, text) >= 1, indices, texts))
+    indices = (i // samples for i in range(len(texts)))
+    grades = map_in_threads(
+        grade_threads, lambda i, text: grade_answer(task, i, text) >= 1, indices, texts
+    )
     return _score(task, texts, grades, samples, num_too_long)
 
 

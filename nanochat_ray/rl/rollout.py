@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -16,7 +15,7 @@ from nanochat_ray.engine.request import Finish, Request, RequestOutput, Sampling
 from nanochat_ray.evals.answers import answer_params, answer_text, make_requests
 from nanochat_ray.rl.config import RLConfig
 from nanochat_ray.rl.questions import Question, QuestionSet
-from nanochat_ray.tasks.task import Task, grade_answer
+from nanochat_ray.tasks.task import Task, grade_answer, map_in_threads
 from nanochat_ray.text.tokenizer import Tokenizer
 from nanochat_ray.train.ranks import Ranks
 
@@ -125,8 +124,8 @@ class GroupSampler:
             question = questions[number]
             return self.grade(question_set.tasks[question.task], question.example, group)
 
-        with ThreadPoolExecutor(self.rl.grade_threads) as threads:
-            rewards = self.ranks.run_together(lambda: list(threads.map(grade, own, answers)))
+        num_threads = self.rl.grade_threads
+        rewards = self.ranks.run_together(lambda: map_in_threads(num_threads, grade, own, answers))
         data = json.dumps(list(zip(answers, rewards, strict=True))).encode()
         shares = [json.loads(share) for share in self.ranks.gather(data)]
         groups = []

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from nanochat_ray.text.chat import Message
 
+T = TypeVar("T")
 Split = Literal["train", "val", "test"]
 
 
@@ -62,6 +64,14 @@ def grade_answer(task: Task, index: int, answer: str) -> float:
             "a finite number is expected"
         )
     return float(grade)
+
+
+def map_in_threads(num_threads: int, function: Callable[..., T], *items: Iterable[Any]) -> list[T]:
+    """``map``; one thread is the caller's, since a grader may need the main one (``signal.alarm``)."""
+    if num_threads == 1:
+        return list(map(function, *items))
+    with ThreadPoolExecutor(num_threads) as threads:
+        return list(threads.map(function, *items))
 
 
 TaskFactory = Callable[..., Task]

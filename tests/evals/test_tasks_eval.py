@@ -82,6 +82,16 @@ def test_answers_are_graded_at_once() -> None:
     assert score.num_right == [0, 2]
 
 
+def test_one_thread_is_the_callers() -> None:
+    """Where a grader may set an alarm."""
+
+    class Main(FirstLetter):
+        def grade(self, index: int, answer: str) -> bool:
+            return threading.current_thread() is threading.main_thread()
+
+    assert evaluate(engine(), TOKENIZER, Main(set()), count=2, max_tokens=4).num_right == [1, 1]
+
+
 def test_a_part_of_a_reward_is_not_right() -> None:
     class Partial(FirstLetter):
         def grade(self, index: int, answer: str) -> float:  # type: ignore[override]

@@ -199,6 +199,13 @@ def test_a_rank_grades_its_share_alone(root: Store) -> None:
     assert [group.rewards for group in groups] == [[1, 0, 0], quarter, [0, 0, 0], quarter]
 
 
+def test_one_thread_is_the_callers(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(root, script())
+    own_thread = threading.current_thread()
+    monkeypatch.setattr(EvenFirst, "grade", lambda *_: threading.current_thread() is own_thread)
+    assert source.evaluate(source.model)["pass@1"] == 1
+
+
 def test_groups_are_graded_at_once(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_source(root, script(), grade_threads=4)
     meeting = threading.Barrier(3, timeout=60)
