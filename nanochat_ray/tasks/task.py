@@ -67,7 +67,7 @@ def grade_answer(task: Task, index: int, answer: str) -> float:
 
 
 def map_in_threads(num_threads: int, function: Callable[..., T], *items: Iterable[Any]) -> list[T]:
-    """``map``; one thread is the caller's, since a grader may need the main one (``signal.alarm``)."""
+    """``map``; one thread is the caller's, as a grader with ``signal.alarm`` needs the main one."""
     if num_threads == 1:
         return list(map(function, *items))
     with ThreadPoolExecutor(num_threads) as threads:
