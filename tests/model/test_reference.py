@@ -50,7 +50,7 @@ def reference(
         gate[0] = 0
         gate[ids == start] = 0
         x = x + gate * x.roll(1, dims=0)
-    document = (ids == start).cumsum(0)
+    document = (ids == start).cumsum(0).tolist()
     x0, outputs = x, []
     for i in range(n):
         p = f"transformer.h.{i}."

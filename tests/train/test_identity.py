@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,20 @@ def job(root: Store, **changes: Any) -> TrainerConfig:
     return TrainerConfig(**fields | changes)
 
 
-@pytest.fixture
-def half_run(root: Store) -> Store:
-    """A root with a run that stopped after 2 of its 4 steps."""
+@pytest.fixture(scope="module")
+def half_run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = Store.at(str(tmp_path_factory.mktemp("half")))
     write_dataset(root, "base")
     stops = iter([False, True])
     run_trainer(check(job(root)), should_stop=lambda: next(stops, True))
     assert checkpoint.latest(root.child("runs", "run")) == "step-000002"
+    return Path(root.root)
+
+
+@pytest.fixture
+def half_run(root: Store, half_run_folder: Path) -> Store:
+    """A root with a run that stopped after 2 of its 4 steps."""
+    shutil.copytree(half_run_folder, root.root)
     return root
 
 
