@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,16 @@ def test_old_field_names_load_or_name_the_new() -> None:
 def test_what_is_not_allowed_is_named(make, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         make()
+
+
+SIZES = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "sequence_len", "pad_vocab_to")
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("value", [0, -4, 4.0, True])
+def test_sizes_of_a_model_are_whole_numbers(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value} is not allowed: a whole number from 1"):
+        tiny_config(**{name: value})
 
 
 OPTIONS = [f.name for f in dataclasses.fields(ModelConfig) if f.default is False]

@@ -109,12 +109,11 @@ def test_conversations_use_the_base_tokenizer(root: Store, calls: list[dict[str,
         assert call["mixture"].tasks == (("limits", 3),)
 
 
-@pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_many_epochs_are_warned_of(capsys: pytest.CaptureFixture[str], factor: float) -> None:
-    """``factor``: of the most epochs that need no warning."""
+@pytest.mark.parametrize("epochs", [15.9, 16.1])
+def test_many_epochs_are_warned_of(capsys: pytest.CaptureFixture[str], epochs: float) -> None:
+    """More than 16 are."""
     length, vocab_size = 512, 4096
     model = recipe.model_config(4, vocab_size, sequence_len=length)
-    epochs = factor * recipe.MANY_PASSES
     num_sequences = round(recipe.training_tokens(model) / length / epochs)
     manifest: Any = SimpleNamespace(
         num_sequences=lambda split: {"train": num_sequences}[split],
@@ -125,4 +124,4 @@ def test_many_epochs_are_warned_of(capsys: pytest.CaptureFixture[str], factor: f
     first, *others = capsys.readouterr().out.splitlines()
     assert first.startswith(f"one epoch is {num_sequences * length / 1e6:,.2f} M tokens;")
     assert f"takes {epochs:,.1f} epochs" in first
-    assert bool(others) == (factor > 1)
+    assert bool(others) == (epochs > 16)

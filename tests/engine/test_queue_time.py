@@ -162,6 +162,7 @@ def test_estimates_follow_the_measured_waits() -> None:
     for _ in range(100):
         queue.record_wait(1.0, 100.0)
     assert queue.wait_s(request(), running, []) == 0.5 * MAX_CORRECTION
+    assert queue.waits_s.window == queue.estimates_s.window  # or they are of other requests
     assert (queue.num_waits, queue.total_wait_s) == (116, 16 * 3.0 + 100 * 100.0)
 
 

@@ -56,6 +56,17 @@ def test_fine_tuning_recipe(
     assert (train.eval_every, train.save_every) == (-(-steps // 3), -(-steps // 2))
 
 
+def test_steps_are_the_nearest_number_to_the_tokens() -> None:
+    model = recipe.model_config(2, VOCABULARY)
+    # 207 and 208 sequences in batches of 16: 12.94 and 13 steps. 215 and 216: 13.4 and 13.5.
+    for num_sequences, steps in ((207, 13), (208, 13), (215, 13), (216, 14)):
+        train = recipe.sft_config(model, num_sequences, batch=16 * model.sequence_len)
+        assert train.steps == steps
+        tokens = num_sequences * model.sequence_len
+        plan = recipe.base_plan(model, tokens=tokens, batch=16 * model.sequence_len)
+        assert plan.train.steps == steps
+
+
 @pytest.mark.parametrize(
     ("tokens", "batch"),
     # 2^19 (tokens / 1.32e9)^0.383 above the reference, ^0.65 below; a power of two in 2^11 .. 2^21.
