@@ -3,7 +3,6 @@
     nanochat-ray eval --storage DIR --run chat --tasks chain_sum products --count 200
     nanochat-ray eval --storage DIR --run base --text books/ news.jsonl
     nanochat-ray eval --storage DIR --run base --core bundle    # or a folder or .zip with its files
-
     nanochat-ray eval --run chat --checkpoint all --tasks gsm8k,path=data/gsm8k --max-tokens 512
     nanochat-ray eval --run chat --engines 4              # on Ray
     nanochat-ray eval --run chat --endpoint nanochat      # on the replicas that serve
@@ -66,7 +65,7 @@ class Args:
     samples: int = 1
     """Answers to each question; of k of them also pass@k."""
     grade_threads: int = 1
-    """Answers that are graded at once, for a grader that waits and allows several threads."""
+    """Answers that are graded at once. More help where a grader waits and allows threads."""
     max_tokens: int = MAX_ANSWER_TOKENS
     """Of an answer; nanochat takes 512 for gsm8k."""
     temperature: float | None = None
