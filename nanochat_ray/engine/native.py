@@ -51,11 +51,11 @@ class Native:
         self.run_step = library.run_step
         """Of operations, their number and a ``Step``."""
         self.run_step.argtypes, self.run_step.restype = [_POINTER, _INT, _POINTER], None
-        self.amx = bool(library.amx_available())
-        """Matmuls use Intel's AMX."""
         library.isa_name.restype = ctypes.c_char_p
-        self.level: str = "amx" if self.amx else library.isa_name().decode()
+        self.level: str = library.isa_name().decode()
         """The instructions in use: one of ``kernels.LEVELS``."""
+        self.amx = self.level == "amx"
+        """Matmuls use Intel's AMX."""
 
     def _run(self, one: Operation, rows: int, **fields: Any) -> None:
         step = Step(rows=rows, threads=torch.get_num_threads(), **fields)

@@ -139,7 +139,7 @@ def test_matmuls_without_amx_use_no_tiles() -> None:
         source = subprocess.run([*command, option], capture_output=True, text=True, check=False)
         if source.returncode:
             pytest.skip("this compiler does not know AMX")
-        assert ("linear_amx" in source.stdout) == uses_tiles
+        assert ("multiply_amx" in source.stdout) == uses_tiles
 
 
 def test_environment_variable_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,10 @@
 
 #pragma once
 
-#include <stdint.h>
+#include "simd.h"
 
-typedef enum { GATHER, RMS_NORM, LINEAR, ROTARY, ATTENTION, RELU_SQUARED, SOFTCAP, ADD, SCALE, GATE } Kind;
-typedef enum { FLOAT32, BFLOAT16 } TableFormat;
+enum { GATHER, RMS_NORM, LINEAR, ROTARY, ATTENTION, RELU_SQUARED, SOFTCAP, ADD, SCALE, GATE };
+enum { FLOAT32, BFLOAT16 }; /* of a table */
 
 /* One operation. Of buffers with a stride, `width` floats of each row are used. */
 typedef struct {
@@ -26,7 +26,7 @@ enum { IDS, PREVIOUS, POSITIONS, LOGITS, NUM_INDICES };
 /* The tokens of a step. Tile t of attention has those from tile_starts[t] on, up to before
    tile_starts[t + 1]: consecutive tokens of one slot, at most TILE_TOKENS. */
 typedef struct {
-    const int64_t *indices[NUM_INDICES]; /* ids, those before them (-1: none), positions, logits rows */
+    const int64_t *indices[NUM_INDICES]; /* ids, previous ids (-1: none), positions, logits rows */
     const int64_t *slots, *tile_starts;
     int64_t rows, num_logits, tiles, document_start; /* -1: no such token */
     int64_t kv_length;
@@ -36,5 +36,5 @@ typedef struct {
     int64_t threads;
 } Step;
 
-void linear(int, const float *, const void *, float *, void *, int64_t, int64_t, int64_t, int);
+void linear(const Operation *, const Step *, int64_t rows);
 void slot_attention(const Operation *, const Step *);

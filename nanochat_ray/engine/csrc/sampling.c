@@ -1,25 +1,21 @@
-/* From logits to tokens, as `sampler.py` defines it, for a CPU engine. A row's token depends on that
-   row alone. Nothing is sorted: top-k and top-p keep the tokens up to a distance from the likeliest
+/* From logits to tokens, as `sampler.py` defines it, for a CPU engine. A row's token depends on
+   that row alone. Nothing is sorted: top-k and top-p keep the tokens up to a distance from the likeliest
    one, which is found by bisection.
 
-   V tokens; a token's distance is (largest logit - logit) / temperature, from 0 to infinity, its weight
-   exp(-distance). The bits of such floats, seen as integers, have the floats' order. */
+   V tokens; a token's distance is (largest logit - logit) / temperature, from 0 to infinity, its
+   weight exp(-distance). The bits of such floats, seen as integers, have the floats' order. */
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
 #include "simd.h"
-#include "vector_math.h"
 
 enum { SAMPLED = 1, TOP_K = 2, TOP_P = 4, MIN_P = 8, PENALTY = 32, BIAS = 64, BAN = 128 };
 #define INVALID (-1)
-#define INFINITE 0x7f800000     /* the bits of infinity */
-#define PADDING INT32_MAX       /* beyond every distance */
-#define ZERO_WEIGHT 104         /* exp(-distance) in float32 is 0 from this distance on */
-#define ALL_WEIGHT 0x42d00000   /* its bits */
-#define FINE_BITS 21            /* of a bisection: among candidates alone */
-#define HALF (SIMD_WIDTH / 2)   /* doubles of a register */
+#define INFINITE 0x7f800000   /* the bits of infinity */
+#define ZERO_WEIGHT 104       /* exp(-distance) in float32 is 0 from this distance on */
+#define ALL_WEIGHT 0x42d00000 /* its bits */
+#define FINE_BITS 21          /* of a bisection: among candidates alone */
+#define HALF (SIMD_WIDTH / 2) /* doubles of a register */
 
 typedef float half_float __attribute__((vector_size(4 * HALF), aligned(4), may_alias));
 typedef int32_t half_int __attribute__((vector_size(4 * HALF), aligned(4), may_alias));
@@ -60,8 +56,8 @@ static uint64_t mix(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-/* The logit of a token in the text. Products are stored, so that they are rounded as torch's are, not
-   fused with the subtraction. */
+/* The logit of a token in the text. Products are stored, so that they are rounded as torch's are,
+   not fused with the subtraction. */
 static float penalise(float logit, const float *penalties, float count) {
     volatile float scaled = logit > 0 ? logit / penalties[0] : logit * penalties[0];
     volatile float product = penalties[2] * count;
@@ -78,7 +74,8 @@ static inline float add_bias(
 /* Logits after the mask (may be null), bias, penalties and bans of a row, into `out`. */
 static void adjust(
     const float *logits, int64_t V, const SamplingTable *table, int64_t slot, int64_t position,
-    const uint8_t *mask, int64_t row, const int64_t (*uncounted)[2], int64_t num_uncounted, float *out
+    const uint8_t *mask, int64_t row, const int64_t (*uncounted)[2], int64_t num_uncounted,
+    float *out
 ) {
     const int64_t features = table->features[slot], first = slot * V;
     const float *bias = features & BIAS ? table->bias + first : 0;
@@ -123,24 +120,26 @@ static float largest(const float *logits, int64_t padded) {
 /* Replaces logits by distances, and finds the weights; beyond `cutoff` they are infinity and 0. */
 static void weigh(Candidates *all, float peak, float temperature, float cutoff) {
     for (int64_t i = 0; i < all->count; i += SIMD_WIDTH) {
-        vec *logits = (vec *)(all->distance + i), d = (peak - *logits) / temperature;
+        vec *logits = (vec *)(all->distance + i), *weights = (vec *)(all->weight + i);
+        vec d = (peak - *logits) / temperature;
         *logits = d = select_less(BROADCAST(cutoff), d, BROADCAST(INFINITY), d);
-        *(vec *)(all->weight + i) = select_less(d, BROADCAST(ZERO_WEIGHT), exp_negative(-d), (vec){0});
+        *weights = select_less(d, BROADCAST(ZERO_WEIGHT), exp_negative(-d), (vec){0});
     }
 }
 
-/* Weights of HALF tokens, 0 beyond distance `last`. */
-ALWAYS_INLINE dvec select_weights(const int32_t *distance, const float *weight, int32_t last) {
-    half_int is_inside = *(half_int *)distance <= last;
-    return __builtin_convertvector((half_float)(*(half_int *)weight & is_inside), dvec);
+/* Weights of HALF candidates from i on, 0 beyond distance `last`. */
+ALWAYS_INLINE dvec select_weights(const Candidates *c, int64_t i, int32_t last) {
+    const half_int is_inside = *(half_int *)(c->distance + i) <= last;
+    const half_int weights = *(half_int *)(c->weight + i) & is_inside;
+    return __builtin_convertvector((half_float)weights, dvec);
 }
 
 /* Weight of the tokens up to distance `last`. */
 static double sum_weights(const Candidates *c, int32_t last) {
     dvec low = {0}, high = {0};
     for (int64_t i = 0; i < c->count; i += SIMD_WIDTH) {
-        low += select_weights(c->distance + i, c->weight + i, last);
-        high += select_weights(c->distance + i + HALF, c->weight + i + HALF, last);
+        low += select_weights(c, i, last);
+        high += select_weights(c, i + HALF, last);
     }
     return sum_doubles(low + high);
 }
@@ -165,23 +164,20 @@ static void select_candidates(Candidates *c, int32_t last) {
         }
     }
     for (c->count = n; c->count % SIMD_WIDTH; c->count++)
-        c->distance[c->count] = PADDING, c->weight[c->count] = 0;
+        c->distance[c->count] = INFINITE, c->weight[c->count] = 0;
 }
 
-/* The smallest distance up to which tokens weigh, or number, at least `goal`; infinity if all are less.
-   Leaves the tokens up to there, and some beyond. */
+/* The smallest distance up to which tokens weigh, or number, at least `goal`; infinity if all are
+   less. Leaves the tokens up to there, and some beyond. */
 static int32_t threshold(Candidates *c, int weighs, double goal) {
     int32_t result = 0;
     for (int bit = 30; bit >= 0; bit--) {
-        int32_t trial = result + ((1 << bit) - 1);
+        const int32_t trial = result + ((1 << bit) - 1);
         if (weighs && trial >= ALL_WEIGHT) continue;
         if ((weighs ? sum_weights(c, trial) : count_tokens(c, trial)) < goal) result = trial + 1;
-        if (bit == FINE_BITS) {
-            trial = result + ((1 << bit) - 1);
-            select_candidates(c, trial < INFINITE ? trial : INFINITE);
-        }
+        if (bit == FINE_BITS) select_candidates(c, result + ((1 << bit) - 1));
     }
-    return result < INFINITE ? result : INFINITE;
+    return MIN(result, INFINITE);
 }
 
 /* The largest distance that top-k and top-p keep. */
@@ -197,7 +193,7 @@ static int32_t filter(Candidates *c, int64_t features, int64_t k, double top_p) 
     }
     if (!(features & TOP_P)) return last;
     int32_t nucleus = threshold(c, 1, top_p * total);
-    return nucleus < last ? nucleus : last;
+    return MIN(nucleus, last);
 }
 
 /* Adds the weights up to distance `last` until their sum exceeds `target`. Returns the sum, and in
@@ -205,14 +201,15 @@ static int32_t filter(Candidates *c, int64_t features, int64_t k, double top_p) 
 static double accumulate(const Candidates *c, int32_t last, double target, int64_t *index) {
     double sum = 0;
     for (int64_t i = 0; i < c->count; i += SIMD_WIDTH) {
-        const int32_t *distance = c->distance + i;
-        const float *weight = c->weight + i;
-        dvec low = select_weights(distance, weight, last);
-        double next = sum + sum_doubles(low + select_weights(distance + HALF, weight + HALF, last));
+        const dvec low = select_weights(c, i, last), high = select_weights(c, i + HALF, last);
+        const double next = sum + sum_doubles(low + high);
         if (next > target) {
-            /* Token by token the sum may round to less than `next`: then it is the last of these. */
-            for (int64_t j = 0; j < SIMD_WIDTH && sum <= target; j++)
-                if (distance[j] <= last && weight[j] > 0) sum += weight[j], *index = i + j;
+            /* Token by token the sum may round to less than `next`: then it is the last one. */
+            for (int64_t j = i; j < i + SIMD_WIDTH && sum <= target; j++)
+                if (c->distance[j] <= last && c->weight[j] > 0) {
+                    sum += c->weight[j];
+                    *index = j;
+                }
             break;
         }
         sum = next;
@@ -234,7 +231,8 @@ static int64_t sample_row(
     }
     Candidates c = {(int32_t *)logits, logits + padded, (int32_t *)logits + 2 * padded, padded};
     int32_t last = INFINITE;
-    weigh(&c, peak, table->temperature[slot], features & MIN_P ? -logf(table->min_p[slot]) : INFINITY);
+    const float cutoff = features & MIN_P ? -logf(table->min_p[slot]) : INFINITY;
+    weigh(&c, peak, table->temperature[slot], cutoff);
     if (features & (TOP_K | TOP_P)) {
         for (int64_t i = 0; i < padded; i++) c.ids[i] = i;
         last = filter(&c, features, table->top_k[slot], table->top_p[slot]);
@@ -247,9 +245,9 @@ static int64_t sample_row(
 
 /* Tokens [rows] at `positions`, from logits [rows, V] with `stride` floats from row to row, by the
    parameters of `slots`; INVALID for a row that is not finite. Row r has mask mask_rows[r] of masks
-   [.., V], or none if that is negative or `mask_rows` null. `uncounted` are pairs of a row and a token
-   of its text that the table does not count yet. `scratch` has, for each thread, three times `padded`
-   floats, where `padded` is V rounded up to a multiple of 16. */
+   [.., V], or none if that is negative or `mask_rows` null. `uncounted` are pairs of a row and a
+   token of its text that the table does not count yet. `scratch` has, for each thread, three times
+   `padded` floats, where `padded` is V rounded up to a multiple of 16. */
 void sample(
     const float *logits, int64_t stride, int64_t rows, int64_t V, const SamplingTable *table,
     const int64_t *slots, const int64_t *positions, const int64_t *mask_rows, const uint8_t *masks,
@@ -260,7 +258,8 @@ void sample(
     for (int64_t r = 0; r < rows; r++) {
         float *own = scratch + THREAD_ID * 3 * padded;
         const uint8_t *mask = mask_rows && mask_rows[r] >= 0 ? masks + mask_rows[r] * V : 0;
-        adjust(logits + r * stride, V, table, slots[r], positions[r], mask, r, uncounted, num_uncounted, own);
+        adjust(logits + r * stride, V, table, slots[r], positions[r], mask, r, uncounted,
+               num_uncounted, own);
         for (int64_t i = V; i < padded; i++) own[i] = -INFINITY;
         tokens[r] = sample_row(own, padded, table, slots[r], positions[r]);
     }

@@ -1,16 +1,18 @@
-/* A forward as one call: a plan of operations, which `step_plan.py` writes once. Each operation rounds its
-   results to memory, so the bits are those of the same operations called one by one. A row's results depend
-   on that row alone.
+/* A forward as one call: a plan of operations, which `step_plan.py` writes once. Each operation
+   rounds its results to memory, so the bits are those of the same operations called one by one. A
+   row's results depend on that row alone.
 
    Compile-time constant: HEAD_DIM, a multiple of 16. */
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
 #include "plan.h"
-#include "simd.h"
-#include "vector_math.h"
+
+/* At most 8 floats: half a head of 16 is one. */
+#define HALF_WIDTH MIN(SIMD_WIDTH, 8)
+#define HALF_VECTORS (HEAD_DIM / 2 / HALF_WIDTH)
+typedef float half_vec __attribute__((vector_size(4 * HALF_WIDTH), aligned(4), may_alias));
+static inline float sum_half_lanes(half_vec x) { REDUCE_LANES(x, HALF_WIDTH, ADD) }
 
 /* Entry i of a table. */
 static float read_number(const void *table, int64_t format, int64_t i) {
@@ -19,11 +21,8 @@ static float read_number(const void *table, int64_t format, int64_t i) {
 }
 
 static void gather(const Operation *op, int64_t from, float *y) {
-    int64_t first = (from < 0 ? 0 : from) * op->x_stride;
-    if (op->format == FLOAT32)
-        memcpy(y, (const float *)op->x + first, op->width * sizeof *y);
-    else
-        for (int64_t i = 0; i < op->width; i++) y[i] = read_number(op->x, op->format, first + i);
+    const int64_t first = MAX(from, 0) * op->x_stride;
+    for (int64_t i = 0; i < op->width; i++) y[i] = read_number(op->x, op->format, first + i);
 }
 
 static void rms_norm(const float *x, float *y, int64_t width, float eps) {
@@ -40,16 +39,16 @@ static void rms_norm(const float *x, float *y, int64_t width, float eps) {
 static void rotary_qk_norm(const float *cos, const float *sin, float *y, int64_t heads, float eps) {
     const half_vec *c = (const half_vec *)cos, *s = (const half_vec *)sin;
     for (int64_t h = 0; h < heads; h++) {
-        half_vec *first = (half_vec *)(y + h * HEAD_DIM), *second = first + HEAD_DIM / 2 / HALF_WIDTH;
+        half_vec *first = (half_vec *)(y + h * HEAD_DIM), *second = first + HALF_VECTORS;
         half_vec squares = {0};
-        for (int i = 0; i < HEAD_DIM / 2 / HALF_WIDTH; i++) {
+        for (int i = 0; i < HALF_VECTORS; i++) {
             half_vec a = first[i] * c[i] + second[i] * s[i];
             half_vec b = second[i] * c[i] - first[i] * s[i];
             first[i] = a, second[i] = b;
             squares += a * a + b * b;
         }
         float scale = 1 / sqrtf(sum_half_lanes(squares) / HEAD_DIM + eps);
-        for (int i = 0; i < HEAD_DIM / HALF_WIDTH; i++) first[i] *= scale;
+        for (int i = 0; i < 2 * HALF_VECTORS; i++) first[i] *= scale;
     }
 }
 
@@ -61,7 +60,8 @@ static inline vec softcap_vec(vec x, float cap) {
 /* cap * tanh(y / cap) in place, with an error of 2e-7 * cap. */
 static void softcap(float *y, int64_t count, float cap) {
     int64_t i = 0;
-    for (; i + SIMD_WIDTH <= count; i += SIMD_WIDTH) *(vec *)(y + i) = softcap_vec(*(vec *)(y + i), cap);
+    for (; i + SIMD_WIDTH <= count; i += SIMD_WIDTH)
+        *(vec *)(y + i) = softcap_vec(*(vec *)(y + i), cap);
     for (; i < count; i++) y[i] = softcap_vec(BROADCAST(y[i]), cap)[0];
 }
 
@@ -73,7 +73,8 @@ static __attribute__((noinline)) float sigmoid(float x) {
 
 /* y = (factor * sigmoid(gate)) * x for each of `count` heads of row r. */
 static void gate_heads(
-    const Operation *op, const Step *step, int64_t r, float factor, const float *gates, const float *x, float *y
+    const Operation *op, const Step *step, int64_t r, float factor, const float *gates,
+    const float *x, float *y
 ) {
     for (int64_t h = 0; h < op->count; h++) {
         volatile float gate = sigmoid(gates[h]);
@@ -119,8 +120,7 @@ void run_step(const Operation *operations, int64_t count, const Step *step) {
     for (const Operation *op = operations; op < operations + count && rows; op++) {
         if (op->kind == GATHER && op->extra == LOGITS) rows = step->num_logits;
         if (op->kind == LINEAR)
-            linear(op->format, op->x, op->weight, op->y ? op->y : step->logits, step->scratch, rows,
-                   op->width, op->count, step->threads);
+            linear(op, step, rows);
         else if (op->kind == ATTENTION) slot_attention(op, step);
         else run_rows(op, step, rows);
     }
