@@ -1,9 +1,10 @@
-"""``engine_from_run``, and the example in the engine's README."""
+"""``engine_from_run``, and the examples in the engine's README."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,11 +56,14 @@ def test_another_tokenizer_is_rejected(tmp_path: Path) -> None:
         engine_from_run(run, EngineConfig(), tokenizer_fingerprint="0" * 64)
 
 
-def test_readme_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(Store.at(str(tmp_path / "runs" / "base")))
-    (source,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    exec(source.replace("/data/", f"{tmp_path}/"), {})
-    assert capsys.readouterr().out.splitlines()[-1].endswith(" length")
+    names: dict[str, Any] = {}
+    for source in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL):
+        exec(source.replace("/data/", f"{tmp_path}/"), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.endswith(" length") for line in lines)
+    assert [line.split()[0] for line in lines[-2:]] == ["first", "second"]
 
 
 def test_readme_names_files_that_exist() -> None:
