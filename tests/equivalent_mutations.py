@@ -31,6 +31,7 @@ EQUIVALENT: dict[str, dict[str, Entry | list[Entry]]] = {
         "constant: 19000  →  19001": ("", "far below the rounding of a plan"),
         "constant: 15000  →  15001": ("", "far below the rounding of a plan"),
         "constant: 1050000  →  1050001": ("", "far below the rounding of a plan"),
+        "constant: 0.0  →  0.5": ("max(0.0, progress.left_s", "half a second is 0.0 minutes"),
     },
     "nanochat_ray/cli/rollback.py": {
         "statement: time.sleep(POLL_S)  →  pass": ("", "it looks more often"),

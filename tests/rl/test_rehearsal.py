@@ -55,6 +55,11 @@ def test_steps_walk_through_the_dataset(root: Store) -> None:
     assert as_lists(rehearsal().conversations(4)) == steps[4]  # whatever came before
     epochs = [[c for step in steps[i : i + 3] for c in step] for i in (0, 3)]
     assert len(epochs[0]) == 6
+    assert {ids[0] for ids, _ in epochs[0]} == {BOS}
+    assert walk.reader is not None
+    ids, mask = walk.reader.read(np.arange(6))
+    assert mask is not None
+    assert epochs[0] == as_lists(unpack_conversations(ids, mask, BOS, 33))
     assert sorted(epochs[0]) == sorted(epochs[1])
     assert epochs[0] != epochs[1]
 
