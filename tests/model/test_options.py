@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from nanochat_ray.config import to_json
 from nanochat_ray.model import attention
 from nanochat_ray.model.attention import attend, attention_mask, block_mask
+from nanochat_ray.model.block import MLP
 from nanochat_ray.model.config import ModelConfig
 from nanochat_ray.model.fp8 import BACKWARD, FORWARD, fp8_linear, quantize
 from nanochat_ray.model.gpt import GPT
@@ -318,3 +320,27 @@ def test_flash_attention_3_is_for_hopper(
     assert attention.use_flash_attention_3(torch.device("cuda")) is uses
     assert names == ["FA3"] * uses
     assert not attention.use_flash_attention_3(torch.device("cpu"))
+
+
+def test_layers_run_again_for_their_gradients_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Tensor] = []
+    forward = MLP.forward
+
+    def record(mlp: MLP, x: Tensor) -> Tensor:
+        runs.append(x)
+        return forward(mlp, x)
+
+    monkeypatch.setattr(MLP, "forward", record)
+    model = build_model(skips=True).train()
+    ids = torch.arange(12).view(2, 6)
+    gradients = []
+    for recompute, num_runs in ((False, 4), (True, 8)):
+        model.checkpoint_activations = recompute
+        model.zero_grad()
+        runs.clear()
+        model.loss(ids, ids).backward()
+        assert len(runs) == num_runs
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in gradients[0].items():
+        assert grad is not None, name
+        assert torch.equal(grad, gradients[1][name]), name
