@@ -264,7 +264,7 @@ class Request:
         params["logit_bias"] = {int(k): float(v) for k, v in params.get("logit_bias", ())}
         if params.get("grammar"):
             params["grammar"] = json.loads(params["grammar"])
-        deadline = wire["deadline"]
+        deadline = wire.get("deadline")
         if deadline is not None:
             deadline += time.monotonic()
         fields = {**wire, "params": SamplingParams(**params), "deadline": deadline}
