@@ -3,6 +3,7 @@
 #
 #   bash cluster/check.sh [pytest arguments]
 #   bash cluster/check.sh -n 2 -m "not ray and not browser and not slow"    # the quick round
+#   COVERAGE=1 bash cluster/check.sh   # with coverage, which takes twice as long without Ray
 #   bash cluster/check.sh --cluster    # the tests on several nodes, in network namespaces: as root
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -45,8 +46,10 @@ say "kernels for this $(uname -m): $(python -m nanochat_ray.engine.kernels)"
 # A Ray and a browser keep two cores busy by themselves.
 status=0
 say "tests without Ray and browser"
+coverage=()
+[ -z "${COVERAGE:-}" ] || coverage=(--cov --cov-report=term)
 # The engine also as other CPUs will run it: at each level of the kernels, and with torch alone.
-pytest -n 2 --all-kernels --durations=12 -m "not ray and not browser" || status=1
+pytest -n 2 --all-kernels --durations=12 "${coverage[@]}" -m "not ray and not browser" || status=1
 say "tests with Ray or a browser"
 pytest --durations=12 -m "ray or browser" || status=1
 exit "$status"
