@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanochat_ray.engine import sampler
+from nanochat_ray.engine import kernels as kernels_module
+from nanochat_ray.engine import sampler, slot_parameters
 from nanochat_ray.engine.kernels import available, load_kernels
 from nanochat_ray.engine.request import Request, SamplingParams
 from nanochat_ray.engine.sampling_state import SamplingState
@@ -193,3 +196,17 @@ def test_grammar_wins_over_bans(kernels: str) -> None:
     allowed_ids[0, 1] = True
     assert state.choose(logits, [0], [10], ([0], allowed_ids)).tolist() == [1]
     assert state.choose(logits, [0], [15], ([0], allowed_ids)).tolist() == [3]
+
+
+def test_c_knows_every_feature() -> None:
+    """It would ignore another; NUCLEUS helps torch alone."""
+    source = (Path(kernels_module.__file__).parent / "csrc" / "sampling.c").read_text()
+    names = re.findall(r"\b([A-Z_]+) = (\d+)", source[: source.index("};")])
+    c_flags = {name: int(value) for name, value in names}
+    flags = {
+        name: value
+        for module in (sampler, slot_parameters)
+        for name, value in vars(module).items()
+        if name[0].isupper() and isinstance(value, int) and value > 0
+    }
+    assert c_flags == {name: value for name, value in flags.items() if name != "NUCLEUS"}
