@@ -129,16 +129,16 @@ def split(batch: Batch, micro_batch_size: int, device: torch.device) -> Iterator
         inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         if batch.mask is not None:
             targets = targets.masked_fill(move(batch.mask[part, :width])[:, 1:] == 0, -1)
-        rows, token_inputs = np.zeros(0, dtype=np.int64), {}
+        rows, token_inputs = targets.new_empty(0), {}
         if batch.token_inputs:
             assert batch.mask is not None
             is_trained = batch.mask[part, 1:width] != 0
-            rows = np.flatnonzero(is_trained)
+            rows = move(np.flatnonzero(is_trained))
             token_inputs = {
                 name: move(array[part, 1:width][is_trained])
                 for name, array in batch.token_inputs.items()
             }
-        yield MicroBatch(inputs, targets, move(rows), token_inputs)
+        yield MicroBatch(inputs, targets, rows, token_inputs)
 
 
 def _width(batch: Batch, part: slice) -> int:

@@ -17,7 +17,7 @@
 /* Queries whose weighted sums are accumulated in one pass over the values. */
 #define QUERIES_PER_PASS MAX(1, MIN(4, ACCUMULATORS / HEAD_VECTORS))
 /* Of a tile, and what the last pass has beyond. */
-#define MAX_QUERIES (TILE_TOKENS * GROUP_SIZE )
+#define MAX_QUERIES (TILE_TOKENS * GROUP_SIZE)
 
 /* Every second lane of two vectors, from lane i on. */
 #if SIMD_WIDTH == 16
