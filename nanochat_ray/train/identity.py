@@ -165,9 +165,8 @@ def _fields(
             yield from _fields(inner, value, configs.to_json(OptimConfig()))
         else:
             yield name, before, value
-    for name in sorted(
-        old.keys() - new.keys()
-    ):  # of another program: an option that this one lacks
+    # Of another program: options that this one lacks.
+    for name in sorted(old.keys() - new.keys()):
         yield name, old[name], None
 
 
