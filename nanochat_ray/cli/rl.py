@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat_ray.checks import check_float, check_int, check_name, require
+from nanochat_ray.cli import supervise
 from nanochat_ray.cli.flags import EVERYDAY, overrides
 from nanochat_ray.engine.config import GUEST_DEFAULTS, EngineConfig
 from nanochat_ray.optim.config import OptimConfig
@@ -105,6 +106,10 @@ class Args:
     """Project at Weights & Biases."""
     ray: bool = True
     """Engines and trainer on Ray; --no-ray runs both in this process, in turns."""
+    restarts: int = 0
+    """Start again at most this many times when the process is killed. Also when it fails after a
+    checkpoint, such as with Ray Train's controller. Lost engines and workers restart by
+    themselves."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "storage", absolute(self.storage))
@@ -112,7 +117,8 @@ class Args:
         check_name("parent", self.parent)
         require(self.run != self.parent, "run", self.run, "another run than --parent")
         for name, least in (
-            *(("steps", 1), ("engines", 0), ("workers", 1), ("threads", 0), ("print_every", 1)),
+            *(("steps", 1), ("engines", 0), ("workers", 1), ("threads", 0), ("restarts", 0)),
+            ("print_every", 1),
         ):
             check_int(name, getattr(self, name), least, MAX_INT)
         check_float("lr_scale", self.lr_scale, above=True)
@@ -192,8 +198,7 @@ def build(args: Args) -> TrainerConfig:
         wandb=args.wandb,
     )
     tokenizer = load_tokenizer(config)
-    # A group that torchrun restarts continues the run that it started.
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if not supervise.continues_run():
         preflight.check_resume(args.storage, args.run, args.resume)
     about = describe(config, rl)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -261,6 +266,8 @@ def gain_lines(result: dict[str, Any], tasks: tuple[str, ...]) -> list[str]:
 
 
 def main(args: Args) -> int:
+    if args.restarts and not supervise.is_child():
+        return supervise.supervise_run(args.restarts, args.storage, args.run)
     from nanochat_ray.cli.train_job import under_torchrun
     from nanochat_ray.cli.train_run import process_group
     from nanochat_ray.train.stop import STOPPED

@@ -1,7 +1,8 @@
 """Runs a command in a child process and starts it again when the child dies.
 
 For commands that resume by themselves: ``nanochat-ray train --restarts 3`` survives the death of
-its driver in this way, and that of Ray Train's controller, with which the driver fails.
+its driver in this way, and that of Ray Train's controller, with which the driver fails. ``rl`` and
+``serve`` have it too.
 """
 
 from __future__ import annotations
@@ -14,8 +15,14 @@ import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+from nanochat_ray.checkpoint.names import latest
+from nanochat_ray.checks import require
+from nanochat_ray.retry import retry
+from nanochat_ray.storage import Store
+
 MARK = "NANOCHAT_SUPERVISOR"
-"""The environment variable that tells the child that it has a supervisor."""
+"""The environment variable that tells the child its supervisor's process id and, behind a colon,
+1 if there was progress since the supervisor began, else 0."""
 FIRST_DELAY_S, LAST_DELAY_S = 1.0, 60.0
 """Before a restart, and at most; doubled after each without progress."""
 FAILED = 1
@@ -23,7 +30,26 @@ FAILED = 1
 
 
 def is_child() -> bool:
-    return MARK in os.environ
+    # Processes further down inherit the environment.
+    return os.environ.get(MARK, "").partition(":")[0] == str(os.getppid())
+
+
+def continues_run() -> bool:
+    """Whether a process before this one, which the supervisor or torchrun has replaced, began the
+    run: then it exists, whatever --resume says."""
+    if is_child():
+        return os.environ[MARK].endswith(":1")
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def supervise_run(restarts: int, storage: str, run: str) -> int:
+    """``supervise`` for this process's own command, which trains ``run``: its progress is a new
+    checkpoint. ValueError under torchrun, which has restarts of its own."""
+    require("LOCAL_WORLD_SIZE" not in os.environ, "restarts", restarts, "not with torchrun")
+    folder = Store.at(storage).child("runs", run)
+    return supervise(
+        restarts, lambda: retry(lambda: latest(folder), f"the checkpoints of {folder.uri}")
+    )
 
 
 def supervise(
@@ -46,10 +72,11 @@ def supervise(
             child.send_signal(number)
 
     before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
-    delay, state = 0.0, progress()
+    delay = 0.0
+    first = state = progress()
     try:
         for attempt in range(restarts + 1):
-            environment = {**os.environ, MARK: str(os.getpid())}
+            environment = {**os.environ, MARK: f"{os.getpid()}:{int(state != first)}"}
             # A process group of its own, so that Ctrl-C reaches it once: through this process.
             child = subprocess.Popen(argv, env=environment, process_group=0)
             children.append(child)

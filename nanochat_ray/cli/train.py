@@ -16,14 +16,12 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from nanochat_ray.checkpoint.names import latest
 from nanochat_ray.checks import check_float, check_int, check_name, require
 from nanochat_ray.cli import supervise
 from nanochat_ray.cli.flags import EVERYDAY, overrides
 from nanochat_ray.model.config import ModelConfig, Preset
 from nanochat_ray.optim.config import OptimConfig
-from nanochat_ray.retry import retry
-from nanochat_ray.storage import Store, absolute, default_root
+from nanochat_ray.storage import absolute, default_root
 from nanochat_ray.train.config import MAX_INT, TrainConfig, check_flags
 
 if TYPE_CHECKING:
@@ -187,16 +185,7 @@ class Args:
 
 def main(args: Args) -> int:
     if args.restarts and not (args.plan_only or supervise.is_child()):
-        # torchrun has restarts of its own.
-        require(
-            "LOCAL_WORLD_SIZE" not in os.environ, "restarts", args.restarts, "not with torchrun"
-        )
-        run = Store.at(args.storage).child("runs", args.run_name)
-
-        def progress() -> str | None:
-            return retry(lambda: latest(run), f"the checkpoints of {run.uri}")
-
-        return supervise.supervise(args.restarts, progress)
+        return supervise.supervise_run(args.restarts, args.storage, args.run_name)
     from nanochat_ray.cli import train_run
 
     return train_run.run(args)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nanochat_ray.claim import Claim, hold_claim
+from nanochat_ray.cli import supervise
 from nanochat_ray.cli.train import Args
 from nanochat_ray.cli.train_job import build, print_plan, under_torchrun
 from nanochat_ray.storage import Store
@@ -129,8 +130,7 @@ def train(args: Args) -> int:
         print(json.dumps(plan_fields))
         return 0
     job = check(job, on_gpu=args.gpus)
-    # A group that torchrun restarts continues the run that it started.
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if not supervise.continues_run():
         check_resume(job.storage, job.run, args.resume)
     if first:
         print_plan(job, args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from nanochat_ray import container
 from nanochat_ray.checkpoint import checkpoint
-from nanochat_ray.cli import rl, train_run
+from nanochat_ray.cli import rl, supervise, train_run
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.on_ray import fleet, session
 from nanochat_ray.on_ray import rl as rl_on_ray
@@ -101,6 +102,22 @@ def test_a_base_model_is_no_parent(root: Store) -> None:
         rl.build(rl.Args(storage=root.uri, tasks=(TASK,)))
 
 
+def test_killed_run_continues(
+    root: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_parent(root)
+    monkeypatch.setattr(supervise, "supervise", lambda restarts, progress: (restarts, progress()))
+    args = rl.Args(storage=root.uri, tasks=(TASK,), resume="never", restarts=2)
+    save_model(root.child("runs", "rl"), 3, checkpoint.load_model(root.child("runs", "chat"))[0])
+    assert rl.main(args) == (2, "step-000003")
+    monkeypatch.setenv(supervise.MARK, f"{os.getppid()}:0")
+    with pytest.raises(ValueError, match="resume='never', but run 'rl' exists"):
+        rl.main(args)
+    monkeypatch.setenv(supervise.MARK, f"{os.getppid()}:1")
+    with pytest.raises(ValueError, match="run 'rl'"):  # it is another run's
+        rl.main(args)
+
+
 @pytest.mark.parametrize("flags", [{"endpoint": "app"}, {"engines": 2}, {"workers": 2}])
 def test_flags_that_need_ray(flags: dict[str, Any]) -> None:
     (name,) = flags
@@ -116,7 +133,7 @@ def test_a_gpu_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
         rl.check_here(rl.Args(gpus=True, stale=1))
 
 
-LEAST = {"steps": 1, "engines": 0, "workers": 1, "threads": 0, "print_every": 1}
+LEAST = {"steps": 1, "engines": 0, "workers": 1, "threads": 0, "restarts": 0, "print_every": 1}
 
 
 @pytest.mark.parametrize("name", LEAST)

@@ -74,3 +74,38 @@ def test_sigterm_is_passed_on_and_ends_restarts(tmp_path: Path, status: int) -> 
     assert run(tmp_path, 3, f"{trap}; touch ready; while :; do sleep 0.02; done") == (status, 1)
     thread.join()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("mark", "restarts", "is_child", "continues_run"),
+    [
+        (f"{os.getppid()}:0", None, True, False),
+        (f"{os.getppid()}:1", None, True, True),
+        # That of a process further up.
+        ("1:1", None, False, False),
+        ("1:1", "2", False, True),
+        # torchrun's agent has a supervisor, its ranks have not.
+        (None, "0", False, False),
+        (None, "2", False, True),
+        (None, None, False, False),
+    ],
+)
+def test_who_continues_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+    mark: str | None,
+    restarts: str | None,
+    is_child: bool,
+    continues_run: bool,
+) -> None:
+    for name, value in ((supervise.MARK, mark), ("TORCHELASTIC_RESTART_COUNT", restarts)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert (supervise.is_child(), supervise.continues_run()) == (is_child, continues_run)
+
+
+def test_child_knows_whether_there_was_progress(tmp_path: Path) -> None:
+    script = f"echo ${{{supervise.MARK}}} >> marks; [ $n != 2 ] || echo >> progress; [ $n = 4 ]"
+    assert run(tmp_path, 3, f"{script} || {KILL}") == (0, 4)
+    marks = (tmp_path / "marks").read_text().split()
+    assert marks == [f"{os.getpid()}:{has_progress}" for has_progress in (0, 0, 1, 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -244,6 +245,17 @@ def test_ranks_of_torchrun_train_here(
     assert len(capsys.readouterr().out.splitlines()) == (2 if rank == 0 else 0)
 
 
+@pytest.mark.parametrize("has_progress", [0, 1])
+def test_restarted_process_continues_the_run(
+    monkeypatch: pytest.MonkeyPatch, has_progress: int
+) -> None:
+    """With --resume never too, once its run has begun."""
+    monkeypatch.setenv(supervise.MARK, f"{os.getppid()}:{has_progress}")
+    runs = Runs(monkeypatch)
+    assert train_run.train(Args(restarts=1, resume="never", ray=False)) == 0
+    assert ("check_resume" in runs.names()) == (not has_progress)
+
+
 def test_a_plan_that_does_not_fit_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,6 +320,6 @@ def test_restarts_need_a_supervisor(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="restarts=2 is not allowed: not with torchrun"):
         train.main(args)
-    monkeypatch.setenv(supervise.MARK, "1")
+    monkeypatch.setenv(supervise.MARK, f"{os.getppid()}:0")
     assert train.main(args) == 3
     assert len(supervisions) == 2
