@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import re
 import time
@@ -128,10 +129,14 @@ class Response:
     def __init__(self, result: Result):
         self.result = result
         self.is_complete = False
-        """Whether nothing more is to come."""
+        """Whether no event is to come."""
+        self.is_over = False
+        """Whether its last byte is there, so that its connection may carry another request."""
         self._status = 0
         self._head = b""
         self._is_chunked = False
+        self._bytes_left = math.inf
+        """Of a body that is not chunked."""
         self._frame = b""
         self._chunk_remaining = 0
         self._line = b""
@@ -149,9 +154,18 @@ class Response:
             self._is_chunked = b"transfer-encoding: chunked" in head.lower()
             if match := re.search(rb"\r\nretry-after: *(\d+)", head, re.IGNORECASE):
                 self.result.retry_after_s = int(match[1])
-        body = self._decode_chunks(data) if self._is_chunked else data
+            if match := re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE):
+                self._bytes_left = int(match[1])
+        if self._is_chunked:
+            body = self._decode_chunks(data)
+        else:
+            body = data
+            self._bytes_left -= len(data)
+            self.is_over = self._bytes_left <= 0
         if self._status != 200:
             self._body += body
+            if self.is_over:
+                self.end(now, "no error in the body")
             return
         *lines, self._line = (self._line + body).split(b"\n")
         for line in lines:
@@ -159,10 +173,11 @@ class Response:
                 self._event(line[6:].strip(), now)
 
     def end(self, now: float, error: str = "") -> None:
-        """The connection has ended."""
+        """Nothing more comes, or the connection has ended."""
         if not self.is_complete:
-            what = self._body.decode(errors="replace")[:300] if self._body else error
-            self.result.error = f"status {self._status}, the connection ended: {what}"
+            cause = f"the connection ended: {error}"
+            what = self._body.decode(errors="replace")[:300] if self._body else cause
+            self.result.error = f"status {self._status}: {what}"
             self.result.total_s = now - self.result.began
             self.is_complete = True
 
@@ -175,9 +190,11 @@ class Response:
                 size, mark, rest = data.lstrip(b"\r\n").partition(b"\r\n")
                 if not mark:
                     break
-                self._chunk_remaining, data = int(size.split(b";")[0], 16), rest
+                self._chunk_remaining = int(size.split(b";")[0], 16)
                 if not self._chunk_remaining:
-                    return body_bytes
+                    self.is_over = rest.startswith(b"\r\n")
+                    break
+                data = rest
             piece, data = data[: self._chunk_remaining], data[self._chunk_remaining :]
             self._chunk_remaining -= len(piece)
             body_bytes += piece
@@ -211,33 +228,61 @@ class Response:
         result.total_s = now - result.began
 
 
-class _Stream(asyncio.Protocol):
-    """One HTTP/1.1 exchange; every ``data:`` event is taken as it arrives."""
+class _Connection(asyncio.Protocol):
+    """Carries one HTTP/1.1 exchange after the other; events are taken as they arrive."""
 
-    def __init__(self, request: bytes, result: Result, end: asyncio.Future[None]):
-        self.request, self.response, self.end = request, Response(result), end
+    transport: asyncio.Transport
+    _response: Response | None = None
+    _end: asyncio.Future[None]
+
+    @classmethod
+    async def open(cls, url: str) -> _Connection:
+        parts = urlsplit(url)
+        secure = parts.scheme == "https"
+        _, connection = await asyncio.get_running_loop().create_connection(
+            cls,
+            parts.hostname or "127.0.0.1",
+            parts.port or (443 if secure else 80),
+            ssl=secure or None,
+        )
+        return connection
+
+    @property
+    def is_open(self) -> bool:
+        return not self.transport.is_closing()
+
+    async def exchange(self, request: bytes, response: Response) -> None:
+        """Returns with the last byte of the response, or with the end of the connection."""
+        self._response, self._end = response, asyncio.get_running_loop().create_future()
+        self.transport.write(request)
+        await self._end
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self.transport.write(self.request)
 
     def data_received(self, data: bytes) -> None:
-        self.response.feed(data, time.perf_counter())
-        if self.response.is_complete:
+        if self._response is None:
+            self.transport.abort()  # it has asked for nothing
+            return
+        self._response.feed(data, time.perf_counter())
+        if self._response.is_over:
             self._finish()
-            self.transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.response.end(time.perf_counter(), str(error or ""))
-        self._finish()
+        if self._response is not None:
+            self._response.end(time.perf_counter(), str(error or ""))
+            self._finish()
 
     def _finish(self) -> None:
-        if not self.end.done():
-            self.end.set_result(None)
+        self._response = None
+        if not self._end.done():
+            self._end.set_result(None)
 
 
-def completion_request(url: str, model: str, prompt: Prompt, key: str = "") -> bytes:
-    """For a streamed completion at ``url`` (without /v1), on a connection of its own."""
+def completion_request(
+    url: str, model: str, prompt: Prompt, key: str = "", *, keep_alive: bool = False
+) -> bytes:
+    """For a streamed completion at ``url`` (without /v1)."""
     parts = urlsplit(url)
     body = json.dumps(
         {
@@ -255,33 +300,44 @@ def completion_request(url: str, model: str, prompt: Prompt, key: str = "") -> b
         f"POST {parts.path.rstrip('/')}/v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         + (f"Authorization: Bearer {key}\r\n" if key else "")
-        + "Connection: close\r\n\r\n"
+        + ("" if keep_alive else "Connection: close\r\n")
+        + "\r\n"
     )
     return head.encode() + body
 
 
-async def complete(url: str, model: str, prompt: Prompt, key: str = "") -> Result:
-    """One streamed completion at ``url`` (without /v1)."""
-    parts = urlsplit(url)
-    request = completion_request(url, model, prompt, key)
-    loop = asyncio.get_running_loop()
+async def complete(
+    url: str,
+    model: str,
+    prompt: Prompt,
+    key: str = "",
+    idle_connections: list[_Connection] | None = None,
+) -> Result:
+    """One streamed completion at ``url`` (without /v1), on a connection of its own or, with a list
+    of idle ones, on one of these; it is one of them afterwards."""
+    keep_alive = idle_connections is not None
+    request = completion_request(url, model, prompt, key, keep_alive=keep_alive)
     result = Result(time.perf_counter())
-    end: asyncio.Future[None] = loop.create_future()
-    secure = parts.scheme == "https"
-    try:
-        transport, _ = await loop.create_connection(
-            lambda: _Stream(request, result, end),
-            parts.hostname or "127.0.0.1",
-            parts.port or (443 if secure else 80),
-            ssl=secure or None,
-        )
-    except OSError as error:
-        result.error = str(error)
-        return result
-    try:
-        await end
-    finally:
-        transport.close()
+    while idle_connections:
+        connection = idle_connections.pop()
+        if connection.is_open:
+            await connection.exchange(request, Response(result))
+            if result.status:
+                break
+            result = Result(result.began)  # the server had closed it
+    else:
+        try:
+            connection = await _Connection.open(url)
+        except OSError as error:
+            result.error = str(error)
+            return result
+        try:
+            await connection.exchange(request, Response(result))
+        finally:
+            if not keep_alive:
+                connection.transport.close()
+    if idle_connections is not None and connection.is_open:
+        idle_connections.append(connection)
     return result
 
 
@@ -298,14 +354,16 @@ async def drive(
     """Results in the order of ``prompts``, and the seconds that all took.
 
     Closed loop: ``concurrency`` streams at a time. With ``rate`` (requests/s) an open one: they
-    arrive as a Poisson process, at most ``concurrency`` at a time if that is not 0.
+    arrive as a Poisson process, at most ``concurrency`` at a time if that is not 0. Connections are
+    kept alive, as by the clients of OpenAI.
     """
     room = asyncio.Semaphore(concurrency or len(prompts))
     rng = random.Random(seed)
+    connections: list[_Connection] = []
 
     async def one(prompt: Prompt) -> Result:
         async with room:
-            return await complete(url, model, prompt, key)
+            return await complete(url, model, prompt, key, connections)
 
     began = time.perf_counter()
     tasks = []
@@ -316,7 +374,10 @@ async def drive(
             due += rng.expovariate(rate)
         tasks.append(asyncio.ensure_future(one(prompt)))
     results = await asyncio.gather(*tasks)
-    return list(results), time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    for connection in connections:
+        connection.transport.close()
+    return list(results), seconds
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -204,7 +204,19 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket that listens. ValueError if the address is not free or not of this machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"port={port} on host={host} is not allowed: {reason}") from None
+    disable_nagle(listener)
+    return listener
+
+
+def disable_nagle(listener: socket.socket) -> None:
+    """For the connections that it accepts: they inherit the option.
+
+    asyncio sets it on connections of its own listeners alone. With Nagle's algorithm the body of
+    an answer waits until its client has acknowledged the head: for 40 ms on a connection that is
+    kept alive (delayed acknowledgements, RFC 1122, 4.2.3.2).
+    """
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

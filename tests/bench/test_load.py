@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from unittest.mock import AsyncMock
 
 import pytest
@@ -10,8 +11,8 @@ import pytest
 from nanochat_ray.bench import load
 from nanochat_ray.bench.load import (
     Prompt,
+    Response,
     Result,
-    _Stream,
     drive,
     percentile,
     random_prompts,
@@ -84,18 +85,54 @@ def test_the_wait_for_a_long_prompt_is_in_steps(monkeypatch: pytest.MonkeyPatch)
 def test_a_stream_in_pieces(size: int) -> None:
     event = b'data: {"choices": [{"text": "ab"}]}\n\n'
     frames = b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in (event[:9], event[9:], event))
-    raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + frames
-
-    async def read() -> Result:
-        result = Result(0.0)
-        stream = _Stream(b"", result, asyncio.get_running_loop().create_future())
-        for at in range(0, len(raw), size):
-            stream.data_received(raw[at : at + size])
-        return result
-
-    result = asyncio.run(read())
+    raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + frames + b"0\r\n\r\n"
+    result = Result(0.0)
+    response = Response(result)
+    for at in range(0, len(raw), size):
+        assert not response.is_over
+        response.feed(raw[at : at + size], 1.0)
+    assert response.is_over
     assert result.text == "abab"
     assert len(result.gaps_s) == 1
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_a_refusal_ends_with_its_body(size: int) -> None:
+    raw = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 3\r\nContent-Length: 4\r\n\r\nbusy"
+    response = Response(Result(0.0))
+    for at in range(0, len(raw), size):
+        assert not response.is_over
+        response.feed(raw[at : at + size], 2.0)
+    assert response.is_over
+    result = response.result
+    assert (result.error, result.status, result.retry_after_s) == ("status 429: busy", 429, 3)
+    assert result.total_s == 2.0
+
+
+def test_connections_are_kept_until_the_server_closes_them() -> None:
+    num_connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_connections
+        num_connections += 1
+        body = b'data: {"choices": [{"text": "a"}]}\n\ndata: [DONE]\n\n'
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
+        with contextlib.closing(writer), contextlib.suppress(asyncio.IncompleteReadError):
+            for _ in range(2):
+                await reader.readuntil(b"}}")  # of its body
+                writer.write(head + body)
+
+    async def run() -> list[Result]:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        prompts = [Prompt([1], 1)] * 5
+        results, _ = await drive(f"http://127.0.0.1:{port}", "tiny", prompts, concurrency=1)
+        server.close()
+        return results
+
+    results = asyncio.run(run())
+    assert [(r.text, r.error) for r in results] == [("a", "")] * 5
+    assert num_connections == 3
 
 
 def test_shared_prefix_and_percentiles() -> None:

@@ -277,3 +277,10 @@ def test_connections_that_wait_are_accepted_together() -> None:
 
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         assert runner.run(run()) == num_connections
+
+
+def test_the_body_does_not_wait_for_an_acknowledgement_of_the_head() -> None:
+    with bind("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -1,4 +1,4 @@
-"""What Serve's HTTP server in an ingress does otherwise than by default, for the sake of floods.
+"""What Serve's HTTP server in an ingress does otherwise than by default, mostly for floods.
 
 By default a burst of connections stops every stream until all of it is read and refused: asyncio
 accepts all that wait in one iteration of its event loop, and Serve spends more CPU time on each
@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanochat_ray.serve.app import refuses
+from nanochat_ray.serve.http_server import disable_nagle
 
 ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}:middlewares"}
 """Makes Serve call ``middlewares`` in an ingress."""
@@ -25,7 +26,7 @@ time as four tokens of a stream."""
 
 def middlewares() -> list[Middleware]:
     """Of the server that Serve is about to start in this process's event loop."""
-    accept_gradually(asyncio.get_running_loop())
+    prepare_listeners(asyncio.get_running_loop())
     return [Middleware(Shortcut)]
 
 
@@ -42,8 +43,9 @@ class Shortcut:
         await (ingress.app if is_refused else self._serve)(scope, receive, send)
 
 
-def accept_gradually(loop: Any) -> None:
-    """Servers that ``loop`` starts for a given socket accept ``ACCEPTS`` connections at a time.
+def prepare_listeners(loop: Any) -> None:
+    """Servers that ``loop`` starts for a given socket accept ``ACCEPTS`` connections at a time, and
+    send on them without Nagle's algorithm.
 
     As many as their ``backlog`` still wait in the kernel: asyncio uses that number for both.
     """
@@ -51,10 +53,11 @@ def accept_gradually(loop: Any) -> None:
         return
     create_server = loop.create_server
 
-    async def create_gradual_server(*args: Any, backlog: int = 100, **options: Any) -> Any:
+    async def create_prepared_server(*args: Any, backlog: int = 100, **options: Any) -> Any:
         server = await create_server(*args, backlog=min(ACCEPTS, backlog), **options)
         if (sock := options.get("sock")) is not None:
             sock.listen(backlog)
+            disable_nagle(sock)
         return server
 
-    loop.create_server = create_gradual_server  # type: ignore[method-assign]
+    loop.create_server = create_prepared_server  # type: ignore[method-assign]

@@ -57,16 +57,18 @@ def test_serve_can_import_the_middlewares() -> None:
 
 
 def test_a_burst_is_accepted_gradually() -> None:
-    counts = [0]
+    counts, has_nagle = [0], set()
 
     class Counter(asyncio.Protocol):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             counts[-1] += 1
+            connection = transport.get_extra_info("socket")
+            has_nagle.add(not connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             transport.close()
 
     async def run(sock: socket.socket, count: int) -> None:
         loop = asyncio.get_running_loop()
-        http_server.accept_gradually(loop)
+        http_server.prepare_listeners(loop)
         server = await loop.create_server(Counter, sock=sock, backlog=count)
         # All of them wait in the kernel, which without room for them would let connect wait.
         clients = [socket.create_connection(sock.getsockname(), timeout=30) for _ in range(count)]
@@ -82,3 +84,4 @@ def test_a_burst_is_accepted_gradually() -> None:
         asyncio.run(asyncio.wait_for(run(sock, count), 60))
     assert sum(counts) == count
     assert max(counts) <= http_server.ACCEPTS
+    assert has_nagle == {False}
