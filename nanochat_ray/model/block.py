@@ -39,6 +39,8 @@ class Attention(nn.Module):
         )
         # The scales on q and on k only act through the product q·k.
         self.scale = config.qk_scale**2 * yarn_sharpening(config.rope_factor) / D**0.5
+        self.in_float64 = False
+        """Whether scores and weighted sums have float64 (``GPT.use_float64_attention``)."""
 
     def forward(
         self,
@@ -63,7 +65,10 @@ class Attention(nn.Module):
         if value is not None and self.ve_gate is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # [B, T, Hkv]
             v = v + gate.unsqueeze(-1) * value.view_as(v)
-        y = attend(q, k, v, mask, self.scale)
+        if self.in_float64:
+            y = attend(q.double(), k.double(), v.double(), mask, self.scale).to(q.dtype)
+        else:
+            y = attend(q, k, v, mask, self.scale)
         if self.head_gate is not None:
             y = y * torch.sigmoid(self.head_gate(x[..., : self.gate_channels])).unsqueeze(-1)
         return self.c_proj(y.reshape(B, T, -1))

@@ -163,6 +163,12 @@ class GPT(nn.Module):
                 if isinstance(layer, Linear) and not any(s % MULTIPLE for s in layer.weight.shape):
                     layer.fp8 = True
 
+    def use_float64_attention(self) -> None:
+        """On a CPU, for log-probabilities that are compared: most of their rounding is that of
+        attention scores in float32 (rl/BENCHMARKS.md)."""
+        for block in self.blocks:
+            block.attn.in_float64 = True
+
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compiles the layers and what is before and after them, for training and validation.
 

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+import torch
 
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.offline import LocalEngine, OfflineEngine
@@ -80,6 +81,8 @@ class RolloutSource:
     def setup(self, model: GPT, ranks: Ranks) -> None:
         config, rl, seed = self.config, self.rl, self.config.train.seed
         self.model, self.tokenizer = model, parent.load_tokenizer(config)
+        if ranks.device.type == "cpu" and model.compute_dtype == torch.float32:
+            model.use_float64_attention()
         self.questions = QuestionSet(rl.tasks, "train", rl.pool, seed, self.tokenizer)
         self.val_questions = QuestionSet(rl.tasks, "val", rl.eval_questions, seed, self.tokenizer)
         longest = max(self.questions.longest, self.val_questions.longest)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from nanochat_ray.config import to_json
-from nanochat_ray.model import attention
+from nanochat_ray.model import attention, block
 from nanochat_ray.model.attention import attend, attention_mask, block_mask
 from nanochat_ray.model.block import MLP
 from nanochat_ray.model.config import ModelConfig
@@ -73,6 +73,29 @@ def test_attention_slides_beyond_the_context() -> None:
     with torch.no_grad():
         differs = (model(ids) != model(other)).any(-1)[0]
     assert differs.tolist() == [False] * 5 + [True] * 5 + [False] * 2
+
+
+def test_attention_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the float32 results up to their rounding, in a model that computes in float32."""
+    model, ids = build_model(), torch.arange(20)[None]
+    dtypes: list[torch.dtype] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        dtypes.extend(x.dtype for x in (q, k, v))
+        return attend(q, k, v, *rest)
+
+    monkeypatch.setattr(block, "attend", spy)
+    plain = model.loss(ids[:, :-1], ids[:, 1:], reduction="none")
+    assert dtypes == [torch.float32] * 3 * 4
+    dtypes.clear()
+    model.use_float64_attention()
+    exact = model.loss(ids[:, :-1], ids[:, 1:], reduction="none")
+    assert dtypes == [torch.float64] * 3 * 4
+    assert exact.dtype == torch.float32
+    torch.testing.assert_close(exact, plain, rtol=0, atol=2e-5)
+    assert not torch.equal(exact, plain)
+    exact.sum().backward()
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def test_the_longest_question_bounds_max_tokens(whole: tuple[Store, Any]) -> Non
         return source
 
     source = setup(1)
+    assert all(block.attn.in_float64 for block in model.blocks)
     room = 48 - max(source.questions.longest, source.val_questions.longest)
     assert setup(room).sampler.params.max_tokens == room
     with pytest.raises(ValueError, match=rf"max_tokens={room + 1} .* leaves {room} of"):
