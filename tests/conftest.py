@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat_ray.cli.proxies import exempt_loopback
 from nanochat_ray.storage import Store
 from tests.s3_server import S3_KEYS, s3_server
 
@@ -19,6 +20,7 @@ if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+exempt_loopback()
 # Before any Ray starts, whose workers take over this environment.
 os.environ["AWS_ACCESS_KEY_ID"] = S3_KEYS["accessKey"]
 os.environ["AWS_SECRET_ACCESS_KEY"] = S3_KEYS["secretKey"]

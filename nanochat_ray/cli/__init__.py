@@ -36,7 +36,8 @@ def module_of(command: str) -> str:
 
 def main(command: str = "") -> NoReturn:
     """Runs ``command``, by default the first argument, with the arguments that follow."""
-    from nanochat_ray.cli import entry
+    from nanochat_ray.cli import entry, proxies
 
+    proxies.exempt_loopback()
     argv = [command, *sys.argv[1:]] if command else sys.argv[1:]
     entry.dispatch("nanochat-ray", COMMANDS, argv, module_of)

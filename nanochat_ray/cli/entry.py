@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,6 +111,9 @@ def _has_ray() -> bool:
 def _flushed_stdout() -> Iterator[None]:
     """Flushes stdout behind the block, also behind a ``sys.exit`` of ``--help``; ends the process
     if its reader has left."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # An arrow, or what a model writes, ends no run whose terminal has another encoding.
+        sys.stdout.reconfigure(errors="replace")
     try:
         try:
             yield
