@@ -198,6 +198,19 @@ class Engine:
         start = time.monotonic() - limit_s
         return self._withdraw([s for s in self.scheduler.waiting if s.arrival_time < start])
 
+    def withdraw_hopeless(self, limit_s: float) -> list[Request]:
+        """The same for those that will have waited for longer than ``limit_s``, as estimated now.
+        Those that came last are looked at first, and none before one that will wait less."""
+        waiting = sorted(self.scheduler.waiting, key=lambda s: s.arrival)
+        now, hopeless = time.monotonic(), []
+        while waiting:
+            last = waiting.pop()
+            wait_s = self.queue_time.wait_s(last.request, self.scheduler.running, waiting)
+            if now - last.arrival_time + wait_s <= limit_s:
+                break
+            hopeless.append(last)
+        return self._withdraw(hopeless)
+
     def _withdraw(self, sequences: SequenceOf[Sequence]) -> list[Request]:
         without_output = [s for s in sequences if len(s.tokens) == len(s.request.prompt)]
         for s in without_output:

@@ -33,6 +33,11 @@ logger = logging.getLogger(__name__)
 LATE = 1.1
 """Times ``max_queue_s`` that a request may wait in fact. The estimate was wrong then, such as when
 other processes take the processor."""
+HOPELESS = 1.3
+"""Times ``max_queue_s`` from which a request is refused that has not waited as long yet but will,
+by a new estimate: the engine has become slower. More than ``LATE``, as estimates vary."""
+ESTIMATE_S = 0.1
+"""Between such estimates: one takes as long as a part of a step."""
 MAX_FAILURES = 3
 """Steps in a row that may raise before the loop gives up."""
 
@@ -82,6 +87,8 @@ class EngineLoop:
         self._swap: WeightSwap | None = None
         """While it waits, requests stay in the inbox unless they need the old weights."""
         self._version = engine.weight_version
+        self._next_estimate = 0.0
+        """Time (``time.monotonic``) from which waits are estimated again."""
         self._clock, self._job_clock = StepClock(), StepClock()
         self._stopping = self._dropping = False
         self._failure: str | None = None
@@ -341,19 +348,30 @@ class EngineLoop:
         return rejections
 
     def _refuse_late(self) -> list[RequestOutput]:
-        """Ends the requests that have waited for a slot for much longer than ``max_queue_s``."""
+        """Ends the requests that have waited for a slot for much longer than ``max_queue_s``, and
+        those that will have."""
         max_queue_s = self._engine.config.max_queue_s
         if not max_queue_s:
             return []
-        outputs = []
-        limit_s = LATE * max_queue_s
+        limit_s, now = LATE * max_queue_s, time.monotonic()
+        reasons = {}
         for request in self._engine.withdraw_late(limit_s):
             if (expectation := self._requests.get(request.id)) is not None:
-                seconds = time.monotonic() - expectation.submit_time
+                seconds = now - expectation.submit_time
                 self._engine.queue_time.record_late(expectation.first_token_s, seconds)
-            reason = f"max_queue_s={max_queue_s:g}: it has waited for {limit_s:g} s"
-            outputs.append(RequestOutput(request_id=request.id, finish="error", error=reason))
-        return outputs
+            reasons[request.id] = f"it has waited for {limit_s:g} s"
+        if now >= self._next_estimate:
+            self._next_estimate = now + ESTIMATE_S
+            for request in self._engine.withdraw_hopeless(HOPELESS * max_queue_s):
+                reasons[request.id] = "by now it would wait for longer"
+        return [
+            RequestOutput(
+                request_id=request_id,
+                finish="error",
+                error=f"max_queue_s={max_queue_s:g}: {reason}",
+            )
+            for request_id, reason in reasons.items()
+        ]
 
     def _fail(self, reason: str) -> list[RequestOutput]:
         """Finishes every request with an error."""

@@ -227,6 +227,39 @@ def test_a_request_that_has_waited_too_long_is_refused(
     assert {"runs", "later"} <= set(ends)
 
 
+def test_the_end_of_a_queue_that_has_become_slower_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine(make_model("modern"), max_num_seqs=1, max_queue_s=10.0)
+    engine.queue_time.record_step(0.5, 1, [4])
+    engine.queue_time.record_output(4)
+    loop, now = EngineLoop(engine, lambda outputs: None), [100.0]
+    clock = SimpleNamespace(**{**vars(time), "monotonic": lambda: now[0]})
+    for module in (engine_module, loop_module, scheduler_module):
+        monkeypatch.setattr(module, "time", clock)
+
+    def refusals(seconds: float, step_s: float) -> dict[str, str]:
+        now[0] += seconds
+        engine.queue_time.full_step_s.value = step_s
+        return {o.request_id: o.error or "" for o in loop._refuse_late()}
+
+    # Each takes 5 steps, so that they wait for 0, 5, 10, 15 and 20 of them.
+    for name in ("a", "b", "c", "d", "e"):
+        loop.submit(request(name, max_tokens=4))
+    loop.submit(request("moved", max_tokens=4, output_token_ids=(1,)))
+    loop._apply(loop._take_inbox(), [])
+    assert refusals(0.0, 0.65) == {}  # 13 s, 1.3 times the limit
+    assert refusals(0.05, 0.8) == {}  # estimated ten times a second
+    assert list(refusals(0.05, 0.8)) == ["e"]
+    # 2 s have passed.
+    assert refusals(1.9, 0.8) == {"d": "max_queue_s=10: by now it would wait for longer"}
+    # Slots are shared between clients: this one waits for 5 steps.
+    loop.submit(request("other", max_tokens=4, client="other"))
+    loop._apply(loop._take_inbox(), [])
+    assert refusals(1.0, 2.0) == {}
+    assert {s.request.id for s in engine.scheduler.waiting} == {"a", "b", "c", "moved", "other"}
+
+
 def test_max_queue_s_is_checked() -> None:
     with pytest.raises(ValueError, match="max_queue_s=-1"):
         EngineConfig(max_queue_s=-1.0)
