@@ -146,7 +146,7 @@ def serve_here(config: ServeConfig, args: Args) -> None:
     print(f"{name} is served at {hosts.url_of(args.host, port)}", flush=True)
     try:
         with hold_checkpoint(config, run, client, checkpoint_name):
-            http_server.server_of(app).run(sockets=[listener])
+            http_server.run(http_server.server_of(app), listener)
     finally:
         client.close()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
 import socket
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
@@ -181,7 +182,7 @@ def _offers_upgrade(data: bytes) -> bool:
 
 
 def server_of(app: FastAPI, guard: ConnectionGuard | None = None) -> uvicorn.Server:
-    """A server whose ``run`` takes the sockets of ``bind``. Without a ``guard`` it raises this
+    """A server for the socket of ``bind``. Without a ``guard`` it raises this
     process's limit on open files."""
     # uvicorn may not set up logging: the access log is the application's own.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -198,6 +199,21 @@ def server_of(app: FastAPI, guard: ConnectionGuard | None = None) -> uvicorn.Ser
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
     return _Server(config)
+
+
+def run(server: uvicorn.Server, listener: socket.socket) -> None:
+    """Serves until SIGINT or SIGTERM; answers then have ``SHUTDOWN_S``.
+
+    uvicorn raises the signal again at its end. With handlers of the caller that would end the
+    process before it has released what it holds.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, server.handle_exit) for number in signals}
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def bind(host: str, port: int) -> socket.socket:

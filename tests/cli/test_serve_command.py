@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -173,7 +174,9 @@ def test_here_the_flags_reach_the_app(
     listener = SimpleNamespace(close=lambda: runs.append("free"), getsockname=lambda: address)
     engine = SimpleNamespace(runner=SimpleNamespace(kernels="amx"))
     client = SimpleNamespace(max_model_len=77, close=lambda: runs.append("close"))
-    server = SimpleNamespace(run=lambda sockets: runs.append(sockets))
+    server = SimpleNamespace(
+        run=lambda sockets: runs.append(sockets), handle_exit=signal.default_int_handler
+    )
     for owner, name, result in (
         *((http_server, "bind", listener), (http_server, "server_of", server)),
         *((loading, "engine_from_run", (engine, "tokenizer")), (local, "LocalClient", client)),

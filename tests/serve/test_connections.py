@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import resource
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -16,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from nanochat_ray.serve import connections
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.connections import ConnectionGuard
-from nanochat_ray.serve.http_server import _H11, MAX_HEAD_BYTES, bind, server_of
+from nanochat_ray.serve.http_server import _H11, MAX_HEAD_BYTES, bind, run, server_of
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient
 from tests.serve.serving import post, serving
@@ -261,7 +264,7 @@ def test_connections_that_wait_are_accepted_together() -> None:
     )
     num_connections = 100
 
-    async def run() -> int:
+    async def connect_all() -> int:
         server.config.load()
         server.lifespan = server.config.lifespan_class(server.config)
         await server.startup(sockets=[listener])
@@ -276,7 +279,7 @@ def test_connections_that_wait_are_accepted_together() -> None:
         return count
 
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-        assert runner.run(run()) == num_connections
+        assert runner.run(connect_all()) == num_connections
 
 
 def test_the_body_does_not_wait_for_an_acknowledgement_of_the_head() -> None:
@@ -284,3 +287,22 @@ def test_the_body_does_not_wait_for_an_acknowledgement_of_the_head() -> None:
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_and_not_the_process(number: signal.Signals) -> None:
+    """So that what it holds is released, and with status 0 as on Ray."""
+    server = server_of(build_app(ScriptedClient([65]), TOK, "tiny", 256))
+    before = signal.getsignal(number)
+
+    def end() -> None:
+        wait_for(lambda: server.started)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    with bind("127.0.0.1", 0) as listener:
+        run(server, listener)
+    thread.join()
+    assert server.should_exit
+    assert signal.getsignal(number) == before

@@ -31,7 +31,8 @@ DEADLINE_S = 240.0
 def url(nodes: Nodes, storage: str) -> Iterator[str]:
     """Three engines, of 2 of the 3 logical CPUs of a node each."""
     root = Store.at(storage).child("serve")
-    write_checkpoint(root, 0)
+    # Deep enough that streams wait for engines: what an ingress holds back would hide a cut.
+    write_checkpoint(root, 0, n_layer=16)
     TOKENIZER.save(root.child("tokenizers", TOKENIZER.fingerprint[:16]))
     flags = ["--storage", root.uri, "--run", "tiny", "--num-replicas", "3", "--cpus", "2"]
     flags += ["--host", "0.0.0.0", "--port", str(PORT), "--no-block"]

@@ -15,8 +15,9 @@ from tests.tiny import save_model, tiny_config
 KEY = "test-key-of-the-deployment"
 
 
-def write_checkpoint(root: Store, seed: int) -> None:
-    model = GPT(tiny_config(n_head=2, n_kv_head=1, sequence_len=1024))
+def write_checkpoint(root: Store, seed: int, **fields: int) -> None:
+    """``fields``: of the model's configuration."""
+    model = GPT(tiny_config(n_head=2, n_kv_head=1, sequence_len=1024, **fields))
     # Larger than a fresh model's, so that every token depends on all tokens before it.
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.3, generator=torch.Generator().manual_seed(seed))
