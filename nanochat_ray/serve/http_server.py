@@ -1,5 +1,5 @@
 """uvicorn with a socket that is bound in advance, bounded connections and shutdown, and support for
-h2c offers.
+h2c offers and HTTP/1.0.
 
 What uvicorn refuses by itself (no valid head, one that is too long or too slow) is answered in
 OpenAI's form too.
@@ -126,14 +126,18 @@ class _H11(_BoundedConnection, H11Protocol):  # type: ignore[misc]
 
 
 class _Protocol(_BoundedConnection, HttpToolsProtocol):
-    """httptools; h11, which is slower, for a connection whose requests offer an upgrade.
+    """httptools; h11, which is slower, for a connection whose requests offer an upgrade or are
+    HTTP/1.0.
 
     httptools stops parsing at ``Upgrade`` and loses the body. Java's HttpClient offers ``h2c`` with
-    every request. Nor does it bound a head, or the trailers of a chunked body.
+    every request. With httptools uvicorn streams to HTTP/1.0 in chunks, which that does not have.
+    Nor does httptools bound a head, or the trailers of a chunked body.
     """
 
     _is_in_head = False
     _num_head_bytes = 0
+    _head = b""
+    """What has come of a head that is not complete."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -155,30 +159,34 @@ class _Protocol(_BoundedConnection, HttpToolsProtocol):
             super().expire()
 
     def data_received(self, data: bytes) -> None:
+        head = self._head + data
+        if (self.cycle is None or self.cycle.response_complete) and _needs_h11(head):
+            self._hand_over(head)
+            return
         was_in_head = self._is_in_head
-        self._feed(data)
+        super().data_received(data)
+        self._head = head if self._is_in_head else b""
         if was_in_head and self._is_in_head and not self.transport.is_closing():
             self._num_head_bytes += len(data)
             if self._num_head_bytes > MAX_HEAD_BYTES:
                 text = f"The head of the request is longer than {MAX_HEAD_BYTES:,} bytes."
                 self.refuse(ApiError(431, text))
 
-    def _feed(self, data: bytes) -> None:
-        if (self.cycle is None or self.cycle.response_complete) and _offers_upgrade(data):
-            self.connections.discard(self)
-            self.guard.forget(self)
-            self._unset_keepalive_if_required()
-            other = _H11(self.config, self.server_state, self.app_state, _loop=self.loop)
-            other.connection_made(self.transport)
-            self.transport.set_protocol(other)
-            other.data_received(data)
-        else:
-            super().data_received(data)
+    def _hand_over(self, data: bytes) -> None:
+        """Goes on with h11, which has not seen ``data`` yet."""
+        self.connections.discard(self)
+        self.guard.forget(self)
+        self._unset_keepalive_if_required()
+        other = _H11(self.config, self.server_state, self.app_state, _loop=self.loop)
+        other.connection_made(self.transport)
+        self.transport.set_protocol(other)
+        other.data_received(data)
 
 
-def _offers_upgrade(data: bytes) -> bool:
-    head = data[:MAX_HEAD_BYTES].partition(b"\r\n\r\n")[0]
-    return b"\r\nupgrade:" in head.lower()
+def _needs_h11(data: bytes) -> bool:
+    head, end, _ = data[:MAX_HEAD_BYTES].partition(b"\r\n\r\n")
+    is_old = head.partition(b"\r\n")[0].endswith(b" HTTP/1.0")
+    return bool(end) and (is_old or b"\r\nupgrade:" in head.lower())
 
 
 def server_of(app: FastAPI, guard: ConnectionGuard | None = None) -> uvicorn.Server:
