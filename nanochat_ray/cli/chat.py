@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import importlib
 import json
 import os
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from nanochat_ray.checks import check_float, check_int, require
 @dataclass(frozen=True, kw_only=True)
 class Args:
     url: str = "http://127.0.0.1:8000"
-    """Address of the endpoint."""
+    """Address of the endpoint, with or without /v1."""
     once: str = ""
     """Send this message, print the answer and end."""
     model: str = ""
@@ -55,7 +57,8 @@ def call(args: Args, path: str, body: dict[str, Any] | None = None) -> Any:
     if key := os.environ.get("NANOCHAT_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(args.url.rstrip("/") + path, data, headers)
+    base = args.url.rstrip("/").removesuffix("/v1")
+    request = urllib.request.Request(base + path, data, headers)
     try:
         return urllib.request.urlopen(request, timeout=120)
     except urllib.error.HTTPError as error:
@@ -148,6 +151,10 @@ def main(args: Args) -> None:
         return
     print(f"{model}: /new begins a new chat, /quit ends, Ctrl-C stops an answer")
     messages = list(opening)
+    if sys.stdin.isatty():
+        # Without it a terminal cuts lines at 4,095 bytes, and an arrow key is part of the text.
+        with contextlib.suppress(ImportError):  # not every Python has it
+            importlib.import_module("readline")
     while True:
         try:
             line = input("\n> ").strip()

@@ -4,10 +4,14 @@ sends and prints, over recorded responses."""
 from __future__ import annotations
 
 import builtins
+import contextlib
 import copy
 import io
 import json
+import os
 import socketserver
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -22,6 +26,7 @@ from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.scripted import ScriptedClient
 from tests.serve.serving import serving
+from tests.waiting import wait_for
 
 TOK = Tokenizer.bytes_only()
 
@@ -64,6 +69,43 @@ def test_question_that_alone_is_too_long_is_an_error(
     output = capsys.readouterr().out
     assert "error: This model's maximum context length is 200 tokens" in output
     assert "Hello there." in output
+
+
+def test_a_terminal_edits_long_lines(engine: ScriptedClient) -> None:
+    """Without readline it cuts a line at 4,095 bytes and takes an arrow key for text."""
+    pytest.importorskip("readline")
+    terminal, inside = os.openpty()
+    output: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the end, on Linux
+            while data := os.read(terminal, 65536):
+                output.append(data)
+
+    def type_in(keys: bytes) -> None:
+        while keys:
+            keys = keys[os.write(terminal, keys) :]
+
+    reader = threading.Thread(target=read, daemon=True)
+    environment = {**os.environ, "TERM": "dumb", "INPUTRC": os.devnull}
+    with serving(build_app(engine, TOK, "tiny", 8000)) as url:
+        command = [sys.executable, "-m", "nanochat_ray", "chat", "--url", url]
+        with subprocess.Popen(
+            command, stdin=inside, stdout=inside, stderr=inside, env=environment
+        ) as process:
+            try:
+                os.close(inside)
+                reader.start()
+                wait_for(lambda: b"\n> " in b"".join(output), what="the prompt")
+                type_in(b"x" * 5000 + b"bd\x1b[Dc\n")
+                wait_for(lambda: bool(engine.requests), what="the request")
+                type_in(b"/quit\n")
+                assert process.wait(60) == 0
+            finally:
+                process.kill()
+    reader.join(60)
+    os.close(terminal)
+    assert "x" * 5000 + "bcd<" in TOK.decode(engine.requests[0].prompt)
 
 
 class BrokenAnswer(socketserver.StreamRequestHandler):
@@ -245,10 +287,13 @@ def test_requests_have_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     chat.call(args, "/v1/models")
     monkeypatch.setenv("NANOCHAT_API_KEY", "k")
     chat.call(args, "/tokenize", {"a": "é"})
-    first, second = requests
+    for url in ("http://a:1/v1", "http://a:1/v1/"):
+        chat.call(chat.Args(url=url), "/v1/models")
+    first, second, *others = requests
+    assert [other.full_url for other in others] == [first.full_url] * 2
     assert (first.full_url, first.get_method(), first.data) == ("http://a:1/v1/models", "GET", None)
     assert (second.get_method(), json.loads(second.data or b"")) == ("POST", {"a": "é"})  # type: ignore[arg-type]
-    assert [r.get_header("Authorization") for r in requests] == [None, "Bearer k"]
+    assert [r.get_header("Authorization") for r in (first, second)] == [None, "Bearer k"]
     assert second.get_header("Content-type") == "application/json"
 
 
