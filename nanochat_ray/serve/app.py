@@ -245,6 +245,7 @@ def _add_models(app: FastAPI, serving: Serving) -> None:
             "checkpoint": serving.client.weight_version or None,
         }
 
+    @app.get("/v1/models/", include_in_schema=False)  # else it would ask for the model ""
     @app.get("/v1/models")
     async def models() -> ModelList:
         return {"object": "list", "data": [card()]}

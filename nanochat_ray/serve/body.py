@@ -7,6 +7,7 @@ stops 200 levels deep, and takes 10 ms for 450,000 numbers.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
@@ -97,7 +98,11 @@ _ESCAPE = re.compile(
 
 
 def _from_json(body: bytes) -> Any:
-    """Parses JSON; a lone surrogate, which JavaScript may send, becomes U+FFFD."""
+    """Parses JSON; a lone surrogate, which JavaScript may send, becomes U+FFFD.
+
+    Files that editors of Windows have saved begin with a byte order mark (RFC 8259, 8.1).
+    """
+    body = body.removeprefix(codecs.BOM_UTF8)
     try:
         return from_json(body, allow_inf_nan=False)
     except ValueError as error:

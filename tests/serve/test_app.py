@@ -101,8 +101,9 @@ def test_token_ids_in_streams(client: openai.OpenAI, engine: ScriptedClient) -> 
     assert answer_ids[: len(ANSWER_IDS)] == ANSWER_IDS
 
 
-def test_models(client: openai.OpenAI) -> None:
+def test_models(client: openai.OpenAI, url: str) -> None:
     (model,) = client.models.list().data
+    assert get(f"{url}/v1/models/").json()["data"][0]["id"] == model.id
     assert model.id == "tiny"
     assert client.models.retrieve("tiny").model_dump()["max_model_len"] == 256
     with pytest.raises(openai.NotFoundError, match="gpt-5"):

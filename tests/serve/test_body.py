@@ -157,6 +157,8 @@ ODD: list[tuple[bytes, dict[str, str], int]] = [
     (b'{"prompt": "\xed\xa0\x80"}', JSON, 400),
     (b'{"prompt": "\\ud8"}', JSON, 400),
     ('{"prompt": "x"}'.encode("utf-16"), JSON, 400),
+    (b'\xef\xbb\xbf{"prompt": "x"}', JSON, 200),
+    (b"\xef\xbb\xbf", JSON, 400),
     (b'{"prompt": "x"} x', JSON, 400),
     (b'{"prompt": "x"', JSON, 400),
     (b'{"prompt": "x", "prompt": 1}', JSON, 400),
