@@ -508,10 +508,10 @@ def test_the_status_is_that_of_the_command() -> None:
 def test_a_terminal_that_lacks_a_character_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     from nanochat_ray.cli.chat import Args
 
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="latin-1"))
     assert exit_of(lambda args: print("3 × 4 → 12"), Args) == (0, "")
-    assert written.getvalue() == b"3 \xd7 4 ? 12\n"
+    assert output.getvalue() == b"3 \xd7 4 ? 12\n"
 
 
 def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -306,9 +306,9 @@ def test_connections_that_wait_are_accepted_together() -> None:
 
 def test_the_body_does_not_wait_for_an_acknowledgement_of_the_head() -> None:
     with bind("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
-        accepted, _ = listener.accept()
-        with accepted:
-            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
