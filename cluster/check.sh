@@ -15,7 +15,8 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive RAY_AUTH_MODE=disabled RAY_USAG
 # Many processes import the same files: without bytecode each compiles them again.
 unset PYTHONDONTWRITEBYTECODE
 
-command -v "${CC:-cc}" >/dev/null || say "no C compiler (cc): tests of the compiled kernels are skipped"
+compiler="${CC:-cc}"
+command -v "${compiler%% *}" >/dev/null || say "no C compiler (cc): tests of the compiled kernels are skipped"
 # The chat page is tested in a real browser, alert rules with promtool; both are installed from the
 # system's packages if they can be.
 for program in chromium:chromium promtool:prometheus; do

@@ -4,6 +4,8 @@
 #
 # NANOCHAT_VENV names another folder than .venv; PYTHON another interpreter.
 
+# With CDPATH cd may go elsewhere, and prints where it went.
+unset CDPATH
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${NANOCHAT_VENV:-$REPO/.venv}"
 
@@ -22,10 +24,14 @@ find_python() {
 }
 
 environment() {
-  local extras="$1" stamp="$VENV/.installed-${1:-base}" log="$VENV/install.log"
+  local extras="$1" stamp="$VENV/.installed-${1:-base}" log="$VENV/install.log" python
   if [ -f "$stamp" ] && cmp -s "$stamp" "$REPO/pyproject.toml"; then return; fi
   say "making the environment in $VENV (log: $log)"
-  [ -x "$VENV/bin/python" ] || "$(find_python)" -m venv "$VENV"
+  # Without Debian's package python3-venv the first try leaves an environment that has no pip.
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || {
+    python="$(find_python)"
+    "$python" -m venv "$VENV"
+  }
   # torch first and by its exact version, so that an index with a CPU build can provide it.
   local torch
   torch="$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' "$REPO/pyproject.toml")"
