@@ -48,7 +48,7 @@ def machine_id() -> str:
     """The scope of a process id: the host, its boot, and the namespace of the ids."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return "/".join(parts)
 
@@ -97,23 +97,29 @@ class Owner:
             return None
         return owner if is_valid and times else None
 
-    @property
-    def is_dead(self) -> bool:
-        """Whether its process ran on this machine and does not run any more."""
+    def is_alive(self) -> bool | None:
+        """Whether its process runs; None if that cannot be seen from here."""
         if self.machine != machine_id():
-            return False
+            return None
         try:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.process_start) < 2.0
-            return not same or process.status() == psutil.STATUS_ZOMBIE
+            return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
-            return True
+            return None if _is_hidden(self.pid) else False
         except psutil.AccessDenied:
-            return False
+            return None
 
-    @property
-    def runs_here(self) -> bool:
-        return self.machine == machine_id()
+
+def _is_hidden(pid: int) -> bool:
+    """Whether it is a process that /proc shows to its own user only (the mount option hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return False  # it was started after /proc was read
 
 
 class Claim:
@@ -200,14 +206,15 @@ def _describe(owner: Owner) -> str:
 def _wait_while_alive(folder: Store, what: str, newest: tuple[int, Owner | None]) -> None:
     """Returns when the owner of generation ``newest[0]`` is gone. ValueError if it is alive."""
     generation, owner = newest
-    if owner is not None and (owner.is_released or owner.is_dead):
+    is_alive = owner.is_alive() if owner is not None else None
+    if owner is not None and (owner.is_released or is_alive is False):
         return
-    if owner is not None and not owner.runs_here and time.time() - owner.renewed_at > 10 * LEASE:
-        return
-    if owner is not None and owner.runs_here:
+    if owner is not None and is_alive:
         raise ValueError(f"{what} is in use: {_describe(owner)} is writing it; wait for its end")
-    # An owner on another machine (or a damaged file) is alive if it is renewed. The clocks of
-    # machines differ, so only a change that is observed here counts.
+    if owner is not None and time.time() - owner.renewed_at > 10 * LEASE:
+        return
+    # An owner on another machine or of another user (or a damaged file) is alive if it is renewed.
+    # The clocks of machines differ, so only a change that is observed here counts.
     name = _describe(owner) if owner else "an unknown owner"
     _LOG.warning("%s was claimed by %s: waiting up to %.0f s", what, name, LEASE)
     deadline = time.monotonic() + LEASE

@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -210,13 +211,14 @@ class Store:
 
     def create(self, name: str, data: bytes) -> bool:
         """Writes a file that does not exist yet; False if it does. Of concurrent calls for one file
-        only one gets True: a hard link in a folder, a conditional put in an object store."""
+        only one gets True: a hard link in a folder, a conditional put in an object store. Without
+        hard links, others may see the file before its content."""
         target = self.path(name)
         if not self.is_local:
             return conditional.create(*split_uri(self.uri), name, data)
         self.fs.create_dir(os.path.dirname(target), recursive=True)
         try:
-            with _write_aside(target, os.link) as file:
+            with _write_aside(target, _link) as file:
                 file.write(data)
         except FileExistsError:
             return False
@@ -235,6 +237,20 @@ class Store:
             self.fs.delete_dir(self.path(name))
         elif info.type == pafs.FileType.File:
             self.fs.delete_file(self.path(name))
+
+
+def _link(source: str, target: str) -> None:
+    """Gives a file a second name. FileExistsError if there is a file of that name."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        # A file system without hard links: exFAT, SMB, a bucket that is mounted.
+        with open(source, "rb") as content, open(target, "xb") as file:
+            shutil.copyfileobj(content, file)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

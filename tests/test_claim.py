@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from nanochat_ray import claim
@@ -69,12 +72,30 @@ def test_dead_owner_loses_its_claim_at_once(root: Store) -> None:
     acquire(root, "runs", "base").release()
 
 
+def test_hidden_owner_is_not_taken_for_dead(root: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With hidepid, /proc lacks the processes of other users: only renewals show their life."""
+
+    def hide(pid: int) -> None:
+        raise psutil.NoSuchProcess(pid)
+
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError
+
+    first = acquire(root, "runs", "base")
+    assert first.owner.is_alive()
+    monkeypatch.setattr(claim.psutil, "Process", hide)
+    assert first.owner.is_alive() is False
+    monkeypatch.setattr(claim.os, "kill", refuse)
+    assert first.owner.is_alive() is None
+    first.release()
+
+
 def test_owner_that_was_taken_over_may_not_publish(
     root: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = acquire(root, "runs", "base")
     mine.check()
-    monkeypatch.setattr(Owner, "is_dead", property(lambda self: True))
+    monkeypatch.setattr(Owner, "is_alive", lambda self: False)
     other = acquire(root, "runs", "base")
     with pytest.raises(ClaimLostError, match="another job has taken over runs/base"):
         mine.check()
@@ -131,11 +152,16 @@ def test_claims_of_earlier_versions_are_read(root: Store) -> None:
     acquire(root, "runs", "base").release()
 
 
-@pytest.mark.parametrize("where", ["folder", "s3"])
+@pytest.mark.parametrize("where", ["folder", "folder without hard links", "s3"])
 def test_only_one_creates_a_file(
-    where: str, tmp_path: Path, request: pytest.FixtureRequest
+    where: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri = str(tmp_path / "a b?#%é") if where == "folder" else request.getfixturevalue("s3")
+    def refuse(source: str, target: str) -> None:
+        raise OSError(errno.EPERM, "no hard links", source)
+
+    if "without" in where:
+        monkeypatch.setattr(os, "link", refuse)
+    uri = request.getfixturevalue("s3") if where == "s3" else str(tmp_path / "a b?#%é")
     store = Store.at(uri).child("claims-test")
     results: list[bool] = []
     threads = [
@@ -151,6 +177,6 @@ def test_only_one_creates_a_file(
     assert not store.create("x.json", b"later")
     assert store.read_bytes("x.json") == content
     assert store.list() == ["x.json"]
-    if where == "folder":
+    if where != "s3":
         with pytest.raises(FileExistsError):  # of its folder, which is a file
             store.create("x.json/y.json", b"")

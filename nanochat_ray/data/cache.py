@@ -27,7 +27,7 @@ MIN_FREE_BYTES = 256 << 20
 def cache_folder() -> Path:
     """``$NANOCHAT_SHARD_CACHE``, by default ``shards`` in ``storage.cache_root``."""
     if folder := os.environ.get("NANOCHAT_SHARD_CACHE"):
-        return Path(folder).expanduser().absolute()
+        return Path(os.path.expanduser(folder)).absolute()
     return cache_root() / "shards"
 
 
@@ -91,8 +91,9 @@ def _is_intact(target: Path, shard: Shard, is_verified: bool = False) -> bool:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with path.open("wb") as file:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import os
@@ -239,6 +240,19 @@ def test_old_copies_make_room(root: Store, tmp_path: Path, monkeypatch: pytest.M
     assert read(2) == ["2.arrow"]  # in the place of 1
     assert read(0, 1) == ["1.arrow"]
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == 2
+
+
+def test_a_cache_on_a_file_system_without_locks(
+    root: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    rows = write_numbered(root, (4, 4))
+    record_remote_reads(tmp_path, monkeypatch)
+    monkeypatch.setattr(cache.fcntl, "flock", refuse)
+    sequences = SequenceReader(rows.store, rows.manifest, "train").read(np.arange(8))[0]
+    assert sequences[:, 0].tolist() == list(range(8))
 
 
 def test_the_shard_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
