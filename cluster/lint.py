@@ -89,7 +89,7 @@ def long_functions(tree: ast.AST) -> Iterator[tuple[str, int, int]]:
 def main(files: list[str]) -> int:
     num_names, num_rejections, num_long = 0, 0, 0
     for file in files:
-        tree = ast.parse(Path(file).read_text(), file)
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"), file)
         for name, line in bound_names(tree):
             num_names += 1
             if why := reason(name):

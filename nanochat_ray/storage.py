@@ -32,17 +32,35 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # one letter would be a dri
 _OPTIONS = re.compile(r"[a-z_]+=[^&?]*(&[a-z_]+=[^&?]*)*")
 
 
+def user_folder(variable: str, default: str) -> Path:
+    """The folder that a variable of the XDG specification names, by default one of the home.
+
+    ValueError for a user who has no home: with a number that no table of users has, as in a
+    container, and without HOME.
+    """
+    folder = os.environ.get(variable, "")
+    if os.path.isabs(folder):  # the specification: a relative path is to be ignored
+        return Path(folder)
+    try:
+        return Path.home() / default
+    except RuntimeError:
+        raise ValueError(f"this user has no home folder: set HOME or {variable}") from None
+
+
 def cache_root() -> Path:
     """``$XDG_CACHE_HOME/nanochat_ray``, by default ``~/.cache/nanochat_ray``."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is to be ignored.
-    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "nanochat_ray"
+    return user_folder("XDG_CACHE_HOME", ".cache") / "nanochat_ray"
 
 
 def default_root() -> str:
     """``$NANOCHAT_STORAGE``, else ``cache_root()``: where datasets, tokenizers and runs are stored,
     unless a flag says otherwise."""
-    return os.environ.get("NANOCHAT_STORAGE") or str(cache_root())
+    if root := os.environ.get("NANOCHAT_STORAGE"):
+        return root
+    try:
+        return str(cache_root())
+    except ValueError:
+        return "~/.cache/nanochat_ray"  # an error for who uses it; a flag may name another
 
 
 def split_uri(uri: str) -> tuple[str, str, str]:

@@ -18,7 +18,15 @@ from typing import Any
 import pytest
 
 from nanochat_ray.checkpoint import folder
-from nanochat_ray.storage import Store, absolute, default_root, join_uri, split_uri
+from nanochat_ray.storage import (
+    Store,
+    absolute,
+    cache_root,
+    default_root,
+    join_uri,
+    split_uri,
+    user_folder,
+)
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -246,6 +254,22 @@ def test_the_default_root(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_root() == "/cache/nanochat_ray"
     monkeypatch.setenv("NANOCHAT_STORAGE", "s3://bucket/nanochat")
     assert default_root() == "s3://bucket/nanochat"
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a number that no table of users has, and without HOME: flags still name folders."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("NANOCHAT_STORAGE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    monkeypatch.setenv("XDG_STATE_HOME", "/state")
+    assert default_root() == "~/.cache/nanochat_ray"
+    with pytest.raises(ValueError, match="has no home folder: set HOME or XDG_CACHE_HOME"):
+        cache_root()
+    assert user_folder("XDG_STATE_HOME", ".local/state") == Path("/state")
 
 
 def test_a_full_disk_names_the_file(root: Store) -> None:

@@ -167,7 +167,7 @@ def load(folder: str, precision: str, threads: int) -> tuple[Generate, str]:
     """What generates tokens, and its description, for the sizes of a Hugging Face folder."""
     import llama_cpp
 
-    config = json.loads(Path(folder, "config.json").read_text())
+    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     system = " ".join(llama_cpp.llama_print_system_info().decode().split())
     with tempfile.TemporaryDirectory() as work:
         path = Path(work) / "model.gguf"

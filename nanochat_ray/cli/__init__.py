@@ -38,6 +38,7 @@ def main(command: str = "") -> NoReturn:
     """Runs ``command``, by default the first argument, with the arguments that follow."""
     from nanochat_ray.cli import entry, proxies
 
+    entry.open_standard_streams()
     proxies.exempt_loopback()
     argv = [command, *sys.argv[1:]] if command else sys.argv[1:]
     entry.dispatch("nanochat-ray", COMMANDS, argv, module_of)

@@ -25,6 +25,20 @@ MAX_MESSAGE = 2000
 """Characters of the line on stderr."""
 
 
+def open_standard_streams() -> None:
+    """Opens those that are closed (``>&-``, as some supervisors of services do) on /dev/null. The
+    next file that is opened would else get their number, and what a library prints."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.dup2(descriptor, number)
+            if descriptor != number:
+                os.close(descriptor)
+            os.set_inheritable(number, True)
+            stream = os.fdopen(number, "w" if number else "r", encoding="utf-8", errors="replace")
+            setattr(sys, name, stream)
+
+
 def dispatch(
     prog: str, commands: Mapping[str, str], argv: Sequence[str], module_of: Callable[[str], str]
 ) -> NoReturn:

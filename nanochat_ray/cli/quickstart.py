@@ -10,6 +10,7 @@ what it started and nothing else.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -75,7 +76,7 @@ class Args:
 
 def _absolute(name: str) -> str:
     """A path that does not depend on a job's working directory; URIs stay as they are."""
-    return name if "://" in name else str(Path(name).expanduser().absolute())
+    return name if "://" in name else str(Path(os.path.expanduser(name)).absolute())
 
 
 def main(args: Args) -> None:

@@ -103,12 +103,12 @@ class Jobs:
             [*submit, *entrypoint, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             env=self.cluster.environment(),
         )
         assert process.stdout is not None
-        with process.stdout, self.log(name).open("w") as log:
+        with process.stdout, self.log(name).open("w", encoding="utf-8") as log:
             for line in process.stdout:
                 log.write(line)
                 log.flush()

@@ -72,7 +72,7 @@ def processor() -> dict[str, str]:
     names |= {"CPU implementer", "CPU part", "CPU variant", "isa", "uarch"}
     identity = {"machine": platform.machine(), "system": platform.system()}
     try:
-        first = CPUINFO.read_text().split("\n\n", 1)[0]
+        first = CPUINFO.read_text(encoding="utf-8").split("\n\n", 1)[0]
     except OSError:
         return {**identity, "processor": platform.processor()}
     lines = (line.partition(":") for line in first.splitlines())
@@ -156,7 +156,7 @@ def _library(
     cache: Path | None = None
     try:
         cache = kernel_cache.private_folder(kernel_cache.default_folder())
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except (OSError, ValueError) as error:  # ValueError: there is no home
         logger.info("compiled kernels are not cached: %s", error)
     try:
         with tempfile.TemporaryDirectory(dir=_writable(cache)) as folder:
@@ -198,7 +198,7 @@ def _writable(cache: Path | None) -> Path | None:
 
 def _key(command: Sequence[str], version: str) -> str:
     """A digest of everything that determines the content of a library."""
-    sources = {p.name: p.read_text() for p in (*SOURCES, *HEADERS)}
+    sources = {p.name: p.read_text(encoding="utf-8") for p in (*SOURCES, *HEADERS)}
     text = json.dumps([sources, command, version, processor()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 
 from nanochat_ray.on_ray import ports
+from nanochat_ray.storage import user_folder
 
 MARK = "NANOCHAT_CLUSTER"
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
@@ -40,8 +41,7 @@ TRIES, ROUNDS, ROUND_S = 3, 20, 0.5
 
 
 def state_folder(port: int) -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(state) / "nanochat_ray" / str(port)
+    return user_folder("XDG_STATE_HOME", ".local/state") / "nanochat_ray" / str(port)
 
 
 class LocalCluster:
@@ -61,7 +61,7 @@ class LocalCluster:
     def variables(self) -> dict[str, str]:
         """RAY_ADDRESS, the token and Serve's ports; empty if no cluster was started."""
         try:
-            lines = self._address_file.read_text().splitlines()
+            lines = self._address_file.read_text(encoding="utf-8").splitlines()
         except OSError:
             return {}
         words = [shlex.split(line) for line in lines if line.startswith("export ")]
@@ -116,7 +116,7 @@ class LocalCluster:
             if self._start_head(flags, gpus, log):
                 return
             print_step(f"Ray did not start at try {number} of {TRIES}")
-        tail = "\n".join(log.read_text().splitlines()[-20:])
+        tail = "\n".join(log.read_text(errors="replace", encoding="utf-8").splitlines()[-20:])
         print(tail, file=sys.stderr)
         raise ValueError(f"Ray did not start; its log is {log}")
 
@@ -138,7 +138,7 @@ class LocalCluster:
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in variables.items()]
         self._address_file.unlink(missing_ok=True)
         descriptor = os.open(self._address_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.writelines(lines)
         return [f"{flag}={n}" for flag, n in zip(PORT_FLAGS, numbers, strict=True)]
 
@@ -154,7 +154,7 @@ class LocalCluster:
         command += [f"--num-cpus={max(8, os.cpu_count() or 1)}", "--disable-usage-stats"]
         memory = os.environ.get("NANOCHAT_OBJECT_STORE", "500000000")
         command.append(f"--object-store-memory={memory}")
-        with log.open("w") as output:
+        with log.open("wb") as output:
             result = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,

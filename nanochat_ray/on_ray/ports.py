@@ -110,7 +110,7 @@ def set_serve_environment() -> None:
     _end_orphans()
     variables = serve_environment()
     folder = variables[STATE_BASE].rstrip("/")
-    Path(folder, OWNER).write_text(_identity(psutil.Process()))
+    Path(folder, OWNER).write_text(_identity(psutil.Process()), encoding="utf-8")
     atexit.register(_clear, folder)
     preset = set(os.environ)
     for name, value in variables.items():
@@ -157,7 +157,7 @@ def _end_orphans() -> None:
         folders = [re.match(rf".*/{PREFIX}\w+(?=/)", argument) for argument in arguments]
         for folder in filter(None, folders):
             with contextlib.suppress(OSError):  # another user's, or nobody's
-                if not _is_alive(Path(folder[0], OWNER).read_text()):
+                if not _is_alive(Path(folder[0], OWNER).read_text(encoding="utf-8")):
                     _clear(folder[0])
 
 

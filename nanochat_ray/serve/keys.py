@@ -66,7 +66,7 @@ def from_environment() -> list[str]:
 def from_file(path: str) -> list[str]:
     """Keys or hashes, separated by commas or lines. ValueError if there are none, or no file."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"key_file={path!r} cannot be read: {error}") from None
     keys = _keys(re.split(r"[,\n]", text))

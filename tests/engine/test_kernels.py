@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -376,6 +377,17 @@ def test_unwritable_home_is_tolerated(
     monkeypatch.setattr(kernel_cache.Path, "home", no_home)
     assert ANEW(64, 1) is not None
     assert compilations() == 2
+
+
+def test_sources_are_read_in_any_locale() -> None:
+    """Their comments are UTF-8, which is not the default encoding of files everywhere."""
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    program = (
+        "import locale; assert locale.getpreferredencoding() == 'ANSI_X3.4-1968'; "
+        "from nanochat_ray.engine import kernels; kernels._key([], '')"
+    )
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, env=os.environ | ascii_locale, check=True)
 
 
 @pytest.mark.parametrize("where", ["temporary", "cache", "both"])
