@@ -348,8 +348,9 @@ def test_only_a_cluster_of_its_own_ends_with_an_error(is_up: bool) -> None:
 def test_stop_ends_only_its_own_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     # Two processes that end with their pipe; the second has another environment, as Ray's seem to.
+    # The first outlives the second, which may be ended first.
     run = "subprocess.run([sys.executable, '-c', 'input()'], env={})"
-    idle = [sys.executable, "-c", f"import subprocess, sys; {run}"]
+    idle = [sys.executable, "-c", f"import subprocess, sys; {run}; input()"]
     # Ports that the tests of another checkout do not have.
     one, other = (LocalCluster(100_000 + 2 * os.getpid() + i) for i in range(2))
     children = [
