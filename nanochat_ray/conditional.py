@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from urllib.parse import parse_qsl
 
 import obstore
 from obstore.store import GCSStore, S3Store
 
 
-def create(scheme: str, path: str, options: str, name: str, data: bytes) -> bool:
+def create(
+    scheme: str, path: str, options: str, name: str, data: bytes, *, region: str = ""
+) -> bool:
     """Puts ``data`` at ``name`` below ``path`` (bucket and prefix); False if the key exists.
 
-    The first three are those of ``storage.split_uri``. Credentials come from the environment.
-    Raises OSError.
+    The first three are those of ``storage.split_uri``. Credentials come from the environment, and
+    the endpoint too where the options name none. ``region`` is that of an S3 bucket. Raises
+    OSError.
     """
     bucket, _, prefix = path.partition("/")
     key = "/".join(part for part in (prefix.strip("/"), name) if part)
-    store = _s3(bucket, dict(parse_qsl(options))) if scheme == "s3" else GCSStore(bucket)
+    store = (
+        s3_store(bucket, dict(parse_qsl(options)), region) if scheme == "s3" else GCSStore(bucket)
+    )
     try:
         obstore.put(store, key, data, mode="create")
     except obstore.exceptions.AlreadyExistsError:
@@ -27,9 +33,13 @@ def create(scheme: str, path: str, options: str, name: str, data: bytes) -> bool
     return True
 
 
-def _s3(bucket: str, options: dict[str, str]) -> S3Store:
-    config = {"region": options["region"]} if "region" in options else {}
-    endpoint, scheme = options.get("endpoint_override"), options.get("scheme", "https")
+def s3_store(bucket: str, options: dict[str, str], region: str) -> S3Store:
+    """The bucket where pyarrow has it: obstore would look in us-east-1, and refuse HTTP."""
+    config = {"region": region} if region else {}
+    endpoint = options.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL_S3")
+    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL") or ""
     if endpoint:
+        scheme = options.get("scheme", "https")
         config["endpoint"] = endpoint if "://" in endpoint else f"{scheme}://{endpoint}"
-    return S3Store(bucket, config=config, client_options={"allow_http": scheme == "http"})  # type: ignore[arg-type]
+    allow_http = config.get("endpoint", "").startswith("http://")
+    return S3Store(bucket, config=config, client_options={"allow_http": allow_http})  # type: ignore[arg-type]

@@ -233,7 +233,8 @@ class Store:
         hard links, others may see the file before its content."""
         target = self.path(name)
         if not self.is_local:
-            return conditional.create(*split_uri(self.uri), name, data)
+            region = self.fs.region if isinstance(self.fs, pafs.S3FileSystem) else ""
+            return conditional.create(*split_uri(self.uri), name, data, region=region)
         self.fs.create_dir(os.path.dirname(target), recursive=True)
         try:
             with _write_aside(target, _link) as file:

@@ -12,13 +12,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import parse_qsl
 
 import psutil
 import pytest
 
 from nanochat_ray import claim
 from nanochat_ray.claim import ClaimLostError, Owner, acquire, hold_claim
-from nanochat_ray.storage import Store
+from nanochat_ray.storage import Store, split_uri
 from tests.waiting import wait_for
 
 
@@ -152,7 +153,7 @@ def test_claims_of_earlier_versions_are_read(root: Store) -> None:
     acquire(root, "runs", "base").release()
 
 
-@pytest.mark.parametrize("where", ["folder", "folder without hard links", "s3"])
+@pytest.mark.parametrize("where", ["folder", "folder without hard links", "s3", "s3 by AWS_*"])
 def test_only_one_creates_a_file(
     where: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +162,12 @@ def test_only_one_creates_a_file(
 
     if "without" in where:
         monkeypatch.setattr(os, "link", refuse)
-    uri = request.getfixturevalue("s3") if where == "s3" else str(tmp_path / "a b?#%é")
+    uri = request.getfixturevalue("s3") if "s3" in where else str(tmp_path / "a b?#%é")
+    if "AWS" in where:
+        address = dict(parse_qsl(split_uri(uri)[2]))["endpoint_override"]
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+        monkeypatch.setenv("AWS_REGION", "eu-central-1")
+        uri = "s3://nanochat/by-environment"
     store = Store.at(uri).child("claims-test")
     results: list[bool] = []
     threads = [
@@ -177,6 +183,6 @@ def test_only_one_creates_a_file(
     assert not store.create("x.json", b"later")
     assert store.read_bytes("x.json") == content
     assert store.list() == ["x.json"]
-    if where != "s3":
+    if "s3" not in where:
         with pytest.raises(FileExistsError):  # of its folder, which is a file
             store.create("x.json/y.json", b"")

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from nanochat_ray import conditional
 from nanochat_ray.checkpoint import folder
 from nanochat_ray.storage import (
     Store,
@@ -246,6 +247,18 @@ def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = Store.at("s3://b/x?region=us-east-1&scheme=http").child("y")
     assert there.uri == "s3://b/x/y?region=us-east-1&scheme=http"
     assert there.path("z") == "b/x/y/z"
+
+
+def test_the_region_is_that_of_the_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which pyarrow has found, whatever the environment says."""
+    monkeypatch.setenv("AWS_REGION", "us-west-2")
+    calls: list[Any] = []
+    monkeypatch.setattr(conditional.obstore, "put", lambda store, *_, **__: calls.append(store))
+    store = Store.at("s3://bucket/folder?region=eu-central-1&endpoint_override=127.0.0.1:1")
+    assert store.create("name", b"")
+    (bucket,) = calls
+    assert bucket.config["region"] == "eu-central-1"
+    assert bucket.config["endpoint"] == "https://127.0.0.1:1"
 
 
 def test_the_default_root(monkeypatch: pytest.MonkeyPatch) -> None:
