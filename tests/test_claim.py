@@ -20,6 +20,7 @@ import pytest
 from nanochat_ray import claim
 from nanochat_ray.claim import ClaimLostError, Owner, acquire, hold_claim
 from nanochat_ray.storage import Store, split_uri
+from tests.s3_server import S3_KEYS
 from tests.waiting import wait_for
 
 
@@ -153,7 +154,9 @@ def test_claims_of_earlier_versions_are_read(root: Store) -> None:
     acquire(root, "runs", "base").release()
 
 
-@pytest.mark.parametrize("where", ["folder", "folder without hard links", "s3", "s3 by AWS_*"])
+@pytest.mark.parametrize(
+    "where", ["folder", "folder without hard links", "s3", "s3 by AWS_*", "s3 by ~/.aws"]
+)
 def test_only_one_creates_a_file(
     where: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +171,16 @@ def test_only_one_creates_a_file(
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
         monkeypatch.setenv("AWS_REGION", "eu-central-1")
         uri = "s3://nanochat/by-environment"
+    if "~" in where:
+        (tmp_path / "keys").write_text(
+            f"[one]\naws_access_key_id = {S3_KEYS['accessKey']}\n"
+            f"aws_secret_access_key = {S3_KEYS['secretKey']}\n"
+        )
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+        monkeypatch.setenv("AWS_PROFILE", "one")
+        uri = Store.at(uri).child("by-file").uri
     store = Store.at(uri).child("claims-test")
     results: list[bool] = []
     threads = [
