@@ -39,6 +39,7 @@ def main(command: str = "") -> NoReturn:
     from nanochat_ray.cli import entry, proxies
 
     entry.open_standard_streams()
+    entry.set_home()
     proxies.exempt_loopback()
     argv = [command, *sys.argv[1:]] if command else sys.argv[1:]
     entry.dispatch("nanochat-ray", COMMANDS, argv, module_of)

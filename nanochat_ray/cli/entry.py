@@ -14,6 +14,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from nanochat_ray.cli.parse import parse
@@ -37,6 +38,15 @@ def open_standard_streams() -> None:
             os.set_inheritable(number, True)
             stream = os.fdopen(number, "w" if number else "r", encoding="utf-8", errors="replace")
             setattr(sys, name, stream)
+
+
+def set_home() -> None:
+    """Sets HOME for a user without a home, in this process and in those that it starts: to ``/``,
+    as container runtimes do. Libraries, Ray Train among them, cannot be imported without one."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = "/"
 
 
 def dispatch(

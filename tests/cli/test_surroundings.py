@@ -1,11 +1,15 @@
-"""Commands run where standard input, output or errors are closed."""
+"""Commands run where standard streams are closed, and where the user has no home."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from nanochat_ray.cli import entry
 
 PROGRAM = """
 import os
@@ -30,3 +34,16 @@ def test_a_command_whose_output_is_closed_succeeds() -> None:
     argv = ["bash", "-c", 'exec "$@" >&-', "bash", sys.executable, "-m", "nanochat_ray", "--help"]
     result = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_user_without_a_home_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/here")
+    entry.set_home()
+    assert os.environ["HOME"] == "/here"
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    entry.set_home()
+    assert os.environ["HOME"] == "/"
