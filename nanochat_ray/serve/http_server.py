@@ -125,6 +125,28 @@ class _H11(_BoundedConnection, H11Protocol):  # type: ignore[misc]
         """The client continues with HTTP/1.1, as it must without an upgrade (RFC 9110, 7.8)."""
 
 
+class _ResponseTransport:
+    """What a response is written to. Its ``close`` waits for the rest of the request: a connection
+    that is closed before is reset, and a client that still sends may not read the response (RFC
+    9112, 9.6)."""
+
+    def __init__(self, connection: _Protocol):
+        self._connection, self._cycle = connection, connection.cycle
+        self._transport = connection.transport
+        self.is_closing = self._transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        if not self.is_closing():
+            self._transport.write(data)
+
+    def close(self) -> None:
+        if self._cycle.more_body and not self.is_closing():
+            self._connection.drain_request()
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+
+
 class _Protocol(_BoundedConnection, HttpToolsProtocol):
     """httptools; h11, which is slower, for a connection whose requests offer an upgrade or are
     HTTP/1.0.
@@ -134,7 +156,7 @@ class _Protocol(_BoundedConnection, HttpToolsProtocol):
     Nor does httptools bound a head, or the trailers of a chunked body.
     """
 
-    _is_in_head = False
+    _is_in_head = _is_draining = False
     _num_head_bytes = 0
     _head = b""
     """What has come of a head that is not complete."""
@@ -151,6 +173,17 @@ class _Protocol(_BoundedConnection, HttpToolsProtocol):
         self._is_in_head = False
         self.guard.begin_request(self)
         super().on_headers_complete()
+        self.cycle.transport = cast(asyncio.Transport, _ResponseTransport(self))
+
+    def drain_request(self) -> None:
+        """Reads the rest of the request, for as long as a head may take, then closes."""
+        self._is_draining = True
+        self.guard.await_request(self)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        if self._is_draining:
+            self.transport.close()
 
     def expire(self) -> None:
         if self._is_in_head:

@@ -10,6 +10,8 @@ import resource
 import signal
 import socket
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -151,19 +153,24 @@ UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
 
 
 @pytest.fixture
-def connect(guard: ConnectionGuard) -> Iterator[Callable[[], socket.socket]]:
+def url(guard: ConnectionGuard) -> Iterator[str]:
     guard.max_connections = 3
     with serving(build_app(ScriptedClient([65] * 20), TOK, "tiny", 256), guard) as url:
-        address = url.removeprefix("http://").split(":")
-        sockets: list[socket.socket] = []
+        yield url
 
-        def new() -> socket.socket:
-            sockets.append(socket.create_connection((address[0], int(address[1])), timeout=60))
-            return sockets[-1]
 
-        yield new
-        for one in sockets:
-            one.close()
+@pytest.fixture
+def connect(url: str) -> Iterator[Callable[[], socket.socket]]:
+    address = url.removeprefix("http://").split(":")
+    sockets: list[socket.socket] = []
+
+    def new() -> socket.socket:
+        sockets.append(socket.create_connection((address[0], int(address[1])), timeout=60))
+        return sockets[-1]
+
+    yield new
+    for one in sockets:
+        one.close()
 
 
 def read(connection: socket.socket) -> bytes:
@@ -229,6 +236,34 @@ def test_a_head_that_offers_an_upgrade_may_come_in_parts(
     wait_for(lambda: any(getattr(one, "_is_in_head", False) for one in list(guard._waiting)))
     connection.sendall(request[at:])
     assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_a_refusal_is_read_by_a_client_that_still_sends(url: str) -> None:
+    """urllib sends ``Connection: close``, and reads nothing before it has sent everything."""
+    request = urllib.request.Request(f"{url}/v1/completions", bytes(20 << 20))
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(request, timeout=60)
+    assert refusal.value.code == 413
+    assert json.load(refusal.value)["error"]["message"].startswith("The body is larger")
+
+
+def test_a_client_that_sends_on_after_a_refusal_ends(
+    connect: Callable[[], socket.socket], clock: Clock
+) -> None:
+    connection = connect()
+    connection.sendall(HEAD + b"Connection: close\r\nContent-Length: 9999999\r\n\r\nx")
+    assert read(connection).startswith(b"HTTP/1.1 413 ")  # and then the server's side is closed
+    connection.sendall(b"x")
+
+    def is_reset() -> bool:
+        clock.now += 10.0  # at each look: the server may begin to wait after the first one
+        try:
+            connection.sendall(b"x")
+        except OSError:
+            return True
+        return False
+
+    wait_for(is_reset)
 
 
 def test_an_endless_head_is_431(
