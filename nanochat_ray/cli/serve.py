@@ -53,7 +53,8 @@ class Args:
     config: ServeFlags = field(default_factory=dict, metadata={EVERYDAY: EVERYDAY_SERVE})
     engine: EngineFlags = field(default_factory=dict, metadata={EVERYDAY: EVERYDAY_ENGINE})
     host: str = "127.0.0.1"
-    """Interface of the endpoint; 0.0.0.0 is all of them: set NANOCHAT_API_KEYS then."""
+    """Interface of the endpoint; 0.0.0.0 is all of them, :: also those of IPv6: set
+    NANOCHAT_API_KEYS then."""
     port: int = 8000
     """Port of the endpoint."""
     ray: bool = True

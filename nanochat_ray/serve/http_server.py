@@ -258,10 +258,14 @@ def run(server: uvicorn.Server, listener: socket.socket) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens. ValueError if the address is not free or not of this machine."""
+    """A socket that listens, on "::" for IPv4 too. ValueError if the address is not free or not of
+    this machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    takes_both = host == "::" and socket.has_dualstack_ipv6()
     try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server(
+            (host, port), family=family, backlog=2048, dualstack_ipv6=takes_both
+        )
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"port={port} on host={host} is not allowed: {reason}") from None

@@ -339,6 +339,13 @@ def test_connections_that_wait_are_accepted_together() -> None:
         assert runner.run(connect_all()) == num_connections
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
+def test_every_interface_is_that_of_ipv4_too() -> None:
+    with bind("::", 0) as listener:
+        address = ("127.0.0.1", listener.getsockname()[1])
+        socket.create_connection(address, timeout=60).close()
+
+
 def test_the_body_does_not_wait_for_an_acknowledgement_of_the_head() -> None:
     with bind("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         connection, _ = listener.accept()
