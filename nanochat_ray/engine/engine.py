@@ -355,9 +355,14 @@ class Engine:
         """Appends the tokens sampled behind a chunk, and finishes the sequence if it is done."""
         s = chunk.sequence
         is_first = len(s.tokens) == len(s.request.prompt)
-        if not is_first and not logprobs and append_token(s, sampled_ids, self.vocab_size):
+        if not is_first and append_token(s, sampled_ids, self.vocab_size):
             # Nothing but one more token: so it is with nearly all outputs.
-            return RequestOutput(request_id=s.request.id, tokens=sampled_ids)
+            has_logprobs = s.request.params.logprobs is not None
+            return RequestOutput(
+                request_id=s.request.id,
+                tokens=sampled_ids,
+                logprobs=logprobs[:1] if has_logprobs else None,
+            )
         result = accept_tokens(s, chunk.draft, sampled_ids, self.vocab_size)
         if chunk.draft:
             self._stats.num_draft_tokens += len(chunk.draft)

@@ -209,7 +209,9 @@ def sample(
     else:
         params = rows.for_each_row([c.sequence.request.params for c in rows.chunks])
         is_processed = [p.reports_processed_logprobs for p in params]
-        if any(is_processed):
+        if all(is_processed):
+            logits = sampling.distribution(logits, *arguments)
+        elif any(is_processed):
             mask_R1 = send(torch.tensor(is_processed), logits.device)[:, None]
             logits = torch.where(mask_R1, sampling.distribution(logits, *arguments), logits)
         logprobs = LogprobTable(logits, token_ids, [p.logprobs for p in params])

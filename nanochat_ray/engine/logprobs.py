@@ -41,7 +41,7 @@ class LogprobTable:
         logprobs: list[TokenLogprob | None] = [None] * self._num_rows
         own, ids, values = (column.tolist() for column in self._columns)
         for i, (row, n) in enumerate(self._requests):
-            top = list(zip(ids[i][:n], values[i][:n], strict=True))
+            top = list(zip(ids[i][:n], values[i][:n], strict=True)) if n else []
             logprobs[row] = TokenLogprob(logprob=own[i], top=top)
         return logprobs
 

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Self, get_args
 
 from nanochat_ray.checks import require
@@ -158,9 +159,20 @@ class SamplingParams:
         first = self.prompt_logprobs_start
         req(_is_int(first) and first >= 1, "prompt_logprobs_start", first, "from 1")
 
-    @property
+    @cached_property
     def reports_processed_logprobs(self) -> bool:
-        return self.logprobs is not None and self.logprobs_mode == "processed_logprobs"
+        """Whether its log-probabilities are of another distribution than that of the logits."""
+        if self.logprobs is None or self.logprobs_mode == "raw_logprobs":
+            return False
+        is_raw = (
+            self.temperature in (0, 1)
+            and self.top_k <= 0
+            and (self.top_p, self.min_p) == (1, 0)
+            and (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+            == (1, 0, 0)
+            and not (self.logit_bias or self.min_tokens or self.grammar)
+        )
+        return not is_raw
 
     @property
     def all_stop_ids(self) -> frozenset[int]:

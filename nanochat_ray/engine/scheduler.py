@@ -279,19 +279,21 @@ class Scheduler:
         if not self.waiting:
             self._last_admission.clear()
         admissions: list[Sequence] = []
-        while self.waiting:
-            num_running = Counter(s.request.client for s in self.running)
+        queues = self._queues()
+        num_running = Counter(s.request.client for s in self.running)
+        while queues:
             # Within a priority the client with the fewest running requests goes first, among
             # several the one that was admitted longest ago, and of its requests the first.
-            first = min(
-                self.waiting,
-                key=lambda s: (
-                    s.request.priority,
-                    num_running[s.request.client],
-                    self._last_admission.get(s.request.client, -1),
-                    s.arrival,
+            queue = min(
+                queues,
+                key=lambda queue: (
+                    queue[-1].request.priority,
+                    num_running[queue[-1].request.client],
+                    self._last_admission.get(queue[-1].request.client, -1),
+                    queue[-1].arrival,
                 ),
             )
+            first = queue[-1]
             if first.num_placeholders:
                 break  # it was preempted while its last token is in flight
             if not self._free_slots or not self.kv_cache.can_admit(first, self.running):
@@ -299,14 +301,28 @@ class Scheduler:
                 if last.request.priority <= first.request.priority:
                     break
                 self.preempt(last)
+                queues = self._queues()
+                num_running[last.request.client] -= 1
                 continue
+            queue.pop()
+            queues = [queue for queue in queues if queue]
             self.waiting.remove(first)
             latest = max(self._last_admission.values(), default=-1)
             self._last_admission[first.request.client] = latest + 1
             first.slot = heapq.heappop(self._free_slots)
             self.running.append(first)
+            num_running[first.request.client] += 1
             admissions.append(first)
         return admissions
+
+    def _queues(self) -> list[list[Sequence]]:
+        """The waiting sequences of each priority and client; the last of a list came first."""
+        queues: dict[tuple[int, str], list[Sequence]] = {}
+        for s in self.waiting:
+            queues.setdefault((s.request.priority, s.request.client), []).append(s)
+        for queue in queues.values():
+            queue.sort(key=lambda s: s.arrival, reverse=True)
+        return list(queues.values())
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes the slot and memory of a sequence, which waits again. Its tokens are recomputed to

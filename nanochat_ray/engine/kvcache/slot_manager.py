@@ -69,8 +69,8 @@ class SlotManager(KVCacheManager):
             return True
         pages = self._pages
         length = min(sequence.num_tokens + 1, sequence.max_length)
-        num_needed = pages.num_bytes(length) + sum(
-            max(pages.committed_bytes(s.slot), pages.num_bytes(s.num_tokens)) for s in running
+        num_needed = pages.num_bytes(length) + pages.total_bytes(
+            (s.slot, s.num_tokens) for s in running
         )
         return pages.budget.can_hold(num_needed)
 

@@ -6,7 +6,7 @@ stays with it for the next one until it is needed elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from nanochat_ray.engine.kvcache.memory_budget import MemoryBudget
 
@@ -40,6 +40,15 @@ class SlotPages:
     def _whole_pages(self, num_tokens: int) -> int:
         pages = -(-num_tokens // self._page_tokens)
         return min(pages * self._page_tokens, self._max_model_len)
+
+    def total_bytes(self, lengths: Iterable[tuple[int, int]]) -> int:
+        """Memory of slots, given with the numbers of tokens that they must hold; what they have
+        already is not less."""
+        total, page = 0, self._page_tokens
+        for slot, num_tokens in lengths:  # of each running sequence, for each that is admitted
+            needed = min(-(-num_tokens // page) * page, self._max_model_len)
+            total += max(needed, self._num_tokens[slot])
+        return total * self.bytes_per_token
 
     @property
     def max_tokens(self) -> int:
