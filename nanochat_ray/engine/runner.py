@@ -11,8 +11,10 @@ from torch import Tensor
 from nanochat_ray.checks import require
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.cuda_graphs import GraphLimits, StepResult
+from nanochat_ray.engine.duplicates import find_sources
 from nanochat_ray.engine.kernels import load_kernels
 from nanochat_ray.engine.kvcache.build import build_kv_cache, check_kv_cache, choose_layout
+from nanochat_ray.engine.kvcache.slot_cache import SlotCache
 from nanochat_ray.engine.model import InferenceModel
 from nanochat_ray.engine.native import Native
 from nanochat_ray.engine.precision import WEIGHT_DTYPES, activation_dtype, kv_dtype
@@ -101,10 +103,41 @@ class Runner:
         ``previous_step_ids`` int64 ``[S]`` holds, on the device, the tokens that the previous step
         sampled, if chunks have ``input_from_previous_step``.
         """
+        # A plan computes in C, so that equal tokens have equal bits.
+        if self._plan is not None and (sources := find_sources(chunks)) is not None:
+            return StepResult(self._run_distinct(chunks, sources, previous_step_ids))
         step = StepInputs(chunks)
         if self.graphs is not None and (result := self.graphs.run(step, previous_step_ids)):
             return result
         return StepResult(self._run_eagerly(step, previous_step_ids))
+
+    def _run_distinct(
+        self,
+        chunks: SequenceOf[ScheduledChunk],
+        sources: SequenceOf[int],
+        previous_step_ids: Tensor | None,
+    ) -> Tensor:
+        """Computes each chunk that is its own source, and copies its keys, values and logits for
+        those whose source it is (``find_sources``)."""
+        assert isinstance(self.cache, SlotCache)
+        distinct = [i for i, source in enumerate(sources) if source == i]
+        logits = self._run_eagerly(StepInputs([chunks[i] for i in distinct]), previous_step_ids)
+        first_row, num_rows = {}, 0
+        for i in distinct:
+            first_row[i], num_rows = num_rows, num_rows + chunks[i].num_logits
+        copies = [
+            (chunks[source].sequence.slot, c.sequence.slot, position)
+            for i, (c, source) in enumerate(zip(chunks, sources, strict=True))
+            if source != i
+            for position in range(c.start, c.end)
+        ]
+        self.cache.copy_tokens(np.array(copies, dtype=np.int64))
+        rows = [
+            first_row[source] + row
+            for c, source in zip(chunks, sources, strict=True)
+            for row in range(c.num_logits)
+        ]
+        return logits[torch.tensor(rows, dtype=torch.int64)]
 
     def _run_eagerly(self, step: StepInputs, previous_step_ids: Tensor | None) -> Tensor:
         count, indices = len(step.token_ids), step.logits_indices

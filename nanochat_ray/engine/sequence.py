@@ -54,6 +54,11 @@ class Sequence:
     arrival_time: float = 0.0
     """``time.monotonic`` of it."""
     is_finished: bool = False
+    prompt_hash: int = field(init=False)
+    """Equal for equal prompts."""
+
+    def __post_init__(self) -> None:
+        self.prompt_hash = hash(tuple(self.request.prompt))
 
     @property
     def num_tokens(self) -> int:

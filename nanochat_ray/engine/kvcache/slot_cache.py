@@ -99,6 +99,14 @@ class SlotCache(KVCache):
         for layer in range(2 * self.keys.size(0)):
             self._memory.release((layer * num_slots + slot) * num_bytes, num_bytes)
 
+    def copy_tokens(self, copies_P3: np.ndarray) -> None:
+        """Copies keys and values between slots: of each row int64 ``(source, target, position)``
+        those at the position."""
+        sources, targets, positions = torch.from_numpy(copies_P3).unbind(1)
+        self.keys_values[:, :, targets, :, positions] = self.keys_values[
+            :, :, sources, :, positions
+        ]
+
     def prepare(self, spans: ArrayLike) -> int:
         spans_S4 = np.asarray(spans, dtype=np.int64).reshape(-1, 4)
         slots, starts, counts, is_decode = spans_S4.T

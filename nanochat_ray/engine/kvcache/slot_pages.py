@@ -46,8 +46,8 @@ class SlotPages:
         already is not less."""
         total, page = 0, self._page_tokens
         for slot, num_tokens in lengths:  # of each running sequence, for each that is admitted
-            needed = min(-(-num_tokens // page) * page, self._max_model_len)
-            total += max(needed, self._num_tokens[slot])
+            least = min(-(-num_tokens // page) * page, self._max_model_len)
+            total += max(least, self._num_tokens[slot])
         return total * self.bytes_per_token
 
     @property
