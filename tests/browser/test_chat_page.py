@@ -239,3 +239,26 @@ def test_suggestions_are_asked_with_a_click(browser: Browser, engine: ScriptedCl
         expect(page.locator("#suggestions")).to_have_count(0)
         assert page.evaluate("window.hacked") is None
         page.close()
+
+
+def test_an_input_method_keeps_its_enter(page: Page, engine: ScriptedClient) -> None:
+    """Chromium says isComposing; Safari says 229, the code of a key that an input method has."""
+    page.get_by_label("Your message").fill("nihon")
+    for fields in ("isComposing: true", "keyCode: 229"):
+        keydown = f"new KeyboardEvent('keydown', {{key: 'Enter', bubbles: true, {fields}}})"
+        page.evaluate(f"document.getElementById('input').dispatchEvent({keydown})")
+    expect(page.get_by_label("Your message")).to_have_value("nihon")
+    assert not engine.requests
+
+
+def test_an_answer_is_copied_without_a_clipboard_object(page: Page) -> None:
+    """Browsers have none for a page over plain HTTP from another host."""
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    page.evaluate(
+        "addEventListener('copy', () => { window.copied = document.activeElement.value; })"
+    )
+    say(page, "hi")
+    wait_until_idle(page)
+    page.get_by_role("button", name="Copy").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("window.copied") == "Hello there."
