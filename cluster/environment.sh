@@ -25,6 +25,10 @@ find_python() {
 
 environment() {
   local extras="$1" stamp="$VENV/.installed-${1:-base}" log="$VENV/install.log" python
+  # Ray starts its workers by a line for a shell that does not quote the interpreter.
+  case "$VENV" in *[[:space:]]*)
+    fail "Ray starts no worker from a folder with blanks: NANOCHAT_VENV names one without, not $VENV" ;;
+  esac
   if [ -f "$stamp" ] && cmp -s "$stamp" "$REPO/pyproject.toml"; then return; fi
   say "making the environment in $VENV (log: $log)"
   # Without Debian's package python3-venv the first try leaves an environment that has no pip.

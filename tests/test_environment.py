@@ -53,6 +53,10 @@ def test_an_environment_that_has_no_pip_is_made_again(tmp_path: Path) -> None:
     python.write_text(PYTHON)
     python.chmod(0o755)
     variables = {"PYTHON": python, "READY": tmp_path / "ready", "PIPS": pips}
+    result = source(folder, "environment dev", **variables)
+    assert result.returncode == 2
+    assert "no worker from a folder with blanks: NANOCHAT_VENV" in result.stderr
+    variables["NANOCHAT_VENV"] = tmp_path / "venv"
     assert source(folder, "environment dev", **variables).returncode == 1
     (tmp_path / "ready").touch()
     result = source(folder, "environment dev", **variables)
