@@ -25,22 +25,29 @@ connect()
 assert ray.get(ray.remote(lambda: 7).remote()) == 7
 address = ray.get_runtime_context().gcs_address
 code = f"import ray; ray.init(address={address!r}); print('joined')"
+command = "from nanochat_ray.on_ray.session import connect; connect(); print('joined')"
+without_mode = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
 processes = [
     subprocess.Popen(
-        [sys.executable, "-c", code],
-        env={**os.environ, **token},
+        [sys.executable, "-c", program],
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    for token in ({}, {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""})
+    for program, environment in (
+        (code, os.environ),
+        (command, {**without_mode, "RAY_ADDRESS": address}),
+        (code, {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}),
+    )
 ]
 print("with", "joined" in processes[0].communicate(timeout=120)[0])
+print("a command that has the token alone", "joined" in processes[1].communicate(timeout=120)[0])
 try:
-    joins = "joined" in processes[1].communicate(timeout=4)[0]
+    joins = "joined" in processes[2].communicate(timeout=4)[0]
 except subprocess.TimeoutExpired:  # a process that is refused tries again for 20 s
-    processes[1].kill()
-    processes[1].wait()
+    processes[2].kill()
+    processes[2].wait()
     joins = False
 print("without", joins)
 """
@@ -51,7 +58,8 @@ def test_a_process_without_a_token_is_refused() -> None:
     process = subprocess.run(
         [sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=240
     )
-    assert process.stdout.splitlines() == ["with True", "without False"], process.stderr
+    lines = ["with True", "a command that has the token alone True", "without False"]
+    assert process.stdout.splitlines() == lines, process.stderr
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
