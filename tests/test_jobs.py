@@ -102,14 +102,14 @@ def test_torchrun_gives_what_one_process_gives(root: Store, tmp_path: Path) -> N
         "--nproc-per-node=2",
         "--",
     ]
-    subprocess.run(
+    result = subprocess.run(
         [*torchrun, str(REPO / "jobs" / "train.py"), "--run", "two", *flags],
-        check=True,
         capture_output=True,
         timeout=120,
         # It leaves a folder for logs in TMPDIR.
         env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
     )
+    assert result.returncode == 0, result.stderr.decode()
     one, two = (
         [json.loads(line) for line in root.child("runs", r).read_text("metrics.jsonl").splitlines()]
         for r in ("one", "two")

@@ -7,6 +7,7 @@ its traceback and status 1. Ctrl-C is status 130, a reader of stdout that left (
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import importlib
@@ -122,6 +123,13 @@ def _leave(status: int) -> NoReturn:
         if status == INTERRUPTED:
             leave.leave(leave.interrupted_status(), shutdown=False)
         leave.leave(status)
+    if _was_rank():
+        # Now and then a thread of torch outlives the process group, and the interpreter's own end
+        # aborts ("terminate called without an active exception").
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -129,6 +137,12 @@ def _has_ray() -> bool:
     """Whether the command has joined or started a cluster. Ray is imported only if it is used."""
     session = sys.modules.get("nanochat_ray.on_ray.session")
     return session is not None and bool(session.has_connected())
+
+
+def _was_rank() -> bool:
+    """Whether this process was one of several ranks of torchrun."""
+    train_run = sys.modules.get("nanochat_ray.cli.train_run")
+    return train_run is not None and bool(train_run.has_joined_group)
 
 
 @contextlib.contextmanager

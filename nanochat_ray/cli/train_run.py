@@ -27,6 +27,9 @@ from nanochat_ray.train.source import Source
 from nanochat_ray.train.stop import STOPPED, StopOnSignal
 from nanochat_ray.train.trainer import Trainer
 
+has_joined_group = False
+"""Whether this process has been one of several ranks of torchrun."""
+
 
 def run_here(job: TrainerConfig, args: Args) -> dict[str, Any]:
     """Trains in this process, or as one rank of ``torchrun``."""
@@ -83,6 +86,8 @@ def process_group(*, gpus: bool) -> Iterator[None]:
         return
     if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    global has_joined_group
+    has_joined_group = True
     dist.init_process_group("nccl" if gpus else "gloo")
     try:
         yield

@@ -272,6 +272,7 @@ def test_a_plan_that_does_not_fit_is_said(
 @pytest.mark.parametrize("gpus", [False, True])
 def test_ranks_join_one_process_group(monkeypatch: pytest.MonkeyPatch, gpus: bool) -> None:
     calls: list[Any] = []
+    monkeypatch.setattr(train_run, "has_joined_group", False)
     monkeypatch.setattr(torch.distributed, "init_process_group", calls.append)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("end"))
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
