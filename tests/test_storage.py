@@ -250,7 +250,7 @@ def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_region_is_that_of_the_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which pyarrow has found, whatever the environment says."""
+    """That of the bucket, as pyarrow knows it, whatever the environment says."""
     monkeypatch.setenv("AWS_REGION", "us-west-2")
     calls: list[Any] = []
     monkeypatch.setattr(conditional.obstore, "put", lambda store, *_, **__: calls.append(store))

@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from nanochat_ray.bench import chart, load
+from nanochat_ray.bench.http_stream import Result
 from nanochat_ray.checks import check_float, check_int, require
 
 PARTS: Mapping[str, str] = {
@@ -230,7 +231,7 @@ class Streams:
             if result.error:
                 await asyncio.sleep(0.2)
 
-    def _count(self, result: load.Result, text: str) -> None:
+    def _count(self, result: Result, text: str) -> None:
         now = time.perf_counter()
         if result.error:
             self.last_break = now

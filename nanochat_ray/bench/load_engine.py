@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from nanochat_ray.bench.load import Prompt, Result
+from nanochat_ray.bench.http_stream import Result
+from nanochat_ray.bench.load import Prompt
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.engine import Engine

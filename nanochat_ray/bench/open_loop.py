@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from nanochat_ray.bench import load
+from nanochat_ray.bench.http_stream import Response, Result
 
 RECEIVE_BYTES = 1 << 16
 ANSWER_S = 300.0
@@ -33,10 +33,10 @@ class Exchange:
     """Of the connection; "" if the server has closed it."""
     end: float = 0.0
 
-    def result(self) -> load.Result:
+    def result(self) -> Result:
         """What its client saw."""
-        result = load.Result(self.began)
-        response = load.Response(result)
+        result = Result(self.began)
+        response = Response(result)
         for now, data in self.chunks:
             response.feed(data, now)
         response.end(self.end, self.error)

@@ -32,6 +32,7 @@ import psutil
 
 from nanochat_ray.bench import hostile_clients, load
 from nanochat_ray.bench.drill import PARTS, Cluster, listeners
+from nanochat_ray.bench.http_stream import Result
 from nanochat_ray.bench.open_loop import OpenLoop
 from nanochat_ray.bench.overload_report import (
     AttackReport,
@@ -153,10 +154,10 @@ class Endpoint:
             count, vocab=VOCAB, prompt=args.prompt, output=args.output, spread=0.5, seed=seed
         )
 
-    async def complete(self, prompt: load.Prompt) -> load.Result:
+    async def complete(self, prompt: load.Prompt) -> Result:
         return await load.complete(self.args.url, self.model, prompt, self.args.key)
 
-    async def probe(self) -> load.Result:
+    async def probe(self) -> Result:
         return await self.complete(load.Prompt([1] * self.args.prompt, 2))
 
     async def usual_first_token_s(self) -> float:
@@ -226,7 +227,7 @@ async def _recovery_s(endpoint: Endpoint, since: float, usual_s: float) -> float
     return None
 
 
-def _count(report: Flood, results: Sequence[load.Result]) -> None:
+def _count(report: Flood, results: Sequence[Result]) -> None:
     report.num_offered = len(results)
     good = [r for r in results if not r.error]
     refusals = [r for r in results if r.status in REFUSALS]

@@ -26,6 +26,7 @@ from typing import Any
 
 from nanochat_ray.bench import load
 from nanochat_ray.bench.checkpoint_writer import REASONS, CheckpointWriter
+from nanochat_ray.bench.http_stream import Result
 from nanochat_ray.bench.rolls_report import Answer, BadCheckpoint, Report, Roll, failures, table
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.checks import check_float, check_int, check_name, require
@@ -89,7 +90,7 @@ class Endpoint:
         self.args = args
         self.model = load.model_at(args.url, args.key)
 
-    async def complete(self, prompt: load.Prompt) -> load.Result:
+    async def complete(self, prompt: load.Prompt) -> Result:
         return await load.complete(self.args.url, self.model, prompt, self.args.key)
 
     async def health(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from nanochat_ray.bench import chart, load
 from nanochat_ray.bench.checkpoint_writer import REASONS
+from nanochat_ray.bench.http_stream import Result
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Answer:
     """One answer to the prompt ``index``."""
 
     index: int
-    result: load.Result
+    result: Result
 
 
 @dataclass(frozen=True)

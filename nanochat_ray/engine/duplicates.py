@@ -23,10 +23,17 @@ def find_sources(chunks: Sequence[ScheduledChunk]) -> list[int] | None:
             key = (s.prompt_hash, c.start, end, c.num_logits, s.tokens[end - 1])
             candidates = distinct.setdefault(key, [])
             for candidate in candidates:
-                if chunks[candidate].sequence.tokens[:end] == s.tokens[:end]:
+                if _are_equal(chunks[candidate].sequence.tokens, s.tokens, end):
                     source = candidate
                     break
             else:
                 candidates.append(i)
         sources.append(source)
     return sources if sources != list(range(len(chunks))) else None
+
+
+def _are_equal(tokens: list[int], others: list[int], end: int) -> bool:
+    """Whether the first ``end`` are; a decode's are all of them, which need no copies."""
+    if len(tokens) == len(others) == end:
+        return tokens == others
+    return tokens[:end] == others[:end]

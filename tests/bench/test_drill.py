@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from nanochat_ray.bench import drill, load
+from nanochat_ray.bench import drill
 from nanochat_ray.bench.drill import Args, Cluster, Round, Streams
+from nanochat_ray.bench.http_stream import Result
 from tests.waiting import wait_for
 
 SESSION = f"session_2026-01-01_00-00-00_000000_{os.getpid()}"
@@ -94,7 +95,7 @@ def test_the_session_of_the_endpoint_is_drilled(monkeypatch: pytest.MonkeyPatch)
 
 
 def result(text: str = "abc", error: str = "", gaps: tuple[float, ...] = (), first: float = 0.1):
-    return load.Result(0.0, first_s=first, gaps_s=list(gaps), text=text, error=error)
+    return Result(0.0, first_s=first, gaps_s=list(gaps), text=text, error=error)
 
 
 def test_counts_by_hand() -> None:

@@ -9,10 +9,9 @@ from unittest.mock import AsyncMock
 import pytest
 
 from nanochat_ray.bench import load
+from nanochat_ray.bench.http_stream import Response, Result
 from nanochat_ray.bench.load import (
     Prompt,
-    Response,
-    Result,
     drive,
     percentile,
     random_prompts,

@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from nanochat_ray.bench import load, open_loop
+from nanochat_ray.bench.http_stream import Result
 from nanochat_ray.bench.open_loop import OpenLoop
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -17,7 +18,7 @@ TOK = Tokenizer.bytes_only()
 DUES = [0.0, 0.0, 0.05, 0.05]
 
 
-def results_of(url: str) -> list[load.Result]:
+def results_of(url: str) -> list[Result]:
     prompts = load.random_prompts(len(DUES), vocab=256, prompt=2000, output=6, spread=0.5)
     requests = [load.completion_request(url, "tiny", prompt) for prompt in prompts]
     loop = OpenLoop(url, requests, DUES)

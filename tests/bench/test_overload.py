@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from nanochat_ray.bench import hostile_clients, load, overload
+from nanochat_ray.bench.http_stream import Result
 from nanochat_ray.bench.overload import Args, Endpoint, Memory
 from nanochat_ray.bench.overload_report import AttackReport, Flood
 from nanochat_ray.engine.request import EngineFull
@@ -55,11 +56,11 @@ def test_a_flood_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_refusals_are_counted_with_their_header() -> None:
     results = [
-        load.Result(0.0, first_s=1.0, total_s=2.0, tokens=4),
-        load.Result(0.0, error="full", status=429, retry_after_s=3, total_s=0.5),
-        load.Result(0.0, error="none", status=503, total_s=0.7),
-        load.Result(0.0, error="status 500"),
-        load.Result(0.0, error="refused"),
+        Result(0.0, first_s=1.0, total_s=2.0, tokens=4),
+        Result(0.0, error="full", status=429, retry_after_s=3, total_s=0.5),
+        Result(0.0, error="none", status=503, total_s=0.7),
+        Result(0.0, error="status 500"),
+        Result(0.0, error="refused"),
     ]
     report = Flood()
     overload._count(report, results)

@@ -8,6 +8,7 @@ import pytest
 
 from nanochat_ray.bench import load, rolls
 from nanochat_ray.bench.checkpoint_writer import REASONS, CheckpointWriter
+from nanochat_ray.bench.http_stream import Result
 from nanochat_ray.bench.rolls_report import Answer, BadCheckpoint, Report, Roll, failures, table
 from nanochat_ray.checkpoint import checkpoint, follow
 from nanochat_ray.checkpoint.follow import CheckpointWatcher, ServedCheckpoint
@@ -92,7 +93,7 @@ def test_served_means_by_every_engine() -> None:
 
 
 def answer(began: float, first: float, text: str, *fingerprints: str, error: str = "") -> Answer:
-    result = load.Result(began, first_s=first, text=text, error=error)
+    result = Result(began, first_s=first, text=text, error=error)
     result.fingerprints = list(fingerprints)
     return Answer(0, result)
 

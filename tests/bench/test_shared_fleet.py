@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from nanochat_ray.bench import shared_fleet
-from nanochat_ray.bench.load import Result
+from nanochat_ray.bench.http_stream import Result
 from nanochat_ray.bench.shared_fleet import FIGURES, Args, Sampling, medians, table, users
 
 

@@ -14,7 +14,7 @@ from nanochat_ray.engine.request import Request, RequestOutput
 from nanochat_ray.engine.scheduler import ScheduledChunk
 from nanochat_ray.engine.sequence import Sequence
 from tests.engine.engine_kit import ask, finish, make_engine, make_model, needs_compiler
-from tests.engine.test_same_tokens import PHRASES, TEXT, TOOL
+from tests.engine.test_same_tokens import PHRASES, TEXT, TOOL, run_together
 
 
 def chunk(tokens: list[int], start: int, count: int = 1, prompt: int = 3, **fields: Any) -> Any:
@@ -67,20 +67,9 @@ def mixture(rng: random.Random) -> list[Request]:
 
 
 def results(settings: dict[str, Any], preempt: float) -> dict[str, list[RequestOutput]]:
-    rng = random.Random(1)
     sizes = {"max_num_seqs": 16, "max_num_batched_tokens": 256, "prefill_chunk": 64}
     engine = make_engine(make_model("modern"), TOOL, TEXT, **sizes | settings)
-    for request in mixture(random.Random(0)):
-        engine.add(request)
-    outputs: dict[str, list[RequestOutput]] = {}
-    while engine.has_work:
-        for output in engine.step():
-            outputs.setdefault(output.request_id, []).append(output)
-        running = [s.request.id for s in engine.scheduler.running]
-        if running and rng.random() < preempt:
-            engine.preempt(rng.choice(running))
-    engine.check_integrity()
-    return outputs
+    return run_together(engine, mixture(random.Random(0)), preempt)
 
 
 def summary(outputs: dict[str, list[RequestOutput]]) -> dict[str, Any]:
@@ -130,8 +119,7 @@ def test_equal_samples_are_computed_once() -> None:
     engine = make_engine(make_model("modern"), max_num_seqs=4, num_speculative_tokens=0)
     rows: list[int] = []
     plan = engine.runner._plan
-    if plan is None:
-        pytest.skip("this engine computes without the kernels in C")
+    assert plan is not None
     run = plan.run
 
     def spy(tokens: Any, logits_indices: list[int]) -> Any:

@@ -81,9 +81,9 @@ def alone() -> dict[str, tuple[list[int], str | None]]:
     return answers(results)
 
 
-def together(
-    engine: Engine, requests: Sequence[Request] = REQUESTS, preempt: float = 0.0
-) -> dict[str, tuple[list[int], str | None]]:
+def run_together(
+    engine: Engine, requests: Sequence[Request], preempt: float = 0.0
+) -> dict[str, list[RequestOutput]]:
     """All that fit at once; with a probability for each step, someone is preempted after it."""
     rng, results = random.Random(0), dict[str, list[RequestOutput]]()
     coming = list(requests)
@@ -96,7 +96,13 @@ def together(
         if running and rng.random() < preempt:
             engine.preempt(rng.choice(running))
     engine.check_integrity()
-    return answers(results)
+    return results
+
+
+def together(
+    engine: Engine, requests: Sequence[Request] = REQUESTS, preempt: float = 0.0
+) -> dict[str, tuple[list[int], str | None]]:
+    return answers(run_together(engine, requests, preempt))
 
 
 def assert_same(

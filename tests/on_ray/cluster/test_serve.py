@@ -11,6 +11,7 @@ import pytest
 
 from nanochat_ray.bench import load
 from nanochat_ray.bench.drill import VOCAB
+from nanochat_ray.bench.http_stream import Result
 from nanochat_ray.storage import Store
 from tests.on_ray.cluster.nodes import Node, Nodes
 from tests.on_ray.serve.tiny_run import engines, write_checkpoint
@@ -46,16 +47,16 @@ def url(nodes: Nodes, storage: str) -> Iterator[str]:
     nodes.run(nodes.head, [sys.executable, "-c", shutdown], environment)
 
 
-def disturb(url: str, disturbance: Callable[[], None]) -> list[load.Result]:
+def disturb(url: str, disturbance: Callable[[], None]) -> list[Result]:
     """The answers of streams that it disturbs: all that were running, and one more of each stream.
     Every answer has the text of an undisturbed one."""
 
-    async def run() -> list[load.Result]:
+    async def run() -> list[Result]:
         prompts = load.random_prompts(NUM_STREAMS, vocab=VOCAB, prompt=24, output=TOKENS)
         texts = [(await load.complete(url, "tiny", prompt)).text for prompt in prompts]
         assert all(texts)
         is_over = False
-        results: list[load.Result] = []
+        results: list[Result] = []
 
         async def stream(index: int) -> None:
             last = False
@@ -79,7 +80,7 @@ def disturb(url: str, disturbance: Callable[[], None]) -> list[load.Result]:
     return asyncio.run(run())
 
 
-def check_gap(name: str, results: list[load.Result]) -> float:
+def check_gap(name: str, results: list[Result]) -> float:
     """The longest time without a token, the first one's included."""
     gap = max(max([result.first_s, *result.gaps_s]) for result in results)
     print(f"\n{name}: {len(results)} answers, 0 broken, 0 changed, longest gap {gap:.1f} s")
