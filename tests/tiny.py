@@ -109,10 +109,12 @@ def hold_up_grammars(
 def free_ports(count: int) -> list[int]:
     """Ports that are free on every interface, as is port + 10000 (weed opens both).
 
-    Those of tests that run at the same time are from ranges of their own."""
+    Those of tests that run at the same time are from ranges of their own. Beside a Ray there is one
+    process, whose ports + 10000 are above those of Serve (``on_ray.ports.LAST``), which may have
+    been chosen and not be in use yet, and below outgoing connections."""
     ports: list[int] = []
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    port = 21000 + worker % 4 * 2000 + os.getpid() % 1500
+    port = 22_000 + worker % 4 * 2000 + os.getpid() % 700
     while len(ports) < count:
         port += 1
         with socket.socket() as one, socket.socket() as two:
