@@ -42,6 +42,7 @@ from nanochat_ray.bench.overload_report import (
     seconds_text,
 )
 from nanochat_ray.checks import check_float, check_int, require
+from nanochat_ray.serve.connections import raise_file_limit
 
 VOCAB = 256
 WARM_UP_S = 5.0
@@ -326,6 +327,7 @@ def _growth(args: Args, name: str, report: Flood | AttackReport) -> list[str]:
 
 
 def main(args: Args) -> int:
+    raise_file_limit()  # each request of a flood has a connection of its own
     report, attacks = asyncio.run(overload(args))
     if report is not None:
         print(flood_table(report))

@@ -39,6 +39,28 @@ def log_to(handlers: Sequence[logging.Handler]) -> None:
     logger.propagate = False
 
 
+def id_of(headers: dict[bytes, bytes]) -> bytes:
+    """The id of a request: the client's if it has an allowed one, else a new one."""
+    header = headers.get(REQUEST_ID, b"")
+    return header if _ALLOWED_ID.fullmatch(header) else secrets.token_hex(16).encode()
+
+
+def log(method: str, path: str, status: int, seconds: float, size: int, own: str) -> None:
+    """Writes the line of a request; ``path``: percent-encoded, ``size``: bytes of the response's
+    body."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(
+            "%s %s %d %.1f ms %d bytes id=%s",
+            method,
+            path,
+            status,
+            1000 * seconds,
+            size,
+            own,
+            extra={"log_to_stderr": False},  # Serve's, which would send it to the driver
+        )
+
+
 @dataclass
 class _Response:
     status: int = 0
@@ -57,8 +79,7 @@ class AccessLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        header = next((v for name, v in scope["headers"] if name == REQUEST_ID), b"")
-        own = header if _ALLOWED_ID.fullmatch(header) else secrets.token_hex(16).encode()
+        own = id_of(dict(scope["headers"]))
         request_id.set(own.decode())
         head = scope["method"] == "HEAD"
         response, start = _Response(), time.perf_counter()
@@ -76,17 +97,8 @@ class AccessLog:
         try:
             await self._answer({**scope, "method": "GET"} if head else scope, receive, send_with_id)
         finally:
-            if logger.isEnabledFor(logging.INFO):
-                logger.info(
-                    "%s %s %d %.1f ms %d bytes id=%s",
-                    scope["method"],
-                    _path(scope),
-                    response.status or 499,
-                    1000 * (time.perf_counter() - start),
-                    response.size,
-                    own.decode(),
-                    extra={"log_to_stderr": False},  # Serve's, which would send it to the driver
-                )
+            seconds, status = time.perf_counter() - start, response.status or 499
+            log(scope["method"], _path(scope), status, seconds, response.size, own.decode())
 
     async def _answer(self, scope: Scope, receive: Receive, send: Any) -> None:
         has_started = False

@@ -28,10 +28,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import Scope
 
 from nanochat_ray.serve.access import AccessLog
-from nanochat_ray.serve.auth import AuthMiddleware, BodySizeLimit, client_of, name_of_client
+from nanochat_ray.serve.auth import AuthMiddleware, BodySizeLimit, client_of
 from nanochat_ray.serve.body import JsonRoute, from_validation, route_class
 from nanochat_ray.serve.client import EngineClient, UnavailableError
 from nanochat_ray.serve.generation import Limits
@@ -73,6 +72,7 @@ from nanochat_ray.serve.openai.schema.requests import (
 )
 from nanochat_ray.serve.openai.stream import respond
 from nanochat_ray.serve.openapi import add_stream_schemas
+from nanochat_ray.serve.refusals import STARTED, Refusals
 from nanochat_ray.serve.responses.builder import ResponsesBuilder
 from nanochat_ray.serve.responses.request import parse_responses
 from nanochat_ray.serve.responses.schema import (
@@ -135,7 +135,7 @@ def build_app(
         title="nanochat_ray", version=VERSION, docs_url=None, redoc_url=None, responses=FAILURES
     )
     app.router.route_class = JsonRoute
-    app.state.keys, app.state.gate = key_ring, serving.gate
+    app.state.refusals = Refusals(serving, key_ring, list(STREAMS), allowed_hosts)
     _add_error_handlers(app)
     app.add_middleware(
         BodySizeLimit,
@@ -160,15 +160,6 @@ def build_app(
     _add_tokens(app, serving)
     _add_generation(app, serving)
     return app
-
-
-def refuses(app: FastAPI, scope: Scope) -> bool:
-    """Whether ``app`` refuses the request of ``scope`` now, whatever its body is, because the
-    engines have just refused another one of its client."""
-    if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in STREAMS:
-        return False
-    client = name_of_client(app.state.keys, scope) if app.state.keys else ""
-    return client is not None and bool(app.state.gate.refuses(client))
 
 
 def _page(suggestions: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -297,7 +288,8 @@ def _add_tokens(app: FastAPI, serving: Serving) -> None:
 
 def _add_generation(app: FastAPI, serving: Serving) -> None:
     async def admit(request: HttpRequest) -> None:
-        await serving.admit(client_of(request))
+        if not request.scope.get(STARTED):
+            await serving.admit(client_of(request))
 
     router = APIRouter(route_class=route_class(admit))
 

@@ -25,9 +25,9 @@ def client_of(request: Request) -> str:
     return request.scope.get(CLIENT, "")
 
 
-def name_of_client(keys: KeyRing, scope: Scope) -> str | None:
+def name_of_client(keys: KeyRing, headers: dict[bytes, bytes]) -> str | None:
     """The name of the key that a request carries in its head; None without a valid one."""
-    authorization = dict(scope["headers"]).get(b"authorization", b"")
+    authorization = headers.get(b"authorization", b"")
     scheme, _, key = authorization.partition(b" ")
     return keys.name_of(key.strip()) if scheme.lower() == b"bearer" else None
 
@@ -57,7 +57,7 @@ class AuthMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        client = name_of_client(self.keys, scope)
+        client = name_of_client(self.keys, dict(scope["headers"]))
         scope[CLIENT] = client or ""
         if self.keys and _route_path(scope) not in OPEN_PATHS and client is None:
             refusal = ApiError(
@@ -88,7 +88,7 @@ class BodySizeLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if _content_length(dict(scope["headers"])) > self.max_bytes:
+        if content_length(dict(scope["headers"])) > self.max_bytes:
             await self._too_large().response()(scope, receive, send)
             return
         num_bytes, complete = 0, False
@@ -114,6 +114,7 @@ class BodySizeLimit:
         return ApiError(413, f"The body is larger than {self.max_bytes:,} bytes.")
 
 
-def _content_length(headers: dict[bytes, bytes]) -> int:
+def content_length(headers: dict[bytes, bytes]) -> int:
+    """Bytes of the body that a request declares; 0 if it does not."""
     length = headers.get(b"content-length", b"0")
     return int(length[:19]) if length.isdigit() else 0

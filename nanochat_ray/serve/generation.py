@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -215,17 +217,21 @@ async def generate(
     metrics: RequestMetrics,
     generation: GenerationRequest,
     timeout_s: float,
+    *,
+    submission: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> AsyncGenerator[list[Delta], None]:
     """Deltas of all choices as they come, those of one step of the engine together.
 
-    Closing the generator aborts the requests that still run. Raises EngineFailedError and the
-    errors of ``EngineClient.submit``.
+    ``submission``: entered while the engines decide whether they take the requests. Closing the
+    generator aborts the requests that still run. Raises EngineFailedError and the errors of
+    ``EngineClient.submit``.
     """
     stream = OutputStream()
     running: dict[str, tuple[Choice, Timer]] = {}
     try:
         timers = [metrics.timer() for _ in generation.requests]
-        requests = await _submit_all(client, generation.requests, stream)
+        with submission():
+            requests = await _submit_all(client, generation.requests, stream)
         for i, (request, timer) in enumerate(zip(requests, timers, strict=True)):
             timer.accept(len(request.prompt))
             min_tokens = request.params.min_tokens

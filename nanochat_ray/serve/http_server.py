@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, cast
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from nanochat_ray.serve.connections import ConnectionGuard, raise_file_limit
 from nanochat_ray.serve.openai.errors import ApiError, invalid
+from nanochat_ray.serve.refusals import Refusals, RefusingConnection
 
 SHUTDOWN_S = 5.0
 """How long answers may continue after SIGTERM."""
@@ -35,6 +35,8 @@ class _Config(uvicorn.Config):
     def __init__(self, app: FastAPI, guard: ConnectionGuard, **options: Any):
         super().__init__(app, **options)
         self.guard = guard
+        state = getattr(app, "state", None)
+        self.refusals: Refusals | None = getattr(state, "refusals", None)
 
 
 class _Server(uvicorn.Server):
@@ -53,7 +55,7 @@ class _Server(uvicorn.Server):
 
 # The two protocols of uvicorn have these methods and attributes in common, but no base.
 if TYPE_CHECKING:
-    _Base = HttpToolsProtocol
+    _Base = RefusingConnection
 else:
     _Base = object
 
@@ -147,7 +149,7 @@ class _ResponseTransport:
             self._transport.close()
 
 
-class _Protocol(_BoundedConnection, HttpToolsProtocol):
+class _Protocol(_BoundedConnection, RefusingConnection):
     """httptools; h11, which is slower, for a connection whose requests offer an upgrade or are
     HTTP/1.0.
 
@@ -156,10 +158,14 @@ class _Protocol(_BoundedConnection, HttpToolsProtocol):
     Nor does httptools bound a head, or the trailers of a chunked body.
     """
 
-    _is_in_head = _is_draining = False
+    _is_in_head = False
     _num_head_bytes = 0
     _head = b""
     """What has come of a head that is not complete."""
+
+    @property
+    def refusals(self) -> Refusals | None:
+        return cast(_Config, self.config).refusals
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -173,17 +179,13 @@ class _Protocol(_BoundedConnection, HttpToolsProtocol):
         self._is_in_head = False
         self.guard.begin_request(self)
         super().on_headers_complete()
-        self.cycle.transport = cast(asyncio.Transport, _ResponseTransport(self))
+        if not self.cycle.response_complete:
+            self.cycle.transport = cast(asyncio.Transport, _ResponseTransport(self))
 
     def drain_request(self) -> None:
         """Reads the rest of the request, for as long as a head may take, then closes."""
-        self._is_draining = True
+        self._closes = True
         self.guard.await_request(self)
-
-    def on_message_complete(self) -> None:
-        super().on_message_complete()
-        if self._is_draining:
-            self.transport.close()
 
     def expire(self) -> None:
         if self._is_in_head:

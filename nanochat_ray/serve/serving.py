@@ -181,7 +181,14 @@ class Serving:
 
     def generate(self, generation: GenerationRequest) -> AsyncGenerator[list[Delta], None]:
         timeout = self.limits.request_timeout_s
-        return generate(self.client, self.tokenizer, self.metrics, generation, timeout)
+        return generate(
+            self.client,
+            self.tokenizer,
+            self.metrics,
+            generation,
+            timeout,
+            submission=self.gate.submission,
+        )
 
 
 def cache_scope(client: str, salt: str) -> str:

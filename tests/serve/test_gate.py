@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
 import pytest
 
-from nanochat_ray.engine.request import EngineFull
-from nanochat_ray.serve.app import build_app, refuses
+from nanochat_ray.engine.request import EngineFull, Request
+from nanochat_ray.serve.app import build_app
+from nanochat_ray.serve.client import OutputStream
 from nanochat_ray.serve.gate import (
+    FLOOD_S,
     MAX_STARTS,
+    MAX_UNDECIDED,
     MAX_WAIT_S,
     REFUSAL_S,
     STARTS_PER_S,
+    TOO_MANY,
     AdmissionGate,
 )
 from nanochat_ray.text.tokenizer import Tokenizer
@@ -32,11 +37,7 @@ class Clock:
 
 
 def is_refused(gate: AdmissionGate, client: str = "") -> bool:
-    try:
-        gate.check(client)
-    except EngineFull:
-        return True
-    return False
+    return gate.refusal(client) is not None
 
 
 def test_a_refusal_counts_for_a_while_and_one_client() -> None:
@@ -63,12 +64,19 @@ def test_a_refusal_counts_for_a_while_and_one_client() -> None:
 def test_a_slow_loop_refuses_for_longer(iteration_s: float, seconds: float) -> None:
     clock = Clock()
     gate = AdmissionGate(clock)
-    asyncio.run(starts(gate, [""] * (MAX_STARTS + 1), clock, iteration_s))
-    gate.record("", 0, FULL)
-    clock.now += 0.9 * seconds
-    assert is_refused(gate)
-    clock.now += 0.2 * seconds
-    assert not is_refused(gate)
+
+    async def run() -> None:
+        for _ in range(2):
+            gate.start()
+            clock.now += iteration_s
+            await asyncio.sleep(0)
+        gate.record("", 0, FULL)
+        clock.now += 0.9 * seconds
+        assert is_refused(gate)
+        clock.now += 0.2 * seconds
+        assert not is_refused(gate)
+
+    asyncio.run(run())
 
 
 def test_a_less_urgent_request_tells_nothing() -> None:
@@ -107,6 +115,75 @@ def sizes(events: list[str]) -> list[int]:
     return [len(group.split(",")) for group in groups if group]
 
 
+def test_in_a_flood_the_others_do_not_wait() -> None:
+    """But those of a client whose requests the engines take do."""
+    clock = Clock()
+    gate = AdmissionGate(clock)
+    gate.record("a", 0, FULL)
+    clock.now += REFUSAL_S
+    few = [str(i) for i in range(MAX_STARTS)]
+    first = asyncio.run(starts(gate, ["a"] * (MAX_STARTS + 2) + ["b"]))
+    late = [f"refused {MAX_STARTS}", f"refused {MAX_STARTS + 1}"]
+    assert [e for e in first if e != "|"] == [*few, *late, str(MAX_STARTS + 2)]
+    assert sizes(first) == [MAX_STARTS + 2, 1]
+    clock.now += FLOOD_S
+    events = asyncio.run(starts(gate, ["a"] * (MAX_STARTS + 2)))
+    assert [e for e in events if e != "|"] == [*few, str(MAX_STARTS), str(MAX_STARTS + 1)]
+
+
+def test_in_a_flood_few_are_undecided() -> None:
+    clock = Clock()
+    gate = AdmissionGate(clock)
+    gate.record("a", 0, FULL)
+    clock.now += REFUSAL_S
+    with contextlib.ExitStack() as stack:
+        for _ in range(MAX_UNDECIDED):
+            assert not is_refused(gate, "a")
+            stack.enter_context(gate.submission())
+        assert is_refused(gate, "a")
+        assert not is_refused(gate, "b")
+    assert not is_refused(gate, "a")
+
+
+def test_the_engines_decide_on_what_is_submitted() -> None:
+    counts = []
+
+    class Engine(ScriptedClient):
+        async def submit(self, request: Request, stream: OutputStream) -> None:
+            counts.append(app.state.refusals._gate._num_undecided)
+            await super().submit(request, stream)
+
+    engine = Engine([65])
+    app = build_app(engine, Tokenizer.bytes_only(), "m", 256)
+    assert post(app)[0] == 200
+    engine.refuse = FULL
+    assert post(app)[0] == 429
+    counts.append(app.state.refusals._gate._num_undecided)
+    assert counts == [1, 1, 0]
+
+
+def test_as_many_begin_in_a_flood_of_long_iterations() -> None:
+    clock = Clock()
+    gate = AdmissionGate(clock)
+    gate.record("", 0, FULL)
+    clock.now += REFUSAL_S
+
+    async def run() -> list[int]:
+        """Of 60 that come in each iteration of 0.25 s, those that may begin."""
+        counts = []
+        for _ in range(3):
+            counts.append(0)
+            for _ in range(60):
+                if gate.refusal("") is None:
+                    gate.start()
+                    counts[-1] += 1
+            clock.now += 0.25
+            await asyncio.sleep(0)
+        return counts
+
+    assert asyncio.run(run()) == [MAX_STARTS, 50, 50]
+
+
 def test_few_requests_begin_at_once_in_order() -> None:
     count = 2 * MAX_STARTS + 3
     events = asyncio.run(starts(AdmissionGate(), [""] * count))
@@ -122,6 +199,27 @@ def test_more_begin_after_a_long_iteration() -> None:
     assert sizes(events) == [MAX_STARTS, 50, 50, 20]
     clock.now += 60.0
     assert sizes(asyncio.run(starts(gate, [""] * 20))) == [MAX_STARTS, MAX_STARTS, 4]
+
+
+def test_what_would_wait_too_long_is_refused_at_once() -> None:
+    """At the pace of the last iteration: 8 in 1/32 s are 128 in ``MAX_WAIT_S``."""
+    clock = Clock()
+    gate = AdmissionGate(clock)
+    count = int(MAX_WAIT_S * 32 * MAX_STARTS)
+
+    async def run() -> list[asyncio.Task[None]]:
+        gate.start()
+        clock.now += 1 / 32
+        tasks = [asyncio.ensure_future(gate.enter("")) for _ in range(MAX_STARTS + count + 3)]
+        await asyncio.sleep(0)
+        late = [task for task in tasks if task.done() and task.exception()]
+        for task in tasks:
+            task.cancel()
+        return late
+
+    late = asyncio.run(run())
+    assert len(late) == 2  # one more waits than are begun in that time
+    assert all(str(task.exception()) == str(TOO_MANY) for task in late)
 
 
 def test_a_request_that_waits_too_long_is_refused() -> None:
@@ -188,27 +286,6 @@ def test_the_next_request_is_refused_unparsed() -> None:
     assert post(app, "/tokenize")[0] == 200  # it needs no engine
     refusals = call(app, http("/metrics", "GET"))[1]["body"].decode()
     assert 'nanochat_request_refusals_total{model_name="m",status="429"} 4.0' in refusals
-
-
-@pytest.mark.parametrize("keys", [(), ("secret",)])
-def test_a_refusal_is_known_from_the_head(keys: tuple[str, ...]) -> None:
-    engine = ScriptedClient([65])
-    app = build_app(engine, Tokenizer.bytes_only(), "m", 256, keys=keys)
-    headers = {"content_type": "application/json"}
-    if keys:
-        headers["authorization"] = f"Bearer {keys[0]}"
-    scope = http("/v1/completions", **headers)
-    assert not refuses(app, scope)
-    engine.refuse = FULL
-    status = call(app, scope, b'{"prompt": "x"}')[0]["status"]
-    assert status == 429
-    assert refuses(app, http("/v1/responses", **headers))
-    assert not refuses(app, http("/v1/completions", "GET", **headers))
-    assert not refuses(app, http("/tokenize", **headers))
-    assert not refuses(app, {"type": "websocket", "path": "/v1/completions", "headers": []})
-    if keys:  # 401, whatever the engines say
-        assert not refuses(app, http("/v1/completions"))
-        assert not refuses(app, http("/v1/completions", authorization="Bearer wrong"))
 
 
 @pytest.mark.parametrize("fields", [{"n": 2}, {"priority": 1}])

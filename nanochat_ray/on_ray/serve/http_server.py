@@ -11,11 +11,13 @@ import asyncio
 from typing import Any
 
 from ray import serve
+from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http import auto
 
-from nanochat_ray.serve.app import refuses
 from nanochat_ray.serve.http_server import disable_nagle
+from nanochat_ray.serve.refusals import Refusals, RefusingConnection
 
 ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}:middlewares"}
 """Makes Serve call ``middlewares`` in an ingress."""
@@ -27,20 +29,36 @@ time as four tokens of a stream."""
 def middlewares() -> list[Middleware]:
     """Of the server that Serve is about to start in this process's event loop."""
     prepare_listeners(asyncio.get_running_loop())
-    return [Middleware(Shortcut)]
+    auto.AutoHTTPProtocol = IngressConnection  # where uvicorn's Config looks for it
+    return [Middleware(SingleRequestId)]
 
 
-class Shortcut:
-    """ASGI middleware around Serve: a request that the application refuses goes to it directly."""
+class IngressConnection(RefusingConnection):
+    """Refuses before Serve sees a request."""
 
-    def __init__(self, app: ASGIApp):
-        self._serve = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    @property
+    def refusals(self) -> Refusals | None:
         # Serve starts the server before its context has the ingress.
         ingress: Any = serve.get_replica_context().servable_object
-        is_refused = ingress is not None and refuses(ingress.app, scope)
-        await (ingress.app if is_refused else self._serve)(scope, receive, send)
+        return None if ingress is None else ingress.app.state.refusals
+
+
+class SingleRequestId:
+    """ASGI middleware around Serve, which adds an ``x-request-id`` to that of the application: a
+    client would read both as one value."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_one(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if len(values := headers.getlist("x-request-id")) > 1:
+                    headers["x-request-id"] = values[0]  # drops the others
+            await send(message)
+
+        await self._app(scope, receive, send_with_one)
 
 
 def prepare_listeners(loop: Any) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import socket
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import uvicorn
 from ray import serve
-from starlette.middleware import Middleware
-from starlette.types import Receive, Scope, Send
+from ray.serve._private.http_util import RequestIdMiddleware
+from uvicorn.protocols.http import auto
+from uvicorn.server import ServerState
 
 from nanochat_ray.on_ray.serve import http_server
 from nanochat_ray.on_ray.serve.deployment import INGRESS_ENVIRONMENT
@@ -17,35 +20,38 @@ from nanochat_ray.serve.app import build_app
 from nanochat_ray.text.tokenizer import Tokenizer
 from tests.serve.asgi import call, http
 from tests.serve.scripted import ScriptedClient
-from tests.serve.test_gate import FULL
 
 
-def test_only_a_refusal_passes_by_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, paths = ScriptedClient([65]), []
-    app = build_app(engine, Tokenizer.bytes_only(), "m", 256)
-    context = SimpleNamespace(servable_object=SimpleNamespace(app=app))
+def test_connections_of_serve_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = build_app(ScriptedClient([65]), Tokenizer.bytes_only(), "m", 256)
+    context = SimpleNamespace(servable_object=None)
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(auto, "AutoHTTPProtocol", auto.AutoHTTPProtocol)
 
-    async def through_serve(scope: Scope, receive: Receive, send: Send) -> None:
-        paths.append(scope["path"])
-        await app(scope, receive, send)
+    async def run() -> None:
+        assert [m.cls for m in http_server.middlewares()] == [http_server.SingleRequestId]
+        config = uvicorn.Config(app, lifespan="off", log_config=None)  # as Serve's
+        config.load()
+        connection: Any = config.http_protocol_class
+        assert connection is http_server.IngressConnection
+        connection = connection(config, ServerState(), {})
+        assert connection.refusals is None
+        context.servable_object = SimpleNamespace(app=app)
+        assert connection.refusals is app.state.refusals
 
-    async def middlewares() -> list[Middleware]:
-        return http_server.middlewares()
+    asyncio.run(run())
 
-    (middleware,) = asyncio.run(middlewares())
-    server = middleware.cls(through_serve, *middleware.args, **middleware.kwargs)
 
-    def post(path: str) -> int:
-        status = call(server, http(path, content_type="application/json"), b'{"prompt": "x"}')
-        return int(status[0]["status"])
-
-    assert post("/v1/completions") == 200
-    engine.refuse = FULL
-    assert post("/v1/completions") == 429  # the engine has refused it
-    assert post("/v1/completions") == 429
-    assert post("/tokenize") == 200
-    assert paths == ["/v1/completions", "/v1/completions", "/tokenize"]
+@pytest.mark.parametrize("client_id", [None, "r1", "not allowed"])
+def test_a_response_has_one_request_id(client_id: str | None) -> None:
+    app = RequestIdMiddleware(build_app(ScriptedClient([65]), Tokenizer.bytes_only(), "m", 256))
+    headers = {} if client_id is None else {"x_request_id": client_id}
+    scope = http("/v1/models", "GET", **headers)
+    start = call(http_server.SingleRequestId(app), scope, b"")[0]
+    ids = [value for name, value in start["headers"] if name.lower() == b"x-request-id"]
+    assert len(ids) == 1
+    assert client_id != "r1" or ids == [b"r1"]
+    assert client_id != "not allowed" or ids != [b"not allowed"]
 
 
 def test_serve_can_import_the_middlewares() -> None:
