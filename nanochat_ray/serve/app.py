@@ -72,7 +72,7 @@ from nanochat_ray.serve.openai.schema.requests import (
 )
 from nanochat_ray.serve.openai.stream import respond
 from nanochat_ray.serve.openapi import add_stream_schemas
-from nanochat_ray.serve.refusals import STARTED, Refusals
+from nanochat_ray.serve.refusals import HAS_BEGUN, Refusals
 from nanochat_ray.serve.responses.builder import ResponsesBuilder
 from nanochat_ray.serve.responses.request import parse_responses
 from nanochat_ray.serve.responses.schema import (
@@ -288,7 +288,7 @@ def _add_tokens(app: FastAPI, serving: Serving) -> None:
 
 def _add_generation(app: FastAPI, serving: Serving) -> None:
     async def admit(request: HttpRequest) -> None:
-        if not request.scope.get(STARTED):
+        if not request.scope.get(HAS_BEGUN):
             await serving.admit(client_of(request))
 
     router = APIRouter(route_class=route_class(admit))

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import OrderedDict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nanochat_ray.engine.request import EngineFull
 
@@ -21,50 +21,52 @@ REFUSAL_S = 0.1
 is short beside the time that requests may wait in a queue, so that no queue runs empty."""
 MAX_REFUSAL_S = 1.0
 FLOOD_S = 2.0
-"""For so long after a refusal, by the engines or here, a request of the client that may not begin
-at once gets the refusal, too: it would wait for its turn in vain. Longer than a busy engine needs
-to reply."""
+"""A flood ends so long after that, or after the last refusal here while a reply by an engine was
+due. In it a request that may not begin at once is refused, too: it would wait in vain."""
 MAX_STARTS = 8
 """Requests that begin in one iteration of the event loop; more if the last one took long. Between
 two iterations the streams that run get their tokens, and refusals by the engines arrive …"""
 STARTS_PER_S = 200
 """… so that requests that begin take about a quarter of a busy event loop's time: 1.3 ms each."""
 MAX_UNDECIDED = 64
-"""Requests that no engine has taken or refused yet, in a flood: a busy engine may take a second to
-reply, in which short iterations would begin thousands."""
+"""Of a client in a flood: submitted requests that no engine has taken or refused yet. A busy engine
+may take a second to reply, in which short iterations would begin thousands."""
 MAX_WAIT_S = 0.5
 """A request that has not begun by then is refused: the wait in an engine's queue comes on top. So
 is one that would not at the pace of the last iteration."""
 TOO_MANY = EngineFull("more requests came than the server can begin")
 
 
-@dataclass
-class _Flood:
-    """More requests of a client than the engines take."""
+@dataclass(eq=False)
+class _Client:
+    """An API key: there are as many as the server has keys."""
 
-    refusal: EngineFull
-    all_until: float
-    """Each request is refused by then."""
-    end: float
-    """By then requests do not wait."""
+    turns: dict[asyncio.Future[None], float] = field(default_factory=dict)
+    """Of requests that wait for one, with the times of their arrival; the oldest first."""
+    num_starts: int = 0
+    """In this iteration of the event loop."""
+    num_undecided: int = 0
+    refusal: EngineFull | None = None
+    """The latest by an engine."""
+    refused_until: float = 0.0
+    """Each request is, by then."""
+    flood_end: float = 0.0
 
 
 class AdmissionGate:
     """What a request passes before its body is read.
 
-    Refusals count for each client (API key) by itself: slots are shared fairly, so the queue of one
-    client says nothing of another's. Not safe for threads.
+    Clients (API keys) share it evenly, and refusals count for each by itself: slots are shared
+    fairly, so the queue of one client says nothing of another's. Not safe for threads.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._floods: OrderedDict[str, _Flood] = OrderedDict()
-        """By client; the one of the oldest refusal is first."""
-        self._waiting: deque[tuple[str, float, asyncio.Future[None]]] = deque()
-        """For an iteration in which they may begin: clients and times in the order of arrival."""
-        self._num_starts, self._max_starts = 0, MAX_STARTS
-        """In this iteration of the event loop."""
-        self._num_undecided = 0
+        self._clients: defaultdict[str, _Client] = defaultdict(_Client)
+        self._active: set[_Client] = set()
+        """Requests of these begin in this iteration of the event loop, or wait."""
+        self._share = MAX_STARTS
+        """Most requests of a client that begin in this iteration."""
         self._iteration_start = self._iteration_s = 0.0
         self._sees_iterations = False
         """From the first request that begins until an iteration in which none does."""
@@ -74,93 +76,105 @@ class AdmissionGate:
         urgent, shows that they would refuse any other."""
         if priority > 0:
             return
+        state = self._clients[client]
+        state.refusal = _copy(refusal)
         # Within two iterations the requests that have begun are not yet refused.
         seconds = min(MAX_REFUSAL_S, max(REFUSAL_S, 2 * self._iteration_s))
-        now = self._clock()
-        self._floods[client] = _Flood(refusal, now + seconds, now + seconds + FLOOD_S)
-        self._floods.move_to_end(client)
-        for name, _, turn in self._waiting:
-            if name == client and not turn.done():
+        state.refused_until = self._clock() + seconds
+        state.flood_end = state.refused_until + FLOOD_S
+        for turn in state.turns:
+            if not turn.done():
                 turn.set_exception(_copy(refusal))
+        state.turns.clear()
 
     def refusal(self, client: str) -> EngineFull | None:
         """What a request of the client gets now: the engines have just refused another one, or did
         in this flood and it is not its turn, or too many wait for theirs."""
-        flood, now = self._flood(client), self._clock()
-        if flood is not None and (
-            now < flood.all_until or self._is_full() or self._num_undecided >= MAX_UNDECIDED
-        ):
-            flood.end = max(flood.end, now + FLOOD_S)
-            self._floods.move_to_end(client)
-            return flood.refusal
-        wait_s = len(self._waiting) * self._iteration_s / self._max_starts
-        return TOO_MANY if wait_s > MAX_WAIT_S else None
+        state, now = self._clients[client], self._clock()
+        if now >= state.flood_end:
+            wait_s = len(state.turns) * self._iteration_s / self._share
+            return TOO_MANY if wait_s > MAX_WAIT_S else None
+        may_begin = self._may_begin(state) and state.num_undecided < MAX_UNDECIDED
+        if now >= state.refused_until and may_begin:
+            return None
+        if state.num_undecided:
+            state.flood_end = max(state.flood_end, now + FLOOD_S)
+        return state.refusal
 
-    @contextlib.contextmanager
-    def submission(self) -> Iterator[None]:
-        """While the engines decide on a request."""
-        self._num_undecided += 1
-        try:
-            yield
-        finally:
-            self._num_undecided -= 1
-
-    def is_flooded(self, client: str) -> bool:
-        """Whether its requests do not wait."""
-        return self._flood(client) is not None
-
-    def _flood(self, client: str) -> _Flood | None:
-        now = self._clock()
-        while self._floods and next(iter(self._floods.values())).end <= now:
-            self._floods.popitem(last=False)
-        flood = self._floods.get(client)
-        return flood if flood is not None and now < flood.end else None
+    def begin_in_flood(self, client: str) -> bool:
+        """Lets a request begin that got no ``refusal``, if those of its client do not wait."""
+        state = self._clients[client]
+        if self._clock() >= state.flood_end:
+            return False
+        self._begin(state)
+        return True
 
     async def enter(self, client: str) -> None:
         """Waits until the request may begin. EngineFull for a ``refusal``, or after
         ``MAX_WAIT_S``."""
         if (refusal := self.refusal(client)) is not None:
             raise _copy(refusal)
-        if not self._is_full():
-            self.start()
+        state = self._clients[client]
+        if self._may_begin(state):
+            self._begin(state)
             return
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((client, self._clock(), turn))
-        await turn
+        state.turns[turn] = self._clock()
+        self._active.add(state)
+        try:
+            await turn
+        finally:
+            state.turns.pop(turn, None)
 
-    def _is_full(self) -> bool:
-        return bool(self._waiting) or self._num_starts >= self._max_starts
+    @contextlib.contextmanager
+    def submission(self, client: str) -> Iterator[None]:
+        """While the engines decide on a request of the client."""
+        state = self._clients[client]
+        state.num_undecided += 1
+        try:
+            yield
+        finally:
+            state.num_undecided -= 1
 
-    def start(self) -> None:
-        """Counts a request that begins in this iteration of the event loop."""
-        self._num_starts += 1
+    def _may_begin(self, state: _Client) -> bool:
+        return not state.turns and state.num_starts < self._share
+
+    def _begin(self, state: _Client) -> None:
+        state.num_starts += 1
+        self._active.add(state)
         if not self._sees_iterations:
             self._sees_iterations = True
             self._iteration_start = self._clock()
             asyncio.get_running_loop().call_soon(self._next_iteration)
 
     def _next_iteration(self) -> None:
-        """Lets the oldest begin that wait."""
+        """Lets the oldest of each client begin."""
         now = self._clock()
         self._iteration_s, self._iteration_start = now - self._iteration_start, now
-        had_starts, self._num_starts = self._num_starts > 0, 0
-        self._max_starts = max(MAX_STARTS, int(STARTS_PER_S * self._iteration_s))
-        while self._waiting and self._num_starts < self._max_starts:
-            _, arrival, turn = self._waiting.popleft()
-            if turn.done():  # refused, or its client has left
-                continue
-            if now - arrival > MAX_WAIT_S:
-                turn.set_exception(_copy(TOO_MANY))
-            else:
-                self.start()
-                turn.set_result(None)
-        self._sees_iterations = had_starts or self._num_starts > 0
-        if self._sees_iterations:
-            asyncio.get_running_loop().call_soon(self._next_iteration)
-        else:
-            self._max_starts, self._iteration_s = MAX_STARTS, 0.0
+        active, self._active = self._active, set()
+        if not active:
+            self._sees_iterations = False
+            self._share, self._iteration_s = MAX_STARTS, 0.0
+            return
+        num_starts = max(MAX_STARTS, int(STARTS_PER_S * self._iteration_s))
+        self._share = max(1, num_starts // len(active))
+        for state in active:
+            state.num_starts = 0
+            while state.turns and state.num_starts < self._share:
+                turn = next(iter(state.turns))
+                arrival = state.turns.pop(turn)
+                if turn.done():  # its client has left
+                    continue
+                if now - arrival > MAX_WAIT_S:
+                    turn.set_exception(_copy(TOO_MANY))
+                else:
+                    self._begin(state)
+                    turn.set_result(None)
+            if state.turns:
+                self._active.add(state)
+        asyncio.get_running_loop().call_soon(self._next_iteration)
 
 
 def _copy(refusal: EngineFull) -> EngineFull:
-    """To raise, which adds a traceback to an exception."""
+    """Without the traceback of the one, and to be raised, which adds another."""
     return EngineFull(str(refusal), refusal.retry_after_s)

@@ -1,5 +1,4 @@
-"""uvicorn with a socket that is bound in advance, bounded connections and shutdown, and support for
-h2c offers and HTTP/1.0.
+"""uvicorn with a socket that is bound in advance, and with bounded connections and shutdown.
 
 What uvicorn refuses by itself (no valid head, one that is too long or too slow) is answered in
 OpenAI's form too.
@@ -17,16 +16,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanochat_ray.serve.connections import ConnectionGuard, raise_file_limit
 from nanochat_ray.serve.openai.errors import ApiError, invalid
-from nanochat_ray.serve.refusals import Refusals, RefusingConnection
+from nanochat_ray.serve.protocol import MAX_HEAD_BYTES, H11Connection, HttpConnection
+from nanochat_ray.serve.refusals import Refusals
 
 SHUTDOWN_S = 5.0
 """How long answers may continue after SIGTERM."""
-MAX_HEAD_BYTES = 1 << 16
-"""Of a request's line and headers."""
 SWEEP_TICKS = 5
 """The guard looks at the connections after this many tenths of a second."""
 
@@ -55,7 +52,7 @@ class _Server(uvicorn.Server):
 
 # The two protocols of uvicorn have these methods and attributes in common, but no base.
 if TYPE_CHECKING:
-    _Base = RefusingConnection
+    _Base = HttpConnection
 else:
     _Base = object
 
@@ -117,14 +114,11 @@ class _BoundedConnection(_Base):
         self.refuse(invalid(msg))
 
 
-class _H11(_BoundedConnection, H11Protocol):  # type: ignore[misc]
+class _H11(_BoundedConnection, H11Connection):  # type: ignore[misc]
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self.guard.begin_request(self)
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """The client continues with HTTP/1.1, as it must without an upgrade (RFC 9110, 7.8)."""
 
 
 class _ResponseTransport:
@@ -149,19 +143,11 @@ class _ResponseTransport:
             self._transport.close()
 
 
-class _Protocol(_BoundedConnection, RefusingConnection):
-    """httptools; h11, which is slower, for a connection whose requests offer an upgrade or are
-    HTTP/1.0.
+class _Protocol(_BoundedConnection, HttpConnection):
+    """Also bounds a head, and its time."""
 
-    httptools stops parsing at ``Upgrade`` and loses the body. Java's HttpClient offers ``h2c`` with
-    every request. With httptools uvicorn streams to HTTP/1.0 in chunks, which that does not have.
-    Nor does httptools bound a head, or the trailers of a chunked body.
-    """
-
-    _is_in_head = False
+    h11_class = _H11
     _num_head_bytes = 0
-    _head = b""
-    """What has come of a head that is not complete."""
 
     @property
     def refusals(self) -> Refusals | None:
@@ -169,14 +155,9 @@ class _Protocol(_BoundedConnection, RefusingConnection):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._is_in_head, self._num_head_bytes = True, 0
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._is_in_head:  # a trailer is dropped
-            super().on_header(name, value)
+        self._num_head_bytes = 0
 
     def on_headers_complete(self) -> None:
-        self._is_in_head = False
         self.guard.begin_request(self)
         super().on_headers_complete()
         if not self.cycle.response_complete:
@@ -194,13 +175,8 @@ class _Protocol(_BoundedConnection, RefusingConnection):
             super().expire()
 
     def data_received(self, data: bytes) -> None:
-        head = self._head + data
-        if (self.cycle is None or self.cycle.response_complete) and _needs_h11(head):
-            self._hand_over(head)
-            return
         was_in_head = self._is_in_head
         super().data_received(data)
-        self._head = head if self._is_in_head else b""
         if was_in_head and self._is_in_head and not self.transport.is_closing():
             self._num_head_bytes += len(data)
             if self._num_head_bytes > MAX_HEAD_BYTES:
@@ -208,20 +184,8 @@ class _Protocol(_BoundedConnection, RefusingConnection):
                 self.refuse(ApiError(431, text))
 
     def _hand_over(self, data: bytes) -> None:
-        """Goes on with h11, which has not seen ``data`` yet."""
-        self.connections.discard(self)
         self.guard.forget(self)
-        self._unset_keepalive_if_required()
-        other = _H11(self.config, self.server_state, self.app_state, _loop=self.loop)
-        other.connection_made(self.transport)
-        self.transport.set_protocol(other)
-        other.data_received(data)
-
-
-def _needs_h11(data: bytes) -> bool:
-    head, end, _ = data[:MAX_HEAD_BYTES].partition(b"\r\n\r\n")
-    is_old = head.partition(b"\r\n")[0].endswith(b" HTTP/1.0")
-    return bool(end) and (is_old or b"\r\nupgrade:" in head.lower())
+        super()._hand_over(data)
 
 
 def server_of(app: FastAPI, guard: ConnectionGuard | None = None) -> uvicorn.Server:

@@ -187,7 +187,7 @@ class Serving:
             self.metrics,
             generation,
             timeout,
-            submission=self.gate.submission,
+            submission=lambda: self.gate.submission(generation.requests[0].client),
         )
 
 

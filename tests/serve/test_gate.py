@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ def test_a_slow_loop_refuses_for_longer(iteration_s: float, seconds: float) -> N
 
     async def run() -> None:
         for _ in range(2):
-            gate.start()
+            await gate.enter("")
             clock.now += iteration_s
             await asyncio.sleep(0)
         gate.record("", 0, FULL)
@@ -125,7 +126,7 @@ def test_in_a_flood_the_others_do_not_wait() -> None:
     first = asyncio.run(starts(gate, ["a"] * (MAX_STARTS + 2) + ["b"]))
     late = [f"refused {MAX_STARTS}", f"refused {MAX_STARTS + 1}"]
     assert [e for e in first if e != "|"] == [*few, *late, str(MAX_STARTS + 2)]
-    assert sizes(first) == [MAX_STARTS + 2, 1]
+    assert sizes(first) == [MAX_STARTS + 3]
     clock.now += FLOOD_S
     events = asyncio.run(starts(gate, ["a"] * (MAX_STARTS + 2)))
     assert [e for e in events if e != "|"] == [*few, str(MAX_STARTS), str(MAX_STARTS + 1)]
@@ -139,10 +140,78 @@ def test_in_a_flood_few_are_undecided() -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(MAX_UNDECIDED):
             assert not is_refused(gate, "a")
-            stack.enter_context(gate.submission())
+            stack.enter_context(gate.submission("a"))
         assert is_refused(gate, "a")
         assert not is_refused(gate, "b")
     assert not is_refused(gate, "a")
+
+
+@pytest.mark.parametrize("is_due", [False, True])
+def test_refusals_here_prolong_a_flood_only_while_a_reply_is_due(is_due: bool) -> None:
+    """Otherwise bursts that come as ``Retry-After`` says would be refused by an idle engine."""
+    clock = Clock()
+    gate = AdmissionGate(clock)
+
+    async def burst() -> bool:
+        """Whether the gate refuses some."""
+        events = await starts(gate, [""] * (4 * MAX_STARTS))
+        await asyncio.sleep(0)  # the event loop is idle before the next one
+        await asyncio.sleep(0)
+        return any("refused" in event for event in events)
+
+    async def run() -> list[bool]:
+        gate.record("", 0, FULL)
+        refusals = []
+        for _ in range(4):
+            clock.now += 0.9 * FLOOD_S
+            with gate.submission("") if is_due else contextlib.nullcontext():
+                refusals.append(await burst())
+        return refusals
+
+    assert asyncio.run(run()) == [True, *[is_due] * 3]
+
+
+def test_clients_share_the_gate() -> None:
+    """A client that always waits keeps no other out: one in a flood of its own, and a new one."""
+    clock = Clock()
+    gate = AdmissionGate(clock)
+    gate.record("flood", 0, FULL)
+    clock.now += REFUSAL_S
+    counts: Counter[str] = Counter()
+
+    async def enter(client: str) -> None:
+        with contextlib.suppress(EngineFull):
+            await gate.enter(client)
+            counts[client] += 1
+
+    async def run() -> None:
+        tasks = [asyncio.ensure_future(enter("busy")) for _ in range(40 * MAX_STARTS)]
+        for _ in range(20):
+            await asyncio.sleep(0)
+            for client in ("flood", "new"):
+                await enter(client)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(run())
+    assert counts["flood"] == counts["new"] == 20
+    assert counts["busy"] > 20
+
+
+def test_a_client_that_has_left_is_not_counted() -> None:
+    gate = AdmissionGate()
+
+    async def run() -> None:
+        tasks = [asyncio.ensure_future(gate.enter("")) for _ in range(2 * MAX_STARTS)]
+        await asyncio.sleep(0)
+        assert len(gate._clients[""].turns) == MAX_STARTS
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert not gate._clients[""].turns
+
+    asyncio.run(run())
 
 
 def test_the_engines_decide_on_what_is_submitted() -> None:
@@ -150,7 +219,7 @@ def test_the_engines_decide_on_what_is_submitted() -> None:
 
     class Engine(ScriptedClient):
         async def submit(self, request: Request, stream: OutputStream) -> None:
-            counts.append(app.state.refusals._gate._num_undecided)
+            counts.append(app.state.refusals._gate._clients[""].num_undecided)
             await super().submit(request, stream)
 
     engine = Engine([65])
@@ -158,7 +227,7 @@ def test_the_engines_decide_on_what_is_submitted() -> None:
     assert post(app)[0] == 200
     engine.refuse = FULL
     assert post(app)[0] == 429
-    counts.append(app.state.refusals._gate._num_undecided)
+    counts.append(app.state.refusals._gate._clients[""].num_undecided)
     assert counts == [1, 1, 0]
 
 
@@ -175,7 +244,7 @@ def test_as_many_begin_in_a_flood_of_long_iterations() -> None:
             counts.append(0)
             for _ in range(60):
                 if gate.refusal("") is None:
-                    gate.start()
+                    assert gate.begin_in_flood("")
                     counts[-1] += 1
             clock.now += 0.25
             await asyncio.sleep(0)
@@ -208,7 +277,7 @@ def test_what_would_wait_too_long_is_refused_at_once() -> None:
     count = int(MAX_WAIT_S * 32 * MAX_STARTS)
 
     async def run() -> list[asyncio.Task[None]]:
-        gate.start()
+        await gate.enter("")
         clock.now += 1 / 32
         tasks = [asyncio.ensure_future(gate.enter("")) for _ in range(MAX_STARTS + count + 3)]
         await asyncio.sleep(0)
@@ -218,7 +287,7 @@ def test_what_would_wait_too_long_is_refused_at_once() -> None:
         return late
 
     late = asyncio.run(run())
-    assert len(late) == 2  # one more waits than are begun in that time
+    assert len(late) == 2  # one more waits than are counts in that time
     assert all(str(task.exception()) == str(TOO_MANY) for task in late)
 
 
@@ -238,7 +307,7 @@ def test_a_refusal_ends_the_wait_of_its_client_alone() -> None:
         gate = AdmissionGate()
         task = asyncio.ensure_future(starts(gate, ["a"] * count + ["b"]))
         await asyncio.sleep(0)
-        await asyncio.sleep(0)  # the first ones have begun
+        await asyncio.sleep(0)  # the first ones have counts
         gate.record("a", 0, FULL)
         return await task
 

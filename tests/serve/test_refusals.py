@@ -8,12 +8,15 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 
 import pytest
+import uvicorn
 from starlette.types import Message, Receive, Scope, Send
+from uvicorn.server import ServerState
 
-from nanochat_ray.serve import access, gate
+from nanochat_ray.serve import access, gate, protocol
 from nanochat_ray.serve.app import build_app
 from nanochat_ray.serve.connections import ConnectionGuard
 from nanochat_ray.serve.generation import Limits
@@ -27,6 +30,7 @@ from tests.serve.test_gate import FULL, Clock
 BODY = b'{"prompt": "x"}'
 JSON = {"content-type": "application/json"}
 KEY = "Authorization: Bearer secret"
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 
 
 class FloodServer:
@@ -75,9 +79,12 @@ class Client:
         self._socket = socket.create_connection((parts.hostname, parts.port or 80), timeout=60)
         self._file = self._socket.makefile("rb")
 
-    def send(self, *lines: str, body: bytes = b"", path: str = "/v1/completions") -> None:
+    def request(self, *lines: str, body: bytes = b"", path: str = "/v1/completions") -> bytes:
         head = (f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json")
-        self._socket.sendall("\r\n".join([*head, *lines, "", ""]).encode() + body)
+        return "\r\n".join([*head, *lines, "", ""]).encode() + body
+
+    def send(self, *lines: str, body: bytes = b"", path: str = "/v1/completions") -> None:
+        self.send_rest(self.request(*lines, body=body, path=path))
 
     def send_rest(self, data: bytes) -> None:
         self._socket.sendall(data)
@@ -119,7 +126,7 @@ def test_it_is_the_answer_of_the_application(
     answer = server.begin(**headers, x_request_id="r1")
     client = connect(server)
     lines = [KEY] if keys else []
-    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
+    for path in PATHS:
         client.send(
             *lines, "X-Request-Id: r1", f"Content-Length: {len(BODY)}", body=BODY, path=path
         )
@@ -160,25 +167,49 @@ def test_the_connection_goes_on(start: Start, connect: Connect) -> None:
     client.send_rest(b"2\r\nde\r\n0\r\n\r\n")
     client.send("Content-Length: 2")
     assert client.read()[0] == 429
-    # The rest, and two requests in one packet.
-    client.send_rest(b"{}" + 2 * b"POST /v1/completions HTTP/1.1\r\nContent-Length: 1\r\n\r\n{")
-    client.send_rest(b"")
-    assert [client.read()[0] for _ in range(2)] == [415, 415]  # no content type
+    # The rest, two requests that are refused, and two without a content type, in one packet.
+    one = client.request("Content-Length: 2", body=b"{}")
+    wrong = b"POST /v1/completions HTTP/1.1\r\nContent-Length: 1\r\n\r\n{"
+    client.send_rest(b"{}" + 2 * one + 2 * wrong)
+    assert [client.read()[0] for _ in range(4)] == [429, 429, 415, 415]
     assert server.num_calls == 2
-    client.send("Content-Length: 2", body=b"{}")
-    assert client.read()[0] == 429
     client.send(f"Content-Length: {len(BODY)}", body=BODY, path="/tokenize")
     assert client.read()[0] == 200
     assert server.num_calls == 3
+
+
+@pytest.mark.parametrize(
+    "body", [b"GET /version HTTP/1.1\r\nUpgrade: x\r\n\r\n", b"GET /version HTTP/1.0\r\n\r\n"]
+)
+def test_a_late_body_is_no_request(body: bytes, start: Start, connect: Connect) -> None:
+    """Whatever it looks like: its answer would go to the next request of a proxy's connection."""
+    server = start()
+    server.begin()
+    client = connect(server)
+    for part in (0, 5):
+        client.send(f"Content-Length: {len(body)}", body=body[:part])
+        assert client.read()[0] == 429
+        client.send_rest(body[part:])
+    # Nor is what is behind the body in its packet handed over with it.
+    client.send(f"Content-Length: {len(body)}")
+    assert client.read()[0] == 429
+    one = client.request("Content-Length: 2", body=b"{}")
+    client.send_rest(body + one[:40])
+    client.send_rest(one[40:])
+    assert client.read()[0] == 429
+    client.send(f"Content-Length: {len(BODY)}", body=BODY, path="/tokenize")
+    status, _, answer = client.read()
+    assert (status, json.loads(answer)["count"]) == (200, 2)
+    assert server.num_calls == 1
 
 
 def test_requests_behind_another_get_their_answers_in_order(start: Start, connect: Connect) -> None:
     server = start()
     server.begin()
     client = connect(server)
-    client.send(f"Content-Length: {len(BODY)}", body=BODY, path="/tokenize")
-    client.send("Content-Length: 2", body=b"{}")
-    client.send("Content-Length: 2", body=b"{}")
+    length = f"Content-Length: {len(BODY)}"
+    requests = [client.request(length, body=BODY, path=p) for p in ("/tokenize", *PATHS[:2])]
+    client.send_rest(b"".join(requests))
     assert [client.read()[0] for _ in range(3)] == [200, 429, 429]
 
 
@@ -198,14 +229,45 @@ def test_a_connection_that_should_close_reads_the_body_before(
     assert server.num_calls == 0
 
 
-def test_a_body_that_nobody_reads_must_come_too(start: Start, connect: Connect) -> None:
-    server = start(ConnectionGuard(head_timeout_s=0.5))
+@pytest.mark.parametrize("line", ["Connection: close", "Connection: keep-alive"])
+def test_a_body_that_nobody_reads_must_come_too(
+    line: str, start: Start, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "DRAIN_S", 0.01)
+    server = start(ConnectionGuard(head_timeout_s=1e6))
     server.begin()
-    for line in ("Connection: close", "Connection: keep-alive"):
-        client = connect(server)
-        client.send(line, "Content-Length: 9", body=b"{")
-        assert client.read()[0] == 429
-        assert client.is_at_end()
+    client = connect(server)
+    client.send(line, "Content-Length: 9")
+    assert client.read()[0] == 429
+    client.send_rest(b"{")  # it ends uvicorn's timer of a connection that is kept alive
+    assert client.is_at_end()
+
+
+def test_a_client_must_read_its_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise they would fill the memory: the application waits until it does."""
+    server = FloodServer(monkeypatch)
+
+    class Connection(protocol.HttpConnection):
+        refusals = server.state.refusals
+
+    async def run() -> None:
+        server.state.refusals._gate.record("", 0, FULL)
+        config = uvicorn.Config(server, lifespan="off", log_config=None)
+        connection = Connection(config, ServerState(), {})
+        transport = Mock(is_closing=lambda: False)
+        connection.connection_made(transport)
+        head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
+        connection.data_received(head + b"Content-Length: 0\r\n\r\n")
+        assert transport.write.call_count == 1
+        connection.pause_writing()
+        connection.data_received(3 * (head + b"Content-Length: 0\r\n\r\n"))
+        await asyncio.sleep(0)
+        assert transport.write.call_count == 1
+        assert transport.pause_reading.call_count == 1  # two are in the pipeline
+        assert server.num_calls == 1
+        connection.connection_lost(None)
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(
@@ -216,6 +278,10 @@ def test_a_body_that_nobody_reads_must_come_too(start: Start, connect: Connect) 
         ([KEY, "Content-Encoding: gzip"], 415),
         ([KEY, "Content-Length: 3000000"], 413),
         ([KEY, "Host: rebound.example"], 421),
+        ([KEY, "Host: rebound.example", "Host: localhost"], 421),
+        ([KEY, "Host:"], 421),
+        ([KEY, "Content-Type: text/plain"], 429),
+        ([KEY, "Connection: upgrade", "Upgrade: websocket"], 429),
         ([KEY, "Origin: http://page.example"], 429),
         ([KEY, "Expect: 100-continue"], 429),
     ],

@@ -17,7 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http import auto
 
 from nanochat_ray.serve.http_server import disable_nagle
-from nanochat_ray.serve.refusals import Refusals, RefusingConnection
+from nanochat_ray.serve.protocol import HttpConnection
+from nanochat_ray.serve.refusals import Refusals
 
 ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}:middlewares"}
 """Makes Serve call ``middlewares`` in an ingress."""
@@ -33,7 +34,7 @@ def middlewares() -> list[Middleware]:
     return [Middleware(SingleRequestId)]
 
 
-class IngressConnection(RefusingConnection):
+class IngressConnection(HttpConnection):
     """Refuses before Serve sees a request."""
 
     @property
