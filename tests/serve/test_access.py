@@ -141,7 +141,7 @@ def test_an_offer_of_h2c_keeps_the_body(url: str, monkeypatch: pytest.MonkeyPatc
             sizes.append(len(data))
             super().data_received(data)
 
-    monkeypatch.setattr(http_server, "_H11", Protocol)
+    monkeypatch.setattr(http_server._Protocol, "h11_class", Protocol)
     body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
     head = (
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
