@@ -63,10 +63,12 @@ class AdmissionGate:
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._clients: defaultdict[str, _Client] = defaultdict(_Client)
-        self._active: set[_Client] = set()
+        self._active: dict[_Client, None] = {}
         """Requests of these begin in this iteration of the event loop, or wait."""
+        self._num_starts, self._max_starts = 0, MAX_STARTS
+        """In this iteration. As many again may begin of clients that do not wait."""
         self._share = MAX_STARTS
-        """Most requests of a client that begin in this iteration."""
+        """Most of one client."""
         self._iteration_start = self._iteration_s = 0.0
         self._sees_iterations = False
         """From the first request that begins until an iteration in which none does."""
@@ -97,8 +99,9 @@ class AdmissionGate:
         may_begin = self._may_begin(state) and state.num_undecided < MAX_UNDECIDED
         if now >= state.refused_until and may_begin:
             return None
-        if state.num_undecided:
-            state.flood_end = max(state.flood_end, now + FLOOD_S)
+        if state.num_undecided:  # but not for ever: the engines may take them all
+            end = min(now, state.refused_until + FLOOD_S) + FLOOD_S
+            state.flood_end = max(state.flood_end, end)
         return state.refusal
 
     def begin_in_flood(self, client: str) -> bool:
@@ -120,7 +123,7 @@ class AdmissionGate:
             return
         turn = asyncio.get_running_loop().create_future()
         state.turns[turn] = self._clock()
-        self._active.add(state)
+        self._active[state] = None
         try:
             await turn
         finally:
@@ -137,11 +140,13 @@ class AdmissionGate:
             state.num_undecided -= 1
 
     def _may_begin(self, state: _Client) -> bool:
-        return not state.turns and state.num_starts < self._share
+        is_full = self._num_starts >= 2 * self._max_starts
+        return not is_full and not state.turns and state.num_starts < self._share
 
     def _begin(self, state: _Client) -> None:
         state.num_starts += 1
-        self._active.add(state)
+        self._num_starts += 1
+        self._active[state] = None
         if not self._sees_iterations:
             self._sees_iterations = True
             self._iteration_start = self._clock()
@@ -151,28 +156,37 @@ class AdmissionGate:
         """Lets the oldest of each client begin."""
         now = self._clock()
         self._iteration_s, self._iteration_start = now - self._iteration_start, now
-        active, self._active = self._active, set()
+        # Last those that have had a turn.
+        active = sorted(self._active, key=lambda state: state.num_starts > 0)
+        self._active, self._num_starts = {}, 0
         if not active:
             self._sees_iterations = False
-            self._share, self._iteration_s = MAX_STARTS, 0.0
+            self._max_starts = self._share = MAX_STARTS
+            self._iteration_s = 0.0
             return
-        num_starts = max(MAX_STARTS, int(STARTS_PER_S * self._iteration_s))
-        self._share = max(1, num_starts // len(active))
+        self._max_starts = max(MAX_STARTS, int(STARTS_PER_S * self._iteration_s))
+        self._share = max(1, self._max_starts // len(active))
         for state in active:
             state.num_starts = 0
-            while state.turns and state.num_starts < self._share:
-                turn = next(iter(state.turns))
-                arrival = state.turns.pop(turn)
-                if turn.done():  # its client has left
-                    continue
-                if now - arrival > MAX_WAIT_S:
-                    turn.set_exception(_copy(TOO_MANY))
-                else:
-                    self._begin(state)
-                    turn.set_result(None)
-            if state.turns:
-                self._active.add(state)
+            while (
+                state.turns
+                and state.num_starts < self._share
+                and self._num_starts < self._max_starts
+            ):
+                self._give_turn(state, now)
+        self._active = dict.fromkeys(s for s in active if s.turns or s.num_starts)
         asyncio.get_running_loop().call_soon(self._next_iteration)
+
+    def _give_turn(self, state: _Client, now: float) -> None:
+        turn = next(iter(state.turns))
+        arrival = state.turns.pop(turn)
+        if turn.done():  # its client has left
+            return
+        if now - arrival > MAX_WAIT_S:
+            turn.set_exception(_copy(TOO_MANY))
+        else:
+            self._begin(state)
+            turn.set_result(None)
 
 
 def _copy(refusal: EngineFull) -> EngineFull:

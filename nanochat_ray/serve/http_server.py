@@ -99,6 +99,9 @@ class _BoundedConnection(_Base):
 
     def refuse(self, error: ApiError, retry_after_s: int | None = None) -> None:
         """Answers what is no request yet, and closes."""
+        if getattr(self, "_closes", False):  # it has its answer already
+            self.transport.close()
+            return
         body = json.dumps(error.body()).encode()
         lines = [
             f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",

@@ -57,6 +57,7 @@ class HttpConnection(HttpToolsProtocol):
     """Once the request is complete: a client that still sends may not read the answer (RFC 9112,
     9.6)."""
     _drain: asyncio.TimerHandle | None = None
+    _ignores_data = False
 
     @property
     def refusals(self) -> Refusals | None:
@@ -64,15 +65,17 @@ class HttpConnection(HttpToolsProtocol):
         raise NotImplementedError
 
     def data_received(self, data: bytes) -> None:
+        if self._ignores_data:
+            return
         was_idle = not self._is_in_head and not self._is_in_body
         head = b"" if was_idle else self._head
-        if head is not None and not self._is_in_body and not self._is_busy:
+        if self._is_in_body or self._is_busy or len(head or b"") > MAX_HEAD_BYTES:
+            head = None
+        if head is not None:
             head += data
             if _needs_h11(head):
                 self._hand_over(head)
                 return
-        else:
-            head = None
         self._num_heads = 0
         super().data_received(data)
         is_first = self._num_heads == (1 if was_idle else 0)
@@ -86,12 +89,21 @@ class HttpConnection(HttpToolsProtocol):
 
     def _hand_over(self, data: bytes) -> None:
         """Goes on with h11, which has not seen ``data`` yet."""
+        self._is_in_head = False
         self.connections.discard(self)
         self._unset_keepalive_if_required()
         other = self.h11_class(self.config, self.server_state, self.app_state, _loop=self.loop)
         other.connection_made(self.transport)
         self.transport.set_protocol(other)
-        other.data_received(data)
+        if self.flow.write_paused:  # asyncio does not say it again
+            other.pause_writing()
+        other.data_received(data.lstrip(b"\r\n"))  # RFC 9112, 2.2; h11 does not
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """An offer behind another request in its packet, which h11 has not got. httptools takes its
+        body for what follows the upgrade; so nothing that comes now can be read."""
+        self.cycle.keep_alive = False
+        self._ignores_data = True
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -139,6 +151,11 @@ class HttpConnection(HttpToolsProtocol):
         super().on_message_complete()
         if self._closes:
             self.transport.close()
+        elif self.cycle is _NO_CYCLE and self.timeout_keep_alive_task is None:
+            # The body has ended the one that began with the answer.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_drain()

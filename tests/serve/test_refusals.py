@@ -97,7 +97,9 @@ class Client:
         return status, headers, self._file.read(int(headers["content-length"]))
 
     def is_at_end(self) -> bool:
-        return self._file.read() == b""
+        with contextlib.suppress(ConnectionResetError):
+            return self._file.read() == b""
+        return True
 
     def close(self) -> None:
         self._file.close()
@@ -203,6 +205,60 @@ def test_a_late_body_is_no_request(body: bytes, start: Start, connect: Connect) 
     assert server.num_calls == 1
 
 
+UPGRADE = ("Connection: upgrade", "Upgrade: h2c")
+EVIL = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("begin", ["behind a body", "behind a request", "behind empty lines"])
+def test_an_offer_that_h11_does_not_get_ends_the_connection(
+    begin: str, start: Start, connect: Connect
+) -> None:
+    """httptools loses its body, or takes it for a request."""
+    server = start()
+    server.begin()
+    client = connect(server)
+    offer = client.request(*UPGRADE, f"Content-Length: {len(EVIL)}")
+    if begin == "behind a body":
+        client.send("Content-Length: 2")
+        assert client.read()[0] == 429
+        client.send_rest(b"{}" + offer)
+    elif begin == "behind a request":
+        client.send_rest(client.request("Content-Length: 2", body=b"{}") + offer)
+        assert client.read()[0] == 429
+    else:
+        client.send_rest(b"\r\n\r\n" + offer)
+    with contextlib.suppress(OSError):  # it may be closed already
+        client.send_rest(EVIL)
+    status, headers, _ = client.read()
+    assert (status, headers["connection"]) == (429, "close")
+    assert client.is_at_end()
+    assert server.num_calls == 1
+
+
+def test_a_large_body_behind_the_rest_of_an_offer_is_no_head(
+    start: Start, connect: Connect
+) -> None:
+    """And an empty line before the offer is nothing."""
+    server = start()
+    server.begin()
+    client = connect(server)
+    body = b"{" + bytes(2 * protocol.MAX_HEAD_BYTES)
+    request = client.request(*UPGRADE, f"Content-Length: {len(body)}", body=body)
+    client.send_rest(b"\r\n" + request[:40])
+    client.send_rest(request[40:])
+    assert client.read()[0] == 429
+
+
+def test_no_chunk_behind_a_refusal_ends_the_connection(start: Start, connect: Connect) -> None:
+    server = start()
+    server.begin()
+    client = connect(server)
+    client.send("Connection: close", "Transfer-Encoding: chunked")
+    assert client.read()[0] == 429
+    client.send_rest(b"zz\r\n")
+    assert client.is_at_end()
+
+
 def test_requests_behind_another_get_their_answers_in_order(start: Start, connect: Connect) -> None:
     server = start()
     server.begin()
@@ -266,6 +322,13 @@ def test_a_client_must_read_its_answers(monkeypatch: pytest.MonkeyPatch) -> None
         assert transport.pause_reading.call_count == 1  # two are in the pipeline
         assert server.num_calls == 1
         connection.connection_lost(None)
+
+        connection = Connection(config, ServerState(), {})
+        connection.connection_made(transport)
+        connection.pause_writing()
+        connection.data_received(head + b"Upgrade: h2c\r\nContent-Length: 0\r\n\r\n")
+        (other,) = transport.set_protocol.call_args.args
+        assert other.flow.write_paused
 
     asyncio.run(run())
 
