@@ -36,6 +36,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from nanochat_ray.checkpoint import checkpoint
 from nanochat_ray.claim import check_reference, hold_claim
 from nanochat_ray.on_ray import session
+from nanochat_ray.on_ray.coordinator import hold_coordinator
 from nanochat_ray.on_ray.data_loader import RayDataLoader
 from nanochat_ray.on_ray.interface import NodeTorchConfig
 from nanochat_ray.on_ray.stop_flag import StopFlag
@@ -284,6 +285,8 @@ def fit(
                 # How long Ray waits for what a node that was just lost still seems to have: it
                 # looks at the nodes every 20 s.
                 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+            if ray_data or min_workers:
+                hold_coordinator()
             trainer = _torch_trainer(run, values, scaling, max_failures)
             with _stop_on_signal(flag):
                 _run_ray_trainer(trainer)
