@@ -22,7 +22,7 @@ is short beside the time that requests may wait in a queue, so that no queue run
 MAX_REFUSAL_S = 1.0
 FLOOD_S = 2.0
 """A flood ends so long after that, or after the last refusal here while a reply by an engine was
-due. In it a request that may not begin at once is refused, too: it would wait in vain."""
+due. In it a request that may not begin at once is refused, too, and does not wait to be."""
 MAX_STARTS = 8
 """Requests that begin in one iteration of the event loop; more if the last one took long. Between
 two iterations the streams that run get their tokens, and refusals by the engines arrive …"""

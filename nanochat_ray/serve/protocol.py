@@ -62,7 +62,7 @@ class HttpConnection(HttpToolsProtocol):
     @property
     def refusals(self) -> Refusals | None:
         """Those of the application; None if it has none, or is not built yet."""
-        raise NotImplementedError
+        return None
 
     def data_received(self, data: bytes) -> None:
         if self._ignores_data:

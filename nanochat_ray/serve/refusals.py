@@ -1,8 +1,8 @@
 """Answers the requests of a flood from their heads.
 
 While the engines refuse a client, nothing that its requests carry matters. To answer one within the
-HTTP parser (``protocol``) takes half of the CPU time of a task through all middleware or less, and
-on one machine that time is the engines'.
+HTTP parser (``protocol``) takes half of the CPU time of a task through all middleware, and on one
+machine that time is the engines' (figures: ``BENCHMARKS.md``).
 """
 
 from __future__ import annotations
