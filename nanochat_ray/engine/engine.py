@@ -191,27 +191,10 @@ class Engine:
 
         They may begin on other weights; those with a ``weight_version`` may not, and stay.
         """
-        return self._withdraw([s for s in self.scheduler.waiting if not s.request.weight_version])
+        return self.withdraw([s for s in self.scheduler.waiting if not s.request.weight_version])
 
-    def withdraw_late(self, limit_s: float) -> list[Request]:
-        """The same for those that have come more than ``limit_s`` ago, whatever their weights."""
-        start = time.monotonic() - limit_s
-        return self._withdraw([s for s in self.scheduler.waiting if s.arrival_time < start])
-
-    def withdraw_hopeless(self, limit_s: float) -> list[Request]:
-        """The same for those that will have waited for longer than ``limit_s``, as estimated now.
-        Those that came last are looked at first, and none before one that will wait less."""
-        waiting = sorted(self.scheduler.waiting, key=lambda s: s.arrival)
-        now, hopeless = time.monotonic(), []
-        while waiting:
-            last = waiting.pop()
-            wait_s = self.queue_time.wait_s(last.request, self.scheduler.running, waiting)
-            if now - last.arrival_time + wait_s <= limit_s:
-                break
-            hopeless.append(last)
-        return self._withdraw(hopeless)
-
-    def _withdraw(self, sequences: SequenceOf[Sequence]) -> list[Request]:
+    def withdraw(self, sequences: SequenceOf[Sequence]) -> list[Request]:
+        """Removes those of ``sequences`` that have no output; returns them in order of arrival."""
         without_output = [s for s in sequences if len(s.tokens) == len(s.request.prompt)]
         for s in without_output:
             self.scheduler.remove(s)
@@ -222,7 +205,7 @@ class Engine:
         """Removes every request. Returns those that may begin again (``withdraw_waiting``), running
         ones included, and the last outputs of the others, which end with the error ``reason``."""
         self._settle()
-        requests = self._withdraw(
+        requests = self.withdraw(
             [s for s in self._sequences.values() if not s.request.weight_version]
         )
         outputs, self._ready = self._ready, []

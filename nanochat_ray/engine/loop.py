@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanochat_ray.engine.background import Background
 from nanochat_ray.engine.engine import Engine
+from nanochat_ray.engine.queue_limit import QueueLimit
 from nanochat_ray.engine.request import (
     WEIGHTS_REPLACED,
     EngineFull,
@@ -30,14 +31,6 @@ from nanochat_ray.engine.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
 
-LATE = 1.1
-"""Times ``max_queue_s`` that a request may wait in fact. The estimate was wrong then, such as when
-other processes take the processor."""
-HOPELESS = 1.3
-"""Times ``max_queue_s`` from which a request is refused that has not waited as long yet but will,
-by a new estimate: the engine has become slower. More than ``LATE``, as estimates vary."""
-ESTIMATE_S = 0.1
-"""Between such estimates: one takes as long as a part of a step."""
 MAX_FAILURES = 3
 """Steps in a row that may raise before the loop gives up."""
 
@@ -51,14 +44,6 @@ class WeightSwap:
     deadline: float
     """When (``time.monotonic``) the requests that still run are ended."""
     completion: Future[None] = field(default_factory=Future)
-
-
-@dataclass(frozen=True)
-class ExpectedWait:
-    """Of a request that has no output."""
-
-    submit_time: float
-    first_token_s: float
 
 
 class EngineLoop:
@@ -81,14 +66,13 @@ class EngineLoop:
         self._num_arriving = 0
         """Requests between the inbox and the scheduler, which count as waiting too."""
         self._aborts: list[str] = []
-        self._requests: dict[str, ExpectedWait | None] = {}
-        """By id, until the last output; with what is expected until the first, if it must wait."""
+        self._requests: set[str] = set()
+        """Ids, until the last output."""
+        self._limit = QueueLimit(engine)
         self._background = Background(engine.config.background_share)
         self._swap: WeightSwap | None = None
         """While it waits, requests stay in the inbox unless they need the old weights."""
         self._version = engine.weight_version
-        self._next_estimate = 0.0
-        """Time (``time.monotonic``) from which waits are estimated again."""
         self._clock, self._job_clock = StepClock(), StepClock()
         self._stopping = self._dropping = False
         self._failure: str | None = None
@@ -170,7 +154,9 @@ class EngineLoop:
             if request.id in self._requests:
                 raise ValueError(f"id={request.id!r} is in use by another request")
             wait_s = self._check_queue(request)
-            self._requests[request.id] = self._expect(request, wait_s) if wait_s else None
+            if wait_s:
+                self._limit.expect(request, wait_s)
+            self._requests.add(request.id)
             self._inbox.append((request, preparation))
             self._condition.notify()
 
@@ -181,27 +167,8 @@ class EngineLoop:
             raise EngineStoppedError("the engine is stopping")
 
     def _check_queue(self, request: Request) -> float:
-        """For how long it must wait, as estimated. EngineFull if too many wait or it would take too
-        long (``max_queue_s``). A request that has output is never refused: its client reads
-        already."""
-        if request.output_token_ids:
-            return 0.0
-        scheduler, config = self._engine.scheduler, self._engine.config
         arrivals = [r for r, _ in list(self._inbox)]
-        wait_s = self._engine.queue_time.wait_s(
-            request, list(scheduler.running), list(scheduler.waiting), arrivals
-        )
-        if scheduler.queue_capacity - self._num_arriving - len(arrivals) <= 0:
-            reason = f"max_queue_size={config.max_queue_size} requests are waiting already"
-            raise EngineFull(reason, wait_s)
-        if 0 < config.max_queue_s < wait_s:
-            reason = f"max_queue_s={config.max_queue_s:g}: a request would wait {wait_s:.1f} s"
-            raise EngineFull(reason, wait_s)
-        return wait_s
-
-    def _expect(self, request: Request, wait_s: float) -> ExpectedWait:
-        first_token_s = self._engine.queue_time.first_token_s(request, wait_s)
-        return ExpectedWait(time.monotonic(), first_token_s)
+        return self._limit.check(request, arrivals, self._num_arriving)
 
     def abort(self, request_id: str) -> None:
         """Its slot is free before the next step; an unknown id is ignored."""
@@ -252,7 +219,9 @@ class EngineLoop:
                 if self._dropping or (self._stopping and not self._requests):
                     break
             try:
-                outputs = self._apply(inbox, aborts) + self._advance_swap() + self._refuse_late()
+                outputs = (
+                    self._apply(inbox, aborts) + self._advance_swap() + self._limit.refuse_late()
+                )
                 self._clock.begin()
                 outputs += self._engine.step()
                 self._clock.end(self._engine.num_step_tokens)
@@ -347,32 +316,6 @@ class EngineLoop:
             self._engine.abort(request_id)
         return rejections
 
-    def _refuse_late(self) -> list[RequestOutput]:
-        """Ends the requests that have waited for a slot for much longer than ``max_queue_s``, and
-        those that will have."""
-        max_queue_s = self._engine.config.max_queue_s
-        if not max_queue_s:
-            return []
-        limit_s, now = LATE * max_queue_s, time.monotonic()
-        reasons = {}
-        for request in self._engine.withdraw_late(limit_s):
-            if (expectation := self._requests.get(request.id)) is not None:
-                seconds = now - expectation.submit_time
-                self._engine.queue_time.record_late(expectation.first_token_s, seconds)
-            reasons[request.id] = f"it has waited for {limit_s:g} s"
-        if now >= self._next_estimate:
-            self._next_estimate = now + ESTIMATE_S
-            for request in self._engine.withdraw_hopeless(HOPELESS * max_queue_s):
-                reasons[request.id] = "by now it would wait for longer"
-        return [
-            RequestOutput(
-                request_id=request_id,
-                finish="error",
-                error=f"max_queue_s={max_queue_s:g}: {reason}",
-            )
-            for request_id, reason in reasons.items()
-        ]
-
     def _fail(self, reason: str) -> list[RequestOutput]:
         """Finishes every request with an error."""
         self._engine.reset()
@@ -385,7 +328,9 @@ class EngineLoop:
             return
         with self._condition:
             for output in outputs:
-                self._note_output(output)
+                self._limit.note(output)
+                if output.finish is not None:
+                    self._requests.discard(output.request_id)
             if not self._requests:
                 self._condition.notify_all()
         try:
@@ -393,13 +338,3 @@ class EngineLoop:
         except Exception as error:
             logger.exception("the receiver of the engine's outputs failed")
             self._failure = f"its receiver failed with {error!r}"
-
-    def _note_output(self, output: RequestOutput) -> None:
-        """Measures how long a request had to wait; forgets one that is complete."""
-        expectation = self._requests.get(output.request_id)
-        if expectation is not None and output.tokens:
-            seconds = time.monotonic() - expectation.submit_time
-            self._engine.queue_time.record_wait(expectation.first_token_s, seconds)
-            self._requests[output.request_id] = None
-        if output.finish is not None:
-            self._requests.pop(output.request_id, None)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanochat_ray.engine import engine as engine_module
-from nanochat_ray.engine import loop as loop_module
+from nanochat_ray.engine import queue_limit as limit_module
 from nanochat_ray.engine import scheduler as scheduler_module
 from nanochat_ray.engine.config import EngineConfig
 from nanochat_ray.engine.loop import EngineLoop
@@ -197,7 +197,7 @@ def test_a_request_that_has_waited_too_long_is_refused(
     loop = EngineLoop(engine, outputs.extend)
     now = [100.0]
     clock = SimpleNamespace(**{**vars(time), "monotonic": lambda: now[0]})
-    for module in (engine_module, loop_module, scheduler_module):
+    for module in (engine_module, limit_module, scheduler_module):
         monkeypatch.setattr(module, "time", clock)
 
     def step(*submissions: Request) -> dict[str, str | None]:
@@ -205,7 +205,9 @@ def test_a_request_that_has_waited_too_long_is_refused(
         outputs.clear()
         for submission in submissions:
             loop.submit(submission)
-        loop._deliver(loop._apply(loop._take_inbox(), []) + loop._refuse_late() + engine.step())
+        loop._deliver(
+            loop._apply(loop._take_inbox(), []) + loop._limit.refuse_late() + engine.step()
+        )
         return {o.request_id: o.error or o.finish for o in outputs if o.finish}
 
     version = engine.weight_version
@@ -235,13 +237,13 @@ def test_the_end_of_a_queue_that_has_become_slower_is_refused(
     engine.queue_time.record_output(4)
     loop, now = EngineLoop(engine, lambda outputs: None), [100.0]
     clock = SimpleNamespace(**{**vars(time), "monotonic": lambda: now[0]})
-    for module in (engine_module, loop_module, scheduler_module):
+    for module in (engine_module, limit_module, scheduler_module):
         monkeypatch.setattr(module, "time", clock)
 
     def refusals(seconds: float, step_s: float) -> dict[str, str]:
         now[0] += seconds
         engine.queue_time.full_step_s.value = step_s
-        return {o.request_id: o.error or "" for o in loop._refuse_late()}
+        return {o.request_id: o.error or "" for o in loop._limit.refuse_late()}
 
     # Each takes 5 steps, so that they wait for 0, 5, 10, 15 and 20 of them.
     for name in ("a", "b", "c", "d", "e"):
